@@ -1,0 +1,51 @@
+# The commands of people and of CI. `make` alone lists them; each does its own set-up in .venv.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test check clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMP)  ## make a shop of drawn photos, run every stage on it, write demo-output/report.html
+	@$(BIN)/vlm4rec demo
+
+test: $(STAMP)  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, check types, check the layers
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy vlm4rec_spark
+	@$(BIN)/python -m pytest --quiet tests/test_layering.py
+
+clean:  ## remove all that make made: .venv, demo-output, builds and caches
+	@rm -rf $(VENV) demo-output build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python of 3.11 to 3.13: the one called python3 where it is one, else the newest.
+$(STAMP): setup.py constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  for python in python3 python3.13 python3.12 python3.11 ""; do \
+	    $${python:-false} -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "No Python 3.11 to 3.13 found: install one, for instance with 'apt-get install python3.11 python3.11-venv'." >&2; exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$($$python --version) ..."; \
+	  if ! $$python -m venv $(VENV) >/dev/null 2>&1; then \
+	    rm -rf $(VENV); \
+	    echo "$$python can't make a virtual environment: install its venv module, on Debian with 'apt-get install python3-venv'." >&2; exit 1; \
+	  fi; \
+	fi
+	@echo "Installing packages into $(VENV) (about 3 minutes, 6.5 GB) ..."
+	@$(PIP) --editable '.[local,dev]'
+	@if ! $(BIN)/python -c 'from vlm4rec_spark import java; java.find()' 2>/dev/null; then \
+	  echo "No Java 17 or newer found: installing a Java runtime into $(VENV) (100 MB) ..."; \
+	  $(PIP) --editable '.[java]'; \
+	fi
+	@echo "Starting Spark once, which fetches the Delta jars (10 MB) if they aren't in the home folder yet ..."
+	@$(BIN)/python -m vlm4rec_spark.session
+	@touch $@

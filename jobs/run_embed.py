@@ -1,0 +1,7 @@
+"""spark-submit entry point: texts into vectors."""
+
+import sys
+
+from vlm4rec_spark.cli import main
+
+raise SystemExit(main(["embed", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""spark-submit entry point: held-out events into metrics."""
+
+import sys
+
+from vlm4rec_spark.cli import main
+
+raise SystemExit(main(["evaluate", *sys.argv[1:]]))

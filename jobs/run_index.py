@@ -1,0 +1,7 @@
+"""spark-submit entry point: vectors into an index."""
+
+import sys
+
+from vlm4rec_spark.cli import main
+
+raise SystemExit(main(["index", *sys.argv[1:]]))

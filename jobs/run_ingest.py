@@ -1,0 +1,7 @@
+"""spark-submit entry point: catalogue and log into tables."""
+
+import sys
+
+from vlm4rec_spark.cli import main
+
+raise SystemExit(main(["ingest", *sys.argv[1:]]))

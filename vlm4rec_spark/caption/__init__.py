@@ -1,0 +1,1 @@
+"""The caption stage: which photos (plan), the UDF around the model (worker)."""

@@ -1,0 +1,152 @@
+"""The command line: `vlm4rec <stage> --config FILE --set key=value`. Turns errors into one paragraph and an exit code.
+
+Exit codes: 0 done, 1 a run failed, 2 wrong use or configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from vlm4rec_spark.errors import Vlm4RecError
+
+app = typer.Typer(
+    name="vlm4rec",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""From product photos and an interaction log to the best k items for every user.
+
+Each stage reads and writes Delta tables, can be run twice or killed anywhere, and records itself in the table `runs`.
+`vlm4rec run` runs them all; `vlm4rec demo` makes a shop first and needs nothing.""",
+)
+
+Files = Annotated[
+    list[Path] | None,
+    typer.Option("--config", "-c", help="YAML file over conf/base.yaml; repeat it, later ones win.", metavar="FILE"),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="One setting, such as recommend.k=20; repeatable, wins.", metavar="KEY=VALUE"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and the libraries' own messages.")]
+
+_HELP = {
+    "ingest": "Read catalogue, photos and log into tables; rows that can't be taken go to `rejected` with a reason.",
+    "caption": "Describe every photo that has no caption yet; an identical photo is described once.",
+    "embed": "Encode titles and captions whose text is new or has changed.",
+    "index": "Build the searchable index folder of the items' vectors.",
+    "profiles": "Weigh every user's history and average its vectors.",
+    "recommend": "Write the best k items of every user, with the reason for each.",
+    "evaluate": "Judge every arm on held-out events, with confidence intervals.",
+    "export": "Write the tables that marketing systems read.",
+    "report": "Write the HTML report.",
+    "run": "Run all stages, from ingest to report.",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    console = Console(stderr=True)
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    try:
+        return app(args=argv, standalone_mode=False) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+    console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    return code
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+        from vlm4rec_spark.cli.stages import run_stages
+
+        run_stages(name, config or [], set_ or [], debug)
+
+    return command
+
+
+for _name, _help in _HELP.items():
+    app.command(_name, help=_help)(_stage_command(_name))
+
+
+@app.command("import-captions")
+def import_captions(
+    path: Annotated[str, typer.Argument(help="File, folder or Delta table with item_id and text.")],
+    format: Annotated[str, typer.Option(help="csv, json, parquet or delta.")] = "csv",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a column in the source, such as text=description; repeatable.", metavar="OURS=THEIRS"),
+    ] = None,
+    config: Files = None,
+    set_: Assignments = None,
+    debug: Debug = False,
+) -> None:
+    """Take descriptions from elsewhere in place of the caption stage; run `embed` after it."""
+    from vlm4rec_spark.cli.stages import run_import
+
+    run_import(path, format, column or [], config or [], set_ or [], debug)
+
+
+@app.command("config")
+def show_config(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+    """Print the effective configuration as YAML."""
+    from vlm4rec_spark.config import load
+
+    print(yaml.safe_dump(load(config or [], set_ or []).model_dump(mode="json"), sort_keys=False), end="")
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for raw files, tables, index and report.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Another seed is another shop.")] = 7,
+    items: Annotated[int, typer.Option(min=50, help="Items in the catalogue.")] = 560,
+    users: Annotated[int, typer.Option(min=50, help="Users in the log.")] = 2_000,
+    set_: Assignments = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a shop of photos, run every stage on it, and write a report. No cluster, GPU or download needed."""
+    from vlm4rec_spark.cli.stages import run_demo
+
+    run_demo(out, seed, items, users, set_ or [], debug)
+
+
+def quiet() -> None:
+    """Turn the libraries' messages off, here and in the Python workers that inherit this environment."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, Vlm4RecError):
+        return str(error), error.exit_code
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        return "Interrupted. Run the same command again to go on.", 1
+    if isinstance(error, click.ClickException):
+        return f"{error.format_message()} See: vlm4rec --help", 2
+    return f"{_first_words(error)} (--debug shows the stack trace.)", 1
+
+
+def _first_words(error: BaseException) -> str:
+    """What an unforeseen error says, without the frames that Spark puts into its messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A worker's own exception stands at the end of the Python traceback inside Spark's message.
+    inner = [line for line in lines if line.startswith(("vlm4rec_spark.errors.", "vlm4rec_spark."))]
+    said = inner[-1].split(": ", 1)[-1] if inner else (lines[0] if lines else "no message")
+    return f"{type(error).__name__}: {said[:600]}"

@@ -1,0 +1,157 @@
+"""Runs stages for the command line: session, progress, and the summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vlm4rec_spark import progress, schemas
+from vlm4rec_spark.cli import quiet
+from vlm4rec_spark.config import Config, load
+from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, Voice
+from vlm4rec_spark.session import session
+from vlm4rec_spark.sources import Source
+
+
+def run_stages(name: str, files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
+    """Run the stage `name`, or all of them for `run`."""
+    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+        _run(pipeline, STAGES if name == "run" else (name,), console)
+
+
+def run_import(path: str, kind: str, columns: Sequence[str], files: Sequence[Path], assignments: Sequence[str],
+               debug: bool) -> None:  # fmt: skip
+    """Run `import-captions`."""
+    pairs = dict(column.partition("=")[::2] for column in columns)
+    if wrong := [column for column in columns if "=" not in column]:
+        raise UsageError(f"--column {wrong[0]}: write it as ours=theirs, such as --column text=description.")
+    if kind not in ("csv", "json", "parquet", "delta"):
+        raise UsageError(f"--format {kind}: it is csv, json, parquet or delta.")
+    source = Source(path=(path,), format=kind, columns=pairs)  # type: ignore[arg-type]
+    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+        _show([pipeline.import_captions(source)], console)
+
+
+def run_demo(out: Path, seed: int, items: int, users: int, assignments: Sequence[str], debug: bool) -> None:
+    """Make the shop, run every stage on it, and say where the report is."""
+    from vlm4rec_spark.demo import catalogue
+
+    raw, console = out / "raw", Console(stderr=True)
+    config = load([Path("demo.yaml")], [*_demo_places(out, raw), f"evaluate.cut={catalogue.CUT}", *assignments])
+    if not (raw / "truth.parquet").exists():
+        console.print(f"drawing a shop of {items:,} items and {users:,} users into {raw}")
+        catalogue.write(raw, seed, items, users)
+    with _pipeline(config, debug) as (pipeline, _):
+        pipeline.check(STAGES)
+        outcomes = []
+        for stage in STAGES:
+            outcomes.append(pipeline.stage(stage))
+            _line(outcomes[-1], console)
+            if stage == "embed":
+                _add_oracle(pipeline, raw / "truth.parquet")
+        _show(outcomes, console)
+        _headline(pipeline, console)
+
+
+def _demo_places(out: Path, raw: Path) -> list[str]:
+    return [
+        f"tables={out / 'tables'}",
+        f"index.folder={out / 'index'}",
+        f"report.path={out / 'report.html'}",
+        f"ingest.items.path=['{raw / 'catalogue.csv'}']",
+        f"ingest.interactions.path=['{raw / 'events-*.csv.gz'}']",
+        f"ingest.photos.folder={raw / 'photos'}",
+    ]
+
+
+def _add_oracle(pipeline: Pipeline, truth: Path) -> None:
+    """The true attributes as vectors, so that the evaluation shows what could be had: one 1 per attribute."""
+    import pandas as pd
+
+    table = pd.read_parquet(truth).sort_values("item_id", ignore_index=True)
+    vectors = pd.get_dummies(table.drop(columns="item_id")).to_numpy(float)
+    vectors /= (vectors**2).sum(axis=1, keepdims=True) ** 0.5
+    rows = [
+        (item, "oracle", "truth", "-", False, [float(x) for x in vector])
+        for item, vector in zip(table["item_id"], vectors, strict=True)
+    ]
+    frame = pipeline.spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+    pipeline.tables.upsert(schemas.EMBEDDINGS, frame)
+
+
+@contextmanager
+def _pipeline(config: Config, debug: bool) -> Iterator[tuple[Pipeline, Console]]:
+    console = Console(stderr=True)
+    if not debug:
+        quiet()
+    with console.status("starting Spark") if console.is_terminal else _nothing():
+        spark = session(config.spark)
+    spark.sparkContext.setLogLevel("WARN" if debug else "FATAL")
+    voice = Voice(
+        say=lambda line: console.print(f"  {line}", style="dim", highlight=False),
+        watch=lambda label, rows: progress.watch(spark, console, f"  {label}", rows),
+    )
+    yield Pipeline(spark, config, voice), console
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _run(pipeline: Pipeline, stages: Sequence[str], console: Console) -> None:
+    outcomes: list[Outcome] = []
+
+    def done(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        _line(outcome, console)
+
+    pipeline.run(stages, done)
+    _show(outcomes, console)
+    if "evaluate" in stages:
+        _headline(pipeline, console)
+
+
+def _line(outcome: Outcome, console: Console) -> None:
+    console.print(f"{time.strftime('%H:%M:%S')} {outcome.stage} done in {outcome.seconds:.1f} s", highlight=False)
+
+
+def _show(outcomes: Sequence[Outcome], console: Console) -> None:
+    table = Table(title="What was done", title_justify="left")
+    table.add_column("stage")
+    for name in ("rows in", "ok", "failed", "skipped", "seconds"):
+        table.add_column(name, justify="right")
+    for o in outcomes:
+        table.add_row(o.stage, *(f"{n:,}" for n in (o.rows_in, o.ok, o.failed, o.skipped)), f"{o.seconds:.1f}")
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.stage == "report":
+            console.print(f"report: {outcome.details['path']}", soft_wrap=True, highlight=False)
+
+
+def _headline(pipeline: Pipeline, console: Console) -> None:
+    """The evaluation of this run, all users, as a table."""
+    rows = pipeline.tables.read(schemas.METRICS)
+    rows = rows.where((rows["run_id"] == pipeline.run_id) & (rows["slice"] == "all"))
+    found = {(row["split"], row["arm"], row["metric"]): row for row in rows.collect()}
+    metrics = sorted({metric for _, _, metric in found}, reverse=True)
+    for split in dict.fromkeys(split for split, _, _ in found):
+        k = next(row["k"] for row in found.values())
+        table = Table(title=f"{split} split, mean over users with 95 % interval", title_justify="left")
+        table.add_column("arm")
+        for metric in metrics:
+            table.add_column(f"{metric}@{k}", justify="right")
+        for arm in pipeline.config.evaluate.arms:
+            cells = [found[split, arm, metric] for metric in metrics]
+            table.add_row(arm, *(_cell(row["value"], row["low"], row["high"]) for row in cells))
+        console.print(table)
+
+
+def _cell(value: float | None, low: float | None, high: float | None) -> str:
+    return "too few users" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

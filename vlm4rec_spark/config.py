@@ -1,0 +1,138 @@
+"""Loads, merges and checks the configuration: base.yaml, then each file, then each key=value.
+
+Knows every stage's settings class and which key came from where; knows no Spark session and no table.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlm4rec_spark.caption.plan import CaptionSettings
+from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.evaluation.arms import EvaluateSettings
+from vlm4rec_spark.report.data import ReportSettings
+from vlm4rec_spark.session import SparkSettings
+from vlm4rec_spark.stages.embed import EmbedSettings
+from vlm4rec_spark.stages.index import IndexSettings
+from vlm4rec_spark.stages.ingest import IngestSettings
+from vlm4rec_spark.stages.profiles import ProfileSettings
+from vlm4rec_spark.stages.recommend import RecommendSettings
+
+_PACKAGED = Path(__file__).parent / "conf"
+CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
+"""The conf/ folder: inside the package in a wheel, beside it in a checkout."""
+
+
+class Config(BaseModel):
+    """The whole configuration. Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tables: str = Field("tables", min_length=1)
+    representation: Literal["title", "caption", "title_caption"] = "caption"
+    spark: SparkSettings = SparkSettings()
+    ingest: IngestSettings = IngestSettings()
+    caption: CaptionSettings = CaptionSettings()
+    embed: EmbedSettings = EmbedSettings()
+    profiles: ProfileSettings = ProfileSettings()
+    index: IndexSettings = IndexSettings()
+    recommend: RecommendSettings = RecommendSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report: ReportSettings = ReportSettings()
+
+
+def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
+    """The configuration from base.yaml, then `files`, then `key=value` assignments; later ones win.
+
+    A file that isn't there is also looked for in conf/. Raises UsageError, one line per wrong key, each with the
+    place where it stands and the nearest valid key.
+    """
+    merged: dict[str, Any] = {}
+    places: dict[tuple[str, ...], str] = {}
+    for file in (CONF / "base.yaml", *files):
+        _merge(merged, _read(file, places))
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20.")
+        path = tuple(key.strip().split("."))
+        places[path] = f"--set {assignment}"
+        _assign(merged, path, _value(assignment, value))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as wrong:
+        raise UsageError("\n".join(_explain(error, places) for error in wrong.errors())) from None
+
+
+def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
+    found = file if file.is_file() else CONF / file.name if len(file.parts) == 1 else file
+    try:
+        text = found.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UsageError(f"--config {file}: there is no such file, here or in {CONF}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as broken:
+        raise UsageError(f"--config {file} can't be read: {' '.join(str(broken).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {file}: expected keys and values at the top, found a {type(content).__name__}.")
+    _note_places(node, (), found, places)
+    return content
+
+
+def _note_places(node: Any, path: tuple[str, ...], file: Path, places: dict[tuple[str, ...], str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            places[*path, str(key.value)] = f"{file}, line {key.start_mark.line + 1}"
+            _note_places(value, (*path, str(key.value)), file, places)
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _value(assignment: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {assignment!r}: the value isn't YAML.") from None
+
+
+def _assign(into: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for part in path[:-1]:
+        if not isinstance(into.get(part), dict):
+            into[part] = {}
+        into = into[part]
+    into[path[-1]] = value
+
+
+def _explain(error: Any, places: dict[tuple[str, ...], str]) -> str:
+    path = tuple(str(part) for part in error["loc"])
+    above = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    below = (place for key, place in places.items() if key[: len(path)] == path)
+    place = [*above, *below, "defaults"][0]
+    key = ".".join(path)
+    if error["type"] != "extra_forbidden":
+        shown = repr(error["input"])
+        return f"{place}: {key}: {error['msg']} (it is {shown if len(shown) < 80 else shown[:77] + '...'})."
+    near = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)
+    return f"{place}: unknown key {key!r}. Did you mean {near[0]!r}?"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

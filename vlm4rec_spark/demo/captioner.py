@@ -1,0 +1,227 @@
+"""Trains the packaged captioner on renderings: `python -m vlm4rec_spark.demo.captioner`.
+
+A LLaVA of CLIP vision tower, projector and small Llama, made of ordinary transformers classes. Seeded; renderings are
+drawn once into a cache; training goes on from its last checkpoint. Knows nothing of the demo's shop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm4rec_spark.demo.drawing import ATTRIBUTES, draw, parse, sentence
+
+SIDE, PATCH, WIDTH = 96, 12, 192
+TRAIN_SEED, TEST_SEED = 1_000_000, 2_000_000
+"""First seeds of the training and held-out renderings; the demo's shop draws from below a million."""
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} answer :{% endif %}"
+)
+
+
+def render(seed: int) -> tuple[dict[str, str], Image.Image]:
+    rng = np.random.default_rng(seed)
+    attributes = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
+    return attributes, draw(attributes, rng)
+
+
+def _render_small(seed: int) -> tuple[list[int], np.ndarray]:
+    attributes, photo = render(seed)
+    labels = [values.index(attributes[name]) for name, values in ATTRIBUTES.items()]
+    return labels, np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def renderings(cache: Path, count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 photos (count, SIDE, SIDE, 3) and labels (count, attributes); drawn once, then read from `cache`."""
+    if not cache.exists():
+        started = time.monotonic()
+        photos, labels = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, len(ATTRIBUTES)), np.int64)
+        with ProcessPoolExecutor(workers) as pool:
+            seeds = range(TRAIN_SEED, TRAIN_SEED + count)
+            for i, (label, photo) in enumerate(pool.map(_render_small, seeds, chunksize=200)):
+                photos[i], labels[i] = photo, label
+                if (i + 1) % 2_000 == 0:
+                    rate = (i + 1) / (time.monotonic() - started)
+                    print(f"drawn {i + 1:,} of {count:,}, {rate:.0f}/s, {(count - i - 1) / rate:.0f} s left", flush=True)
+        np.savez(cache, photos=photos, labels=labels)
+    with np.load(cache) as stored:
+        return stored["photos"], stored["labels"]
+
+
+def build():  # type: ignore[no-untyped-def]
+    """An untrained model and its processor."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    said = sentence({name: " ".join(values) for name, values in ATTRIBUTES.items()} | {"style": "classic"})
+    said += " ".join(sentence({n: v[0] for n, v in ATTRIBUTES.items()} | {"style": s}) for s in ATTRIBUTES["style"])
+    splitter = pre_tokenizers.Whitespace()
+    words = sorted({word for word, _ in splitter.pre_tokenize_str(said)} | {"answer", ":"})
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocabulary = {word: place for place, word in enumerate(special + words)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], padding_side="left", clean_up_tokenization_spaces=True,
+    )  # fmt: skip
+    images = CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE,
+        image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=5, num_attention_heads=6,
+            image_size=SIDE, patch_size=PATCH, projection_dim=WIDTH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=2,
+            num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=4, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    return model, processor
+
+
+def train(out: Path, work: Path, steps: int, batch: int, count: int, seed: int) -> None:
+    """Train and save to `out`; checkpoints and renderings lie in `work`."""
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    photos, labels = renderings(work / f"renderings-{count}.npz", count, workers=2)
+    model, processor = build()
+    heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, len(values)) for values in ATTRIBUTES.values())
+    everything = [*model.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(everything, lr=1e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps, pct_start=0.1)
+    checkpoint, first = work / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+        print(f"going on from step {first}", flush=True)
+    answers = [_answer(processor, row) for row in labels]
+    started = time.monotonic()
+    for step in range(first, steps):
+        rng = np.random.default_rng([seed, step])
+        rows = rng.integers(0, count, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, looked = _loss(model, heads, processor, _pixels(photos[rows], rng), labels[rows],
+                                 [answers[row] for row in rows], rng)  # fmt: skip
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(everything, 1.0)
+        optimiser.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            rate = (step + 1 - first) / (time.monotonic() - started)
+            print(f"step {step + 1}/{steps}, loss {loss.item():.3f}, seen right {looked:.2f}, "
+                  f"{rate * batch:.0f} photos/s, {(steps - step - 1) / rate / 60:.0f} min left", flush=True)  # fmt: skip
+        if (step + 1) % 250 == 0:
+            torch.save({"model": model.state_dict(), "heads": heads.state_dict(), "step": step + 1,
+                        "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}, checkpoint)  # fmt: skip
+    model.eval().half().save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def _answer(processor, labels: Sequence[int]) -> list[int]:  # type: ignore[no-untyped-def]
+    attributes = {name: values[label] for (name, values), label in zip(ATTRIBUTES.items(), labels, strict=True)}
+    return [*processor.tokenizer(sentence(attributes), add_special_tokens=False)["input_ids"], 2]
+
+
+def _pixels(photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """Normalised photos, each shifted by up to 4 px and a little brighter or darker."""
+    shifted = np.stack([np.roll(photo, rng.integers(-4, 5, 2), (0, 1)) for photo in photos])
+    scaled = shifted.astype(np.float32) * rng.uniform(0.92, 1.08, (len(photos), 1, 1, 1)).astype(np.float32)
+    return torch.from_numpy(scaled / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def _loss(model, heads, processor, pixels, labels, answers, rng):  # type: ignore[no-untyped-def]
+    """Loss of the answer's words plus that of linear heads on the pooled vision tower, and how often these are right.
+
+    The heads only teach the tower what to look for; they aren't saved. The prompt is a random number of unknown words,
+    so that the answer doesn't depend on the prompt.
+    """
+    vocabulary = processor.tokenizer.convert_tokens_to_ids
+    asked = [vocabulary("<unk>")] * int(rng.integers(4, 60)) + [vocabulary("answer"), vocabulary(":")]
+    prompt = [vocabulary("<image>")] * (SIDE // PATCH) ** 2 + asked
+    longest = max(map(len, answers))
+    ids = torch.tensor([prompt + answer + [0] * (longest - len(answer)) for answer in answers])
+    target = ids.clone()
+    target[:, : len(prompt)] = -100
+    target[target == 0] = -100
+    seen = model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+    embedded = model.get_input_embeddings()(ids)
+    features = model.model.multi_modal_projector(seen)
+    embedded = torch.cat([features.to(embedded.dtype), embedded[:, features.shape[1] :]], dim=1)
+    hidden = model.model.language_model(inputs_embeds=embedded).last_hidden_state[:, len(prompt) - 1 : -1]
+    words = model.lm_head(hidden).float()
+    loss = torch.nn.functional.cross_entropy(words.flatten(0, 1), target[:, len(prompt) :].flatten(), ignore_index=-100)
+    pooled, truth, right = seen.float().mean(dim=1), torch.from_numpy(labels), 0.0
+    for place, head in enumerate(heads):
+        guess = head(pooled)
+        loss = loss + 0.3 * torch.nn.functional.cross_entropy(guess, truth[:, place])
+        right += (guess.argmax(dim=1) == truth[:, place]).float().mean().item() / len(heads)
+    return loss, right
+
+
+def held_out(model: Path, count: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Share of fresh renderings whose generated caption names each attribute rightly; the same on blank photos."""
+    from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
+    from vlm4rec_spark.models.prompts import load_prompt
+
+    captioner, prompt = TransformersCaptioner(str(model), "main", 40), load_prompt("describe.1").text
+    drawn = [render(seed) for seed in range(TEST_SEED, TEST_SEED + count)]
+    blank = parse(captioner.caption([Image.new("RGB", (224, 224), (160, 160, 160))], [prompt])[0].text)
+    found: list[dict[str, str]] = []
+    for start in range(0, count, 32):
+        photos = [photo for _, photo in drawn[start : start + 32]]
+        found += [parse(answer.text) for answer in captioner.caption(photos, [prompt] * len(photos))]
+    share = {n: sum(f.get(n) == a[n] for f, (a, _) in zip(found, drawn, strict=True)) / count for n in ATTRIBUTES}
+    return share, {n: sum(blank.get(n) == a[n] for a, _ in drawn) / count for n in ATTRIBUTES}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    options.add_argument("--work", type=Path, default=Path("captioner-training"))
+    options.add_argument("--steps", type=int, default=3_000)
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--renderings", type=int, default=24_000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--test", type=int, default=1_000)
+    given = options.parse_args()
+    train(given.out, given.work, given.steps, given.batch, given.renderings, given.seed)
+    share, blank = held_out(given.out, given.test)
+    print(f"{'attribute':10} {'fresh':>6} {'blank':>6} {'chance':>6}")
+    for name, values in ATTRIBUTES.items():
+        print(f"{name:10} {share[name]:6.3f} {blank[name]:6.3f} {1 / len(values):6.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""One product photo from five attributes, and the sentence that describes it.
+
+Knows how a product looks; knows nothing of shops, shoppers and models. The generator handed in decides everything that
+isn't an attribute (background, angle, size, place, light): the same state gives the same picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from vlm4rec_spark.demo.shapes import Points, Shape, shapes
+from vlm4rec_spark.demo.surfaces import Plane, background, material, pattern
+from vlm4rec_spark.demo.trims import trim
+
+SIZE = 224
+_FINE = 2 * SIZE
+"""Outlines are drawn at twice the size and scaled down: Pillow draws without anti-aliasing."""
+
+_COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (196, 30, 38),
+    "yellow": (240, 196, 30),
+    "green": (34, 128, 52),
+    "turquoise": (40, 186, 186),
+    "blue": (32, 68, 190),
+    "purple": (112, 44, 150),
+    "pink": (244, 130, 176),
+    "black": (52, 50, 54),
+}
+_USES = {
+    "classic": "the office and dinners",
+    "sporty": "training and weekends",
+    "romantic": "dates and summer parties",
+    "rustic": "cabins and long walks",
+}
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "kind": ("shirt", "dress", "trousers", "bag", "hat", "cushion", "lamp", "armchair"),
+    "colour": tuple(_COLOURS),
+    "pattern": ("plain", "striped", "checked", "dotted", "zigzag"),
+    "material": ("cotton", "denim", "leather", "wool"),
+    "style": tuple(_USES),
+}
+"""Every attribute with its possible values."""
+
+_CREAM = np.float32([246, 240, 222])
+
+
+def sentence(attributes: Mapping[str, str]) -> str:
+    """The true description of a product with these attributes."""
+    look = " ".join(attributes[name] for name in ("colour", "pattern", "material", "kind"))
+    return f"A {look} in a {attributes['style']} style, for {_USES[attributes['style']]}."
+
+
+def parse(caption: str) -> dict[str, str]:
+    """The attributes that a caption names, the first value of each; an attribute that it doesn't name is missing."""
+    words = re.findall(r"[a-z]+", caption.lower())
+    found = {name: next((word for word in words if word in values), None) for name, values in ATTRIBUTES.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class _Camera:
+    """Where the product stands in the photo: its box to pixels, and pixels back to its box."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        angle = np.radians(rng.uniform(-16, 16))
+        self.scale = rng.uniform(0.68, 0.9)
+        self.centre = rng.uniform(-0.09, 0.09, size=2)
+        self.turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+    def pixels(self, points: Points) -> list[tuple[float, float]]:
+        """Points of the product's box as positions in the fine picture."""
+        placed = (points @ self.turn * self.scale + self.centre + 1) * (_FINE / 2)
+        return list(map(tuple, placed.tolist()))
+
+    def box(self, x: Plane, y: Plane) -> tuple[Plane, Plane]:
+        """Positions in the photo, from -1 to 1, as points of the product's box."""
+        back = np.float32(self.turn.T / self.scale)
+        x, y = x - np.float32(self.centre[0]), y - np.float32(self.centre[1])
+        return x * back[0, 0] + y * back[1, 0], x * back[0, 1] + y * back[1, 1]
+
+
+def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image:
+    """A photo of the product, SIZE × SIZE, RGB."""
+    shape, camera = shapes()[attributes["kind"]], _Camera(rng)
+    line = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    x, y = np.meshgrid(line, line)
+    u, v = camera.box(x, y)
+
+    fabric = Image.new("L", (_FINE, _FINE))
+    ImageDraw.Draw(fabric).polygon(camera.pixels(shape.outline), fill=255)
+    cover = np.asarray(fabric.reduce(2), dtype=np.float32)[..., None] / 255
+
+    colour = np.float32(_COLOURS[attributes["colour"]]) + np.float32(rng.uniform(-12, 12, size=3))
+    second = pattern(attributes["pattern"], u, v, rng)[..., None]
+    shade, gloss = material(attributes["material"], u, v, rng)
+    side = np.float32(rng.uniform(-0.12, 0.12, size=2))
+    surface = (colour + (_CREAM - colour) * second) * (shade + side[0] * u + side[1] * v)[..., None]
+    surface += (255 - surface) * gloss[..., None]
+
+    scene = background(x, y, rng) * (1 - _shadow(fabric, rng))
+    scene = _inked(scene, lambda picture: _fixtures(picture, shape, camera, colour))
+    scene = scene * (1 - cover) + surface * cover
+    scene = _inked(scene, lambda picture: _finish(picture, fabric, attributes["style"], shape, camera))
+    tint = rng.uniform(0.86, 1.1) * (1 + rng.uniform(-0.04, 0.04, size=3))
+    noise = rng.integers(-5, 6, size=(SIZE, SIZE, 1), dtype=np.int8)
+    return Image.fromarray(_bytes(scene * np.float32(tint) + noise))
+
+
+def _bytes(scene: np.ndarray) -> np.ndarray:
+    return np.clip(scene, 0, 255).astype(np.uint8)
+
+
+def _inked(scene: np.ndarray, ink: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """The scene after `ink` has drawn on it at the fine size."""
+    fine = Image.fromarray(_bytes(scene)).resize((_FINE, _FINE), Image.Resampling.NEAREST)
+    return np.asarray(ink(fine).reduce(2), dtype=np.float32)
+
+
+def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """How dark the product's shadow makes each point of the place: shape (SIZE, SIZE, 1), 0 to 1."""
+    small = fabric.reduce(8).filter(ImageFilter.GaussianBlur(2))
+    shift = rng.integers(-2, 3), rng.integers(1, 4)
+    soft = ImageChops.offset(small, int(shift[0]), int(shift[1])).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(soft, dtype=np.float32)[..., None] * np.float32(rng.uniform(0.25, 0.5) / 255)
+
+
+def _fixtures(picture: Image.Image, shape: Shape, camera: _Camera, colour: np.ndarray) -> Image.Image:
+    """The parts behind the fabric: legs and stands of wood, and a handle in a darker shade of the product's colour."""
+    pen = ImageDraw.Draw(picture)
+    for part in shape.behind:
+        pen.polygon(camera.pixels(part), fill=(150, 108, 62), outline=(84, 56, 28))
+    if len(shape.handle):
+        dark = tuple(int(channel) for channel in np.clip(colour * 0.6, 0, 255))
+        pen.line(camera.pixels(shape.handle), fill=dark, width=22, joint="curve")
+    return picture
+
+
+def _finish(picture: Image.Image, fabric: Image.Image, style: str, shape: Shape, camera: _Camera) -> Image.Image:
+    """Seams, then the style's decoration."""
+    pen = ImageDraw.Draw(picture)
+    for seam in shape.seams:
+        pen.line(camera.pixels(seam), fill=(30, 26, 28), width=4, joint="curve")
+    return trim(style, picture, fabric, shape, camera.pixels)

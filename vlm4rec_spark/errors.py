@@ -1,0 +1,17 @@
+"""The errors that people see. Knows their exit codes; knows nothing of how they are shown."""
+
+
+class Vlm4RecError(Exception):
+    """Something a person can act on, said in one paragraph."""
+
+    exit_code = 1
+
+
+class RunError(Vlm4RecError):
+    """A run that had begun failed."""
+
+
+class UsageError(Vlm4RecError):
+    """Wrong use or configuration, found before any work was done."""
+
+    exit_code = 2

@@ -1,0 +1,144 @@
+"""Runs the arms as of each cut and judges their lists. Knows how the stages fit together; writes nothing but a
+temporary index per arm."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.evaluation import arms, splits
+from vlm4rec_spark.evaluation.arms import EvaluateSettings
+from vlm4rec_spark.evaluation.inference import bootstrap_interval, paired_p_value
+from vlm4rec_spark.evaluation.metrics import METRICS, hits, per_user
+from vlm4rec_spark.stages import index, profiles, recommend
+
+SLICES = (("history 1-4", 1, 4), ("history 5-19", 5, 19), ("history 20+", 20, 10**9))
+LEAST_USERS = 30
+"""A slice of fewer users gives no number: its interval would be wider than any difference."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What an evaluation reads; embeddings hold one encoder per representation."""
+
+    interactions: DataFrame
+    items: DataFrame
+    embeddings: DataFrame
+
+
+def evaluate(
+    spark: SparkSession, tables: Tables, settings: EvaluateSettings, profile: profiles.ProfileSettings,
+    say: Callable[[str], None],
+) -> tuple[list[dict], dict[str, str]]:  # fmt: skip
+    """Rows of `metrics` (without run_id) and, per split, what was judged. Raises RunError when nobody can be judged."""
+    rows, details = [], {}
+    candidates = arms.candidates(tables.embeddings, tables.items, settings.arms).persist()
+    there = candidates.count()
+    available = tables.items.where("available").count()
+    if not there:
+        raise RunError(f"evaluate: no available item has all of {', '.join(settings.arms)}. Run caption and embed.")
+    for split in settings.splits:
+        cut = None
+        if split == "time":
+            cut = settings.cut or splits.last_share(tables.interactions, settings.test_share)
+            known, hidden = splits.time_split(tables.interactions, cut)
+        else:
+            known, hidden = splits.leave_one_out(tables.interactions)
+        judged = _judged(splits.relevant(known, hidden, candidates), settings).persist()
+        users = judged.count()
+        if not users:
+            raise RunError(f"evaluate: no user has a new item after the cut {cut or '(last event)'}: nothing to judge.")
+        histories = (
+            profiles.histories(known, tables.items, profile)
+            .join(judged.select("user_id"), on="user_id", how="left_semi").persist()
+        )  # fmt: skip
+        lists = {}
+        for arm in settings.arms:
+            say(f"{split}: {arm}, {users:,} users, {there:,} candidates")
+            ranked = _lists(spark, arm, tables, known, histories, candidates, settings)
+            lists[arm] = _collected(judged, ranked)
+        sizes = histories.select("user_id", F.size("seen").alias("seen")).toPandas().set_index("user_id")["seen"]
+        rows += list(_rows(split, lists, sizes, settings))
+        share = 1 - there / available
+        details[split] = json.dumps(
+            {"cut": cut, "users": users, "candidates": there, "left_out_share": round(share, 4)}
+        )
+        histories.unpersist()
+        judged.unpersist()
+    candidates.unpersist()
+    return rows, details
+
+
+def _judged(relevant: DataFrame, settings: EvaluateSettings) -> DataFrame:
+    order = F.xxhash64("user_id", F.lit(settings.seed))
+    return relevant.orderBy(order, "user_id").limit(settings.max_users)
+
+
+def _lists(
+    spark: SparkSession, arm: str, tables: Tables, known: DataFrame, histories: DataFrame, candidates: DataFrame,
+    settings: EvaluateSettings,
+) -> DataFrame:  # fmt: skip
+    """user_id, items of the arm."""
+    if arm in arms.BASELINES:
+        counts = (
+            candidates.join(known.groupBy("item_id").agg(F.count(F.lit(1)).alias("events")), on="item_id", how="left")
+            .select("item_id", F.coalesce("events", F.lit(0)).alias("events")).orderBy("item_id")
+        )  # fmt: skip
+        scores = counts.toPandas().set_index("item_id")["events"]
+        return arms.scored_lists(histories, scores, settings.k, settings.seed if arm == "random" else None)
+    rows = (
+        tables.embeddings.where((F.col("representation") == arm) & ~F.col("fallback"))
+        .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
+    )  # fmt: skip
+    out = rows.select("item_id").join(candidates.select("item_id"), on="item_id", how="left_anti")
+    with tempfile.TemporaryDirectory(prefix="vlm4rec-evaluate-") as folder:
+        # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
+        built = index.build(rows.toArrow(), arm, "evaluate", Path(folder), scann_from=2**62)
+        open_searcher = index.ship(spark, built, broadcast_gb=float("inf"))
+    vectors = profiles.with_embedding(histories, arm, open_searcher)
+    withdrawn = [row["item_id"] for row in out.collect()]
+    lists = recommend.recommend(vectors, open_searcher, withdrawn, settings.k, effort=None)
+    return lists.select("user_id", F.col("items.item_id").alias("items"))
+
+
+def _collected(judged: DataFrame, lists: DataFrame) -> pd.DataFrame:
+    """user_id, relevant, items of every judged user, sorted; an empty list where the arm gave none."""
+    joined = judged.join(lists, on="user_id", how="left").toPandas().sort_values("user_id", ignore_index=True)
+    joined["items"] = [[] if items is None else list(items) for items in joined["items"]]
+    return joined
+
+
+def _rows(split: str, lists: dict[str, pd.DataFrame], sizes: pd.Series, settings: EvaluateSettings) -> Iterable[dict]:
+    values = {
+        arm: per_user(hits(table["items"], table["relevant"], settings.k), table["relevant"].map(len).to_numpy())
+        for arm, table in lists.items()
+    }
+    seen = sizes.reindex(next(iter(lists.values()))["user_id"]).fillna(0).to_numpy()
+    groups = [("all", np.ones(len(seen), bool))]
+    groups += [(name, (seen >= least) & (seen <= most)) for name, least, most in SLICES]
+    for arm, by_metric in values.items():
+        for metric in METRICS:
+            for name, members in groups:
+                users = int(members.sum())
+                row = {
+                    "split": split, "arm": arm, "metric": metric, "k": settings.k, "slice": name, "users": users,
+                    "value": None, "low": None, "high": None, "control": None, "p_value": None,
+                }  # fmt: skip
+                if users >= LEAST_USERS:
+                    chosen = by_metric[metric][members]
+                    low, high = bootstrap_interval(chosen, settings.seed)
+                    row |= {"value": float(chosen.mean()), "low": low, "high": high}
+                    if name == "all" and arm != settings.control and settings.control in values:
+                        against = values[settings.control][metric][members]
+                        p_value = paired_p_value(chosen, against, settings.seed)
+                        row |= {"control": settings.control, "p_value": p_value}
+                yield row

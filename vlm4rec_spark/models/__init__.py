@@ -1,0 +1,1 @@
+"""The numpy world: images, text, vectors and searchers. Never imports Spark."""

@@ -1,0 +1,56 @@
+"""Candidates and exclusions to the final list. numpy only, so that a server can rank with it too.
+
+Positions are rows of the index, which is sorted by item id: a lower position is a smaller id.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SCORE_DIGITS = 6
+"""Scores are rounded before ties break by item id: the last digits of a float score change with the batch size."""
+
+
+def flat_exclusions(excluded: list[np.ndarray], items: int) -> np.ndarray:
+    """Sorted int64 codes `user * items + position` of the positions that each user must not get; -1 is skipped."""
+    sizes = [len(positions) for positions in excluded]
+    users = np.repeat(np.arange(len(excluded), dtype=np.int64), sizes)
+    positions = np.concatenate(excluded).astype(np.int64) if sizes else np.empty(0, np.int64)
+    known = positions >= 0
+    return np.unique(users[known] * items + positions[known])
+
+
+def top_k(
+    positions: np.ndarray, scores: np.ndarray, exclusions: np.ndarray, eligible: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k eligible candidates of every user that aren't excluded.
+
+    positions, scores: (users, candidates); a position of -1 is no candidate; no position may stand twice in a row.
+    exclusions: as `flat_exclusions` makes them. eligible: bool (items,). Returns positions and rounded scores, both
+    (users, k), best first, ties by position; -1 and NaN where a user has fewer.
+    """
+    users, items = len(positions), len(eligible)
+    codes = np.arange(users, dtype=np.int64)[:, None] * items + positions
+    allowed = (positions >= 0) & eligible[positions]
+    if len(exclusions):
+        found = np.searchsorted(exclusions, codes)
+        allowed &= exclusions[np.minimum(found, len(exclusions) - 1)] != codes
+    # One integer per candidate that orders by rounded score, then by position: a full order, so the cut is stable.
+    rounded = np.round(np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS).astype(np.int64)
+    order = np.where(allowed, rounded * items + (items - 1 - positions), np.iinfo(np.int64).min)
+    width = min(k, positions.shape[1])
+    part = np.argpartition(-order, width - 1, axis=1)[:, :width] if width < positions.shape[1] else None
+    chosen = np.broadcast_to(np.arange(positions.shape[1]), positions.shape) if part is None else part
+    chosen = np.take_along_axis(chosen, np.argsort(-np.take_along_axis(order, chosen, 1), axis=1, kind="stable"), 1)
+    kept = np.take_along_axis(allowed, chosen, 1)
+    top = np.full((users, k), -1, np.int64)
+    best = np.full((users, k), np.nan)
+    top[:, :width] = np.where(kept, np.take_along_axis(positions, chosen, 1), -1)
+    best[:, :width] = np.where(kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan)
+    return top, best
+
+
+def nearest(history: np.ndarray, vectors: np.ndarray, recommended: np.ndarray) -> np.ndarray:
+    """For each recommended vector the row of `history` (positions) whose item is nearest; ties: the earlier row."""
+    similarity = np.round(vectors[recommended] @ vectors[history].T, SCORE_DIGITS)
+    return np.asarray(similarity.argmax(axis=1))

@@ -1,0 +1,177 @@
+"""The index artefact: an immutable folder that any Python process can open and search.
+
+    manifest.json    written last: what the folder was built from, and the checksum of every file
+    ids.parquet      item_id (sorted) and its telling words; row i belongs to vector i
+    vectors.npy      float32 (items, dimension), memory-mapped, shared by all processes of a node
+    scann/           ScaNN's codes, when the catalogue is large enough for an approximate index
+
+Knows vectors and ids; knows neither users nor rules (`ranking.py`) nor how a folder travels to an executor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm4rec_spark.errors import RunError, UsageError
+
+FORMAT = 1
+_SCANN_LEAST = 16
+"""Tree with asymmetric hashing needs at least 16 items (ScaNN 1.4.2)."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard an approximate search tries: tree leaves that are searched, candidates that are rescored exactly."""
+
+    leaves: int
+    candidates: int
+
+
+class Searcher:
+    """Cosine search over unit vectors. Open one with `Searcher.open`; it can't be pickled."""
+
+    def __init__(self, ids: np.ndarray, terms: list[list[str]], vectors: np.ndarray, scann: Any, manifest: dict):
+        self.ids, self.terms, self.vectors, self.manifest = ids, terms, vectors, manifest
+        self._scann = scann
+        self._positions = pd.Index(ids)
+
+    @property
+    def index_id(self) -> str:
+        return self.manifest["index_id"]
+
+    @property
+    def approximate(self) -> bool:
+        return self._scann is not None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def build(folder: Path, index_id: str, ids: Sequence[str], vectors: np.ndarray, texts: Sequence[str],
+              scann_from: int) -> None:  # fmt: skip
+        """Write the artefact to `folder`. ids must be sorted and distinct; vectors float32 (items, dimension), unit.
+
+        ScaNN's codes are built from `scann_from` items on; below it search is exact. Raises RunError for bad vectors.
+        """
+        if len(ids) == 0:
+            raise RunError("The index can't be built: no item has an embedding.")
+        if not np.isfinite(vectors).all() or (np.abs(np.linalg.norm(vectors, axis=1) - 1) > 1e-3).any():
+            raise RunError("The index can't be built: some embeddings are not unit vectors (zero, NaN or unscaled).")
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
+        table = pa.table({"item_id": pa.array(ids, pa.string()), "terms": pa.array(_telling_words(texts))})
+        pq.write_table(table, folder / "ids.parquet")
+        if len(ids) >= max(scann_from, _SCANN_LEAST):
+            _build_scann(folder / "scann", vectors)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+        manifest = {
+            "format": FORMAT,
+            "index_id": index_id,
+            "items": len(ids),
+            "dimension": int(vectors.shape[1]),
+            "leaves": _leaves(len(ids)) if (folder / "scann").exists() else 0,
+            "sha256": {str(file.relative_to(folder)): _sha256(file) for file in files},
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = True) -> Searcher:
+        """Open an artefact. Raises RunError when it is incomplete, damaged or of another format."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError) as broken:
+            raise RunError(f"The index folder {folder} is incomplete ({broken}). Run the index stage again.") from None
+        if manifest.get("format") != FORMAT:
+            raise RunError(f"The index folder {folder} has format {manifest.get('format')}, this release reads {FORMAT}.")
+        for name, expected in manifest["sha256"].items() if verify else ():
+            if not (folder / name).is_file() or _sha256(folder / name) != expected:
+                raise RunError(f"The index folder {folder} is damaged: {name} doesn't match its checksum.")
+        table = pq.read_table(folder / "ids.parquet")
+        vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
+        ids = np.asarray(table["item_id"].to_pylist(), dtype=object)
+        return cls(ids, table["terms"].to_pylist(), vectors, scann, manifest)
+
+    def positions(self, item_ids: Sequence[str]) -> np.ndarray:
+        """int64 positions of the items in the index; -1 for an item that isn't in it."""
+        return self._positions.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
+
+    def exact(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Every item as a candidate of every query: positions (queries, items) and cosines, in index order."""
+        scores = queries @ self.vectors.T
+        return np.broadcast_to(np.arange(len(self), dtype=np.int64), scores.shape), scores
+
+    def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+        """Approximate candidates, rescored exactly: positions and cosines, both (queries, candidates).
+
+        ScaNN pads a short answer with index 0 and a NaN distance; here such a place has position -1.
+        """
+        candidates = min(effort.candidates, len(self))
+        positions, distances = self._scann.search_batched(
+            np.ascontiguousarray(queries, np.float32),
+            final_num_neighbors=candidates,
+            leaves_to_search=effort.leaves,
+        )
+        positions = np.where(np.isnan(distances), -1, positions.astype(np.int64))
+        scores = np.empty(positions.shape, np.float32)
+        for row, (query, found) in enumerate(zip(queries, positions, strict=True)):
+            scores[row] = self.vectors[found] @ query
+        return positions, scores
+
+
+def _leaves(items: int) -> int:
+    # The square root is ScaNN's own rule of thumb (its docs, algorithms.md).
+    return max(1, round(math.sqrt(items)))
+
+
+def _build_scann(folder: Path, vectors: np.ndarray) -> None:
+    leaves = _leaves(len(vectors))
+    searcher = (
+        _scann().scann_ops_pybind.builder(vectors, 10, "dot_product")
+        .tree(num_leaves=leaves, num_leaves_to_search=max(1, leaves // 10), training_sample_size=min(len(vectors), 250_000))
+        # No reorder(): it keeps a second copy of all vectors in the folder; candidates are rescored from vectors.npy.
+        .score_ah(2, anisotropic_quantization_threshold=0.2)
+        .build()
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    searcher.serialize(str(folder), relative_path=True)
+
+
+def _scann() -> Any:
+    try:
+        import scann
+    except ImportError as missing:
+        raise UsageError(f"{missing}. An approximate index needs: pip install 'vlm4rec_spark[local]'") from missing
+    return scann
+
+
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_STOP = frozenset(
+    "a an and are as at be by for from has have in into is it its made not of on or out same such that the their them "
+    "this to used was which while with you your".split()
+)
+
+
+def _telling_words(texts: Sequence[str]) -> list[list[str]]:
+    """The words of each text, rarest in the catalogue first (inverse document frequency), without stop words."""
+    words = [sorted(set(_WORD.findall(text.lower())) - _STOP) for text in texts]
+    frequency = Counter(word for row in words for word in row)
+    return [sorted(row, key=lambda word: (frequency[word], word)) for row in words]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

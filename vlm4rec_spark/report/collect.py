@@ -1,0 +1,146 @@
+"""Delta tables to `ReportData`: counts, runs, rejected rows and metrics here, what has photos in `album.py`.
+
+Knows tables and limits; knows no HTML. Every choice is by hash or order, so that equal tables give equal values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from pyspark.sql import Window
+from pyspark.sql import functions as F
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.report.album import caption_samples, photo_stock, user_lists
+from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.tables import Tables
+
+_RUNS_PER_STAGE = 50
+_REASONS = 40
+_EXAMPLE_LENGTH = 240
+_METRICS = 5_000
+
+
+def collect(tables: Tables, settings: ReportSettings) -> ReportData:
+    """Read what the page shows. A table that isn't there counts as empty."""
+    history = _history(tables)
+    delivery, sources = _deliveries(history.get("ingest", ()))
+    counts = {
+        table.name: tables.read(table).count()
+        for table in (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.CAPTIONS, schemas.RECOMMENDATIONS)
+    }
+    worked = next((run for run in history.get("caption", ()) if run.rows_ok + run.rows_failed), None)
+    runs = [stage_runs[0] for stage_runs in history.values()]
+    return ReportData(
+        counts=counts,
+        runs=tuple(sorted(runs, key=lambda run: (run.started_at, run.stage))),
+        delivery=delivery,
+        sources=sources,
+        rejections=_rejections(tables),
+        stock=photo_stock(tables, counts["photos"]),
+        captions=caption_samples(tables, settings.photos, worked),
+        users=user_lists(tables, settings.users),
+        metrics=_metrics(tables, next(iter(history.get("evaluate", ())), None)),
+    )
+
+
+def _history(tables: Tables) -> dict[str, list[Run]]:
+    """Each stage's good runs, latest first; the first one says whether a later run failed."""
+    nth = F.row_number().over(Window.partitionBy("stage").orderBy(F.desc("started_at"), "run_id"))
+    rows = (
+        tables.read(schemas.RUNS)
+        .select(
+            "*",
+            # Microseconds, because collecting a timestamp would turn it into this machine's time zone.
+            F.unix_micros("started_at").alias("started"),
+            nth.alias("nth"),
+        )
+        .where(F.col("nth") <= _RUNS_PER_STAGE)
+        .drop("config", "started_at")
+        .orderBy("stage", "nth")
+        .collect()
+    )
+    good: dict[str, list[Run]] = {}
+    failed_since: dict[str, datetime] = {}
+    for row in rows:
+        started_at = datetime.fromtimestamp(row["started"] / 1e6, timezone.utc)
+        if row["status"] != "ok":
+            failed_since.setdefault(row["stage"], started_at)
+            continue
+        runs = good.setdefault(row["stage"], [])
+        names = ("stage", "run_id", "seconds", "device_seconds", "rows_in", "rows_ok", "rows_failed", "rows_skipped")
+        runs.append(
+            Run(
+                started_at=started_at,
+                versions=dict(sorted(row["versions"].items())),
+                details=dict(sorted(row["details"].items())),
+                failed_since=None if runs else failed_since.get(row["stage"]),
+                **{name: row[name] for name in names},
+            )
+        )
+    return good
+
+
+def _deliveries(runs: Sequence[Run]) -> tuple[Run | None, tuple[Source, ...]]:
+    """The last run of ingest that brought anything, and per source the last that brought something of it."""
+    sources, brought = [], []
+    for name in ("items", "photos", "interactions"):
+        found = [(run, _source(name, run)) for run in runs if figures(run.details.get(name))]
+        newest = next(((run, source) for run, source in found if source.taken + source.rejected), None)
+        if newest:
+            brought.append(newest[0])
+        if found:
+            sources.append((newest or found[0])[1])
+    delivery = max(brought, key=lambda run: run.started_at, default=next(iter(runs), None))
+    return delivery, tuple(sources)
+
+
+def _source(name: str, run: Run) -> Source:
+    counted = figures(run.details[name])
+    read, taken, rejected, skipped = (int(str(counted.get(key, 0))) for key in ("in", "ok", "rejected", "skipped"))
+    return Source(name, read, taken, rejected, skipped, run.started_at)
+
+
+def _rejections(tables: Tables) -> tuple[Rejection, ...]:
+    rows = (
+        tables.read(schemas.REJECTED)
+        .select(
+            F.split("source", " ")[0].alias("source"),
+            # What follows a colon names the one file or the one error, and would make every row a reason of its own.
+            F.regexp_replace("reason", ":.*", "").alias("reason"),
+            "copies",
+            F.substring("row", 1, _EXAMPLE_LENGTH + 1).alias("example"),
+        )
+        .groupBy("source", "reason")
+        .agg(F.sum("copies").alias("rows"), F.min("example").alias("example"))
+        .orderBy("source", F.desc("rows"), "reason")
+        .limit(_REASONS)
+        .collect()
+    )
+    return tuple(
+        Rejection(row["source"], row["reason"], row["rows"], _shortened(row["example"], _EXAMPLE_LENGTH))
+        for row in rows
+    )
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def _metrics(tables: Tables, evaluated: Run | None) -> tuple[Metric, ...]:
+    """The latest evaluation's rows; none without a good run of evaluate."""
+    if evaluated is None:
+        return ()
+    rows = (
+        tables.read(schemas.METRICS)
+        .where(F.col("run_id") == evaluated.run_id)
+        .orderBy("split", "k", "metric", "slice", "arm")
+        .limit(_METRICS)
+        .drop("run_id")
+        .collect()
+    )
+    return tuple(Metric(**row.asDict()) for row in rows)

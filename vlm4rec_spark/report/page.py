@@ -1,0 +1,98 @@
+"""`ReportData` to one self-contained HTML page. Knows Jinja2 and how figures are written for people; knows no Spark."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from statistics import median
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vlm4rec_spark import __version__
+from vlm4rec_spark.report import charts
+from vlm4rec_spark.report.data import Metric, Photo, ReportData
+from vlm4rec_spark.report.findings import findings
+from vlm4rec_spark.report.scores import headline, splits
+
+_LONG_CAPTION = 140
+"""Characters from which captions stand beside their photo instead of under it."""
+
+
+def render(data: ReportData) -> str:
+    """The page. Titles, captions and ids come from strangers: everything is escaped but the charts."""
+    # Without the file ending that Jinja2 goes by, autoescape has to be said.
+    pages = Environment(
+        loader=PackageLoader("vlm4rec_spark.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    pages.filters |= {"count": _count, "share": _share, "duration": _duration, "moment": _moment, "size": _size,
+                      "interval": _interval, "alt": _alt, "arm": _arm, "p_value": _p_value}  # fmt: skip
+    return pages.get_template("report.html.j2").render(
+        data=data,
+        headline=headline(data),
+        splits=splits(data),
+        findings=findings(data),
+        details={run.stage: run.details for run in data.runs},
+        durations=charts.durations(data.runs) if data.runs else "",
+        long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0]) > _LONG_CAPTION,
+        svg=Markup,
+        version=__version__,
+    )
+
+
+def _count(number: object) -> str:
+    """1234567 as 1,234,567; text that is a whole number too; anything else as it is."""
+    text = str(number)
+    try:
+        return f"{int(float(text)):,}" if float(text).is_integer() else f"{float(text):,.2f}"
+    except (ValueError, OverflowError):
+        return text
+
+
+def _share(number: object) -> str:
+    try:
+        percent = 100 * float(str(number))
+    except ValueError:
+        return str(number)
+    return f"{percent:.1f} %".replace(".0 %", " %")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _moment(time: datetime) -> str:
+    return f"{time.day} {time:%B %Y, %H:%M} UTC"
+
+
+def _size(number: object) -> str:
+    try:
+        size = float(str(number))
+    except ValueError:
+        return str(number)
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _interval(metric: Metric) -> str:
+    return "" if metric.low is None or metric.high is None else f"{metric.low:.3f}–{metric.high:.3f}"
+
+
+def _alt(photo: Photo) -> str:
+    return ": ".join(part for part in (photo.title or photo.item_id, photo.caption) if part)
+
+
+def _arm(name: str) -> str:
+    return name.replace("_", " + ")
+
+
+def _p_value(metric: Metric | None) -> str:
+    if metric is None or metric.p_value is None:
+        return "–"
+    return "< 0.001" if metric.p_value < 0.001 else f"{metric.p_value:.3f}"

@@ -1,0 +1,263 @@
+"""The contract between stages: one record per table with its columns, key, constraints and comments.
+
+Knows names and types only; `tables.py` turns a record into a Delta table and the stages select these columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyspark.sql.types import StructType
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's name, columns (Spark DDL with comments), key columns and CHECK constraints.
+
+    `volatile` names the columns that say when or by which run a row was made: two rows that differ only there are the
+    same row. `feed` turns the change data feed on, where a later stage or a consumer reads changes. `cluster` names the
+    columns by which files are clustered, because readers filter on them.
+    """
+
+    name: str
+    comment: str
+    ddl: str
+    key: tuple[str, ...]
+    checks: tuple[tuple[str, str], ...] = ()
+    volatile: tuple[str, ...] = ()
+    feed: bool = False
+    cluster: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> StructType:
+        return StructType.fromDDL(self.ddl)
+
+    @property
+    def columns(self) -> list[str]:
+        return self.schema.fieldNames()
+
+
+ITEMS = Table(
+    "items",
+    "The catalogue: one row per item, as last delivered.",
+    """item_id STRING NOT NULL COMMENT 'Id of the item, as in the catalogue',
+    title STRING COMMENT 'Title, as delivered',
+    brand STRING COMMENT 'Brand, as delivered',
+    category STRING COMMENT 'Category, as delivered',
+    parent_id STRING COMMENT 'Variants of one product share it',
+    region STRING COMMENT 'Region in which the item is sold; null: all',
+    price DOUBLE COMMENT 'Price in the currency of the catalogue',
+    attributes MAP<STRING, STRING> COMMENT 'Every further catalogue column that was named in the config',
+    available BOOLEAN NOT NULL COMMENT 'False: never recommended',
+    first_seen_at TIMESTAMP COMMENT 'When the item entered the catalogue; null: always there',
+    updated_at TIMESTAMP NOT NULL COMMENT 'When this row last changed'""",
+    key=("item_id",),
+    checks=(("item_id_not_empty", "length(item_id) > 0"), ("price_is_a_price", "price IS NULL OR price >= 0")),
+    volatile=("updated_at",),
+    feed=True,
+)
+
+PHOTOS = Table(
+    "photos",
+    "One row per photo of an item. The bytes live here, so that a price change never rewrites them.",
+    """item_id STRING NOT NULL COMMENT 'Item that the photo shows',
+    position INT NOT NULL COMMENT '0 is the main photo',
+    uri STRING COMMENT 'Where the photo was read; null when it came as bytes in the catalogue',
+    image BINARY COMMENT 'The bytes as delivered',
+    image_sha256 STRING NOT NULL COMMENT 'SHA-256 of the bytes, in hexadecimal',
+    bytes BIGINT NOT NULL COMMENT 'Size of the photo in bytes',
+    modified_at TIMESTAMP COMMENT 'Modification time of the file; read again only when uri, bytes or this changed'""",
+    key=("item_id", "position"),
+    checks=(("position_from_zero", "position >= 0"), ("sha256_is_hex", "length(image_sha256) = 64")),
+    feed=True,
+)
+
+INTERACTIONS = Table(
+    "interactions",
+    "The log: one row per event of a user with an item.",
+    """event_id STRING NOT NULL COMMENT 'As delivered, or the SHA-256 of user, item, type and time',
+    user_id STRING NOT NULL COMMENT 'User who acted',
+    item_id STRING NOT NULL COMMENT 'Item that was acted on',
+    event_type STRING NOT NULL COMMENT 'Such as view, cart, purchase',
+    event_time TIMESTAMP NOT NULL COMMENT 'When it happened, UTC',
+    event_date DATE NOT NULL COMMENT 'Date of event_time; files are clustered by it'""",
+    key=("event_id",),
+    checks=(("ids_not_empty", "length(user_id) > 0 AND length(item_id) > 0 AND length(event_id) > 0"),),
+    feed=True,
+    cluster=("event_date",),
+)
+
+CAPTIONS = Table(
+    "captions",
+    "One row per distinct content that was captioned: the key holds the photo, the prompt, the model and its settings.",
+    """caption_key STRING NOT NULL COMMENT 'SHA-256 of photo, rendered prompt, model and parameters',
+    image_sha256 STRING COMMENT 'Photo that was described; null for an imported caption',
+    prompt_id STRING COMMENT 'Name and version of the prompt',
+    model STRING COMMENT 'Model at revision',
+    caption STRING COMMENT 'The description; null unless status is ok or imported',
+    attributes MAP<STRING, STRING> COMMENT 'What a structured prompt said about the item',
+    input_tokens INT COMMENT 'Tokens of prompt and photo',
+    output_tokens INT COMMENT 'Tokens of the description',
+    status STRING NOT NULL COMMENT 'ok, failed, rejected or imported',
+    error_class STRING COMMENT 'Class of the failure',
+    error STRING COMMENT 'What went wrong',
+    attempts INT NOT NULL COMMENT 'How often the model or the decoder tried',
+    captioned_at TIMESTAMP NOT NULL COMMENT 'When the row was made',
+    run_id STRING NOT NULL COMMENT 'Run that made the row'""",
+    key=("caption_key",),
+    checks=(
+        ("status_is_known", "status IN ('ok', 'failed', 'rejected', 'imported')"),
+        ("caption_or_error", "(caption IS NOT NULL) = (status IN ('ok', 'imported'))"),
+        ("failure_is_named", "status IN ('ok', 'imported') OR error_class IS NOT NULL"),
+    ),
+    volatile=("attempts", "captioned_at", "run_id"),
+    feed=True,
+)
+
+ITEM_CAPTIONS = Table(
+    "item_captions",
+    "Which caption an item has now.",
+    """item_id STRING NOT NULL COMMENT 'Item',
+    position INT NOT NULL COMMENT 'Photo of the item',
+    caption_key STRING NOT NULL COMMENT 'Caption in force'""",
+    key=("item_id", "position"),
+    feed=True,
+)
+
+EMBEDDINGS = Table(
+    "embeddings",
+    "Unit vectors of the items, one per representation and encoder.",
+    """item_id STRING NOT NULL COMMENT 'Item',
+    representation STRING NOT NULL COMMENT 'What was encoded: title, caption, title_caption',
+    encoder_id STRING NOT NULL COMMENT 'Encoder at revision',
+    text_sha256 STRING NOT NULL COMMENT 'SHA-256 of the text that was encoded',
+    fallback BOOLEAN NOT NULL COMMENT 'True: the item has no caption and its title was encoded instead',
+    embedding ARRAY<FLOAT> NOT NULL COMMENT 'Unit vector'""",
+    key=("item_id", "representation", "encoder_id"),
+    checks=(("unit_length", "abs(vector_norm(embedding) - 1) < 1e-3"),),
+    feed=True,
+)
+
+PROFILES = Table(
+    "profiles",
+    "What is known of a user's taste: the weighted history, everything seen, and their mean vector.",
+    """user_id STRING NOT NULL COMMENT 'User',
+    representation STRING NOT NULL COMMENT 'Representation of the vectors that were summed',
+    history ARRAY<STRUCT<item_id: STRING, weight: DOUBLE>> NOT NULL COMMENT 'Items that count, most recent first',
+    seen ARRAY<STRING> NOT NULL COMMENT 'Every item of the user, sorted',
+    embedding ARRAY<FLOAT> COMMENT 'Unit vector: weighted mean of the history; null when no item has a vector',
+    events BIGINT NOT NULL COMMENT 'Events that count',
+    last_event_at TIMESTAMP NOT NULL COMMENT 'Last event that counts; decay is anchored here'""",
+    key=("user_id",),
+    checks=(("unit_length", "embedding IS NULL OR abs(vector_norm(embedding) - 1) < 1e-3"),),
+    feed=True,
+)
+
+RECOMMENDATIONS = Table(
+    "recommendations",
+    "The best k items of every user, best first.",
+    """user_id STRING NOT NULL COMMENT 'User',
+    items ARRAY<STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>,
+        source: STRING, collapsed: ARRAY<STRING>>> NOT NULL COMMENT 'In rank order; because: the nearest history item',
+    k INT NOT NULL COMMENT 'How many items were asked for',
+    index_id STRING NOT NULL COMMENT 'Index that was searched',
+    run_id STRING NOT NULL COMMENT 'Run that made the row',
+    generated_at TIMESTAMP NOT NULL COMMENT 'When the row was made'""",
+    key=("user_id",),
+    checks=(("at_most_k", "size(items) <= k"),),
+    volatile=("index_id", "run_id", "generated_at"),
+)
+
+EXPORT_LONG = Table(
+    "export_long",
+    "Recommendations for consumers: one row per user and rank. Read the change feed for changes and deletions.",
+    """user_id STRING NOT NULL COMMENT 'User',
+    rank INT NOT NULL COMMENT '1 is the best',
+    item_id STRING NOT NULL COMMENT 'Recommended item',
+    title STRING COMMENT 'Title of the item',
+    score DOUBLE COMMENT 'Cosine of profile and item',
+    because_item_id STRING COMMENT 'Item of the history that is nearest to it'""",
+    key=("user_id", "rank"),
+    checks=(("rank_from_one", "rank >= 1"),),
+    feed=True,
+)
+
+EXPORT_WIDE = Table(
+    "export_wide",
+    "Recommendations for consumers: one row per user. Read the change feed for changes and deletions.",
+    """user_id STRING NOT NULL COMMENT 'User',
+    item_ids ARRAY<STRING> NOT NULL COMMENT 'Recommended items, best first',
+    scores ARRAY<DOUBLE> NOT NULL COMMENT 'Their scores'""",
+    key=("user_id",),
+    checks=(("same_length", "size(item_ids) = size(scores)"),),
+    feed=True,
+)
+
+REJECTED = Table(
+    "rejected",
+    "Rows of the sources that could not be taken, with the reason.",
+    """source STRING NOT NULL COMMENT 'items, photos or interactions, and the file',
+    row STRING NOT NULL COMMENT 'The raw row as JSON',
+    reason STRING NOT NULL COMMENT 'Why it was not taken',
+    copies BIGINT NOT NULL COMMENT 'How often the source holds this very row'""",
+    key=("source", "row"),
+)
+
+FILES = Table(
+    "files",
+    "The ledger of the source files that were read to their end.",
+    """uri STRING NOT NULL COMMENT 'Source file',
+    bytes BIGINT NOT NULL COMMENT 'Its size',
+    modified_at TIMESTAMP NOT NULL COMMENT 'Its modification time',
+    source STRING NOT NULL COMMENT 'items or interactions',
+    settings_sha256 STRING NOT NULL COMMENT 'How it was read; another column mapping reads it again',
+    run_id STRING NOT NULL COMMENT 'Run that read it'""",
+    key=("uri", "bytes", "modified_at", "source", "settings_sha256"),
+    volatile=("run_id",),
+)
+
+RUNS = Table(
+    "runs",
+    "What every run of every stage did.",
+    """run_id STRING NOT NULL COMMENT 'Run',
+    stage STRING NOT NULL COMMENT 'Stage',
+    status STRING NOT NULL COMMENT 'ok or failed',
+    rows_in BIGINT NOT NULL COMMENT 'rows_ok + rows_failed + rows_skipped',
+    rows_ok BIGINT NOT NULL COMMENT 'Rows that were made',
+    rows_failed BIGINT NOT NULL COMMENT 'Rows that became an error',
+    rows_skipped BIGINT NOT NULL COMMENT 'Rows that needed no work, or were left out on purpose',
+    versions MAP<STRING, BIGINT> NOT NULL COMMENT 'Versions of the tables that were read',
+    config STRING NOT NULL COMMENT 'Effective config as JSON',
+    started_at TIMESTAMP NOT NULL COMMENT 'Start',
+    seconds DOUBLE NOT NULL COMMENT 'Duration',
+    device_seconds DOUBLE COMMENT 'Time that the model worked, summed over devices',
+    details MAP<STRING, STRING> NOT NULL COMMENT 'Figures of the stage, such as the measured recall'""",
+    key=("run_id", "stage"),
+    checks=(("counts_add_up", "rows_in = rows_ok + rows_failed + rows_skipped"),),
+)
+
+METRICS = Table(
+    "metrics",
+    "Offline evaluation: one row per split, arm, metric, cut-off and slice.",
+    """run_id STRING NOT NULL COMMENT 'Run',
+    split STRING NOT NULL COMMENT 'time or leave_one_out',
+    arm STRING NOT NULL COMMENT 'What was evaluated',
+    metric STRING NOT NULL COMMENT 'recall, ndcg or hit_rate',
+    k INT NOT NULL COMMENT 'Length of the list that was judged',
+    slice STRING NOT NULL COMMENT 'all, or a group of users',
+    value DOUBLE COMMENT 'Mean over users; null when the slice is too small for a number',
+    low DOUBLE COMMENT 'Lower end of the 95 % bootstrap interval',
+    high DOUBLE COMMENT 'Upper end of the 95 % bootstrap interval',
+    users BIGINT NOT NULL COMMENT 'Users in the slice',
+    control STRING COMMENT 'Arm that this one is compared with',
+    p_value DOUBLE COMMENT 'Of the paired comparison with the control'""",
+    key=("run_id", "split", "arm", "metric", "k", "slice"),
+)
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        ITEMS, PHOTOS, INTERACTIONS, CAPTIONS, ITEM_CAPTIONS, EMBEDDINGS, PROFILES, RECOMMENDATIONS,
+        EXPORT_LONG, EXPORT_WIDE, REJECTED, FILES, RUNS, METRICS,
+    )
+}  # fmt: skip

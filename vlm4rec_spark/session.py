@@ -1,0 +1,149 @@
+"""The Spark session, built here and nowhere else.
+
+Knows how to start Spark on this machine with Delta, and to leave alone what spark-submit or Databricks decided.
+Knows no table and no stage.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlm4rec_spark import jars, java
+from vlm4rec_spark.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+_DELTA = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+}
+# Wherever nobody set them: an event's date must not depend on the machine's time zone, and Spark's default batch
+# counts rows only, 10,000 of them: 2 GB of photos at once.
+_UTC = {"spark.sql.session.timeZone": "UTC"}
+_ARROW = {
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    "spark.sql.execution.arrow.maxBytesPerBatch": str(64 * 1024 * 1024),
+}
+_LOCAL = {
+    "spark.ui.enabled": "false",
+    # Partitions for one machine's cores, not for a cluster's; joined further where they are small.
+    "spark.sql.shuffle.partitions": str(2 * (os.cpu_count() or 2)),
+    "spark.databricks.delta.snapshotPartitions": "2",
+}
+
+
+class SparkSettings(BaseModel):
+    """Where Spark runs and where Delta comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+    master: str | None = "local[*]"
+    """None, or a job started by spark-submit: the platform decides on master, memory and jars."""
+    app_name: str = Field("vlm4rec", min_length=1)
+    driver_memory: str = Field("4g", pattern=r"^\d+[kmgtKMGT]$")
+    delta: Literal["fetch", "platform"] = "fetch"
+    """`platform`: it already carries Delta and has it switched on, as Databricks does."""
+    delta_jars: tuple[Path, ...] = ()
+    """Local jar files to use instead of fetching: delta-spark and delta-storage."""
+    conf: dict[str, str] = {}
+    """More Spark configuration; wins over everything set here."""
+
+
+def session(settings: SparkSettings) -> SparkSession:
+    """The running session where there is one, else a new one.
+
+    Raises UsageError when Spark, Java or Delta is missing.
+    """
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError:
+        raise UsageError("Spark isn't installed here. Get it with pip install 'vlm4rec_spark[local]'.") from None
+    # spark-submit leaves the port of the JVM that it has started; master and jars can't be chosen any more then.
+    running = SparkSession.getActiveSession() is not None or "PYSPARK_GATEWAY_PORT" in os.environ
+    jvm: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    if settings.master is not None and not running:
+        jvm = _own_jvm(settings, settings.master)
+    with jvm as conf:
+        conf |= _DELTA if settings.delta == "fetch" else {}
+        spark = SparkSession.builder.appName(settings.app_name).config(map=conf | settings.conf).getOrCreate()
+    if running and settings.delta == "fetch":
+        _require_delta(spark)
+    already = spark.conf.getAll
+    for key, value in (_UTC if settings.delta == "platform" else _UTC | _ARROW).items():
+        if key not in already:
+            spark.conf.set(key, value)
+    return spark
+
+
+@contextmanager
+def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
+    """The configuration of a JVM that is ours and, while this lasts, the environment for it to start in."""
+    executable = java.find()
+    options = [f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"]
+    conf = {
+        "spark.master": master,
+        "spark.driver.memory": settings.driver_memory,
+        "spark.ui.showConsoleProgress": "false",  # Spark takes a Python program for a shell and turns it on
+    }
+    if settings.delta == "fetch":
+        ivy = Path(settings.conf.get("spark.jars.ivy", Path.home() / ".ivy2.5.2"))
+        conf["spark.jars"] = ",".join(str(jar) for jar in jars.find(settings.delta_jars, ivy, executable))
+    with java.home(executable) as home:
+        environment = {"JAVA_HOME": str(home)}
+        if master.startswith("local"):
+            options.append("-XX:TieredStopAtLevel=1")  # a third off the cold start; the heavy work is in Python
+            conf |= _LOCAL | {"spark.sql.warehouse.dir": _warehouse()}
+            # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
+            # the packages of this very Python.
+            for name, value in (("SPARK_LOCAL_IP", "127.0.0.1"), ("PYSPARK_PYTHON", sys.executable)):
+                environment[name] = os.environ.get(name, value)
+        conf["spark.driver.extraJavaOptions"] = " ".join(options)
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        try:
+            yield conf
+        finally:
+            for name, old in before.items():
+                os.environ.pop(name) if old is None else os.environ.update({name: old})
+
+
+def _require_delta(spark: SparkSession) -> None:
+    """Spark itself only warns about a missing extension, and fails much later, at the first table."""
+    try:
+        spark.catalog.currentCatalog()
+    except Exception as failed:
+        if "catalog plugin class" not in str(failed):
+            raise
+        raise UsageError(
+            "This Spark was started without Delta's jars. Give them to spark-submit: --packages "
+            + ",".join(f"{jars.ORGANISATION}:{name}:{jars.DELTA_VERSION}" for name in jars.NAMES)
+        ) from None
+
+
+def _warehouse() -> str:
+    """A folder that goes when this process ends: Spark makes one at start, in the working directory if not told."""
+    folder = tempfile.mkdtemp(prefix="vlm4rec-warehouse-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _main() -> None:
+    """`python -m vlm4rec_spark.session`: proves that Spark starts here, and fetches what it lacks for that."""
+    spark = session(SparkSettings(driver_memory="1g"))
+    print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {spark.conf.get('spark.master')}.")
+    spark.stop()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,118 @@
+"""Embeddings to the index artefact, and the artefact to every worker. Knows where it is built and how it travels."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+from pyspark.sql import DataFrame, SparkSession
+
+from vlm4rec_spark.models.searcher import FORMAT, Searcher
+
+
+class IndexSettings(BaseModel):
+    """Where the artefact lies (a folder that the driver can write), and when search becomes approximate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str = "index"
+    scann_from: int = Field(20_000, ge=1)
+    broadcast_gb: float = Field(1.0, gt=0)
+
+
+def index_rows(embeddings: DataFrame, texts: DataFrame, representation: str, encoder_id: str) -> DataFrame:
+    """item_id, embedding, text_sha256 and text of the items to index, sorted by item_id."""
+    chosen = embeddings.where(
+        (embeddings["representation"] == representation) & (embeddings["encoder_id"] == encoder_id)
+    )
+    text = texts.where(texts["representation"] == representation).select("item_id", "text")
+    return (
+        chosen.join(text, on="item_id", how="left").select("item_id", "embedding", "text_sha256", "text")
+        .orderBy("item_id")
+    )  # fmt: skip
+
+
+def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, scann_from: int) -> Path:
+    """Build the artefact of `index_rows` under `folder`, named by its content; an existing one is left as it is.
+
+    Runs in one process and holds all vectors: items x dimension x 4 bytes, twice while ScaNN trains.
+    """
+    ids = rows["item_id"].to_pylist()
+    content = [FORMAT, representation, encoder_id, scann_from, ids, rows["text_sha256"].to_pylist()]
+    index_id = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    target = folder / index_id
+    if (target / "manifest.json").exists():
+        return target
+    flat = pa.concat_arrays(rows["embedding"].chunks).flatten() if len(ids) else pa.array([], pa.float32())
+    vectors = np.asarray(flat, np.float32).reshape(len(ids), -1) if len(ids) else np.empty((0, 1), np.float32)
+    shutil.rmtree(target, ignore_errors=True)
+    Searcher.build(target, index_id, ids, vectors, [text or "" for text in rows["text"].to_pylist()], scann_from)
+    return target
+
+
+def ship(spark: SparkSession, folder: Path, broadcast_gb: float) -> Callable[[], Searcher]:
+    """A factory that opens the artefact once per worker process.
+
+    Up to `broadcast_gb` the folder travels as a broadcast and is unpacked once per node; above it, workers open it
+    where it is, so it must lie on storage that every node mounts at the same path.
+    """
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > broadcast_gb * 1e9:
+        return partial(_opened, folder.name, partial(Searcher.open, folder))
+    parcel = io.BytesIO()
+    with tarfile.open(fileobj=parcel, mode="w") as tar:
+        tar.add(folder, arcname=folder.name)
+    broadcast = spark.sparkContext.broadcast(parcel.getvalue())
+    return partial(_opened, folder.name, partial(_unpacked, folder.name, broadcast))
+
+
+_open: dict[str, Searcher] = {}
+"""Python workers are reused from query to query: the searcher is keyed by the content of its artefact."""
+
+
+def _opened(index_id: str, opener: Callable[[], Searcher]) -> Searcher:
+    if index_id not in _open:
+        _open.clear()
+        _open[index_id] = opener()
+    return _open[index_id]
+
+
+def _unpacked(index_id: str, broadcast: Any) -> Searcher:
+    base = Path(tempfile.gettempdir()) / f"vlm4rec-index-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise PermissionError(f"{base} belongs to another user")
+    folder = base / index_id
+    with (base / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "manifest.json").exists():
+            _remove_old(base)
+            shutil.rmtree(folder, ignore_errors=True)
+            # manifest.json is moved in last: a killed worker leaves a folder that the next one unpacks again.
+            with tempfile.TemporaryDirectory(dir=base) as aside:
+                with tarfile.open(fileobj=io.BytesIO(broadcast.value)) as tar:
+                    tar.extractall(aside, filter="data")
+                (Path(aside) / index_id).rename(folder)
+        os.utime(folder)
+        return Searcher.open(folder)
+
+
+def _remove_old(base: Path) -> None:
+    # An open memory map outlives its file's name, so a job that still reads an old artefact isn't harmed.
+    for old in base.iterdir():
+        if old.is_dir() and time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,223 @@
+"""Raw rows to items, photos and interactions, or to `rejected` with a reason. Knows what a good row is."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from datetime import datetime
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from vlm4rec_spark.sources import PhotoSource, Source
+
+
+class IngestSettings(BaseModel):
+    """Where catalogue, log and photos are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    items: Source = Source()
+    interactions: Source = Source()
+    photos: PhotoSource = PhotoSource()
+
+
+_ITEM_FIELDS = ("item_id", "title", "brand", "category", "parent_id", "region", "price", "available", "first_seen_at")
+_TRUE, _FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+
+
+def parse_items(raw: DataFrame) -> DataFrame:
+    """Catalogue rows of `sources.read` with the columns of `items` (but updated_at), and `reason` where one is bad.
+
+    Of several rows for an item, that of the newest file is taken; two different rows in one file can't both be right,
+    so one of them gets a reason. Identical rows count once.
+    """
+    text = {name: F.col("fields")[name] for name in _ITEM_FIELDS}
+    price = text["price"].try_cast("double")
+    available = F.lower(F.trim(text["available"]))
+    first_seen_at = _timestamp(text["first_seen_at"])
+    reason = _first_of(
+        (_corrupt(), "the row isn't well formed"),
+        (_blank(text["item_id"]), "item_id is missing"),
+        (_given(text["price"]) & price.isNull(), "price is not a number"),
+        (F.isnan(price) | (price < 0) | (price == float("inf")), "price is not a price"),
+        (_given(available) & ~available.isin(*_TRUE, *_FALSE), "available is neither true nor false"),
+        (_given(text["first_seen_at"]) & first_seen_at.isNull(), "first_seen_at is not a time"),
+    )
+    extra = F.map_filter("fields", lambda name, value: name.startswith("attributes.") & value.isNotNull())
+    rows = raw.select(
+        "*",
+        *[text[name].alias(name) for name in ("item_id", "title", "brand", "category", "parent_id", "region")],
+        price.alias("price"),
+        F.transform_keys(extra, lambda name, _: F.substring(name, len("attributes.") + 1, 1_000)).alias("attributes"),
+        (~F.coalesce(available.isin(*_FALSE), F.lit(False))).alias("available"),
+        first_seen_at.alias("first_seen_at"),
+        reason.alias("reason"),
+    )
+    good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
+    newest = Window.partitionBy("item_id").orderBy(F.desc_nulls_last("modified_at"), F.desc("source"), "row")
+    ranked = good.select(
+        "*",
+        F.first("source").over(newest).alias("_source"),
+        F.first("row").over(newest).alias("_row"),
+        F.row_number().over(newest).alias("_rank"),
+    )
+    clash = (F.col("source") == F.col("_source")) & (F.col("row") != F.col("_row"))
+    judged = ranked.select(
+        *rows.drop("reason").columns,
+        F.when(clash, "item_id stands twice in one file, with different values").alias("reason"),
+        (F.col("_rank") > 1).alias("duplicate"),
+    )
+    return judged.unionByName(bad.withColumn("duplicate", F.lit(False)))
+
+
+def parse_interactions(raw: DataFrame, latest: datetime) -> DataFrame:
+    """Log rows of `sources.read` with the columns of `interactions`, and `reason` where one is bad.
+
+    event_time is ISO 8601 or seconds or milliseconds since 1970; an event after `latest` is from the future.
+    """
+    text = {name: F.col("fields")[name] for name in ("event_id", "user_id", "item_id", "event_type", "event_time")}
+    time = _timestamp(text["event_time"])
+    derived = F.sha2(F.to_json(F.struct(*[text[n] for n in ("user_id", "item_id", "event_type", "event_time")])), 256)
+    reason = _first_of(
+        (_corrupt(), "the row isn't well formed"),
+        *[(_blank(text[name]), f"{name} is missing") for name in ("user_id", "item_id", "event_type", "event_time")],
+        (time.isNull(), "event_time is not a time"),
+        (time > F.lit(latest), "event_time lies in the future"),
+    )
+    rows = raw.select(
+        F.when(_blank(text["event_id"]), derived).otherwise(text["event_id"]).alias("event_id"),
+        text["user_id"].alias("user_id"),
+        text["item_id"].alias("item_id"),
+        text["event_type"].alias("event_type"),
+        time.alias("event_time"),
+        time.cast("date").alias("event_date"),
+        "source",
+        "row",
+        reason.alias("reason"),
+    )
+    # Any of the rows with one event_id will do, as long as it's always the same.
+    first = Window.partitionBy("event_id", F.col("reason").isNull()).orderBy("event_time", "row", "source")
+    return rows.withColumn("duplicate", F.col("reason").isNull() & (F.row_number().over(first) > 1))
+
+
+def taken(parsed: DataFrame) -> DataFrame:
+    """The good rows, each key once."""
+    return parsed.where(F.col("reason").isNull() & ~F.col("duplicate"))
+
+
+def rejected(parsed: DataFrame, kind: str) -> DataFrame:
+    """The bad rows in the shape of the table `rejected`; identical ones together."""
+    return (
+        parsed.where(F.col("reason").isNotNull())
+        .select(F.concat(F.lit(f"{kind} "), F.coalesce("source", F.lit(""))).alias("source"), "row", "reason")
+        .groupBy("source", "row").agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies"))
+    )  # fmt: skip
+
+
+def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
+    """Photo files (item_id, position, uri, …) with `reason` where a file can't be an item's photo."""
+    known = files.join(items.select("item_id", F.lit(True).alias("known")), on="item_id", how="left")
+    place = Window.partitionBy("item_id", "position").orderBy("uri")
+    reason = _first_of(
+        (F.col("item_id").isNull(), "the file name doesn't fit ingest.photos.file_name"),
+        (F.col("known").isNull(), "no such item in the catalogue"),
+        (F.row_number().over(place) > 1, "the item has another photo at this position"),
+    )
+    return known.select("item_id", "position", "uri", reason.alias("reason"))
+
+
+def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) -> DataFrame:
+    """The photos to look at, with what `photos` knows of each as known_bytes and known_at. No photo is opened.
+
+    With a listing (`files`: uri, bytes, modified_at) a photo that `photos` holds unchanged is left out; without one,
+    the executor that would read it asks for its size and time first.
+    """
+    known = photos.select("item_id", "position", "uri", F.col("bytes").alias("known_bytes"),
+                          F.col("modified_at").alias("known_at"))  # fmt: skip
+    rows = rows.join(known, on=["item_id", "position", "uri"], how="left")
+    if files is None:
+        return rows.withColumn("modified_at", F.lit(None).cast("timestamp"))
+    same = (F.col("bytes") == F.col("known_bytes")) & F.col("modified_at").eqNullSafe(F.col("known_at"))
+    listed = rows.join(files.select("uri", "bytes", "modified_at"), on="uri", how="inner")
+    return listed.where(~F.coalesce(same, F.lit(False)))
+
+
+def read_photos(rows: DataFrame) -> DataFrame:
+    """Read what `changed_photos` says on executors: the columns of `photos`, and `reason` for an unreadable one."""
+    return rows.select("item_id", "position", "uri", "modified_at", "known_bytes", "known_at").mapInPandas(
+        _read_batches,
+        "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
+        "modified_at TIMESTAMP, reason STRING",
+    )
+
+
+def photos_in_rows(raw: DataFrame, column: str) -> DataFrame:
+    """Photos that came as bytes in a catalogue column, in the shape of `read_photos`."""
+    image = F.col(f"`{column}`")
+    return raw.select(
+        F.col("fields")["item_id"].alias("item_id"),
+        F.lit(0).alias("position"),
+        F.lit(None).cast("string").alias("uri"),
+        image.alias("image"),
+        F.sha2(image, 256).alias("image_sha256"),
+        F.length(image).cast("bigint").alias("bytes"),
+        F.col("modified_at"),
+        F.lit(None).cast("string").alias("reason"),
+    ).where(image.isNotNull())
+
+
+def _read_batches(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    for batch in batches:
+        # A few photos at a time leave the worker: an Arrow batch of 10,000 photos would be gigabytes.
+        for start in range(0, len(batch), 32):
+            read = [_read_photo(row) for row in batch.iloc[start : start + 32].to_dict("records")]
+            yield pd.DataFrame([row for row in read if row is not None], columns=_PHOTO_COLUMNS)
+
+
+_PHOTO_COLUMNS = ["item_id", "position", "uri", "image", "image_sha256", "bytes", "modified_at", "reason"]
+
+
+def _read_photo(row: dict) -> dict | None:
+    """The photo of a row, or None when it is the one that is known."""
+    import fsspec
+
+    photo = dict.fromkeys(_PHOTO_COLUMNS) | {name: row[name] for name in ("item_id", "position", "uri", "modified_at")}
+    try:
+        files, path = fsspec.core.url_to_fs(re.sub(r"^file:/+", "/", row["uri"]))
+        if pd.isna(row["modified_at"]):
+            photo["modified_at"] = pd.Timestamp(files.modified(path)).tz_convert("UTC").tz_localize(None).floor("ms")
+            if photo["modified_at"] == row["known_at"] and files.size(path) == row["known_bytes"]:
+                return None
+        image = files.cat_file(path)
+    except Exception as unreadable:
+        return photo | {"reason": f"the photo can't be read: {unreadable}"}
+    return photo | {"image": image, "image_sha256": hashlib.sha256(image).hexdigest(), "bytes": len(image)}
+
+
+def _corrupt() -> Column:
+    return F.coalesce(F.get_json_object("row", "$._corrupt_record").isNotNull(), F.lit(False))
+
+
+def _given(text: Column) -> Column:
+    return text.isNotNull() & (F.trim(text) != "")
+
+
+def _blank(text: Column) -> Column:
+    return text.isNull() | (text == "")
+
+
+def _timestamp(text: Column) -> Column:
+    digits = text.rlike(r"^\d{10}$"), text.rlike(r"^\d{13}$")
+    return (
+        F.when(digits[0], F.timestamp_seconds(text.try_cast("bigint")))
+        .when(digits[1], F.timestamp_millis(text.try_cast("bigint")))
+        .otherwise(text.try_cast("timestamp"))
+    )
+
+
+def _first_of(*cases: tuple[Column, str]) -> Column:
+    return F.coalesce(*[F.when(F.coalesce(condition, F.lit(False)), F.lit(reason)) for condition, reason in cases])

@@ -1,0 +1,189 @@
+"""Profiles to everybody's k best items: calibrate the search on this run's profiles, then one pass.
+
+Knows exclusions, recall and reasons; candidates come from the searcher, the order from `models/ranking.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from vlm4rec_spark.models.ranking import flat_exclusions, nearest, top_k
+from vlm4rec_spark.models.searcher import Effort, Searcher
+
+_TERMS = 3
+_SCORES_AT_ONCE = 2**24
+"""Exact search holds one float32 per query and item: 64 MB of them at a time."""
+
+
+class RecommendSettings(BaseModel):
+    """How many items, and how much of an exact search's list the approximate one must find."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    k: int = Field(10, ge=1)
+    recall: float = Field(0.95, gt=0, le=1)
+    recall_sample: int = Field(1_000, ge=1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The search to use (None: exact) and the recall@k measured on `users` profiles with its lower 95 % bound."""
+
+    effort: Effort | None
+    recall: float
+    low: float
+    users: int
+
+    def words(self, leaves: int) -> str:
+        if self.effort is None:
+            return "exact"
+        return f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
+
+
+def calibrate(searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int, promise: float) -> Calibration:
+    """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise, on `sample`.
+
+    `sample` holds embedding and seen of some profiles. Exact search when no effort holds it.
+    """
+    if not searcher.approximate or len(sample) == 0:
+        return Calibration(None, 1.0, 1.0, len(sample))
+    queries, seen = _queries(sample["embedding"].combine_chunks()), sample["seen"].combine_chunks()
+    excluded = _positions(seen, searcher)
+    truth, _ = best(searcher, queries, excluded, eligible, k, None)
+    leaves, candidates = max(1, searcher.manifest["leaves"] // 16), max(100, 10 * k)
+    while leaves < searcher.manifest["leaves"]:
+        effort = Effort(leaves, candidates)
+        found, _ = best(searcher, queries, excluded, eligible, k, effort)
+        shares = _recall(found, truth)
+        low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))
+        if low >= promise:
+            return Calibration(effort, float(shares.mean()), float(low), len(shares))
+        leaves, candidates = 2 * leaves, min(2 * candidates, len(searcher))
+    return Calibration(None, 1.0, 1.0, len(sample))
+
+
+def eligible_items(searcher: Searcher, withdrawn: Sequence[str]) -> np.ndarray:
+    """bool (items,): False for the items that must not be recommended."""
+    eligible = np.ones(len(searcher), bool)
+    positions = searcher.positions(withdrawn)
+    eligible[positions[positions >= 0]] = False
+    return eligible
+
+
+def best(
+    searcher: Searcher, queries: np.ndarray, excluded: list[np.ndarray], eligible: np.ndarray, k: int,
+    effort: Effort | None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
+
+    With an `effort`, candidates are over-fetched by the exclusions, and users who fall short are searched exactly.
+    """
+    tops, scores = [], []
+    rows = max(1, _SCORES_AT_ONCE // len(searcher)) if effort is None else 1_024
+    for start in range(0, len(queries), rows):
+        block, block_excluded = queries[start : start + rows], excluded[start : start + rows]
+        exclusions = flat_exclusions(block_excluded, len(searcher))
+        if effort is None:
+            found = searcher.exact(block)
+        else:
+            most = max(len(positions) for positions in block_excluded)
+            found = searcher.search(block, Effort(effort.leaves, max(effort.candidates, k + most)))
+        top, score = top_k(*found, exclusions, eligible, k)
+        short = np.flatnonzero(top[:, -1] < 0)
+        if effort is not None and len(short):
+            top[short], score[short] = best(
+                searcher, block[short], [block_excluded[user] for user in short], eligible, k, None
+            )
+        tops.append(top)
+        scores.append(score)
+    return np.concatenate(tops), np.concatenate(scores)
+
+
+def recommend(
+    profiles: DataFrame, open_searcher: Callable[[], Searcher], withdrawn: Sequence[str], k: int, effort: Effort | None
+) -> DataFrame:
+    """user_id, items, k, index_id of every profile that has a vector; items in rank order with the reason."""
+
+    def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        searcher = open_searcher()
+        eligible = eligible_items(searcher, withdrawn)
+        for batch in batches:
+            if len(batch):
+                yield _ranked(batch, searcher, eligible, k, effort)
+
+    item = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
+            "source: STRING, collapsed: ARRAY<STRING>>")  # fmt: skip
+    return (
+        profiles.where(F.col("embedding").isNotNull())
+        .select("user_id", "embedding", "seen", "history.item_id")
+        .withColumnRenamed("item_id", "history")
+        .mapInArrow(rank, f"user_id STRING, items ARRAY<{item}>, k INT, index_id STRING")
+    )
+
+
+def _ranked(
+    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None
+) -> pa.RecordBatch:
+    queries = _queries(batch.column("embedding"))
+    top, scores = best(searcher, queries, _positions(batch.column("seen"), searcher), eligible, k, effort)
+    histories = _positions(batch.column("history"), searcher)
+    kept = top >= 0
+    because = np.full(top.shape, -1, np.int64)
+    for user, history in enumerate(histories):
+        history = history[history >= 0]
+        if len(history) and kept[user].any():
+            because[user, kept[user]] = history[nearest(history, searcher.vectors, top[user, kept[user]])]
+    chosen, reasons = top[kept], because[kept]
+    terms = [shared_terms(searcher, item, reason) for item, reason in zip(chosen, reasons, strict=True)]
+    items = pa.StructArray.from_arrays(
+        [
+            pa.array(searcher.ids[chosen], pa.string()),
+            pa.array(scores[kept]),
+            pa.array(searcher.ids[reasons], pa.string(), mask=reasons < 0),
+            pa.array(terms, pa.list_(pa.string())),
+            pa.array(["content"] * len(chosen), pa.string()),
+            pa.array([[]] * len(chosen), pa.list_(pa.string())),
+        ],
+        names=["item_id", "score", "because_item_id", "because_terms", "source", "collapsed"],
+    )
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
+    return pa.RecordBatch.from_arrays(
+        [
+            batch.column("user_id"),
+            pa.ListArray.from_arrays(pa.array(offsets), items),
+            pa.array(np.full(len(batch), k, np.int32)),
+            pa.array([searcher.index_id] * len(batch)),
+        ],
+        names=["user_id", "items", "k", "index_id"],
+    )
+
+
+def shared_terms(searcher: Searcher, item: int, reason: int) -> list[str]:
+    """The most telling words that the texts of both items hold; none without a reason."""
+    if reason < 0:
+        return []
+    other = set(searcher.terms[reason])
+    return [word for word in searcher.terms[item] if word in other][:_TERMS]
+
+
+def _recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Share of each user's exact list that was found; users without a list are left out."""
+    hits = (found[:, :, None] == truth[:, None, :]) & (truth[:, None, :] >= 0)
+    length = (truth >= 0).sum(axis=1)
+    return hits.any(axis=1).sum(axis=1)[length > 0] / length[length > 0]
+
+
+def _queries(embedding: pa.ListArray) -> np.ndarray:
+    return np.asarray(embedding.flatten(), np.float32).reshape(len(embedding), -1)
+
+
+def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
+    positions = searcher.positions(items.flatten().to_pylist())
+    return np.split(positions, np.cumsum(np.asarray(items.value_lengths()))[:-1])
