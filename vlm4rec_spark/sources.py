@@ -5,9 +5,10 @@ Knows formats, column mappings and where a row stood; judges no row (`stages/ing
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -28,14 +29,28 @@ class Source(BaseModel):
 
 
 class PhotoSource(BaseModel):
-    """Where photos come from: a folder of files named after the items, or a column of the catalogue."""
+    """Where photos come from: a folder of files named after the items, or a column of the catalogue.
+
+    `file_name` is a regular expression (Java's) with two groups: the item's id, and the photo's position or nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str = ""
-    file_name: str = Field(r"(?P<item_id>.+?)(?:\.(?P<position>\d{1,3}))?\.[A-Za-z0-9]+", min_length=1)
+    file_name: str = Field(r"(.+?)(?:\.(\d{1,3}))?\.[A-Za-z0-9]+", min_length=1)
     path_column: str = ""
     bytes_column: str = ""
+
+    @field_validator("file_name")
+    @classmethod
+    def _two_groups(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as wrong:
+            raise ValueError(f"not a regular expression: {wrong}") from None
+        if groups != 2:
+            raise ValueError(f"it needs two groups, item_id and position, and has {groups}")
+        return pattern
 
 
 def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
@@ -87,7 +102,7 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
     except AnalysisException as missing:
         raise UsageError(f"ingest.photos.folder: {_first_line(missing)}") from None
     name = F.regexp_extract("uri", "([^/]+)$", 1)
-    pattern = "^" + photos.file_name.replace("(?P<", "(?<") + "$"
+    pattern = f"^{photos.file_name}$"
     fits = name.rlike(pattern)
     item, position = (F.regexp_extract(name, pattern, group) for group in (1, 2))
     return files.select(

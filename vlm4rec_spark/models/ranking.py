@@ -37,7 +37,7 @@ def top_k(
         allowed &= exclusions[np.minimum(found, len(exclusions) - 1)] != codes
     # One integer per candidate that orders by rounded score, then by position: a full order, so the cut is stable.
     rounded = np.round(np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS).astype(np.int64)
-    order = np.where(allowed, rounded * items + (items - 1 - positions), np.iinfo(np.int64).min)
+    order = np.where(allowed, rounded * items + (items - 1 - positions), -np.iinfo(np.int64).max)
     width = min(k, positions.shape[1])
     part = np.argpartition(-order, width - 1, axis=1)[:, :width] if width < positions.shape[1] else None
     chosen = np.broadcast_to(np.arange(positions.shape[1]), positions.shape) if part is None else part

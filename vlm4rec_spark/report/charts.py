@@ -31,8 +31,9 @@ _STYLE = {
 }
 
 
-def intervals(metrics: Sequence[Metric], highlight: str, limit: float) -> str:
-    """One metric's value and 95 % interval per arm, in the order given, top to bottom; the x axis ends at `limit`."""
+def intervals(metrics: Sequence[Metric], highlight: str) -> str:
+    """One metric's value and 95 % interval per arm, in the order given, top to bottom."""
+    most = max((metric.high or metric.value or 0 for metric in metrics), default=0) or 1
 
     def draw(axes: Axes) -> None:
         for place, metric in enumerate(metrics):
@@ -42,19 +43,15 @@ def intervals(metrics: Sequence[Metric], highlight: str, limit: float) -> str:
                 continue
             low = metric.value if metric.low is None else metric.low
             high = metric.value if metric.high is None else metric.high
-            axes.hlines(place, low, high, color=colour, linewidth=3, alpha=0.35)
-            axes.plot([metric.value], [place], "o", color=colour, markersize=6.5)
-            # Written where the axis has room: to the right of an interval, unless it ends near the edge.
-            near_edge = high > 0.8 * limit
-            axes.text(
-                (low if near_edge else high) + (-0.025 if near_edge else 0.025) * limit, place, f"{metric.value:.3f}",
-                va="center", ha="right" if near_edge else "left", color=colour, size=9,
-            )  # fmt: skip
+            axes.hlines(place, 0, metric.value, color=RULE, linewidth=1, linestyle=(0, (1, 2)))
+            axes.hlines(place, low, high, color=colour, linewidth=4, alpha=0.35)
+            axes.plot([metric.value], [place], "o", color=colour, markersize=4.5)
+            axes.text(high + 0.03 * most, place, f"{metric.value:.3f}", va="center", color=colour, size=9)
         axes.set_yticks(range(len(metrics)), [metric.arm.replace("_", " + ") for metric in metrics])
         axes.set_ylim(len(metrics) - 0.5, -0.5)
-        axes.set_xlim(-0.02 * limit, limit)
+        axes.set_xlim(0, 1.2 * most)
 
-    return _svg(draw, width=4.0, height=0.6 + 0.34 * len(metrics))
+    return _svg(draw, width=3.7, height=0.6 + 0.33 * len(metrics))
 
 
 def durations(runs: Sequence[Run]) -> str:
@@ -67,9 +64,9 @@ def durations(runs: Sequence[Run]) -> str:
             axes.text(run.seconds + 0.012 * longest, place, f"{run.seconds:,.1f} s", va="center", color=INK, size=9)
         axes.set_yticks(range(len(runs)), [run.stage.replace("_", " ") for run in runs])
         axes.set_ylim(len(runs) - 0.5, -0.5)
-        axes.set_xlim(0, 1.16 * longest)
+        axes.set_xlim(0, 1.2 * longest)
 
-    return _svg(draw, width=6.4, height=0.6 + 0.3 * len(runs))
+    return _svg(draw, width=5.0, height=0.5 + 0.27 * len(runs))
 
 
 def _svg(draw, width: float, height: float) -> str:  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSetti
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
 
+_ORDER = ("ingest", "import_captions", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export")
 _RUNS_PER_STAGE = 50
 _REASONS = 40
 _EXAMPLE_LENGTH = 240
@@ -28,18 +29,17 @@ _METRICS = 5_000
 def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     """Read what the page shows. A table that isn't there counts as empty."""
     history = _history(tables)
-    delivery, sources = _deliveries(history.get("ingest", ()))
     counts = {
         table.name: tables.read(table).count()
         for table in (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.CAPTIONS, schemas.RECOMMENDATIONS)
     }
     worked = next((run for run in history.get("caption", ()) if run.rows_ok + run.rows_failed), None)
-    runs = [stage_runs[0] for stage_runs in history.values()]
+    # Not its own earlier runs: what it says of the other stages, it can't know of itself.
+    runs = [stage_runs[0] for stage, stage_runs in history.items() if stage != "report"]
     return ReportData(
         counts=counts,
-        runs=tuple(sorted(runs, key=lambda run: (run.started_at, run.stage))),
-        delivery=delivery,
-        sources=sources,
+        runs=tuple(sorted(runs, key=_along_the_way)),
+        sources=_sources(history.get("ingest", ())),
         rejections=_rejections(tables),
         stock=photo_stock(tables, counts["photos"]),
         captions=caption_samples(tables, settings.photos, worked),
@@ -85,18 +85,17 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
     return good
 
 
-def _deliveries(runs: Sequence[Run]) -> tuple[Run | None, tuple[Source, ...]]:
-    """The last run of ingest that brought anything, and per source the last that brought something of it."""
-    sources, brought = [], []
+def _along_the_way(run: Run) -> tuple[int, datetime, str]:
+    return _ORDER.index(run.stage) if run.stage in _ORDER else len(_ORDER), run.started_at, run.stage
+
+
+def _sources(runs: Sequence[Run]) -> tuple[Source, ...]:
+    """Per source, the last run that took anything of it: one that finds nothing new has nothing to tell."""
+    sources = []
     for name in ("items", "photos", "interactions"):
-        found = [(run, _source(name, run)) for run in runs if figures(run.details.get(name))]
-        newest = next(((run, source) for run, source in found if source.taken + source.rejected), None)
-        if newest:
-            brought.append(newest[0])
-        if found:
-            sources.append((newest or found[0])[1])
-    delivery = max(brought, key=lambda run: run.started_at, default=next(iter(runs), None))
-    return delivery, tuple(sources)
+        found = [_source(name, run) for run in runs if figures(run.details.get(name))]
+        sources += [next((source for source in found if source.taken), found[0])] if found else []
+    return tuple(sources)
 
 
 def _source(name: str, run: Run) -> Source:

@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Source:
-    """What the last delivery of items, photos or interactions brought: read = taken + rejected + skipped."""
+    """What the last run that took any items, photos or interactions found of them: read = taken + rejected + skipped."""
 
     name: str
     read: int
@@ -161,14 +161,16 @@ class ReportData:
 
     counts: Mapping[str, int] = field(default_factory=dict)
     runs: tuple[Run, ...] = ()
-    delivery: Run | None = None
-    """The last run of ingest that brought something; a run that finds nothing new has nothing to tell."""
     sources: tuple[Source, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     stock: PhotoStock = PhotoStock()
     captions: Captions = Captions()
     users: tuple[User, ...] = ()
     metrics: tuple[Metric, ...] = ()
+
+    @property
+    def latest_at(self) -> datetime | None:
+        return max((run.started_at for run in self.runs), default=None)
 
     def run(self, stage: str) -> Run | None:
         return next((run for run in self.runs if run.stage == stage), None)

@@ -52,7 +52,7 @@ def _photos(data: ReportData) -> Iterator[Finding]:
     for word, (what, fate) in _KINDS.items():
         count = sum(n for kind, n in data.stock.kinds.items() if word in kind.split(", "))
         yield Finding(what, count, fate if _all_seen(data) else f"{fate} ({data.stock.looked_at:,} photos looked at)")
-    details = _details(data.delivery)
+    details = _details(data.run("ingest"))
     yield Finding("Items without a photo", _int(details, "items_without_photo"), "go by their title")
 
 
@@ -60,7 +60,7 @@ def _log(data: ReportData) -> Iterator[Finding]:
     for source in data.sources:
         what, fate = _REPEATED[source.name]
         yield Finding(what, source.skipped, fate)
-    details = _details(data.delivery)
+    details = _details(data.run("ingest"))
     yield Finding(
         "Events of items that the catalogue lacks", _int(details, "unknown_item_events"), "kept, but count for nobody"
     )

@@ -6,7 +6,7 @@ import math
 from datetime import datetime
 from statistics import median
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from vlm4rec_spark import __version__
@@ -23,8 +23,7 @@ def render(data: ReportData) -> str:
     """The page. Titles, captions and ids come from strangers: everything is escaped but the charts."""
     # Without the file ending that Jinja2 goes by, autoescape has to be said.
     pages = Environment(
-        loader=PackageLoader("vlm4rec_spark.report"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("vlm4rec_spark.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
     pages.filters |= {"count": _count, "share": _share, "duration": _duration, "moment": _moment, "size": _size,
                       "interval": _interval, "alt": _alt, "arm": _arm, "p_value": _p_value}  # fmt: skip
@@ -55,14 +54,14 @@ def _share(number: object) -> str:
         percent = 100 * float(str(number))
     except ValueError:
         return str(number)
-    return f"{percent:.1f} %".replace(".0 %", " %")
+    return f"{percent:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 

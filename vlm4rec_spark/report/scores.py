@@ -21,6 +21,12 @@ class Headline:
     control: Metric
 
     @property
+    def subject(self) -> str:
+        """The arm and its verb, to begin a sentence with."""
+        subject = {"caption": "Captions find", "title": "Titles find", "title_caption": "Titles and captions find"}
+        return subject.get(self.arm.arm, f"{self.arm.arm.replace('_', ' ').capitalize()} finds")
+
+    @property
     def apart(self) -> bool:
         low, high = self.arm.low, self.control.high
         return low is not None and high is not None and low > high
@@ -77,7 +83,6 @@ def _split(metrics: Sequence[Metric], name: str, facts: Mapping[str, object], hi
     arms = sorted({metric.arm for metric in overall}, key=_place(ARMS))
     names = sorted({metric.metric for metric in overall}, key=_place(METRICS))
     found = {(metric.arm, metric.metric): metric for metric in overall}
-    limit = max((metric.high or metric.value or 0 for metric in overall), default=0) * 1.08 or 1
     sliced = [m for m in metrics if (m.split, m.metric, m.k) == (name, "recall", k) and m.slice != "all"]
     return Split(
         title=_SPLITS.get(name, name),
@@ -85,7 +90,7 @@ def _split(metrics: Sequence[Metric], name: str, facts: Mapping[str, object], hi
         facts=facts,
         charts=tuple(
             (METRICS.get(metric, metric), charts.intervals(
-                [found[arm, metric] for arm in arms if (arm, metric) in found], highlight, limit))
+                [found[arm, metric] for arm in arms if (arm, metric) in found], highlight))
             for metric in names
         ),
         by_metric={arm: {METRICS.get(m, m): found[arm, m] for m in names if (arm, m) in found} for arm in arms},
