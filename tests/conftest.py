@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +13,8 @@ from vlm4rec_spark.session import SparkSettings, session
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from vlm4rec_spark.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,17 @@ def spark() -> Iterator[SparkSession]:
     )
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="session")
+def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
+    """A function from a folder and `key=value` settings to a silent pipeline with the fake models of conf/test.yaml."""
+    from vlm4rec_spark.config import load
+    from vlm4rec_spark.pipeline import Pipeline, Voice
+
+    def make(folder: Path, *assignments: str) -> Pipeline:
+        places = (f"tables={folder}/tables", f"index.folder={folder}/index", f"report.path={folder}/report.html")
+        config = load([Path("test.yaml")], [*places, *assignments])
+        return Pipeline(spark, config, Voice(say=lambda line: None, watch=lambda label, rows: nullcontext()))
+
+    return make

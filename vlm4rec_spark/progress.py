@@ -61,4 +61,5 @@ def _lines(spark: SparkSession, console: Console, label: str, rows: int, stop: t
         furthest = max(furthest, rows * _done_share(spark))
         if furthest:
             rate = furthest / (time.monotonic() - started)
-            console.print(f"{label}: {furthest:,.0f} of {rows:,}, {rate:,.0f}/s, {(rows - furthest) / rate:,.0f} s left")
+            left = (rows - furthest) / rate
+            console.print(f"{label}: {furthest:,.0f} of {rows:,}, {rate:,.0f}/s, {left:,.0f} s left")

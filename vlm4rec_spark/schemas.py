@@ -6,6 +6,7 @@ Knows names and types only; `tables.py` turns a record into a Delta table and th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from pyspark.sql.types import StructType
 
@@ -30,7 +31,7 @@ class Table:
 
     @property
     def schema(self) -> StructType:
-        return StructType.fromDDL(self.ddl)
+        return cast(StructType, StructType.fromDDL(self.ddl))
 
     @property
     def columns(self) -> list[str]:

@@ -69,9 +69,11 @@ def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
         raise RunError(f"{key}: the {source.format} source can't be read: {_first_line(broken)}") from None
     absent = [f"{ours} ← {theirs}" for ours, theirs in source.columns.items() if theirs not in names]
     if absent:
-        raise UsageError(f"{key}.columns: {', '.join(absent)}: no such column in the source. It has: {', '.join(names)}.")
+        there = ", ".join(names)
+        raise UsageError(f"{key}.columns: {', '.join(absent)}: no such column in the source. It has: {there}.")
     mapped = set(source.columns.values())
-    fields = source.columns | {name: name for name in names if name not in mapped and not name.startswith("_")}
+    # Last, so that a name that the config maps wins over a source column that happens to bear it.
+    fields = {name: name for name in names if name not in mapped and not name.startswith("_")} | source.columns
     binary = [field.name for field in raw.schema if field.dataType.typeName() == "binary"]
     shown = [F.col(f"`{name}`") for name in names if name not in binary]
     pairs = [
@@ -114,10 +116,9 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
 
 def _files(spark: SparkSession, paths: tuple[str, ...]) -> DataFrame:
     # Without its content column, this reader only lists: no byte of a file is read.
-    return (
-        spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(list(paths))
-        .select(F.col("path").alias("uri"), F.col("length").alias("bytes"), F.col("modificationTime").alias("modified_at"))
-    )  # fmt: skip
+    files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(list(paths))
+    names = {"path": "uri", "length": "bytes", "modificationTime": "modified_at"}
+    return files.select(*[F.col(theirs).alias(ours) for theirs, ours in names.items()])
 
 
 def _load(spark: SparkSession, source: Source) -> DataFrame:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from delta.tables import DeltaTable
-from pyspark.sql import DataFrame, SparkSession
+from delta.tables import DeltaMergeBuilder, DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.types import DataType, MapType, StructType
 
 from vlm4rec_spark.errors import RunError
@@ -35,6 +36,8 @@ class Tables:
         """
         if not self.named:
             self._probe()
+        elif not self.spark.catalog.databaseExists(self.location):
+            raise RunError(f"tables: there is no schema {self.location}. Create it, or name a folder with a / in it.")
         for table in TABLES.values():
             if self.exists(table):
                 _check_schema(table, self.read(table).schema, self.place(table))
@@ -57,7 +60,7 @@ class Tables:
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
         """Current version of each table that exists."""
         return {
-            table.name: self._delta(table).history(1).select("version").head()[0]
+            table.name: self._delta(table).history(1).select("version").collect()[0][0]
             for table in tables
             if self.exists(table)
         }
@@ -67,7 +70,7 @@ class Tables:
         return rows.join(self.read(table).select(*table.key), on=list(table.key), how="left_anti")
 
     def insert(self, table: Table, rows: DataFrame) -> int:
-        """Add the rows whose key is new; returns how many. Two writers can't make a key twice. Keys must be distinct."""
+        """Add the rows whose key is new, and say how many. Keys in `rows` are distinct; two writers can't clash."""
         self._create(table)
         merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
         return _inserted(merge.whenNotMatchedInsertAll().execute())
@@ -105,26 +108,31 @@ class Tables:
         else:
             self._filesystem(f"{self.location}/{place}").delete(self._path(f"{self.location}/{place}"), True)
 
-    def _write_changes(self, table: Table, merge, keep: Sequence[str]):  # type: ignore[no-untyped-def]
+    def _write_changes(self, table: Table, merge: DeltaMergeBuilder, keep: Sequence[str]) -> DeltaMergeBuilder:
         frozen = {*table.key, *keep}
         compared = [field for field in table.schema if field.name not in frozen | set(table.volatile)]
         differs = " OR ".join(f"NOT ({_comparable('old', f.name, f.dataType)} <=> "
                               f"{_comparable('new', f.name, f.dataType)})" for f in compared)  # fmt: skip
-        updates = {name: f"new.`{name}`" for name in table.columns if name not in frozen}
+        updates: dict[str, str | Column] = {name: f"new.`{name}`" for name in table.columns if name not in frozen}
         return merge.whenMatchedUpdate(condition=differs, set=updates).whenNotMatchedInsertAll()
 
     def _create(self, table: Table) -> None:
         if self.exists(table):
             return
-        builder = DeltaTable.createIfNotExists(self.spark).addColumns(table.schema).comment(table.comment)
-        builder = builder.tableName(self.place(table)) if self.named else builder.location(self.place(table))
-        for name, check in table.checks:
-            builder = builder.property(f"delta.constraints.{name}", check)
+        # SQL, because the builder's names have two parts at most, and a catalog's tables have three.
+        properties = {f"delta.constraints.{name}": check for name, check in table.checks}
         if table.feed:
-            builder = builder.property("delta.enableChangeDataFeed", "true")
-        if table.cluster:
-            builder = builder.clusterBy(*table.cluster)
-        builder.execute()
+            properties["delta.enableChangeDataFeed"] = "true"
+        listed = ", ".join(f"{_quoted(key)} = {_quoted(value)}" for key, value in properties.items())
+        self.spark.sql(
+            f"CREATE TABLE IF NOT EXISTS {self._sql_name(table)} ({table.ddl}) USING DELTA "
+            + (f"CLUSTER BY ({', '.join(table.cluster)}) " if table.cluster else "")
+            + f"COMMENT {_quoted(table.comment)}"
+            + (f" TBLPROPERTIES ({listed})" if listed else "")
+        )
+
+    def _sql_name(self, table: Table) -> str:
+        return self.place(table) if self.named else f"delta.`{self.place(table)}`"
 
     def _delta(self, table: Table) -> DeltaTable:
         if self.named:
@@ -145,11 +153,16 @@ class Tables:
             raise RunError(f"tables: nothing can be written to {self.location} ({reason}). Check the path and its "
                            "permissions, or name another place with --set tables=…") from None  # fmt: skip
 
-    def _path(self, uri: str):  # type: ignore[no-untyped-def]
+    def _path(self, uri: str) -> Any:
+        assert self.spark._jvm is not None
         return self.spark._jvm.org.apache.hadoop.fs.Path(uri)
 
-    def _filesystem(self, uri: str):  # type: ignore[no-untyped-def]
+    def _filesystem(self, uri: str) -> Any:
         return self._path(uri).getFileSystem(self.spark._jsparkSession.sessionState().newHadoopConf())
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _same_key(table: Table) -> str:
@@ -174,5 +187,5 @@ def _check_schema(table: Table, found: StructType, place: str) -> None:
     wrong += [f"{name} isn't known" for name in there.keys() - expected.keys()]
     wrong += [f"{name} is {there[name]}, expected {expected[name]}" for name in expected.keys() & there.keys()
               if expected[name] != there[name]]  # fmt: skip
-    raise RunError(f"The table {place} has another schema than this release of vlm4rec_spark: {'; '.join(sorted(wrong))}. "
+    raise RunError(f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
                    "Name another place with --set tables=…, or move the table away.")  # fmt: skip

@@ -31,8 +31,11 @@ def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, ta
     return photos.mapInPandas(_captioner_udf(settings, prompt), RESULT)
 
 
-def _captioner_udf(settings: CaptionSettings, prompt: str) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    def caption(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+Batches = Iterator[pd.DataFrame]
+
+
+def _captioner_udf(settings: CaptionSettings, prompt: str) -> Callable[[Batches], Batches]:
+    def caption(batches: Batches) -> Batches:
         rows = (row for batch in batches for row in batch.to_dict("records"))
         while some := list(islice(rows, settings.batch_size)):
             captioner = _captioner(settings.model)
@@ -42,7 +45,7 @@ def _captioner_udf(settings: CaptionSettings, prompt: str) -> Callable[[Iterator
 
 
 def caption_batch(captioner: Captioner, rows: list[dict], prompt: str, max_side: int) -> list[dict]:
-    """A result row per row. A photo that can't be decoded, or on which the model fails alone, is a row with an error."""
+    """A result row per row; a photo that can't be decoded, or on which the model fails alone, is one with an error."""
     results, images = {}, {}
     for row in rows:
         try:

@@ -89,7 +89,7 @@ def import_captions(
     format: Annotated[str, typer.Option(help="csv, json, parquet or delta.")] = "csv",
     column: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a column in the source, such as text=description; repeatable.", metavar="OURS=THEIRS"),
+        typer.Option(help="A column's name in the source: text=description; repeatable.", metavar="OURS=THEIRS"),
     ] = None,
     config: Files = None,
     set_: Assignments = None,

@@ -33,7 +33,7 @@ def run_import(path: str, kind: str, columns: Sequence[str], files: Sequence[Pat
         raise UsageError(f"--column {wrong[0]}: write it as ours=theirs, such as --column text=description.")
     if kind not in ("csv", "json", "parquet", "delta"):
         raise UsageError(f"--format {kind}: it is csv, json, parquet or delta.")
-    source = Source(path=(path,), format=kind, columns=pairs)  # type: ignore[arg-type]
+    source = Source(path=(path,), format=kind, columns=pairs)
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
         _show([pipeline.import_captions(source)], console)
 

@@ -50,7 +50,7 @@ def renderings(cache: Path, count: int, workers: int) -> tuple[np.ndarray, np.nd
                 photos[i], labels[i] = photo, label
                 if (i + 1) % 2_000 == 0:
                     rate = (i + 1) / (time.monotonic() - started)
-                    print(f"drawn {i + 1:,} of {count:,}, {rate:.0f}/s, {(count - i - 1) / rate:.0f} s left", flush=True)
+                    print(f"drawn {i + 1:,} of {count:,}, {rate:.0f}/s, {(count - i) / rate:.0f} s left", flush=True)
         np.savez(cache, photos=photos, labels=labels)
     with np.load(cache) as stored:
         return stored["photos"], stored["labels"]
@@ -69,8 +69,8 @@ def build():  # type: ignore[no-untyped-def]
         PreTrainedTokenizerFast,
     )
 
-    said = sentence({name: " ".join(values) for name, values in ATTRIBUTES.items()} | {"style": "classic"})
-    said += " ".join(sentence({n: v[0] for n, v in ATTRIBUTES.items()} | {"style": s}) for s in ATTRIBUTES["style"])
+    first = {name: values[0] for name, values in ATTRIBUTES.items()}
+    said = " ".join(sentence(first | {name: value}) for name, values in ATTRIBUTES.items() for value in values)
     splitter = pre_tokenizers.Whitespace()
     words = sorted({word for word, _ in splitter.pre_tokenize_str(said)} | {"answer", ":"})
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -99,7 +99,7 @@ def build():  # type: ignore[no-untyped-def]
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),
         image_token_index=4, vision_feature_layer=-1, vision_feature_select_strategy="default",
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
@@ -141,10 +141,11 @@ def train(out: Path, work: Path, steps: int, batch: int, count: int, seed: int) 
         if (step + 1) % 50 == 0:
             rate = (step + 1 - first) / (time.monotonic() - started)
             print(f"step {step + 1}/{steps}, loss {loss.item():.3f}, seen right {looked:.2f}, "
-                  f"{rate * batch:.0f} photos/s, {(steps - step - 1) / rate / 60:.0f} min left", flush=True)  # fmt: skip
+                  f"{rate * batch:.0f} photos/s, {(steps - step) / rate / 60:.0f} min left", flush=True)  # fmt: skip
         if (step + 1) % 250 == 0:
-            torch.save({"model": model.state_dict(), "heads": heads.state_dict(), "step": step + 1,
-                        "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}, checkpoint)  # fmt: skip
+            parts = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(state | {"step": step + 1}, checkpoint)
     model.eval().half().save_pretrained(out)
     processor.save_pretrained(out)
 
@@ -162,10 +163,10 @@ def _pixels(photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
 
 
 def _loss(model, heads, processor, pixels, labels, answers, rng):  # type: ignore[no-untyped-def]
-    """Loss of the answer's words plus that of linear heads on the pooled vision tower, and how often these are right.
+    """Loss of the answer's words and of linear heads on the pooled tower, and how often the heads are right.
 
-    The heads only teach the tower what to look for; they aren't saved. The prompt is a random number of unknown words,
-    so that the answer doesn't depend on the prompt.
+    The heads only teach the tower what to look for; they aren't saved. The prompt is a random number of unknown
+    words, so that the answer doesn't depend on the prompt.
     """
     vocabulary = processor.tokenizer.convert_tokens_to_ids
     asked = [vocabulary("<unk>")] * int(rng.integers(4, 60)) + [vocabulary("answer"), vocabulary(":")]

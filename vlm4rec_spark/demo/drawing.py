@@ -45,7 +45,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """Every attribute with its possible values."""
 
-_CREAM = np.float32([246, 240, 222])
+_CREAM = np.array([246, 240, 222], np.float32)
 
 
 def sentence(attributes: Mapping[str, str]) -> str:
@@ -77,7 +77,7 @@ class _Camera:
 
     def box(self, x: Plane, y: Plane) -> tuple[Plane, Plane]:
         """Positions in the photo, from -1 to 1, as points of the product's box."""
-        back = np.float32(self.turn.T / self.scale)
+        back = (self.turn.T / self.scale).astype(np.float32)
         x, y = x - np.float32(self.centre[0]), y - np.float32(self.centre[1])
         return x * back[0, 0] + y * back[1, 0], x * back[0, 1] + y * back[1, 1]
 
@@ -93,10 +93,10 @@ def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image
     ImageDraw.Draw(fabric).polygon(camera.pixels(shape.outline), fill=255)
     cover = np.asarray(fabric.reduce(2), dtype=np.float32)[..., None] / 255
 
-    colour = np.float32(_COLOURS[attributes["colour"]]) + np.float32(rng.uniform(-12, 12, size=3))
+    colour = np.array(_COLOURS[attributes["colour"]], np.float32) + rng.uniform(-12, 12, size=3).astype(np.float32)
     second = pattern(attributes["pattern"], u, v, rng)[..., None]
     shade, gloss = material(attributes["material"], u, v, rng)
-    side = np.float32(rng.uniform(-0.12, 0.12, size=2))
+    side = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
     surface = (colour + (_CREAM - colour) * second) * (shade + side[0] * u + side[1] * v)[..., None]
     surface += (255 - surface) * gloss[..., None]
 

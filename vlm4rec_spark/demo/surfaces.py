@@ -45,7 +45,7 @@ def pattern(name: str, u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
 
 def material(name: str, u: Plane, v: Plane, rng: np.random.Generator) -> tuple[Plane, Plane]:
     """(shade, gloss) at each point: the colour is multiplied by the one, and white is mixed in by the other."""
-    phase = rng.uniform(0, 6.28, size=4)
+    phase = rng.uniform(0, 6.28, size=4).astype(np.float32)  # a float64 would make every array one
     folds = np.sin(3.1 * u + 1.7 * v + phase[0]) * np.sin(2.3 * v - 0.9 * u + phase[1])
     none = np.zeros_like(u)
     match name:
@@ -73,7 +73,7 @@ def background(x: Plane, y: Plane, rng: np.random.Generator) -> np.ndarray:
     """The place a photo is taken in: shape (height, width, 3), 0 to 255. x and y run from -1 to 1 over the photo."""
     wall = rng.uniform(130, 245) + rng.uniform(-22, 22, size=3)
     floor = rng.uniform(90, 235) + rng.uniform(-26, 26, size=3)
-    slope = rng.uniform(-0.2, 0.2, size=2)
+    slope = rng.uniform(-0.2, 0.2, size=2).astype(np.float32)
     light = (1 + slope[0] * x + slope[1] * y)[..., None]
     match rng.integers(4):
         case 0:  # a cut-out on white

@@ -50,7 +50,7 @@ def _piping(pen: ImageDraw.ImageDraw, shape: Shape, place: Place) -> None:
     pen.line(edge, fill=_DEEP_GOLD, width=15, joint="curve")
     pen.line(edge, fill=_GOLD, width=10, joint="curve")
     for drop in (-0.24, 0.0, 0.24):
-        _disc(pen, place, np.array(shape.emblem) + (0, drop), 0.085, _GOLD, _DEEP_GOLD)
+        _disc(pen, place, np.add(shape.emblem, (0, drop)), 0.085, _GOLD, _DEEP_GOLD)
 
 
 def _lace(pen: ImageDraw.ImageDraw, shape: Shape, place: Place) -> None:

@@ -7,6 +7,7 @@ An arm named after a representation of `embeddings` runs through the ordinary in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import date, datetime
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,14 @@ class EvaluateSettings(BaseModel):
     max_users: int = Field(100_000, ge=1)
     seed: int = 0
 
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _time(cls, cut: object) -> object:
+        # YAML reads 2025-05-01 as a date.
+        if isinstance(cut, str):
+            datetime.fromisoformat(cut)
+        return str(cut) if isinstance(cut, date) else cut
+
     @field_validator("splits")
     @classmethod
     def _known(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,7 +54,8 @@ def candidates(embeddings: DataFrame, items: DataFrame, arms: tuple[str, ...]) -
     """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
     needed = [arm for arm in arms if arm not in BASELINES]
     real = embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
-    complete = real.groupBy("item_id").agg(F.countDistinct("representation").alias("n")).where(F.col("n") == len(needed))
+    counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
+    complete = counted.where(F.col("there") == len(needed))
     available = items.where("available").select("item_id")
     return available.join(complete, on="item_id", how="left_semi") if needed else available
 

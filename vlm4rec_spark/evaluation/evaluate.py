@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation import arms, splits
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.evaluation.inference import bootstrap_interval, paired_p_value
@@ -39,13 +39,14 @@ def evaluate(
     spark: SparkSession, tables: Tables, settings: EvaluateSettings, profile: profiles.ProfileSettings,
     say: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, str]]:  # fmt: skip
-    """Rows of `metrics` (without run_id) and, per split, what was judged. Raises RunError when nobody can be judged."""
+    """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged."""
     rows, details = [], {}
     candidates = arms.candidates(tables.embeddings, tables.items, settings.arms).persist()
     there = candidates.count()
     available = tables.items.where("available").count()
     if not there:
-        raise RunError(f"evaluate: no available item has all of {', '.join(settings.arms)}. Run caption and embed.")
+        say(f"nothing to judge: no available item has a vector of its own in each of {', '.join(settings.arms)}")
+        return [], {}
     for split in settings.splits:
         cut = None
         if split == "time":
@@ -56,7 +57,8 @@ def evaluate(
         judged = _judged(splits.relevant(known, hidden, candidates), settings).persist()
         users = judged.count()
         if not users:
-            raise RunError(f"evaluate: no user has a new item after the cut {cut or '(last event)'}: nothing to judge.")
+            say(f"{split}: nobody to judge, no user has a new item after {cut or 'the first event'}")
+            continue
         histories = (
             profiles.histories(known, tables.items, profile)
             .join(judged.select("user_id"), on="user_id", how="left_semi").persist()
@@ -66,7 +68,7 @@ def evaluate(
             say(f"{split}: {arm}, {users:,} users, {there:,} candidates")
             ranked = _lists(spark, arm, tables, known, histories, candidates, settings)
             lists[arm] = _collected(judged, ranked)
-        sizes = histories.select("user_id", F.size("seen").alias("seen")).toPandas().set_index("user_id")["seen"]
+        sizes = _pandas(histories.select("user_id", F.size("seen").alias("seen"))).set_index("user_id")["seen"]
         rows += list(_rows(split, lists, sizes, settings))
         share = 1 - there / available
         details[split] = json.dumps(
@@ -93,7 +95,7 @@ def _lists(
             candidates.join(known.groupBy("item_id").agg(F.count(F.lit(1)).alias("events")), on="item_id", how="left")
             .select("item_id", F.coalesce("events", F.lit(0)).alias("events")).orderBy("item_id")
         )  # fmt: skip
-        scores = counts.toPandas().set_index("item_id")["events"]
+        scores = _pandas(counts).set_index("item_id")["events"]
         return arms.scored_lists(histories, scores, settings.k, settings.seed if arm == "random" else None)
     rows = (
         tables.embeddings.where((F.col("representation") == arm) & ~F.col("fallback"))
@@ -112,9 +114,13 @@ def _lists(
 
 def _collected(judged: DataFrame, lists: DataFrame) -> pd.DataFrame:
     """user_id, relevant, items of every judged user, sorted; an empty list where the arm gave none."""
-    joined = judged.join(lists, on="user_id", how="left").toPandas().sort_values("user_id", ignore_index=True)
+    joined = _pandas(judged.join(lists, on="user_id", how="left")).sort_values("user_id", ignore_index=True)
     joined["items"] = [[] if items is None else list(items) for items in joined["items"]]
     return joined
+
+
+def _pandas(rows: DataFrame) -> pd.DataFrame:
+    return cast(pd.DataFrame, rows.toPandas())
 
 
 def _rows(split: str, lists: dict[str, pd.DataFrame], sizes: pd.Series, settings: EvaluateSettings) -> Iterable[dict]:

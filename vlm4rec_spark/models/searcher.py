@@ -85,17 +85,21 @@ class Searcher:
             "leaves": _leaves(len(ids)) if (folder / "scann").exists() else 0,
             "sha256": {str(file.relative_to(folder)): _sha256(file) for file in files},
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        # Renamed into place: a torn manifest would pass for a finished folder, which isn't built again.
+        aside = folder / "manifest.json.aside"
+        aside.write_text(json.dumps(manifest, indent=1))
+        aside.rename(folder / "manifest.json")
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Searcher:
         """Open an artefact. Raises RunError when it is incomplete, damaged or of another format."""
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError) as broken:
+            manifest = dict(json.loads((folder / "manifest.json").read_text()))
+        except (OSError, ValueError, TypeError) as broken:
             raise RunError(f"The index folder {folder} is incomplete ({broken}). Run the index stage again.") from None
         if manifest.get("format") != FORMAT:
-            raise RunError(f"The index folder {folder} has format {manifest.get('format')}, this release reads {FORMAT}.")
+            found = manifest.get("format")
+            raise RunError(f"The index folder {folder} has format {found}; this release reads {FORMAT}.")
         for name, expected in manifest["sha256"].items() if verify else ():
             if not (folder / name).is_file() or _sha256(folder / name) != expected:
                 raise RunError(f"The index folder {folder} is damaged: {name} doesn't match its checksum.")
@@ -138,10 +142,10 @@ def _leaves(items: int) -> int:
 
 
 def _build_scann(folder: Path, vectors: np.ndarray) -> None:
-    leaves = _leaves(len(vectors))
+    leaves, sample = _leaves(len(vectors)), min(len(vectors), 250_000)
     searcher = (
         _scann().scann_ops_pybind.builder(vectors, 10, "dot_product")
-        .tree(num_leaves=leaves, num_leaves_to_search=max(1, leaves // 10), training_sample_size=min(len(vectors), 250_000))
+        .tree(num_leaves=leaves, num_leaves_to_search=max(1, leaves // 10), training_sample_size=sample)
         # No reorder(): it keeps a second copy of all vectors in the folder; candidates are rescored from vectors.npy.
         .score_ah(2, anisotropic_quantization_threshold=0.2)
         .build()
@@ -160,9 +164,10 @@ def _scann() -> Any:
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _STOP = frozenset(
-    "a an and are as at be by for from has have in into is it its made not of on or out same such that the their them "
-    "this to used was which while with you your".split()
-)
+    {"and", "are", "but", "can", "for", "from", "has", "have", "into", "its", "made", "not", "out", "per", "same",
+     "such", "than", "that", "the", "their", "them", "then", "this", "used", "using", "was", "were", "which", "while",
+     "with", "you", "your"}
+)  # fmt: skip
 
 
 def _telling_words(texts: Sequence[str]) -> list[list[str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vlm4rec_spark.report.data import Metric, Run
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, ACCENT, SOFT = "#1f2328", "#6a6f76", "#d9d6cf", "#c2410c", "#f0c4a8"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm4rec_spark",  # else ids are random and no two pages equal
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's typeface
     "font.family": ["sans-serif"],
@@ -69,7 +69,7 @@ def durations(runs: Sequence[Run]) -> str:
     return _svg(draw, width=5.0, height=0.5 + 0.27 * len(runs))
 
 
-def _svg(draw, width: float, height: float) -> str:  # type: ignore[no-untyped-def]
+def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
     import matplotlib
 
     # Figure itself, not pyplot: no global state, no display.

@@ -1,4 +1,4 @@
-"""Delta tables to `ReportData`: counts, runs, rejected rows and metrics here, what has photos in `album.py`.
+"""Delta tables to `ReportData`: counts, runs, rejected rows and metrics here, what has photos in `exhibits.py`.
 
 Knows tables and limits; knows no HTML. Every choice is by hash or order, so that equal tables give equal values.
 """
@@ -6,15 +6,16 @@ Knows tables and limits; knows no HTML. Every choice is by hash or order, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
-from vlm4rec_spark.report.album import caption_samples, photo_stock, user_lists
+from vlm4rec_spark.report.album import Album
 from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
+from vlm4rec_spark.report.exhibits import ChosenCaptions, ChosenStock, ChosenUsers
 
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
@@ -33,17 +34,20 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         table.name: tables.read(table).count()
         for table in (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.CAPTIONS, schemas.RECOMMENDATIONS)
     }
-    worked = next((run for run in history.get("caption", ()) if run.rows_ok + run.rows_failed), None)
     # Not its own earlier runs: what it says of the other stages, it can't know of itself.
     runs = [stage_runs[0] for stage, stage_runs in history.items() if stage != "report"]
+    stock = ChosenStock(tables, counts["photos"])
+    captions = ChosenCaptions(tables, settings.photos, history.get("caption", ()))
+    users = ChosenUsers(tables, settings.users)
+    album = Album(tables, [*stock.places, *captions.places], users.items)
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_along_the_way)),
         sources=_sources(history.get("ingest", ())),
         rejections=_rejections(tables),
-        stock=photo_stock(tables, counts["photos"]),
-        captions=caption_samples(tables, settings.photos, worked),
-        users=user_lists(tables, settings.users),
+        stock=stock.shown(album),
+        captions=captions.shown(album),
+        users=users.shown(album),
         metrics=_metrics(tables, next(iter(history.get("evaluate", ())), None)),
     )
 
@@ -67,7 +71,7 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
     good: dict[str, list[Run]] = {}
     failed_since: dict[str, datetime] = {}
     for row in rows:
-        started_at = datetime.fromtimestamp(row["started"] / 1e6, timezone.utc)
+        started_at = datetime.fromtimestamp(row["started"] / 1e6, UTC)
         if row["status"] != "ok":
             failed_since.setdefault(row["stage"], started_at)
             continue

@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Source:
-    """What the last run that took any items, photos or interactions found of them: read = taken + rejected + skipped."""
+    """What the last run that took any items, photos or interactions found; read = taken + rejected + skipped."""
 
     name: str
     read: int

@@ -22,7 +22,7 @@ _KINDS = {
 }
 _REPEATED = {
     "items": ("Catalogue rows that repeat another", "taken once"),
-    "photos": ("Photos that were there, unchanged, or belong to no further item", "not read again"),
+    "photos": ("Photos that were there already, unchanged", "not read again"),
     "interactions": ("Events that repeat another", "counted once"),
 }
 

@@ -66,7 +66,13 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _moment(time: datetime) -> str:
+def _moment(time: object) -> str:
+    """A UTC time, or one written in ISO 8601; anything else as it is."""
+    if not isinstance(time, datetime):
+        try:
+            time = datetime.fromisoformat(str(time))
+        except ValueError:
+            return str(time)
     return f"{time.day} {time:%B %Y, %H:%M} UTC"
 
 

@@ -7,7 +7,7 @@ import warnings
 
 from PIL import Image
 
-from vlm4rec_spark.models.images import MAX_PIXELS, PhotoError, decode
+from vlm4rec_spark.models.images import MAX_PIXELS, decode
 
 THUMBNAIL_SIDE = 160
 _EXIF_ORIENTATION = 0x0112
@@ -21,7 +21,7 @@ def thumbnail(data: bytes) -> bytes:
 
 
 def kind(data: bytes) -> str:
-    """What the photo is in words, such as "JPEG" or "JPEG, CMYK", from its header alone; "unreadable" if it has none."""
+    """What the photo is in words, by its header: "JPEG", or such as "JPEG, CMYK", or "unreadable"."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,5 +40,3 @@ def kind(data: bytes) -> str:
     except Exception:  # Pillow's format plug-ins raise whatever they like on damaged headers
         return "unreadable"
     return ", ".join(words)
-
-

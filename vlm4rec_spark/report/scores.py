@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlm4rec_spark.report import charts
@@ -95,7 +95,7 @@ def _split(metrics: Sequence[Metric], name: str, facts: Mapping[str, object], hi
         ),
         by_metric={arm: {METRICS.get(m, m): found[arm, m] for m in names if (arm, m) in found} for arm in arms},
         by_slice={arm: {m.slice: m for m in sliced if m.arm == arm} for arm in arms} if sliced else {},
-        slices={m.slice: m.users for m in sorted(sliced, key=lambda m: _place(())(m.slice))},
+        slices={m.slice: m.users for m in sorted(sliced, key=lambda m: _place([])(m.slice))},
         highlight=highlight,
         compared=next((m.control for m in overall if m.control and m.p_value is not None), None),
     )  # fmt: skip
@@ -113,11 +113,11 @@ def _splits(metrics: Sequence[Metric]) -> list[str]:
     return sorted({metric.split for metric in metrics}, key=_place(tuple(_SPLITS)))
 
 
-def _place(order):  # type: ignore[no-untyped-def]
+def _place(order: Iterable[str]) -> Callable[[str], tuple[int, str, int, str]]:
     """A sort key: the known ones in their order, others by name after them; "5-19" before "20+"."""
     known = {name: place for place, name in enumerate(order)}
 
-    def place(name: str) -> tuple:
+    def place(name: str) -> tuple[int, str, int, str]:
         digits = "".join(c if c.isdigit() else " " for c in name).split()
         return known.get(name, len(known)), name.rstrip("0123456789-+ "), int(digits[0]) if digits else -1, name
 

@@ -46,7 +46,7 @@ def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) 
     by_name = {
         "title": (F.col("title"), F.lit(False)),
         "caption": (F.coalesce("caption", "title"), bare),
-        "title_caption": (F.concat_ws(". ", "title", "caption"), bare),
+        "title_caption": (F.when(~bare, F.concat_ws(". ", "title", "caption")).otherwise(F.col("title")), bare),
     }
     kinds = [
         F.struct(F.lit(name).alias("representation"), text.alias("text"), fallback.alias("fallback"))

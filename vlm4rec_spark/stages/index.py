@@ -52,13 +52,15 @@ def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, sc
     Runs in one process and holds all vectors: items x dimension x 4 bytes, twice while ScaNN trains.
     """
     ids = rows["item_id"].to_pylist()
-    content = [FORMAT, representation, encoder_id, scann_from, ids, rows["text_sha256"].to_pylist()]
+    flat = pa.concat_arrays(rows["embedding"].chunks).flatten() if len(ids) else pa.array([], pa.float32())
+    vectors = np.asarray(flat, np.float32).reshape(len(ids), -1) if len(ids) else np.empty((0, 1), np.float32)
+    # The vectors too: workers keep what they unpacked by this id, and an evaluation's arms have no encoder's name.
+    content = [FORMAT, representation, encoder_id, scann_from, ids, rows["text_sha256"].to_pylist(),
+               hashlib.sha256(vectors.tobytes()).hexdigest()]  # fmt: skip
     index_id = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     target = folder / index_id
     if (target / "manifest.json").exists():
         return target
-    flat = pa.concat_arrays(rows["embedding"].chunks).flatten() if len(ids) else pa.array([], pa.float32())
-    vectors = np.asarray(flat, np.float32).reshape(len(ids), -1) if len(ids) else np.empty((0, 1), np.float32)
     shutil.rmtree(target, ignore_errors=True)
     Searcher.build(target, index_id, ids, vectors, [text or "" for text in rows["text"].to_pylist()], scann_from)
     return target

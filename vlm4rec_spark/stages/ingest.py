@@ -155,6 +155,13 @@ def read_photos(rows: DataFrame) -> DataFrame:
     )
 
 
+def photos_named(raw: DataFrame, column: str) -> DataFrame:
+    """item_id, position and uri of the photos that a catalogue column names."""
+    uri = F.col("fields")[column]
+    rows = raw.select(F.col("fields")["item_id"].alias("item_id"), F.lit(0).alias("position"), uri.alias("uri"))
+    return rows.where(F.coalesce("uri", F.lit("")) != "").distinct()
+
+
 def photos_in_rows(raw: DataFrame, column: str) -> DataFrame:
     """Photos that came as bytes in a catalogue column, in the shape of `read_photos`."""
     image = F.col(f"`{column}`")

@@ -1,4 +1,4 @@
-"""Any image-text-to-text model that transformers loads: LLaVA, LLaVA-NeXT, Qwen2.5-VL, SmolVLM, the packaged demo model.
+"""Any image-text-to-text model that transformers loads: LLaVA-NeXT, Qwen2.5-VL, SmolVLM, the packaged demo model.
 
 Knows the chat template, padding and decoding; knows nothing of photo files, retries or Spark.
 """
@@ -6,6 +6,7 @@ Knows the chat template, padding and decoding; knows nothing of photo files, ret
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from PIL.Image import Image
 
@@ -32,13 +33,13 @@ class TransformersCaptioner:
         if self.processor.tokenizer.pad_token_id is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
         # fp32 on a CPU: half precision is emulated there and slower.
-        self.model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             revision=revision,
             dtype=torch.float32 if self.device == "cpu" else torch.bfloat16,
             use_safetensors=True,
-        ).to(self.device)
-        self.model.eval()
+        )
+        self.model = model.to(self.device).eval()
         self.max_new_tokens = max_new_tokens
 
     def caption(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Caption]:

@@ -1,0 +1,109 @@
+"""Leave-one-out on real data: Amazon Industrial & Scientific through the ordinary stages.
+
+    .venv/bin/python benchmarks/scientific.py [FOLDER]
+
+FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv of captions made
+from the photos by another model. The profile is the plain mean of the history; every user is judged on the last item,
+against all items, with the history masked. Two tables: all items for the arms that need no caption, and those that
+have one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tempfile
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.cli import quiet
+from vlm4rec_spark.config import load
+from vlm4rec_spark.pipeline import Pipeline, Voice
+from vlm4rec_spark.session import session
+from vlm4rec_spark.sources import Source
+
+DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientific"
+
+
+def convert(folder: Path, out: Path) -> None:
+    """Write items.csv and events.csv; the data has an order but no times, so an event's place becomes its hour."""
+    with (folder / "Scientific.item2index").open() as lines:
+        asin = {index: item for item, index in (line.split() for line in lines)}
+    with (folder / "Scientific.text").open() as lines, (out / "items.csv").open("w", newline="") as target:
+        writer = csv.writer(target)
+        writer.writerow(["item_id", "title"])
+        next(lines)
+        writer.writerows(line.rstrip("\n").split("\t", 1) for line in lines)
+    start = datetime(2020, 1, 1, tzinfo=UTC)
+    with (folder / "Scientific.test.inter").open() as lines, (out / "events.csv").open("w", newline="") as target:
+        writer = csv.writer(target)
+        writer.writerow(["user_id", "item_id", "event_type", "event_time"])
+        next(lines)
+        for line in lines:
+            user, history, last = line.rstrip("\n").split("\t")
+            for place, item in enumerate([*history.split(), last]):
+                at = start + timedelta(hours=place)
+                writer.writerow([user, asin[item], "interaction", at.isoformat()])
+
+
+def evaluated(pipeline: Pipeline) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Value and interval of (arm, metric) over all users."""
+    pipeline.stage("evaluate")
+    rows = pipeline.tables.read(schemas.METRICS)
+    rows = rows.where((rows["run_id"] == pipeline.run_id) & (rows["slice"] == "all")).collect()
+    return {(row["arm"], row["metric"]): (row["value"], row["low"], row["high"]) for row in rows}
+
+
+def show(title: str, found: dict[tuple[str, str], tuple[float, float, float]], console: Console) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("arm")
+    metrics = ("recall", "ndcg", "hit_rate")
+    for metric in metrics:
+        table.add_column(f"{metric}@10", justify="right", no_wrap=True)
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        table.add_row(arm, *("{:.4f} [{:.4f}, {:.4f}]".format(*found[arm, metric]) for metric in metrics))
+    console.print(table)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+    console = Console(width=110)
+    quiet()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary)
+        convert(folder, out)
+        places = [f"tables={out / 'tables'}", f"ingest.items.path=['{out / 'items.csv'}']",
+                  f"ingest.interactions.path=['{out / 'events.csv'}']"]  # fmt: skip
+        plain = ["profiles.event_weights={interaction: 1.0}", "profiles.half_life_days=null", "profiles.last_n=100000",
+                 "evaluate.splits=[leave_one_out]"]  # fmt: skip
+        config = load([], [*places, *plain, "evaluate.arms=[random, popularity, title]"])
+        spark = session(config.spark)
+        spark.sparkContext.setLogLevel("FATAL")
+        voice = Voice(lambda line: console.print(line, style="dim"), lambda label, rows: nullcontext())
+        pipeline = Pipeline(spark, config, voice)
+        pipeline.check(["ingest", "embed"])
+        pipeline.stage("ingest")
+        texts = str(folder / "qwen25vl3b_captions.csv")
+        pipeline.import_captions(Source(path=(texts,), columns={"item_id": "asin", "text": "description"}))
+        pipeline.stage("embed")
+        everything = evaluated(pipeline)
+        arms = "evaluate.arms=[random, popularity, title, caption, title_caption]"
+        captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), voice))
+        spark.stop()
+    show("All items", everything, console)
+    show("Items with a caption", captioned, console)
+    result = {f"{arm}_mean_recall@10": round(everything[arm, "recall"][0], 4) for arm in ("random", "title")}
+    result["popularity_recall@10"] = round(everything["popularity", "recall"][0], 4)
+    result |= {f"captioned_items_{arm}_recall@10": round(captioned[arm, "recall"][0], 4)
+               for arm in ("popularity", "title", "caption", "title_caption")}  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Prompts by packaged name or by file; their text decides their id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.models import prompts
+from vlm4rec_spark.models.prompts import Prompt, load_prompt
+
+
+def test_the_packaged_prompt_is_one_line_under_its_own_name() -> None:
+    prompt = load_prompt("describe.1")
+    assert prompt.prompt_id == "describe.1"
+    assert prompt.text.startswith("Describe the product in this photo for somebody who cannot see it: ")
+    assert prompt.text.endswith(" Say only what can be seen.")
+
+
+def test_every_packaged_prompt_has_a_name_and_a_version() -> None:
+    packaged = sorted(file.stem for file in Path(prompts.__file__).parent.glob("*.txt"))
+    assert packaged == ["describe.1"]
+
+
+def test_ones_own_file_is_joined_into_one_line_and_named_by_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "shoes.txt"
+    file.write_text("  Describe\n\nthe sóle.\n", encoding="utf-8")
+    assert load_prompt(str(file)) == Prompt("shoes@01c6ae5b", "Describe the sóle.")
+    file.write_text("Describe the heel.", encoding="utf-8")
+    assert load_prompt(str(file)).prompt_id != "shoes@01c6ae5b"
+
+
+def test_line_breaks_alone_do_not_make_another_prompt(tmp_path: Path) -> None:
+    for folder, text in (("a", "Say it.\r\n"), ("b", "Say\nit.")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "say.txt").write_bytes(text.encode())
+    assert load_prompt(str(tmp_path / "a" / "say.txt")) == load_prompt(str(tmp_path / "b" / "say.txt"))
+
+
+def test_a_prompt_that_is_not_there_names_the_key_and_the_ones_that_are() -> None:
+    with pytest.raises(UsageError) as refused:
+        load_prompt("describe.9")
+    assert str(refused.value) == (
+        "caption.prompt: there is no prompt 'describe.9' and no such file. Packaged prompts: describe.1."
+    )
+
+
+@pytest.mark.parametrize(("data", "message"), [(b" \n", "is empty"), (b"\xff\xfe\x00", "can't be read")])
+def test_a_file_without_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes(data)
+    with pytest.raises(UsageError, match=rf"^caption\.prompt: the file .*mine\.txt {message}"):
+        load_prompt(str(file))

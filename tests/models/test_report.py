@@ -1,0 +1,215 @@
+"""The report's page from literal values: what it shows, and that nothing in the data can get out of its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from datetime import UTC, datetime
+
+import pytest
+from PIL import Image
+
+from vlm4rec_spark.models.images import PhotoError
+from vlm4rec_spark.report import pictures
+from vlm4rec_spark.report.data import (
+    Captions,
+    Failure,
+    Metric,
+    Photo,
+    PhotoStock,
+    Recommended,
+    Rejection,
+    ReportData,
+    Run,
+    SharedPhoto,
+    Source,
+    User,
+    figures,
+)
+from vlm4rec_spark.report.findings import Finding, findings
+from vlm4rec_spark.report.page import render
+from vlm4rec_spark.report.scores import headline, splits
+
+AT = datetime(2026, 11, 24, 9, 12, tzinfo=UTC)
+PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="
+HOSTILE = "<script>alert('title')</script>"
+
+
+def a_run(stage: str, **details: str) -> Run:
+    return Run(stage, "r1", AT, 75.0, rows_in=10, rows_ok=7, rows_failed=1, rows_skipped=2,
+               versions={"items": 3}, details=details)  # fmt: skip
+
+
+def scores(arm: str, recall: float | None, low: float | None, high: float | None, slice: str = "all") -> Metric:
+    return Metric("time", arm, "recall", 10, slice, recall, low, high, 25 if recall is None else 1411,
+                  None if arm == "popularity" else "popularity", 0.0002)  # fmt: skip
+
+
+def full() -> ReportData:
+    hostile = Photo("A-1", HOSTILE, PIXEL, caption="a red mug <script>alert('caption')</script> & more")
+    broken = Photo("B-2", '" onerror="alert(1)', None, "truncated")
+    return ReportData(
+        counts={"items": 1234, "photos": 5, "interactions": 99, "captions": 4, "recommendations": 2},
+        runs=(
+            a_run("ingest", unknown_item_events="41", items_without_photo="5", untouched_items="14"),
+            a_run("caption", model="llava@1", prompt_id="describe.1", photos_per_second="2.45", reused="3"),
+            a_run("embed", encoder_id="minilm@1", identical_vectors='{"caption": 2}', fallback="6"),
+            a_run("index", items="1234", dimension="384", approximate="true", bytes="231004", folder="/index/abc"),
+            a_run("profiles", representation="caption", bot_users="1", bot_events="5400", users_without_history="2"),
+            a_run("recommend", k="10", search="ScaNN", recall_promised="0.95", recall_measured="0.983"),
+            a_run("evaluate", time='{"cut": "2026-10-20", "users": 1411, "candidates": 571, "left_out_share": 0.048}'),
+        ),
+        sources=(Source("interactions", 110, 99, 4, 7, AT),),
+        rejections=(Rejection("interactions", "event_time lies in the future", 4, '{"item_id": "<b>"}'),),
+        stock=PhotoStock(5, {"JPEG": 3, "JPEG, CMYK": 1, "GIF, animated": 1}, 1, 2, (SharedPhoto(hostile, "C-3", 2),)),
+        captions=Captions(
+            {"ok": 3, "failed": 1}, {"truncated": 1}, (hostile,), (Failure(broken, "truncated", "ends <early>"),),
+            a_run("caption"),
+        ),
+        users=(User("u<1>", 9, 18, (hostile, broken), (Recommended(hostile, 0.87, broken, ("red", "<i>")),)),),
+        metrics=(
+            scores("popularity", 0.061, 0.05, 0.07), scores("caption", 0.312, 0.29, 0.33),
+            scores("popularity", None, None, None, "history 20+"), scores("caption", None, None, None, "history 20+"),
+        ),
+    )  # fmt: skip
+
+
+def text_of(page: str) -> str:
+    return " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+
+
+def test_titles_captions_and_ids_are_escaped():
+    page = render(full())
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&#39;caption&#39;)&lt;/script&gt; &amp; more" in page
+    assert not re.search(r'<[^>]*[" ]onerror="alert', page)
+    assert "<b>&quot;}" not in page and "ends &lt;early&gt;" in page and "u&lt;1&gt;" in page and "&lt;i&gt;" in page
+
+
+def test_the_page_asks_nobody_for_anything():
+    page = render(full())
+    targets = re.findall(r"""(?:src|href|action|data|srcset|poster)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert targets and all(target.startswith(("#", "data:image/jpeg")) for target in targets)
+    assert not re.search(r"https?:|@import|<link|<iframe|<object", page)
+    assert not [url for url in re.findall(r"url\(([^)]*)\)", page) if not url.startswith("#")]
+    assert "default-src 'none'" in page
+
+
+def test_every_link_and_reference_has_its_target_once():
+    page = render(full())
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)) <= {(i, "") for i in ids} | {("", i) for i in ids}
+
+
+def test_equal_values_give_equal_bytes():
+    assert render(full()) == render(full())
+
+
+def test_an_empty_shop_has_a_page_of_sentences():
+    text = text_of(render(ReportData()))
+    for sentence in (
+        "How good the lists are isn't known yet", "Nothing is known of what went in", "There are no captions yet",
+        "There are no lists to show", "There are no metrics yet", "No index has been built yet",
+        "No stage has been run on these tables yet",
+    ):  # fmt: skip
+        assert sentence in text
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReportData)])
+def test_any_part_may_be_missing(field: str):
+    nothing = ReportData()
+    assert render(dataclasses.replace(full(), **{field: getattr(nothing, field)})).endswith("</html>")
+
+
+def test_details_may_be_absent_or_unreadable():
+    bare = tuple(dataclasses.replace(run, details={}, versions={}) for run in full().runs)
+    assert render(dataclasses.replace(full(), runs=bare))
+    broken = tuple(dataclasses.replace(run, details=dict.fromkeys(run.details, "?")) for run in full().runs)
+    assert render(dataclasses.replace(full(), runs=broken))
+    assert figures("not json") == figures("[1]") == figures(None) == {}
+
+
+def test_the_summary_states_the_figures_and_whether_they_are_apart():
+    text = text_of(render(full()))
+    assert "Captions find 5.1× as much of what users chose next as popularity does" in text
+    assert "Recall@10 is 0.312 (95 % interval 0.290–0.330) against 0.061 (0.050–0.070)" in text
+    assert "the intervals are apart" in text
+    assert "items 1,234" in text
+    close = dataclasses.replace(
+        full(), metrics=(scores("popularity", 0.3, 0.28, 0.33), scores("caption", 0.31, 0.3, 0.34))
+    )
+    text = text_of(render(close))
+    assert "Captions find no more" in text and "the intervals overlap" in text
+
+
+def test_too_few_users_give_words_instead_of_a_number():
+    assert render(full()).count(">too few users<") == 2
+    alone = dataclasses.replace(full(), metrics=(scores("caption", None, None, None),))
+    assert headline(alone) is None
+    assert render(alone).count(">too few users<") == 2  # in the chart and in the table
+
+
+def test_arms_stand_in_their_order_and_slices_by_size():
+    metrics = [scores(arm, 0.1, 0.0, 0.2, slice) for arm in ("zeta", "title_caption", "caption", "random")
+               for slice in ("all", "history 20+", "history 5-19", "history 1-4")]  # fmt: skip
+    (split,) = splits(dataclasses.replace(full(), metrics=tuple(metrics)))
+    assert list(split.by_metric) == ["random", "caption", "title_caption", "zeta"]
+    assert list(split.slices) == ["history 1-4", "history 5-19", "history 20+"]
+
+
+def test_a_photo_that_cant_be_shown_has_a_placeholder_and_the_others_an_alt_text():
+    page = render(full())
+    assert page.count('class="photo missing" role="img"') == 3  # in failures, history and reason
+    assert len(re.findall("<img ", page)) == len(re.findall(r'<img src="[^"]+" alt="', page)) == 5
+    assert "<span>truncated</span>" in page
+
+
+def test_findings_name_what_was_met_and_leave_out_what_was_not():
+    found = findings(full())
+    assert Finding("Photos that end early or are damaged", 1, "no caption; the item goes by its title") in found
+    assert Finding("Photos in printing colours (CMYK)", 1, "converted to RGB (5 photos looked at)") not in found
+    assert Finding("Photos in printing colours (CMYK)", 1, "converted to RGB") in found
+    assert Finding("Events that repeat another", 7, "counted once") in found
+    assert Finding("Events of items that the catalogue lacks", 41, "kept, but count for nobody") in found
+    bots = next(finding for finding in found if "events in a day" in finding.what)
+    assert (bots.count, bots.fate) == (1, "taken for bots; their 5,400 events count for nothing")
+    assert not [finding for finding in found if finding.count == 0]
+    assert findings(ReportData()) == []
+
+
+def test_only_a_sample_looked_at_is_said():
+    many = dataclasses.replace(full(), counts={"photos": 1_000_000})
+    assert [f.fate for f in findings(many) if "CMYK" in f.what] == ["converted to RGB (5 photos looked at)"]
+
+
+def test_approximate_search_states_the_recall_promised_and_measured():
+    text = text_of(render(full()))
+    assert "98.3 %" in text and "promised are 95 %" in text
+    assert "on disk 231 kB" in text
+
+
+def photo_bytes(format: str, mode: str = "RGB", **save) -> bytes:  # type: ignore[no-untyped-def]
+    out = io.BytesIO()
+    Image.new(mode, (400, 200)).save(out, format, **save)
+    return out.getvalue()
+
+
+def test_kinds_of_photos():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    more = [Image.new("RGB", (400, 200), "red")]
+    assert pictures.kind(photo_bytes("JPEG")) == "JPEG"
+    assert pictures.kind(photo_bytes("JPEG", "CMYK")) == "JPEG, CMYK"
+    assert pictures.kind(photo_bytes("JPEG", exif=turned)) == "JPEG, turned by EXIF"
+    assert pictures.kind(photo_bytes("PNG", "RGBA")) == "PNG, transparent"
+    assert pictures.kind(photo_bytes("GIF", save_all=True, append_images=more)) == "GIF, animated"
+    assert pictures.kind(b"<!DOCTYPE html>") == pictures.kind(b"") == "unreadable"
+
+
+def test_a_thumbnail_is_a_small_jpeg_or_a_named_error():
+    with Image.open(io.BytesIO(pictures.thumbnail(photo_bytes("PNG", "RGBA")))) as thumb:
+        assert (thumb.format, thumb.size) == ("JPEG", (160, 80))
+    with pytest.raises(PhotoError, match="no bytes"):
+        pictures.thumbnail(b"")

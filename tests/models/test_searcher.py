@@ -1,0 +1,301 @@
+"""The index artefact: exact and ScaNN against brute force, damage told apart from a good folder, and what recommend
+makes of its candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.stages.recommend import best, calibrate, eligible_items
+
+ITEMS, DIMENSION, K = 2_000, 32, 10
+IDS = [f"i{number:04d}" for number in range(ITEMS)]
+NOBODY = np.empty(0, np.int64)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def clustered(count: int, seed: int) -> np.ndarray:
+    """Unit vectors around 40 fixed centres, as items of 40 kinds lie."""
+    centres = np.random.default_rng(0).standard_normal((40, DIMENSION))
+    rng = np.random.default_rng(seed)
+    return unit(centres[rng.integers(40, size=count)] + 0.4 * rng.standard_normal((count, DIMENSION)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scann") / "v1"
+    Searcher.build(path, "v1", IDS, clustered(ITEMS, seed=1), [""] * ITEMS, scann_from=16)
+    return path
+
+
+@pytest.fixture(scope="module")
+def searcher(folder: Path) -> Searcher:
+    return Searcher.open(folder)
+
+
+def small(path: Path, **changes: object) -> Path:
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
+    given = {"ids": ["a", "b", "ç/3"], "vectors": vectors, "texts": ["", "", ""], "scann_from": 16} | changes
+    Searcher.build(path, "small", **given)
+    return path
+
+
+def recall(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.mean([len(set(f) & set(t)) / len(t) for f, t in zip(found.tolist(), truth.tolist(), strict=True)]))
+
+
+def brute_force(queries: np.ndarray, k: int = K) -> np.ndarray:
+    return np.argsort(-(queries @ clustered(ITEMS, seed=1).T), axis=1, kind="stable")[:, :k]
+
+
+# Exact
+
+
+def test_what_was_built_comes_back_from_the_folder(tmp_path: Path) -> None:
+    opened = Searcher.open(small(tmp_path / "x"))
+    assert (opened.index_id, len(opened), opened.approximate) == ("small", 3, False)
+    assert opened.ids.tolist() == ["a", "b", "ç/3"]
+    assert isinstance(opened.vectors, np.memmap)
+    positions, scores = opened.exact(np.array([[0.8, 0.6]], np.float32))
+    assert positions.tolist() == [[0, 1, 2]]
+    assert scores.round(6).tolist() == np.array([[0.8, 0.6, 0.96]], np.float32).tolist()
+
+
+def test_positions_of_unknown_missing_and_repeated_ids(tmp_path: Path) -> None:
+    found = Searcher.open(small(tmp_path / "x")).positions(["ç/3", "gone", "a", None, "a", ""])
+    assert (found.tolist(), found.dtype) == ([2, -1, 0, -1, 0, -1], np.int64)
+    assert Searcher.open(tmp_path / "x").positions([]).tolist() == []
+
+
+def test_telling_words_are_rarest_first_without_short_and_stop_words(tmp_path: Path) -> None:
+    texts = ["A red cup with the handle", "A red hat, RED as it is", "Rouge café no 5 red"]
+    assert Searcher.open(small(tmp_path / "x", texts=texts)).terms == [
+        ["cup", "handle", "red"], ["hat", "red"], ["café", "rouge", "red"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [[[1, 0], [0, 0]], [[1, 0], [float("nan"), 1]], [[1, 0], [float("inf"), 0]], [[1, 0], [0, 1.1]]],
+    ids=["zero", "nan", "infinite", "unscaled"],
+)
+def test_bad_vectors_are_refused_and_leave_no_folder(tmp_path: Path, vectors: list[list[float]]) -> None:
+    with pytest.raises(RunError, match="not unit vectors"):
+        small(tmp_path / "x", ids=["a", "b"], vectors=np.array(vectors, np.float32), texts=["", ""])
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_index_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no item has an embedding"):
+        small(tmp_path / "x", ids=[], vectors=np.empty((0, 2), np.float32), texts=[])
+
+
+# A folder that isn't whole
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict], dict]) -> None:
+    file = path / "manifest.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def tear_manifest(path: Path) -> None:
+    file = path / "manifest.json"
+    file.write_text(file.read_text()[:-20])
+
+
+def flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "is incomplete"),
+        (lambda path: (path / "manifest.json").unlink(), "is incomplete"),
+        (tear_manifest, "is incomplete"),
+        (lambda path: (path / "manifest.json").write_text("[1]"), "is incomplete"),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"), "is incomplete"),
+        (lambda path: rewrite_manifest(path, lambda manifest: manifest | {"format": 2}), "has format 2; this .* reads 1"),
+        (lambda path: (path / "vectors.npy").unlink(), "is damaged: vectors.npy"),
+        (lambda path: flip_a_byte(path / "vectors.npy"), "is damaged: vectors.npy"),
+        (lambda path: flip_a_byte(path / "ids.parquet"), "is damaged: ids.parquet"),
+        (lambda path: (path / "vectors.npy").write_bytes(b""), "is damaged: vectors.npy"),
+    ],
+    ids=["no folder", "no manifest", "torn manifest", "other json", "not text", "later format", "no vectors",
+         "flipped vectors", "flipped ids", "empty vectors"],
+)  # fmt: skip
+def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    path = small(tmp_path / "x")
+    damage(path)
+    with pytest.raises(RunError, match=message):
+        Searcher.open(path)
+
+
+def test_damaged_scann_codes_are_refused(tmp_path: Path, folder: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    codes = max((copy / "scann").iterdir(), key=lambda file: file.stat().st_size)
+    flip_a_byte(codes)
+    with pytest.raises(RunError, match=f"is damaged: scann/{codes.name}"):
+        Searcher.open(copy)
+
+
+def test_a_build_that_dies_in_its_last_write_leaves_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(file: Path, text: str) -> None:
+        file.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        small(tmp_path / "x")
+    assert not (tmp_path / "x" / "manifest.json").exists()
+
+
+# ScaNN
+
+
+def test_below_the_size_search_is_exact_and_from_it_on_scann(tmp_path: Path) -> None:
+    for count, scann_from, approximate in ((31, 32, False), (32, 32, True), (15, 1, False), (16, 1, True)):
+        path = tmp_path / f"{count}-{scann_from}"
+        Searcher.build(path, "x", IDS[:count], clustered(count, seed=2), [""] * count, scann_from)
+        assert Searcher.open(path).approximate is approximate
+
+
+def test_all_leaves_find_what_brute_force_finds(searcher: Searcher) -> None:
+    queries = clustered(200, seed=3)
+    leaves = searcher.manifest["leaves"]
+    assert leaves == 45
+    found, scores = searcher.search(queries, Effort(leaves, 200))
+    top = np.take_along_axis(found, np.argsort(-scores, axis=1)[:, :K], 1)
+    assert recall(top, brute_force(queries)) >= 0.99
+
+
+def test_more_effort_finds_more_and_little_effort_still_much(searcher: Searcher) -> None:
+    queries = clustered(200, seed=3)
+    shares = []
+    for effort in (Effort(1, 20), Effort(4, 100), Effort(22, 200)):
+        found, scores = searcher.search(queries, effort)
+        order = np.argsort(-np.where(found < 0, -2, scores), axis=1)[:, :K]
+        shares.append(recall(np.take_along_axis(found, order, 1), brute_force(queries)))
+    assert 0.3 < shares[0] < shares[1] < shares[2]
+    assert shares[2] >= 0.97
+
+
+def test_scores_of_candidates_are_exact_cosines(searcher: Searcher) -> None:
+    queries = clustered(20, seed=4)
+    found, scores = searcher.search(queries, Effort(10, 50))
+    truth = np.take_along_axis(queries @ clustered(ITEMS, seed=1).T, found, 1)
+    np.testing.assert_allclose(scores[found >= 0], truth[found >= 0], atol=1e-6)
+
+
+def test_a_short_answer_is_padded_with_minus_one_and_names_nobody_twice(searcher: Searcher) -> None:
+    found, _ = searcher.search(clustered(50, seed=5), Effort(1, 1_500))
+    assert found.shape == (50, 1_500)
+    assert (found == -1).any(axis=1).all()
+    for row in found.tolist():
+        named = [position for position in row if position >= 0]
+        assert len(named) == len(set(named)) > 0
+
+
+def test_more_candidates_than_items_are_all_items(searcher: Searcher) -> None:
+    found, _ = searcher.search(clustered(2, seed=6), Effort(45, 9_999))
+    assert [sorted(row) for row in found.tolist()] == [list(range(ITEMS))] * 2
+
+
+def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
+    vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
+    Searcher.build(tmp_path / "x", "x", IDS[:1_000], vectors, [""] * 1_000, scann_from=16)
+    opened = Searcher.open(tmp_path / "x")
+    for effort in (None, Effort(opened.manifest["leaves"], 150)):
+        top, _ = best(opened, vectors[[0, 500]], [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
+        assert top.tolist() == [list(range(10)), list(range(500, 510))]
+
+
+# What recommend makes of the candidates
+
+
+def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
+    rng = np.random.default_rng(8)
+    queries = clustered(60, seed=8)
+    # Everything near, everything but 4 and but 12 items, and unknown items besides.
+    near = [np.append(row, -1) for row in brute_force(queries[:40], 400)]
+    left = [np.sort(rng.permutation(ITEMS)[:count]) for count in [4] * 10 + [12] * 10]
+    excluded = near + [np.setdiff1d(np.arange(ITEMS), items) for items in left]
+    top, scores = best(searcher, queries, excluded, np.ones(ITEMS, bool), K, Effort(1, 100))
+    assert (top[:40] >= 0).all()
+    assert [np.isin(row[row >= 0], out).any() for row, out in zip(top, excluded, strict=True)] == [False] * 60
+    assert [sorted(row[row >= 0]) for row in top[40:50]] == [items.tolist() for items in left[:10]]
+    assert ((top[50:] >= 0).sum(axis=1) == 10).all()
+    assert (np.isnan(scores) == (top < 0)).all()
+
+
+def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
+    queries = clustered(30, seed=9)
+    withdrawn = np.unique(brute_force(queries, 50))
+    eligible = eligible_items(searcher, [IDS[item] for item in withdrawn] + ["gone"])
+    assert int(eligible.sum()) == ITEMS - len(withdrawn)
+    top, _ = best(searcher, queries, [NOBODY] * 30, eligible, K, Effort(1, 100))
+    assert (top >= 0).all()
+    assert not np.isin(top, withdrawn).any()
+
+
+def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
+    excluded = [np.arange(user) for user in range(50)]
+    top, scores = best(searcher, queries, excluded, everything, K, None)
+    monkeypatch.setattr("vlm4rec_spark.stages.recommend._SCORES_AT_ONCE", 7 * ITEMS)
+    again, scores_again = best(searcher, queries, excluded, everything, K, None)
+    assert (again.tolist(), scores_again.tolist()) == (top.tolist(), scores.tolist())
+
+
+def sample(queries: np.ndarray, seen: list[list[str]]) -> pa.Table:
+    return pa.table({"embedding": pa.array(queries.tolist(), pa.list_(pa.float32())), "seen": seen})
+
+
+@pytest.mark.parametrize("promise", [0.6, 0.95])
+def test_calibration_holds_its_promise_on_other_users(searcher: Searcher, promise: float) -> None:
+    everything = np.ones(ITEMS, bool)
+    seen = [[IDS[item] for item in row] for row in brute_force(clustered(150, seed=11), 5)]
+    found = calibrate(searcher, sample(clustered(150, seed=11), seen), everything, K, promise)
+    assert found.effort is not None
+    assert (found.users, promise <= found.low <= found.recall <= 1) == (150, True)
+    queries = clustered(150, seed=12)
+    top, _ = best(searcher, queries, [NOBODY] * 150, everything, K, found.effort)
+    assert recall(top, brute_force(queries)) >= promise - 0.03
+
+
+def test_calibration_takes_the_cheapest_effort_that_is_enough(searcher: Searcher) -> None:
+    table = sample(clustered(200, seed=13), [[]] * 200)
+    low, high = (calibrate(searcher, table, np.ones(ITEMS, bool), K, promise).effort for promise in (0.1, 0.95))
+    assert low == Effort(2, 100)
+    assert high is not None
+    assert high.leaves > 2
+
+
+def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> None:
+    noise = unit(np.random.default_rng(14).standard_normal((72, DIMENSION)))
+    Searcher.build(tmp_path / "x", "x", IDS[:32], noise[:32], [""] * 32, scann_from=16)
+    found = calibrate(Searcher.open(tmp_path / "x"), sample(noise[32:], [[]] * 40), np.ones(32, bool), 3, 1.0)
+    assert (found.effort, found.recall, found.words(6)) == (None, 1.0, "exact")
+
+
+def test_nothing_to_calibrate_means_exact_search(tmp_path: Path, searcher: Searcher) -> None:
+    assert calibrate(searcher, sample(clustered(0, seed=15), []), np.ones(ITEMS, bool), K, 0.9).effort is None
+    exact = Searcher.open(small(tmp_path / "x"))
+    queries = np.array([[1, 0]], np.float32)
+    assert calibrate(exact, sample(queries, [[]]), np.ones(3, bool), K, 0.9).effort is None

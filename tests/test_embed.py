@@ -1,0 +1,90 @@
+"""Embed: which text an item has in each representation, which texts are pending, and their vectors."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.models.embedder import FakeEmbedder
+from vlm4rec_spark.stages import embed
+from vlm4rec_spark.stages.embed import EmbedSettings
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+FAKE = EmbedSettings(encoder="fake")
+
+
+@pytest.fixture(scope="module")
+def texts(spark: SparkSession) -> DataFrame:
+    items = spark.createDataFrame(
+        [("two", "Chair"), ("same", "Chair"), ("bare", "Lamp"), ("untitled", None), ("nothing", None)],
+        "item_id STRING, title STRING",
+    )
+    links = spark.createDataFrame(
+        [("two", 1, "k2"), ("two", 0, "k1"), ("same", 0, "k1"), ("same", 1, "k1"), ("untitled", 0, "k2")],
+        "item_id STRING, position INT, caption_key STRING",
+    )
+    captions = spark.createDataFrame([("k1", "Red."), ("k2", "Old.")], "caption_key STRING, caption STRING")
+    return embed.item_texts(items, links, captions)
+
+
+def test_every_item_has_its_text_in_every_representation(texts: DataFrame) -> None:
+    found = {(row["item_id"], row["representation"]): (row["text"], row["fallback"]) for row in texts.collect()}
+    assert found == {
+        ("two", "title"): ("Chair", False),
+        ("two", "caption"): ("Red. Old.", False),
+        ("two", "title_caption"): ("Chair. Red. Old.", False),
+        ("same", "title"): ("Chair", False),
+        ("same", "caption"): ("Red.", False),
+        ("same", "title_caption"): ("Chair. Red.", False),
+        ("bare", "title"): ("Lamp", False),
+        ("bare", "caption"): ("Lamp", True),
+        ("bare", "title_caption"): ("Lamp", True),
+        ("untitled", "title"): (None, False),
+        ("untitled", "caption"): ("Old.", False),
+        ("untitled", "title_caption"): ("Old.", False),
+        ("nothing", "title"): (None, False),
+        ("nothing", "caption"): (None, True),
+        ("nothing", "title_caption"): (None, True),
+    }
+
+
+def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: DataFrame) -> None:
+    sha256 = hashlib.sha256(b"256\nChair").hexdigest()
+    vector = [1.0, 0.0]
+    done = spark.createDataFrame(
+        [("two", "title", "fake", sha256, False, vector),
+         ("same", "title", "other", sha256, False, vector),
+         ("bare", "title", "fake", "0" * 64, False, vector)],
+        schemas.EMBEDDINGS.schema,
+    )  # fmt: skip
+    titles = texts.where("representation = 'title'")
+    pending = embed.pending_texts(titles, done, "fake", max_words=256)
+    assert sorted(row["item_id"] for row in pending.collect()) == ["bare", "same"]
+    # Cut elsewhere, every text is another one.
+    assert embed.pending_texts(titles, done, "fake", max_words=8).count() == 3
+
+
+def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
+    rows = [
+        ("plain", "a red chair"), ("markup", "<b>a red</b>&nbsp;chair<script>x()</script>"), ("long", "a red chair " * 9),
+        ("empty", "<p></p>"), ("other", "one blue lamp"),
+    ]  # fmt: skip
+    texts = spark.createDataFrame(
+        [(item, "title", text, "0" * 64, False) for item, text in rows],
+        "item_id STRING, representation STRING, text STRING, text_sha256 STRING, fallback BOOLEAN",
+    )
+    made = embed.embed(texts.repartition(2), "fake-64@1", FAKE.model_copy(update={"max_words": 3})).collect()
+    red, blue = FakeEmbedder().embed(["a red chair", "one blue lamp"])
+    expected = {"plain": red, "markup": red, "long": red, "other": blue}
+    assert {row["item_id"] for row in made} == set(expected)
+    for row in made:
+        np.testing.assert_array_equal(np.float32(row["embedding"]), expected[row["item_id"]])
+    assert {(row["representation"], row["encoder_id"], row["fallback"]) for row in made} == {
+        ("title", "fake-64@1", False)
+    }

@@ -1,0 +1,305 @@
+"""Ingest: which rows are taken and why others aren't; photos from a folder, a path column and a bytes column."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vlm4rec_spark import schemas, sources
+from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.sources import Source
+from vlm4rec_spark.stages import ingest
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from vlm4rec_spark.pipeline import Pipeline
+
+NOW = datetime(2025, 6, 1, tzinfo=UTC)
+TEN = datetime(2025, 1, 1, 10)
+
+
+def write(file: Path, text: str, at: int = 1_700_000_000) -> Path:
+    """The file, gzipped if its name says so, as modified at `at`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    os.utime(file, (at, at))
+    return file
+
+
+def items(spark: SparkSession, path: Path, **source: object) -> tuple[dict[str, dict], dict[str, list[str | None]]]:
+    """The rows taken by item_id, and the reasons by item_id of those that weren't (None: a repeat, skipped)."""
+    parsed = ingest.parse_items(sources.read(spark, "ingest.items", Source(path=(str(path),), **source))).collect()
+    taken = [row.asDict() for row in parsed if row["reason"] is None and not row["duplicate"]]
+    left: dict[str, list[str | None]] = {}
+    for row in parsed:
+        if row["reason"] is not None or row["duplicate"]:
+            left.setdefault(row["item_id"], []).append(row["reason"])
+    assert len(taken) + sum(map(len, left.values())) == len(parsed)
+    return {row["item_id"]: {name: row[name] for name in schemas.ITEMS.columns if name in row} for row in taken}, left
+
+
+def test_a_csv_row_in_full(spark: SparkSession, tmp_path: Path) -> None:
+    # `title` is mapped, so the source's own column of that name must not get in its way.
+    file = write(
+        tmp_path / "shop.csv",
+        "sku,name,title,price,available,first_seen_at,colour\n"
+        'A,"Chair, ""small""\nand red",ignored,12.50,Yes,2025-01-01T11:00:00+01:00,red\n'
+        "B,,ignored,,,,\n",
+    )
+    columns = {"item_id": "sku", "title": "name", "attributes.colour": "colour"}
+    taken, left = items(spark, file, columns=columns)
+    assert left == {}
+    nothing = {"brand": None, "category": None, "parent_id": None, "region": None}
+    assert taken == {
+        "A": {"item_id": "A", "title": 'Chair, "small"\nand red', "price": 12.5, "available": True, **nothing,
+              "attributes": {"colour": "red"}, "first_seen_at": TEN},
+        "B": {"item_id": "B", "title": None, "price": None, "available": True, **nothing, "attributes": {},
+              "first_seen_at": None},
+    }  # fmt: skip
+
+
+def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "shop.csv",
+        "item_id,title,price,available,first_seen_at\n"
+        "good,Chair,1,true,\n"
+        ",Chair,1,true,\n"
+        "word,Chair,on request,true,\n"
+        "minus,Chair,-1,true,\n"
+        "nan,Chair,NaN,true,\n"
+        "maybe,Chair,1,maybe,\n"
+        "when,Chair,1,false,last week\n"
+        "cells,Chair,1,true,,one too many\n"
+        "twice,Chair,1,true,\n"
+        "twice,Table,1,true,\n"
+        "same,Chair,1,no,\n"
+        "same,Chair,1,no,\n",
+    )
+    taken, left = items(spark, file)
+    assert left == {
+        None: ["item_id is missing"],
+        "word": ["price is not a number"],
+        "minus": ["price is not a price"],
+        "nan": ["price is not a price"],
+        "maybe": ["available is neither true nor false"],
+        "when": ["first_seen_at is not a time"],
+        "cells": ["the row isn't well formed"],
+        "twice": ["item_id stands twice in one file, with different values"],
+        "same": [None],
+    }
+    assert {item: (row["title"], row["available"]) for item, row in taken.items()} == {
+        "good": ("Chair", True), "twice": ("Chair", True), "same": ("Chair", False),
+    }  # fmt: skip
+
+
+def test_of_several_files_the_newest_wins(spark: SparkSession, tmp_path: Path) -> None:
+    write(tmp_path / "shop" / "a.csv", "item_id,title\nA,new\nB,only here\n", at=1_700_000_002)
+    write(tmp_path / "shop" / "b.csv.gz", "item_id,title\nA,old\nC,packed\n", at=1_700_000_001)
+    taken, left = items(spark, tmp_path / "shop" / "*.csv*")
+    assert {item: row["title"] for item, row in taken.items()} == {"A": "new", "B": "only here", "C": "packed"}
+    assert left == {"A": [None]}
+
+
+def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSession, tmp_path: Path) -> None:
+    write(tmp_path / "shop" / "a.csv", "item_id,title\nA,Chair\n")
+    write(tmp_path / "shop" / "b.csv", "title,item_id\nTable,B\n")
+    taken, _ = items(spark, tmp_path / "shop")
+    assert {item: row["title"] for item, row in taken.items()} == {"A": "Chair", "B": "Table"}
+
+
+def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "shop.json",
+        '{"item_id": "A", "title": "Chair", "price": 3, "available": false}\n{"item_id": "B", "title\n',
+    )
+    taken, left = items(spark, file, format="json")
+    assert (taken["A"]["title"], taken["A"]["price"], taken["A"]["available"]) == ("Chair", 3.0, False)
+    assert left == {None: ["the row isn't well formed"]}
+
+
+@pytest.mark.parametrize(("name", "text"), [("csv", ""), ("csv", "item_id,title\n"), ("json", ""), ("json", "{\n")])
+def test_a_source_without_a_good_row(spark: SparkSession, tmp_path: Path, name: str, text: str) -> None:
+    taken, left = items(spark, write(tmp_path / f"shop.{name}", text), format=name)
+    assert taken == {}
+    assert left == ({None: ["the row isn't well formed"]} if text == "{\n" else {})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "delta"])
+def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str) -> None:
+    rows = spark.createDataFrame(
+        [("A", 2.5, False, TEN, 7), ("B", None, None, None, None)],
+        "sku STRING, price DOUBLE, available BOOLEAN, first_seen_at TIMESTAMP, size INT",
+    )
+    rows.write.format(kind).save(str(tmp_path / "shop"))
+    columns = {"item_id": "sku", "attributes.size": "size"}
+    taken, left = items(spark, tmp_path / "shop", format=kind, columns=columns)
+    shown = ("price", "available", "first_seen_at", "attributes")
+    assert {item: tuple(row[name] for name in shown) for item, row in taken.items()} == {
+        "A": (2.5, False, TEN, {"size": "7"}), "B": (None, True, None, {}),
+    }  # fmt: skip
+    assert left == {}
+
+
+def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, tmp_path: Path) -> None:
+    file = write(tmp_path / "shop.csv", "sku\nA\n")
+    with pytest.raises(UsageError, match="nowhere"):
+        sources.read(spark, "ingest.items", Source(path=(str(tmp_path / "nowhere.csv"),)))
+    with pytest.raises(UsageError, match=r"title ← name: no such column in the source. It has: sku"):
+        sources.read(spark, "ingest.items", Source(path=(str(file),), columns={"title": "name"}))
+
+
+def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "log.csv",
+        "user_id,item_id,event_type,event_time\n"
+        "u1,A,view,2025-01-01T10:00:00Z\n"
+        "u1,A,view,2025-01-01T10:00:00Z\n"
+        "u2,A,view,2025-01-01T12:00:00+02:00\n"
+        "u3,A,view,1735725600\n"
+        "u4,A,view,1735725600000\n"
+        ",A,view,2025-01-01T10:00:00Z\n"
+        "u1,,view,2025-01-01T10:00:00Z\n"
+        "u1,A,,2025-01-01T10:00:00Z\n"
+        "u1,A,view,\n"
+        "u1,A,view,yesterday\n"
+        "u1,A,view,2099-01-01T00:00:00Z\n",
+    )
+    parsed = ingest.parse_interactions(sources.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
+    rows = parsed.collect()
+    assert sorted(row["reason"] for row in rows if row["reason"]) == [
+        "event_time is missing", "event_time is not a time", "event_time lies in the future", "event_type is missing",
+        "item_id is missing", "user_id is missing",
+    ]  # fmt: skip
+    assert [row["user_id"] for row in rows if row["duplicate"]] == ["u1"]
+    taken = ingest.taken(parsed).collect()
+    assert sorted((row["user_id"], row["event_time"]) for row in taken) == [(f"u{n}", TEN) for n in (1, 2, 3, 4)]
+    assert {str(row["event_date"]) for row in taken} == {"2025-01-01"}
+    assert len({row["event_id"] for row in taken}) == 4
+    refused = ingest.rejected(parsed, "interactions").collect()
+    assert {row["source"] for row in refused} == {f"interactions file://{file}"}
+    future = next(json.loads(row["row"]) for row in refused if "future" in row["reason"])
+    assert (future["user_id"], future["event_time"]) == ("u1", "2099-01-01T00:00:00Z")
+
+
+def test_given_event_ids_count_once_and_rejected_copies_are_counted(spark: SparkSession, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "log.csv",
+        "event_id,user_id,item_id,event_type,event_time\n"
+        "e1,u1,A,view,2025-01-02T10:00:00Z\n"
+        "e1,u1,A,view,2025-01-01T10:00:00Z\n" + 3 * "e2,u1,A,view,soon\n",
+    )
+    parsed = ingest.parse_interactions(sources.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
+    assert [(row["event_id"], row["event_time"]) for row in ingest.taken(parsed).collect()] == [("e1", TEN)]
+    assert [row["copies"] for row in ingest.rejected(parsed, "interactions").collect()] == [3]
+
+
+def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
+    rows = run.tables.read(schemas.PHOTOS).collect()
+    for row in rows:
+        assert (row["image_sha256"], row["bytes"]) == (hashlib.sha256(row["image"]).hexdigest(), len(row["image"]))
+    return {(row["item_id"], row["position"]): bytes(row["image"]) for row in rows}
+
+
+def figures(outcome: object, name: str) -> dict[str, int]:
+    found = json.loads(outcome.details[name])  # type: ignore[attr-defined]
+    assert found["in"] == found["ok"] + found["rejected"] + found["skipped"]
+    return found
+
+
+def rejected(run: Pipeline, source: str) -> dict[str, str]:
+    """Reason by the raw row's file name or id, for the source."""
+    rows = [row for row in run.tables.read(schemas.REJECTED).collect() if row["source"].startswith(source)]
+    return {Path(json.loads(row["row"]).get("uri", "")).name: row["reason"] for row in rows}
+
+
+def test_catalogue_log_and_photo_folder_three_times(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    write(tmp_path / "shop.csv", "item_id,title\nA,Chair\nB,Table\nC,Lamp\n,Nothing\n")
+    write(tmp_path / "log-1.csv", "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\n,A,view,2025-01-01\n"
+          "u1,gone,view,2025-01-01\n")  # fmt: skip
+    folder = tmp_path / "photos"
+    for name, text in (
+        ("A.jpg", "a zero"), ("A.1.jpg", "a one"), ("B.jpg", "b jpg"), ("B.png", "b png"), ("deep/C.jpg", ""),
+        ("Z.jpg", "z"), ("README", "no"),
+    ):  # fmt: skip
+        write(folder / name, text)
+    run = pipeline(
+        tmp_path, f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=['{tmp_path}/log-*.csv']",
+        f"ingest.photos.folder={folder}",
+    )  # fmt: skip
+    first = run.stage("ingest")
+    assert figures(first, "items") == {"in": 4, "ok": 3, "rejected": 1, "skipped": 0}
+    assert figures(first, "interactions") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
+    assert figures(first, "photos") == {"in": 7, "ok": 4, "rejected": 3, "skipped": 0}
+    assert (first.rows_in, first.ok, first.failed) == (14, 9, 5)
+    assert {name: first.details[name] for name in ("unknown_item_events", "items_without_photo", "untouched_items")} == {
+        "unknown_item_events": "1", "items_without_photo": "0", "untouched_items": "2",
+    }  # fmt: skip
+    assert photos(run) == {("A", 0): b"a zero", ("A", 1): b"a one", ("B", 0): b"b jpg", ("C", 0): b""}
+    assert rejected(run, "photos") == {
+        "B.png": "the item has another photo at this position",
+        "Z.jpg": "no such item in the catalogue",
+        "README": "the file name doesn't fit ingest.photos.file_name",
+    }
+
+    # Other bytes of the same size and time: if the photo were read again, this would show.
+    write(folder / "A.jpg", "A ZERO")
+    write(folder / "B.jpg", "B JPG", at=1_700_000_009)
+    write(tmp_path / "log-2.csv", "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\nu2,A,view,2025-01-01\n")
+    again = run.stage("ingest")
+    assert figures(again, "photos") == {"in": 7, "ok": 1, "rejected": 3, "skipped": 3}
+    assert photos(run) == {("A", 0): b"a zero", ("A", 1): b"a one", ("B", 0): b"B JPG", ("C", 0): b""}
+    # One event of the second file is the first file's, redelivered; the first file itself isn't opened.
+    assert figures(again, "interactions") == {"in": 2, "ok": 1, "rejected": 0, "skipped": 1}
+
+    tables = (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.REJECTED, schemas.FILES)
+    before = {table.name: run.tables.read(table).drop("image").toPandas() for table in tables}
+    third = run.stage("ingest")
+    assert "interactions" not in third.details
+    assert figures(third, "photos") == {"in": 7, "ok": 0, "rejected": 3, "skipped": 4}
+    for table in tables:
+        now = run.tables.read(table).drop("image").toPandas()
+        key = list(table.key)
+        assert now.sort_values(key).to_dict("records") == before[table.name].sort_values(key).to_dict("records")
+
+
+def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    for name in ("old.jpg", "new.jpg", "b.jpg"):
+        write(tmp_path / name, name)
+    write(tmp_path / "1.csv", f"item_id,photo\nA,{tmp_path}/old.jpg\nB,{tmp_path}/b.jpg\n,{tmp_path}/b.jpg\n", at=1)
+    write(tmp_path / "2.csv", f"item_id,photo\nA,{tmp_path}/new.jpg\nC,{tmp_path}/gone.jpg\nD,\n", at=2)
+    shop = f"ingest.items.path=['{tmp_path}/*.csv']"
+    run = pipeline(tmp_path, shop, "ingest.photos.path_column=photo")
+    assert figures(run.stage("ingest"), "photos") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
+    assert photos(run) == {("A", 0): b"new.jpg", ("B", 0): b"b.jpg"}
+    assert list(rejected(run, "photos")) == ["gone.jpg"]
+    assert rejected(run, "photos")["gone.jpg"].startswith("the photo can't be read: ")
+
+    write(tmp_path / "b.jpg", "B.JPG")
+    write(tmp_path / "new.jpg", "new too", at=1_700_000_009)
+    assert figures(run.stage("ingest"), "photos") == {"in": 3, "ok": 1, "rejected": 1, "skipped": 1}
+    assert photos(run) == {("A", 0): b"new too", ("B", 0): b"b.jpg"}
+
+    with pytest.raises(UsageError, match="the catalogue has no column 'photos' with a path in it"):
+        pipeline(tmp_path, shop, "ingest.photos.path_column=photos").check(["ingest"])
+
+
+def test_photos_in_a_bytes_column(pipeline: Callable[..., Pipeline], spark: SparkSession, tmp_path: Path) -> None:
+    schema = "item_id STRING, title STRING, photo BINARY"
+    rows = [("A", "Chair", b"a"), ("B", "Table", None), (None, "Lamp", b"c")]
+    spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / "shop"))
+    source = (f"ingest.items.path=[{tmp_path}/shop]", "ingest.items.format=parquet")
+    run = pipeline(tmp_path, *source, "ingest.photos.bytes_column=photo")
+    assert figures(run.stage("ingest"), "photos") == {"in": 1, "ok": 1, "rejected": 0, "skipped": 0}
+    assert photos(run) == {("A", 0): b"a"}
+    with pytest.raises(UsageError, match="the catalogue has no binary column 'image'"):
+        pipeline(tmp_path, *source, "ingest.photos.bytes_column=image").check(["ingest"])

@@ -1,0 +1,116 @@
+"""Profiles: literal events to literal weights, and the mean vector against numpy."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.stages import index, profiles
+from vlm4rec_spark.stages.profiles import ProfileSettings
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+SETTINGS = ProfileSettings(bot_events_per_day=3)
+DIMENSION = 24
+
+
+def log(spark: SparkSession, *events: tuple[str, str, str, str]) -> DataFrame:
+    """Interactions of (user, item, type, time)."""
+    rows = [
+        (f"e{n}", user, item, kind, at, at.date())
+        for n, (user, item, kind, at) in enumerate((u, i, k, datetime.fromisoformat(t)) for u, i, k, t in events)
+    ]
+    return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
+
+
+def histories(
+    spark: SparkSession, events: list[tuple[str, str, str, str]], settings: ProfileSettings = SETTINGS
+) -> dict[str, dict]:
+    items = spark.createDataFrame([(item,) for item in "ABCD"], "item_id STRING")
+    rows = profiles.histories(log(spark, *events), items, settings).collect()
+    return {row["user_id"]: row.asDict(recursive=True) for row in rows}
+
+
+EVENTS = [
+    ("ann", "A", "view", "2025-01-01 12:00:00"),
+    ("ann", "B", "cart", "2025-01-31 12:00:00"),
+    ("ann", "A", "purchase", "2025-03-02 12:00:00"),
+    ("ann", "C", "scroll", "2025-04-01 12:00:00"),
+    ("ann", "gone", "purchase", "2025-04-01 12:00:00"),
+    ("ben", "D", "scroll", "2025-01-01 12:00:00"),
+    ("cat", "gone", "view", "2025-01-01 12:00:00"),
+    *[("bot", "A", "view", f"2025-01-01 12:00:0{n}") for n in range(4)],
+    *[("fan", "B", "view", f"2025-01-0{n} 12:00:00") for n in range(1, 5)],
+]
+
+
+def test_weights_seen_bots_and_unknown_items(spark: SparkSession) -> None:
+    found = histories(spark, EVENTS)
+    # ben only scrolled, cat's item isn't in the catalogue, bot made four events on one day and fan only one.
+    assert set(found) == {"ann", "fan"}
+    ann = found["ann"]
+    # A: view 60 days before the last event that counts, 1 x 0.5, and a purchase, 5 x 1. B: cart 30 days before it.
+    assert [item["item_id"] for item in ann["history"]] == ["A", "B"]
+    assert [item["weight"] for item in ann["history"]] == pytest.approx([5.5, 3 * 0.5**0.5], rel=1e-15)
+    assert ann["seen"] == ["A", "B", "C"]
+    assert (ann["events"], ann["last_event_at"]) == (3, datetime(2025, 3, 2, 12))
+    assert found["fan"]["events"] == 4
+
+
+def test_a_quiet_users_profile_does_not_change(spark: SparkSession) -> None:
+    later = [*EVENTS, ("new", "D", "purchase", "2030-01-01 12:00:00")]
+    assert histories(spark, later)["ann"] == histories(spark, EVENTS)["ann"]
+
+
+def test_without_half_life_and_with_the_last_item_only(spark: SparkSession) -> None:
+    settings = ProfileSettings(event_weights={"view": 2.0, "cart": 7.0}, half_life_days=None, last_n=1)
+    ann = histories(spark, EVENTS, settings)["ann"]
+    # The purchase doesn't count now, so the cart of B is the latest event.
+    assert ann["history"] == [{"item_id": "B", "weight": 7.0}]
+    assert (ann["seen"], ann["events"]) == (["A", "B", "C"], 2)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, np.ndarray]:
+    drawn = np.random.default_rng(3).standard_normal((40, DIMENSION))
+    drawn = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    return {f"i{n:02d}": vector for n, vector in enumerate(drawn)}
+
+
+def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
+    spark: SparkSession, tmp_path: Path, vectors: dict[str, np.ndarray]
+) -> None:
+    table = pa.table({
+        "item_id": list(vectors), "embedding": pa.array([v.tolist() for v in vectors.values()], pa.list_(pa.float32())),
+        "text_sha256": ["-"] * len(vectors), "text": [""] * len(vectors),
+    })  # fmt: skip
+    searcher = index.ship(spark, index.build(table, "caption", "test", tmp_path, scann_from=10**6), 1.0)
+    rng = np.random.default_rng(4)
+    drawn = {
+        f"u{n:02d}": [(f"i{i:02d}", float(w)) for i, w in zip(rng.permutation(40)[: 1 + n % 9], rng.random(9) + 0.1,
+                                                             strict=False)]
+        for n in range(30)
+    }  # fmt: skip
+    drawn |= {"unknown": [("gone", 1.0)], "half": [("gone", 9.0), ("i00", 1.0)]}
+    now = datetime(2025, 1, 1)
+    frame = spark.createDataFrame(
+        [(user, history, ["x"], 1, now) for user, history in drawn.items()],
+        "user_id STRING, history ARRAY<STRUCT<item_id: STRING, weight: DOUBLE>>, seen ARRAY<STRING>, events BIGINT, "
+        "last_event_at TIMESTAMP",
+    )
+    found = []
+    for partitions in (1, 7):
+        made = profiles.with_embedding(frame.repartition(partitions, "user_id"), "caption", searcher)
+        found.append({row["user_id"]: row["embedding"] for row in made.collect()})
+    assert found[0] == found[1]
+    assert found[0].pop("unknown") is None
+    for user, embedding in found[0].items():
+        total = sum(weight * vectors[item].astype(np.float64) for item, weight in drawn[user] if item in vectors)
+        np.testing.assert_allclose(embedding, total / np.linalg.norm(total), rtol=0, atol=1e-7)

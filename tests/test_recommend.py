@@ -1,0 +1,144 @@
+"""Recommend: exact search equals brute force, ScaNN keeps the promises, reasons are the nearest history items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.stages import index, recommend
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+ITEMS, USERS, DIMENSION, K = 400, 60, 16, 10
+WITHDRAWN = [f"i{n:03d}" for n in range(0, ITEMS, 7)]
+COLOURS = ("red", "green", "blue", "black")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@dataclass
+class World:
+    """Random items (the last two alike) and users, as numpy has them and as Spark does."""
+
+    ids: list[str]
+    vectors: np.ndarray
+    seen: dict[str, list[str]]
+    queries: dict[str, np.ndarray]
+    profiles: DataFrame
+    exact: Path
+    scann: Path
+
+    def brute_force(self, user: str, withdrawn: list[str]) -> list[tuple[str, float]]:
+        out = {*self.seen[user], *withdrawn}
+        scores = self.vectors @ self.queries[user]
+        best = sorted((-round(float(score), 6), item) for item, score in zip(self.ids, scores, strict=True)
+                      if item not in out)  # fmt: skip
+        return [(item, -score) for score, item in best[:K]]
+
+
+@pytest.fixture(scope="module")
+def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> World:
+    rng = np.random.default_rng(11)
+    ids = [f"i{n:03d}" for n in range(ITEMS)]
+    vectors = unit(rng.standard_normal((ITEMS, DIMENSION)))
+    vectors[-1] = vectors[-2]
+    table = pa.table({
+        "item_id": ids, "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
+        "text_sha256": ["-"] * ITEMS, "text": [f"A {COLOURS[n % 4]} thing, nr{n}." for n in range(ITEMS)],
+    })  # fmt: skip
+    folder = tmp_path_factory.mktemp("index")
+    rows, seen, queries = [], {}, {}
+    for n in range(USERS):
+        user = f"u{n:02d}"
+        # u00 has seen all but three items; u01 is drawn to the two items that are alike.
+        history = [ids[i] for i in rng.permutation(ITEMS)[: ITEMS - 3 if n == 0 else 1 + n % 40]]
+        query = vectors[-1] if n == 1 else unit(rng.standard_normal(DIMENSION))
+        seen[user], queries[user] = sorted(history), query
+        rows.append((user, "caption", [(item, 1.0) for item in history[:5]], seen[user], query.tolist(), 1,
+                     datetime(2025, 1, 1)))  # fmt: skip
+    rows.append(("nobody", "caption", [("gone", 1.0)], ["gone"], None, 1, datetime(2025, 1, 1)))
+    profiles = spark.createDataFrame(rows, schemas.PROFILES.schema).repartition(3).persist()
+    exact = index.build(table, "caption", "test", folder, scann_from=10**6)
+    return World(ids, vectors, seen, queries, profiles, exact, index.build(table, "caption", "test", folder, 16))
+
+
+def lists(
+    world: World, opener: Callable[[], Searcher], withdrawn: list[str], effort: Effort | None
+) -> dict[str, list[dict]]:
+    rows = recommend.recommend(world.profiles, opener, withdrawn, K, effort).collect()
+    return {row["user_id"]: [item.asDict() for item in row["items"]] for row in rows}
+
+
+def test_exact_search_equals_brute_force(spark: SparkSession, world: World) -> None:
+    found = lists(world, index.ship(spark, world.exact, 1.0), WITHDRAWN, None)
+    assert set(found) == set(world.queries)  # a profile without a vector gets no list
+    for user, items in found.items():
+        expected = world.brute_force(user, WITHDRAWN)
+        assert [item["item_id"] for item in items] == [item for item, _ in expected]
+        assert [item["score"] for item in items] == pytest.approx([score for _, score in expected], abs=2e-6)
+    assert len(found["u00"]) <= 3
+    assert {len(items) for user, items in found.items() if user != "u00"} == {K}
+    # Equal scores: the smaller id first.
+    assert [item["item_id"] for item in found["u01"]][:2] == ["i398", "i399"]
+
+
+def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: SparkSession, world: World) -> None:
+    found = lists(world, index.ship(spark, world.exact, 1.0), [], None)
+    place = {item: n for n, item in enumerate(world.ids)}
+    history = {row["user_id"]: [item["item_id"] for item in row["history"]] for row in world.profiles.collect()}
+    checked = 0
+    for user, items in found.items():
+        for item in items:
+            similar = world.vectors[[place[h] for h in history[user]]] @ world.vectors[place[item["item_id"]]]
+            reason = item["because_item_id"]
+            assert similar[history[user].index(reason)] >= similar.max() - 2e-6
+            colours = COLOURS[place[item["item_id"]] % 4], COLOURS[place[reason] % 4]
+            assert item["because_terms"] == ([colours[0], "thing"] if colours[0] == colours[1] else ["thing"])
+            checked += 1
+    assert checked >= K * (USERS - 1)
+
+
+def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world: World) -> None:
+    opener = index.ship(spark, world.scann, 1.0)
+    assert Searcher.open(world.scann).approximate
+    found = lists(world, opener, WITHDRAWN, Effort(leaves=10, candidates=60))
+    assert lists(world, opener, WITHDRAWN, Effort(leaves=10, candidates=60)) == found
+    hits = 0
+    for user, items in found.items():
+        names, scores = [item["item_id"] for item in items], [item["score"] for item in items]
+        expected = [item for item, _ in world.brute_force(user, WITHDRAWN)]
+        assert len(set(names)) == len(names) == len(expected)
+        assert not {*names} & {*world.seen[user], *WITHDRAWN}
+        assert sorted(zip(scores, names, strict=True), key=lambda pair: (-pair[0], pair[1])) == list(
+            zip(scores, names, strict=True)
+        )
+        hits += len({*names} & {*expected})
+    assert hits / (K * USERS) > 0.6
+
+
+def test_calibration_measures_what_it_says(world: World) -> None:
+    searcher = Searcher.open(world.scann)
+    sample = world.profiles.where("embedding IS NOT NULL").select("embedding", "seen").toArrow()
+    eligible = recommend.eligible_items(searcher, WITHDRAWN)
+    assert eligible.sum() == ITEMS - len(WITHDRAWN)
+    easy = recommend.calibrate(searcher, sample, eligible, K, promise=0.5)
+    assert easy.effort is not None
+    assert 0.5 <= easy.low <= easy.recall <= 1
+    assert easy.users == USERS
+    hard = recommend.calibrate(searcher, sample, eligible, K, promise=0.9)
+    assert hard.effort is None or (hard.effort.leaves > easy.effort.leaves and hard.low >= 0.9)
+    # No promise above what approximate search gave: exact it is.
+    assert recommend.calibrate(searcher, sample, eligible, K, promise=1.1).effort is None
+    assert recommend.calibrate(Searcher.open(world.exact), sample, eligible, K, promise=0.9).effort is None

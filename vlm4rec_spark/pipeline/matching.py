@@ -1,0 +1,108 @@
+"""Index, profiles and recommend: vectors and the log to everybody's list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyspark.sql import functions as F
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.pipeline.describing import item_texts
+from vlm4rec_spark.pipeline.run import Outcome, Run, one
+from vlm4rec_spark.stages import index as indexing
+from vlm4rec_spark.stages import profiles as profiling
+from vlm4rec_spark.stages import recommend as ranking
+
+
+def index(run: Run, outcome: Outcome) -> None:
+    settings, encoder = run.config.index, run.encoder_id()
+    outcome.versions = run.tables.versions([schemas.EMBEDDINGS])
+    rows = indexing.index_rows(run.read(schemas.EMBEDDINGS), item_texts(run), run.config.representation, encoder)
+    items = rows.count()
+    if not items:
+        raise RunError(f"index: no item has a {run.config.representation} embedding by {encoder}. Run embed.")
+    dimension = one(rows.select(F.size("embedding")))[0]
+    need = 2 * items * dimension * 4 / 1e9
+    run.voice.say(f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there")
+    folder = indexing.build(
+        rows.toArrow(), run.config.representation, encoder, Path(settings.folder), settings.scann_from
+    )
+    searcher = Searcher.open(folder)
+    outcome.ok = items
+    outcome.details = {
+        "index_id": searcher.index_id, "items": str(items), "dimension": str(dimension),
+        "approximate": str(searcher.approximate).lower(), "folder": str(folder.resolve()),
+        "representation": run.config.representation,
+        "bytes": str(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())),
+    }  # fmt: skip
+
+
+def profiles(run: Run, outcome: Outcome) -> None:
+    settings = run.config.profiles
+    log, items = run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS)
+    outcome.versions = run.tables.versions([schemas.INTERACTIONS, schemas.ITEMS])
+    bots = profiling.bots(log, settings.bot_events_per_day)
+    users = log.select("user_id").distinct().count()
+    figures = one(log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1))))
+    rows = profiling.histories(log, items, settings)
+    if rows.isEmpty():
+        raise RunError("profiles: no user has an event that counts. Check profiles.event_weights against the event "
+                       "types of the log. Nothing was written.")  # fmt: skip
+    open_searcher = indexing.ship(run.spark, _index_folder(run), run.config.index.broadcast_gb)
+    with run.voice.watch("building profiles", users):
+        run.tables.replace(
+            schemas.PROFILES, profiling.with_embedding(rows, run.config.representation, open_searcher)
+        )
+    outcome.ok = run.tables.read(schemas.PROFILES).count()
+    outcome.skipped = users - outcome.ok
+    outcome.details = {
+        "representation": run.config.representation, "bot_users": str(figures[0]), "bot_events": str(figures[1]),
+        "users_without_history": str(outcome.skipped - figures[0]),
+    }  # fmt: skip
+
+
+def recommend(run: Run, outcome: Outcome) -> None:
+    settings, k = run.config.recommend, run.config.recommend.k
+    rows = run.read(schemas.PROFILES)
+    outcome.versions = run.tables.versions([schemas.PROFILES, schemas.ITEMS])
+    folder = _index_folder(run)
+    searcher = Searcher.open(folder)
+    other = rows.where(F.col("representation") != run.config.representation)
+    if not other.isEmpty():
+        raise RunError("recommend: the profiles are of another representation than the index. Run profiles again.")
+    withdrawn = [row["item_id"] for row in run.tables.read(schemas.ITEMS).where(~F.col("available"))
+                 .select("item_id").collect()]  # fmt: skip
+    usable = rows.where(F.col("embedding").isNotNull())
+    sample = usable.select("user_id", "embedding", "seen").orderBy(F.xxhash64("user_id"), "user_id")
+    eligible = ranking.eligible_items(searcher, withdrawn)
+    measured = ranking.calibrate(
+        searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall
+    )
+    words = measured.words(searcher.manifest["leaves"])
+    users, total = usable.count(), rows.count()
+    run.voice.say(f"recommending for {users:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
+    open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb)
+    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort).select(
+        "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+    )
+    with run.voice.watch("recommending", users):
+        run.tables.replace(schemas.RECOMMENDATIONS, lists)
+    short = run.tables.read(schemas.RECOMMENDATIONS).where(F.size("items") < k).count()
+    outcome.ok, outcome.skipped = users, total - users
+    outcome.details = {
+        "k": str(k), "users": str(users), "short_lists": str(short), "search": words,
+        "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
+        "recall_low": f"{measured.low:.4f}", "index_id": searcher.index_id,
+    }  # fmt: skip
+
+
+def _index_folder(run: Run) -> Path:
+    """The folder that the last successful index run of this representation named."""
+    built = run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))
+    ours = built.where(F.col("details")["representation"] == run.config.representation)
+    last = ours.orderBy(F.desc("started_at")).select(F.col("details")["folder"]).head()
+    if last is None:
+        raise RunError(f"There is no index of {run.config.representation} embeddings yet. Run: vlm4rec index")
+    return Path(last[0])

@@ -1,0 +1,71 @@
+"""What every stage of a run has at hand: session, config, tables, voice, and a record of what it did."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pyspark.sql import DataFrame, Row, SparkSession
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.config import Config
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models import embedder
+from vlm4rec_spark.schemas import Table
+from vlm4rec_spark.tables import Tables
+
+
+@dataclass
+class Outcome:
+    """What a stage did, as `runs` keeps it; rows in = ok + failed + skipped."""
+
+    stage: str
+    ok: int = 0
+    failed: int = 0
+    skipped: int = 0
+    device_seconds: float | None = None
+    details: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def rows_in(self) -> int:
+        return self.ok + self.failed + self.skipped
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a run speaks: `say` a line; `watch(label, rows)` a Spark job that takes long."""
+
+    say: Callable[[str], None]
+    watch: Callable[[str, int], AbstractContextManager[None]]
+
+
+class Run:
+    """One run of one configuration on one Spark session."""
+
+    def __init__(self, spark: SparkSession, config: Config, voice: Voice):
+        self.spark, self.config, self.voice = spark, config, voice
+        self.tables = Tables(spark, config.tables)
+        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+    def read(self, table: Table) -> DataFrame:
+        """A table that an earlier stage made. Raises RunError when it isn't there."""
+        if not self.tables.exists(table):
+            raise RunError(f"The table {self.tables.place(table)} isn't there yet. Run the stage that makes it, or "
+                           "`vlm4rec run` for all.")  # fmt: skip
+        return self.tables.read(table)
+
+    def reject(self, rows: DataFrame) -> None:
+        self.tables.insert(schemas.REJECTED, rows)
+
+    def encoder_id(self) -> str:
+        return embedder.encoder_id(self.config.embed.encoder, self.config.embed.revision)
+
+
+def one(rows: DataFrame) -> Row:
+    """The first row, of rows that are known to have one."""
+    return rows.take(1)[0]
