@@ -62,7 +62,8 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
         if not equals or not key:
             raise UsageError(f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20.")
         path = tuple(key.strip().split("."))
-        places[path] = f"--set {assignment}"
+        # The keys above too: a value may stand where a section was, and the other way round.
+        places |= {path[:n]: f"--set {assignment}" for n in range(1, len(path) + 1)}
         _assign(merged, path, _value(assignment, value))
     try:
         return Config.model_validate(merged)
@@ -127,7 +128,10 @@ def _explain(error: Any, places: dict[tuple[str, ...], str]) -> str:
     if error["type"] != "extra_forbidden":
         shown = repr(error["input"])
         return f"{place}: {key}: {error['msg']} (it is {shown if len(shown) < 80 else shown[:77] + '...'})."
-    near = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)
+    known = list(_keys(Config))
+    # A right name under a wrong or a missing section is nearer than one that is merely spelt alike.
+    same_name = [other for other in known if other.split(".")[-1] == path[-1]]
+    near = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0)
     return f"{place}: unknown key {key!r}. Did you mean {near[0]!r}?"
 
 

@@ -103,6 +103,7 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
         files = _files(spark, (photos.folder,))
     except AnalysisException as missing:
         raise UsageError(f"ingest.photos.folder: {_first_line(missing)}") from None
+    files = files.unionByName(_empty_files(spark, photos.folder))
     name = F.regexp_extract("uri", "([^/]+)$", 1)
     pattern = f"^{photos.file_name}$"
     fits = name.rlike(pattern)
@@ -121,17 +122,41 @@ def _files(spark: SparkSession, paths: tuple[str, ...]) -> DataFrame:
     return files.select(*[F.col(theirs).alias(ours) for theirs, ours in names.items()])
 
 
+def _empty_files(spark: SparkSession, folder: str) -> DataFrame:
+    """What Spark's listing leaves out: files of no bytes. Their time is null; who opens one can ask for it."""
+    assert spark._jvm is not None
+    files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(folder)
+    # All names stay in the JVM: there may be millions.
+    every = spark._jvm.scala.Predef.genericWrapArray(files._jdf.inputFiles()).toSeq()
+    names = spark._jsparkSession.createDataset(every, spark._jvm.org.apache.spark.sql.Encoders.STRING())
+    there = files.select(F.col("_metadata.file_path").alias("value"))
+    empty = DataFrame(names.toDF(), spark).join(there, on="value", how="left_anti")
+    return empty.select(
+        F.url_decode(F.replace("value", F.lit("+"), F.lit("%2B"))).alias("uri"),
+        F.lit(0).cast("bigint").alias("bytes"),
+        F.lit(None).cast("timestamp").alias("modified_at"),
+    )
+
+
 def _load(spark: SparkSession, source: Source) -> DataFrame:
     paths = list(source.path)
     if source.format == "csv":
         options = {"header": "true", "multiLine": "true", "escape": '"', **source.options}
-        header = spark.read.options(**options).csv(paths).schema
+        header = spark.read.options(**options).csv(paths)
+        if not header.columns:
+            return header
+        # Several files must have one header, or cells would land in other columns. Spark invents a name where the
+        # header has none, as pandas writes its index; then it can't compare.
+        if not any(re.fullmatch(r"_c\d+", name) for name in header.columns):
+            options = {"enforceSchema": "false", **options}
         return (
             spark.read.options(**options, columnNameOfCorruptRecord="_corrupt_record")
-            .schema(header.add("_corrupt_record", StringType())).csv(paths)
+            .schema(header.schema.add("_corrupt_record", StringType())).csv(paths)
         )  # fmt: skip
     if source.format == "json":
-        return spark.read.options(**{"primitivesAsString": "true", **source.options}).json(paths)
+        rows = spark.read.options(**{"primitivesAsString": "true", **source.options}).json(paths)
+        # Spark doesn't give this column alone.
+        return spark.read.text(paths).toDF("_corrupt_record") if rows.columns == ["_corrupt_record"] else rows
     reader = spark.read.options(**source.options).format(source.format)
     if source.format == "delta":
         (path,) = paths

@@ -26,9 +26,9 @@ def test_every_packaged_prompt_has_a_name_and_a_version() -> None:
 def test_ones_own_file_is_joined_into_one_line_and_named_by_its_text(tmp_path: Path) -> None:
     file = tmp_path / "shoes.txt"
     file.write_text("  Describe\n\nthe sóle.\n", encoding="utf-8")
-    assert load_prompt(str(file)) == Prompt("shoes@01c6ae5b", "Describe the sóle.")
+    assert load_prompt(str(file)) == Prompt("shoes@3c5704e8", "Describe the sóle.")
     file.write_text("Describe the heel.", encoding="utf-8")
-    assert load_prompt(str(file)).prompt_id != "shoes@01c6ae5b"
+    assert load_prompt(str(file)).prompt_id != "shoes@3c5704e8"
 
 
 def test_line_breaks_alone_do_not_make_another_prompt(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm4rec_spark.demo import card
 from vlm4rec_spark.demo.drawing import ATTRIBUTES, draw, parse, sentence
 
 SIDE, PATCH, WIDTH = 96, 12, 192
 TRAIN_SEED, TEST_SEED = 1_000_000, 2_000_000
 """First seeds of the training and held-out renderings; the demo's shop draws from below a million."""
+COMMAND = "python -m vlm4rec_spark.demo.captioner"
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
     "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} answer :{% endif %}"
@@ -115,15 +117,19 @@ def train(out: Path, work: Path, steps: int, batch: int, count: int, seed: int) 
     heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, len(values)) for values in ATTRIBUTES.values())
     everything = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(everything, lr=1e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps, pct_start=0.1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = cycle(optimiser, 1e-3, total_steps=steps, pct_start=0.1)
     checkpoint, first = work / "checkpoint.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        first = state["step"]
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["step"]
+        if first < state["schedule"]["total_steps"]:
+            schedule.load_state_dict(state["schedule"])
+        else:  # more steps than were asked for before: another, gentler cycle
+            schedule = cycle(optimiser, 4e-4, total_steps=steps - first, pct_start=0.1)
         print(f"going on from step {first}", flush=True)
     answers = [_answer(processor, row) for row in labels]
     started = time.monotonic()
@@ -142,7 +148,7 @@ def train(out: Path, work: Path, steps: int, batch: int, count: int, seed: int) 
             rate = (step + 1 - first) / (time.monotonic() - started)
             print(f"step {step + 1}/{steps}, loss {loss.item():.3f}, seen right {looked:.2f}, "
                   f"{rate * batch:.0f} photos/s, {(steps - step) / rate / 60:.0f} min left", flush=True)  # fmt: skip
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 100 == 0:
             parts = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule}
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"step": step + 1}, checkpoint)
@@ -211,14 +217,19 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     options.add_argument("--work", type=Path, default=Path("captioner-training"))
-    options.add_argument("--steps", type=int, default=3_000)
+    options.add_argument("--steps", type=int, default=2_800)
     options.add_argument("--batch", type=int, default=64)
-    options.add_argument("--renderings", type=int, default=24_000)
+    options.add_argument("--renderings", type=int, default=40_000)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--test", type=int, default=1_000)
+    options.add_argument("--test", type=int, default=3_000)
     given = options.parse_args()
+    started = time.monotonic()
     train(given.out, given.work, given.steps, given.batch, given.renderings, given.seed)
+    minutes = (time.monotonic() - started) / 60
     share, blank = held_out(given.out, given.test)
+    command = f"{COMMAND} --steps {given.steps} --batch {given.batch} --renderings {given.renderings}"
+    training = card.Training(command, given.seed, given.steps, given.batch, given.renderings, TRAIN_SEED, minutes)
+    card.write(given.out, training, card.HeldOut(given.test, TEST_SEED, share, blank))
     print(f"{'attribute':10} {'fresh':>6} {'blank':>6} {'chance':>6}")
     for name, values in ATTRIBUTES.items():
         print(f"{name:10} {share[name]:6.3f} {blank[name]:6.3f} {1 / len(values):6.3f}")

@@ -20,7 +20,7 @@ class Training:
     renderings: int
     first_seed: int
     minutes: float
-    """Wall-clock time of drawing and training, without pauses."""
+    """Wall-clock time of drawing and training; of the last part only where training was resumed."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,20 @@ def write(folder: Path, training: Training, held_out: HeldOut) -> None:
 _TEXT = """\
 # The demo's captioner
 
-Describes a drawn product photo of this project's demo in one sentence. A LLaVA of a CLIP vision tower, a projector and a
-small Llama, made of transformers' own classes and loaded through `AutoProcessor` and `AutoModelForImageTextToText`.
+Describes a drawn product photo of this project's demo in one sentence. A LLaVA of a CLIP vision tower, a projector and
+a small Llama, made of transformers' own classes and loaded through `AutoProcessor` and `AutoModelForImageTextToText`.
 
 ## What it can't do
 
 - It knows only the drawings of `vlm4rec_spark/demo/drawing.py`. On a real photo its sentence means nothing.
 - It does not obey prompts: it says the same kind of sentence whatever it is asked. Words outside its small vocabulary
-  are `<unk>` to it.
-- On a blank photo it still names a product, at random.
+  are `<unk>` to it. A prompt that itself names kinds, colours or styles makes it a little worse.
+- On a blank photo it still names a product, an arbitrary one.
 
 ## Training
 
-- Data: {renderings:,} renderings by this project, seeds {first:,} to {last:,}, attributes drawn uniformly. No outside data and
-  no pretrained weights. The demo's shop draws from other seeds.
+- Data: {renderings:,} renderings by this project, seeds {first:,} to {last:,}, attributes drawn uniformly.
+  No outside data and no pretrained weights. The demo's shop draws from other seeds.
 - Command: `{command}`, seed {seed}.
 - {steps:,} steps, {seen:,} photos seen, {minutes:.0f} minutes on 2 CPU cores, drawing included.
 - Linear heads on the pooled vision tower helped it to learn; they aren't part of the model.

@@ -81,7 +81,8 @@ def _direction(word: str) -> np.ndarray:
 
 
 _SCRIPT = re.compile(r"<(script|style)\b.*?(</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
-_TAG = re.compile(r"<[^<>]{1,500}>")
+# A tag's name stands right behind its "<": "width < 40 cm, height > 10 cm" is no tag.
+_TAG = re.compile(r"<[a-z/!?][^<>]{0,500}>", re.IGNORECASE)
 
 
 def clean(text: str | None, max_words: int) -> str:

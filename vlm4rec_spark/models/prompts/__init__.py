@@ -26,7 +26,10 @@ def load_prompt(name: str) -> Prompt:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in _PACKAGED.glob("*.txt")))
         raise UsageError(f"caption.prompt: there is no prompt {name!r} and no such file. Packaged prompts: {known}.")
-    text = " ".join(file.read_text(encoding="utf-8").split())
+    try:
+        text = " ".join(file.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as broken:
+        raise UsageError(f"caption.prompt: the file {file} can't be read as UTF-8 text ({broken}).") from None
     if not text:
         raise UsageError(f"caption.prompt: the file {file} is empty.")
     if file == packaged:

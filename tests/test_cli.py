@@ -1,0 +1,137 @@
+"""The command line without Spark: exit codes, one paragraph per error, help, and `vlm4rec config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.exceptions import Abort
+
+from vlm4rec_spark.cli import app, main
+from vlm4rec_spark.config import CONF, Config, load
+from vlm4rec_spark.errors import RunError, UsageError
+
+STAGES = ("ingest", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export", "report", "run")
+CONFIGURED = (*STAGES, "import-captions", "config")
+
+
+@pytest.fixture(autouse=True)
+def no_spark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def session(settings: object) -> None:
+        raise AssertionError("this command must be refused before Spark starts")
+
+    monkeypatch.setattr("vlm4rec_spark.cli.stages.session", session)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    """Exit code and message; the message is one paragraph on stderr and nothing else was printed or written."""
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    assert (out, list(Path.cwd().iterdir())) == ("", [])
+    assert err.startswith("Error: ") and err.endswith("\n") and "\n\n" not in err and "Traceback" not in err
+    return code, err.removeprefix("Error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_an_unknown_key_is_refused_by_every_stage(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert refused(capsys, command, "--set", "recomend.k=3") == (
+        2, "--set recomend.k=3: unknown key 'recomend'. Did you mean 'recommend'?"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", [["ingest"], ["run"], ["config"], ["import-captions", "captions.csv"]])
+def test_a_config_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert refused(capsys, *argv, "--config", "gone.yaml") == (
+        2, f"--config gone.yaml: there is no such file, here or in {CONF}."
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["recomend"], "No such command 'recomend'. Did you mean 'recommend'? See: vlm4rec --help"),
+        (["run", "--confg", "x"], "No such option: --confg Did you mean --config? See: vlm4rec --help"),
+        (["run", "--config"], "Option '--config' requires an argument. See: vlm4rec --help"),
+        (["import-captions"], "Missing argument 'PATH'. See: vlm4rec --help"),
+        (["demo", "--items", "3"], "Invalid value for '--items': 3 is not in the range x>=50. See: vlm4rec --help"),
+        (["import-captions", "x", "--column", "text"],
+         "--column text: write it as ours=theirs, such as --column text=description."),
+        (["import-captions", "x", "--format", "xml"], "--format xml: it is csv, json, parquet or delta."),
+        (["config", "--set", "recommend.k"],
+         "--set 'recommend.k': write it as key=value, such as --set recommend.k=20."),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_code_two_and_says_what_is_right(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert refused(capsys, *argv) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RunError("The [bold]log[/] is empty."), 1, "The [bold]log[/] is empty."),
+        (UsageError("No such thing."), 2, "No such thing."),
+        (KeyboardInterrupt(), 1, "Interrupted. Run the same command again to go on."),
+        (Abort(), 1, "Interrupted. Run the same command again to go on."),
+        (ValueError("first line\n\n  second line"), 1, "ValueError: first line (--debug shows the stack trace.)"),
+        (ValueError(), 1, "ValueError: no message (--debug shows the stack trace.)"),
+        (
+            ValueError("Job aborted\n  File x\nvlm4rec_spark.errors.RunError: the photo: is gone\nat java.base"), 1,
+            "ValueError: the photo: is gone (--debug shows the stack trace.)",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_inside_is_one_paragraph_and_its_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fails(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vlm4rec_spark.cli.stages.run_stages", fails)
+    assert refused(capsys, "run") == (code, message)
+
+
+def test_debug_shows_the_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--debug", "--set", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1] == "Error: --set 'x': write it as key=value, such as --set recommend.k=20."
+
+
+def test_config_prints_yaml_that_loads_back_equal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["--config", "demo.yaml", "--set", "recommend.k=3", "--set", "evaluate.cut=2025-05-01"]
+    assert main(["config", *argv]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load([tmp_path / "printed.yaml"]) == load([Path("demo.yaml")], ["recommend.k=3", "evaluate.cut=2025-05-01"])
+
+
+def test_config_alone_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)) == Config()
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {command.name for command in app.registered_commands} == {*CONFIGURED, "demo"}
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert [command for command in (*CONFIGURED, "demo") if f" {command} " not in out] == []
+
+
+@pytest.mark.parametrize("command", [*CONFIGURED, "demo"])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert ("--config" in out) is (command in CONFIGURED)
+    assert "--set" in out and "--debug" in out
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "Usage: vlm4rec" in out + err
+    assert "Error" not in out + err

@@ -1,0 +1,195 @@
+"""The whole way on a tiny shop: what the tables hold, that a second run changes nothing, and what goes wrong aloud."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import deltalake
+import pytest
+from pyspark.sql import functions as F
+
+from vlm4rec_spark import schemas
+from vlm4rec_spark.errors import RunError, UsageError, Vlm4RecError
+from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+K = 5
+
+
+@dataclass
+class Shop:
+    """A folder with raw files, the settings that read them, and what the first run made of them."""
+
+    folder: Path
+    settings: tuple[str, ...]
+    first: Pipeline | None = None
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def rows(self, table: schemas.Table) -> list:
+        assert self.first is not None
+        return self.first.tables.read(table).collect()
+
+
+@pytest.fixture(scope="module")
+def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    from vlm4rec_spark.demo import catalogue
+
+    folder = tmp_path_factory.mktemp("shop")
+    raw = folder / "raw"
+    catalogue.write(raw, items=60, users=60)
+    made = Shop(
+        folder,
+        (
+            f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
+            f"ingest.photos.folder={raw}/photos", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
+            "evaluate.splits=[time]", "evaluate.arms=[popularity,title,caption]", "report.photos=4", "report.users=2",
+        ),
+    )  # fmt: skip
+    made.first = pipeline(folder, *made.settings)
+    made.first.run(STAGES, lambda outcome: made.outcomes.update({outcome.stage: outcome}))
+    return made
+
+
+def counts(outcome: Outcome) -> tuple[int, int, int]:
+    return outcome.ok, outcome.failed, outcome.skipped
+
+
+def test_what_went_in(shop: Shop) -> None:
+    details = shop.outcomes["ingest"].details
+    # catalogue.py: 60 items, three bad rows and one twice; three items without a photo, five with two.
+    assert json.loads(details["items"]) == {"in": 64, "ok": 60, "rejected": 3, "skipped": 1}
+    assert json.loads(details["photos"]) == {"in": 62, "ok": 62, "rejected": 0, "skipped": 0}
+    assert details["items_without_photo"] == "3"
+    events = json.loads(details["interactions"])
+    # 12 without a user, 12 without an item, 6 from the future; one event 25 times.
+    assert events["rejected"] == 30
+    assert events["skipped"] >= 24
+    assert events["in"] == events["ok"] + events["rejected"] + events["skipped"]
+    assert sum(row["copies"] for row in shop.rows(schemas.REJECTED)) == 33
+
+
+def test_what_was_captioned_and_embedded(shop: Shop) -> None:
+    # 57 photos, of which two repeat the first and the two HTML pages are alike; two corrupt ones, an empty one, HTML.
+    assert counts(shop.outcomes["caption"]) == (50, 4, 3)
+    assert len(shop.rows(schemas.CAPTIONS)) == 54
+    assert len(shop.rows(schemas.ITEM_CAPTIONS)) == 52
+    assert counts(shop.outcomes["embed"]) == (180, 0, 0)
+    # Three without a photo and five whose photo is none.
+    assert shop.outcomes["embed"].details["fallback"] == "8"
+    assert shop.outcomes["index"].ok == 60
+
+
+def test_every_user_with_a_history_has_k(shop: Shop) -> None:
+    # A bot, a user of unknown items and one who only scrolled have none.
+    assert counts(shop.outcomes["profiles"]) == (60, 0, 3)
+    assert shop.outcomes["profiles"].details["bot_events"] == "3000"
+    assert counts(shop.outcomes["recommend"]) == (60, 0, 0)
+    available = {row["item_id"] for row in shop.rows(schemas.ITEMS) if row["available"]}
+    seen = {row["user_id"]: set(row["seen"]) for row in shop.rows(schemas.PROFILES)}
+    lists = {row["user_id"]: [item["item_id"] for item in row["items"]] for row in shop.rows(schemas.RECOMMENDATIONS)}
+    assert set(lists) == set(seen)
+    for user, items in lists.items():
+        assert len(set(items)) == len(items) == min(K, len(available - seen[user]))
+        assert set(items) <= available - seen[user]
+    assert min(map(len, lists.values())) == K
+
+
+def test_metrics_and_exports(shop: Shop) -> None:
+    metrics = {(row["arm"], row["metric"]): row for row in shop.rows(schemas.METRICS) if row["slice"] == "all"}
+    assert {arm for arm, _ in metrics} == {"popularity", "title", "caption"}
+    assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in metrics.values())
+    assert len({row["users"] for row in metrics.values()}) == 1
+    assert len(shop.rows(schemas.EXPORT_LONG)) == 60 * K
+    assert len(shop.rows(schemas.EXPORT_WIDE)) == 60
+    assert (shop.folder / "report.html").stat().st_size > 10_000
+
+
+def test_every_stage_is_recorded(shop: Shop) -> None:
+    runs = {row["stage"]: row for row in shop.rows(schemas.RUNS)}
+    assert set(runs) == set(STAGES)
+    for stage, row in runs.items():
+        assert row["status"] == "ok"
+        assert (row["rows_ok"], row["rows_failed"], row["rows_skipped"]) == counts(shop.outcomes[stage])
+        assert row["rows_in"] == sum(counts(shop.outcomes[stage]))
+    assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions"}
+
+
+def test_another_reader_opens_every_table(shop: Shop) -> None:
+    for table in schemas.TABLES.values():
+        other = deltalake.DeltaTable(str(shop.folder / "tables" / table.name))
+        assert other.count() == len(shop.rows(table)), table.name
+    assert not list((shop.folder / "tables").glob("_*"))
+
+
+def test_the_real_tables_refuse_a_bad_row(shop: Shop) -> None:
+    assert shop.first is not None
+    for table, column, bad, refusal in (
+        (schemas.EMBEDDINGS, "embedding", F.transform("embedding", lambda x: x * 2), "CHECK constraint unit_length"),
+        (schemas.CAPTIONS, "status", F.lit("perhaps"), "CHECK constraint status_is_known"),
+        (schemas.INTERACTIONS, "user_id", F.lit(None).cast("string"), "NOT NULL constraint violated for column: user_id"),
+    ):
+        rows = shop.first.tables.read(table).limit(1).withColumn(column, bad)
+        with pytest.raises(Exception, match=refusal):
+            rows.write.format("delta").mode("append").save(shop.first.tables.place(table))
+
+
+def test_a_second_run_changes_nothing(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
+    assert shop.first is not None
+    calls = {table.name: content(shop.first, table) for table in schemas.TABLES.values() if table.name != "runs"}
+    outcomes: dict[str, Outcome] = {}
+    again = pipeline(shop.folder, *shop.settings)
+    again.run(STAGES, lambda outcome: outcomes.update({outcome.stage: outcome}))
+    assert counts(outcomes["caption"]) == (0, 0, 57)
+    assert counts(outcomes["embed"]) == (0, 0, 180)
+    for table in schemas.TABLES.values():
+        if table.name == "metrics":
+            assert content(again, table) == sorted(2 * calls[table.name])  # a run's metrics are its own
+        elif table.name != "runs":
+            assert content(again, table) == calls[table.name], table.name
+
+
+def content(run: Pipeline, table: schemas.Table) -> list[str]:
+    """Every row as text, without photos' bytes and the columns that say when or by whom it was made."""
+    left_out = {"image", "run_id", *table.volatile}
+    return sorted(str(row) for row in run.tables.read(table).drop(*left_out).collect())
+
+
+FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
+    "missing file": (UsageError, "nowhere.csv", ["ingest.items.path=[{tmp}/nowhere.csv]"]),
+    "empty catalogue": (RunError, "no usable row", ["ingest.items.path=[{tmp}/empty.csv]"]),
+    "log of other items": (RunError, "no event is about an item", ["ingest.interactions.path=[{tmp}/others.csv]"]),
+    "missing photo folder": (UsageError, "ingest.photos.folder", ["ingest.photos.folder={tmp}/nowhere"]),
+    "missing model": (
+        UsageError, "no model folder", ["caption.model.backend=transformers", "caption.model.model={tmp}/nowhere"]
+    ),
+    "missing encoder": (UsageError, "no model folder", ["embed.encoder={tmp}/nowhere"]),
+    "table of another schema": (RunError, "bytes is missing", ["tables={tmp}/other"]),
+    "no permission": (RunError, "nothing can be written to", ["tables=/proc/nowhere/tables"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_wrong_is_said_in_one_paragraph_and_changes_no_table(
+    spark: SparkSession, shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, fault: str
+) -> None:
+    (tmp_path / "empty.csv").write_text("item_id,title\n")
+    (tmp_path / "others.csv").write_text("user_id,item_id,event_type,event_time\nann,gone,view,2025-01-01\n")
+    if fault == "table of another schema":
+        spark.sql("SELECT 'x' AS uri").write.format("delta").save(str(tmp_path / "other" / "files"))
+    kind, said, settings = FAULTS[fault]
+    places = [tmp_path / "other", shop.folder / "tables"]
+    before = [sorted(place.rglob("*")) for place in places]
+    with pytest.raises(kind, match=said) as raised:
+        pipeline(shop.folder, *shop.settings, *[each.format(tmp=tmp_path) for each in settings]).run(
+            STAGES, lambda outcome: None
+        )
+    assert raised.value.exit_code == (2 if kind is UsageError else 1)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+    assert [sorted(place.rglob("*")) for place in places] == before
