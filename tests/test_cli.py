@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.exceptions import Abort
+from typer import Abort
 
 from vlm4rec_spark.cli import app, main
 from vlm4rec_spark.config import CONF, Config, load
@@ -52,11 +52,11 @@ def test_a_config_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["recomend"], "No such command 'recomend'. Did you mean 'recommend'? See: vlm4rec --help"),
-        (["run", "--confg", "x"], "No such option: --confg Did you mean --config? See: vlm4rec --help"),
+        (["recomend"], "No such command 'recomend'. Did you mean 'recommend', 'embed'? See: vlm4rec --help"),
+        (["run", "--confg", "x"], "No such option: --confg (Possible options: --config) See: vlm4rec --help"),
         (["run", "--config"], "Option '--config' requires an argument. See: vlm4rec --help"),
-        (["import-captions"], "Missing argument 'PATH'. See: vlm4rec --help"),
-        (["demo", "--items", "3"], "Invalid value for '--items': 3 is not in the range x>=50. See: vlm4rec --help"),
+        (["import-captions"], "Missing argument 'path'. See: vlm4rec --help"),
+        (["demo", "--items", "3"], "Invalid value for '--items': Input should be greater than or equal to 50 See: vlm4rec --help"),
         (["import-captions", "x", "--column", "text"],
          "--column text: write it as ours=theirs, such as --column text=description."),
         (["import-captions", "x", "--format", "xml"], "--format xml: it is csv, json, parquet or delta."),
@@ -133,5 +133,5 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     out, err = capsys.readouterr()
-    assert "Usage: vlm4rec" in out + err
-    assert "Error" not in out + err
+    assert " ingest " in out
+    assert err == ""

@@ -129,8 +129,10 @@ def _empty_files(spark: SparkSession, folder: str) -> DataFrame:
     # All names stay in the JVM: there may be millions.
     every = spark._jvm.scala.Predef.genericWrapArray(files._jdf.inputFiles()).toSeq()
     names = spark._jsparkSession.createDataset(every, spark._jvm.org.apache.spark.sql.Encoders.STRING())
-    there = files.select(F.col("_metadata.file_path").alias("value"))
-    empty = DataFrame(names.toDF(), spark).join(there, on="value", how="left_anti")
+    # One of the two writes file:/ and the other file:///.
+    one_way = F.regexp_replace("value", "^file:/+", "file:/").alias("value")
+    there = files.select(F.col("_metadata.file_path").alias("value")).select(one_way)
+    empty = DataFrame(names.toDF(), spark).select(one_way).join(there, on="value", how="left_anti")
     return empty.select(
         F.url_decode(F.replace("value", F.lit("+"), F.lit("%2B"))).alias("uri"),
         F.lit(0).cast("bigint").alias("bytes"),

@@ -1,8 +1,8 @@
-"""The demo's shop and its captioner: the same seed gives the same bytes, and the captions come from the photos."""
+"""The demo's shop: the same seed gives the same bytes, only the photos tell the look, and the dirt of real data is there."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,41 +13,9 @@ from PIL import Image
 
 from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, draw, parse, sentence
-from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
-from vlm4rec_spark.models.prompts import load_prompt
+from vlm4rec_spark.models.images import PhotoError, decode
 
-MODEL = Path(catalogue.__file__).parent / "model"
-LOOKED_AT = ("kind", "colour", "pattern", "material")
 SHIRT = {"kind": "shirt", "colour": "red", "pattern": "striped", "material": "cotton", "style": "sporty"}
-FRESH_SEED = 9_000_000
-"""Neither the training nor its held-out renderings nor the shop come near these seeds."""
-
-
-@cache
-def captioner() -> TransformersCaptioner:
-    return TransformersCaptioner(str(MODEL), "main", max_new_tokens=40)
-
-
-@cache
-def fresh(count: int) -> list[tuple[dict[str, str], Image.Image]]:
-    drawn = []
-    for number in range(count):
-        rng = np.random.default_rng(FRESH_SEED + number)
-        attributes = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
-        drawn.append((attributes, draw(attributes, rng)))
-    return drawn
-
-
-def captions(photos: list[Image.Image], batch: int, prompt: str | None = None) -> list[str]:
-    prompt = prompt or load_prompt("describe.1").text
-    parts = [photos[start : start + batch] for start in range(0, len(photos), batch)]
-    return [answer.text for part in parts for answer in captioner().caption(part, [prompt] * len(part))]
-
-
-@cache
-def sixty() -> list[str]:
-    """The captions of the fresh photos, in batches of 20."""
-    return captions([photo for _, photo in fresh(60)], batch=20)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -87,39 +55,59 @@ def test_titles_brands_and_categories_say_nothing_about_the_look(tmp_path):
     assert [parse(" ".join(row)) for row in rows[["title", "brand", "category"]].to_numpy()] == [{}] * len(rows)
 
 
-def test_the_model_is_small_enough_to_ship():
-    assert sum(file.stat().st_size for file in MODEL.glob("*.safetensors")) <= 12_000_000
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shop")
+    catalogue.write(folder, items=60, users=60)
+    return folder
 
 
-def test_captions_come_from_the_photos():
-    truth = [attributes for attributes, _ in fresh(60)]
-    found = [parse(text) for text in sixty()]
-    right = {name: np.mean([f.get(name) == t[name] for f, t in zip(found, truth, strict=True)]) for name in LOOKED_AT}
-    assert min(right.values()) >= 0.9, right
+def test_photos_have_the_dirt_of_real_folders(shop: Path) -> None:
+    errors, kinds, upright = Counter(), Counter(), set()
+    files = sorted((shop / "photos").iterdir())
+    for file in files:
+        try:
+            upright.add(decode(file.read_bytes(), 224).size)
+        except PhotoError as refused:
+            errors[refused.error_class] += 1
+            continue
+        with Image.open(file) as image:
+            kinds[image.format, image.mode] += 1
+            kinds["animated"] += getattr(image, "is_animated", False)
+            kinds["rotated"] += 0x0112 in image.getexif()
+    assert errors == {"truncated": 2, "empty": 1, "not_an_image": 2}
+    assert {kind: kinds[kind] for kind in (("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGB"), "animated", "rotated")} == {
+        ("JPEG", "CMYK"): 2, ("PNG", "RGBA"): 2, ("WEBP", "RGB"): 1, "animated": 2, "rotated": 2,
+    }  # fmt: skip
+    assert upright == {(SIZE, SIZE)}
+    identical = Counter(sha256(file.read_bytes()).hexdigest() for file in files)
+    assert [count for count in identical.values() if count > 1] == [3]
+    assert len({file.name.split(".")[0] for file in files}) == 60 - 3
+    assert sum(file.name.endswith(".1.jpg") for file in files) == 4
 
 
-def test_a_blank_photo_tells_the_model_nothing():
-    blank = parse(captions([Image.new("RGB", (SIZE, SIZE), (160, 160, 160))], batch=1)[0])
-    agree = [np.mean([blank.get(name) == attributes[name] for attributes, _ in fresh(60)]) for name in LOOKED_AT]
-    assert np.mean(agree) < 0.35  # chance is .125, .125, .2 and .25
+def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path) -> None:
+    truth = pd.read_parquet(shop / "truth.parquet")
+    assert truth.loc[[0, 8, 9], list(ATTRIBUTES)].drop_duplicates().shape == (1, 5)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16])
-def test_a_caption_does_not_depend_on_its_batch(batch):
-    photos = [photo for _, photo in fresh(60)][: max(batch, 6)]
-    assert captions(photos, batch) == sixty()[: len(photos)]
+def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path) -> None:
+    rows = pd.read_csv(shop / "catalogue.csv", dtype=str, keep_default_na=False)
+    assert (len(rows), int(rows.duplicated().sum()), int((rows["item_id"] == "").sum())) == (64, 1, 1)
+    assert set(rows["item_id"]) > {"SKU-BAD01", "SKU-BAD02"}
+    log = pd.concat(pd.read_csv(file, dtype=str, keep_default_na=False) for file in sorted(shop.glob("events-*.gz")))
+    assert sorted(file.name[7:14] for file in shop.glob("events-*.gz")) == [f"2025-0{month}" for month in range(1, 6)]
+    assert set(log["event_type"]) == {"view", "cart", "purchase", "scroll"}
+    missing = {name: int((log[name] == "").sum()) for name in ("user_id", "item_id")}
+    assert missing == {"user_id": 12, "item_id": 12}
+    assert int((log["user_id"] == "user-bot").sum()) == 3_000
+    assert int(log["item_id"].str.startswith("GONE-").sum()) == 40
+    assert int((log["event_time"] > "2099").sum()) == 6
+    assert log[log["user_id"] == "user-lost"]["item_id"].tolist() == ["SKU-UNKNOWN"]
+    assert int(log.duplicated().sum()) >= 24
 
 
-def test_prompts_of_other_lengths_in_the_batch_change_nothing():
-    photos = [photo for _, photo in fresh(60)][:3]
-    prompts = ["Describe it.", "What is shown here? " * 8, load_prompt("describe.1").text]
-    mixed = [answer.text for answer in captioner().caption(photos, prompts)]
-    alone = [captioner().caption([photo], [prompt])[0].text for photo, prompt in zip(photos, prompts, strict=True)]
-    assert mixed == alone
-
-
-def test_a_prompt_that_names_attributes_does_not_decide_the_caption():
-    photos = [photo for _, photo in fresh(60)][:20]
-    led = captions(photos, 20, "Is this a red striped cotton shirt in a sporty style?")
-    same = np.mean([parse(a).get("colour") == parse(b).get("colour") for a, b in zip(led, sixty()[:20], strict=True)])
-    assert same >= 0.9
+def test_some_items_nobody_touches(shop: Path) -> None:
+    log = pd.concat(pd.read_csv(file, dtype=str) for file in shop.glob("events-*.gz"))
+    items = set(pd.read_parquet(shop / "truth.parquet")["item_id"])
+    assert items - set(log[log["user_id"].str.match(r"user-\d+$", na=False)]["item_id"])

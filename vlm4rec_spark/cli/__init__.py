@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 import yaml
 from rich.console import Console
@@ -61,12 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        return app(args=argv, standalone_mode=False) or 0
+        code = app(args=argv, standalone_mode=False) or 0
+        if code != 130:
+            return code
+        raise KeyboardInterrupt  # typer takes it for an exit with 130
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         message, code = _explain(error)
-    console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    if message:
+        console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
     return code
 
 
@@ -136,10 +139,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
     if isinstance(error, Vlm4RecError):
         return str(error), error.exit_code
-    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
         return "Interrupted. Run the same command again to go on.", 1
-    if isinstance(error, click.ClickException):
-        return f"{error.format_message()} See: vlm4rec --help", 2
+    # Wrong use. Newer typer carries its own click, so `click.ClickException` isn't its class any more.
+    if wrong := getattr(error, "format_message", None):
+        # Without any command the help has been shown, and nothing is left to say.
+        return f"{said} See: vlm4rec --help" if (said := wrong()) else "", 2
     return f"{_first_words(error)} (--debug shows the stack trace.)", 1
 
 
