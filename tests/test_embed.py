@@ -72,9 +72,12 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
 
 def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
     rows = [
-        ("plain", "a red chair"), ("markup", "<b>a red</b>&nbsp;chair<script>x()</script>"), ("long", "a red chair " * 9),
-        ("empty", "<p></p>"), ("other", "one blue lamp"),
-    ]  # fmt: skip
+        ("plain", "a red chair"),
+        ("markup", "<b>a red</b>&nbsp;chair<script>x()</script>"),
+        ("long", "a red chair " * 9),
+        ("empty", "<p></p>"),
+        ("other", "one blue lamp"),
+    ]
     texts = spark.createDataFrame(
         [(item, "title", text, "0" * 64, False) for item, text in rows],
         "item_id STRING, representation STRING, text STRING, text_sha256 STRING, fallback BOOLEAN",

@@ -95,10 +95,11 @@ def world(spark: SparkSession, shift: int = 0) -> evaluate.Tables:
     """
     bare = [f"N{n}" for n in range(5)]
     names = [f"{letter}{n:02d}" for letter in "HR" for n in range(PAIRS)]
-    vectors = np.eye(PAIRS)
+    # The first thirty names are H's, the others R's.
+    directions = [*range(PAIRS), *((n + shift) % PAIRS for n in range(PAIRS))]
     rows = [
-        (name, "title", "test", "-", False, vectors[(int(name[1:]) + (shift if name[0] == "R" else 0)) % PAIRS].tolist())
-        for name in names
+        (name, "title", "test", "-", False, np.eye(PAIRS)[direction].tolist())
+        for name, direction in zip(names, directions, strict=True)
     ]
     events = [(f"u{n:02d}", f"H{n:02d}", "2025-01-01") for n in range(PAIRS)]
     events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01") for n in range(PAIRS)]

@@ -29,6 +29,11 @@ def test_the_worked_example_gives_every_user_two_items(
     monkeypatch.chdir(tmp_path)
     for name in ("items.csv", "events.csv", "shop.yaml"):
         Path(name).write_text(example(name))
+    # The JVM of these tests was started in another folder, where Spark would look for relative paths.
+    settings = Path("shop.yaml").read_text()
+    for name in ("items.csv", "events.csv", "photos\n"):
+        settings = settings.replace(f" {name}", f" {tmp_path}/{name}").replace(f"[{name}", f"[{tmp_path}/{name}")
+    Path("shop.yaml").write_text(settings)
     Path("photos").mkdir()
     for number, line in enumerate(example("items.csv").splitlines()[1:]):
         item = line.split(",")[0]

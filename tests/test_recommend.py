@@ -64,6 +64,7 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
         user = f"u{n:02d}"
         # u00 has seen all but three items; u01 is drawn to the two items that are alike.
         history = [ids[i] for i in rng.permutation(ITEMS)[: ITEMS - 3 if n == 0 else 1 + n % 40]]
+        history = ids[100:102] if n == 1 else history
         query = vectors[-1] if n == 1 else unit(rng.standard_normal(DIMENSION))
         seen[user], queries[user] = sorted(history), query
         rows.append((user, "caption", [(item, 1.0) for item in history[:5]], seen[user], query.tolist(), 1,

@@ -1,4 +1,4 @@
-"""The demo's shop: the same seed gives the same bytes, only the photos tell the look, and the dirt of real data is there."""
+"""The demo's shop: the same seed gives the same bytes, only photos tell the look, real dirt is there."""
 
 from __future__ import annotations
 
@@ -76,14 +76,15 @@ def test_photos_have_the_dirt_of_real_folders(shop: Path) -> None:
             kinds["animated"] += getattr(image, "is_animated", False)
             kinds["rotated"] += 0x0112 in image.getexif()
     assert errors == {"truncated": 2, "empty": 1, "not_an_image": 2}
-    assert {kind: kinds[kind] for kind in (("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGB"), "animated", "rotated")} == {
+    odd = (("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGB"), "animated", "rotated")
+    assert {kind: kinds[kind] for kind in odd} == {
         ("JPEG", "CMYK"): 2, ("PNG", "RGBA"): 2, ("WEBP", "RGB"): 1, "animated": 2, "rotated": 2,
     }  # fmt: skip
     assert upright == {(SIZE, SIZE)}
     identical = Counter(sha256(file.read_bytes()).hexdigest() for file in files)
-    assert [count for count in identical.values() if count > 1] == [3]
+    assert sorted(count for count in identical.values() if count > 1) == [2, 3]
     assert len({file.name.split(".")[0] for file in files}) == 60 - 3
-    assert sum(file.name.endswith(".1.jpg") for file in files) == 4
+    assert sum(file.name.endswith(".1.jpg") for file in files) == 5
 
 
 def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path) -> None:

@@ -126,7 +126,7 @@ def _odd_photo(oddity: str, photo: Image.Image) -> tuple[str, bytes | None]:
         return ".jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
     elif oddity == "corrupt":
         photo.save(buffer, "JPEG", quality=90)
-        return ".jpg", buffer.getvalue()[:400]
+        return ".jpg", buffer.getvalue()[: buffer.tell() // 2]
     elif oddity == "none":
         return "", None
     return ".jpg", buffer.getvalue()
@@ -140,7 +140,8 @@ def _events(
     weights = np.array([_MATCH[name] for name in ATTRIBUTES])
     ids = truth["item_id"].to_numpy()
     popularity = rng.normal(0, 0.5, len(ids))
-    popularity[rng.random(len(ids)) < 0.04] = -np.inf  # items that nobody touches
+    untouched = rng.random(len(ids))
+    popularity[np.argsort(untouched)[: max(2, int((untouched < 0.04).sum()))]] = -np.inf
     since = np.array([seen.timestamp() for seen in first_seen])
     for number in range(users):
         user = f"user-{number:05d}"
@@ -157,7 +158,7 @@ def _events(
                 if rng.random() >= share:
                     break
                 yield user, item, event, at + timedelta(minutes=4 * step)
-    yield from _odd_events(ids, rng)
+    yield from _odd_events(ids[np.isfinite(popularity)], rng)
 
 
 def _odd_events(ids: np.ndarray, rng: np.random.Generator) -> Iterable[tuple[str, str, str, datetime]]:

@@ -116,10 +116,11 @@ def _rejections(tables: Tables) -> tuple[Rejection, ...]:
             # What follows a colon names the one file or the one error, and would make every row a reason of its own.
             F.regexp_replace("reason", ":.*", "").alias("reason"),
             "copies",
-            F.substring("row", 1, _EXAMPLE_LENGTH + 1).alias("example"),
+            # Where Spark keeps what it couldn't parse; elsewhere it only fills the line.
+            F.regexp_replace("row", ',?"_corrupt_record":null', "").alias("row"),
         )
         .groupBy("source", "reason")
-        .agg(F.sum("copies").alias("rows"), F.min("example").alias("example"))
+        .agg(F.sum("copies").alias("rows"), F.substring(F.min("row"), 1, _EXAMPLE_LENGTH + 1).alias("example"))
         .orderBy("source", F.desc("rows"), "reason")
         .limit(_REASONS)
         .collect()

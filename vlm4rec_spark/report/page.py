@@ -41,11 +41,11 @@ def render(data: ReportData) -> str:
 
 
 def _count(number: object) -> str:
-    """1234567 as 1,234,567; text that is a whole number too; anything else as it is."""
+    """1234567 as 1,234,567 and 2.50 as 2.5, numbers in text too; anything else as it is."""
     text = str(number)
     try:
-        return f"{int(float(text)):,}" if float(text).is_integer() else f"{float(text):,.2f}"
-    except (ValueError, OverflowError):
+        return f"{float(text):,.2f}".removesuffix("0").removesuffix(".0")
+    except ValueError:
         return text
 
 
