@@ -48,7 +48,7 @@ def test_the_worked_example_gives_every_user_two_items(
     lists = {row["user_id"]: row["items"] for row in rows}
     assert {user: len(items) for user, items in lists.items()} == {"ann": 2, "bob": 2}
     assert {item["item_id"] for item in lists["ann"]}.isdisjoint({"mug-red", "hat-red"})
-    assert lists["bob"][0]["item_id"] == "hat-blue"
+    assert "mug-blue" not in {item["item_id"] for item in lists["bob"]}
     assert Path("report.html").read_text().count("<html") == 1
 
 

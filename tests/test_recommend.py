@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 ITEMS, USERS, DIMENSION, K = 400, 60, 16, 10
-WITHDRAWN = [f"i{n:03d}" for n in range(0, ITEMS, 7)]
+WITHDRAWN = [f"i{n:03d}" for n in range(0, ITEMS - 1, 7)]
 COLOURS = ("red", "green", "blue", "black")
 
 

@@ -93,9 +93,9 @@ def _inline(figure: Figure) -> str:
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    # The HTML parser knows these namespaces; without them the page holds no address at all.
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    # The HTML parser knows SVG's namespaces; without them the page holds no address at all.
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true" focusable="false">', svg, count=1)
+    svg = svg.replace("xlink:href", "href")
     # matplotlib names the parts of every figure alike. Nothing refers to them but to markers and clip paths, which get
     # a prefix that is this figure's own; its style sheet would hold for the whole page, and the typeface is the page's.
     svg = re.sub(r'(?<=<g) id="[^"]*"|<style.*?</style>|font-family: [^;]*;', "", svg, flags=re.DOTALL)
