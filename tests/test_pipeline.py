@@ -136,7 +136,7 @@ def test_the_real_tables_refuse_a_bad_row(shop: Shop) -> None:
     for table, column, bad, refusal in (
         (schemas.EMBEDDINGS, "embedding", F.transform("embedding", _doubled), "CHECK constraint unit_length"),
         (schemas.CAPTIONS, "status", F.lit("perhaps"), "CHECK constraint (status_is_known|caption_or_error)"),
-        (schemas.INTERACTIONS, "user_id", F.lit(None).cast("string"), "NOT NULL constraint|CHECK constraint ids_not_empty"),
+        (schemas.INTERACTIONS, "user_id", F.lit(None).cast("string"), "NOT NULL|CHECK constraint ids_not_empty"),
     ):
         rows = shop.first.tables.read(table).limit(1).withColumn(column, bad)
         with pytest.raises(Exception, match=refusal):
