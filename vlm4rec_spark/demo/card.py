@@ -68,7 +68,7 @@ a small Llama, made of transformers' own classes and loaded through `AutoProcess
 
 - It knows only the drawings of `vlm4rec_spark/demo/drawing.py`. On a real photo its sentence means nothing.
 - It does not obey prompts: it says the same kind of sentence whatever it is asked. Words outside its small vocabulary
-  are `<unk>` to it. A prompt that itself names kinds, colours or styles makes it a little worse.
+  are `<unk>` to it. Long prompts and prompts that name attributes make it worse.
 - On a blank photo it still names a product, an arbitrary one.
 
 ## Training
