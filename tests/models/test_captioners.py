@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -40,10 +39,13 @@ def fresh() -> tuple[list[dict[str, str]], list[Image.Image]]:
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA of random weights in a folder: it says nonsense, another nonsense for each photo."""
+    """A LLaVA of random weights in a folder: it says nonsense, another nonsense for each photo and prompt."""
     folder = tmp_path_factory.mktemp("models") / "untrained"
     torch.manual_seed(0)
     model, processor = build()
+    for weights in model.parameters():
+        # As they are drawn, weights are so small that the model only repeats the prompt's last word.
+        weights.data *= 8 if weights.ndim > 1 else 1
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -52,6 +54,11 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def captions(captioner: Captioner, photos: Sequence[Image.Image], batch: int, prompt: str = PROMPT) -> list[str]:
     parts = [photos[start : start + batch] for start in range(0, len(photos), batch)]
     return [answer.text for part in parts for answer in captioner.caption(part, [prompt] * len(part))]
+
+
+@cache
+def described() -> list[str]:
+    return captions(packaged(), fresh()[1], 16)
 
 
 # The fake
@@ -124,11 +131,13 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_from_a_folder_answers_in_order_whatever_the_batch(untrained: Path) -> None:
-    captioner = load_captioner(ModelSettings(model=str(untrained), max_new_tokens=12))
-    photos = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 70, 3), np.uint8)) for seed in range(6)]
-    alone = captions(captioner, [*photos, RED, BLUE], 1)
-    assert captions(captioner, [*photos, RED, BLUE], 3) == alone
-    assert captions(captioner, [*photos, RED, BLUE][::-1], 8) == alone[::-1]
+    captioner = load_captioner(ModelSettings(model=str(untrained), max_new_tokens=8))
+    noise = (np.random.default_rng(seed).integers(0, 256, (40, 70, 3), np.uint8) for seed in range(3))
+    photos = [RED, GREEN, BLUE, *map(Image.fromarray, noise)]
+    alone = captions(captioner, photos, 1)
+    assert len(set(alone)) == len(photos)
+    assert captions(captioner, photos, 4) == alone
+    assert captions(captioner, photos[::-1], 6) == alone[::-1]
 
 
 def test_answers_stop_at_the_bound_and_their_tokens_are_counted(untrained: Path) -> None:
@@ -150,8 +159,8 @@ def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card() -> None:
 
 
 def test_captions_come_from_the_photos() -> None:
-    truth, photos = fresh()
-    found = [parse(text) for text in captions(packaged(), photos, 16)]
+    truth, _ = fresh()
+    found = [parse(text) for text in described()]
     for name in ("kind", "colour", "pattern", "material"):
         right = np.mean([seen.get(name) == true[name] for seen, true in zip(found, truth, strict=True)])
         assert right >= 0.9, f"{name}: {right:.2f}"
@@ -166,10 +175,9 @@ def test_a_blank_photo_tells_the_model_nothing() -> None:
 
 
 def test_a_caption_does_not_depend_on_its_batch() -> None:
-    _, photos = fresh()
-    alone = captions(packaged(), photos[:16], 1)
-    assert captions(packaged(), photos[:16], 3) == alone
-    assert captions(packaged(), photos[:16], 16) == alone
+    photos = fresh()[1][:16]
+    assert captions(packaged(), photos, 1) == described()[:16]
+    assert captions(packaged(), photos, 3) == described()[:16]
 
 
 def test_prompts_of_other_lengths_in_the_batch_change_nothing() -> None:
@@ -180,7 +188,8 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing() -> None:
 
 
 def test_a_prompt_that_names_attributes_does_not_decide_the_caption() -> None:
-    photos = random.Random(0).sample(fresh()[1], 30)
-    plain = captions(packaged(), photos, 15)
-    led = captions(packaged(), photos, 15, "Is this a red striped cotton shirt in a sporty style?")
-    assert np.mean([parse(a).get("colour") == parse(b).get("colour") for a, b in zip(plain, led, strict=True)]) >= 0.9
+    led = captions(packaged(), fresh()[1], 16, "Is this a red striped cotton shirt in a sporty style?")
+    colours = [(parse(said).get("colour"), true["colour"]) for said, true in zip(led, fresh()[0], strict=True)]
+    assert [pair for pair in colours if pair[0] == "red" != pair[1]] == []
+    # Such a prompt costs something: .91 right on 256 renderings, against 1.00 with the ordinary prompt.
+    assert np.mean([seen == true for seen, true in colours]) >= 0.8
