@@ -66,7 +66,7 @@ def durations(runs: Sequence[Run]) -> str:
         axes.set_ylim(len(runs) - 0.5, -0.5)
         axes.set_xlim(0, 1.2 * longest)
 
-    return _svg(draw, width=5.0, height=0.5 + 0.27 * len(runs))
+    return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
 
 
 def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
