@@ -48,7 +48,7 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
         (
             f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
             f"ingest.photos.folder={raw}/photos", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]", "evaluate.arms=[popularity,title,caption]", "report.photos=4", "report.users=2",
+            "evaluate.splits=[time]", "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2",
         ),
     )  # fmt: skip
     made.first = pipeline(folder, *made.settings)
@@ -102,7 +102,7 @@ def test_every_user_with_a_history_has_k(shop: Shop) -> None:
 
 def test_metrics_and_exports(shop: Shop) -> None:
     metrics = {(row["arm"], row["metric"]): row for row in shop.rows(schemas.METRICS) if row["slice"] == "all"}
-    assert {arm for arm, _ in metrics} == {"popularity", "title", "caption"}
+    assert {arm for arm, _ in metrics} == {"popularity", "caption"}
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in metrics.values())
     assert len({row["users"] for row in metrics.values()}) == 1
     assert len(shop.rows(schemas.EXPORT_LONG)) == 60 * K
@@ -149,6 +149,9 @@ def test_a_second_run_changes_nothing(shop: Shop, pipeline: Callable[..., Pipeli
     outcomes: dict[str, Outcome] = {}
     again = pipeline(shop.folder, *shop.settings)
     again.run(STAGES, lambda outcome: outcomes.update({outcome.stage: outcome}))
+    # No log file and no photo is opened again.
+    assert "interactions" not in outcomes["ingest"].details
+    assert json.loads(outcomes["ingest"].details["photos"]) == {"in": 62, "ok": 0, "rejected": 0, "skipped": 62}
     assert counts(outcomes["caption"]) == (0, 0, 57)
     assert counts(outcomes["embed"]) == (0, 0, 180)
     for table in schemas.TABLES.values():
