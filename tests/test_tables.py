@@ -101,11 +101,6 @@ def test_upsert_sees_a_change_inside_a_map_and_from_null(things: Tables) -> None
     assert {item for item, _ in changes(things, before)} == {"a", "b"}
 
 
-def test_upsert_keeps_the_columns_it_is_told_to(things: Tables) -> None:
-    things.upsert(THINGS, rows(things, ("b", 5.0, {"new": "1"}, TUESDAY)), keep=["price"])
-    assert content(things)["b"] == (2.0, {"new": "1"}, TUESDAY)
-
-
 def test_sync_deletes_what_is_gone_and_touches_nothing_twice(things: Tables) -> None:
     new = rows(things, ("a", 1.0, {"x": "1", "y": "2"}, TUESDAY), ("c", 3.0, None, TUESDAY))
     before = version(things)

@@ -161,7 +161,9 @@ def _load(spark: SparkSession, source: Source) -> DataFrame:
         return spark.read.text(paths).toDF("_corrupt_record") if rows.columns == ["_corrupt_record"] else rows
     reader = spark.read.options(**source.options).format(source.format)
     if source.format == "delta":
-        (path,) = paths
+        if len(paths) != 1:
+            raise UsageError(f"path: a Delta source is one folder or table, and {len(paths)} are named.")
+        path = paths[0]
         return reader.load(path) if "/" in path else spark.read.table(path)
     return reader.load(paths)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from delta.tables import DeltaMergeBuilder, DeltaTable
@@ -75,17 +75,17 @@ class Tables:
         merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
         return _inserted(merge.whenNotMatchedInsertAll().execute())
 
-    def upsert(self, table: Table, rows: DataFrame, keep: Sequence[str] = ()) -> None:
-        """Add new keys and update rows that differ outside the volatile columns; `keep` names columns never updated."""
+    def upsert(self, table: Table, rows: DataFrame) -> None:
+        """Add new keys and update rows that differ outside the volatile columns."""
         self._create(table)
         merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
-        self._write_changes(table, merge, keep).execute()
+        self._write_changes(table, merge).execute()
 
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, touching only what differs, so that the change feed holds only changes."""
         self._create(table)
         merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
-        self._write_changes(table, merge, ()).whenNotMatchedBySourceDelete().execute()
+        self._write_changes(table, merge).whenNotMatchedBySourceDelete().execute()
 
     def replace(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows` in one transaction, rewriting all of it."""
@@ -108,12 +108,11 @@ class Tables:
         else:
             self._filesystem(f"{self.location}/{place}").delete(self._path(f"{self.location}/{place}"), True)
 
-    def _write_changes(self, table: Table, merge: DeltaMergeBuilder, keep: Sequence[str]) -> DeltaMergeBuilder:
-        frozen = {*table.key, *keep}
-        compared = [field for field in table.schema if field.name not in frozen | set(table.volatile)]
+    def _write_changes(self, table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
+        compared = [field for field in table.schema if field.name not in {*table.key, *table.volatile}]
         differs = " OR ".join(f"NOT ({_comparable('old', f.name, f.dataType)} <=> "
                               f"{_comparable('new', f.name, f.dataType)})" for f in compared)  # fmt: skip
-        updates: dict[str, str | Column] = {name: f"new.`{name}`" for name in table.columns if name not in frozen}
+        updates: dict[str, str | Column] = {name: f"new.`{name}`" for name in table.columns if name not in table.key}
         return merge.whenMatchedUpdate(condition=differs, set=updates).whenNotMatchedInsertAll()
 
     def _create(self, table: Table) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.stages import index
 from vlm4rec_spark.stages.recommend import best, calibrate, eligible_items
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
@@ -287,6 +288,19 @@ def test_calibration_takes_the_cheapest_effort_that_is_enough(searcher: Searcher
     assert high.leaves > 2
 
 
+def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Path) -> None:
+    vectors = pa.array([[1.0, 0.0], [0.0, 1.0]], pa.list_(pa.float32()))
+    columns = {"item_id": ["a", "b"], "embedding": vectors, "text_sha256": ["-", "-"], "text": ["", ""]}
+    rows = pa.table(columns)
+    folder = index.build(rows, "title", "test", tmp_path, 16)
+    before = (folder / "vectors.npy").stat().st_mtime_ns
+    assert index.build(rows, "title", "test", tmp_path, 16) == folder
+    assert (folder / "vectors.npy").stat().st_mtime_ns == before
+    (folder / "vectors.npy").write_bytes(b"damage")
+    assert index.build(rows, "title", "test", tmp_path, 16) == folder
+    assert Searcher.open(folder).vectors.tolist() == [[1, 0], [0, 1]]
+
+
 def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> None:
     noise = unit(np.random.default_rng(14).standard_normal((72, DIMENSION)))
     Searcher.build(tmp_path / "x", "x", IDS[:32], noise[:32], [""] * 32, scann_from=16)
@@ -296,6 +310,8 @@ def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> No
 
 def test_nothing_to_calibrate_means_exact_search(tmp_path: Path, searcher: Searcher) -> None:
     assert calibrate(searcher, sample(clustered(0, seed=15), []), np.ones(ITEMS, bool), K, 0.9).effort is None
+    withdrawn = np.zeros(ITEMS, bool)
+    assert calibrate(searcher, sample(clustered(3, seed=15), [[]] * 3), withdrawn, K, 0.9).effort is None
     exact = Searcher.open(small(tmp_path / "x"))
     queries = np.array([[1, 0]], np.float32)
     assert calibrate(exact, sample(queries, [[]]), np.ones(3, bool), K, 0.9).effort is None

@@ -41,6 +41,9 @@ def evaluate(
 ) -> tuple[list[dict], dict[str, str]]:  # fmt: skip
     """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged."""
     rows, details = [], {}
+    # A bot's clicks would blur the popularity that arms are compared with, and a bot can't be judged.
+    robots = profiles.bots(tables.interactions, profile.bot_events_per_day)
+    log = tables.interactions.join(robots, on="user_id", how="left_anti")
     candidates = arms.candidates(tables.embeddings, tables.items, settings.arms).persist()
     there = candidates.count()
     available = tables.items.where("available").count()
@@ -50,10 +53,10 @@ def evaluate(
     for split in settings.splits:
         cut = None
         if split == "time":
-            cut = settings.cut or splits.last_share(tables.interactions, settings.test_share)
-            known, hidden = splits.time_split(tables.interactions, cut)
+            cut = settings.cut or splits.last_share(log, settings.test_share)
+            known, hidden = splits.time_split(log, cut)
         else:
-            known, hidden = splits.leave_one_out(tables.interactions)
+            known, hidden = splits.leave_one_out(log)
         judged = _judged(splits.relevant(known, hidden, candidates), settings).persist()
         users = judged.count()
         if not users:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame, SparkSession
 
+from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import FORMAT, Searcher
 
 
@@ -47,7 +48,7 @@ def index_rows(embeddings: DataFrame, texts: DataFrame, representation: str, enc
 
 
 def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, scann_from: int) -> Path:
-    """Build the artefact of `index_rows` under `folder`, named by its content; an existing one is left as it is.
+    """Build the artefact of `index_rows` under `folder`, named by its content; a sound one is left as it is.
 
     Runs in one process and holds all vectors: items x dimension x 4 bytes, twice while ScaNN trains.
     """
@@ -59,9 +60,11 @@ def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, sc
                hashlib.sha256(vectors.tobytes()).hexdigest()]  # fmt: skip
     index_id = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     target = folder / index_id
-    if (target / "manifest.json").exists():
+    try:
+        Searcher.open(target)
         return target
-    shutil.rmtree(target, ignore_errors=True)
+    except RunError:  # none, a torn or a damaged one
+        shutil.rmtree(target, ignore_errors=True)
     Searcher.build(target, index_id, ids, vectors, [text or "" for text in rows["text"].to_pylist()], scann_from)
     return target
 

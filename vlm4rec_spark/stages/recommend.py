@@ -57,6 +57,8 @@ def calibrate(searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int
     queries, seen = _queries(sample["embedding"].combine_chunks()), sample["seen"].combine_chunks()
     excluded = _positions(seen, searcher)
     truth, _ = best(searcher, queries, excluded, eligible, k, None)
+    if (truth < 0).all():
+        return Calibration(None, 1.0, 1.0, len(sample))
     leaves, candidates = max(1, searcher.manifest["leaves"] // 16), max(100, 10 * k)
     while leaves < searcher.manifest["leaves"]:
         effort = Effort(leaves, candidates)
