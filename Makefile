@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test check clean
+.PHONY: help demo test soak check clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,9 @@ demo: $(STAMP)  ## make a shop of drawn photos, run every stage on it, write dem
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## kill runs at random moments and compare the tables; takes half an hour
+	@$(BIN)/python -m pytest tests/soak -m soak --verbose
 
 check: $(STAMP)  ## lint, check types, check the layers
 	@$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def convert(folder: Path, out: Path) -> None:
 
 def evaluated(pipeline: Pipeline) -> dict[tuple[str, str], tuple[float, float, float]]:
     """Value and interval of (arm, metric) over all users."""
-    pipeline.stage("evaluate")
+    pipeline.run(["evaluate"])
     rows = pipeline.tables.read(schemas.METRICS)
     rows = rows.where((rows["run_id"] == pipeline.run_id) & (rows["slice"] == "all")).collect()
     return {(row["arm"], row["metric"]): (row["value"], row["low"], row["high"]) for row in rows}
@@ -85,13 +86,13 @@ def main() -> None:
         config = load([], [*places, *plain, "evaluate.arms=[random, popularity, title]"])
         spark = session(config.spark)
         spark.sparkContext.setLogLevel("FATAL")
-        voice = Voice(lambda line: console.print(line, style="dim"), lambda label, rows: nullcontext())
+        say = partial(console.print, style="dim")
+        voice = Voice(enter=lambda run_id, stage: None, say=say, watch=lambda label, rows: nullcontext())
         pipeline = Pipeline(spark, config, voice)
-        pipeline.check(["ingest", "embed"])
-        pipeline.stage("ingest")
+        pipeline.run(["ingest"])
         texts = str(folder / "qwen25vl3b_captions.csv")
         pipeline.import_captions(Source(path=(texts,), columns={"item_id": "asin", "text": "description"}))
-        pipeline.stage("embed")
+        pipeline.run(["embed"])
         everything = evaluated(pipeline)
         arms = "evaluate.arms=[random, popularity, title, caption, title_caption]"
         captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), voice))

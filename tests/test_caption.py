@@ -88,7 +88,7 @@ def test_each_content_is_captioned_once_and_only_what_changed_again(
     def caption(run: Pipeline) -> tuple[int, int, int, int]:
         """Calls of the model, and rows ok, failed and skipped, of one run of the stage."""
         before = calls.stat().st_size if calls.exists() else 0
-        outcome = run.stage("caption")
+        outcome = run.run(["caption"])[0]
         return (calls.stat().st_size - before) // 2, outcome.ok, outcome.failed, outcome.skipped
 
     store(run, images)
@@ -135,7 +135,7 @@ def test_imported_captions_take_the_place_of_the_model(pipeline: Callable[..., P
     }  # fmt: skip
 
     # The stage describes what is left, and leaves what was imported alone.
-    outcome = run.stage("caption")
+    outcome = run.run(["caption"])[0]
     assert (outcome.ok, outcome.skipped) == (1, 0)
     assert captions(run) == {
         "a": "A green chair, rather old", "bare": "Seen by nobody", "b": "A thing of red 0, green 0 and blue 7.",
@@ -153,7 +153,7 @@ def test_too_many_failures_fail_the_run_loudly(pipeline: Callable[..., Pipeline]
     run = pipeline(tmp_path, "caption.model.model=raise+empty", "caption.max_failed_share=0.5")
     store(run, {"red": RED, "green": GREEN, "blue": BLUE})
     with pytest.raises(RunError, match="caption: 2 of 3 photos failed") as loud:
-        run.stage("caption")
+        run.run(["caption"])[0]
     assert "\n" not in str(loud.value)
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     shown = ("status", "error_class", "attempts")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 from typer import Abort
 
-from vlm4rec_spark.cli import app, main
+from vlm4rec_spark.cli import app, log, main
 from vlm4rec_spark.config import CONF, Config, load
-from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.errors import Busy, RunError, UsageError
 
 STAGES = ("ingest", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export", "report", "run")
-CONFIGURED = (*STAGES, "import-captions", "config")
+CONFIGURED = (*STAGES, "import-captions", "config", "status", "maintain")
+OTHERS = ("demo", "show")
 
 
 @pytest.fixture(autouse=True)
@@ -116,18 +119,18 @@ def test_config_alone_prints_the_defaults(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {command.name for command in app.registered_commands} == {*CONFIGURED, "demo"}
+    assert {command.name for command in app.registered_commands} == {*CONFIGURED, *OTHERS}
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [command for command in (*CONFIGURED, "demo") if f" {command} " not in out] == []
+    assert [command for command in (*CONFIGURED, *OTHERS) if f" {command} " not in out] == []
 
 
-@pytest.mark.parametrize("command", [*CONFIGURED, "demo"])
+@pytest.mark.parametrize("command", [*CONFIGURED, *OTHERS])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert ("--config" in out) is (command in CONFIGURED)
+    assert ("--config" in out) is (command != "demo")
     assert "--set" in out and "--debug" in out
 
 
@@ -136,3 +139,22 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert " ingest " in out
     assert err == ""
+
+
+def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    log.speak(as_json=True, run_id="r1", stage="embed")
+    log.OURS.info("embed: done", extra={"figures": {"rows_ok": 3}})
+    log.OURS.error("a line\nof [bold]two[/]")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert datetime.fromisoformat(first.pop("at")).utcoffset() == timedelta(0)
+    assert first == {"level": "INFO", "run_id": "r1", "stage": "embed", "message": "embed: done", "rows_ok": 3}
+    assert (second["level"], second["message"]) == ("ERROR", "a line\nof [bold]two[/]")
+
+
+def test_another_run_at_work_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> None:
+        raise Busy("Another run is at work on these tables: run r2.")
+
+    monkeypatch.setattr("vlm4rec_spark.cli.stages.run_stages", busy)
+    assert main(["run"]) == 0
+    assert capsys.readouterr().err == "Another run is at work on these tables: run r2.\n"

@@ -239,7 +239,7 @@ def test_catalogue_log_and_photo_folder_twice(pipeline: Callable[..., Pipeline],
         tmp_path, f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=['{tmp_path}/log-*.csv']",
         f"ingest.photos.folder={folder}",
     )  # fmt: skip
-    first = run.stage("ingest")
+    first = run.run(["ingest"])[0]
     assert figures(first, "items") == {"in": 4, "ok": 3, "rejected": 1, "skipped": 0}
     assert figures(first, "interactions") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
     assert figures(first, "photos") == {"in": 7, "ok": 4, "rejected": 3, "skipped": 0}
@@ -257,7 +257,7 @@ def test_catalogue_log_and_photo_folder_twice(pipeline: Callable[..., Pipeline],
     write(folder / "A.jpg", "A ZERO")
     write(folder / "B.jpg", "B JPG", at=1_700_000_009)
     write(tmp_path / "log-2.csv", "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\nu2,A,view,2025-01-01\n")
-    again = run.stage("ingest")
+    again = run.run(["ingest"])[0]
     assert figures(again, "photos") == {"in": 7, "ok": 1, "rejected": 3, "skipped": 3}
     assert photos(run) == {("A", 0): b"a zero", ("A", 1): b"a one", ("B", 0): b"B JPG", ("C", 0): b""}
     # One event of the second file is the first file's, redelivered; the first file itself isn't opened.
@@ -271,14 +271,14 @@ def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: P
     write(tmp_path / "2.csv", f"item_id,photo\nA,{tmp_path}/new.jpg\nC,{tmp_path}/gone.jpg\nD,\n", at=2)
     shop = f"ingest.items.path=['{tmp_path}/*.csv']"
     run = pipeline(tmp_path, shop, "ingest.photos.path_column=photo")
-    assert figures(run.stage("ingest"), "photos") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
+    assert figures(run.run(["ingest"])[0], "photos") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
     assert photos(run) == {("A", 0): b"new.jpg", ("B", 0): b"b.jpg"}
     assert list(rejected(run, "photos")) == ["gone.jpg"]
     assert rejected(run, "photos")["gone.jpg"].startswith("the photo can't be read: ")
 
     write(tmp_path / "b.jpg", "B.JPG")
     write(tmp_path / "new.jpg", "new too", at=1_700_000_009)
-    assert figures(run.stage("ingest"), "photos") == {"in": 3, "ok": 1, "rejected": 1, "skipped": 1}
+    assert figures(run.run(["ingest"])[0], "photos") == {"in": 3, "ok": 1, "rejected": 1, "skipped": 1}
     assert photos(run) == {("A", 0): b"new too", ("B", 0): b"b.jpg"}
 
     with pytest.raises(UsageError, match="the catalogue has no column 'photos' with a path in it"):
@@ -291,7 +291,7 @@ def test_photos_in_a_bytes_column(pipeline: Callable[..., Pipeline], spark: Spar
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / "shop"))
     source = (f"ingest.items.path=[{tmp_path}/shop]", "ingest.items.format=parquet")
     run = pipeline(tmp_path, *source, "ingest.photos.bytes_column=photo")
-    assert figures(run.stage("ingest"), "photos") == {"in": 1, "ok": 1, "rejected": 0, "skipped": 0}
+    assert figures(run.run(["ingest"])[0], "photos") == {"in": 1, "ok": 1, "rejected": 0, "skipped": 0}
     assert photos(run) == {("A", 0): b"a"}
     with pytest.raises(UsageError, match="the catalogue has no binary column 'image'"):
         pipeline(tmp_path, *source, "ingest.photos.bytes_column=image").check(["ingest"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import deltalake
 import pytest
 from pyspark.sql import functions as F
+from pyspark.sql.classic.dataframe import DataFrame
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError, UsageError, Vlm4RecError
@@ -29,6 +31,8 @@ class Shop:
     folder: Path
     settings: tuple[str, ...]
     first: Pipeline | None = None
+    collected: dict[str, int] = field(default_factory=dict)
+    """Rows that each function of the package brought to the driver, at most."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def rows(self, table: schemas.Table) -> list:
@@ -52,8 +56,23 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
         ),
     )  # fmt: skip
     made.first = pipeline(folder, *made.settings)
-    made.first.run(STAGES, lambda outcome: made.outcomes.update({outcome.stage: outcome}))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("collect", "toPandas", "toArrow"):
+            patch.setattr(DataFrame, name, _noted(getattr(DataFrame, name), made.collected))
+        made.first.run(STAGES, lambda outcome: made.outcomes.update({outcome.stage: outcome}))
     return made
+
+
+def _noted(bring: Callable, collected: dict[str, int]) -> Callable:
+    def noting(rows: DataFrame, *args: object) -> object:
+        brought = bring(rows, *args)
+        ours = [frame for frame in inspect.stack()[1:] if "/vlm4rec_spark/" in frame.filename]
+        if ours:
+            name = f"{Path(ours[0].filename).stem}.{ours[0].function}"
+            collected[name] = max(collected.get(name, 0), len(brought))
+        return brought
+
+    return noting
 
 
 def counts(outcome: Outcome) -> tuple[int, int, int]:
@@ -118,6 +137,7 @@ def test_every_stage_is_recorded(shop: Shop) -> None:
         assert (row["rows_ok"], row["rows_failed"], row["rows_skipped"]) == counts(shop.outcomes[stage])
         assert row["rows_in"] == sum(counts(shop.outcomes[stage]))
     assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions"}
+    assert all(len(row["state"]) == 64 for row in runs.values())
 
 
 def test_another_reader_opens_every_table(shop: Shop) -> None:
@@ -125,6 +145,39 @@ def test_another_reader_opens_every_table(shop: Shop) -> None:
         other = deltalake.DeltaTable(str(shop.folder / "tables" / table.name))
         assert other.count() == len(shop.rows(table)), table.name
     assert not list((shop.folder / "tables").glob("_*"))
+
+
+COLLECTED = {
+    "matching.index": "the one index build, whose need is said before it starts",
+    "evaluate._lists": "the index of an arm, and the items that it leaves out",
+    "evaluate._pandas": "the lists of at most evaluate.max_users judged users, and the items' popularity",
+    "album._thumbs": "the photos that the report shows, report.photos and the lists of report.users",
+    "album._titles": "the items that the report shows",
+    "matching.recommend": "at most recommend.recall_sample profiles, and the ids of withdrawn items",
+}
+"""What may bring more than a few rows to the driver, and why that doesn't grow with the shop."""
+
+
+def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop) -> None:
+    many = {name for name, rows in shop.collected.items() if rows > 24}  # reasons, stages, tables, a few exhibits
+    assert many - COLLECTED.keys() == set()
+    assert shop.collected["matching.index"] == 60
+
+
+@pytest.mark.parametrize("place", ["spark_catalog.whole", "file://{tmp}/uri"])
+def test_tables_named_otherwise_hold_the_same(
+    spark: SparkSession, shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, place: str
+) -> None:
+    assert shop.first is not None
+    spark.sql("CREATE SCHEMA IF NOT EXISTS whole")
+    try:
+        other = pipeline(tmp_path, *shop.settings, f"tables={place.format(tmp=tmp_path)}")
+        other.run(STAGES)
+        for table in schemas.TABLES.values():
+            if table.name != "runs":
+                assert content(other, table) == content(shop.first, table), table.name
+    finally:
+        spark.sql("DROP SCHEMA whole CASCADE")
 
 
 def _doubled(x: Column) -> Column:
@@ -143,12 +196,25 @@ def test_the_real_tables_refuse_a_bad_row(shop: Shop) -> None:
             rows.write.format("delta").mode("append").save(shop.first.tables.place(table))
 
 
-def test_a_second_run_changes_nothing(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
+def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
     assert shop.first is not None
-    calls = {table.name: content(shop.first, table) for table in schemas.TABLES.values() if table.name != "runs"}
-    outcomes: dict[str, Outcome] = {}
     again = pipeline(shop.folder, *shop.settings)
-    again.run(STAGES, lambda outcome: outcomes.update({outcome.stage: outcome}))
+    before = again.tables.versions(schemas.TABLES.values())
+    outcomes = again.run(STAGES)
+    assert [(outcome.stage, outcome.status) for outcome in outcomes] == [(stage, "unchanged") for stage in STAGES]
+    assert {outcome.details["unchanged_since"] for outcome in outcomes} == {shop.first.run_id}
+    after = again.tables.versions(schemas.TABLES.values())
+    assert after.pop("runs") == before.pop("runs") + len(STAGES)
+    assert after == before
+
+
+def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
+    assert shop.first is not None
+    before = {table.name: content(shop.first, table) for table in schemas.TABLES.values() if table.name != "runs"}
+    # As after a run that was killed before it could record itself.
+    shop.first.spark.sql(f"DELETE FROM delta.`{shop.first.tables.place(schemas.RUNS)}` WHERE stage != 'index'")
+    again = pipeline(shop.folder, *shop.settings)
+    outcomes = {outcome.stage: outcome for outcome in again.run(STAGES)}
     # No log file and no photo is opened again.
     assert "interactions" not in outcomes["ingest"].details
     assert json.loads(outcomes["ingest"].details["photos"]) == {"in": 62, "ok": 0, "rejected": 0, "skipped": 62}
@@ -156,9 +222,9 @@ def test_a_second_run_changes_nothing(shop: Shop, pipeline: Callable[..., Pipeli
     assert counts(outcomes["embed"]) == (0, 0, 180)
     for table in schemas.TABLES.values():
         if table.name == "metrics":
-            assert content(again, table) == sorted(2 * calls[table.name])  # a run's metrics are its own
+            assert content(again, table) == sorted(2 * before[table.name])  # a run's metrics are its own
         elif table.name != "runs":
-            assert content(again, table) == calls[table.name], table.name
+            assert content(again, table) == before[table.name], table.name
 
 
 def content(run: Pipeline, table: schemas.Table) -> list[str]:

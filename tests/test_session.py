@@ -182,5 +182,5 @@ def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
 
     workers = spark.range(1).mapInPandas(python_of_the_worker, "id long, python string").collect()
     assert [row.python for row in workers] == [sys.executable]
-    assert "vlm4rec-java-" not in os.environ.get("JAVA_HOME", "")
+    assert "vlm4rec-" not in os.environ.get("JAVA_HOME", "")
     assert not [name for name in ("spark-warehouse", "metastore_db") if (request.config.rootpath / name).exists()]

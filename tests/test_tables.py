@@ -1,17 +1,23 @@
-"""Tables: what Delta refuses, what each way of writing touches, and what `prepare` says before any work."""
+"""Tables: what Delta refuses, what each way of writing touches, and who is refused before any work."""
 
 from __future__ import annotations
 
+import secrets
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import pytest
 
+from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.schemas import Table
-from vlm4rec_spark.tables import Tables
+from vlm4rec_spark.tables import CONFLICTS, Tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -141,18 +147,102 @@ def test_prepare_refuses_a_table_of_another_schema(spark: SparkSession, tables: 
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize("place", ["/proc/nowhere/tables", "{tmp}/file/tables", "{tmp}/file"])
-def test_prepare_refuses_a_place_that_cannot_be_written(spark: SparkSession, tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RunError, match="nothing can be written to") as refused:
-        Tables(spark, place.format(tmp=tmp_path)).prepare()
-    assert "\n" not in str(refused.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_prepare_leaves_no_trace(tables: Tables) -> None:
     tables.prepare()
     assert not Path(tables.location).exists()
+
+
+def test_a_table_of_an_older_release_is_migrated_and_one_of_a_newer_is_refused(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm4rec_spark.tables.TABLES", {"things": THINGS})
+    place = f"delta.`{tables.place(THINGS)}`"
+    # As the first release made it: without the mark, a column and a constraint less, and another constraint.
+    tables.spark.sql(
+        f"CREATE TABLE {place} (id STRING NOT NULL, price DOUBLE, tags MAP<STRING, STRING>) USING DELTA "
+        "TBLPROPERTIES ('delta.constraints.not_free' = 'price > 1')"
+    )
+    tables.spark.sql(f"INSERT INTO {place} VALUES ('a', 2.0, NULL)")
+    tables.prepare()
+    assert tables.migrate() == ["things"]
+    assert tables.migrate() == []
+    assert tables.insert(THINGS, rows(tables, ("b", 0.5, None, MONDAY))) == 1
+    assert content(tables) == {"a": (2.0, None, None), "b": (0.5, None, MONDAY)}
+    with pytest.raises(Exception, match="CHECK constraint not_free"):
+        rows(tables, ("c", 0.0, None, None)).write.format("delta").mode("append").save(tables.place(THINGS))
+    assert changes(tables, version(tables) - 1) == [("b", "insert")]
+
+    tables.spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('vlm4rec.layout' = '99')")
+    with pytest.raises(RunError, match="made by a newer release") as refused:
+        tables.prepare()
+    assert "\n" not in str(refused.value)
+
+
+def _slowly(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    for batch in batches:
+        time.sleep(2)
+        yield batch
+
+
+def test_a_write_that_another_writer_overtakes_is_done_again(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("vlm4rec_spark.tables._wait", waited.append)
+    new = rows(things, ("a", 5.0, None, TUESDAY)).mapInPandas(_slowly, THINGS.schema)
+    update = f"UPDATE delta.`{things.place(THINGS)}` SET price = 7.0 WHERE id = 'b'"
+    other = threading.Timer(1, things.spark.sql, (update,))
+    other.start()
+    things.upsert(THINGS, new)
+    other.join()
+    # Both rows lie in one file, so one of the two writers had to start again.
+    assert len(waited) == 1
+    assert content(things) == {"a": (5.0, None, TUESDAY), "b": (7.0, None, MONDAY)}
+
+
+def test_a_writer_that_never_lets_anybody_pass_is_named(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("vlm4rec_spark.tables._wait", waited.append)
+
+    def overtaken() -> None:
+        raise CONFLICTS[0](desc="another was quicker")
+
+    with pytest.raises(RunError, match=r"keeps writing to .*things at the same time \(ConcurrentAppendException\)"):
+        things._commit(THINGS, overtaken)
+    assert waited == sorted(waited)
+    assert len(waited) == 5
+
+
+def test_what_a_killed_run_has_staged_is_cleared(tables: Tables) -> None:
+    tables.staged(schemas.PHOTOS, tables.read(schemas.PHOTOS))
+    assert [folder.name for folder in Path(tables.location).iterdir()] == ["_staging_photos"]
+    tables.clear_staging()
+    assert list(Path(tables.location).iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_and_what_was_there_stays(spark: SparkSession, small_disk: Path) -> None:
+    tables = Tables(spark, str(small_disk / "tables"))
+    tables.insert(THINGS, rows(tables, ("a", 1.0, None, MONDAY)))
+    huge = rows(tables, ("b", 2.0, {"x": secrets.token_hex(2_000_000)}, MONDAY))
+    for write in (tables.insert, tables.upsert, tables.sync, tables.replace, tables.staged):
+        with pytest.raises(RunError, match=r"The disk that holds .*things is full") as full:
+            write(THINGS, huge)
+        assert "\n" not in str(full.value)
+    assert content(tables) == {"a": (1.0, None, MONDAY)}
+    tables.unstage(THINGS)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert tables.insert(THINGS, huge) == 1
+    assert content(tables).keys() == {"a", "b"}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from vlm4rec_spark.session import SparkSettings
 from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.stages.index import IndexSettings
 from vlm4rec_spark.stages.ingest import IngestSettings
+from vlm4rec_spark.stages.maintain import MaintainSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.stages.recommend import RecommendSettings
 
@@ -35,6 +36,8 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tables: str = Field("tables", min_length=1)
+    log: Literal["words", "json"] = "words"
+    lease_seconds: float = Field(60, ge=1)
     representation: Literal["title", "caption", "title_caption"] = "caption"
     spark: SparkSettings = SparkSettings()
     ingest: IngestSettings = IngestSettings()
@@ -45,6 +48,7 @@ class Config(BaseModel):
     recommend: RecommendSettings = RecommendSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
+    maintain: MaintainSettings = MaintainSettings()
 
 
 def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
@@ -61,25 +65,24 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20.")
-        path = tuple(key.strip().split("."))
+        path = tuple(key.strip().split(".", _DEEPEST))
         # The keys above too: a value may stand where a section was, and the other way round.
         places |= {path[:n]: f"--set {assignment}" for n in range(1, len(path) + 1)}
         _assign(merged, path, _value(assignment, value))
     try:
         return Config.model_validate(merged)
     except ValidationError as wrong:
-        raise UsageError("\n".join(_explain(error, places) for error in wrong.errors())) from None
+        raise UsageError("\n".join(_on_one_line(_explain(error, places)) for error in wrong.errors())) from None
 
 
 def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
-    found = file if file.is_file() else CONF / file.name if len(file.parts) == 1 else file
     try:
-        text = found.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        found = file if file.is_file() else CONF / file.name if len(file.parts) == 1 else file
+        node, content = _parse(found.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"--config {file}: there is no such file, here or in {CONF}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as broken:
+    # Not only YAMLError: PyYAML lets through what its constructors raise, as for 2025-02-30 or !!bool x.
+    except Exception as broken:
         raise UsageError(f"--config {file} can't be read: {' '.join(str(broken).split())}") from None
     if content is None:
         return {}
@@ -87,6 +90,34 @@ def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
         raise UsageError(f"--config {file}: expected keys and values at the top, found a {type(content).__name__}.")
     _note_places(node, (), found, places)
     return content
+
+
+_DEEPEST, _MOST = 50, 100_000
+"""Levels and values of a document. Real ones have a handful and a hundred; aliases can make more than memory holds."""
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """A YAML document as nodes, which know their lines, and as values, none of which stands in two places."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    todo, seen = [(node, 1)], 0
+    while todo:
+        inner, depth = todo.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _MOST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels or {_MOST:,} values, aliases followed")
+        if isinstance(inner, yaml.CollectionNode):
+            todo += [(part, depth + 1) for part in _parts(inner)]
+    return node, _copied(yaml.safe_load(text))
+
+
+def _parts(node: yaml.CollectionNode) -> list[yaml.Node]:
+    return [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _note_places(node: Any, path: tuple[str, ...], file: Path, places: dict[tuple[str, ...], str]) -> None:
@@ -106,9 +137,11 @@ def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
 
 def _value(assignment: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _parse(text)[1]
     except yaml.YAMLError:
         raise UsageError(f"--set {assignment!r}: the value isn't YAML.") from None
+    except Exception as wrong:
+        raise UsageError(f"--set {assignment!r}: the value can't be read: {' '.join(str(wrong).split())}") from None
 
 
 def _assign(into: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
@@ -126,13 +159,20 @@ def _explain(error: Any, places: dict[tuple[str, ...], str]) -> str:
     place = [*above, *below, "defaults"][0]
     key = ".".join(path)
     if error["type"] != "extra_forbidden":
-        shown = repr(error["input"])
-        return f"{place}: {key}: {error['msg']} (it is {shown if len(shown) < 80 else shown[:77] + '...'})."
+        return f"{place}: {key}: {error['msg']} (it is {_shortened(repr(error['input']))})."
     known = list(_keys(Config))
     # A right name under a wrong or a missing section is nearer than one that is merely spelt alike.
     same_name = [other for other in known if other.split(".")[-1] == path[-1]]
-    near = difflib.get_close_matches(key, same_name or known, n=1, cutoff=0.0)
-    return f"{place}: unknown key {key!r}. Did you mean {near[0]!r}?"
+    near = difflib.get_close_matches(key[:100], same_name or known, n=1, cutoff=0.0)
+    return f"{place}: unknown key {_shortened(repr(key))}. Did you mean {near[0]!r}?"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:

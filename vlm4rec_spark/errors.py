@@ -15,3 +15,9 @@ class UsageError(Vlm4RecError):
     """Wrong use or configuration, found before any work was done."""
 
     exit_code = 2
+
+
+class Busy(Vlm4RecError):
+    """Another run is at work on the same tables: nothing is wrong, and there is nothing to do."""
+
+    exit_code = 0

@@ -58,7 +58,7 @@ def version(java: Path) -> int | None:
 @contextmanager
 def home(java: Path) -> Iterator[Path]:
     """A folder to use as JAVA_HOME while a JVM starts: its bin/java is `java` without the incubator module."""
-    with TemporaryDirectory(prefix="vlm4rec-java-") as folder:
+    with TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-java-") as folder:
         shim = Path(folder, "bin", "java")
         shim.parent.mkdir()
         shim.write_text(_SHIM.format(java=shlex.quote(str(java))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pyspark.sql import SparkSession
@@ -17,11 +17,18 @@ _LINE_SECONDS = 30
 
 
 @contextmanager
-def watch(spark: SparkSession, console: Console, label: str, rows: int) -> Iterator[None]:
-    """While the body's Spark job runs, show `label` and how many of its `rows` are done, by finished tasks."""
+def watch(
+    spark: SparkSession, console: Console | None, say: Callable[[str], None], label: str, rows: int
+) -> Iterator[None]:
+    """While the body's Spark job runs, show `label` and how many of its `rows` are done, by finished tasks.
+
+    A bar on a console that is a terminal, else a line now and then.
+    """
     stop = threading.Event()
-    show = _bar if console.is_terminal else _lines
-    thread = threading.Thread(target=show, args=(spark, console, label, rows, stop), daemon=True)
+    if console is not None and console.is_terminal:
+        thread = threading.Thread(target=_bar, args=(spark, console, f"  {label}", rows, stop), daemon=True)
+    else:
+        thread = threading.Thread(target=_lines, args=(spark, say, label, rows, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -55,11 +62,11 @@ def _bar(spark: SparkSession, console: Console, label: str, rows: int, stop: thr
             progress.update(task, completed=done, rate=rate)
 
 
-def _lines(spark: SparkSession, console: Console, label: str, rows: int, stop: threading.Event) -> None:
+def _lines(spark: SparkSession, say: Callable[[str], None], label: str, rows: int, stop: threading.Event) -> None:
     started, furthest = time.monotonic(), 0.0
     while not stop.wait(_LINE_SECONDS):
         furthest = max(furthest, rows * _done_share(spark))
         if furthest:
             rate = furthest / (time.monotonic() - started)
             left = (rows - furthest) / rate
-            console.print(f"{label}: {furthest:,.0f} of {rows:,}, {rate:,.0f}/s, {left:,.0f} s left")
+            say(f"{label}: {furthest:,.0f} of {rows:,}, {rate:,.0f}/s, {left:,.0f} s left")

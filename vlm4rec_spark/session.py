@@ -102,8 +102,10 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
     with java.home(executable) as home:
         environment = {"JAVA_HOME": str(home)}
         if master.startswith("local"):
-            options.append("-XX:TieredStopAtLevel=1")  # a third off the cold start; the heavy work is in Python
-            conf |= _LOCAL | {"spark.sql.warehouse.dir": _warehouse()}
+            folder = _folder()
+            # Level 1: a third off the cold start; the heavy work is in Python.
+            options += ["-XX:TieredStopAtLevel=1", f'"-Djava.io.tmpdir={folder}"']
+            conf |= _LOCAL | {"spark.sql.warehouse.dir": f"{folder}/warehouse", "spark.local.dir": f"{folder}/local"}
             # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
             # the packages of this very Python.
             for name, value in (("SPARK_LOCAL_IP", "127.0.0.1"), ("PYSPARK_PYTHON", sys.executable)):
@@ -131,9 +133,17 @@ def _require_delta(spark: SparkSession) -> None:
         ) from None
 
 
-def _warehouse() -> str:
-    """A folder that goes when this process ends: Spark makes one at start, in the working directory if not told."""
-    folder = tempfile.mkdtemp(prefix="vlm4rec-warehouse-")
+def _folder() -> Path:
+    """A folder for Spark's files that goes when this process ends; those of killed processes go now.
+
+    Spark would make a warehouse at start, in the working directory, and leave its local files when it is killed.
+    """
+    place = Path(tempfile.gettempdir())
+    for left in place.glob("vlm4rec-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"vlm4rec-{os.getpid()}-", dir=place))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from py4j.protocol import Py4JJavaError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pyspark.errors import AnalysisException, PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import MapType, StringType
 
@@ -32,6 +33,7 @@ class PhotoSource(BaseModel):
     """Where photos come from: a folder of files named after the items, or a column of the catalogue.
 
     `file_name` is a regular expression (Java's) with two groups: the item's id, and the photo's position or nothing.
+    Files whose name begins with a dot or `_` don't count: to Spark they are hidden.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +48,7 @@ class PhotoSource(BaseModel):
     def _two_groups(cls, pattern: str) -> str:
         try:
             groups = re.compile(pattern).groups
-        except re.error as wrong:
+        except (re.error, OverflowError, RecursionError) as wrong:
             raise ValueError(f"not a regular expression: {wrong}") from None
         if groups != 2:
             raise ValueError(f"it needs two groups, item_id and position, and has {groups}")
@@ -61,49 +63,56 @@ def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
     a file isn't there or a mapped column isn't in it.
     """
     try:
+        if source.format == "json":
+            return _json_rows(spark, key, source)
         raw = _load(spark, source)
         names = raw.columns
     except AnalysisException as missing:
         raise UsageError(f"{key}.path: {_first_line(missing)}") from None
-    except PySparkException as broken:
+    except (PySparkException, Py4JJavaError) as broken:
         raise RunError(f"{key}: the {source.format} source can't be read: {_first_line(broken)}") from None
-    absent = [f"{ours} ← {theirs}" for ours, theirs in source.columns.items() if theirs not in names]
-    if absent:
-        there = ", ".join(names)
-        raise UsageError(f"{key}.columns: {', '.join(absent)}: no such column in the source. It has: {there}.")
+    _require(key, source, names)
     mapped = set(source.columns.values())
     # Last, so that a name that the config maps wins over a source column that happens to bear it.
     fields = {name: name for name in names if name not in mapped and not name.startswith("_")} | source.columns
     binary = [field.name for field in raw.schema if field.dataType.typeName() == "binary"]
-    shown = [F.col(f"`{name}`") for name in names if name not in binary]
+    shown = [column_named(name) for name in names if name not in binary]
     pairs = [
         part for ours, theirs in fields.items() if theirs not in binary
-        for part in (F.lit(ours), F.col(f"`{theirs}`").cast("string"))
+        # Parquet doesn't promise that its text is UTF-8, and Python can't hold what isn't.
+        for part in (F.lit(ours), F.make_valid_utf8(column_named(theirs).cast("string")))
     ]  # fmt: skip
     return raw.select(
         (F.create_map(*pairs) if pairs else F.lit(None).cast(MapType(StringType(), StringType()))).alias("fields"),
-        *[F.col(f"`{name}`") for name in binary],
-        F.col("_metadata.file_path").alias("source"),
-        F.col("_metadata.file_modification_time").alias("modified_at"),
+        *[column_named(name) for name in binary if name.lower() not in _OURS],
+        *_file(raw),
         F.to_json(F.struct(*shown), {"ignoreNullFields": "false"}).alias("row"),
     )
 
 
+def column_named(name: str) -> Column:
+    """The column of exactly this name, whatever it is made of."""
+    return F.col("`" + name.replace("`", "``") + "`")
+
+
 def listing(spark: SparkSession, key: str, source: Source) -> DataFrame:
     """The source's files without their content: uri, bytes, modified_at. Raises UsageError when a path isn't there."""
-    try:
-        return _files(spark, source.path)
-    except AnalysisException as missing:
-        raise UsageError(f"{key}.path: {_first_line(missing)}") from None
+    return _files(spark, f"{key}.path", source.path)
+
+
+def literal(uri: str) -> str:
+    """A path that names this very file, even where its name holds signs of a glob."""
+    return re.sub(r"([\\*?\[\]{}])", r"\\\1", uri)
 
 
 def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
     """The photo folder's files: uri, bytes, modified_at, item_id and position (null when the name doesn't fit)."""
+    assert spark._jvm is not None
     try:
-        files = _files(spark, (photos.folder,))
-    except AnalysisException as missing:
-        raise UsageError(f"ingest.photos.folder: {_first_line(missing)}") from None
-    files = files.unionByName(_empty_files(spark, photos.folder))
+        spark._jvm.java.util.regex.Pattern.compile(photos.file_name)
+    except Py4JJavaError as wrong:
+        raise UsageError(f"ingest.photos.file_name: {_first_line(wrong)}") from None
+    files = _files(spark, "ingest.photos.folder", (photos.folder,)).unionByName(_empty_files(spark, photos.folder))
     name = F.regexp_extract("uri", "([^/]+)$", 1)
     pattern = f"^{photos.file_name}$"
     fits = name.rlike(pattern)
@@ -111,13 +120,18 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
     return files.select(
         "*",
         F.when(fits, item).alias("item_id"),
-        F.when(fits, F.when(position == "", 0).otherwise(position.cast("int"))).alias("position"),
+        F.when(fits, F.when(position == "", 0).otherwise(position.try_cast("int"))).alias("position"),
     )
 
 
-def _files(spark: SparkSession, paths: tuple[str, ...]) -> DataFrame:
-    # Without its content column, this reader only lists: no byte of a file is read.
-    files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(list(paths))
+def _files(spark: SparkSession, key: str, paths: tuple[str, ...]) -> DataFrame:
+    try:
+        # Without its content column, this reader only lists: no byte of a file is read.
+        files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(list(paths))
+    except AnalysisException as missing:
+        raise UsageError(f"{key}: {_first_line(missing)}") from None
+    except (PySparkException, Py4JJavaError) as broken:
+        raise RunError(f"{key}: it can't be listed: {_first_line(broken)}") from None
     names = {"path": "uri", "length": "bytes", "modificationTime": "modified_at"}
     return files.select(*[F.col(theirs).alias(ours) for theirs, ours in names.items()])
 
@@ -140,25 +154,71 @@ def _empty_files(spark: SparkSession, folder: str) -> DataFrame:
     )
 
 
+def _json_rows(spark: SparkSession, key: str, source: Source) -> DataFrame:
+    """`read` for JSON: an object per line, or an array of objects; the whole file at once with the option multiLine.
+
+    Spark's own reader looks for columns first, and one line in which a key stands twice, or that nests deep, ends the
+    run. Here such a line is a row that isn't well formed.
+    """
+    whole = {name.lower(): value for name, value in source.options.items()}.get("multiline", "").lower() == "true"
+    read = spark.read.options(**source.options).text(list(source.path), wholetext=whole)
+    text = F.btrim("value", F.lit("\ufeff \t\r\n"))
+    array = F.when(text.startswith("["), text).otherwise(F.concat(F.lit("["), F.rtrim(text, F.lit(",")), F.lit("]")))
+    objects = F.from_json(array, "array<map<string, string>>", source.options)
+    once = F.size(F.array_distinct(F.map_keys("object"))) == F.size("object")
+    rows = read.where(text != "").select("value", *_file(read), F.explode_outer(objects).alias("object")).select(
+        "value", "source", "modified_at", F.when(once, F.col("object")).alias("object")
+    )  # fmt: skip
+    if source.columns:
+        names = rows.select(F.explode(F.map_keys("object")).alias("name")).distinct()
+        found = names.where(F.col("name").isin(*source.columns.values())).collect()
+        some = names.limit(100).collect() if len(found) < len(set(source.columns.values())) else []
+        _require(key, source, sorted({row["name"] for row in (*found, *some)}))
+    mapped = [*source.columns.values(), *source.columns]
+    others = F.map_filter("object", lambda name, _: ~name.isin(*mapped) & ~name.startswith("_"))
+    pairs = [part for ours, theirs in source.columns.items() for part in (F.lit(ours), F.col("object")[theirs])]
+    return rows.select(
+        (F.map_concat(others, F.create_map(*pairs)) if pairs else others).alias("fields"),
+        "source",
+        "modified_at",
+        F.coalesce(F.to_json("object"), F.to_json(F.struct(F.col("value").alias("_corrupt_record")))).alias("row"),
+    )
+
+
+def _require(key: str, source: Source, names: list[str]) -> None:
+    absent = [f"{ours} ← {theirs}" for ours, theirs in source.columns.items() if theirs not in names]
+    if absent:
+        there = ", ".join(names)
+        raise UsageError(f"{key}.columns: {', '.join(absent)}: no such column in the source. It has: {there}.")
+
+
+_OURS = ("fields", "source", "modified_at", "row")
+
+
+def _file(raw: DataFrame) -> tuple[Column, Column]:
+    # Asked for in this way, because the source may have a column of its own that is called _metadata.
+    file = raw.metadataColumn("_metadata")
+    return file["file_path"].alias("source"), file["file_modification_time"].alias("modified_at")
+
+
 def _load(spark: SparkSession, source: Source) -> DataFrame:
     paths = list(source.path)
     if source.format == "csv":
         options = {"header": "true", "multiLine": "true", "escape": '"', **source.options}
-        header = spark.read.options(**options).csv(paths)
+        # Without it, a NUL beside a quote is taken for the sign that escapes the escape, and dropped.
+        options = {"charToEscapeQuoteEscaping": options["escape"], **options}
+        header = _top(spark, options, paths)
         if not header.columns:
             return header
-        # Several files must have one header, or cells would land in other columns. Spark invents a name where the
-        # header has none, as pandas writes its index; then it can't compare.
-        if not any(re.fullmatch(r"_c\d+", name) for name in header.columns):
+        # Several files must have one header, or cells would land in other columns. Spark appends the place to a name
+        # that stands twice, and invents one where there is none, as pandas writes its index; then it can't compare.
+        unsure = any(name.endswith(str(place)) for place, name in enumerate(header.columns))
+        if not (unsure and _renamed(_top(spark, {**options, "header": "false"}, paths))):
             options = {"enforceSchema": "false", **options}
         return (
             spark.read.options(**options, columnNameOfCorruptRecord="_corrupt_record")
             .schema(header.schema.add("_corrupt_record", StringType())).csv(paths)
         )  # fmt: skip
-    if source.format == "json":
-        rows = spark.read.options(**{"primitivesAsString": "true", **source.options}).json(paths)
-        # Spark doesn't give this column alone.
-        return spark.read.text(paths).toDF("_corrupt_record") if rows.columns == ["_corrupt_record"] else rows
     reader = spark.read.options(**source.options).format(source.format)
     if source.format == "delta":
         if len(paths) != 1:
@@ -168,5 +228,21 @@ def _load(spark: SparkSession, source: Source) -> DataFrame:
     return reader.load(paths)
 
 
-def _first_line(error: PySparkException) -> str:
-    return " ".join(str(error).split("\n")[0].split())
+def _top(spark: SparkSession, options: dict[str, str], paths: list[str]) -> DataFrame:
+    try:
+        return spark.read.options(**options).csv(paths)
+    except Py4JJavaError:
+        # A file with a bracket or a star in its name: for the header of a multiLine file, and for that alone, Spark
+        # takes the name that it has found for a pattern.
+        return spark.read.options(**{**options, "multiLine": "false"}).csv(paths)
+
+
+def _renamed(headerless: DataFrame) -> bool:
+    names = [(name or "").lower() for name in headerless.take(1)[0]]
+    return "" in names or len(set(names)) < len(names)
+
+
+def _first_line(error: Exception) -> str:
+    java = getattr(error, "java_exception", None)
+    lines = (" ".join(line.split()) for line in str(error if java is None else java.toString()).splitlines())
+    return next(filter(None, lines), type(error).__name__)

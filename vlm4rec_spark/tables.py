@@ -1,4 +1,4 @@
-"""The only Delta code: create, read, pending, insert-only merge, upsert, sync, replace.
+"""The only Delta code: create, read, pending, insert-only merge, upsert, sync, replace, optimize, vacuum.
 
 Knows how a record of `schemas.py` becomes a Delta table in a folder or in a catalog's schema; knows no stage.
 """
@@ -6,18 +6,73 @@ Knows how a record of `schemas.py` becomes a Delta table in a folder or in a cat
 from __future__ import annotations
 
 import os
+import random
 import re
-from collections.abc import Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
+from delta import exceptions
 from delta.tables import DeltaMergeBuilder, DeltaTable
-from pyspark.sql import Column, DataFrame, SparkSession
-from pyspark.sql.types import DataType, MapType, StructType
+from pyspark.sql import Column, DataFrame, DataFrameWriter, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import DataType, MapType, StructField, StructType
 
-from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.schemas import TABLES, Table
+from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.schemas import RELEASE, TABLES, Table
 
+T = TypeVar("T")
+CONFLICTS = (
+    exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteDeleteException,
+    exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentTransactionException,
+    exceptions.ConcurrentWriteException, exceptions.MetadataChangedException, exceptions.ProtocolChangedException,
+)  # fmt: skip
+"""What Delta raises when another writer was quicker; nothing was written then."""
+_RELEASE_KEY = "vlm4rec.layout"
 _NAMED = re.compile(r"\w+\.\w+")
+_RETENTION = "delta.deletedFileRetentionDuration"
+_OUR_RETENTION = re.compile(r"interval \d+ hours")
+_WEEK = 168
+"""Delta's default in hours: readers that are at work, and who reads an old version, need files that were replaced."""
+_UNCHECKED = "spark.databricks.delta.retentionDurationCheck.enabled"
+_UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
+_OPTIMIZE = {
+    # Delta's 1 GB suits tables that are only read. Here a MERGE rewrites every file that holds a changed row.
+    "spark.databricks.delta.optimize.maxFileSize": str(256 * 1024 * 1024),
+    "spark.databricks.delta.optimize.minFileSize": str(256 * 1024 * 1024),
+    # Ordered files are ordered again with the new ones until they hold this much: at Delta's 100 GB, the whole log.
+    # Events come in the order of time, by which they are clustered, so that small lots lie apart anyway.
+    "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(1024 * 1024 * 1024),
+}
+_HEAVY = {
+    # A reader holds a row group, and a batch of up to 4,096 rows of it. At Parquet's 128 MB, two tasks that read photos
+    # of 200 kB took a JVM of 1 GB down; at 32 MB they don't.
+    "parquet.block.size": str(32 * 1024 * 1024),
+    # Parquet looks after a hundred rows for the first time whether a group is full: 500 MB of photos of 5 MB.
+    "parquet.page.size.row.check.min": "10",
+}
+_VACUUM = {
+    # Otherwise each VACUUM starts 10,000 tasks to list one folder: a minute per table on a laptop. Ours are flat.
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+    # Its two commits would make two versions of a table in which nothing has changed.
+    "spark.databricks.delta.vacuum.logging.enabled": "false",
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A table's version, when its rows last changed, the bytes of its files, and those on disk with older versions'.
+
+    `on_disk` is None where a catalog lets nobody list the folder.
+    """
+
+    version: int
+    changed_at: datetime
+    bytes: int
+    on_disk: int | None
 
 
 class Tables:
@@ -28,22 +83,44 @@ class Tables:
         self.named = _NAMED.fullmatch(location) is not None
         # Delta takes a relative path for a table's name.
         self.location = location if self.named or ":" in location else os.path.abspath(location)  # noqa: PTH100
+        self._old: list[Table] = []
 
     def prepare(self) -> None:
-        """Check that the place can be written and that every table there has this release's columns.
-
-        Raises UsageError or RunError before anything was changed.
-        """
-        if not self.named:
-            self._probe()
-        elif not self.spark.catalog.databaseExists(self.location):
+        """Check that this release can read every table there. Changes nothing; raises RunError."""
+        if self.named and not self.spark.catalog.databaseExists(self.location):
             raise RunError(f"tables: there is no schema {self.location}. Create it, or name a folder with a / in it.")
-        for table in TABLES.values():
-            if self.exists(table):
-                _check_schema(table, self.read(table).schema, self.place(table))
+        self._old = []
+        for table in filter(self.exists, TABLES.values()):
+            release = self._release(table)
+            _check_schema(table, self.read(table).schema, self.place(table), release)
+            if release < RELEASE:
+                self._old.append(table)
+
+    def migrate(self) -> list[str]:
+        """Give the tables of an older release that `prepare` found what this one has more, and name them."""
+        old, self._old = self._old, []
+        for table in old:
+            place = self._sql_name(table)
+            for field in table.schema:
+                if field.name not in self.read(table).columns:
+                    self.spark.sql(f"ALTER TABLE {place} ADD COLUMN {_column_ddl(field)}")
+            # The mark comes last: a run that is killed before it does the rest again.
+            there = self._properties(table)
+            more = {key: value for key, value in _properties(table).items() if there.get(key) != value}
+            for name, check in table.checks:
+                if more.pop(key := f"delta.constraints.{name}", None):
+                    if key in there:
+                        self.spark.sql(f"ALTER TABLE {place} DROP CONSTRAINT {name}")
+                    self.spark.sql(f"ALTER TABLE {place} ADD CONSTRAINT {name} CHECK ({check})")
+            self.spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ({_listed(more)})")
+        return [table.name for table in old]
 
     def place(self, table: Table) -> str:
         return f"{self.location}.{table.name}" if self.named else f"{self.location}/{table.name}"
+
+    def folder(self) -> str:
+        """The folder of the tables; of named ones the place that the catalog gives to their schema."""
+        return self.spark.catalog.getDatabase(self.location).locationUri if self.named else self.location
 
     def exists(self, table: Table) -> bool:
         if self.named:
@@ -58,12 +135,8 @@ class Tables:
         return reader.table(self.place(table)) if self.named else reader.format("delta").load(self.place(table))
 
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
-        """Current version of each table that exists."""
-        return {
-            table.name: self._delta(table).history(1).select("version").collect()[0][0]
-            for table in tables
-            if self.exists(table)
-        }
+        """Of each table that exists the version that last changed its rows: upkeep makes versions too."""
+        return {table.name: self._changed(table)[0] for table in tables if self.exists(table)}
 
     def pending(self, rows: DataFrame, table: Table) -> DataFrame:
         """The rows whose key isn't in the table yet."""
@@ -72,33 +145,43 @@ class Tables:
     def insert(self, table: Table, rows: DataFrame) -> int:
         """Add the rows whose key is new, and say how many. Keys in `rows` are distinct; two writers can't clash."""
         self._create(table)
-        merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
-        return _inserted(merge.whenNotMatchedInsertAll().execute())
+        return _inserted(self._commit(table, lambda: self._merge(table, rows).whenNotMatchedInsertAll().execute()))
+
+    def append(self, table: Table, rows: DataFrame) -> None:
+        """Add rows whose keys nobody else can have: quicker than `insert`, which looks."""
+        self._create(table)
+        writer = rows.select(*table.columns).write.format("delta").mode("append")
+        self._commit(table, lambda: self._save(writer, table))
 
     def upsert(self, table: Table, rows: DataFrame) -> None:
         """Add new keys and update rows that differ outside the volatile columns."""
         self._create(table)
-        merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
-        self._write_changes(table, merge).execute()
+        self._commit(table, lambda: self._write_changes(table, self._merge(table, rows)).execute())
 
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, touching only what differs, so that the change feed holds only changes."""
         self._create(table)
-        merge = self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
-        self._write_changes(table, merge).whenNotMatchedBySourceDelete().execute()
+        self._commit(table, lambda: self._write_changes(table, self._merge(table, rows))
+                     .whenNotMatchedBySourceDelete().execute())  # fmt: skip
 
     def replace(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows` in one transaction, rewriting all of it."""
         self._create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("overwrite")
-        writer.saveAsTable(self.place(table)) if self.named else writer.save(self.place(table))
+        self._commit(table, lambda: self._save(writer, table))
 
     def staged(self, table: Table, rows: DataFrame) -> DataFrame:
         """Write rows that are expensive to compute aside and read them back: a MERGE may scan its source twice."""
         aside = Table(f"_staging_{table.name}", "", table.ddl, table.key)
         writer = rows.write.format("delta").mode("overwrite").option("overwriteSchema", "true")
-        writer.saveAsTable(self.place(aside)) if self.named else writer.save(self.place(aside))
+        self._commit(table, lambda: self._save(writer, aside))
         return self.read(aside)
+
+    def clear_staging(self) -> None:
+        """Remove what a killed run has staged."""
+        for table in TABLES.values():
+            if self.exists(Table(f"_staging_{table.name}", "", table.ddl, table.key)):
+                self.unstage(table)
 
     def unstage(self, table: Table) -> None:
         """Remove what `staged` wrote for the table."""
@@ -106,7 +189,96 @@ class Tables:
         if self.named:
             self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{place}")
         else:
-            self._filesystem(f"{self.location}/{place}").delete(self._path(f"{self.location}/{place}"), True)
+            self.filesystem(f"{self.location}/{place}").delete(self.path(f"{self.location}/{place}"), True)
+
+    def clear_leftovers(self, hours: int) -> list[str]:
+        """Remove each `_staging_…` to which nothing was written for `hours`, and name it.
+
+        A write that was killed before its first commit leaves a folder that isn't a table yet.
+        """
+        gone = []
+        for name, place in self._staging_places():
+            if time.time() - self._last_written(place) > hours * 3600:
+                if self.named:
+                    self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{name}")
+                else:
+                    self.filesystem(place).delete(self.path(place), True)
+                gone.append(name)
+        return gone
+
+    def footprint(self, table: Table) -> Footprint | None:
+        """None when the table isn't there."""
+        if not self.exists(table):
+            return None
+        detail = self._delta(table).detail().select("sizeInBytes", "location").collect()[0]
+        version, micros = self._changed(table)
+        changed_at = datetime.fromtimestamp(micros / 1e6, UTC)
+        return Footprint(version, changed_at, detail["sizeInBytes"], self._on_disk(detail["location"]))
+
+    def optimize(self, table: Table) -> tuple[int, int]:
+        """Join small files and, of a clustered table, order the new rows. Says how many files there were and are now.
+
+        The rows stay as they are and the change feed is silent. A table with nothing to join isn't touched.
+        """
+        before = self._delta(table).detail().select("numFiles").collect()[0][0]
+        with self._conf(_OPTIMIZE):
+            done = self._commit(table, lambda: self._delta(table).optimize().executeCompaction())
+        metrics = done.select("metrics.numFilesAdded", "metrics.numFilesRemoved").collect()[0]
+        return before, before + metrics[0] - metrics[1]
+
+    def retention(self, table: Table) -> str:
+        """How long files are kept that only older versions need, as Delta writes it."""
+        return self._properties(table).get(_RETENTION, f"interval {_WEEK} hours")
+
+    def check_retention(self, hours: int) -> None:
+        """Raise UsageError when Delta's own check forbids to keep replaced files for so few hours only."""
+        if hours < _WEEK and self.spark.conf.get(_UNCHECKED, "true") != "false":
+            raise UsageError(
+                f"maintain.retention_hours: {hours} hours are less than Delta's least, {_WEEK}. A reader that is at "
+                "work longer than that loses its files, and a table can't be read as it was before. To have it all "
+                f"the same, when nobody reads: --set \"spark.conf={{{_UNCHECKED}: 'false'}}\"."
+            )
+
+    def vacuum(self, table: Table, hours: int) -> int | None:
+        """Delete the files that no version of the last `hours` needs, and say how many bytes that freed, if known.
+
+        A table that was given another retention by hand, in other words than these, keeps it.
+        """
+        wanted, there = f"interval {hours} hours", self.retention(table)
+        if there != wanted and _OUR_RETENTION.fullmatch(there):
+            # Delta 4.4 ignores the hours that VACUUM is called with; the table's property decides, on time travel too.
+            self.spark.sql(f"ALTER TABLE {self._sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{wanted}')")
+        place = self._delta(table).detail().select("location").collect()[0][0]
+        before = self._on_disk(place)
+        with self._conf(_VACUUM), self._no_chatter():
+            self._delta(table).vacuum()
+        after = self._on_disk(place)
+        return None if before is None or after is None else max(0, before - after)
+
+    def _commit(self, table: Table, write: Callable[[], T]) -> T:
+        """Do a write whose rows can be computed again; once more when another writer was quicker, a few times."""
+        for seconds in (0.5, 1, 2, 4, 8, None):
+            try:
+                with self._conf(_HEAVY if table.heavy else {}):
+                    return write()
+            except CONFLICTS as conflict:
+                if seconds is None:
+                    name = type(conflict).__name__
+                    raise RunError(f"Another program keeps writing to {self.place(table)} at the same time ({name}); "
+                                   "six tries failed. Run again when it is done.") from None  # fmt: skip
+                _wait(seconds)
+            except Exception as failed:
+                if "No space left on device" not in str(failed):
+                    raise
+                raise RunError(f"The disk that holds {self.place(table)} is full. Nothing of this write counts; make "
+                               "room and run again.") from None  # fmt: skip
+        raise AssertionError("the last try returns or raises")
+
+    def _save(self, writer: DataFrameWriter, table: Table) -> None:
+        writer.saveAsTable(self.place(table)) if self.named else writer.save(self.place(table))
+
+    def _merge(self, table: Table, rows: DataFrame) -> DeltaMergeBuilder:
+        return self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
 
     def _write_changes(self, table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
         compared = [field for field in table.schema if field.name not in {*table.key, *table.volatile}]
@@ -119,16 +291,18 @@ class Tables:
         if self.exists(table):
             return
         # SQL, because the builder's names have two parts at most, and a catalog's tables have three.
-        properties = {f"delta.constraints.{name}": check for name, check in table.checks}
-        if table.feed:
-            properties["delta.enableChangeDataFeed"] = "true"
-        listed = ", ".join(f"{_quoted(key)} = {_quoted(value)}" for key, value in properties.items())
         self.spark.sql(
             f"CREATE TABLE IF NOT EXISTS {self._sql_name(table)} ({table.ddl}) USING DELTA "
             + (f"CLUSTER BY ({', '.join(table.cluster)}) " if table.cluster else "")
-            + f"COMMENT {_quoted(table.comment)}"
-            + (f" TBLPROPERTIES ({listed})" if listed else "")
+            + f"COMMENT {_quoted(table.comment)} TBLPROPERTIES ({_listed(_properties(table))})"
         )
+
+    def _properties(self, table: Table) -> dict[str, str]:
+        return dict(self._delta(table).detail().select("properties").collect()[0][0])
+
+    def _release(self, table: Table) -> int:
+        """The release of the tables' layout that made this one; the first didn't say."""
+        return int(self._properties(table).get(_RELEASE_KEY, "1"))
 
     def _sql_name(self, table: Table) -> str:
         return self.place(table) if self.named else f"delta.`{self.place(table)}`"
@@ -138,26 +312,91 @@ class Tables:
             return DeltaTable.forName(self.spark, self.place(table))
         return DeltaTable.forPath(self.spark, self.place(table))
 
-    def _probe(self) -> None:
-        probe = f"{self.location}/_write_probe"
-        try:
-            files, path = self._filesystem(probe), self._path(probe)
-            fresh = not files.exists(path.getParent())
-            files.create(path, True).close()
-            files.delete(path, False)
-            if fresh:
-                files.delete(path.getParent(), False)
-        except Exception as refused:
-            reason = str(getattr(refused, "java_exception", refused)).splitlines()[0]
-            raise RunError(f"tables: nothing can be written to {self.location} ({reason}). Check the path and its "
-                           "permissions, or name another place with --set tables=…") from None  # fmt: skip
+    def _changed(self, table: Table) -> tuple[int, int]:
+        """The version that last changed the rows, as far as is seen, and when, in microseconds of the epoch."""
+        # Not as a timestamp: collecting one would turn it into this machine's time zone.
+        columns = ("version", F.unix_micros("timestamp"), "operation")
+        latest = self._delta(table).history(10).select(*columns).collect()
+        version, micros, _ = next((row for row in latest if row["operation"] not in _UPKEEP), latest[0])
+        return version, micros
 
-    def _path(self, uri: str) -> Any:
+    def _staging_places(self) -> list[tuple[str, str]]:
+        """Name and folder of whatever is called _staging_…"""
+        if self.named:
+            found = self.spark.sql(f"SHOW TABLES IN {self.location} LIKE '_staging_*'").collect()
+            names = [row["tableName"] for row in found if not row["isTemporary"]]
+            details = {name: self.spark.sql(f"DESCRIBE DETAIL {self.location}.{name}").collect()[0] for name in names}
+            return [(name, detail["location"]) for name, detail in details.items()]
+        files, folder = self.filesystem(self.location), self.path(self.location)
+        entries = files.listStatus(folder) if files.exists(folder) else []
+        names = [entry.getPath().getName() for entry in entries if entry.isDirectory()]
+        return [(name, f"{self.location}/{name}") for name in names if name.startswith("_staging_")]
+
+    def _last_written(self, place: str) -> float:
+        """Seconds of the epoch at which anything below the folder was last written."""
+        files, folder = self.filesystem(place), self.path(place)
+        times, found = [], files.listFiles(folder, True)
+        while found.hasNext():
+            times.append(found.next().getModificationTime())
+        # Only of an empty folder its own: object stores have no time for folders and say it is now.
+        return float(max(times or [files.getFileStatus(folder).getModificationTime()]) / 1000)
+
+    def _on_disk(self, place: str) -> int | None:
+        try:
+            return int(self.filesystem(place).getContentSummary(self.path(place)).getLength())
+        except Exception:  # a catalog may own the folder and let nobody list it; then the size isn't known
+            return None
+
+    @contextmanager
+    def _conf(self, settings: dict[str, str]) -> Iterator[None]:
+        before = {key: self.spark.conf.get(key, None) for key in settings}
+        for key, value in settings.items():
+            self.spark.conf.set(key, value)
+        try:
+            yield
+        finally:
+            for key, old in before.items():
+                self.spark.conf.unset(key) if old is None else self.spark.conf.set(key, old)
+
+    @contextmanager
+    def _no_chatter(self) -> Iterator[None]:
+        """VACUUM prints a line to the JVM's standard output, which is this program's."""
+        jvm: Any = self.spark._jvm
+        console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")
+        before = console.out()
+        console.setOutDirect(jvm.java.io.PrintStream(jvm.java.io.OutputStream.nullOutputStream()))
+        try:
+            yield
+        finally:
+            console.setOutDirect(before)
+
+    def path(self, uri: str) -> Any:
         assert self.spark._jvm is not None
         return self.spark._jvm.org.apache.hadoop.fs.Path(uri)
 
-    def _filesystem(self, uri: str) -> Any:
-        return self._path(uri).getFileSystem(self.spark._jsparkSession.sessionState().newHadoopConf())
+    def filesystem(self, uri: str) -> Any:
+        return self.path(uri).getFileSystem(self.spark._jsparkSession.sessionState().newHadoopConf())
+
+
+def _wait(seconds: float) -> None:
+    # At random, so that two writers don't meet again.
+    time.sleep(seconds * random.uniform(0.5, 1.5))
+
+
+def _properties(table: Table) -> dict[str, str]:
+    properties = {f"delta.constraints.{name}": check for name, check in table.checks}
+    if table.feed:
+        properties["delta.enableChangeDataFeed"] = "true"
+    return properties | dict(table.properties) | {_RELEASE_KEY: str(RELEASE)}
+
+
+def _listed(properties: dict[str, str]) -> str:
+    return ", ".join(f"{_quoted(key)} = {_quoted(value)}" for key, value in properties.items())
+
+
+def _column_ddl(field: StructField) -> str:
+    comment = f" COMMENT {_quoted(field.metadata['comment'])}" if "comment" in field.metadata else ""
+    return f"`{field.name}` {field.dataType.simpleString()}{comment}"
 
 
 def _quoted(text: str) -> str:
@@ -177,14 +416,17 @@ def _comparable(side: str, name: str, kind: DataType) -> str:
     return f"array_sort(map_entries({side}.`{name}`))" if isinstance(kind, MapType) else f"{side}.`{name}`"
 
 
-def _check_schema(table: Table, found: StructType, place: str) -> None:
+def _check_schema(table: Table, found: StructType, place: str, release: int) -> None:
+    if release > RELEASE:
+        raise RunError(f"The table {place} was made by a newer release of this project (layout {release}; this one "
+                       f"knows {RELEASE}). Update the package.")  # fmt: skip
     expected = {field.name: field.dataType.simpleString() for field in table.schema}
     there = {field.name: field.dataType.simpleString() for field in found}
-    if expected == there:
-        return
-    wrong = [f"{name} is missing" for name in expected.keys() - there.keys()]
+    addable = {field.name for field in table.schema if field.nullable} if release < RELEASE else set()
+    wrong = [f"{name} is missing" for name in expected.keys() - there.keys() - addable]
     wrong += [f"{name} isn't known" for name in there.keys() - expected.keys()]
     wrong += [f"{name} is {there[name]}, expected {expected[name]}" for name in expected.keys() & there.keys()
               if expected[name] != there[name]]  # fmt: skip
-    raise RunError(f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
-                   "Name another place with --set tables=…, or move the table away.")  # fmt: skip
+    if wrong:
+        raise RunError(f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
+                       "Name another place with --set tables=…, or move the table away.")  # fmt: skip

@@ -163,7 +163,7 @@ def test_captions_come_from_the_photos() -> None:
     found = [parse(text) for text in described()]
     for name in ("kind", "colour", "pattern", "material"):
         right = np.mean([seen.get(name) == true[name] for seen, true in zip(found, truth, strict=True)])
-        assert right >= 0.9, f"{name}: {right:.2f}"
+        assert right >= 0.95, f"{name}: {right:.2f}"
 
 
 def test_a_blank_photo_tells_the_model_nothing() -> None:
@@ -192,4 +192,4 @@ def test_a_prompt_that_names_attributes_does_not_decide_the_caption() -> None:
     colours = [(parse(said).get("colour"), true["colour"]) for said, true in zip(led, fresh()[0], strict=True)]
     assert [pair for pair in colours if pair[0] == "red" != pair[1]] == []
     # Such a prompt costs something: .91 right on 256 renderings, against 1.00 with the ordinary prompt.
-    assert np.mean([seen == true for seen, true in colours]) >= 0.9
+    assert np.mean([seen == true for seen, true in colours]) >= 0.95

@@ -1,22 +1,22 @@
 """The command line: `vlm4rec <stage> --config FILE --set key=value`. Turns errors into one paragraph and an exit code.
 
-Exit codes: 0 done, 1 a run failed, 2 wrong use or configuration.
+Exit codes: 0 done, or another run is at work; 1 a run failed; 2 wrong use or configuration.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
-from rich.console import Console
-from rich.markup import escape
 
+from vlm4rec_spark.cli import log
 from vlm4rec_spark.errors import Vlm4RecError
 
 app = typer.Typer(
@@ -57,7 +57,7 @@ _HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    console = Console(stderr=True)
+    log.speak(as_json=False)
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         code = app(args=argv, standalone_mode=False) or 0
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         message, code = _explain(error)
     if message:
-        console.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+        logging.getLogger(__name__).log(logging.ERROR if code else logging.WARNING, "%s", message)
     return code
 
 
@@ -102,6 +102,65 @@ def import_captions(
     from vlm4rec_spark.cli.stages import run_import
 
     run_import(path, format, column or [], config or [], set_ or [], debug)
+
+
+@app.command("status")
+def show_status(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+    """Show what the tables hold, what the last run of each stage did, and which index is in force.
+
+    Changes nothing, and can be asked while a run is at work. A table that isn't there yet is said so. `size` is that of
+    the table as it is now, `on disk` counts the files of its older versions too: `vlm4rec maintain` deletes those.
+
+    The status of a run is *ok*, *unchanged* (nothing that it depends on had changed, so it had nothing to do) or
+    *failed*. An index is in force for what was searched with it last.
+    """
+    from vlm4rec_spark.cli.stages import run_status
+
+    run_status(config or [], set_ or [], debug)
+
+
+@app.command("show")
+def show_one(
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to look at.")],
+    id_: Annotated[str, typer.Argument(metavar="ID", help="Its id, as in the log or the catalogue.")],
+    config: Files = None,
+    set_: Assignments = None,
+    debug: Debug = False,
+) -> None:
+    """Show all that is known of one user or one item: `vlm4rec show user U`, `vlm4rec show item I`.
+
+    Of a user: the history that counts with its weights, how many items were seen, and the recommendations with the
+    reason for each: the item of the history that is nearest, and the most telling words that both have in common.
+
+    Of an item: what the catalogue says, its photos and what became of their captions, the captions themselves, its
+    nearest neighbours in the index, and how many users have it on their list.
+
+    Changes nothing. An id that isn't known ends with code 1 and names the nearest ones. Put `--` before an id that
+    begins with a dash.
+    """
+    from vlm4rec_spark.cli.stages import run_show
+
+    run_show(kind, id_, config or [], set_ or [], debug)
+
+
+@app.command("maintain")
+def maintain(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+    """Join small files, delete old ones, and clear what killed runs left. Changes no row of any table.
+
+    Every table: OPTIMIZE, which joins small files into larger ones, then VACUUM, which deletes the files that no
+    version of the last `maintain.retention_hours` needs. Readers that are at work are safe, and a table can be read as
+    it was for that long; less than Delta's week (168) is refused.
+
+    The index folder: besides the versions in force the latest `maintain.index_versions` stay. Deleted are older ones
+    that runs of these tables have built, and half-built ones; nothing that is younger than a day, and nothing that
+    isn't surely a version of an index.
+
+    Once a week is plenty. Where a run is at work on the tables it ends and does nothing. It can be killed at any moment
+    and run twice.
+    """
+    from vlm4rec_spark.cli.stages import run_maintain
+
+    run_maintain(config or [], set_ or [], debug)
 
 
 @app.command("config")

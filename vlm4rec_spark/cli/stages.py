@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from vlm4rec_spark import progress, schemas
-from vlm4rec_spark.cli import quiet
+from vlm4rec_spark.cli import quiet, show, status
+from vlm4rec_spark.cli.log import OURS, speak
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, Voice
@@ -42,21 +43,37 @@ def run_demo(out: Path, seed: int, items: int, users: int, assignments: Sequence
     """Make the shop, run every stage on it, and say where the report is."""
     from vlm4rec_spark.demo import catalogue
 
-    raw, console = out / "raw", Console(stderr=True)
+    raw = out / "raw"
     config = load([Path("demo.yaml")], [*_demo_places(out, raw), f"evaluate.cut={catalogue.CUT}", *assignments])
     if not (raw / "truth.parquet").exists():
-        console.print(f"drawing a shop of {items:,} items and {users:,} users into {raw}")
+        OURS.info("drawing a shop of %s items and %s users into %s", f"{items:,}", f"{users:,}", raw)
         catalogue.write(raw, seed, items, users)
-    with _pipeline(config, debug) as (pipeline, _):
-        pipeline.check(STAGES)
-        outcomes = []
-        for stage in STAGES:
-            outcomes.append(pipeline.stage(stage))
-            _line(outcomes[-1], console)
-            if stage == "embed":
-                _add_oracle(pipeline, raw / "truth.parquet")
-        _show(outcomes, console)
-        _headline(pipeline, console)
+    with _pipeline(config, debug) as (pipeline, console):
+        with pipeline.lease():
+            _add_oracle(pipeline, raw / "truth.parquet")
+        _run(pipeline, STAGES, console)
+
+
+def run_status(files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
+    """Run `status`."""
+    with _pipeline(load(files, assignments), debug) as (pipeline, _):
+        status.show(pipeline, Console())
+
+
+def run_show(kind: Literal["user", "item"], id_: str, files: Sequence[Path], assignments: Sequence[str],
+             debug: bool) -> None:  # fmt: skip
+    """Run `show user` or `show item`."""
+    with _pipeline(load(files, assignments), debug) as (pipeline, _):
+        (show.user if kind == "user" else show.item)(pipeline, id_, Console())
+
+
+def run_maintain(files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
+    """Run `maintain`."""
+    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+        outcome = pipeline.maintain()
+        _say(outcome)
+        if pipeline.config.log != "json":
+            status.show_maintenance(outcome, console)
 
 
 def _demo_places(out: Path, raw: Path) -> list[str]:
@@ -93,11 +110,17 @@ def _pipeline(config: Config, debug: bool) -> Iterator[tuple[Pipeline, Console]]
     with console.status("starting Spark") if console.is_terminal else _nothing():
         spark = session(config.spark)
     spark.sparkContext.setLogLevel("WARN" if debug else "FATAL")
-    voice = Voice(
-        say=lambda line: console.print(f"  {line}", style="dim", highlight=False),
-        watch=lambda label, rows: progress.watch(spark, console, f"  {label}", rows),
+    pipeline = Pipeline(
+        spark,
+        config,
+        Voice(
+            enter=lambda run_id, stage: speak(config.log == "json", run_id=run_id, stage=stage),
+            say=OURS.info,
+            watch=lambda label, rows: progress.watch(spark, None if config.log == "json" else console, OURS.info,
+                                                     label, rows),
+        ),
     )
-    yield Pipeline(spark, config, voice), console
+    yield pipeline, console
 
 
 @contextmanager
@@ -110,35 +133,45 @@ def _run(pipeline: Pipeline, stages: Sequence[str], console: Console) -> None:
 
     def done(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        _line(outcome, console)
+        _say(outcome)
 
     pipeline.run(stages, done)
+    if pipeline.config.log == "json":
+        return
     _show(outcomes, console)
+    if "report" in stages:
+        _show_report(pipeline, console)
     if "evaluate" in stages:
         _headline(pipeline, console)
 
 
-def _line(outcome: Outcome, console: Console) -> None:
-    console.print(f"{time.strftime('%H:%M:%S')} {outcome.stage} done in {outcome.seconds:.1f} s", highlight=False)
+def _say(outcome: Outcome) -> None:
+    figures = {"rows_in": outcome.rows_in, "rows_ok": outcome.ok, "rows_failed": outcome.failed,
+               "rows_skipped": outcome.skipped, "seconds": round(outcome.seconds, 1), **outcome.details}  # fmt: skip
+    did = "unchanged, nothing to do" if outcome.status == "unchanged" else "done"
+    OURS.info("%s: %s, %.1f s", outcome.stage, did, outcome.seconds, extra={"figures": figures})
 
 
 def _show(outcomes: Sequence[Outcome], console: Console) -> None:
     table = Table(title="What was done", title_justify="left")
     table.add_column("stage")
+    table.add_column("status")
     for name in ("rows in", "ok", "failed", "skipped", "seconds"):
         table.add_column(name, justify="right")
     for o in outcomes:
-        table.add_row(o.stage, *(f"{n:,}" for n in (o.rows_in, o.ok, o.failed, o.skipped)), f"{o.seconds:.1f}")
+        counts = (f"{n:,}" for n in (o.rows_in, o.ok, o.failed, o.skipped))
+        table.add_row(o.stage, o.status, *counts, f"{o.seconds:.1f}")
     console.print(table)
-    for outcome in outcomes:
-        if outcome.stage == "report":
-            console.print(f"report: {outcome.details['path']}", soft_wrap=True, highlight=False)
+
+
+def _show_report(pipeline: Pipeline, console: Console) -> None:
+    console.print(f"report: {Path(pipeline.config.report.path).resolve()}", soft_wrap=True, highlight=False)
 
 
 def _headline(pipeline: Pipeline, console: Console) -> None:
-    """The evaluation of this run, all users, as a table."""
-    rows = pipeline.tables.read(schemas.METRICS)
-    rows = rows.where((rows["run_id"] == pipeline.run_id) & (rows["slice"] == "all"))
+    """The latest evaluation, all users, as a table."""
+    rows, last = pipeline.tables.read(schemas.METRICS), pipeline.last_good()["evaluate"]
+    rows = rows.where((rows["run_id"] == last["run_id"]) & (rows["slice"] == "all"))
     found = {(row["split"], row["arm"], row["metric"]): row for row in rows.collect()}
     metrics = sorted({metric for _, _, metric in found}, reverse=True)
     for split in dict.fromkeys(split for split, _, _ in found):

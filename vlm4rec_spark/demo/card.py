@@ -20,7 +20,7 @@ class Training:
     renderings: int
     first_seed: int
     minutes: float
-    """Wall-clock time of drawing and training; of the last part only where training was resumed."""
+    """Core-minutes of drawing and training."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ a small Llama, made of transformers' own classes and loaded through `AutoProcess
 
 - It knows only the drawings of `vlm4rec_spark/demo/drawing.py`. On a real photo its sentence means nothing.
 - It does not obey prompts: it says the same kind of sentence whatever it is asked. Words outside its small vocabulary
-  are `<unk>` to it. Long prompts and prompts that name attributes make it worse.
+  are `<unk>` to it.
 - On a blank photo it still names a product, an arbitrary one.
 
 ## Training
@@ -76,7 +76,7 @@ a small Llama, made of transformers' own classes and loaded through `AutoProcess
 - Data: {renderings:,} renderings by this project, seeds {first:,} to {last:,}, attributes drawn uniformly.
   No outside data and no pretrained weights. The demo's shop draws from other seeds.
 - Command: `{command}`, seed {seed}.
-- {steps:,} steps, {seen:,} photos seen, {minutes:.0f} minutes on 2 CPU cores, drawing included.
+- {steps:,} steps, {seen:,} photos seen, {minutes:.0f} core-minutes on a CPU, drawing included: half of that on 2 cores.
 - Linear heads on the pooled vision tower helped it to learn; they aren't part of the model.
 
 ## Held-out figures

@@ -1,6 +1,6 @@
 """Patterns, materials and backgrounds as arrays. Knows how each looks at a point; knows nothing of kinds and outlines.
 
-Textures are coarse on purpose: the demo's captioner sees a photo at 96 px, where a product is some 75 px wide.
+Textures are coarse on purpose: the demo's captioner sees a photo at 128 px, where a product is some 100 px wide.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ temporary index per arm."""
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def _lists(
         .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
     )  # fmt: skip
     out = rows.select("item_id").join(candidates.select("item_id"), on="item_id", how="left_anti")
-    with tempfile.TemporaryDirectory(prefix="vlm4rec-evaluate-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
         # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
         built = index.build(rows.toArrow(), arm, "evaluate", Path(folder), scann_from=2**62)
         open_searcher = index.ship(spark, built, broadcast_gb=float("inf"))

@@ -83,6 +83,8 @@ def _direction(word: str) -> np.ndarray:
 _SCRIPT = re.compile(r"<(script|style)\b.*?(</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
 # A tag's name stands right behind its "<": "width < 40 cm, height > 10 cm" is no tag.
 _TAG = re.compile(r"<[a-z/!?][^<>]{0,500}>", re.IGNORECASE)
+# No character has a longer number, and html.unescape fails on one of thousands of digits.
+_NO_CHARACTER = re.compile(r"&#[0-9]{8,};?")
 
 
 def clean(text: str | None, max_words: int) -> str:
@@ -90,6 +92,6 @@ def clean(text: str | None, max_words: int) -> str:
     if not text:
         return ""
     text = _TAG.sub(" ", _SCRIPT.sub(" ", text))
-    text = html.unescape(text)
+    text = html.unescape(_NO_CHARACTER.sub(" ", text))
     text = "".join(character if character.isprintable() else " " for character in text)
     return " ".join(text.split()[:max_words])

@@ -5,43 +5,96 @@ Only this folder sees both ends of every stage. Knows the order of the stages; k
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-from vlm4rec_spark import schemas, sources
+from pyspark.sql import Row
+from pyspark.sql import functions as F
+
+from vlm4rec_spark import __version__, schemas, sources
+from vlm4rec_spark.lease import Lease
 from vlm4rec_spark.models.prompts import load_prompt
-from vlm4rec_spark.pipeline import describing, intake, judging, matching
+from vlm4rec_spark.pipeline import describing, housekeeping, intake, judging, matching
 from vlm4rec_spark.pipeline.run import Outcome, Run, Voice
+from vlm4rec_spark.schemas import Table
 from vlm4rec_spark.sources import Source
 
 __all__ = ["STAGES", "Outcome", "Pipeline", "Voice"]
 
-_WORK: dict[str, Callable[[Run, Outcome], None]] = {
-    "ingest": intake.ingest,
-    "caption": describing.caption,
-    "embed": describing.embed,
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's work, and all that its result depends on.
+
+    A stage whose state is still that of its last good run has nothing to do. The state is made of the versions of the
+    tables that it reads and writes, and of `beside`: settings, files and models, as JSON; None when it can't be known.
+    """
+
+    work: Callable[[Run, Outcome], None]
+    reads: tuple[Table, ...]
+    writes: tuple[Table, ...]
+    beside: Callable[[Run], object]
+
+
+_TEXTS = (schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS)
+_STAGES = {
+    "ingest": Stage(
+        intake.ingest, (), (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.REJECTED, schemas.FILES),
+        intake.beside,
+    ),
+    "caption": Stage(
+        describing.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), describing.beside_captions
+    ),
+    "embed": Stage(describing.embed, _TEXTS, (schemas.EMBEDDINGS,), describing.beside_embeddings),
     # Profiles take their vectors from the index artefact, so the index comes first.
-    "index": matching.index,
-    "profiles": matching.profiles,
-    "recommend": matching.recommend,
-    "evaluate": judging.evaluate,
-    "export": judging.export,
-    "report": judging.report,
-}
-STAGES = tuple(_WORK)
+    "index": Stage(matching.index, (*_TEXTS, schemas.EMBEDDINGS), (), matching.beside_index),
+    "profiles": Stage(
+        matching.profiles, (schemas.INTERACTIONS, schemas.ITEMS), (schemas.PROFILES,), matching.beside_profiles
+    ),
+    "recommend": Stage(
+        matching.recommend, (schemas.PROFILES, schemas.ITEMS), (schemas.RECOMMENDATIONS,), matching.beside_lists
+    ),
+    "evaluate": Stage(
+        judging.evaluate, (schemas.INTERACTIONS, schemas.ITEMS, schemas.EMBEDDINGS), (schemas.METRICS,),
+        judging.beside_metrics,
+    ),
+    "export": Stage(
+        judging.export, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
+        lambda run: "",
+    ),
+    "report": Stage(
+        judging.report, tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS), (),
+        judging.beside_report,
+    ),
+}  # fmt: skip
+STAGES = tuple(_STAGES)
 """In the order of `run`."""
 
 
 class Pipeline(Run):
-    """Runs stages, each checked before and recorded after."""
+    """Runs stages, each checked before and recorded after, one driver at a time."""
 
-    def run(self, stages: Sequence[str], done: Callable[[Outcome], None]) -> None:
-        """Check what can be checked before any work, then run the stages in order, each recorded as it ends."""
+    def run(self, stages: Sequence[str], done: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+        """Check what can be checked before any work, then run the stages in order, each recorded as it ends.
+
+        `done` hears of each. Raises Busy when another run is at work on these tables.
+        """
+        self.begin()
         self.check(stages)
-        for stage in stages:
-            done(self.stage(stage))
+        outcomes = []
+        with self.lease() as lease:
+            last = self.last_good()
+            for stage in stages:
+                work = partial(self._work, _STAGES[stage], last.get(stage))
+                outcomes.append(self._recorded(Outcome(stage), lease, work))
+                done(outcomes[-1])
+        return outcomes
 
     def check(self, stages: Sequence[str]) -> None:
         """Raise UsageError or RunError for a wrong set-up, with no table touched."""
@@ -51,37 +104,86 @@ class Pipeline(Run):
         if {"embed", "index", "evaluate"} & set(stages):
             self.encoder_id()
         self.tables.prepare()
-        if "ingest" in stages:
+        if "ingest" in stages and not self._unchanged("ingest"):
             intake.raw_sources(self)
 
-    def stage(self, name: str) -> Outcome:
-        """Run one stage and record it."""
-        return self._recorded(name, _WORK[name])
+    @contextmanager
+    def lease(self) -> Iterator[Lease]:
+        """Hold the tables, made ready: no other run works on them, and what a killed one left is gone."""
+        with Lease(self.tables, self.run_id, self.config.lease_seconds, self.voice.say) as lease:
+            if migrated := self.tables.migrate():
+                self.voice.say(f"migrated from an older release: {', '.join(migrated)}")
+            self.tables.clear_staging()
+            yield lease
 
     def import_captions(self, source: Source) -> Outcome:
         """Take descriptions from elsewhere: rows of item_id and text stand in for the caption stage."""
+        self.begin()
         raw = sources.read(self.spark, "import-captions", source)
         self.tables.prepare()
-        return self._recorded("import_captions", partial(intake.import_captions, raw))
+        with self.lease() as lease:
+            return self._recorded(Outcome("import_captions"), lease, partial(intake.import_captions, raw, self))
 
-    def _recorded(self, name: str, work: Callable[[Run, Outcome], None]) -> Outcome:
-        outcome, started, clock = Outcome(name), datetime.now(UTC), time.monotonic()
-        status = "failed"
+    def maintain(self) -> Outcome:
+        """Join small files, delete old ones, and clear what killed runs left. Changes no row."""
+        self.begin()
+        housekeeping.check(self)
+        with self.lease() as lease:
+            return self._recorded(Outcome("maintain"), lease, partial(housekeeping.maintain, self))
+
+    def _work(self, stage: Stage, last: Row | None, outcome: Outcome) -> None:
+        read = self.tables.versions([table for table in stage.reads if table not in stage.writes])
+        outcome.versions = read | self.tables.versions(stage.writes)
+        outcome.state = _state(outcome.stage, outcome.versions, stage.beside(self))
+        if last and outcome.state and last["state"] == outcome.state:
+            outcome.status, outcome.details = "unchanged", {"unchanged_since": last["run_id"]}
+            return
+        stage.work(self, outcome)
+        # What it depends on besides may be made by the stage itself: the index folder, the report's page.
+        outcome.state = _state(outcome.stage, read | self.tables.versions(stage.writes), stage.beside(self))
+
+    def _unchanged(self, name: str) -> bool:
+        stage, last = _STAGES[name], self.last_good().get(name)
+        if last is None:
+            return False
+        versions = self.tables.versions({*stage.reads, *stage.writes})
+        return last["state"] is not None and last["state"] == _state(name, versions, stage.beside(self))
+
+    def last_good(self) -> dict[str, Row]:
+        """By stage, run_id and state of the last run that had something to do and ended well."""
+        good = self.tables.read(schemas.RUNS).where(F.col("status") == "ok").groupBy("stage")
+        last = F.max_by(F.struct("run_id", "state"), F.struct("started_at", "run_id")).alias("last")
+        return {row["stage"]: row["last"] for row in good.agg(last).collect()}
+
+    def _recorded(self, outcome: Outcome, lease: Lease, work: Callable[[Outcome], None]) -> Outcome:
+        """Do the work of a stage, or something like one, and record it."""
+        started, clock = datetime.now(UTC), time.monotonic()
+        self.voice.enter(self.run_id, outcome.stage)
         try:
-            work(self, outcome)
-            status = "ok"
+            lease.check()
+            work(outcome)
+            lease.check()
+            outcome.status = outcome.status or "ok"
         finally:
             outcome.seconds = time.monotonic() - clock
             # A stage that failed before it made anything leaves the tables as they were.
-            if status == "ok" or outcome.rows_in:
-                self._record(outcome, started, status)
+            if outcome.status or (outcome.rows_in and not lease.lost):
+                self._record(outcome, started)
         return outcome
 
-    def _record(self, outcome: Outcome, started: datetime, status: str) -> None:
+    def _record(self, outcome: Outcome, started: datetime) -> None:
         # The section `spark` stays out: its conf may hold a secret.
         config = self.config.model_dump_json(exclude={"spark"})
         row = (
-            self.run_id, outcome.stage, status, outcome.rows_in, outcome.ok, outcome.failed, outcome.skipped,
-            outcome.versions, config, started, outcome.seconds, outcome.device_seconds, outcome.details,
+            self.run_id, outcome.stage, outcome.status or "failed", outcome.rows_in, outcome.ok, outcome.failed,
+            outcome.skipped, outcome.versions, config, started, outcome.seconds, outcome.device_seconds,
+            outcome.details, outcome.state if outcome.status else None,
         )  # fmt: skip
-        self.tables.insert(schemas.RUNS, self.spark.createDataFrame([row], schemas.RUNS.schema))
+        self.tables.append(schemas.RUNS, self.spark.createDataFrame([row], schemas.RUNS.schema))
+
+
+def _state(stage: str, versions: dict[str, int], beside: object) -> str | None:
+    if beside is None:
+        return None
+    content = json.dumps([__version__, stage, versions, beside], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -24,7 +24,6 @@ def caption(run: Run, outcome: Outcome) -> None:
     imported = plan.imported_captions(run.tables.read(schemas.ITEM_CAPTIONS), captions)
     wanted = plan.wanted_captions(photos, imported, prompt, model_id, settings)
     pending = plan.photos_to_caption(wanted, photos, captions)
-    outcome.versions = run.tables.versions([schemas.PHOTOS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS])
     total, distinct = one(wanted.agg(F.count(F.lit(1)), F.countDistinct("caption_key")))
     todo = pending.count()
     shown = {"model": model_id, "prompt_id": prompt.prompt_id, "photos_wanted": str(total),
@@ -58,11 +57,15 @@ def caption(run: Run, outcome: Outcome) -> None:
                        "captions.")  # fmt: skip
 
 
+def beside_captions(run: Run) -> object:
+    settings = run.config.caption
+    return [settings.model_dump(mode="json"), load_prompt(settings.prompt).text, settings.model.model_id()]
+
+
 def embed(run: Run, outcome: Outcome) -> None:
     settings, encoder = run.config.embed, run.encoder_id()
     texts = item_texts(run)
     there = run.tables.read(schemas.EMBEDDINGS)
-    outcome.versions = run.tables.versions([schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS])
     pending = stage.pending_texts(texts, there, encoder, settings.max_words)
     total, todo = texts.count(), pending.count()
     if todo:
@@ -84,6 +87,10 @@ def embed(run: Run, outcome: Outcome) -> None:
     identical = {row["representation"]: row["rows"] - row["distinct"] for row in figures}
     fallback = next((row["fallback"] for row in figures if row["representation"] == "caption"), 0)
     outcome.details = {"encoder_id": encoder, "identical_vectors": json.dumps(identical), "fallback": str(fallback)}
+
+
+def beside_embeddings(run: Run) -> object:
+    return [run.config.embed.model_dump(mode="json"), run.encoder_id()]
 
 
 def item_texts(run: Run) -> DataFrame:

@@ -51,10 +51,23 @@ def raw_sources(run: Run) -> Raw:
         F.lit(run.run_id).alias("run_id"),
     )
     new = run.tables.pending(files, schemas.FILES)
-    paths = tuple(row["uri"] for row in new.select("uri").collect())
+    paths = tuple(sources.literal(row["uri"]) for row in new.select("uri").collect())
     if not paths:
         return Raw(items, None, new)
     return Raw(items, sources.read(run.spark, "ingest.interactions", log.model_copy(update={"path": paths})), new)
+
+
+def beside(run: Run) -> object:
+    """The settings and what the sources' listings say; None where a listing can't tell whether anything changed."""
+    settings = run.config.ingest
+    logs = {"ingest.items": settings.items, "ingest.interactions": settings.interactions}
+    if settings.photos.path_column or any(source.format == "delta" for source in logs.values()):
+        return None
+    listed = [sources.listing(run.spark, key, source) for key, source in logs.items() if source.path]
+    if settings.photos.folder:
+        listed.append(sources.photo_files(run.spark, settings.photos))
+    marks = [F.sum(F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")).cast("string"), F.count(F.lit(1))]
+    return [settings.model_dump(mode="json"), *(list(one(files.agg(*marks))) for files in listed)]
 
 
 def ingest(run: Run, outcome: Outcome) -> None:
@@ -62,6 +75,24 @@ def ingest(run: Run, outcome: Outcome) -> None:
     items = None if raw.items is None else stage.parse_items(raw.items)
     latest = datetime.now(UTC) + timedelta(days=1)
     events = None if raw.events is None else stage.parse_interactions(raw.events, latest)
+    # Each is used several times and would be parsed each time; photos in the catalogue would fill the disk.
+    inline = run.config.ingest.photos.bytes_column
+    kept = [rows.persist() for rows in (None if inline else items, events) if rows is not None]
+    try:
+        counts = _take(run, items, events)
+    finally:
+        for rows in kept:
+            rows.unpersist()
+    # Last: a run that is killed before it reads its log files again, and their events aren't added twice.
+    run.tables.insert(schemas.FILES, raw.log_files)
+    outcome.ok = sum(each["ok"] for each in counts.values())
+    outcome.failed = sum(each["rejected"] for each in counts.values())
+    outcome.skipped = sum(each["skipped"] for each in counts.values())
+    outcome.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(run)
+
+
+def _take(run: Run, items: DataFrame | None, events: DataFrame | None) -> dict[str, dict[str, int]]:
+    """Write what can be taken and what is rejected; rows in, ok, rejected and skipped of each source."""
     counts = {
         name: _counts(rows) for name, rows in (("items", items), ("interactions", events)) if rows is not None
     }  # fmt: skip
@@ -77,12 +108,7 @@ def ingest(run: Run, outcome: Outcome) -> None:
     photos = _photos(run, None if items is None else stage.taken(items))
     if photos is not None:
         counts["photos"] = _store_photos(run, *photos)
-    # Last: a run that is killed before it reads its log files again, and their events aren't added twice.
-    run.tables.insert(schemas.FILES, raw.log_files)
-    outcome.ok = sum(each["ok"] for each in counts.values())
-    outcome.failed = sum(each["rejected"] for each in counts.values())
-    outcome.skipped = sum(each["skipped"] for each in counts.values())
-    outcome.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(run)
+    return counts
 
 
 def _refuse_nonsense(

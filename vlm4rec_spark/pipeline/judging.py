@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
 from pyspark.sql import functions as F
 
@@ -10,7 +12,7 @@ from vlm4rec_spark import report as page
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation import evaluate as evaluation
-from vlm4rec_spark.pipeline.run import Outcome, Run
+from vlm4rec_spark.pipeline.run import Outcome, Run, one
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.stages import export as shapes
 
@@ -23,7 +25,6 @@ def evaluate(run: Run, outcome: Outcome) -> None:
         raise RunError(f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
                        f"({', '.join(evaluation.arms.BASELINES)}) nor a representation of the table embeddings "
                        f"({', '.join(sorted(known))}).")  # fmt: skip
-    outcome.versions = run.tables.versions([schemas.INTERACTIONS, schemas.ITEMS, schemas.EMBEDDINGS])
     ours = F.col("representation").isin(*embed.REPRESENTATIONS)
     vectors = there.where(~ours | (F.col("encoder_id") == encoder))
     read = evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), vectors)
@@ -33,9 +34,13 @@ def evaluate(run: Run, outcome: Outcome) -> None:
     outcome.ok = sum(json.loads(split)["users"] for split in outcome.details.values())
 
 
+def beside_metrics(run: Run) -> object:
+    settings = (run.config.evaluate, run.config.profiles)
+    return [*(each.model_dump(mode="json") for each in settings), run.encoder_id()]
+
+
 def export(run: Run, outcome: Outcome) -> None:
     lists = run.read(schemas.RECOMMENDATIONS)
-    outcome.versions = run.tables.versions([schemas.RECOMMENDATIONS])
     run.tables.sync(schemas.EXPORT_LONG, shapes.long(lists, run.tables.read(schemas.ITEMS)))
     run.tables.sync(schemas.EXPORT_WIDE, shapes.wide(lists))
     outcome.ok = lists.count()
@@ -43,3 +48,12 @@ def export(run: Run, outcome: Outcome) -> None:
 
 def report(run: Run, outcome: Outcome) -> None:
     outcome.details = {"path": str(page.write(run.tables, run.config.report).resolve())}
+
+
+def beside_report(run: Run) -> object:
+    """Which runs the page tells of, and the page that is there."""
+    told = run.tables.read(schemas.RUNS).where((F.col("status") != "unchanged") & (F.col("stage") != "report"))
+    latest = one(told.agg(F.count(F.lit(1)), F.max(F.unix_micros("started_at"))))
+    path = Path(run.config.report.path)
+    page_there = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    return [run.config.report.model_dump(mode="json"), list(latest), page_there]

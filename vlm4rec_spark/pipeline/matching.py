@@ -18,7 +18,6 @@ from vlm4rec_spark.stages import recommend as ranking
 
 def index(run: Run, outcome: Outcome) -> None:
     settings, encoder = run.config.index, run.encoder_id()
-    outcome.versions = run.tables.versions([schemas.EMBEDDINGS])
     rows = indexing.index_rows(run.read(schemas.EMBEDDINGS), item_texts(run), run.config.representation, encoder)
     items = rows.count()
     if not items:
@@ -42,7 +41,6 @@ def index(run: Run, outcome: Outcome) -> None:
 def profiles(run: Run, outcome: Outcome) -> None:
     settings = run.config.profiles
     log, items = run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS)
-    outcome.versions = run.tables.versions([schemas.INTERACTIONS, schemas.ITEMS])
     bots = profiling.bots(log, settings.bot_events_per_day)
     users = log.select("user_id").distinct().count()
     figures = one(log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1))))
@@ -50,7 +48,7 @@ def profiles(run: Run, outcome: Outcome) -> None:
     if rows.isEmpty():
         raise RunError("profiles: no user has an event that counts. Check profiles.event_weights against the event "
                        "types of the log. Nothing was written.")  # fmt: skip
-    open_searcher = indexing.ship(run.spark, _index_folder(run), run.config.index.broadcast_gb)
+    open_searcher = indexing.ship(run.spark, index_folder(run), run.config.index.broadcast_gb)
     with run.voice.watch("building profiles", users):
         run.tables.replace(
             schemas.PROFILES, profiling.with_embedding(rows, run.config.representation, open_searcher)
@@ -66,8 +64,7 @@ def profiles(run: Run, outcome: Outcome) -> None:
 def recommend(run: Run, outcome: Outcome) -> None:
     settings, k = run.config.recommend, run.config.recommend.k
     rows = run.read(schemas.PROFILES)
-    outcome.versions = run.tables.versions([schemas.PROFILES, schemas.ITEMS])
-    folder = _index_folder(run)
+    folder = index_folder(run)
     searcher = Searcher.open(folder)
     other = rows.where(F.col("representation") != run.config.representation)
     if not other.isEmpty():
@@ -98,7 +95,28 @@ def recommend(run: Run, outcome: Outcome) -> None:
     }  # fmt: skip
 
 
-def _index_folder(run: Run) -> Path:
+def beside_index(run: Run) -> object:
+    settings = run.config.index
+    return [settings.model_dump(mode="json"), run.config.representation, run.encoder_id(), _index_id(run)]
+
+
+def beside_profiles(run: Run) -> object:
+    return [run.config.profiles.model_dump(mode="json"), run.config.representation, _index_id(run)]
+
+
+def beside_lists(run: Run) -> object:
+    return [run.config.recommend.model_dump(mode="json"), run.config.representation, _index_id(run)]
+
+
+def _index_id(run: Run) -> str:
+    """The index in force; of one that is missing or damaged what is wrong with it, so that nothing rests on it."""
+    try:
+        return Searcher.open(index_folder(run)).index_id
+    except RunError as broken:
+        return str(broken)
+
+
+def index_folder(run: Run) -> Path:
     """The folder that the last successful index run of this representation named."""
     built = run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))
     ours = built.where(F.col("details")["representation"] == run.config.representation)

@@ -20,9 +20,14 @@ from vlm4rec_spark.tables import Tables
 
 @dataclass
 class Outcome:
-    """What a stage did, as `runs` keeps it; rows in = ok + failed + skipped."""
+    """What a stage did, as `runs` keeps it; rows in = ok + failed + skipped.
+
+    `status` is empty until the stage has ended well, `state` stands for all that its result depends on.
+    """
 
     stage: str
+    status: str = ""
+    state: str | None = None
     ok: int = 0
     failed: int = 0
     skipped: int = 0
@@ -38,19 +43,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Voice:
-    """How a run speaks: `say` a line; `watch(label, rows)` a Spark job that takes long."""
+    """How a run speaks: `enter(run_id, stage)`; `say` a line; `watch(label, rows)` a Spark job that takes long."""
 
+    enter: Callable[[str, str], None]
     say: Callable[[str], None]
     watch: Callable[[str, int], AbstractContextManager[None]]
 
 
 class Run:
-    """One run of one configuration on one Spark session."""
+    """Runs of one configuration on one Spark session, one after another."""
 
     def __init__(self, spark: SparkSession, config: Config, voice: Voice):
         self.spark, self.config, self.voice = spark, config, voice
         self.tables = Tables(spark, config.tables)
+        self.run_id = ""
+
+    def begin(self) -> None:
+        """Another run, with an id of its own."""
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+        self.voice.enter(self.run_id, "start")
 
     def read(self, table: Table) -> DataFrame:
         """A table that an earlier stage made. Raises RunError when it isn't there."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, ACCENT, SOFT = "#1f2328", "#6a6f76", "#d9d6cf", "#c2410c", "#f0c4a8"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm4rec_spark",  # else ids are random and no two pages equal
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's typeface
     "font.family": ["sans-serif"],
@@ -75,7 +75,7 @@ def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
     # Figure itself, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right", "left"]].set_visible(False)

@@ -57,6 +57,7 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
     nth = F.row_number().over(Window.partitionBy("stage").orderBy(F.desc("started_at"), "run_id"))
     rows = (
         tables.read(schemas.RUNS)
+        .where(F.col("status") != "unchanged")
         .select(
             "*",
             # Microseconds, because collecting a timestamp would turn it into this machine's time zone.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
@@ -83,7 +82,8 @@ def _embedder_udf(settings: EmbedSettings) -> Callable[[Iterator[pd.DataFrame]],
             batch = batch[cleaned != ""]
             if batch.empty:
                 continue
-            distinct, places = np.unique(cleaned[cleaned != ""].to_numpy(str), return_inverse=True)
+            # Not np.unique: it gives every text of the batch the width of the longest, and one may have a megabyte.
+            places, distinct = pd.factorize(cleaned[cleaned != ""])
             vectors = _embedder(settings).embed(distinct.tolist())
             rows = batch[["item_id", "representation", "text_sha256", "fallback"]]
             yield rows.assign(embedding=list(vectors[places]))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.sources import PhotoSource, Source
+from vlm4rec_spark.sources import PhotoSource, Source, column_named
 
 
 class IngestSettings(BaseModel):
@@ -33,7 +33,7 @@ def parse_items(raw: DataFrame) -> DataFrame:
     """Catalogue rows of `sources.read` with the columns of `items` (but updated_at), and `reason` where one is bad.
 
     Of several rows for an item, that of the newest file is taken; two different rows in one file can't both be right,
-    so one of them gets a reason. Identical rows count once.
+    so one of them gets a reason. Identical rows count once. Ids are taken to the letter: `a`, `A` and `a ` are three.
     """
     text = {name: F.col("fields")[name] for name in _ITEM_FIELDS}
     price = text["price"].try_cast("double")
@@ -49,7 +49,8 @@ def parse_items(raw: DataFrame) -> DataFrame:
     )
     extra = F.map_filter("fields", lambda name, value: name.startswith("attributes.") & value.isNotNull())
     rows = raw.select(
-        "*",
+        # A binary column that bears the name of one of ours can't be told from it any more.
+        *[column_named(name) for name in raw.columns if name.lower() not in _ITEM_FIELDS],
         *[text[name].alias(name) for name in ("item_id", "title", "brand", "category", "parent_id", "region")],
         price.alias("price"),
         F.transform_keys(extra, lambda name, _: F.substring(name, len("attributes.") + 1, 1_000)).alias("attributes"),
@@ -77,7 +78,8 @@ def parse_items(raw: DataFrame) -> DataFrame:
 def parse_interactions(raw: DataFrame, latest: datetime) -> DataFrame:
     """Log rows of `sources.read` with the columns of `interactions`, and `reason` where one is bad.
 
-    event_time is ISO 8601 or seconds or milliseconds since 1970; an event after `latest` is from the future.
+    event_time is ISO 8601 or seconds or milliseconds since 1970; an event after `latest` is from the future. One from
+    before 1970 is taken, however unlikely, as long as every reader can hold its time.
     """
     text = {name: F.col("fields")[name] for name in ("event_id", "user_id", "item_id", "event_type", "event_time")}
     time = _timestamp(text["event_time"])
@@ -124,6 +126,7 @@ def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
     place = Window.partitionBy("item_id", "position").orderBy("uri")
     reason = _first_of(
         (F.col("item_id").isNull(), "the file name doesn't fit ingest.photos.file_name"),
+        (F.col("position").isNull() | (F.col("position") < 0), "the position in the file name is not a number"),
         (F.col("known").isNull(), "no such item in the catalogue"),
         (F.row_number().over(place) > 1, "the item has another photo at this position"),
     )
@@ -148,11 +151,13 @@ def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) 
 
 def read_photos(rows: DataFrame) -> DataFrame:
     """Read what `changed_photos` says on executors: the columns of `photos`, and `reason` for an unreadable one."""
-    return rows.select("item_id", "position", "uri", "modified_at", "known_bytes", "known_at").mapInPandas(
+    # Milliseconds, because pandas has no time before 1678 or after 2261, and a file may claim one.
+    times = [F.unix_millis(name).alias(name) for name in ("modified_at", "known_at")]
+    return rows.select("item_id", "position", "uri", "known_bytes", *times).mapInPandas(
         _read_batches,
         "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
-        "modified_at TIMESTAMP, reason STRING",
-    )
+        "modified_at BIGINT, reason STRING",
+    ).withColumn("modified_at", F.timestamp_millis("modified_at"))  # fmt: skip
 
 
 def photos_named(raw: DataFrame, column: str) -> DataFrame:
@@ -164,7 +169,7 @@ def photos_named(raw: DataFrame, column: str) -> DataFrame:
 
 def photos_in_rows(raw: DataFrame, column: str) -> DataFrame:
     """Photos that came as bytes in a catalogue column, in the shape of `read_photos`."""
-    image = F.col(f"`{column}`")
+    image = column_named(column)
     return raw.select(
         F.col("fields")["item_id"].alias("item_id"),
         F.lit(0).alias("position"),
@@ -185,6 +190,7 @@ def _read_batches(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
             yield pd.DataFrame([row for row in read if row is not None], columns=_PHOTO_COLUMNS)
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PHOTO_COLUMNS = ["item_id", "position", "uri", "image", "image_sha256", "bytes", "modified_at", "reason"]
 
 
@@ -194,9 +200,11 @@ def _read_photo(row: dict) -> dict | None:
 
     photo = dict.fromkeys(_PHOTO_COLUMNS) | {name: row[name] for name in ("item_id", "position", "uri", "modified_at")}
     try:
-        files, path = fsspec.core.url_to_fs(re.sub(r"^file:/+", "/", row["uri"]))
+        path = re.sub(r"^file:/+", "/", row["uri"])
+        # In an address, but not in a file's name, "::" says that one file system lies inside another.
+        files, path = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
         if pd.isna(row["modified_at"]):
-            photo["modified_at"] = pd.Timestamp(files.modified(path)).tz_convert("UTC").tz_localize(None).floor("ms")
+            photo["modified_at"] = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
             if photo["modified_at"] == row["known_at"] and files.size(path) == row["known_bytes"]:
                 return None
         image = files.cat_file(path)
@@ -218,12 +226,17 @@ def _blank(text: Column) -> Column:
 
 
 def _timestamp(text: Column) -> Column:
+    """Null for what is no time, and for a time that Python can't hold in every time zone: its years are 1 to 9999."""
     digits = text.rlike(r"^\d{10}$"), text.rlike(r"^\d{13}$")
-    return (
+    time = (
         F.when(digits[0], F.timestamp_seconds(text.try_cast("bigint")))
         .when(digits[1], F.timestamp_millis(text.try_cast("bigint")))
-        .otherwise(text.try_cast("timestamp"))
+        # With its year, or Spark takes 10:00 for ten o'clock on the day of the run.
+        .when(text.rlike(r"^\s*\d{4}"), text.try_cast("timestamp"))
     )
+    # As text, because a Python time goes through a calendar that was another one in the year 1.
+    first, last = (F.lit(end).cast("timestamp") for end in ("0001-01-03", "9999-12-30"))
+    return F.when(time.between(first, last), time)
 
 
 def _first_of(*cases: tuple[Column, str]) -> Column:

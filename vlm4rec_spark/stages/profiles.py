@@ -6,6 +6,7 @@ Knows events and weights; the item vectors come from the index artefact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,9 @@ class ProfileSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    event_weights: dict[str, PositiveFloat] = {"view": 1.0, "cart": 3.0, "purchase": 5.0}
+    event_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {
+        "view": 1.0, "cart": 3.0, "purchase": 5.0,
+    }  # fmt: skip
     half_life_days: PositiveFloat | None = 60.0
     last_n: int = Field(50, ge=1)
     bot_events_per_day: int = Field(500, ge=1)

@@ -2,13 +2,14 @@
 
 Its `model` setting is a list of faults joined by `+`: `demo` or any other word for none, `raise` for an exception on
 photos that are mostly red, `empty` for an empty answer on photos that are mostly blue, `count=FILE` to append a line
-per photo to a file.
+per photo to a file, `die_once=FILE` for the end of the whole process on the first photo: who makes the file dies.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from PIL.Image import Image
 
@@ -19,12 +20,18 @@ class FakeCaptioner:
     def __init__(self, faults: str):
         words = faults.split("+")
         self.faults = set(words)
-        self.count = next((word.removeprefix("count=") for word in words if word.startswith("count=")), None)
+        files = dict(word.split("=", 1) for word in words if "=" in word)
+        self.count, self.die_once = files.get("count"), files.get("die_once")
 
     def caption(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Caption]:
         return [self._one(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def _one(self, image: Image, prompt: str) -> Caption:
+        if self.die_once:
+            with suppress(FileExistsError):
+                # One process only, whichever of several workers comes first.
+                os.close(os.open(self.die_once, os.O_CREAT | os.O_EXCL))
+                os._exit(1)
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
         if self.count:
             # O_APPEND: several workers write to the one file and no line is torn.

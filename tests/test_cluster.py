@@ -1,0 +1,278 @@
+"""The jobs on a standalone master with two workers, by spark-submit: the tables are those of a run on one machine.
+
+Workers share the raw files and the tables and nothing else: each has its own work folder and its own temporary files.
+Their Python hasn't got this package, which travels by --archives. One of them loses a Python process on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyspark
+import pytest
+from PIL import Image
+
+from vlm4rec_spark import jars, java, schemas
+from vlm4rec_spark.demo import catalogue
+from vlm4rec_spark.pipeline import STAGES
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
+SPARK = Path(pyspark.__file__).parent
+SECRET_VARIABLES = {
+    "HF_TOKEN": "hf_PlantedInTheEnvironment",
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTED",
+    "AWS_SECRET_ACCESS_KEY": "PlantedBesideIt",
+}
+SECRET_CONF = {
+    "spark.hadoop.fs.s3a.secret.key": "PlantedAsASetting",
+    "spark.executorEnv.HF_TOKEN": "hf_PlantedForTheWorkers",
+}
+CONF = {
+    "spark.eventLog.enabled": "true",
+    "spark.eventLog.compress": "false",  # to be searched below
+    "spark.task.maxFailures": "4",
+    # A second copy of every task that takes longer than others of its stage did.
+    "spark.speculation": "true",
+    "spark.speculation.multiplier": "1",
+    "spark.speculation.quantile": "0.1",
+    "spark.speculation.minTaskRuntime": "0",
+    # Rows are few: code made for each query, more tasks, or plans made anew between the stages, only cost time.
+    "spark.ui.enabled": "false",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.shuffle.partitions": "1",
+    "spark.default.parallelism": "1",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.databricks.delta.snapshotPartitions": "1",
+}
+_WATCHED = 'exec 3<&0; (cat <&3; kill -9 0) & exec "$@" 3<&- </dev/null'
+"""Runs a command in sh; the whole process group ends when its input does, at the latest when pytest is killed."""
+
+
+@contextmanager
+def started(command: Sequence[str | Path], log: Path, **place: object) -> Iterator[subprocess.Popen]:
+    """A process that writes to `log`, and of which nothing runs afterwards, whatever happens."""
+    watched = ["sh", "-c", _WATCHED, "sh", *map(str, command)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            watched, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, **place
+        )  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait(30)
+
+
+def said(process: subprocess.Popen, log: Path, pattern: str) -> str:
+    """What the log says by this pattern, waited for."""
+    deadline = time.monotonic() + 120
+    while not (found := re.search(pattern, log.read_text())):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3_000:]
+        time.sleep(0.1)
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A master and how to submit to it; all that it and its jobs write lies in `folder`."""
+
+    folder: Path
+    master: str
+    environment: dict[str, str]
+
+    def submit(self, job: str, *assignments: str) -> None:
+        """Run jobs/`job`.py by spark-submit in client mode; its output and its event log bear its name."""
+        log, events = self.folder / f"{job}.log", self.folder / "events" / job
+        events.mkdir(parents=True)
+        conf = CONF | SECRET_CONF | {"spark.eventLog.dir": events.as_uri(), "spark.executorEnv.PYTHONPATH": "vlm4rec"}
+        delta = jars.find((), Path.home() / ".ivy2.5.2", java.find())
+        command = [
+            SPARK / "bin" / "spark-submit", "--master", self.master, "--deploy-mode", "client",
+            "--jars", ",".join(map(str, delta)), "--archives", f"{self.folder}/vlm4rec.tar.gz#vlm4rec",
+            *[part for pair in conf.items() for part in ("--conf", "=".join(pair))],
+            ROOT / "jobs" / f"{job}.py", "--config", "cluster.yaml", "--config", "test.yaml",
+            *[part for each in assignments for part in ("--set", each)],
+        ]  # fmt: skip
+        driver = self.folder / "driver"
+        driver.mkdir(exist_ok=True)
+        own = {"PYTHONPATH": f"{self.folder}/vlm4rec"} | SECRET_VARIABLES
+        with started(command, log, env=self.environment | temporary(driver) | own, cwd=driver) as process:
+            assert process.wait(1_800) == 0, log.read_text()[-3_000:]
+
+    def events(self, job: str, kind: str) -> list[dict]:
+        logs = (self.folder / "events" / job).rglob("events_*")
+        events = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        return [event for event in events if event["Event"] == kind]
+
+
+def temporary(folder: Path) -> dict[str, str]:
+    """An environment in which Python, Spark and Java keep their temporary files in `folder`."""
+    for name in ("tmp", "local"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    options = f"-XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData -Djava.io.tmpdir={folder}/tmp"
+    return {"TMPDIR": f"{folder}/tmp", "SPARK_LOCAL_DIRS": f"{folder}/local", "JAVA_TOOL_OPTIONS": options}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    # Neither Spark's nor Python's settings of whoever runs the tests.
+    inherited = {name: value for name, value in os.environ.items() if "SPARK" not in name and "PYTHON" not in name}
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        home = stack.enter_context(java.home(java.find()))
+        environment = inherited | {
+            "JAVA_HOME": str(home), "SPARK_HOME": str(SPARK), "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_DAEMON_MEMORY": "256m", "SPARK_MASTER_OPTS": "-Dspark.master.rest.enabled=false",
+            "PYSPARK_PYTHON": str(bare_python(folder / "python")),
+        }  # fmt: skip
+
+        def start(kind: str, name: str, *options: str | Path) -> tuple[subprocess.Popen, Path]:
+            log, own = folder / f"{name}.log", environment | temporary(folder / name)
+            command = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", "--host", "127.0.0.1",
+                       "--port", "0", "--webui-port", "0", *options]  # fmt: skip
+            return stack.enter_context(started(command, log, env=own, cwd=folder / name)), log
+
+        master = said(*start("master.Master", "master"), r"spark://127\.0\.0\.1:\d+")
+        workers = [
+            start("worker.Worker", name, "--cores", "1", "--memory", "1g", "--work-dir", folder / name / "work", master)
+            for name in ("worker-1", "worker-2")
+        ]
+        pack(folder)
+        for worker in workers:
+            said(*worker, "Successfully registered with master")
+        yield Cluster(folder, master, environment)
+
+
+def bare_python(folder: Path) -> Path:
+    """An interpreter with every package of this one but ours: a .pth file inside a .pth's folder isn't read."""
+    venv.create(folder, symlinks=True)
+    here = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
+    Path(here, "there.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin" / "python"
+
+
+def pack(folder: Path) -> None:
+    """The package as a folder `vlm4rec`, and in vlm4rec.tar.gz. From a copy: building leaves files beside setup.py."""
+    source = folder / "source"
+    for name in ("vlm4rec_spark", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # Not compiled: a compiled file then tells where Python imported its source.
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-compile"]
+    subprocess.run([*install, "--quiet", "--target", folder / "vlm4rec", source], check=True)
+    shutil.make_archive(str(folder / "vlm4rec"), "gztar", folder / "vlm4rec")
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A run of the pipeline on the cluster, and one here on the same raw files."""
+
+    cluster: Cluster
+    settings: tuple[str, ...]
+    there: Pipeline
+    here: Pipeline
+
+
+@pytest.fixture(scope="module")
+def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
+    raw = cluster.folder / "raw"
+    catalogue.write(raw, items=60, users=60)
+    settings = (
+        f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
+        f"ingest.photos.folder={raw}/photos", "recommend.k=5", f"evaluate.cut={catalogue.CUT}",
+        "evaluate.splits=[time]", "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2",
+        f"caption.model.model=die_once={cluster.folder}/died", "caption.photos_per_task=16",
+        "caption.model.max_new_tokens=64",  # conf/cluster.yaml has another
+    )  # fmt: skip
+    there, here = (cluster.folder / name for name in ("there", "here"))
+    places = (f"tables={there}/tables", f"index.folder={there}/index", f"report.path={there}/report.html")
+    cluster.submit("run_pipeline", *places, *settings)
+    local = pipeline(here, *settings)
+    local.run(STAGES, lambda outcome: None)
+    return Shop(cluster, (*places, *settings), pipeline(there, *settings), local)
+
+
+def content(run: Pipeline, table: schemas.Table) -> list[str]:
+    """Every row as text, without the columns that say when or by which run it was made."""
+    left_out = {"run_id", *table.volatile}
+    if table is schemas.RUNS:
+        left_out |= {"config", "started_at", "seconds", "device_seconds", "details", "state"}
+    return sorted(str(row) for row in run.tables.read(table).drop(*left_out).collect())
+
+
+def test_the_cluster_makes_the_tables_of_one_machine(shop: Shop) -> None:
+    for table in schemas.TABLES.values():
+        rows = content(shop.there, table)
+        assert rows == content(shop.here, table), table.name
+        assert rows
+    assert (shop.cluster.folder / "there" / "report.html").stat().st_size > 10_000
+
+
+def test_a_task_had_failed_and_was_tried_again(shop: Shop) -> None:
+    ends = shop.cluster.events("run_pipeline", "SparkListenerTaskEnd")
+    (failed,) = [end for end in ends if end["Task Info"]["Failed"]]
+    assert "Python worker exited unexpectedly" in json.dumps(failed["Task End Reason"])
+    assert {end["Task Info"]["Executor ID"] for end in ends} == {"0", "1"}
+
+
+def test_driver_and_workers_import_what_was_shipped(shop: Shop, tmp_path: Path) -> None:
+    folder, environment = shop.cluster.folder, shop.cluster.environment
+    bare = [environment["PYSPARK_PYTHON"], "-c", "import pyspark, vlm4rec_spark"]
+    refused = subprocess.run(bare, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "No module named 'vlm4rec_spark'" in refused.stderr
+    places = [file.relative_to(folder) for file in folder.rglob("vlm4rec_spark/models/captioners/__pycache__/fake.*")]
+    assert {place.parts[:2] for place in places} == {("worker-1", "work"), ("worker-2", "work")}
+    assert list((folder / "vlm4rec/vlm4rec_spark/pipeline/__pycache__").iterdir())
+
+
+@pytest.fixture(scope="module")
+def new_caption(shop: Shop) -> list[str]:
+    """An item without a photo gets one, and the caption job runs: the captions that are new."""
+    tables, before = shop.there.tables, content(shop.there, schemas.CAPTIONS)
+    photos = tables.read(schemas.PHOTOS)
+    (item, *_) = tables.read(schemas.ITEMS).join(photos, on="item_id", how="left_anti").select("item_id").head()
+    green = io.BytesIO()
+    Image.new("RGB", (16, 16), "green").save(green, "PNG")
+    image = green.getvalue()
+    row = (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
+    tables.insert(schemas.PHOTOS, shop.there.spark.createDataFrame([row], schemas.PHOTOS.schema))
+    shop.cluster.submit("run_caption", *shop.settings)
+    return [row for row in content(shop.there, schemas.CAPTIONS) if row not in before]
+
+
+def test_the_caption_job_alone_describes_the_one_new_photo(new_caption: list[str]) -> None:
+    assert len(new_caption) == 1
+    assert "caption='A thing of red 0, green 4 and blue 0.'" in new_caption[0]
+
+
+@pytest.mark.usefixtures("new_caption")
+def test_no_secret_is_left_anywhere(shop: Shop) -> None:
+    folder = shop.cluster.folder
+    assert len(list(folder.glob("worker-*/work/app-*/*/stderr"))) == 4
+    # Parquet is compressed, so rows are searched too.
+    rows = "\n".join(str(row) for table in schemas.TABLES.values() for row in shop.there.tables.read(table).collect())
+    assert "popularity" in rows
+    places = {"rows": rows.encode()} | {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for name, secret in (SECRET_VARIABLES | SECRET_CONF).items():
+        assert [place for place, written in places.items() if secret.encode() in written] == [], name

@@ -1,0 +1,168 @@
+"""The lease: real processes on one folder, of which one holds it, dies, freezes or lets go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from vlm4rec_spark.errors import Busy, RunError
+from vlm4rec_spark.lease import Lease, _HadoopFiles
+from vlm4rec_spark.tables import Tables
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+SECONDS = 2.0
+
+
+def lease(folder: Path, run_id: str, seconds: float = SECONDS, cancelled: list | None = None) -> Lease:
+    context = SimpleNamespace(cancelAllJobs=lambda: (cancelled if cancelled is not None else []).append(run_id))
+    tables = SimpleNamespace(folder=lambda: str(folder), location=str(folder), path=None,
+                             spark=SimpleNamespace(sparkContext=context))  # fmt: skip
+    return Lease(cast(Any, tables), run_id, seconds, print)
+
+
+def hold(folder: Path, run_id: str, seconds: float, work: float) -> None:
+    """What a process of its own does: hold the lease for `work` seconds, and shout if it isn't alone."""
+    try:
+        with lease(folder, run_id, seconds) as held:
+            alone = folder / "alone"
+            alone.touch(exist_ok=False)
+            print("held", flush=True)
+            time.sleep(work)
+            held.check()
+            alone.unlink()
+        print("done", flush=True)
+    except Busy as busy:
+        print(f"busy: {busy}", flush=True)
+
+
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """A function that starts `hold` in a process of its own."""
+    started: list[subprocess.Popen] = []
+
+    def begin(run_id: str, seconds: float = SECONDS, work: float = 0.0) -> subprocess.Popen:
+        code = (
+            f"import sys; from pathlib import Path; sys.path[:0] = [{str(Path(__file__).parent)!r}]; "
+            f"from test_lease import hold; hold(Path({str(tmp_path)!r}), {run_id!r}, {seconds}, {work})"
+        )
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def said(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=60)
+    assert "Error" not in err, err
+    return str(out)
+
+
+def leases(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*lease*"))
+
+
+def test_it_is_held_inside_and_leaves_nothing(tmp_path: Path) -> None:
+    with lease(tmp_path / "tables", "one") as held:
+        held.check()
+        assert leases(tmp_path / "tables") == ["_lease-000001.json"]
+    assert leases(tmp_path / "tables") == []
+
+
+def test_of_many_that_start_together_one_works_at_a_time_and_the_others_end_with_words(
+    tmp_path: Path, start: Start
+) -> None:
+    ends = [said(process) for process in [start(f"run-{n}", work=1.5) for n in range(6)]]
+    done = [end for end in ends if end.endswith("done\n")]
+    busy = [end for end in ends if "busy: Another run is at work on these tables: run run-" in end]
+    # Who comes when the first is done may have its turn; nobody ever met another inside.
+    assert len(done) + len(busy) == len(ends)
+    assert done
+    assert busy
+    assert sorted(file.name for file in tmp_path.iterdir()) == []
+
+
+def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(tmp_path: Path, start: Start) -> None:
+    killed = start("killed", seconds=600, work=60)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "held\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert leases(tmp_path) == ["_lease-000001.json"]
+    before = time.monotonic()
+    with lease(tmp_path, "next", seconds=600):
+        assert leases(tmp_path) == ["_lease-000002.json"]
+    assert time.monotonic() - before < 30
+    assert leases(tmp_path) == []
+
+
+def test_a_holder_without_a_sign_of_life_loses_its_lease_and_notices(tmp_path: Path, start: Start) -> None:
+    frozen = start("frozen", work=6)
+    assert frozen.stdout is not None
+    assert frozen.stdout.readline() == "held\n"
+    frozen.send_signal(signal.SIGSTOP)
+    with lease(tmp_path, "next") as held:
+        assert leases(tmp_path) == ["_lease-000002.json"]
+        frozen.send_signal(signal.SIGCONT)
+        out, err = frozen.communicate(timeout=60)
+        assert "done" not in out
+        assert "RunError: Another run took over these tables, since this one gave no sign of life for 2 s" in err
+        held.check()
+
+
+def test_who_loses_it_stops_its_spark_jobs(tmp_path: Path) -> None:
+    cancelled: list[str] = []
+    with lease(tmp_path, "slow", seconds=1.0, cancelled=cancelled) as held:
+        (tmp_path / "_lease-000002.json").write_text("{}")
+        deadline = time.monotonic() + 20
+        while not cancelled and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(RunError, match="Another run took over"):
+            held.check()
+    assert cancelled == ["slow"]
+    # What the other has is left alone.
+    assert "_lease-000002.json" in leases(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/tables", "{tmp}/file/tables", "{tmp}/file"])
+def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with (
+        pytest.raises(RunError, match=r"nothing can be written to .* with --set tables=") as refused,
+        lease(Path(place.format(tmp=tmp_path)), "one"),
+    ):
+        pass
+    assert "\n" not in str(refused.value)
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+
+
+def test_files_by_hadoop_are_made_once(spark: SparkSession, tmp_path: Path) -> None:
+    files = _HadoopFiles(Tables(spark, "unused"), f"file://{tmp_path}/tables")
+    assert files.numbers() == []
+    assert [files.create(1, "a"), files.create(1, "b"), files.create(2, "c")] == [True, False, True]
+    assert sorted(files.numbers()) == [1, 2]
+    files.replace(1, "äö")
+    assert (files.read(1), files.read(2), files.read(3)) == ("äö", "c", None)
+    files.delete(1)
+    files.delete(1)
+    assert files.numbers() == [2]
