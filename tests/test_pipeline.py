@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -225,6 +232,59 @@ def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Call
             assert content(again, table) == sorted(2 * before[table.name])  # a run's metrics are its own
         elif table.name != "runs":
             assert content(again, table) == before[table.name], table.name
+
+
+def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_makes_whole(
+    shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    assert shop.first is not None
+    places = (f"tables={tmp_path}/tables", f"index.folder={tmp_path}/index", f"report.path={tmp_path}/report.html")
+    command = [sys.executable, "-c", "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])", "run"]
+    command += ["--config", "test.yaml", *[part for each in (*places, *shop.settings) for part in ("--set", each)]]
+    with (tmp_path / "log").open("wb") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+    # In the middle of a stage: its photos are read, and not yet in their table.
+    while not (tmp_path / "tables" / "_staging_photos").exists():
+        assert driver.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert [path.name for path in (tmp_path / "tables").glob("_*")] == ["_lease-000001.json", "_staging_photos"]
+
+    again, killed = pipeline(tmp_path, *shop.settings), threading.Event()
+    killer = threading.Thread(target=_kill_a_worker, args=(killed,))
+    killer.start()
+    try:
+        again.run(STAGES)
+    except Exception as died:
+        assert "Python worker exited unexpectedly" in str(died)
+        again.run(STAGES)
+    finally:
+        killed.set()
+        killer.join()
+    for table in schemas.TABLES.values():
+        if table.name != "runs":
+            assert content(again, table) == content(shop.first, table), table.name
+    assert list((tmp_path / "tables").glob("_*")) == []
+
+
+def _kill_a_worker(killed: threading.Event) -> None:
+    """SIGKILL to the first Python worker of this process's Spark that is at work."""
+    while not killed.wait(0.02):
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                state, daemon = _state(place)
+                _, jvm = _state(Path("/proc", daemon))
+                _, driver = _state(Path("/proc", jvm))
+                if state == "R" and int(driver) == os.getpid():
+                    os.kill(int(place.name), signal.SIGKILL)
+                    killed.set()
+
+
+def _state(process: Path) -> tuple[str, str]:
+    """Its state, R while it runs, and its parent."""
+    state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+    return state, parent
 
 
 def content(run: Pipeline, table: schemas.Table) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from delta import exceptions
 from delta.tables import DeltaMergeBuilder, DeltaTable
-from pyspark.sql import Column, DataFrame, DataFrameWriter, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, MapType, StructField, StructType
 
@@ -136,7 +136,7 @@ class Tables:
 
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
         """Of each table that exists the version that last changed its rows: upkeep makes versions too."""
-        return {table.name: self._changed(table)[0] for table in tables if self.exists(table)}
+        return {table.name: _last_change(self._commits(table))["version"] for table in filter(self.exists, tables)}
 
     def pending(self, rows: DataFrame, table: Table) -> DataFrame:
         """The rows whose key isn't in the table yet."""
@@ -211,9 +211,10 @@ class Tables:
         if not self.exists(table):
             return None
         detail = self._delta(table).detail().select("sizeInBytes", "location").collect()[0]
-        version, micros = self._changed(table)
-        changed_at = datetime.fromtimestamp(micros / 1e6, UTC)
-        return Footprint(version, changed_at, detail["sizeInBytes"], self._on_disk(detail["location"]))
+        commits = self._commits(table)
+        changed_at = datetime.fromtimestamp(_last_change(commits)["at"] / 1e6, UTC)
+        on_disk = self._on_disk(detail["location"])
+        return Footprint(commits[0]["version"], changed_at, detail["sizeInBytes"], on_disk)
 
     def optimize(self, table: Table) -> tuple[int, int]:
         """Join small files and, of a clustered table, order the new rows. Says how many files there were and are now.
@@ -312,13 +313,11 @@ class Tables:
             return DeltaTable.forName(self.spark, self.place(table))
         return DeltaTable.forPath(self.spark, self.place(table))
 
-    def _changed(self, table: Table) -> tuple[int, int]:
-        """The version that last changed the rows, as far as is seen, and when, in microseconds of the epoch."""
+    def _commits(self, table: Table) -> list[Row]:
+        """The last ten, latest first: version, operation, and `at` in microseconds of the epoch."""
         # Not as a timestamp: collecting one would turn it into this machine's time zone.
-        columns = ("version", F.unix_micros("timestamp"), "operation")
-        latest = self._delta(table).history(10).select(*columns).collect()
-        version, micros, _ = next((row for row in latest if row["operation"] not in _UPKEEP), latest[0])
-        return version, micros
+        at = F.unix_micros("timestamp").alias("at")
+        return self._delta(table).history(10).select("version", "operation", at).collect()
 
     def _staging_places(self) -> list[tuple[str, str]]:
         """Name and folder of whatever is called _staging_…"""
@@ -362,9 +361,13 @@ class Tables:
     def _no_chatter(self) -> Iterator[None]:
         """VACUUM prints a line to the JVM's standard output, which is this program's."""
         jvm: Any = self.spark._jvm
-        console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")
-        before = console.out()
-        console.setOutDirect(jvm.java.io.PrintStream(jvm.java.io.OutputStream.nullOutputStream()))
+        try:
+            console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")
+            before = console.out()
+            console.setOutDirect(jvm.java.io.PrintStream(jvm.java.io.OutputStream.nullOutputStream()))
+        except Exception:  # a platform may hide the JVM's classes; then it talks
+            yield
+            return
         try:
             yield
         finally:
@@ -381,6 +384,11 @@ class Tables:
 def _wait(seconds: float) -> None:
     # At random, so that two writers don't meet again.
     time.sleep(seconds * random.uniform(0.5, 1.5))
+
+
+def _last_change(commits: list[Row]) -> Row:
+    """The latest commit that may have changed rows; none among these: the latest."""
+    return next((commit for commit in commits if commit["operation"] not in _UPKEEP), commits[0])
 
 
 def _properties(table: Table) -> dict[str, str]:

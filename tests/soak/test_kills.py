@@ -1,7 +1,7 @@
 """Kills: a whole run is killed at random moments and started again until it ends; then the tables are as ever.
 
-Real SIGKILLs to operating system processes: the driver's Python, its JVM, its Python workers. Two kills belong to
-`make test`; `make soak` does thirty, and starts two drivers in the same second.
+Real SIGKILLs to operating system processes: the driver's Python, its JVM, its Python workers. `make soak` does thirty
+and starts two drivers in the same second; `make test` has two kills of its own, in test_pipeline.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pytest
 from vlm4rec_spark import schemas
 from vlm4rec_spark.demo import catalogue
 
+pytestmark = pytest.mark.soak
 QUICK = {
     "spark.sql.shuffle.partitions": "1", "spark.default.parallelism": "1", "spark.sql.adaptive.enabled": "false",
     "spark.databricks.delta.snapshotPartitions": "1",
@@ -139,36 +140,34 @@ def left_behind() -> set[Path]:
     return {path for name in ("vlm4rec-*-*", "spark-*", "blockmgr-*", "snappy-*") for path in place.glob(name)}
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.soak)])
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
-    shop: Shop, undisturbed: tuple[dict[str, list[str]], float], kills: int
+    shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
 ) -> None:
-    expected, seconds = undisturbed
+    (expected, seconds), kills = undisturbed, 20
     rng, before, done = random.Random(SEED), left_behind(), 0
     while done < kills:
-        process = shop.start(f"killed-{kills}")
+        process = shop.start("killed")
         try:
             code = process.wait(rng.uniform(0.15, 0.95) * seconds)
         except subprocess.TimeoutExpired:
             kill_driver(process, rng)
             done += 1
         else:
-            assert code == 0, shop.log(f"killed-{kills}")
-            assert contents(shop.folder / f"killed-{kills}") == expected
+            assert code == 0, shop.log("killed")
+            assert contents(shop.folder / "killed") == expected
             # From the beginning, so that every stage has its turn.
-            (shop.folder / f"killed-{kills}").rename(shop.folder / f"killed-{kills}-{done}")
-    assert shop.start(f"killed-{kills}").wait(600) == 0, shop.log(f"killed-{kills}")
-    assert contents(shop.folder / f"killed-{kills}") == expected
-    assert not list((shop.folder / f"killed-{kills}" / "tables").glob("_*"))
+            (shop.folder / "killed").rename(shop.folder / f"killed-{done}")
+    assert shop.start("killed").wait(600) == 0, shop.log("killed")
+    assert contents(shop.folder / "killed") == expected
+    assert not list((shop.folder / "killed" / "tables").glob("_*"))
     assert left_behind() <= before
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.soak)])
 def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
-    shop: Shop, undisturbed: tuple[dict[str, list[str]], float], kills: int
+    shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
 ) -> None:
-    expected, _ = undisturbed
-    rng, place, done, tries = random.Random(SEED), f"workers-{kills}", 0, 0
+    (expected, _), kills = undisturbed, 10
+    rng, place, done, tries = random.Random(SEED), "workers", 0, 0
     while done < kills:
         tries += 1
         process = shop.start(f"{place}-{tries}")
@@ -182,7 +181,6 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
     assert tries <= kills
 
 
-@pytest.mark.soak
 def test_of_two_drivers_that_start_in_the_same_second_one_works(
     shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
 ) -> None:

@@ -216,7 +216,7 @@ def _day(micros: int) -> str:
 
 def _grid(title: str, columns: Collection[str]) -> Table:
     """A table whose texts are cut to the line's end; an id never is."""
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in columns:
         if name in ("title", "caption", "shared words"):
             grid.add_column(name, no_wrap=True, overflow="ellipsis")

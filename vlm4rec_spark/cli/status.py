@@ -92,7 +92,7 @@ def _indexes(pipeline: Pipeline) -> Table:
 
 
 def _grid(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in left:
         grid.add_column(name)
     for name in right:

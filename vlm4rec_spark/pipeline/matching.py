@@ -28,7 +28,7 @@ def index(run: Run, outcome: Outcome) -> None:
     folder = indexing.build(
         rows.toArrow(), run.config.representation, encoder, Path(settings.folder), settings.scann_from
     )
-    searcher = Searcher.open(folder)
+    searcher, run.index_folder = Searcher.open(folder), folder
     outcome.ok = items
     outcome.details = {
         "index_id": searcher.index_id, "items": str(items), "dimension": str(dimension),
@@ -117,7 +117,9 @@ def _index_id(run: Run) -> str:
 
 
 def index_folder(run: Run) -> Path:
-    """The folder that the last successful index run of this representation named."""
+    """The folder that this run has built, else the one that the last good index run of this representation named."""
+    if run.index_folder:
+        return run.index_folder
     built = run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))
     ours = built.where(F.col("details")["representation"] == run.config.representation)
     last = ours.orderBy(F.desc("started_at")).select(F.col("details")["folder"]).head()

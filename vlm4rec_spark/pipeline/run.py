@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pyspark.sql import DataFrame, Row, SparkSession
 
@@ -57,10 +58,13 @@ class Run:
         self.spark, self.config, self.voice = spark, config, voice
         self.tables = Tables(spark, config.tables)
         self.run_id = ""
+        self.index_folder: Path | None = None
+        """What this run has built; `runs` doesn't know of it before the stage has ended."""
 
     def begin(self) -> None:
         """Another run, with an id of its own."""
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+        self.index_folder = None
         self.voice.enter(self.run_id, "start")
 
     def read(self, table: Table) -> DataFrame:
