@@ -103,8 +103,8 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
         environment = {"JAVA_HOME": str(home)}
         if master.startswith("local"):
             folder = _folder()
-            # Level 1: a third off the cold start; the heavy work is in Python. Its code cache of 48 MB is full in a long
-            # session: then the JVM throws compiled code away and compiles it again, without end.
+            # Level 1: a third off the cold start; the heavy work is in Python. A long session fills its code cache of
+            # 48 MB: then the JVM throws compiled code away and compiles it again, without end.
             options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=256m", f'"-Djava.io.tmpdir={folder}"']
             conf |= _LOCAL | {"spark.sql.warehouse.dir": f"{folder}/warehouse", "spark.local.dir": f"{folder}/local"}
             # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
