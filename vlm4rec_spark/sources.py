@@ -110,7 +110,7 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
     assert spark._jvm is not None
     try:
         spark._jvm.java.util.regex.Pattern.compile(photos.file_name)
-    except Py4JJavaError as wrong:
+    except (PySparkException, Py4JJavaError) as wrong:
         raise UsageError(f"ingest.photos.file_name: {_first_line(wrong)}") from None
     files = _files(spark, "ingest.photos.folder", (photos.folder,)).unionByName(_empty_files(spark, photos.folder))
     name = F.regexp_extract("uri", "([^/]+)$", 1)

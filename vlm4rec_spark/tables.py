@@ -84,6 +84,7 @@ class Tables:
         # Delta takes a relative path for a table's name.
         self.location = location if self.named or ":" in location else os.path.abspath(location)  # noqa: PTH100
         self._old: list[Table] = []
+        self._versions: dict[str, int] = {}
 
     def prepare(self) -> None:
         """Check that this release can read every table there. Changes nothing; raises RunError."""
@@ -135,8 +136,21 @@ class Tables:
         return reader.table(self.place(table)) if self.named else reader.format("delta").load(self.place(table))
 
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
-        """Of each table that exists the version that last changed its rows: upkeep makes versions too."""
-        return {table.name: _last_change(self._commits(table))["version"] for table in filter(self.exists, tables)}
+        """Of each table that exists the version that last changed its rows: upkeep makes versions too.
+
+        Looked up once, and again after a write of ours or `forget`.
+        """
+        found = {}
+        for table in tables:
+            if table.name not in self._versions and self.exists(table):
+                self._versions[table.name] = _last_change(self._commits(table))["version"]
+            if table.name in self._versions:
+                found[table.name] = self._versions[table.name]
+        return found
+
+    def forget(self) -> None:
+        """Look all versions up again: others may have written since."""
+        self._versions.clear()
 
     def pending(self, rows: DataFrame, table: Table) -> DataFrame:
         """The rows whose key isn't in the table yet."""
@@ -258,6 +272,7 @@ class Tables:
 
     def _commit(self, table: Table, write: Callable[[], T]) -> T:
         """Do a write whose rows can be computed again; once more when another writer was quicker, a few times."""
+        self._versions.pop(table.name, None)
         for seconds in (0.5, 1, 2, 4, 8, None):
             try:
                 with self._conf(_HEAVY if table.heavy else {}):

@@ -114,6 +114,7 @@ class Pipeline(Run):
             if migrated := self.tables.migrate():
                 self.voice.say(f"migrated from an older release: {', '.join(migrated)}")
             self.tables.clear_staging()
+            self.tables.forget()  # another run may have ended while this one waited
             yield lease
 
     def import_captions(self, source: Source) -> Outcome:

@@ -65,6 +65,7 @@ class Run:
         """Another run, with an id of its own."""
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         self.index_folder = None
+        self.tables.forget()
         self.voice.enter(self.run_id, "start")
 
     def read(self, table: Table) -> DataFrame:
