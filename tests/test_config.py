@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from vlm4rec_spark.config import CONF, Config, load
@@ -194,36 +191,3 @@ def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
 def test_keys_that_are_no_text_are_refused_as_unknown(yours: Path) -> None:
     yours.write_text("1: x\n")
     assert refusal((yours,)).startswith(f"{yours}, line 1: ")
-
-
-KEYS = st.sampled_from(["tables", "recommend", "k", "recommend.k", "ingest", "items", "path", "log", "spark", ""])
-TREES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=3),
-    max_leaves=12,
-)
-YAML = TREES.map(lambda tree: yaml.safe_dump(tree).encode()) | st.binary(max_size=80)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(content=YAML, assignments=st.lists(st.tuples(KEYS, st.text(max_size=12)).map("=".join) | st.text(), max_size=2))
-def test_any_config_is_taken_or_refused_with_a_line_per_mistake(content: bytes, assignments: list[str]) -> None:
-    with NamedTemporaryFile(suffix=".yaml") as file:
-        file.write(content)
-        file.flush()
-        try:
-            assert isinstance(load([Path(file.name)], assignments), Config)
-        except UsageError as refused:
-            assert all(line and line.isprintable() for line in str(refused).split("\n"))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "tables: &a [*a]", "tables: " + "[" * 3_000 + "]" * 3_000, "&a {x: *a}", "tables: 2025-02-30", "!!bool x",
-        "a: &a [x, x]\n" + "".join(f"k{n}: &k{n} [*{'a' if n == 0 else f'k{n - 1}'}, *a]\n" for n in range(60)),
-    ],
-)  # fmt: skip
-def test_a_document_that_would_take_all_memory_or_break_the_parser_is_refused(yours: Path, content: str) -> None:
-    yours.write_text(content)
-    assert len(refusal((yours,)).split("\n")) < 99

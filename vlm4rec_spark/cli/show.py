@@ -87,10 +87,10 @@ def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
 
 def _known_of(profile: Row | None, events: int) -> str:
     if profile is None:
-        return (f"{events:,} events, but no history: none of them counts, the user is taken for a bot, or profiles "
-                "hasn't run since.")  # fmt: skip
-    return (f"{profile['events']:,} events that count, the last on {_day(profile['last_event_at'])}; "
-            f"{profile['seen']:,} items seen; compared by {profile['representation']}")  # fmt: skip
+        return (f"events in the log: {events:,}, but no history: none of them counts, the user is taken for a bot, or "
+                "profiles hasn't run since")  # fmt: skip
+    return (f"events that count: {profile['events']:,}, the last on {_day(profile['last_event_at'])}; items seen: "
+            f"{profile['seen']:,}; compared by {profile['representation']}")  # fmt: skip
 
 
 def _history(history: list[Row], texts: dict[str, tuple[str, str]]) -> Table:

@@ -35,7 +35,7 @@ def show_maintenance(outcome: Outcome, console: Console) -> None:
     console.print(grid)
     removed = json.loads(details["index_removed"])
     console.print(
-        f"index: {len(removed)} versions removed ({_size(int(details['index_bytes_freed']))}), "
+        f"index versions: {len(removed)} removed ({_size(int(details['index_bytes_freed']))}), "
         f"{details['index_kept']} kept", highlight=False, soft_wrap=True,
     )  # fmt: skip
     if leftovers := json.loads(details["leftovers"]):

@@ -1,0 +1,43 @@
+"""Texts that nobody should write, as the encoder and the index take them: no exception, and no time without end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm4rec_spark.models.embedder import clean, load_embedder
+from vlm4rec_spark.models.searcher import _telling_words
+
+MILLION = 1_000_000
+BITS = (
+    "<", ">", "<script", "</script>", "<style>", "<!--", "&", "&#", "&#x", "&lt;", ";", "0", "99999999", " ", "\x00",
+    "a",
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(text=st.text() | st.lists(st.sampled_from(BITS)).map("".join), max_words=st.integers(1, 5))
+def test_any_text_comes_out_printable_and_short(text: str, max_words: int) -> None:
+    cleaned = clean(text, max_words)
+    assert cleaned.isprintable() and cleaned == " ".join(cleaned.split())
+    assert len(cleaned.split()) <= max_words
+    (vector,) = load_embedder("fake", "main").embed([cleaned])
+    assert abs(np.linalg.norm(vector) - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bit", "times"),
+    [
+        ("<", MILLION), ("<a ", MILLION), ("<script", 100_000), ("<script></script ", 100_000), ("<!--", MILLION),
+        ("&", MILLION), ("&#9", MILLION), ("x", MILLION), ("word ", MILLION), ("\u0301", MILLION), ("\x00", MILLION),
+    ],
+)  # fmt: skip
+def test_a_text_of_a_million_characters(bit: str, times: int) -> None:
+    _telling_words([clean(bit * times, 256)])
+
+
+@pytest.mark.parametrize("number", ["99999999", "9" * 5_000, "x" + "f" * 5_000])
+def test_a_number_that_is_no_character(number: str) -> None:
+    assert clean(f"a&#{number};", 256) in ("a", "a\ufffd")
