@@ -445,11 +445,12 @@ def _check_schema(table: Table, found: StructType, place: str, release: int) -> 
                        f"knows {RELEASE}). Update the package.")  # fmt: skip
     expected = {field.name: field.dataType.simpleString() for field in table.schema}
     there = {field.name: field.dataType.simpleString() for field in found}
+    missing = expected.keys() - there.keys()
     addable = {field.name for field in table.schema if field.nullable} if release < RELEASE else set()
-    wrong = [f"{name} is missing" for name in expected.keys() - there.keys() - addable]
-    wrong += [f"{name} isn't known" for name in there.keys() - expected.keys()]
+    wrong = [f"{name} isn't known" for name in there.keys() - expected.keys()]
     wrong += [f"{name} is {there[name]}, expected {expected[name]}" for name in expected.keys() & there.keys()
               if expected[name] != there[name]]  # fmt: skip
-    if wrong:
+    if wrong or missing - addable:
+        wrong += [f"{name} is missing" for name in missing]
         raise RunError(f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
                        "Name another place with --set tables=…, or move the table away.")  # fmt: skip
