@@ -24,7 +24,10 @@ def spark() -> Iterator[SparkSession]:
             master="local[2]",
             driver_memory="2g",
             conf={
-                # Rows are few: more tasks, or plans made anew between the stages, only cost time.
+                # Rows are few: code made for each query, more tasks, or plans made anew between the stages, only cost
+                # time. Spark's own interpreter of expressions gives the same answers; soak/test_cluster.py compares.
+                "spark.sql.codegen.wholeStage": "false",
+                "spark.sql.codegen.factoryMode": "NO_CODEGEN",
                 "spark.sql.shuffle.partitions": "1",
                 "spark.default.parallelism": "1",
                 "spark.databricks.delta.snapshotPartitions": "1",

@@ -100,6 +100,7 @@ def test_upsert_touches_only_rows_that_differ(things: Tables) -> None:
     before = version(things)
     things.upsert(THINGS, new)
     assert changes(things, before) == []
+    assert version(things) == before
 
 
 def test_upsert_sees_a_change_inside_a_map_and_from_null(things: Tables) -> None:
@@ -116,6 +117,7 @@ def test_sync_deletes_what_is_gone_and_touches_nothing_twice(things: Tables) -> 
     before = version(things)
     things.sync(THINGS, new)
     assert changes(things, before) == []
+    assert version(things) == before
 
 
 def test_replace_keeps_constraints_and_is_all_or_nothing(things: Tables) -> None:

@@ -39,6 +39,7 @@ _WEEK = 168
 """Delta's default in hours: readers that are at work, and who reads an old version, need files that were replaced."""
 _UNCHECKED = "spark.databricks.delta.retentionDurationCheck.enabled"
 _UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
+_MOVED = ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")
 _OPTIMIZE = {
     # Delta's 1 GB suits tables that are only read. Here a MERGE rewrites every file that holds a changed row.
     "spark.databricks.delta.optimize.maxFileSize": str(256 * 1024 * 1024),
@@ -136,7 +137,7 @@ class Tables:
         return reader.table(self.place(table)) if self.named else reader.format("delta").load(self.place(table))
 
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
-        """Of each table that exists the version that last changed its rows: upkeep makes versions too.
+        """Of each table that exists the version that last changed its rows: upkeep and idle merges make versions too.
 
         Looked up once, and again after a write of ours or `forget`.
         """
@@ -329,10 +330,14 @@ class Tables:
         return DeltaTable.forPath(self.spark, self.place(table))
 
     def _commits(self, table: Table) -> list[Row]:
-        """The last ten, latest first: version, operation, and `at` in microseconds of the epoch."""
+        """The last ten, latest first: version, `at` in microseconds of the epoch, and whether rows `changed`."""
         # Not as a timestamp: collecting one would turn it into this machine's time zone.
         at = F.unix_micros("timestamp").alias("at")
-        return self._delta(table).history(10).select("version", "operation", at).collect()
+        moved = sum((F.col("operationMetrics")[name].cast("long") for name in _MOVED), F.lit(0))
+        # Where Delta keeps no metrics, a merge counts.
+        idle = (F.col("operation") == "MERGE") & F.coalesce(moved == 0, F.lit(False))
+        changed = (~F.col("operation").isin(*_UPKEEP) & ~idle).alias("changed")
+        return self._delta(table).history(10).select("version", at, changed).collect()
 
     def _staging_places(self) -> list[tuple[str, str]]:
         """Name and folder of whatever is called _staging_…"""
@@ -403,7 +408,7 @@ def _wait(seconds: float) -> None:
 
 def _last_change(commits: list[Row]) -> Row:
     """The latest commit that may have changed rows; none among these: the latest."""
-    return next((commit for commit in commits if commit["operation"] not in _UPKEEP), commits[0])
+    return next((commit for commit in commits if commit["changed"]), commits[0])
 
 
 def _properties(table: Table) -> dict[str, str]:

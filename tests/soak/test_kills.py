@@ -26,7 +26,8 @@ from vlm4rec_spark.demo import catalogue
 pytestmark = pytest.mark.soak
 QUICK = {
     "spark.sql.shuffle.partitions": "1", "spark.default.parallelism": "1", "spark.sql.adaptive.enabled": "false",
-    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.databricks.delta.snapshotPartitions": "1", "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
 }  # fmt: skip
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
 SEED = 4

@@ -35,7 +35,8 @@ from vlm4rec_spark.pipeline import STAGES
 if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.soak
+ROOT = Path(__file__).parents[2]
 SPARK = Path(pyspark.__file__).parent
 SECRET_VARIABLES = {
     "HF_TOKEN": "hf_PlantedInTheEnvironment",
@@ -51,10 +52,8 @@ CONF = {
     "spark.eventLog.compress": "false",  # to be searched below
     "spark.task.maxFailures": "4",
     "spark.speculation": "true",
-    # Rows are few: code made for each query, more tasks, or plans made anew between the stages, only cost time.
+    # Rows are few: more tasks, or plans made anew between the stages, only cost time.
     "spark.ui.enabled": "false",
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.shuffle.partitions": "1",
     "spark.default.parallelism": "1",
     "spark.sql.adaptive.enabled": "false",
