@@ -14,10 +14,10 @@ demo: $(STAMP)  ## make a shop of drawn photos, run every stage on it, write dem
 	@$(BIN)/vlm4rec demo
 
 test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP)  ## kill runs at random moments and compare the tables; takes half an hour
-	@$(BIN)/python -m pytest tests/soak -m soak --verbose
+soak: $(STAMP)  ## kill runs at random moments, submit every job, compare the tables; takes an hour
+	@$(BIN)/python -m pytest -m soak --verbose
 
 check: $(STAMP)  ## lint, check types, check the layers
 	@$(BIN)/ruff check .

@@ -40,7 +40,10 @@ EXTRAS = {
     "vllm": ["vllm>=0.22"],
     # Reserved for the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
-    "dev": ["deltalake>=1", "hypothesis>=6", "mypy>=1.15", "pytest>=9", "ruff>=0.9", "types-PyYAML>=6"],
+    "dev": [
+        "deltalake>=1", "hypothesis>=6", "mypy>=1.15", "pytest>=9", "pytest-xdist>=3.7", "ruff>=0.9",
+        "types-PyYAML>=6",
+    ],
 }
 
 setup(

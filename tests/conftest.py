@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The two longest files first, so that of the two processes of `make test` none waits for the other at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_cluster.py", "test_pipeline.py"))
+
+
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     started = session(
@@ -25,7 +30,7 @@ def spark() -> Iterator[SparkSession]:
             driver_memory="2g",
             conf={
                 # Rows are few: code made for each query, more tasks, or plans made anew between the stages, only cost
-                # time. Spark's own interpreter of expressions gives the same answers; soak/test_cluster.py compares.
+                # time. Spark's own interpreter of expressions gives the same answers; test_cluster.py compares.
                 "spark.sql.codegen.wholeStage": "false",
                 "spark.sql.codegen.factoryMode": "NO_CODEGEN",
                 "spark.sql.shuffle.partitions": "1",

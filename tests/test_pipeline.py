@@ -240,9 +240,10 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_make
 ) -> None:
     assert shop.first is not None
     # The tables are named by a URI here.
-    places = (f"tables=file://{tmp_path}/tables", f"index.folder={tmp_path}/index", f"report.path={tmp_path}/report.html")
+    tables, index, page = f"tables=file://{tmp_path}/tables", f"{tmp_path}/index", f"{tmp_path}/report.html"
+    settings = (tables, f"index.folder={index}", f"report.path={page}", *shop.settings, QUICK)
     command = [sys.executable, "-c", "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])", "run"]
-    command += ["--config", "test.yaml", *[part for each in (*places, *shop.settings, QUICK) for part in ("--set", each)]]
+    command += ["--config", "test.yaml", *[part for each in settings for part in ("--set", each)]]
     with (tmp_path / "log").open("wb") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
     # In the middle of a stage: its photos are read, and not yet in their table.
@@ -253,7 +254,7 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_make
     driver.wait()
     assert [path.name for path in (tmp_path / "tables").glob("_*")] == ["_lease-000001.json", "_staging_photos"]
 
-    again, killed = pipeline(tmp_path, *shop.settings, places[0]), threading.Event()
+    again, killed = pipeline(tmp_path, *shop.settings, tables), threading.Event()
     killer = threading.Thread(target=_kill_a_worker, args=(killed,))
     killer.start()
     try:

@@ -2,6 +2,7 @@
 
 Workers share the raw files and the tables and nothing else: each has its own work folder and its own temporary files.
 Their Python hasn't got this package, which travels by --archives. On the way one Python process dies, and one stalls.
+`make test` submits the pipeline and the caption job, `make soak` every other job too.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ from vlm4rec_spark.pipeline import STAGES
 if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline
 
-pytestmark = pytest.mark.soak
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SPARK = Path(pyspark.__file__).parent
 SECRET_VARIABLES = {
     "HF_TOKEN": "hf_PlantedInTheEnvironment",
@@ -52,7 +52,8 @@ CONF = {
     "spark.eventLog.compress": "false",  # to be searched below
     "spark.task.maxFailures": "4",
     "spark.speculation": "true",
-    # Rows are few: more tasks, or plans made anew between the stages, only cost time.
+    # Rows are few: more tasks, or plans made anew between the stages, only cost time. Code is made for each query, as
+    # by default and unlike in the session of these tests.
     "spark.ui.enabled": "false",
     "spark.sql.shuffle.partitions": "1",
     "spark.default.parallelism": "1",
@@ -98,7 +99,7 @@ class Cluster:
     def submit(self, job: str, *assignments: str) -> None:
         """Run jobs/`job`.py by spark-submit in client mode; its output and its event log bear its name."""
         log, events = self.folder / f"{job}.log", self.folder / "events" / job
-        events.mkdir(parents=True)
+        events.mkdir(parents=True, exist_ok=True)
         conf = CONF | SECRET_CONF | {"spark.eventLog.dir": events.as_uri(), "spark.executorEnv.PYTHONPATH": "vlm4rec"}
         delta = jars.find((), Path.home() / ".ivy2.5.2", java.find())
         command = [
@@ -203,12 +204,14 @@ def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
         f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled",
         "caption.photos_per_task=16", "caption.model.max_new_tokens=64",  # conf/cluster.yaml has others
     )  # fmt: skip
-    there, here = (cluster.folder / name for name in ("there", "here"))
-    places = (f"tables={there}/tables", f"index.folder={there}/index", f"report.path={there}/report.html")
-    cluster.submit("run_pipeline", *places, *settings)
-    local = pipeline(here, *settings)
-    local.run(STAGES, lambda outcome: None)
-    return Shop(cluster, (*places, *settings), pipeline(there, *settings), local)
+    there, here = cluster.folder / "there", pipeline(cluster.folder / "here", *settings)
+    cluster.submit("run_pipeline", *places(there), *settings)
+    here.run(STAGES, lambda outcome: None)
+    return Shop(cluster, (*places(there), *settings), pipeline(there, *settings), here)
+
+
+def places(out: Path) -> tuple[str, ...]:
+    return f"tables={out}/tables", f"index.folder={out}/index", f"report.path={out}/report.html"
 
 
 def rows(run: Pipeline, table: schemas.Table) -> list[dict]:
@@ -281,3 +284,15 @@ def test_no_secret_is_left_anywhere(shop: Shop) -> None:
     places |= {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     for name, secret in (SECRET_VARIABLES | SECRET_CONF).items():
         assert [place for place, written in places.items() if secret.encode() in written] == [], name
+
+
+@pytest.mark.soak
+def test_the_stages_own_jobs_make_the_same_tables(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
+    alone = shop.cluster.folder / "alone"
+    for job in (*STAGES, "maintain"):
+        shop.cluster.submit(f"run_{job}", *shop.settings, *places(alone))
+    made = pipeline(alone)
+    for table in schemas.TABLES.values():
+        if table is not schemas.RUNS:
+            assert content(made, table) == content(shop.here, table), table.name
+    assert sorted(row["stage"] for row in rows(made, schemas.RUNS)) == sorted((*STAGES, "maintain"))
