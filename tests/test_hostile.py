@@ -265,6 +265,19 @@ def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_pat
         parsed(spark, file, ingest.parse_items, "json", columns=columns | {"title": "Title"}, options=several)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_path: Path) -> None:
+    for name, text in (("shop.json", '\ufeff{"item_id": "A"}\n'), ("shop.csv", "\ufeffitem_id\nA\n")):
+        (tmp_path / name).write_text(text)
+        found = parsed(spark, tmp_path / name, ingest.parse_items, name.rpartition(".")[2])
+        assert taken(found, "item_id") == [("A",)], name
+
+
+def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, tmp_path: Path) -> None:
+    table(tmp_path / "log" / "log [12]{a,b}.csv", EVENT, GOOD_EVENTS)
+    found = parsed(spark, tmp_path / "log", events)
+    assert taken(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
+
+
 @pytest.mark.parametrize("path", ["nosuch://place/file", "{a", "a:b:c", "", "\x00"])
 @pytest.mark.parametrize("format", ["csv", "json", "parquet", "delta"])
 def test_a_path_that_leads_nowhere_is_one_line(spark: SparkSession, format: str, path: str) -> None:
