@@ -74,6 +74,8 @@ def show(title: str, found: dict[tuple[str, str], tuple[float, float, float]], c
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+    if not folder.is_dir():
+        sys.exit(f"{folder} isn't there. Name the folder of the data: benchmarks/scientific.py FOLDER")
     console = Console(width=110)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
