@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -158,3 +159,16 @@ def test_another_run_at_work_is_no_error(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("vlm4rec_spark.cli.stages.run_stages", busy)
     assert main(["run"]) == 0
     assert capsys.readouterr().err == "Another run is at work on these tables: run r2.\n"
+
+
+def test_a_jvm_that_dies_is_said_and_what_helps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As PySpark starts it: a process that is there, and then isn't.
+    gateway = socket.create_server(("127.0.0.1", 0))
+    place = gateway.getsockname()
+    gateway.close()
+    monkeypatch.setattr("vlm4rec_spark.cli.stages.session", lambda settings: socket.create_connection(place))
+    code, message = refused(capsys, "ingest")
+    assert code == 1
+    assert message.startswith("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory).")

@@ -266,10 +266,11 @@ def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_pat
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_path: Path) -> None:
-    for name, text in (("shop.json", '\ufeff{"item_id": "A"}\n'), ("shop.csv", "\ufeffitem_id\nA\n")):
-        (tmp_path / name).write_text(text)
-        found = parsed(spark, tmp_path / name, ingest.parse_items, name.rpartition(".")[2])
-        assert taken(found, "item_id") == [("A",)], name
+    (tmp_path / "shop.csv").write_text("\ufeffitem_id\nA\n")
+    (tmp_path / "shop.json").write_text('\ufeff{"item_id": "A"}\n')
+    for format, options in (("csv", {}), ("json", {}), ("json", {"multiLine": "true"})):
+        found = parsed(spark, tmp_path / f"shop.{format}", ingest.parse_items, format, options=options)
+        assert taken(found, "item_id") == [("A",)], (format, options)
 
 
 def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, tmp_path: Path) -> None:

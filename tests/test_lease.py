@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from vlm4rec_spark.errors import Busy, RunError
-from vlm4rec_spark.lease import Lease, _HadoopFiles
+from vlm4rec_spark.lease import Lease, _HadoopFiles, _LocalFiles
 from vlm4rec_spark.tables import Tables
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ def test_of_many_that_start_together_one_works_at_a_time_and_the_others_end_with
 
 
 def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(tmp_path: Path, start: Start) -> None:
-    killed = start("killed", seconds=600, work=60)
+    killed = start("killed", seconds=60, work=60)
     assert killed.stdout is not None
     assert killed.stdout.readline() == "held\n"
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert leases(tmp_path) == ["_lease-000001.json"]
     before = time.monotonic()
-    with lease(tmp_path, "next", seconds=600):
+    with lease(tmp_path, "next", seconds=60):
         assert leases(tmp_path) == ["_lease-000002.json"]
     assert time.monotonic() - before < 30
     assert leases(tmp_path) == []
@@ -156,11 +156,27 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, plac
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
 
 
-def test_files_by_hadoop_are_made_once(spark: SparkSession, tmp_path: Path) -> None:
-    files = _HadoopFiles(Tables(spark, "unused"), f"file://{tmp_path}/tables")
+def test_a_user_without_permission_is_told_so() -> None:
+    code = (
+        f"import os, sys; from pathlib import Path; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "from test_lease import lease\n"
+        "os.getuid() or os.setuid(65534)  # root may write anywhere\n"
+        "try: lease(Path('/usr/tables'), 'one').__enter__()\n"
+        "except Exception as refused: print(type(refused).__name__, refused)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("RunError tables: nothing can be written to /usr/tables ([Errno 13] Permission denied")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("by", ["this machine", "Hadoop"])
+def test_files_are_made_once(spark: SparkSession, tmp_path: Path, by: str) -> None:
+    folder = tmp_path / "tables"
+    files = _HadoopFiles(Tables(spark, "unused"), folder.as_uri()) if by == "Hadoop" else _LocalFiles(folder)
     assert files.numbers() == []
     assert [files.create(1, "a"), files.create(1, "b"), files.create(2, "c")] == [True, False, True]
     assert sorted(files.numbers()) == [1, 2]
+    assert files.read(1) == "a"
     files.replace(1, "äö")
     assert (files.read(1), files.read(2), files.read(3)) == ("äö", "c", None)
     files.delete(1)

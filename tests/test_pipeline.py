@@ -208,7 +208,10 @@ def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipe
     assert shop.first is not None
     again = pipeline(shop.folder, *shop.settings)
     before = again.tables.versions(schemas.TABLES.values())
+    # What a run that was killed has left.
+    again.tables.staged(schemas.ITEM_CAPTIONS, again.tables.read(schemas.ITEM_CAPTIONS))
     outcomes = again.run(STAGES)
+    assert list((shop.folder / "tables").glob("_*")) == []
     assert [(outcome.stage, outcome.status) for outcome in outcomes] == [(stage, "unchanged") for stage in STAGES]
     assert {outcome.details["unchanged_since"] for outcome in outcomes} == {shop.first.run_id}
     after = again.tables.versions(schemas.TABLES.values())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from vlm4rec_spark.demo.captioner import build, render
 from vlm4rec_spark.demo.drawing import SIZE, parse
@@ -138,6 +139,16 @@ def test_a_model_from_a_folder_answers_in_order_whatever_the_batch(untrained: Pa
     assert len(set(alone)) == len(photos)
     assert captions(captioner, photos, 4) == alone
     assert captions(captioner, photos[::-1], 6) == alone[::-1]
+
+
+def test_pickled_weights_beside_others_are_not_loaded(untrained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(untrained, folder)
+    (folder / "extra").mkdir()
+    weights = (folder / "model.safetensors").rename(folder / "extra" / "model.safetensors")
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        load_captioner(ModelSettings(model=str(folder)))
 
 
 def test_answers_stop_at_the_bound_and_their_tokens_are_counted(untrained: Path) -> None:

@@ -192,6 +192,8 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    # Py4J logs a stack trace by the root logger, where Python then makes a handler if there is none.
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -204,6 +206,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if wrong := getattr(error, "format_message", None):
         # Without any command the help has been shown, and nothing is left to say.
         return f"{said} See: vlm4rec --help" if (said := wrong()) else "", 2
+    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError":
+        gone = ("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory). What was "
+                "committed stays; run the same command again to go on.")  # fmt: skip
+        return f"{gone} (--debug shows the stack trace.)", 1
     return f"{_first_words(error)} (--debug shows the stack trace.)", 1
 
 
