@@ -47,6 +47,7 @@ SECRET_CONF = {
     "spark.hadoop.fs.s3a.secret.key": "PlantedAsASetting",
     "spark.executorEnv.HF_TOKEN": "hf_PlantedForTheWorkers",
 }
+SECRET_SETTING = {"spark.hadoop.fs.s3a.session.token": "PlantedInAConfigFile"}
 CONF = {
     "spark.eventLog.enabled": "true",
     "spark.eventLog.compress": "false",  # to be searched below
@@ -107,6 +108,7 @@ class Cluster:
             "--jars", ",".join(map(str, delta)), "--archives", f"{self.folder}/vlm4rec.tar.gz#vlm4rec",
             *[part for pair in conf.items() for part in ("--conf", "=".join(pair))],
             ROOT / "jobs" / f"{job}.py", "--config", "cluster.yaml", "--config", "test.yaml",
+            "--config", self.folder / "secret.yaml",
             *[part for each in assignments for part in ("--set", each)],
         ]  # fmt: skip
         driver = self.folder / "driver"
@@ -157,6 +159,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             for name, host in (("worker-1", "127.0.0.1"), ("worker-2", "localhost"))
         ]  # fmt: skip
         pack(folder)
+        (folder / "secret.yaml").write_text(json.dumps({"spark": {"conf": SECRET_SETTING}}))
         for worker in workers:
             said(*worker, "Successfully registered with master")
         yield Cluster(folder, master, environment)
@@ -281,8 +284,9 @@ def test_no_secret_is_left_anywhere(shop: Shop) -> None:
     assert len(list(folder.glob("worker-*/work/app-*/*/stderr"))) == 4
     # Parquet is compressed, so rows are searched too.
     places = {table.name: str(rows(shop.there, table)).encode() for table in schemas.TABLES.values()}
-    places |= {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    for name, secret in (SECRET_VARIABLES | SECRET_CONF).items():
+    files = (file for file in folder.rglob("*") if file.is_file() and file != folder / "secret.yaml")
+    places |= {str(file): file.read_bytes() for file in files}
+    for name, secret in (SECRET_VARIABLES | SECRET_CONF | SECRET_SETTING).items():
         assert [place for place, written in places.items() if secret.encode() in written] == [], name
 
 
