@@ -35,7 +35,10 @@ def test_any_text_comes_out_printable_and_short(text: str, max_words: int) -> No
     ],
 )  # fmt: skip
 def test_a_text_of_a_million_characters(bit: str, times: int) -> None:
-    _telling_words([clean(bit * times, 256)])
+    cleaned = clean(bit * times, 256)
+    assert len(cleaned.split()) <= 256
+    (words,) = _telling_words([cleaned])
+    assert set(words) <= set(cleaned.lower().split())
 
 
 @pytest.mark.parametrize("number", ["99999999", "9" * 5_000, "x" + "f" * 5_000])
