@@ -58,19 +58,20 @@ def evaluate(
             known, hidden = splits.time_split(log, cut)
         else:
             known, hidden = splits.leave_one_out(log)
+        known.persist()
         judged = _judged(splits.relevant(known, hidden, candidates), settings).persist()
         users = judged.count()
         if not users:
             say(f"{split}: nobody to judge, no user has a new item after {cut or 'the first event'}")
+            known.unpersist()
             continue
-        histories = (
-            profiles.histories(known, tables.items, profile)
-            .join(judged.select("user_id"), on="user_id", how="left_semi").persist()
-        )  # fmt: skip
+        theirs = known.join(judged.select("user_id"), on="user_id", how="left_semi")
+        histories = profiles.histories(theirs, tables.items, profile).persist()
+        events = _events_per_item(known, candidates)
         lists = {}
         for arm in settings.arms:
             say(f"{split}: {arm}, {users:,} users, {there:,} candidates")
-            ranked = _lists(spark, arm, tables, known, histories, candidates, settings)
+            ranked = _lists(spark, arm, tables, events, histories, candidates, settings)
             lists[arm] = _collected(judged, ranked)
         sizes = _pandas(histories.select("user_id", F.size("seen").alias("seen"))).set_index("user_id")["seen"]
         rows += list(_rows(split, lists, sizes, settings))
@@ -78,8 +79,8 @@ def evaluate(
         details[split] = json.dumps(
             {"cut": cut, "users": users, "candidates": there, "left_out_share": round(share, 4)}
         )
-        histories.unpersist()
-        judged.unpersist()
+        for cached in (histories, judged, known):
+            cached.unpersist()
     candidates.unpersist()
     return rows, details
 
@@ -89,18 +90,20 @@ def _judged(relevant: DataFrame, settings: EvaluateSettings) -> DataFrame:
     return relevant.orderBy(order, "user_id").limit(settings.max_users)
 
 
+def _events_per_item(known: DataFrame, candidates: DataFrame) -> pd.Series:
+    """How many events each candidate has, by item_id in its order."""
+    counts = known.groupBy("item_id").agg(F.count(F.lit(1)).alias("events"))
+    everyone = candidates.join(counts, on="item_id", how="left").select("item_id", F.coalesce("events", F.lit(0)))
+    return _pandas(everyone.toDF("item_id", "events").orderBy("item_id")).set_index("item_id")["events"]
+
+
 def _lists(
-    spark: SparkSession, arm: str, tables: Tables, known: DataFrame, histories: DataFrame, candidates: DataFrame,
+    spark: SparkSession, arm: str, tables: Tables, events: pd.Series, histories: DataFrame, candidates: DataFrame,
     settings: EvaluateSettings,
 ) -> DataFrame:  # fmt: skip
     """user_id, items of the arm."""
     if arm in arms.BASELINES:
-        counts = (
-            candidates.join(known.groupBy("item_id").agg(F.count(F.lit(1)).alias("events")), on="item_id", how="left")
-            .select("item_id", F.coalesce("events", F.lit(0)).alias("events")).orderBy("item_id")
-        )  # fmt: skip
-        scores = _pandas(counts).set_index("item_id")["events"]
-        return arms.scored_lists(histories, scores, settings.k, settings.seed if arm == "random" else None)
+        return arms.scored_lists(histories, events, settings.k, settings.seed if arm == "random" else None)
     rows = (
         tables.embeddings.where((F.col("representation") == arm) & ~F.col("fallback"))
         .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
