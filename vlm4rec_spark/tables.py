@@ -330,14 +330,20 @@ class Tables:
         return DeltaTable.forPath(self.spark, self.place(table))
 
     def _commits(self, table: Table) -> list[Row]:
-        """The last ten, latest first: version, `at` in microseconds of the epoch, and whether rows `changed`."""
+        """Latest first: version, `at` in microseconds of the epoch, and whether rows `changed`.
+
+        The last ten; all that there are, when none of these changed rows.
+        """
         # Not as a timestamp: collecting one would turn it into this machine's time zone.
         at = F.unix_micros("timestamp").alias("at")
         moved = sum((F.col("operationMetrics")[name].cast("long") for name in _MOVED), F.lit(0))
         # Where Delta keeps no metrics, a merge counts.
         idle = (F.col("operation") == "MERGE") & F.coalesce(moved == 0, F.lit(False))
         changed = (~F.col("operation").isin(*_UPKEEP) & ~idle).alias("changed")
-        return self._delta(table).history(10).select("version", at, changed).collect()
+        last = self._delta(table).history(10).select("version", at, changed).collect()
+        if any(commit["changed"] for commit in last):
+            return last
+        return self._delta(table).history().select("version", at, changed).collect()
 
     def _staging_places(self) -> list[tuple[str, str]]:
         """Name and folder of whatever is called _staging_…"""
