@@ -276,7 +276,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_
 def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, tmp_path: Path) -> None:
     table(tmp_path / "log" / "log [12]{a,b}.csv", EVENT, GOOD_EVENTS)
     found = parsed(spark, tmp_path / "log", events)
-    assert taken(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
+    assert good_ones(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
 
 
 @pytest.mark.parametrize("path", ["nosuch://place/file", "{a", "a:b:c", "", "\x00"])
