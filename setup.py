@@ -15,6 +15,7 @@ CORE = [
     "numpy>=2.0",
     "pandas>=2.2,<3",  # pyspark 4.2 warns that pandas 3 isn't fully supported
     "pillow>=11",
+    "psutil>=6",
     "pyarrow>=18",  # pyspark doesn't bring it
     "pydantic>=2.8",
     "pyyaml>=6",

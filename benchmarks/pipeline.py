@@ -83,7 +83,7 @@ def run_one(folder: Path) -> dict[str, dict[str, float]]:
     config = load([], [*places, "caption.model.backend=fake", "spark.driver_memory=6g"])
     spark = session(config.spark)
     spark.sparkContext.setLogLevel("FATAL")
-    silence = Voice(lambda run_id, stage: None, lambda line: None, lambda label, rows: nullcontext())
+    silence = Voice(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext())
     pipeline = Pipeline(spark, config, silence)
     found = {}
     for stage in STAGES:

@@ -89,7 +89,7 @@ def main() -> None:
         spark = session(config.spark)
         spark.sparkContext.setLogLevel("FATAL")
         say = partial(console.print, style="dim")
-        voice = Voice(enter=lambda run_id, stage: None, say=say, watch=lambda label, rows: nullcontext())
+        voice = Voice(enter=lambda run_id, stage: None, say=say, watch=lambda *_: nullcontext())
         pipeline = Pipeline(spark, config, voice)
         pipeline.run(["ingest"])
         texts = str(folder / "qwen25vl3b_captions.csv")

@@ -53,6 +53,6 @@ def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
     def make(folder: Path, *assignments: str) -> Pipeline:
         places = (f"tables={folder}/tables", f"index.folder={folder}/index", f"report.path={folder}/report.html")
         config = load([Path("test.yaml")], [*places, *assignments])
-        return Pipeline(spark, config, Voice(print, print, lambda label, rows: nullcontext()))
+        return Pipeline(spark, config, Voice(print, print, lambda *_: nullcontext()))
 
     return make

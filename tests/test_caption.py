@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import re
+import signal
+import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +19,12 @@ import pytest
 from PIL import Image
 
 from vlm4rec_spark import schemas
-from vlm4rec_spark.caption.worker import caption_batch
-from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.models.captioners.fake import FakeCaptioner
+from vlm4rec_spark.caption.estimate import Rates
+from vlm4rec_spark.caption.line import Address, Caller, Line
+from vlm4rec_spark.caption.settings import Budget, Prices
+from vlm4rec_spark.cli import main
+from vlm4rec_spark.errors import Resumable, RunError, UsageError
+from vlm4rec_spark.models.prompts import load_prompt
 from vlm4rec_spark.sources import Source
 
 if TYPE_CHECKING:
@@ -32,29 +40,6 @@ def photo(colour: str) -> bytes:
 RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
-
-
-def batch(faults: str, *images: bytes) -> list[tuple[str, str | None, int]]:
-    """status, error_class and attempts per photo of one batch."""
-    rows = [{"caption_key": str(n), "image_sha256": str(n), "image": image} for n, image in enumerate(images)]
-    results = caption_batch(FakeCaptioner(faults), rows, "Describe.", 672)
-    assert [result["caption_key"] for result in results] == [row["caption_key"] for row in rows]
-    return [(result["status"], result["error_class"], result["attempts"]) for result in results]
-
-
-def test_a_bad_photo_is_a_row_with_its_error_class() -> None:
-    assert batch("none", GREEN, b"", HTML, GREEN[:-40], b"\x00" * 99) == [
-        ("ok", None, 1), ("failed", "empty", 1), ("failed", "not_an_image", 1), ("failed", "truncated", 1),
-        ("failed", "not_an_image", 1),
-    ]  # fmt: skip
-
-
-def test_a_model_that_raises_costs_only_the_culprit() -> None:
-    assert batch("raise", GREEN, RED, BLUE) == [("ok", None, 2), ("failed", "RuntimeError", 2), ("ok", None, 2)]
-
-
-def test_an_empty_answer_is_rejected() -> None:
-    assert batch("empty", GREEN, BLUE) == [("ok", None, 1), ("rejected", "empty_caption", 1)]
 
 
 def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
@@ -77,23 +62,41 @@ def captions(run: Pipeline) -> dict[str, str]:
     return {row["item_id"]: row["caption"] for row in rows}
 
 
+class Counted:
+    """Runs of the caption stage with a fake that counts its calls."""
+
+    def __init__(self, make: Callable[..., Pipeline], folder: Path, requests: str = ""):
+        self.make, self.folder, self.calls, self.requests = make, folder, folder / "calls", requests
+
+    def run(self, *settings: str) -> Pipeline:
+        return self.make(self.folder, f"caption.model.model=count={self.calls}{self.requests}", *settings)
+
+    def caption(self, run: Pipeline) -> tuple[int, int, int, int]:
+        """Calls of the model, and rows ok, failed and skipped; the plan has said how many photos there are to do."""
+        planned, before = run.plan(), self.count()
+        (outcome,) = run.run(["caption"])
+        assert outcome.ok + outcome.failed == planned.now
+        skipped = planned.wanted if outcome.status == "unchanged" else outcome.skipped
+        assert skipped == planned.wanted - planned.now
+        total = planned.reused + planned.kept + planned.given_up + planned.duplicates + planned.to_caption
+        assert total == planned.wanted
+        return self.count() - before, outcome.ok, outcome.failed, skipped
+
+    def count(self) -> int:
+        return self.calls.stat().st_size // 2 if self.calls.exists() else 0
+
+
 def test_each_content_is_captioned_once_and_only_what_changed_again(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
-    calls = tmp_path / "calls"
-    model = f"caption.model.model=count={calls}"
+    counted = Counted(pipeline, tmp_path)
     images = {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""}
-    run = pipeline(tmp_path, model, "caption.max_failed_share=0.5")
-
-    def caption(run: Pipeline) -> tuple[int, int, int, int]:
-        """Calls of the model, and rows ok, failed and skipped, of one run of the stage."""
-        before = calls.stat().st_size if calls.exists() else 0
-        outcome = run.run(["caption"])[0]
-        return (calls.stat().st_size - before) // 2, outcome.ok, outcome.failed, outcome.skipped
-
+    run = counted.run("caption.max_failed_share=0.5")
     store(run, images)
+    planned = run.plan()
+    assert (planned.wanted, planned.duplicates, planned.reasons) == (5, 1, {"new": 4})
     # Five photos of four contents: the model sees the two that are photos.
-    assert caption(run) == (2, 2, 2, 1)
+    assert counted.caption(run) == (2, 2, 2, 1)
     assert captions(run) == {
         "a": GREEN_TEXT, "twin": GREEN_TEXT, "b": "A thing of red 0, green 0 and blue 7.",
     }  # fmt: skip
@@ -106,18 +109,201 @@ def test_each_content_is_captioned_once_and_only_what_changed_again(
 
     # A price and one photo change.
     store(run, images | {"a": GREY}, price=2.0)
-    assert caption(run) == (1, 1, 0, 4)
+    planned = run.plan()
+    assert (planned.reasons, planned.reused, planned.given_up) == ({"photo_changed": 1}, 2, 2)
+    assert counted.caption(run) == (1, 1, 0, 4)
     assert captions(run)["a"] == "A thing of red 4, green 4 and blue 4."
     assert captions(run)["twin"] == GREEN_TEXT
 
-    # Another prompt is other content.
+    # Another prompt is other content; so are another model and other parameters.
     prompt = tmp_path / "short.1.txt"
     prompt.write_text("Say it in one word.")
-    other = pipeline(tmp_path, model, "caption.max_failed_share=0.5", f"caption.prompt={prompt}")
-    assert caption(other) == (3, 3, 2, 0)
+    other = counted.run("caption.max_failed_share=0.5", f"caption.prompt={prompt}")
+    assert other.plan().reasons == {"new": 2, "prompt_changed": 3}
+    assert counted.caption(other) == (3, 3, 2, 0)
+    assert pipeline(tmp_path, "caption.model.model=another").plan().reasons == {"new": 2, "model_changed": 3}
+    longer = counted.run("caption.model.max_new_tokens=9", f"caption.prompt={prompt}")
+    assert longer.plan().reasons == {"new": 2, "settings_changed": 3}
 
     # The old prompt's captions are still there: the same run again calls nobody.
-    assert caption(run) == (0, 0, 0, 5)
+    assert counted.caption(run) == (0, 0, 0, 5)
+
+
+def test_of_500_photos_exactly_what_changed_is_captioned(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    counted = Counted(pipeline, tmp_path)
+    run = counted.run("caption.chunk_photos=300")
+    images = {f"i{n:03}": photo(f"#{n % 256:02x}{n // 256:02x}80") for n in range(500)}
+    store(run, images)
+    assert counted.caption(run) == (500, 500, 0, 0)
+    assert counted.caption(run) == (0, 0, 0, 500)
+    store(run, images | {"i007": GREEN})
+    assert counted.caption(run) == (1, 1, 0, 499)
+    store(run, {"more": GREEN}, price=3.0)
+    assert counted.caption(run) == (0, 0, 0, 501)
+    prompt = tmp_path / "short.2.txt"
+    prompt.write_text("Say it.")
+    other = counted.run("caption.chunk_photos=300", f"caption.prompt={prompt}")
+    assert counted.caption(other) == (500, 500, 0, 1)
+    assert run.tables.read(schemas.CAPTIONS).count() == 500 + 1 + 500
+
+
+def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path)
+    run = counted.run()
+    store(run, {"a": GREEN, "b": GREY})
+    assert counted.caption(run) == (2, 2, 0, 0)
+    other = counted.run("caption.on_change=keep", "caption.model.max_side=99", "caption.max_failed_share=1")
+    store(other, {"a": GREEN, "b": BLUE, "c": GREY})
+    planned = other.plan()
+    # A new item is described as the config says, though the old way has a caption of its photo.
+    assert (planned.kept, planned.reasons) == (1, {"new": 1, "photo_changed": 1})
+    assert counted.caption(other) == (2, 2, 0, 1)
+    assert set(captions(other)) == {"a", "b", "c"}
+    assert captions(other)["b"] == "A thing of red 0, green 0 and blue 7."
+    # Of a photo that isn't there any more no caption stays, whatever became of the new one.
+    store(other, {"a": HTML, "b": BLUE, "c": GREY})
+    assert counted.caption(other) == (0, 0, 1, 2)
+    assert set(captions(other)) == {"b", "c"}
+
+
+def events(run: Pipeline, counts: dict[str, int]) -> None:
+    day = datetime(2025, 1, 1)
+    rows: list[Any] = [
+        (f"{item}-{n}", "u", item, "view", day, day.date()) for item, count in counts.items() for n in range(count)
+    ]
+    run.tables.upsert(schemas.INTERACTIONS, run.spark.createDataFrame(rows, schemas.INTERACTIONS.schema))
+
+
+def test_a_budget_is_spent_on_what_is_wanted_most_night_by_night(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path)
+    run = counted.run("caption.budget.photos=2")
+    store(run, {"dull": GREEN, "hot": GREY, "warm": BLUE, "twin": BLUE, "bare": RED})
+    events(run, {"hot": 5, "warm": 2, "twin": 2, "dull": 3})
+    assert (run.plan().to_caption, run.plan().now) == (4, 2)
+    assert counted.caption(run) == (2, 2, 0, 3)
+    assert set(captions(run)) == {"hot", "warm", "twin"}
+    # Nothing has changed, and yet there is something to do.
+    assert counted.caption(run) == (2, 2, 0, 3)
+    assert set(captions(run)) == {"hot", "warm", "twin", "dull", "bare"}
+    assert counted.caption(run) == (0, 0, 0, 5)
+    assert [outcome.status for outcome in run.run(["caption"])] == ["unchanged"]
+
+    # Money: at 1 a token, and as many tokens as the captions so far took with another prompt.
+    prices = ("caption.prices.million_input_tokens=1000000", "caption.budget.money=70")
+    prompt = tmp_path / "four.1.txt"
+    prompt.write_text("Say it in four.")
+    paid = counted.run(*prices, f"caption.prompt={prompt}")
+    planned = paid.plan()
+    asked = len(load_prompt("describe.1").text.split())
+    assert (planned.rates.tokens, planned.rates.input_tokens) == ("measured", asked)
+    assert (planned.to_caption, planned.now, planned.cost) == (4, 1, asked)
+
+
+def test_what_a_budget_buys() -> None:
+    rates, prices = Rates(2.0, 1_000, 100, "assumed", "assumed"), Prices(device_hour=3.6, million_output_tokens=5)
+    assert rates.cost(1_000, prices) == pytest.approx(0.5 + 0.5)
+    assert rates.affordable(5_000, Budget(), prices) == 5_000
+    assert rates.affordable(5_000, Budget(money=1), prices) == 1_000
+    assert rates.affordable(5_000, Budget(money=1, photos=70), prices) == 70
+    assert rates.affordable(50, Budget(money=1), prices) == 50
+    assert rates.affordable(50, Budget(money=0), prices) == 0
+
+
+def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path, "+raise+empty")
+    run = counted.run("caption.max_failed_share=1", "caption.max_attempts=2")
+    store(run, {"red": RED, "green": GREEN, "blue": BLUE, "html": HTML})
+
+    def attempts() -> dict[str, int]:
+        rows = run.tables.read(schemas.CAPTIONS).collect()
+        return {row["error_class"]: row["attempts"] for row in rows if row["error_class"]}
+
+    run.run(["caption"])
+    assert attempts() == {"RuntimeError": 1, "empty_caption": 1, "not_an_image": 1}
+    assert run.plan().reasons == {"retry": 1}
+    assert counted.caption(run) == (1, 0, 1, 3)
+    assert attempts() == {"RuntimeError": 2, "empty_caption": 1, "not_an_image": 1}
+    assert counted.caption(run) == (0, 0, 0, 4)
+    assert run.run(["caption"])[0].status == "unchanged"
+
+    run.retry = "empty_caption"
+    assert counted.caption(run) == (1, 0, 1, 3)
+    run.retry = ""
+    assert run.plan().reasons == {"retry": 3}
+    run.run(["caption"])
+    assert attempts() == {"RuntimeError": 3, "empty_caption": 3, "not_an_image": 2}
+    assert captions(run) == {"green": GREEN_TEXT}
+
+
+def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_other_photo(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    model = "caption.model.model=exit:red+hang:green+eat:blue"
+    run = pipeline(tmp_path, model, "caption.batch_seconds=2", "caption.memory_gb=0.4", "caption.batch_size=8")
+    greys = {f"grey{n}": photo(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}") for n in range(37)}
+    store(run, {"red": RED, "green": GREEN, "blue": BLUE} | greys)
+    # Spark's local mode tries no task twice: one that failed would fail the run.
+    (outcome,) = run.run(["caption"])
+    assert (outcome.ok, outcome.failed) == (37, 3)
+    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
+    classes = {"red": "model_died", "green": "model_hung", "blue": "out_of_memory"}
+    assert {c: rows[hashlib.sha256(photo(c)).hexdigest()]["error_class"] for c in classes} == classes
+    assert set(captions(run)) == set(greys)
+
+
+def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path, "+ms=300")
+    run = counted.run("caption.batch_size=4", "caption.chunk_photos=80")
+    images = {f"i{n:03}": photo(f"#{n:02x}0080") for n in range(160)}
+    store(run, images)
+
+    def tell() -> None:
+        while counted.count() < 24:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    with pytest.raises(Resumable, match=r"stopped by SIGTERM. \d+ photos are done and committed, \d+ are left") as told:
+        run.run(["caption"])
+    assert told.value.exit_code == 75
+    done = run.tables.read(schemas.CAPTIONS).count()
+    assert 24 <= done < 120
+    assert len(captions(run)) == done == counted.count()
+    quick = counted.run("caption.batch_size=4")
+    assert counted.caption(quick) == (160 - done, 160 - done, 0, done)
+
+
+def test_the_line_counts_what_tasks_say_and_tells_them_to_stop() -> None:
+    line = Line("127.0.0.1")
+    try:
+        first, second = Caller(line.address), Caller(line.address)
+        first.say({"photos": 3, "failed": 1})
+        second.say({"photos": 2})
+        assert line.counts == {"photos": 5, "failed": 1}
+        assert not first.stopped
+        line.stop = True
+        first.flush()
+        assert first.stopped
+        stranger = Caller(Address("127.0.0.1", line.address.port, "guessed"))
+        stranger.say({"photos": 1_000})
+        assert line.counts["photos"] == 5
+        for caller in (first, second, stranger):
+            caller.close()
+    finally:
+        line.close()
+    # Where nobody listens, work goes on.
+    alone = Caller(line.address)
+    alone.say({"photos": 1})
+    assert not alone.stopped
+    alone.close()
 
 
 def test_imported_captions_take_the_place_of_the_model(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
@@ -155,13 +341,51 @@ def test_too_many_failures_fail_the_run_loudly(pipeline: Callable[..., Pipeline]
     with pytest.raises(RunError, match="caption: 2 of 3 photos failed") as loud:
         run.run(["caption"])[0]
     assert "\n" not in str(loud.value)
+    assert "red: the fake was asked to fail on this photo" in str(loud.value)
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     shown = ("status", "error_class", "attempts")
     assert {colour: tuple(rows[hashlib.sha256(image).hexdigest()][name] for name in shown)
             for colour, image in (("red", RED), ("green", GREEN), ("blue", BLUE))} == {
-        "red": ("failed", "RuntimeError", 2), "green": ("ok", None, 2), "blue": ("rejected", "empty_caption", 2),
+        "red": ("failed", "RuntimeError", 1), "green": ("ok", None, 1), "blue": ("rejected", "empty_caption", 1),
     }  # fmt: skip
     # What was paid for is kept.
     assert captions(run) == {"green": GREEN_TEXT}
     (record,) = run.tables.read(schemas.RUNS).collect()
     assert (record["stage"], record["status"], record["rows_ok"], record["rows_failed"]) == ("caption", "failed", 1, 2)
+
+
+def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path, "+refuse:green+ms=20")
+    run = counted.run("caption.chunk_photos=40", "caption.batch_size=4")
+    store(run, {f"i{n:03}": photo(f"#00{n + 40:02x}00") for n in range(200)})
+    with pytest.raises(RunError, match=r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with"):
+        run.run(["caption"])
+    assert counted.count() <= 100
+
+
+def test_the_plan_is_a_table_for_people_and_json_for_programs(
+    pipeline: Callable[..., Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pipeline(tmp_path)
+    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "c": GREY})
+    events(run, {"b": 1})
+    words = [f"tables={tmp_path}/tables", "caption.prices.device_hour=3600", "caption.budget.money=2"]
+    argv = ["--config", "test.yaml", *(word for setting in words for word in ("--set", setting))]
+    capsys.readouterr()
+    assert main(["plan", "--json", *argv]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert {name: planned[name] for name in ("wanted", "duplicates", "to_caption", "now", "cost", "reasons")} == {
+        "wanted": 4, "duplicates": 1, "to_caption": 3, "now": 2, "cost": 2.0, "reasons": {"new": 3},
+    }  # fmt: skip
+    assert planned["rates"]["speed"] == "assumed"
+    assert main(["plan", *argv]) == 0
+    shown = capsys.readouterr().out
+    for line in ("to caption +│ +3", "new +│ +3", "duplicates: .* 1", "within the budget, .* 2", r"cost +│ +2\.00"):
+        assert re.search(line, shown), line
+    assert main(["plan", *argv, "--retry-failed", "refusal"]) == 0
+    assert main(["plan", *argv, "refusal"]) == 2
+    assert "an error class goes with --retry-failed" in capsys.readouterr().err
+    assert main(["plan", *argv[:-4]]) == 0
+    assert not run.tables.exists(schemas.CAPTIONS)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlm4rec_spark.caption.plan import CaptionSettings
+from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.report.data import ReportSettings

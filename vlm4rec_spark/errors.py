@@ -11,6 +11,13 @@ class RunError(Vlm4RecError):
     """A run that had begun failed."""
 
 
+class Resumable(RunError):
+    """A run was told to stop, and did so at a point from which the same command goes on."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again later."""
+
+
 class UsageError(Vlm4RecError):
     """Wrong use or configuration, found before any work was done."""
 

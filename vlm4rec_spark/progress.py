@@ -16,19 +16,25 @@ _LINE_SECONDS = 30
 """Where no terminal is, a scheduler's log gets a line this often instead of a bar."""
 
 
+HowFar = Callable[[], tuple[float, str]]
+"""Rows done, and what else there is to say."""
+
+
 @contextmanager
 def watch(
-    spark: SparkSession, console: Console | None, say: Callable[[str], None], label: str, rows: int
-) -> Iterator[None]:
-    """While the body's Spark job runs, show `label` and how many of its `rows` are done, by finished tasks.
+    spark: SparkSession, console: Console | None, say: Callable[[str], None], label: str, rows: int,
+    how_far: HowFar | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """While the body's Spark job runs, show `label` and how many of its `rows` are done: finished tasks, or `how_far`.
 
     A bar on a console that is a terminal, else a line now and then.
     """
     stop = threading.Event()
+    ask = how_far or (lambda: (rows * _done_share(spark), ""))
     if console is not None and console.is_terminal:
-        thread = threading.Thread(target=_bar, args=(spark, console, f"  {label}", rows, stop), daemon=True)
+        thread = threading.Thread(target=_bar, args=(ask, console, f"  {label}", rows, stop), daemon=True)
     else:
-        thread = threading.Thread(target=_lines, args=(spark, say, label, rows, stop), daemon=True)
+        thread = threading.Thread(target=_lines, args=(ask, say, label, rows, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -46,7 +52,7 @@ def _done_share(spark: SparkSession) -> float:
     return completed / tasks if tasks else 0.0
 
 
-def _bar(spark: SparkSession, console: Console, label: str, rows: int, stop: threading.Event) -> None:
+def _bar(ask: HowFar, console: Console, label: str, rows: int, stop: threading.Event) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,16 +63,23 @@ def _bar(spark: SparkSession, console: Console, label: str, rows: int, stop: thr
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=rows, rate="")
         while not stop.wait(_POLL_SECONDS):
-            done = max(progress.tasks[task].completed, rows * _done_share(spark))
-            rate = f"{done / (time.monotonic() - started):,.0f}/s" if done else ""
+            found, more = ask()
+            done = max(progress.tasks[task].completed, found)
+            rate = f"{_rate(done / (time.monotonic() - started))}  {more}" if done else more
             progress.update(task, completed=done, rate=rate)
 
 
-def _lines(spark: SparkSession, say: Callable[[str], None], label: str, rows: int, stop: threading.Event) -> None:
+def _lines(ask: HowFar, say: Callable[[str], None], label: str, rows: int, stop: threading.Event) -> None:
     started, furthest = time.monotonic(), 0.0
     while not stop.wait(_LINE_SECONDS):
-        furthest = max(furthest, rows * _done_share(spark))
+        found, more = ask()
+        furthest = max(furthest, found)
         if furthest:
             rate = furthest / (time.monotonic() - started)
             left = (rows - furthest) / rate
-            say(f"{label}: {furthest:,.0f} of {rows:,}, {rate:,.0f}/s, {left:,.0f} s left")
+            said = f"{label}: {furthest:,.0f} of {rows:,}, {_rate(rate)}, {left:,.0f} s left"
+            say(f"{said}, {more}" if more else said)
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"

@@ -111,7 +111,7 @@ CAPTIONS = Table(
     status STRING NOT NULL COMMENT 'ok, failed, rejected or imported',
     error_class STRING COMMENT 'Class of the failure',
     error STRING COMMENT 'What went wrong',
-    attempts INT NOT NULL COMMENT 'How often the model or the decoder tried',
+    attempts INT NOT NULL COMMENT 'Runs in which it was tried',
     captioned_at TIMESTAMP NOT NULL COMMENT 'When the row was made',
     run_id STRING NOT NULL COMMENT 'Run that made the row'""",
     key=("caption_key",),

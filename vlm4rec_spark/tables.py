@@ -31,6 +31,7 @@ CONFLICTS = (
     exceptions.ConcurrentWriteException, exceptions.MetadataChangedException, exceptions.ProtocolChangedException,
 )  # fmt: skip
 """What Delta raises when another writer was quicker; nothing was written then."""
+PARTS = ("", "_0", "_1")
 _RELEASE_KEY = "vlm4rec.layout"
 _NAMED = re.compile(r"\w+\.\w+")
 _RETENTION = "delta.deletedFileRetentionDuration"
@@ -136,6 +137,15 @@ class Tables:
         reader = self.spark.read if version is None else self.spark.read.option("versionAsOf", version)
         return reader.table(self.place(table)) if self.named else reader.format("delta").load(self.place(table))
 
+    def frozen(self, table: Table) -> DataFrame:
+        """The table as it is now, whatever is written to it later.
+
+        What was read otherwise is read anew by each action, and a commit refreshes even what was persisted from it.
+        """
+        if not self.exists(table):
+            return self.read(table)
+        return self.read(table, self._delta(table).history(1).select("version").collect()[0][0])
+
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
         """Of each table that exists the version that last changed its rows: upkeep and idle merges make versions too.
 
@@ -157,10 +167,19 @@ class Tables:
         """The rows whose key isn't in the table yet."""
         return rows.join(self.read(table).select(*table.key), on=list(table.key), how="left_anti")
 
-    def insert(self, table: Table, rows: DataFrame) -> int:
-        """Add the rows whose key is new, and say how many. Keys in `rows` are distinct; two writers can't clash."""
+    def insert(self, table: Table, rows: DataFrame, instead_of: str = "") -> int:
+        """Add the rows whose key is new, and say how many. Keys in `rows` are distinct; two writers can't clash.
+
+        A row that is there is left as it is, unless the condition `instead_of` holds for it (columns of `old`).
+        """
         self._create(table)
-        return _inserted(self._commit(table, lambda: self._merge(table, rows).whenNotMatchedInsertAll().execute()))
+
+        def write() -> DataFrame:
+            merge = self._merge(table, rows)
+            merge = merge.whenMatchedUpdateAll(condition=instead_of) if instead_of else merge
+            return merge.whenNotMatchedInsertAll().execute()
+
+        return _inserted(self._commit(table, write))
 
     def append(self, table: Table, rows: DataFrame) -> None:
         """Add rows whose keys nobody else can have: quicker than `insert`, which looks."""
@@ -185,9 +204,12 @@ class Tables:
         writer = rows.select(*table.columns).write.format("delta").mode("overwrite")
         self._commit(table, lambda: self._save(writer, table))
 
-    def staged(self, table: Table, rows: DataFrame) -> DataFrame:
-        """Write rows that are expensive to compute aside and read them back: a MERGE may scan its source twice."""
-        aside = Table(f"_staging_{table.name}", "", table.ddl, table.key)
+    def staged(self, table: Table, rows: DataFrame, part: str = "") -> DataFrame:
+        """Write rows that are expensive to compute aside and read them back: a MERGE may scan its source twice.
+
+        `part` (one of PARTS) tells two apart that are aside at the same time.
+        """
+        aside = Table(f"_staging_{table.name}{part}", "", table.ddl, table.key)
         writer = rows.write.format("delta").mode("overwrite").option("overwriteSchema", "true")
         self._commit(table, lambda: self._save(writer, aside))
         return self.read(aside)
@@ -195,12 +217,13 @@ class Tables:
     def clear_staging(self) -> None:
         """Remove what a killed run has staged."""
         for table in TABLES.values():
-            if self.exists(Table(f"_staging_{table.name}", "", table.ddl, table.key)):
-                self.unstage(table)
+            for part in PARTS:
+                if self.exists(Table(f"_staging_{table.name}{part}", "", table.ddl, table.key)):
+                    self.unstage(table, part)
 
-    def unstage(self, table: Table) -> None:
+    def unstage(self, table: Table, part: str = "") -> None:
         """Remove what `staged` wrote for the table."""
-        place = f"_staging_{table.name}"
+        place = f"_staging_{table.name}{part}"
         if self.named:
             self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{place}")
         else:

@@ -1,4 +1,4 @@
-"""Which photos are to be captioned: the content keys of all items' photos, less those that are done.
+"""Which photos are captioned, why, and in which order: the content keys of all photos, less those that are done.
 
 Knows keys and joins; opens no photo and loads no model.
 """
@@ -6,43 +6,54 @@ Knows keys and joins; opens no photo and loads no model.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.captioners import ModelSettings
+from vlm4rec_spark.caption.settings import CaptionSettings
+from vlm4rec_spark.models.images import PHOTO_ERRORS
 from vlm4rec_spark.models.prompts import Prompt
 
-
-class CaptionSettings(BaseModel):
-    """Model, prompt, and how the work is cut."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model: ModelSettings = ModelSettings()
-    prompt: str = "describe.1"
-    photos_per_item: int = Field(1, ge=1)
-    batch_size: int = Field(16, ge=1)
-    photos_per_task: int = Field(64, ge=1)
-    max_failed_share: float = Field(0.2, ge=0, le=1)
+PENDING = ("new", "photo_changed", "prompt_changed", "model_changed", "settings_changed", "retry")
+"""Why a photo is captioned; `settings_changed`: other generation or pixel parameters."""
 
 
-def wanted_captions(
-    photos: DataFrame, imported: DataFrame, prompt: Prompt, model_id: str, settings: CaptionSettings
-) -> DataFrame:
+@dataclass(frozen=True)
+class Wish:
+    """What captions shall be made with, and which failed ones are tried again.
+
+    `retry` names an error class, or is "" for all of them; rejected captions count too. None: only where the model
+    failed, in up to `max_attempts` runs, since what is wrong with a photo or with a greedy answer stays wrong.
+    """
+
+    prompt: Prompt
+    model_id: str
+    settings: CaptionSettings
+    retry: str | None = None
+
+    def again(self) -> Column:
+        """Whether a failed or rejected caption is tried again."""
+        if self.retry is None:
+            models_fault = (F.col("status") == "failed") & ~F.col("error_class").isin(*PHOTO_ERRORS)
+            return models_fault & (F.col("attempts") < self.settings.max_attempts)
+        return F.lit(True) if self.retry == "" else F.col("error_class") == self.retry
+
+
+def wanted_captions(photos: DataFrame, imported: DataFrame, wish: Wish) -> DataFrame:
     """item_id, position, image_sha256 and caption_key of every photo that the model shall describe, no bytes.
 
     caption_key = SHA-256 of the photo's bytes, the prompt's text, the model at its revision, and the generation and
     pixel parameters: whatever changes the text, and nothing else.
     """
-    parameters = {"max_new_tokens": settings.model.max_new_tokens, "max_side": settings.model.max_side}
-    rest = json.dumps([prompt.text, model_id, parameters], sort_keys=True)
+    model = wish.settings.model
+    parameters = {"max_new_tokens": model.max_new_tokens, "max_side": model.max_side}
+    rest = json.dumps([wish.prompt.text, wish.model_id, parameters], sort_keys=True)
     first = Window.partitionBy("item_id").orderBy("position")
     return (
         photos.join(imported.select("item_id"), on="item_id", how="left_anti")
         .select("item_id", "position", "image_sha256", F.row_number().over(first).alias("nth"))
-        .where(F.col("nth") <= settings.photos_per_item)
+        .where(F.col("nth") <= wish.settings.photos_per_item)
         .select(
             "item_id",
             "position",
@@ -52,20 +63,73 @@ def wanted_captions(
     )
 
 
-def photos_to_caption(wanted: DataFrame, photos: DataFrame, captions: DataFrame) -> DataFrame:
-    """One row per content key that has no caption row yet, with the bytes of one photo that has this content."""
-    pending = wanted.join(captions.select("caption_key"), on="caption_key", how="left_anti")
-    one = pending.groupBy("caption_key").agg(F.min(F.struct("item_id", "position")).alias("photo"))
-    return one.select("caption_key", "photo.item_id", "photo.position").join(
-        photos.select("item_id", "position", "image_sha256", "image"), on=["item_id", "position"], how="inner"
-    ).select("caption_key", "image_sha256", "image")  # fmt: skip
+def in_force(item_captions: DataFrame, captions: DataFrame) -> DataFrame:
+    """item_id, position and `old` (the caption's key, photo, prompt and model) of each photo that a model described."""
+    old = F.struct("caption_key", "image_sha256", "prompt_id", "model").alias("old")
+    described = captions.where(F.col("status") == "ok").select("caption_key", old)
+    return item_captions.join(described, on="caption_key", how="inner").select("item_id", "position", "old")
 
 
-def item_captions(wanted: DataFrame, captions: DataFrame, imported: DataFrame) -> DataFrame:
-    """Which caption each item has now: the wanted ones that are there, and those that were imported."""
-    done = captions.where(F.col("status") == "ok").select("caption_key")
-    made = wanted.join(done, on="caption_key", how="left_semi").select("item_id", "position", "caption_key")
-    return made.unionByName(imported.select("item_id", "position", "caption_key"))
+def judged(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: Wish) -> DataFrame:
+    """`wanted` with `reason` (one of PENDING, or reused, kept, given_up), `old`, and `attempts` (runs that tried)."""
+    done = captions.select("caption_key", "status", "error_class", "attempts")
+    failed, old = F.col("status").isin("failed", "rejected"), F.col("old")
+    reason = (
+        F.when(failed & wish.again(), "retry")
+        .when(failed, "given_up")
+        .when(F.col("status").isNotNull(), "reused")
+        .when(old.isNull(), "new")
+        .when(old["image_sha256"] != F.col("image_sha256"), "photo_changed")
+        .when(F.lit(wish.settings.on_change == "keep"), "kept")
+        .when(old["model"] != wish.model_id, "model_changed")
+        .when(old["prompt_id"] != wish.prompt.prompt_id, "prompt_changed")
+        .otherwise("settings_changed")
+    )
+    return (
+        wanted.join(done, on="caption_key", how="left")
+        .join(in_force, on=["item_id", "position"], how="left")
+        .select("item_id", "position", "image_sha256", "caption_key", reason.alias("reason"), "old",
+                F.coalesce("attempts", F.lit(0)).alias("attempts"))
+    )  # fmt: skip
+
+
+def queue(judged: DataFrame, interactions: DataFrame | None) -> DataFrame:
+    """One row per content key to caption: caption_key, a photo's item_id and position, reason, attempts, and `rank`.
+
+    Rank 0 is the content whose items have the most events; the key breaks ties. Without `interactions` any order does.
+    """
+    pending = judged.where(F.col("reason").isin(*PENDING))
+    if interactions is None:
+        pending = pending.withColumn("events", F.lit(0))
+    else:
+        events = interactions.groupBy("item_id").agg(F.count(F.lit(1)).alias("events"))
+        pending = pending.join(events, on="item_id", how="left")
+    keys = pending.groupBy("caption_key").agg(
+        F.min(F.struct("item_id", "position", "reason", "attempts")).alias("one"), F.sum("events").alias("events")
+    )
+    # One task sorts all keys, some hundred bytes each: so the ranks are dense, and the same each time.
+    rank = F.row_number().over(Window.orderBy(F.desc_nulls_last("events"), "caption_key")) - 1
+    return keys.select("caption_key", "one.*", rank.alias("rank"))
+
+
+def with_photos(part: DataFrame, photos: DataFrame) -> DataFrame:
+    """Rows of the queue with their photo's image_sha256 and image."""
+    images = photos.select("item_id", "position", "image_sha256", "image")
+    return part.join(images, on=["item_id", "position"], how="inner")
+
+
+def item_captions(judged: DataFrame, captions: DataFrame, imported: DataFrame) -> DataFrame:
+    """Which caption each item has now: the wanted one when it is there, else the one that it had of this very photo.
+
+    And those that were imported.
+    """
+    done = captions.where(F.col("status") == "ok").select("caption_key", F.lit(True).alias("done"))
+    same_photo = F.col("old")["image_sha256"] == F.col("image_sha256")
+    key = F.when(F.col("done"), F.col("caption_key")).when(same_photo, F.col("old")["caption_key"])
+    made = judged.join(done, on="caption_key", how="left").select("item_id", "position", key.alias("caption_key"))
+    return made.where(F.col("caption_key").isNotNull()).unionByName(
+        imported.select("item_id", "position", "caption_key")
+    )
 
 
 def imported_captions(item_captions: DataFrame, captions: DataFrame) -> DataFrame:

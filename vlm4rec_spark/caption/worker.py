@@ -1,103 +1,113 @@
-"""The UDF around the model: photos in, one small row each out. Loaded once per worker process.
+"""The UDF around the model: photos in, one small row each out. The model sits in a supervised child process.
 
-Knows decoding, batches and failures; knows neither tables nor which backend runs.
+Knows rows, and what the driver wants to hear; knows neither tables nor which backend runs.
 """
 
 from __future__ import annotations
 
+import atexit
+import json
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 import pandas as pd
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
-from vlm4rec_spark.caption.plan import CaptionSettings
-from vlm4rec_spark.models.captioners import Caption, Captioner, ModelSettings, load_captioner
-from vlm4rec_spark.models.images import PhotoError, decode
+from vlm4rec_spark.caption.line import Address, Caller
+from vlm4rec_spark.caption.settings import CaptionSettings
+from vlm4rec_spark.models import quality
+from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
 
 RESULT = (
     "caption_key STRING, image_sha256 STRING, caption STRING, input_tokens INT, output_tokens INT, status STRING, "
-    "error_class STRING, error STRING, attempts INT, seconds DOUBLE"
+    "error_class STRING, error STRING, attempts INT, seconds DOUBLE, waited DOUBLE"
 )
+_ROWS, _SECONDS = 512, 2.0
+"""Results go back to Spark so many at a time, or this often: each time costs some milliseconds."""
 
-_loaded: dict[str, Captioner] = {}
-"""Python workers are reused from query to query: the model is keyed by the settings that made it."""
+_running: dict[str, Supervisor] = {}
+"""Python workers are reused from task to task, and the child with them: keyed by all that made it."""
 
 
-def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, tasks: int) -> DataFrame:
-    """Caption every row (caption_key, image_sha256, image) once: a row each in the columns of RESULT."""
-    photos = photos.repartition(tasks, "caption_key")
-    return photos.mapInPandas(_captioner_udf(settings, prompt), RESULT)
+def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, tasks: int, line: Address | None
+                   ) -> DataFrame:  # fmt: skip
+    """Caption every row (caption_key, image_sha256, image, attempts, rank) once: a row each in the columns of RESULT.
+
+    None for a photo that wasn't tried, because the driver said stop or the model kept dying.
+    """
+    # Not by a hash, which gives one task a tenth more than another.
+    even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
+    return even.mapInPandas(_captioner_udf(settings, prompt, line), RESULT)
 
 
 Batches = Iterator[pd.DataFrame]
 
 
-def _captioner_udf(settings: CaptionSettings, prompt: str) -> Callable[[Batches], Batches]:
+def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
-        rows = (row for batch in batches for row in batch.to_dict("records"))
-        while some := list(islice(rows, settings.batch_size)):
-            captioner = _captioner(settings.model)
-            yield pd.DataFrame(caption_batch(captioner, some, prompt, settings.model.max_side))
+        rows: dict[str, tuple[str, int]] = {}
+        caller = Caller(line)
+
+        def photos() -> Iterator[Photo]:
+            for batch in batches:
+                columns = (batch[name] for name in ("caption_key", "image_sha256", "attempts", "image"))
+                for key, sha256, attempts, image in zip(*columns, strict=True):
+                    rows[key] = (sha256, attempts + 1)
+                    yield Photo(key, image or b"")
+
+        caller.flush()
+        ready: list[dict] = []
+        began = time.monotonic()
+        supervisor = _supervisor(settings, prompt)
+        supervisor.run = line.token if line else ""
+        try:
+            for result in supervisor.caption(photos(), lambda: caller.stopped):
+                sha256, attempts = rows.pop(result.key)
+                ready.append({"image_sha256": sha256, "attempts": attempts} | row(result, prompt))
+                caller.say(_figures(ready[-1]))
+                if len(ready) >= _ROWS or time.monotonic() - began > _SECONDS:
+                    yield pd.DataFrame(ready)
+                    ready, began = [], time.monotonic()
+            if ready:
+                yield pd.DataFrame(ready)
+        finally:
+            caller.close()
 
     return caption
 
 
-def caption_batch(captioner: Captioner, rows: list[dict], prompt: str, max_side: int) -> list[dict]:
-    """A result row per row; a photo that can't be decoded, or on which the model fails alone, is one with an error."""
-    results, images = {}, {}
-    for row in rows:
-        try:
-            images[row["caption_key"]] = decode(bytes(row["image"]), max_side)
-        except PhotoError as bad:
-            results[row["caption_key"]] = _failed(bad.error_class, str(bad), attempts=1)
-    started = time.perf_counter()
-    keys = list(images)
-    try:
-        answers = captioner.caption([images[key] for key in keys], [prompt] * len(keys)) if keys else []
-        results |= {key: _answered(answer, attempts=1) for key, answer in zip(keys, answers, strict=True)}
-    except Exception:
-        # Somebody in the batch is to blame; alone, only the culprit fails.
-        results |= {key: _alone(captioner, images[key], prompt) for key in keys}
-    share = (time.perf_counter() - started) / max(1, len(keys))
-    return [
-        {"caption_key": row["caption_key"], "image_sha256": row["image_sha256"]}
-        | results[row["caption_key"]]
-        | {"seconds": share if row["caption_key"] in images else 0.0}
-        for row in rows
-    ]
-
-
-def _alone(captioner: Captioner, image, prompt: str) -> dict:  # type: ignore[no-untyped-def]
-    try:
-        return _answered(captioner.caption([image], [prompt])[0], attempts=2)
-    except Exception as failure:
-        return _failed(type(failure).__name__, str(failure), attempts=2)
-
-
-def _answered(answer: Caption, attempts: int) -> dict:
-    tokens = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
-    if not answer.text:
-        return _failed("empty_caption", "the model said nothing", attempts) | {"status": "rejected"} | tokens
-    return {"caption": answer.text, "status": "ok", "error_class": None, "error": None, "attempts": attempts} | tokens
-
-
-def _failed(error_class: str, error: str, attempts: int) -> dict:
+def row(result: Result, prompt: str) -> dict:
+    """A row of RESULT without the columns that don't come from the model: the caption, or why there is none."""
+    fault = quality.fault(result.text, prompt) if result.text is not None else None
+    status = "failed" if result.text is None else "rejected" if fault else "ok"
+    error_class, error = fault or (result.error_class, result.error)
     return {
-        "caption": None,
-        "input_tokens": None,
-        "output_tokens": None,
-        "status": "failed",
-        "error_class": error_class,
-        "error": error[:1_000],
-        "attempts": attempts,
-    }
+        "caption_key": result.key, "caption": result.text if status == "ok" else None,
+        "input_tokens": result.input_tokens, "output_tokens": result.output_tokens, "status": status,
+        "error_class": error_class, "error": error[:1_000] if error else error, "seconds": result.seconds,
+        "waited": result.waited,
+    }  # fmt: skip
 
 
-def _captioner(settings: ModelSettings) -> Captioner:
-    key = settings.model_dump_json()
-    if key not in _loaded:
-        _loaded.clear()  # one model at a time: two wouldn't fit a GPU
-        _loaded[key] = load_captioner(settings)
-    return _loaded[key]
+def _figures(row: dict) -> dict[str, float]:
+    counts = {"photos": 1, "tokens": row["output_tokens"] or 0, "seconds": row["seconds"], "waited": row["waited"]}
+    return counts if row["status"] == "ok" else counts | {"failed": 1, f"failed {row['error_class']}": 1}
+
+
+def _supervisor(settings: CaptionSettings, prompt: str) -> Supervisor:
+    made_by = (settings.model.model_dump(), prompt, settings.batch_size, settings.batch_seconds, settings.memory_gb)
+    key = json.dumps(made_by)
+    if key not in _running:
+        for other in _running.values():  # one model at a time: two wouldn't fit a GPU
+            other.close()
+        _running.clear()
+        memory = int(settings.memory_gb * 1e9) if settings.memory_gb else None
+        _running[key] = Supervisor(settings.model, prompt, settings.batch_size, settings.batch_seconds, memory)
+    return _running[key]
+
+
+@atexit.register
+def _close_all() -> None:
+    for supervisor in _running.values():
+        supervisor.close()

@@ -1,6 +1,6 @@
 """The command line: `vlm4rec <stage> --config FILE --set key=value`. Turns errors into one paragraph and an exit code.
 
-Exit codes: 0 done, or another run is at work; 1 a run failed; 2 wrong use or configuration.
+Exit codes: 0 done, or another run is at work; 1 a run failed; 2 wrong use or configuration; 75 told to stop, resumable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from vlm4rec_spark.cli import log
-from vlm4rec_spark.errors import Vlm4RecError
+from vlm4rec_spark.errors import UsageError, Vlm4RecError
 
 app = typer.Typer(
     name="vlm4rec",
@@ -43,7 +43,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and the 
 
 _HELP = {
     "ingest": "Read catalogue, photos and log into tables; rows that can't be taken go to `rejected` with a reason.",
-    "caption": "Describe every photo that has no caption yet; an identical photo is described once.",
     "embed": "Encode titles and captions whose text is new or has changed.",
     "index": "Build the searchable index folder of the items' vectors.",
     "profiles": "Weigh every user's history and average its vectors.",
@@ -84,6 +83,55 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 for _name, _help in _HELP.items():
     app.command(_name, help=_help)(_stage_command(_name))
+
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Try failed and rejected captions again too.")]
+ErrorClass = Annotated[
+    str | None, typer.Argument(metavar="[CLASS]", help="With --retry-failed: only those of this error class.")
+]
+
+
+@app.command("caption")
+def caption(
+    error_class: ErrorClass = None, retry_failed: Retry = False, config: Files = None, set_: Assignments = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Describe every photo that has no caption yet; an identical photo is described once.
+
+    A photo is described again when its bytes, the prompt, the model or its parameters have changed, and for no other
+    reason. `vlm4rec plan` says beforehand how many that are and what they cost; `caption.budget` is the most that one
+    run takes on, the items with the most events first.
+
+    Work is committed in chunks of `caption.chunk_photos`. SIGTERM ends a run after the batches at work, with exit code
+    75: run it again and it goes on.
+    """
+    from vlm4rec_spark.cli.stages import run_stages
+
+    run_stages("caption", config or [], set_ or [], debug, _retry(error_class, retry_failed))
+
+
+@app.command("plan")
+def show_plan(
+    error_class: ErrorClass = None,
+    retry_failed: Retry = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    config: Files = None,
+    set_: Assignments = None,
+    debug: Debug = False,
+) -> None:
+    """Show what `caption` would do now: how many photos, why, how long and at what price.
+
+    Reads no photo's bytes and changes nothing. Speed and tokens are those of the last runs with this model; before
+    there are any, what `caption.assumed` says.
+    """
+    from vlm4rec_spark.cli.stages import run_plan
+
+    run_plan(config or [], set_ or [], debug, as_json, _retry(error_class, retry_failed))
+
+
+def _retry(error_class: str | None, retry_failed: bool) -> str | None:
+    if error_class and not retry_failed:
+        raise UsageError(f"{error_class}: an error class goes with --retry-failed.")
+    return error_class or "" if retry_failed else None
 
 
 @app.command("import-captions")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm4rec_spark import progress, schemas
-from vlm4rec_spark.cli import quiet, show, status
+from vlm4rec_spark.cli import plan, quiet, show, status
 from vlm4rec_spark.cli.log import OURS, speak
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
@@ -20,10 +23,23 @@ from vlm4rec_spark.session import session
 from vlm4rec_spark.sources import Source
 
 
-def run_stages(name: str, files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
-    """Run the stage `name`, or all of them for `run`."""
+def run_stages(name: str, files: Sequence[Path], assignments: Sequence[str], debug: bool, retry: str | None = None
+               ) -> None:  # fmt: skip
+    """Run the stage `name`, or all of them for `run`. `retry`: failed captions to try again, as in `Run`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
+        pipeline.retry = retry
         _run(pipeline, STAGES if name == "run" else (name,), console)
+
+
+def run_plan(files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool, retry: str | None) -> None:
+    """Run `plan`."""
+    with _pipeline(load(files, assignments), debug) as (pipeline, _):
+        pipeline.retry = retry
+        planned = pipeline.plan()
+        if as_json:
+            print(json.dumps(asdict(planned)))
+        else:
+            plan.show(planned, pipeline.config.caption, Console())
 
 
 def run_import(path: str, kind: str, columns: Sequence[str], files: Sequence[Path], assignments: Sequence[str],
@@ -116,8 +132,7 @@ def _pipeline(config: Config, debug: bool) -> Iterator[tuple[Pipeline, Console]]
         Voice(
             enter=lambda run_id, stage: speak(config.log == "json", run_id=run_id, stage=stage),
             say=OURS.info,
-            watch=lambda label, rows: progress.watch(spark, None if config.log == "json" else console, OURS.info,
-                                                     label, rows),
+            watch=partial(progress.watch, spark, None if config.log == "json" else console, OURS.info),
         ),
     )
     yield pipeline, console

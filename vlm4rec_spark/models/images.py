@@ -12,8 +12,11 @@ MAX_PIXELS = 100_000_000
 """Larger photos are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
 
 
+PHOTO_ERRORS = ("empty", "not_an_image", "truncated", "too_large")
+
+
 class PhotoError(Exception):
-    """A photo that can't be used. `error_class` is one of empty, not_an_image, truncated, too_large."""
+    """A photo that can't be used. `error_class` is one of PHOTO_ERRORS."""
 
     def __init__(self, error_class: str, message: str):
         super().__init__(message)

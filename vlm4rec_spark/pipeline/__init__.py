@@ -18,9 +18,10 @@ from pyspark.sql import Row
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import __version__, schemas, sources
+from vlm4rec_spark.caption.estimate import Plan
 from vlm4rec_spark.lease import Lease
 from vlm4rec_spark.models.prompts import load_prompt
-from vlm4rec_spark.pipeline import describing, housekeeping, intake, judging, matching
+from vlm4rec_spark.pipeline import captioning, encoding, housekeeping, intake, judging, matching
 from vlm4rec_spark.pipeline.run import Outcome, Run, Voice
 from vlm4rec_spark.schemas import Table
 from vlm4rec_spark.sources import Source
@@ -49,9 +50,9 @@ _STAGES = {
         intake.beside,
     ),
     "caption": Stage(
-        describing.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), describing.beside_captions
+        captioning.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), captioning.beside_captions
     ),
-    "embed": Stage(describing.embed, _TEXTS, (schemas.EMBEDDINGS,), describing.beside_embeddings),
+    "embed": Stage(encoding.embed, _TEXTS, (schemas.EMBEDDINGS,), encoding.beside_embeddings),
     # Profiles take their vectors from the index artefact, so the index comes first.
     "index": Stage(matching.index, (*_TEXTS, schemas.EMBEDDINGS), (), matching.beside_index),
     "profiles": Stage(
@@ -125,6 +126,12 @@ class Pipeline(Run):
         with self.lease() as lease:
             return self._recorded(Outcome("import_captions"), lease, partial(intake.import_captions, raw, self))
 
+    def plan(self) -> Plan:
+        """What the caption stage would do now, and what that costs. Changes nothing and holds nobody up."""
+        self.begin()
+        self.check(["caption"])
+        return captioning.plan_captions(self)
+
     def maintain(self) -> Outcome:
         """Join small files, delete old ones, and clear what killed runs left. Changes no row."""
         self.begin()
@@ -141,7 +148,8 @@ class Pipeline(Run):
             return
         stage.work(self, outcome)
         # What it depends on besides may be made by the stage itself: the index folder, the report's page.
-        outcome.state = _state(outcome.stage, read | self.tables.versions(stage.writes), stage.beside(self))
+        beside = stage.beside(self) if outcome.complete else None
+        outcome.state = _state(outcome.stage, read | self.tables.versions(stage.writes), beside)
 
     def _unchanged(self, name: str) -> bool:
         stage, last = _STAGES[name], self.last_good().get(name)

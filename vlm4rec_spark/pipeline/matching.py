@@ -9,7 +9,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.pipeline.describing import item_texts
+from vlm4rec_spark.pipeline.encoding import item_texts
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling

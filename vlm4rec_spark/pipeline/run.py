@@ -28,6 +28,8 @@ class Outcome:
 
     stage: str
     status: str = ""
+    complete: bool = True
+    """False when the next run has more to do though nothing changes: then it isn't taken for unchanged."""
     state: str | None = None
     ok: int = 0
     failed: int = 0
@@ -44,11 +46,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Voice:
-    """How a run speaks: `enter(run_id, stage)`; `say` a line; `watch(label, rows)` a Spark job that takes long."""
+    """How a run speaks: `enter(run_id, stage)`; `say` a line; `watch(label, rows)` a Spark job that takes long.
+
+    A third argument to `watch` gives the rows done and what else there is to say; else finished tasks are counted.
+    """
 
     enter: Callable[[str, str], None]
     say: Callable[[str], None]
-    watch: Callable[[str, int], AbstractContextManager[None]]
+    watch: Callable[..., AbstractContextManager[None]]
 
 
 class Run:
@@ -58,6 +63,8 @@ class Run:
         self.spark, self.config, self.voice = spark, config, voice
         self.tables = Tables(spark, config.tables)
         self.run_id = ""
+        self.retry: str | None = None
+        """Failed captions to try again: an error class, or "" for all of them."""
         self.index_folder: Path | None = None
         """What this run has built; `runs` doesn't know of it before the stage has ended."""
 

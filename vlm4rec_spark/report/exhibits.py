@@ -6,17 +6,17 @@ it needs, and becomes plain values once the album has them: so that photos are f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from pyspark.sql import DataFrame, Row, Window
+from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.album import CAPTION_LENGTH, Album, Place
-from vlm4rec_spark.report.data import Captions, Failure, PhotoStock, Recommended, Run, SharedPhoto, User
+from vlm4rec_spark.report.data import Captions, Failure, Photo, PhotoStock, Recommended, Run, SharedPhoto, User
 
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
@@ -25,6 +25,7 @@ _SHARED = 3
 _LOOKED_AT = 1_000
 _FAILURES_PER_CLASS = 4
 _FAILURES = 24
+_EXTREMES = 3
 _HISTORY = 8
 _LIST = 12
 _MODERATE = (5, 12)
@@ -95,19 +96,25 @@ class ChosenCaptions:
         few = broken.select("item_id", "position", "error_class", "error", nth.alias("nth"))
         few = few.where(F.col("nth") <= _FAILURES_PER_CLASS).orderBy("nth", "error_class").limit(_FAILURES)
         self._failed = few.collect()
-        self._samples = _some_captioned(tables, captions, photos)
+        linked = _linked(tables, captions)
+        self._covered = linked.select("item_id").distinct().count()
+        self._samples = _some_captioned(linked, photos)
+        self._shortest = _extreme(linked, F.asc)
+        self._longest = _extreme(linked, F.desc)
 
     @property
     def places(self) -> list[Place]:
-        return [(row["item_id"], row["position"]) for row in (*self._samples, *self._failed)]
+        rows = (*self._samples, *self._failed, *self._shortest, *self._longest)
+        return [(row["item_id"], row["position"]) for row in rows]
 
     def shown(self, album: Album) -> Captions:
         return Captions(
             statuses={row["status"]: row["count"] for row in self._statuses},
             failed_classes={row["error_class"]: row["count"] for row in self._classes},
-            samples=tuple(
-                album.photo((row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH]) for row in self._samples
-            ),
+            covered=self._covered,
+            samples=_captioned(self._samples, album),
+            shortest=_captioned(self._shortest, album),
+            longest=_captioned(self._longest, album),
             failures=tuple(
                 Failure(
                     album.photo((row["item_id"], row["position"])),
@@ -151,11 +158,26 @@ def _recommended(item: Row, album: Album) -> Recommended:
     return Recommended(album.main(item["item_id"]), item["score"], because, tuple(item["because_terms"] or ()))
 
 
-def _some_captioned(tables: Tables, captions: DataFrame, photos: int) -> list[Row]:
-    """item_id, position and caption of `photos` captions in force."""
-    linked = tables.read(schemas.ITEM_CAPTIONS).join(
+def _linked(tables: Tables, captions: DataFrame) -> DataFrame:
+    """item_id, position, caption_key and caption of the captions in force."""
+    return tables.read(schemas.ITEM_CAPTIONS).join(
         captions.where(F.col("caption").isNotNull()).select("caption_key", "caption"), on="caption_key", how="inner"
     )
+
+
+def _captioned(rows: Sequence[Row], album: Album) -> tuple[Photo, ...]:
+    return tuple(album.photo((row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH]) for row in rows)
+
+
+def _extreme(linked: DataFrame, order: Callable[[Column], Column]) -> list[Row]:
+    """The few captions in force that come first by their length, each once."""
+    once = linked.groupBy("caption_key", "caption").agg(F.min(F.struct("item_id", "position")).alias("place"))
+    few = once.orderBy(order(F.length("caption")), "caption_key").limit(_EXTREMES)
+    return few.select("place.*", "caption", F.length("caption").alias("length")).collect()
+
+
+def _some_captioned(linked: DataFrame, photos: int) -> list[Row]:
+    """item_id, position and caption of `photos` captions in force."""
     # Twice as many, since identical photos share a caption and are shown once.
     few = linked.orderBy(F.xxhash64("caption_key"), "caption_key", "item_id", "position").limit(2 * photos).collect()
     once = {row["caption_key"]: row for row in reversed(few)}

@@ -13,6 +13,13 @@ _BROKEN = {
     "truncated": "Photos that end early or are damaged",
     "too_large": "Photos with more pixels than are decoded",
     "empty_caption": "Photos of which the model said nothing",
+    "too_short": "Photos of which the model said fewer than three words",
+    "refusal": "Photos that the model refused to describe",
+    "echo": "Photos for which the model repeated its prompt",
+    "repetition": "Photos for which the model repeated itself",
+    "model_died": "Photos over which the model's process ended",
+    "model_hung": "Photos over which the model gave no answer in time",
+    "out_of_memory": "Photos over which the model ran out of memory",
 }
 _KINDS = {
     "CMYK": ("Photos in printing colours (CMYK)", "converted to RGB"),

@@ -1,14 +1,21 @@
 """A captioner without a model: says the photo's mean colour, and fails on request. For tests of everything around it.
 
-Its `model` setting is a list of faults joined by `+`: `demo` or any other word for none, `raise` for an exception on
-photos that are mostly red, `empty` for an empty answer on photos that are mostly blue, `count=FILE` to append a line
-per photo to a file, `die_once=FILE` to end the whole process and `stall_once=FILE` to say nothing for an hour, both in
-the one process that gets to make the file.
+Its `model` setting is a list of requests joined by `+`; any other word is none. `FAULT` or `FAULT:COLOUR`, colour being
+red, green or blue, is for photos that are mostly of this colour:
+
+- raise (an exception; red when no colour is named), empty (no text; blue), refuse, echo (the prompt), loop (a sentence
+  again and again)
+- exit (the process ends), hang (it says nothing for an hour), eat (it takes memory until it is ended)
+
+And `NAME=VALUE`: ms (milliseconds that a call takes at least), count (a file that gets a line per photo), and, both in
+the one process that gets to make the file, die_once (the parent is killed, a Python worker of Spark) and stall_once (it
+says nothing for an hour).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 
@@ -16,38 +23,63 @@ from PIL.Image import Image
 
 from vlm4rec_spark.models.captioners import Caption
 
+_COLOURS = {"raise": "red", "empty": "blue"}
+
 
 class FakeCaptioner:
-    def __init__(self, faults: str):
-        words = faults.split("+")
-        self.faults = set(words)
-        self.files = dict(word.split("=", 1) for word in words if "=" in word)
+    def __init__(self, requests: str):
+        words = requests.split("+")
+        self.values = dict(word.split("=", 1) for word in words if "=" in word)
+        faults = [word.partition(":") for word in words if "=" not in word]
+        self.faults = {(name, colour or _COLOURS.get(name, "red")) for name, _, colour in faults}
 
     def caption(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Caption]:
-        return [self._one(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        began = time.perf_counter()
+        captions = [self._one(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        time.sleep(max(0.0, float(self.values.get("ms", 0)) / 1_000 - (time.perf_counter() - began)))
+        return captions
 
     def _one(self, image: Image, prompt: str) -> Caption:
         if self._is_first("die_once"):
-            os._exit(1)
+            os.kill(os.getppid(), signal.SIGKILL)
         if self._is_first("stall_once"):
             time.sleep(3_600)
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
-        if "count" in self.files:
-            # O_APPEND: several workers write to the one file and no line is torn.
-            handle = os.open(self.files["count"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        if "count" in self.values:
+            # O_APPEND: several processes write to the one file and no line is torn.
+            handle = os.open(self.values["count"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.write(handle, b"1\n")
             os.close(handle)
-        if "raise" in self.faults and red > 1.5 * max(green, blue):
-            raise RuntimeError("the fake was asked to fail on red photos")
-        if "empty" in self.faults and blue > 1.5 * max(red, green):
-            return Caption("", len(prompt.split()), 0)
         text = f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}."
+        shades = {"red": red, "green": green, "blue": blue}
+        for fault, colour in self.faults:
+            others = (shade for name, shade in shades.items() if name != colour)
+            if colour in shades and shades[colour] > 1.5 * max(others):
+                text = _fail(fault, prompt, text)
         return Caption(text, len(prompt.split()), len(text.split()))
 
     def _is_first(self, fault: str) -> bool:
-        """Whether this process makes the fault's file: one only, whichever of several workers comes first."""
+        """Whether this process makes the fault's file: one only, whichever of several comes first."""
         try:
-            os.close(os.open(self.files[fault], os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self.values[fault], os.O_CREAT | os.O_EXCL))
         except (KeyError, FileExistsError):
             return False
         return True
+
+
+def _fail(fault: str, prompt: str, text: str) -> str:
+    """What is said in place of `text`, if anything is."""
+    match fault:
+        case "raise":
+            raise RuntimeError("the fake was asked to fail on this photo")
+        case "exit":
+            os._exit(3)
+        case "hang":
+            time.sleep(3_600)
+        case "eat":
+            eaten = []
+            while True:
+                eaten.append(b"\1" * 10_000_000)
+                time.sleep(0.002)
+    said = {"empty": "", "refuse": "I'm sorry, I can't help with that.", "echo": prompt, "loop": 9 * text}
+    return said.get(fault, text)

@@ -1,0 +1,170 @@
+"""The model's child process: what its death, hang or hunger costs, and whom they are put down to."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.captioners import ModelSettings
+from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
+
+
+def photo(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
+DARKER = photo("#000040")
+
+
+@pytest.fixture
+def supervised() -> Iterator[type[Supervisor]]:
+    made = []
+
+    class Made(Supervisor):
+        def __init__(self, requests: str, batch_size: int = 4, seconds: float = 20, memory: int | None = None):
+            super().__init__(ModelSettings(backend="fake", model=requests), "Say it.", batch_size, seconds, memory)
+            made.append(self)
+
+    yield Made
+    for one in made:
+        one.close()
+
+
+def captioned(supervisor: Supervisor, *images: bytes) -> dict[str, str]:
+    """By the photo's place its text, or its error class; each place once."""
+    results = list(supervisor.caption(Photo(str(n), image) for n, image in enumerate(images)))
+    assert sorted(result.key for result in results) == sorted(str(n) for n in range(len(images)))
+    return {result.key: result.error_class or result.text.removesuffix(".").split()[-1] for result in results}  # type: ignore[union-attr]
+
+
+def calls(file: Path) -> int:
+    return file.stat().st_size // 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_every_photo_has_one_result_whatever_the_batch(supervised: type[Supervisor], batch_size: int) -> None:
+    run = supervised("none", batch_size)
+    images = [GREY, b"", b"<html>", GREY[:-30], *[DARKER, GREY] * 10]
+    expected = {"0": "4", "1": "empty", "2": "not_an_image", "3": "truncated"}
+    expected |= {str(n): "2" if n % 2 == 0 else "4" for n in range(4, 24)}
+    assert captioned(run, *images) == expected
+    # The same child serves the next task.
+    before = run.pid
+    assert captioned(run, GREY) == {"0": "4"}
+    assert run.pid == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "error_class"),
+    [("raise", "RuntimeError"), ("exit", "model_died"), ("hang", "model_hung"), ("eat", "out_of_memory")],
+)
+def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
+    supervised: type[Supervisor], tmp_path: Path, fault: str, error_class: str
+) -> None:
+    count = tmp_path / "calls"
+    run = supervised(f"{fault}:red+count={count}", 4, seconds=1.5 if fault == "hang" else 20, memory=400_000_000)
+    images = [GREY] * 5 + [RED] + [GREY] * 10
+    assert captioned(run, *images) == {str(n): error_class if n == 5 else "4" for n in range(16)}
+    # The killer's batch is asked for again, photo by photo, and nothing else.
+    assert 16 <= calls(count) <= 16 + 4
+
+
+def test_two_killers_in_one_batch_are_both_found(supervised: type[Supervisor]) -> None:
+    assert captioned(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == {
+        "0": "model_died", "1": "4", "2": "model_died", "3": "4", "4": "4",
+    }  # fmt: skip
+
+
+def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> None:
+    (result,) = supervised("exit:red").caption([Photo("a", RED)])
+    assert result.error == "the process ended with exit code 3"
+    (result,) = supervised("hang:red", seconds=1).caption([Photo("a", RED)])
+    assert result.error == "no answer within 1 s; the process was ended"
+
+
+def test_a_child_that_somebody_kills_loses_nothing(supervised: type[Supervisor], tmp_path: Path) -> None:
+    count = tmp_path / "calls"
+    run = supervised(f"ms=50+count={count}")
+    results: list[Result] = []
+    for n, result in enumerate(run.caption(Photo(str(n), GREY) for n in range(40))):
+        if n in (4, 20):
+            os.kill(run.pid, signal.SIGKILL)
+        results.append(result)
+    assert sorted(int(result.key) for result in results) == list(range(40))
+    assert {result.error for result in results} == {None}
+    assert calls(count) <= 40 + 2 * 4
+
+
+def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]) -> None:
+    results = list(supervised("exit:red", 1).caption(Photo(str(n), RED) for n in range(40)))
+    assert 1 <= len(results) <= 10
+    assert {result.error_class for result in results} == {"model_died"}
+
+
+def test_stop_ends_after_the_batches_that_were_begun(supervised: type[Supervisor]) -> None:
+    run, done = supervised("none"), list[Result]()
+    for result in run.caption((Photo(str(n), GREY) for n in range(100)), stop=lambda: len(done) >= 10):
+        done.append(result)
+    assert 10 <= len(done) <= 20
+
+
+def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(supervised: type[Supervisor]) -> None:
+    run = supervised("none")
+    first = run.caption(Photo(str(n), GREY) for n in range(20))
+    next(first)
+    first.close()
+    assert captioned(run, DARKER, GREY) == {"0": "2", "1": "4"}
+
+
+def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    run = Supervisor(ModelSettings(model=str(tmp_path / "none")), "Say it.", 4, 20)
+    with pytest.raises(RunError, match=r"^The captioner can't be loaded: OSError: .*none"):
+        list(run.caption([Photo("a", GREY)]))
+    assert run.pid is None
+
+
+def test_the_child_never_outlives_its_parent() -> None:
+    code = """
+import time
+from vlm4rec_spark.models.captioners import ModelSettings
+from vlm4rec_spark.models.supervisor import Photo, Supervisor
+run = Supervisor(ModelSettings(backend="fake", model="hang:red"), "Say it.", 4, 600)
+def photos():
+    yield Photo("a", GREY)
+    print(run.pid, flush=True)
+    yield Photo("b", RED)
+for result in run.caption(photos()):
+    print("done", flush=True)
+"""
+    code = code.replace("GREY", repr(GREY)).replace("RED", repr(RED)).replace("4, 600", "1, 600")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert parent.stdout.readline() == "done\n"  # and the child hangs over the second one, from where it can't hear
+        parent.kill()
+    assert psutil.wait_procs([child], timeout=10)[1] == []
+
+
+def test_time_that_the_model_waits_is_told_from_time_that_it_works(supervised: type[Supervisor]) -> None:
+    def slow() -> Iterator[Photo]:
+        for n in range(4):
+            time.sleep(0.1)
+            yield Photo(str(n), GREY)
+
+    results = list(supervised("ms=20", 1).caption(slow()))
+    assert 0.08 <= sum(result.seconds for result in results) < 0.3
+    assert sum(result.waited for result in results) > 0.1

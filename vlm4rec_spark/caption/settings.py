@@ -1,0 +1,68 @@
+"""The caption stage's settings: model, prompt, how the work is cut, what may fail and what it may cost."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vlm4rec_spark.models.captioners import ModelSettings
+
+
+class Budget(BaseModel):
+    """The most that one run takes on. Items with the most events come first; the rest waits for the next run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    photos: int | None = Field(None, ge=0)
+    money: float | None = Field(None, ge=0)
+    """In the currency of `Prices`."""
+
+
+class Prices(BaseModel):
+    """In any one currency; 0 where nothing is paid."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device_hour: float = Field(0.0, ge=0)
+    million_input_tokens: float = Field(0.0, ge=0)
+    million_output_tokens: float = Field(0.0, ge=0)
+
+
+class Assumed(BaseModel):
+    """What is reckoned with until a run has measured it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    photos_per_second: float = Field(1.0, gt=0)
+    """Of one device."""
+    input_tokens: float = Field(3_000, ge=0)
+    """LLaVA-NeXT makes 2,988 of a photo of 672 pixels."""
+    output_tokens: float = Field(100, ge=0)
+
+
+class CaptionSettings(BaseModel):
+    """All of them; `conf/base.yaml` says what each is for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: ModelSettings = ModelSettings()
+    prompt: str = "describe.1"
+    on_change: Literal["replace", "keep"] = "replace"
+    photos_per_item: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
+    photos_per_task: int = Field(1_000, ge=1)
+    chunk_photos: int = Field(10_000, ge=2)
+    batch_seconds: float = Field(300.0, ge=1)
+    memory_gb: float | None = Field(None, gt=0)
+    max_failed_share: float = Field(0.2, ge=0, le=1)
+    max_attempts: int = Field(3, ge=1)
+    budget: Budget = Budget()
+    prices: Prices = Prices()
+    assumed: Assumed = Assumed()
+
+    @model_validator(mode="after")
+    def _money_needs_prices(self) -> CaptionSettings:
+        if self.budget.money is not None and not any(self.prices.model_dump().values()):
+            raise ValueError("budget.money needs a price above 0 in prices")
+        return self
