@@ -77,10 +77,15 @@ def test_the_fake_says_the_mean_colour_in_order() -> None:
 
 
 def test_the_fake_fails_on_request_and_only_then() -> None:
-    with pytest.raises(RuntimeError, match="fail on red"):
+    with pytest.raises(RuntimeError, match="fail on this photo"):
         fake("raise").caption([GREEN, RED], ["Say it."] * 2)
+    with pytest.raises(RuntimeError, match="fail on this photo"):
+        fake("raise:green").caption([GREEN, RED], ["Say it."] * 2)
     assert fake("raise").caption([GREEN, BLUE], ["Say it."] * 2) == fake("demo").caption([GREEN, BLUE], ["Say it."] * 2)
     assert captions(fake("raise+empty"), [GREEN, BLUE], 2) == ["A thing of red 0, green 6 and blue 0.", ""]
+    asked = fake("echo:green+refuse:blue+loop:red").caption([GREEN, BLUE, RED], ["Say it now."] * 3)
+    assert [answer.text[:12] for answer in asked] == ["Say it now.", "I'm sorry, I", "A thing of r"]
+    assert len(asked[2].text) == 9 * len("A thing of red 6, green 0 and blue 0.")
 
 
 def test_the_fake_counts_the_photos_it_is_asked_about(tmp_path: Path) -> None:

@@ -89,6 +89,13 @@ def test_two_killers_in_one_batch_are_both_found(supervised: type[Supervisor]) -
     }  # fmt: skip
 
 
+def test_two_killers_of_two_kinds_in_one_batch_each_have_their_own_class(supervised: type[Supervisor]) -> None:
+    run = supervised("exit:red+hang:green", 16, seconds=1)
+    assert captioned(run, RED, GREEN, *[GREY] * 6) == {"0": "model_died", "1": "model_hung"} | {
+        str(n): "4" for n in range(2, 8)
+    }
+
+
 def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> None:
     (result,) = supervised("exit:red").caption([Photo("a", RED)])
     assert result.error == "the process ended with exit code 3"

@@ -169,22 +169,25 @@ def _rates(run: Run, wish: planning.Wish) -> Rates:
 def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
     """Caption what the plan says, chunk by chunk, and say what has stopped it before the end: nothing, or a signal.
 
-    A chunk is committed while the next one is made. Their tasks come in this order, so that no task waits for the
-    slowest of the chunk before; what is made and not committed yet is two halves of `chunk_photos` at most.
+    A part is committed while the next one is made. Their tasks come in this order, so that no task waits for the
+    slowest of the part before. What is made and not committed yet is two parts at most: one chunk.
     """
-    todo = task.plan.now
-    most = run.config.caption.chunk_photos
-    size = todo if todo <= most else -(-most // _AT_ONCE)
-    waiting = deque(range(-(-todo // size)))
+    todo, began, given, number = task.plan.now, time.monotonic(), 0, 0
+    rate = task.plan.rates.photos_per_second * run.spark.sparkContext.defaultParallelism
     making: deque[Future[tuple[DataFrame, str]]] = deque()
     with _line(run) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
         with run.voice.watch("captioning photos", todo, lambda: _how_far(line)):
             try:
-                while making or (waiting and not line.stop):
-                    while waiting and len(making) < _AT_ONCE and not line.stop:
-                        making.append(pool.submit(_make, run, task, line, waiting.popleft(), size))
+                while making or (given < todo and not line.stop):
+                    while given < todo and len(making) < _AT_ONCE and not line.stop:
+                        chunk = _chunk(run, rate)
+                        size = chunk if todo <= chunk else -(-chunk // _AT_ONCE)
+                        ranks = range(given, min(todo, given + size))
+                        making.append(pool.submit(_make, run, task, line, ranks, number % _AT_ONCE))
+                        given, number = ranks.stop, number + 1
                     _await(making[0], line, run.config.caption.max_failed_share)
                     _commit(run, task, making.popleft().result(), totals)
+                    rate = totals.tried / (time.monotonic() - began)
                     if _too_many(totals.failed, totals.tried, run.config.caption.max_failed_share):
                         line.stop = True
             except BaseException:
@@ -196,17 +199,22 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
         return next(iter(signals), "")
 
 
-def _make(run: Run, task: _Task, line: Line, number: int, size: int) -> tuple[DataFrame, str]:
-    """The rows of a chunk, written aside, and where."""
-    settings, first = run.config.caption, number * size
-    last = min(first + size, task.plan.now)
-    part = task.queue.where((F.col("rank") >= first) & (F.col("rank") < last))
+def _chunk(run: Run, rate: float) -> int:
+    """How many photos make a chunk, at so many photos per second."""
+    settings = run.config.caption
+    return max(_AT_ONCE, min(settings.chunk_photos, int(rate * 60 * settings.chunk_minutes)))
+
+
+def _make(run: Run, task: _Task, line: Line, ranks: range, place: int) -> tuple[DataFrame, str]:
+    """The rows of a part of the queue, written aside, and where."""
+    settings = run.config.caption
+    part = task.queue.where((F.col("rank") >= ranks.start) & (F.col("rank") < ranks.stop))
     slots = run.spark.sparkContext.defaultParallelism
     # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
-    tasks = max(min(slots, -(-(last - first) // settings.batch_size)), -(-(last - first) // settings.photos_per_task))
+    tasks = max(min(slots, -(-len(ranks) // settings.batch_size)), -(-len(ranks) // settings.photos_per_task))
     photos = planning.with_photos(part, run.read(schemas.PHOTOS))
     made = worker.caption_photos(photos, settings, task.wish.prompt.text, tasks, line.address)
-    aside = f"_{number % _AT_ONCE}"
+    aside = f"_{place}"
     return run.tables.staged(schemas.CAPTIONS, made, aside), aside
 
 

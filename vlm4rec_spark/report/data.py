@@ -90,15 +90,15 @@ class Captions:
     """How the captions in force came about, with some of them."""
 
     statuses: Mapping[str, int] = field(default_factory=dict)
-    covered: int = 0
-    """Items that have a caption."""
     failed_classes: Mapping[str, int] = field(default_factory=dict)
     samples: tuple[Photo, ...] = ()
     failures: tuple[Failure, ...] = ()
-    shortest: tuple[Photo, ...] = ()
-    longest: tuple[Photo, ...] = ()
     worked: Run | None = None
     """The last run in which the model had something to do."""
+    shortest: tuple[Photo, ...] = ()
+    longest: tuple[Photo, ...] = ()
+    covered: int = 0
+    """Items that have a caption."""
 
 
 @dataclass(frozen=True)
