@@ -116,6 +116,15 @@ def test_a_child_that_somebody_kills_loses_nothing(supervised: type[Supervisor],
     assert calls(count) <= 40 + 2 * 4
 
 
+def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[Supervisor]) -> None:
+    run = supervised("none")
+    run.idle_seconds = 0.5
+    assert captioned(run, GREY) == {"0": "4"}
+    assert run.pid is not None
+    assert psutil.wait_procs([psutil.Process(run.pid)], timeout=10)[1] == []
+    assert captioned(run, GREY, b"") == {"0": "4", "1": "empty"}
+
+
 def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]) -> None:
     results = list(supervised("exit:red", 1).caption(Photo(str(n), RED) for n in range(40)))
     assert 1 <= len(results) <= 10

@@ -25,8 +25,8 @@ _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that the kernel sends to a process when its parent ends."""
 
 
-def main(handle: int, parent: int) -> None:
-    """Serve the parent at the socket `handle` until it hangs up."""
+def main(handle: int, parent: int, idle_seconds: float) -> None:
+    """Serve the parent at the socket `handle` until it hangs up, or has had nothing to ask for so long."""
     _end_with(parent)
     _be_the_first_to_go()
     wire = _Wire(handle)
@@ -38,10 +38,16 @@ def main(handle: int, parent: int) -> None:
         return
     wire.send({"loaded": True})
     decoded: queue.Queue[dict] = queue.Queue()
-    threading.Thread(target=_decode_ahead, args=(wire, settings.max_side, decoded), daemon=True).start()
+    at_work = threading.Event()
+    threading.Thread(target=_decode_ahead, args=(wire, settings.max_side, at_work, decoded), daemon=True).start()
     free_since = time.perf_counter()
     while True:
-        batch = decoded.get()
+        try:
+            batch = decoded.get(timeout=idle_seconds)
+        except queue.Empty:
+            if at_work.is_set():
+                continue
+            return  # the parent may live on with other work, and a GPU's memory isn't there to be held
         began = time.perf_counter()
         if batch["first"]:  # before it nobody waited for this model
             free_since = began
@@ -68,11 +74,12 @@ class _Wire:
             self._ends.send_bytes(json.dumps(message).encode())
 
 
-def _decode_ahead(wire: _Wire, max_side: int, decoded: queue.Queue[dict]) -> None:
+def _decode_ahead(wire: _Wire, max_side: int, at_work: threading.Event, decoded: queue.Queue[dict]) -> None:
     """Batches from the wire to images; the parent sees to it that few of them are on their way at once."""
     try:
         while True:
             batch = wire.receive()
+            at_work.set()
             photos = [wire.receive_bytes() for _ in batch["keys"]]
             wire.send({"decoding": batch["batch"]})
             batch["images"], batch["bad"] = {}, {}
@@ -85,6 +92,7 @@ def _decode_ahead(wire: _Wire, max_side: int, decoded: queue.Queue[dict]) -> Non
                     batch["bad"][key] = [error_class(unforeseen), str(unforeseen)]
             wire.send({"decoded": batch["batch"]})
             decoded.put(batch)
+            at_work.clear()
     except (EOFError, OSError):  # the parent has hung up
         os._exit(0)
 
@@ -121,4 +129,4 @@ def _be_the_first_to_go() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -97,6 +97,8 @@ class Supervisor:
         self._child: subprocess.Popen | None = None
         self._number, self._deaths, self._failed_loads = 0, 0, 0
         self._flying: dict[int, _Batch] = {}
+        self.idle_seconds = 60.0
+        """After so long without a photo the child ends; Spark ends an idle Python worker after as much."""
         self.run = ""
         """Another run begins where this changes: what the model waited before doesn't count."""
         self._counted = ""
@@ -178,7 +180,8 @@ class Supervisor:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         with theirs:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "vlm4rec_spark.models.child", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "vlm4rec_spark.models.child", *map(str, (theirs.fileno(), os.getpid(),
+                                                                               self.idle_seconds))],
                 stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, pass_fds=[theirs.fileno()],
                 env=_MALLOC | os.environ | {"PYTHONPATH": path},
             )  # fmt: skip

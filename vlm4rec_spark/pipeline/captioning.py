@@ -176,7 +176,7 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
     rate = task.plan.rates.photos_per_second * run.spark.sparkContext.defaultParallelism
     making: deque[Future[tuple[DataFrame, str]]] = deque()
     with _line(run) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
-        with run.voice.watch("captioning photos", todo, lambda: _how_far(line)):
+        with run.voice.watch("captioning photos", todo, lambda: _how_far(line, began)):
             try:
                 while making or (given < todo and not line.stop):
                     while given < todo and len(making) < _AT_ONCE and not line.stop:
@@ -248,11 +248,11 @@ def _too_many(failed: float, tried: float, share: float) -> bool:
     return failed - 3 * math.sqrt(failed) > share * tried
 
 
-def _how_far(line: Line) -> tuple[float, str]:
+def _how_far(line: Line, began: float) -> tuple[float, str]:
     """Photos done, and what there is to say beside their rate."""
     said = line.counts
     worked = said["seconds"] + said["waited"]
-    parts = [f"{said['tokens'] / said['photos']:.0f} tokens each" if said["photos"] else "",
+    parts = [f"{said['tokens'] / (time.monotonic() - began):,.0f} tokens/s",
              f"model idle {said['waited'] / worked:.1%}" if worked else ""]  # fmt: skip
     parts += [f"{name.removeprefix('failed ')} {count:,}" for name, count in said.items() if name.startswith("failed ")]
     return said["photos"], ", ".join(filter(None, parts))
