@@ -113,7 +113,7 @@ def stage(folder: Path, model: str, master: str, photos: int) -> dict[str, float
 def memory(folder: Path, photos: int) -> dict[str, float]:
     """The peaks of memory when many photos of 200 kB go through a fake that does nothing."""
     quiet()
-    run = pipeline(config(folder / "many", "quick fake", "local[2]", "spark.driver_memory=1g"))
+    run = pipeline(config(folder / "many", "quick fake", "local[2]", "spark.driver_memory=800m"))
     small = originals(folder)[0]
 
     def photo(number: int) -> bytes:

@@ -33,7 +33,7 @@ _DELTA = {
 _UTC = {"spark.sql.session.timeZone": "UTC"}
 _ARROW = {
     "spark.sql.execution.arrow.pyspark.enabled": "true",
-    "spark.sql.execution.arrow.maxBytesPerBatch": str(64 * 1024 * 1024),
+    "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 1024 * 1024),
 }
 _LOCAL = {
     "spark.ui.enabled": "false",
