@@ -26,7 +26,7 @@ from vlm4rec_spark import schemas
 
 pytestmark = pytest.mark.soak
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
-PHOTOS, CHUNK, BATCH, SEED = 3_000, 400, 8, 5
+PHOTOS, CHUNK, BATCH, SEED = 8_000, 400, 8, 5
 CHILD = "vlm4rec_spark.models.child"
 
 
@@ -41,7 +41,7 @@ class Job:
 
     def start(self, place: str, command: str = "caption") -> psutil.Popen:
         out = self.folder / place
-        # 25 ms a call of 8: half a minute of two models, so that a kill can meet each moment of it.
+        # 120 ms a call of 8: some minutes of two models, so that twenty drivers can be killed before all is done.
         settings = (
             f"tables={out}", f"ingest.items.path=[{self.folder}/shop.parquet]", "ingest.items.format=parquet",
             "ingest.photos.bytes_column=photo", f"caption.model.model=ms=120+count={self.folder}/calls-{place}",
@@ -135,7 +135,7 @@ def children(process: psutil.Popen) -> list[psutil.Process]:
 def test_captions_are_the_same_after_twenty_killed_drivers(
     job: Job, undisturbed: tuple[dict[str, list[str]], float]
 ) -> None:
-    (expected, seconds), kills = undisturbed, 20
+    (expected, _), kills = undisturbed, 20
     assert job.start("drivers", "ingest").wait(600) == 0, job.log("drivers")
     rng, done = random.Random(SEED), 0
     while done < kills and job.calls("drivers") < PHOTOS + CHUNK * kills:
@@ -144,7 +144,7 @@ def test_captions_are_the_same_after_twenty_killed_drivers(
         # From the first calls of this run on: a kill while Spark starts has nothing to lose.
         while process.poll() is None and job.calls("drivers") == before:
             time.sleep(0.1)
-        deadline = time.monotonic() + rng.uniform(0, 0.12 * seconds)
+        deadline = time.monotonic() + rng.uniform(0, 4)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:
