@@ -18,16 +18,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
+from memory import peaks
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +35,7 @@ from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.models.captioners import load_captioner
-from vlm4rec_spark.models.images import decode
+from vlm4rec_spark.models.images import PhotoError, decode
 from vlm4rec_spark.models.prompts import load_prompt
 from vlm4rec_spark.pipeline import Pipeline, Voice
 from vlm4rec_spark.session import session
@@ -48,7 +47,6 @@ MODELS = {
     "quick fake": ["caption.model.model=none"],
 }
 WARM = 64
-GB = 1e9
 
 
 def config(folder: Path, model: str, master: str, *more: str) -> Config:
@@ -64,7 +62,7 @@ def originals(folder: Path) -> list[bytes]:
     for file in sorted((folder / "raw" / "photos").iterdir()):
         try:
             decode(file.read_bytes(), 672)
-        except Exception:
+        except PhotoError:  # the demo has some that are none
             continue
         found.append(file.read_bytes())
     return found
@@ -148,37 +146,6 @@ def store(run: Pipeline, photos: int, photo: Callable[[int], bytes]) -> None:
 
     made = run.spark.range(0, photos, 1, max(2, photos // 1_000)).mapInPandas(rows, schemas.PHOTOS.schema)
     run.tables.append(schemas.PHOTOS, made)
-
-
-@contextmanager
-def peaks() -> Iterator[dict[str, float]]:
-    """Peak resident memory in GB while the body runs: a worker with its model's process, and the driver."""
-    peak, stop, me = {"worker_gb": 0.0, "driver_gb": 0.0}, threading.Event(), psutil.Process()
-
-    def watch() -> None:
-        while not stop.wait(0.3):
-            driver, workers = me.memory_info().rss, dict[int, int]()
-            for one in me.children(recursive=True):
-                try:
-                    words, size, parent = " ".join(one.cmdline()), one.memory_info().rss, one.ppid()
-                except psutil.Error:
-                    continue
-                if "vlm4rec_spark.models.child" in words:
-                    workers[parent] = workers.get(parent, 0) + size
-                elif "pyspark.daemon" in words:
-                    workers[one.pid] = workers.get(one.pid, 0) + size
-                else:
-                    driver += size
-            peak["driver_gb"] = max(peak["driver_gb"], driver / GB)
-            peak["worker_gb"] = max(peak["worker_gb"], max(workers.values(), default=0) / GB)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
 
 
 def measured(*words: object) -> list[str]:

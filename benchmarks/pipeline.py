@@ -4,8 +4,9 @@
 
 Items grow at the fewest users and users at the fewest items, so that each slope is of one of them. Photos are 8 px
 PNGs and the captioner is the fake; everything else is what a shop gets: Parquet files, MiniLM, ScaNN from 20,000 items
-on, Delta. Each shop has a driver of its own (local[*]), whose memory is read from /proc: its JVM and Python together,
-and the largest Python worker. The slope of a stage is that of log(seconds) over log(items or users) by least squares.
+on, Delta. Each shop has a driver of its own (local[*]), whose memory is watched: its JVM and
+Python together, and the largest Python worker with its model's process. The slope of a stage is that of log(seconds)
+over log(items or users) by least squares.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ import argparse
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from memory import peaks
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +39,6 @@ from vlm4rec_spark.report import charts
 from vlm4rec_spark.session import session
 
 EVENTS_PER_USER = 8
-GB = 1 << 30
 Sizes = tuple[int, int]
 
 
@@ -93,48 +91,6 @@ def run_one(folder: Path) -> dict[str, dict[str, float]]:
         print(f"  {stage}: {outcome.seconds:,.1f} s", file=sys.stderr, flush=True)
     spark.stop()
     return found
-
-
-@contextmanager
-def peaks() -> Iterator[dict[str, float]]:
-    """Peak resident memory in GB while the body runs: driver_gb of this Python and its JVM, worker_gb of one worker."""
-    peak, stop = {"driver_gb": 0.0, "worker_gb": 0.0}, threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            driver, workers = _memory()
-            peak["driver_gb"] = max(peak["driver_gb"], driver / GB)
-            peak["worker_gb"] = max(peak["worker_gb"], max(workers, default=0) / GB)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _memory() -> tuple[int, list[int]]:
-    """Bytes of this process with its JVM, and of each Python worker (a child of a pyspark.daemon)."""
-    parents, sizes, calls = {}, {}, {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            status = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
-            calls[int(place.name)] = (place / "cmdline").read_bytes()
-        except OSError:  # it has ended
-            continue
-        parents[int(place.name)] = int(status["PPid"])
-        sizes[int(place.name)] = int(status.get("VmRSS", "0 kB").split()[0]) * 1024
-    mine = {pid for pid in parents if _descends(pid, parents, os.getpid())}
-    workers = {pid for pid in mine if b"pyspark.daemon" in calls[pid]}
-    return sum(sizes[pid] for pid in mine - workers), [sizes[pid] for pid in workers]
-
-
-def _descends(pid: int, parents: dict[int, int], from_pid: int) -> bool:
-    while pid in parents and pid != from_pid:
-        pid = parents[pid]
-    return pid == from_pid
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:

@@ -253,9 +253,11 @@ def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     counted = Counted(pipeline, tmp_path, "+ms=300")
-    run = counted.run("caption.batch_size=4", "caption.chunk_photos=80")
+    run = counted.run("caption.batch_size=4", "caption.chunk_minutes=0.6")
     images = {f"i{n:03}": photo(f"#{n:02x}0080") for n in range(160)}
     store(run, images)
+    hot = {f"i{n:03}" for n in range(150, 160)}
+    events(run, dict.fromkeys(hot, 1))
 
     def tell() -> None:
         while counted.count() < 24:
@@ -269,6 +271,7 @@ def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
     done = run.tables.read(schemas.CAPTIONS).count()
     assert 24 <= done < 120
     assert len(captions(run)) == done == counted.count()
+    assert hot <= set(captions(run))
     quick = counted.run("caption.batch_size=4")
     assert counted.caption(quick) == (160 - done, 160 - done, 0, done)
 

@@ -6,6 +6,7 @@ at most a chunk more for each driver that is killed, and a batch for each child.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from vlm4rec_spark import schemas
 
@@ -78,10 +80,6 @@ class Job:
 
 
 def picture(colour: str) -> bytes:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), f"#{colour}").save(buffer, "PNG")
     return buffer.getvalue()
@@ -116,7 +114,7 @@ def members(process: psutil.Popen) -> list[psutil.Process]:
         try:
             if os.getsid(one.pid) == process.pid and one.status() != psutil.STATUS_ZOMBIE:
                 found.append(one)
-        except (OSError, psutil.Error):
+        except (OSError, psutil.Error):  # it ended in the meantime
             continue
     return found
 
@@ -127,7 +125,7 @@ def children(process: psutil.Popen) -> list[psutil.Process]:
         try:
             if CHILD in one.cmdline():
                 found.append(one)
-        except psutil.Error:
+        except psutil.Error:  # it ended in the meantime
             continue
     return found
 

@@ -22,11 +22,8 @@ class Rates:
 
     def cost(self, photos: int, prices: Prices) -> float:
         """Of so many photos, in the currency of the prices."""
-        return (
-            photos / self.photos_per_second / 3_600 * prices.device_hour
-            + photos * self.input_tokens / 1e6 * prices.million_input_tokens
-            + photos * self.output_tokens / 1e6 * prices.million_output_tokens
-        )
+        seconds = photos / self.photos_per_second
+        return prices.cost(seconds, photos * self.input_tokens, photos * self.output_tokens)
 
     def affordable(self, photos: int, budget: Budget, prices: Prices) -> int:
         """How many of `photos` the budget buys."""

@@ -28,6 +28,18 @@ class Prices(BaseModel):
     million_input_tokens: float = Field(0.0, ge=0)
     million_output_tokens: float = Field(0.0, ge=0)
 
+    def cost(self, device_seconds: float, input_tokens: float, output_tokens: float) -> float:
+        return (
+            device_seconds / 3_600 * self.device_hour
+            + input_tokens / 1e6 * self.million_input_tokens
+            + output_tokens / 1e6 * self.million_output_tokens
+        )
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is paid for."""
+        return any(self.model_dump().values())
+
 
 class Assumed(BaseModel):
     """What is reckoned with until a run has measured it."""
@@ -64,6 +76,6 @@ class CaptionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _money_needs_prices(self) -> CaptionSettings:
-        if self.budget.money is not None and not any(self.prices.model_dump().values()):
+        if self.budget.money is not None and not self.prices.any:
             raise ValueError("budget.money needs a price above 0 in prices")
         return self

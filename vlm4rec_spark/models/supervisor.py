@@ -69,7 +69,7 @@ class Result:
 class _Batch:
     photos: list[Photo]
     struck: bool = False
-    """Whether the child has ended over these photos before."""
+    """Whether the child has ended over its one photo before."""
     state: str = "waiting"
     """waiting, decoding or decoded."""
 
@@ -241,7 +241,7 @@ class Supervisor:
         retried: list[_Batch] = []
         for batch in flying:
             blamed = batch is at_work or batch.state == "decoding"
-            if blamed and batch.struck and len(batch.photos) == 1:
+            if blamed and batch.struck:
                 yield Result(batch.photos[0].key, None, None, None, end.error_class, str(end), 0.0, 0.0)
             elif blamed:
                 retried += [_Batch([photo], struck=True) for photo in batch.photos]

@@ -28,7 +28,7 @@ from vlm4rec_spark.pipeline.run import Outcome, Run, one
 
 _EXAMPLES = 3
 _AT_ONCE = 2
-"""Chunks at work: one whose last photos are being described, and the next, for tasks that are free already."""
+"""Halves of a chunk: one whose last photos are being described, and the next, for tasks that are free already."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def _task(run: Run) -> Iterator[_Task]:
     wanted = planning.wanted_captions(photos, imported, wish)
     judged = planning.judged(wanted, captions, planning.in_force(links, captions), wish).persist()
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
+    rates = _rates(run, wish)
     # Only where not all is done at once does the order matter, and counting the log takes a while.
-    several = sum(by_reason.get(reason, 0) for reason in planning.PENDING) > settings.chunk_photos
+    several = sum(by_reason.get(reason, 0) for reason in planning.PENDING) > _chunk(run, _speed(run, rates))
     budget = settings.budget.photos is not None or settings.budget.money is not None
     log = run.tables.read(schemas.INTERACTIONS) if several or budget else None
     queue = planning.queue(judged, log).persist()
     try:
         contents = {row["reason"]: row["count"] for row in queue.groupBy("reason").count().collect()}
-        rates = _rates(run, wish)
         yield _Task(wish, judged, queue, imported, plan(by_reason, contents, rates, settings.budget, settings.prices))
     finally:
         judged.unpersist()
@@ -173,7 +173,7 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
     slowest of the part before. What is made and not committed yet is two parts at most: one chunk.
     """
     todo, began, given, number = task.plan.now, time.monotonic(), 0, 0
-    rate = task.plan.rates.photos_per_second * run.spark.sparkContext.defaultParallelism
+    rate = _speed(run, task.plan.rates)
     making: deque[Future[tuple[DataFrame, str]]] = deque()
     with _line(run) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
         with run.voice.watch("captioning photos", todo, lambda: _how_far(line, began)):
@@ -197,6 +197,11 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
                         _commit(run, task, other.result(), totals)
                 raise
         return next(iter(signals), "")
+
+
+def _speed(run: Run, rates: Rates) -> float:
+    """Photos per second of all devices, before any is done."""
+    return rates.photos_per_second * run.spark.sparkContext.defaultParallelism
 
 
 def _chunk(run: Run, rate: float) -> int:
@@ -261,8 +266,7 @@ def _how_far(line: Line, began: float) -> tuple[float, str]:
 def _figures(totals: _Totals, seconds: float, run: Run) -> dict[str, str]:
     prices = run.config.caption.prices
     worked = totals.seconds + totals.waited
-    cost = (totals.seconds / 3_600 * prices.device_hour + totals.input_tokens / 1e6 * prices.million_input_tokens
-            + totals.output_tokens / 1e6 * prices.million_output_tokens)  # fmt: skip
+    cost = prices.cost(totals.seconds, totals.input_tokens, totals.output_tokens)
     return {
         **{status: str(totals.statuses[status]) for status in ("ok", "failed", "rejected")},
         "photos_per_second": f"{totals.tried / seconds:.1f}",
@@ -270,7 +274,7 @@ def _figures(totals: _Totals, seconds: float, run: Run) -> dict[str, str]:
         "input_tokens": str(totals.input_tokens),
         "output_tokens": str(totals.output_tokens),
         "idle_share": f"{totals.waited / worked:.4f}" if worked else "0",
-    } | ({"cost": f"{cost:.6g}"} if any(prices.model_dump().values()) else {})
+    } | ({"cost": f"{cost:.6g}"} if prices.any else {})
 
 
 def _any_again(task: _Task, captions: DataFrame) -> bool:
