@@ -108,21 +108,30 @@ def stage(folder: Path, model: str, master: str, photos: int) -> dict[str, float
             "seconds": outcome.seconds, **peak}  # fmt: skip
 
 
-def memory(folder: Path, photos: int) -> dict[str, float]:
-    """The peaks of memory when many photos of 200 kB go through a fake that does nothing."""
-    quiet()
-    run = pipeline(config(folder / "many", "quick fake", "local[2]", "spark.driver_memory=800m"))
-    small = originals(folder)[0]
+def many_photos(folder: Path, photos: int) -> dict[str, float]:
+    """The table of many photos of 200 kB; written by another process than the one whose memory is looked at."""
+    run, small = _many(folder), originals(folder)[0]
 
     def photo(number: int) -> bytes:
         return small + np.random.default_rng(number).bytes(200_000 - len(small))
 
     store(run, photos, photo)
+    return {"photos": photos}
+
+
+def memory(folder: Path, photos: int) -> dict[str, float]:
+    """The peaks of memory when those photos go through a fake that does nothing."""
+    run = _many(folder)
     with peaks() as peak:
         (outcome,) = run.run(["caption"])
     assert outcome.ok == photos
     return {"rate": outcome.ok / outcome.seconds, "photos": outcome.ok, "idle": float(outcome.details["idle_share"]),
             "seconds": outcome.seconds, **peak}  # fmt: skip
+
+
+def _many(folder: Path) -> Pipeline:
+    quiet()
+    return pipeline(config(folder / "many", "quick fake", "local[2]", "spark.driver_memory=800m"))
 
 
 def pipeline(settings: Config, like: Pipeline | None = None) -> Pipeline:
@@ -170,7 +179,7 @@ def main() -> None:
     given = options.parse_args()
     if given.one:
         what, folder, *rest = given.one
-        call: Any = {"loop": loop, "stage": stage, "memory": memory}[what]
+        call: Any = {"loop": loop, "stage": stage, "many_photos": many_photos, "memory": memory}[what]
         print(json.dumps(call(Path(folder), *(int(word) if word.isdigit() else word for word in rest))))
         return
     console, result = Console(width=140), dict[str, float]()
@@ -200,13 +209,14 @@ def main() -> None:
                     result[key] = round(share, 3)
                 if model == "demo":
                     result["idle_share"] = max(result.get("idle_share", 0), ours["idle"])
-        (many_photos,) = run(measured("memory", folder, given.photos))
-        table.add_row("quick fake", "stage, local[2], 200 kB", f"{many_photos['photos']:,}",
-                      f"{many_photos['rate']:,.1f}", "", f"{many_photos['idle']:.2%}",
-                      f"{many_photos['worker_gb']:.2f}", f"{many_photos['driver_gb']:.2f}")  # fmt: skip
+        run(measured("many_photos", folder, given.photos))
+        (many,) = run(measured("memory", folder, given.photos))
+        table.add_row("quick fake", "stage, local[2], 200 kB", f"{many['photos']:,}",
+                      f"{many['rate']:,.1f}", "", f"{many['idle']:.2%}",
+                      f"{many['worker_gb']:.2f}", f"{many['driver_gb']:.2f}")  # fmt: skip
     console.print(table)
     # The fake's process has no model: what it and its worker hold is what is held beyond one.
-    result |= {name: round(many_photos[name.removeprefix("peak_")], 2) for name in ("peak_worker_gb", "peak_driver_gb")}
+    result |= {name: round(many[name.removeprefix("peak_")], 2) for name in ("peak_worker_gb", "peak_driver_gb")}
     print(json.dumps(result))
 
 
