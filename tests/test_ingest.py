@@ -225,7 +225,18 @@ def rejected(run: Pipeline, source: str) -> dict[str, str]:
     return {Path(json.loads(row["row"]).get("uri", "")).name: row["reason"] for row in rows}
 
 
-def test_catalogue_log_and_photo_folder_twice(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def items_by_file(run: Pipeline) -> list[set[str]]:
+    """The items whose photos each file of the table holds; a chunk of captioning reads some files and not all."""
+    files: dict[str, set[str]] = {}
+    for row in run.tables.read(schemas.PHOTOS).select("_metadata.file_name", "item_id").collect():
+        files.setdefault(row["file_name"], set()).add(row["item_id"])
+    return sorted(files.values(), key=min)
+
+
+def test_catalogue_log_and_photo_folder_twice(
+    pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm4rec_spark.stages.ingest._PHOTOS_PER_FILE", 2)
     write(tmp_path / "shop.csv", "item_id,title\nA,Chair\nB,Table\nC,Lamp\n,Nothing\n")
     write(tmp_path / "log-1.csv", "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\n,A,view,2025-01-01\n"
           "u1,gone,view,2025-01-01\n")  # fmt: skip
@@ -239,7 +250,12 @@ def test_catalogue_log_and_photo_folder_twice(pipeline: Callable[..., Pipeline],
         tmp_path, f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=['{tmp_path}/log-*.csv']",
         f"ingest.photos.folder={folder}",
     )  # fmt: skip
-    first = run.run(["ingest"])[0]
+    # These photos would be one task's to write; as many real ones as a file has aren't.
+    run.spark.conf.set("spark.sql.files.maxPartitionBytes", "1m")
+    try:
+        first = run.run(["ingest"])[0]
+    finally:
+        run.spark.conf.unset("spark.sql.files.maxPartitionBytes")
     assert figures(first, "items") == {"in": 4, "ok": 3, "rejected": 1, "skipped": 0}
     assert figures(first, "interactions") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
     assert figures(first, "photos") == {"in": 7, "ok": 4, "rejected": 3, "skipped": 0}
@@ -247,6 +263,7 @@ def test_catalogue_log_and_photo_folder_twice(pipeline: Callable[..., Pipeline],
     gaps = {"unknown_item_events": "1", "items_without_photo": "0", "untouched_items": "2"}
     assert {name: first.details[name] for name in gaps} == gaps
     assert photos(run) == {("A", 0): b"a zero", ("A", 1): b"a one", ("B", 0): b"b jpg", ("C", 0): b""}
+    assert items_by_file(run) == [{"A"}, {"B", "C"}]  # two photos each
     assert rejected(run, "photos") == {
         "B.png": "the item has another photo at this position",
         "Z.jpg": "no such item in the catalogue",

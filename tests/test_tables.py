@@ -31,6 +31,7 @@ THINGS = Table(
     checks=(("not_free", "price > 0"),),
     volatile=("at",),
     feed=True,
+    cluster=("id",),
 )
 MONDAY, TUESDAY = datetime(2025, 3, 3), datetime(2025, 3, 4)
 
@@ -171,6 +172,8 @@ def test_a_table_of_an_older_release_is_migrated_and_one_of_a_newer_is_refused(
     tables.prepare()
     assert tables.migrate() == ["things"]
     assert tables.migrate() == []
+    detail = tables.spark.sql(f"DESCRIBE DETAIL {place}").collect()[0]
+    assert detail["clusteringColumns"] == ["id"]
     assert tables.insert(THINGS, rows(tables, ("b", 0.5, None, MONDAY))) == 1
     assert content(tables) == {"a": (2.0, None, None), "b": (0.5, None, MONDAY)}
     with pytest.raises(Exception, match="CHECK constraint not_free"):

@@ -107,6 +107,8 @@ class Tables:
             for field in table.schema:
                 if field.name not in self.read(table).columns:
                     self.spark.sql(f"ALTER TABLE {place} ADD COLUMN {_column_ddl(field)}")
+            if table.cluster:
+                self.spark.sql(f"ALTER TABLE {place} CLUSTER BY ({', '.join(table.cluster)})")
             # The mark comes last: a run that is killed before it does the rest again.
             there = self._properties(table)
             more = {key: value for key, value in _properties(table).items() if there.get(key) != value}

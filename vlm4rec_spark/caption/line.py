@@ -55,7 +55,8 @@ class Line:
         self._server = socketserver.ThreadingTCPServer((bind or host, 0), Handler)
         self._server.daemon_threads = True
         self.address = Address(host, self._server.server_address[1], token)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # `close` waits as long as the server looks up.
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def counts(self) -> Counter[str]:

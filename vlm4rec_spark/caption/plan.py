@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -112,9 +113,25 @@ def queue(judged: DataFrame, interactions: DataFrame | None) -> DataFrame:
     return keys.select("caption_key", "one.*", rank.alias("rank"))
 
 
+def in_order(queue: DataFrame, now: int, first: int) -> DataFrame:
+    """The first `now` rows of the queue with `tier`, and with `rank` as they are done.
+
+    The most wanted `first` photos are tier 0, twice as many are tier 1, and so on. Inside a tier photos come by item,
+    as they lie in the files of `photos`: so each tier reads that table about once, and not each chunk all of it.
+    """
+    tier = F.floor(F.log2(F.col("rank") / first + 1)).cast("int")
+    rank = F.row_number().over(Window.orderBy("tier", "item_id", "position")) - 1
+    return queue.where(F.col("rank") < now).withColumn("tier", tier).withColumn("rank", rank)
+
+
 def with_photos(part: DataFrame, photos: DataFrame) -> DataFrame:
-    """Rows of the queue with their photo's image_sha256 and image."""
-    images = photos.select("item_id", "position", "image_sha256", "image")
+    """Rows of the ordered queue with their photo's image_sha256 and image.
+
+    Reads the files and row groups that may hold an item between the first and the last one, in each tier.
+    """
+    ends = part.groupBy("tier").agg(F.min("item_id").alias("first"), F.max("item_id").alias("last")).collect()
+    among = [F.col("item_id").between(tier["first"], tier["last"]) for tier in ends]
+    images = photos.select("item_id", "position", "image_sha256", "image").where(reduce(Column.__or__, among))
     return part.join(images, on=["item_id", "position"], how="inner")
 
 

@@ -130,16 +130,19 @@ def _task(run: Run) -> Iterator[_Task]:
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
     rates = _rates(run, wish)
     # Only where not all is done at once does the order matter, and counting the log takes a while.
-    several = sum(by_reason.get(reason, 0) for reason in planning.PENDING) > _chunk(run, _speed(run, rates))
+    chunk = _chunk(run, _speed(run, rates))
+    several = sum(by_reason.get(reason, 0) for reason in planning.PENDING) > chunk
     budget = settings.budget.photos is not None or settings.budget.money is not None
     log = run.tables.read(schemas.INTERACTIONS) if several or budget else None
     queue = planning.queue(judged, log).persist()
+    contents = {row["reason"]: row["count"] for row in queue.groupBy("reason").count().collect()}
+    todo = plan(by_reason, contents, rates, settings.budget, settings.prices)
+    ordered = planning.in_order(queue, todo.now, max(1, chunk // _AT_ONCE)).persist()
     try:
-        contents = {row["reason"]: row["count"] for row in queue.groupBy("reason").count().collect()}
-        yield _Task(wish, judged, queue, imported, plan(by_reason, contents, rates, settings.budget, settings.prices))
+        yield _Task(wish, judged, ordered, imported, todo)
     finally:
-        judged.unpersist()
-        queue.unpersist()
+        for frame in (judged, queue, ordered):
+            frame.unpersist()
 
 
 def _rates(run: Run, wish: planning.Wish) -> Rates:

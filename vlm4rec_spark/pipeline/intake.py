@@ -147,8 +147,9 @@ def _photos(run: Run, taken: DataFrame | None) -> tuple[int, DataFrame, DataFram
     else:
         return None
     good = rows.where(F.col("reason").isNull())
-    total, changed = rows.count(), stage.changed_photos(good, files, run.tables.read(schemas.PHOTOS))
-    return total, stage.read_photos(changed), rows.where(F.col("reason").isNotNull())
+    changed = stage.changed_photos(good, files, run.tables.read(schemas.PHOTOS))
+    read = stage.read_photos(changed, changed.count(), run.spark.sparkContext.defaultParallelism)
+    return rows.count(), read, rows.where(F.col("reason").isNotNull())
 
 
 def _store_photos(run: Run, total: int, photos: DataFrame, refused: DataFrame) -> dict[str, int]:

@@ -149,11 +149,16 @@ def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) 
     return listed.where(~F.coalesce(same, F.lit(False)))
 
 
-def read_photos(rows: DataFrame) -> DataFrame:
-    """Read what `changed_photos` says on executors: the columns of `photos`, and `reason` for an unreadable one."""
+def read_photos(rows: DataFrame, count: int, slots: int) -> DataFrame:
+    """Read what `changed_photos` says on executors: the columns of `photos`, and `reason` for an unreadable one.
+
+    `count`: how many rows there are. Each task reads neighbours by item_id, so that the files of `photos` hold them.
+    """
+    tasks = max(min(slots, count), -(-count // _PHOTOS_PER_FILE), 1)
     # Milliseconds, because pandas has no time before 1678 or after 2261, and a file may claim one.
     times = [F.unix_millis(name).alias(name) for name in ("modified_at", "known_at")]
-    return rows.select("item_id", "position", "uri", "known_bytes", *times).mapInPandas(
+    named = rows.select("item_id", "position", "uri", "known_bytes", *times)
+    return named.repartitionByRange(tasks, "item_id", "position").mapInPandas(
         _read_batches,
         "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
         "modified_at BIGINT, reason STRING",
@@ -190,6 +195,8 @@ def _read_batches(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
             yield pd.DataFrame([row for row in read if row is not None], columns=_PHOTO_COLUMNS)
 
 
+_PHOTOS_PER_FILE = 500
+"""100 MB of photos of 200 kB."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PHOTO_COLUMNS = ["item_id", "position", "uri", "image", "image_sha256", "bytes", "modified_at", "reason"]
 
