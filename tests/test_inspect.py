@@ -111,6 +111,8 @@ def test_a_user(shop: Pipeline) -> None:
     assert line(text, "Recommendations") == f"Recommendations of 2025-03-03, made with index {INDEX}"
     assert line(text, "0.875") == "1 mug-blue Mug [red]2[/] [2J 0.875 mug-red blue, mug"
     assert "\x1b[2J" not in text
+    # Where the line is short, texts are cut and ids are not.
+    assert line(said(show.user, shop, "ann", width=36), "4.25").startswith("mug-red M")
 
 
 def test_a_user_without_a_list_and_one_whose_profile_is_gone(shop: Pipeline) -> None:

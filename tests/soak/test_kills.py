@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import deltalake
@@ -128,11 +129,18 @@ def kill_driver(process: subprocess.Popen, rng: random.Random) -> None:
 def kill_workers(process: subprocess.Popen) -> int:
     """SIGKILL to every Python worker; their daemon, which forked them, lives on."""
     daemons = [pid for pid in family(process) if "pyspark.daemon" in called(pid)]
-    workers = [pid for pid in daemons if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-               in map(str, daemons)]  # fmt: skip
+    workers = [pid for pid in daemons if parent(pid) in daemons]
     for pid in workers:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # its task has ended
+            os.kill(pid, signal.SIGKILL)
     return len(workers)
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it ended in the meantime
+        return 0
 
 
 def left_behind() -> set[Path]:

@@ -81,16 +81,12 @@ def _stage_command(name: str) -> Callable[..., None]:
     return command
 
 
-for _name, _help in _HELP.items():
-    app.command(_name, help=_help)(_stage_command(_name))
-
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Try failed and rejected captions again too.")]
 ErrorClass = Annotated[
     str | None, typer.Argument(metavar="[CLASS]", help="With --retry-failed: only those of this error class.")
 ]
 
 
-@app.command("caption")
 def caption(
     error_class: ErrorClass = None, retry_failed: Retry = False, config: Files = None, set_: Assignments = None,
     debug: Debug = False,
@@ -109,7 +105,6 @@ def caption(
     run_stages("caption", config or [], set_ or [], debug, _retry(error_class, retry_failed))
 
 
-@app.command("plan")
 def show_plan(
     error_class: ErrorClass = None,
     retry_failed: Retry = False,
@@ -132,6 +127,14 @@ def _retry(error_class: str | None, retry_failed: bool) -> str | None:
     if error_class and not retry_failed:
         raise UsageError(f"{error_class}: an error class goes with --retry-failed.")
     return error_class or "" if retry_failed else None
+
+
+# The help lists them in this order, that of the work.
+for _name, _help in _HELP.items():
+    app.command(_name, help=_help)(_stage_command(_name))
+    if _name == "ingest":
+        app.command("caption")(caption)
+        app.command("plan")(show_plan)
 
 
 @app.command("import-captions")

@@ -215,11 +215,12 @@ def _day(micros: int) -> str:
 
 
 def _grid(title: str, columns: Collection[str]) -> Table:
-    """A table whose texts are cut to the line's end; an id never is."""
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    """A table whose texts share the width that ids and figures leave, and are cut to it; an id never is."""
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, expand=True)
+    shares = {"title": 2, "caption": 4, "shared words": 3}
     for name in columns:
-        if name in ("title", "caption", "shared words"):
-            grid.add_column(name, no_wrap=True, overflow="ellipsis")
+        if name in shares:
+            grid.add_column(name, no_wrap=True, overflow="ellipsis", ratio=shares[name])
         else:
             grid.add_column(name, justify="right" if name in ("weight", "score", "cosine") else "left", overflow="fold")
     return grid

@@ -202,4 +202,8 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
 
 
 def _cell(value: float | None, low: float | None, high: float | None) -> str:
-    return "too few users" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    if value is None:
+        return "too few users"
+    # Three of these and the arm's name are what 80 columns hold.
+    at, first, last = (f"{number:.3f}".removeprefix("0") for number in (value, low, high))
+    return f"{at} [{first}, {last}]"
