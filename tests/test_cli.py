@@ -12,6 +12,7 @@ import yaml
 from typer import Abort
 
 from vlm4rec_spark.cli import app, log, main
+from vlm4rec_spark.cli.stages import _cell
 from vlm4rec_spark.config import CONF, Config, load
 from vlm4rec_spark.errors import Busy, RunError, UsageError
 
@@ -172,3 +173,8 @@ def test_a_jvm_that_dies_is_said_and_what_helps(
     code, message = refused(capsys, "ingest")
     assert code == 1
     assert message.startswith("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory).")
+
+
+def test_a_figure_of_the_headline_is_short() -> None:
+    assert _cell(0.0984, 0.0591, 1.0) == ".098 [.059, 1.000]"
+    assert _cell(None, None, None) == "too few users"
