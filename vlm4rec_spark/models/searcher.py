@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from vlm4rec_spark.errors import RunError, UsageError
 
 FORMAT = 1
+_AGAIN = "Run the index stage again."
 _SCANN_LEAST = 16
 """Tree with asymmetric hashing needs at least 16 items (ScaNN 1.4.2)."""
 
@@ -96,13 +97,13 @@ class Searcher:
         try:
             manifest = dict(json.loads((folder / "manifest.json").read_text()))
         except (OSError, ValueError, TypeError) as broken:
-            raise RunError(f"The index folder {folder} is incomplete ({broken}). Run the index stage again.") from None
+            raise RunError(f"The index folder {folder} is incomplete ({broken}). {_AGAIN}") from None
         if manifest.get("format") != FORMAT:
             found = manifest.get("format")
-            raise RunError(f"The index folder {folder} has format {found}; this release reads {FORMAT}.")
+            raise RunError(f"The index folder {folder} has format {found}; this release reads {FORMAT}. {_AGAIN}")
         for name, expected in manifest["sha256"].items() if verify else ():
             if not (folder / name).is_file() or _sha256(folder / name) != expected:
-                raise RunError(f"The index folder {folder} is damaged: {name} doesn't match its checksum.")
+                raise RunError(f"The index folder {folder} is damaged: {name} doesn't match its checksum. {_AGAIN}")
         table = pq.read_table(folder / "ids.parquet")
         vectors = np.load(folder / "vectors.npy", mmap_mode="r")
         scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
