@@ -140,10 +140,10 @@ def test_captions_are_the_same_after_twenty_killed_drivers(
     while done < kills and job.calls("drivers") < PHOTOS + CHUNK * kills:
         process = job.start("drivers")
         before = job.calls("drivers")
-        # From the first calls of this run on: a kill while Spark starts has nothing to lose.
+        # From the first calls of this run on: a kill while Spark starts has nothing to lose. Ten seconds see a commit.
         while process.poll() is None and job.calls("drivers") == before:
             time.sleep(0.1)
-        deadline = time.monotonic() + rng.uniform(0, 4)
+        deadline = time.monotonic() + rng.uniform(0, 10)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:
