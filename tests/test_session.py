@@ -184,3 +184,16 @@ def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
     assert [row.python for row in workers] == [sys.executable]
     assert "vlm4rec-" not in os.environ.get("JAVA_HOME", "")
     assert not [name for name in ("spark-warehouse", "metastore_db") if (request.config.rootpath / name).exists()]
+
+
+def test_a_batch_of_photos_is_no_more_than_a_python_worker_can_hold(spark: SparkSession) -> None:
+    def sizes(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        import pandas as pd
+
+        for batch in batches:
+            yield pd.DataFrame({"bytes": [sum(map(len, batch["photo"]))]})
+
+    photos = spark.range(0, 60, 1, 1).selectExpr("repeat('x', 1000000) AS photo")
+    found = [row["bytes"] for row in photos.mapInPandas(sizes, "bytes BIGINT").collect()]
+    assert sum(found) == 60_000_000
+    assert max(found) < 20_000_000
