@@ -108,8 +108,8 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
             options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=256m", f'"-Djava.io.tmpdir={folder}"']
             conf |= _LOCAL | {"spark.sql.warehouse.dir": f"{folder}/warehouse", "spark.local.dir": f"{folder}/local"}
             # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
-            # the packages of this very Python.
-            # And two heaps of the C library, which keeps a tenth of the JVM's memory in the many that it makes else.
+            # the packages of this very Python. Two heaps of the C library: in the many that it makes else, it keeps a
+            # tenth of the JVM's memory.
             ours = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable, "MALLOC_ARENA_MAX": "2"}
             environment |= {name: os.environ.get(name, value) for name, value in ours.items()}
         conf["spark.driver.extraJavaOptions"] = " ".join(options)
