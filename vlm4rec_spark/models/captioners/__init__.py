@@ -16,17 +16,45 @@ DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 
 
 @dataclass(frozen=True)
-class Caption:
-    """A description and what it cost; an empty `text` is for the caller to judge."""
+class Request:
+    """A photo (RGB), the prompt for it, and the key that its answer bears."""
 
-    text: str
-    input_tokens: int
-    output_tokens: int
+    key: str
+    image: Image
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request: a text, which may be empty (that is for the caller to judge), or an error's class."""
+
+    key: str
+    text: str | None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    error_class: str | None = None
+    error: str | None = None
 
 
 class Captioner(Protocol):
-    def caption(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Caption]:
-        """One description per RGB image, in order. May raise anything: the caller then tries the photos singly."""
+    """A stream: requests go in one by one, answers come out in any order, one for each.
+
+    It is driven by one thread: `add` while it has room and photos are at hand, then `step`, again and again.
+    """
+
+    at_once: int
+    """Requests that it wants to hold so that it is always busy."""
+
+    def add(self, request: Request) -> None:
+        """Take a request; returns at once."""
+        ...
+
+    def step(self) -> list[Answer]:
+        """Work until some of the requests held are answered. Not called while none is held.
+
+        What is wrong with a single request is its answer. Raises RunError where no request can be served, such as for
+        a wrong key to an endpoint: the run then fails with these words.
+        """
         ...
 
 
