@@ -6,8 +6,11 @@ import gzip
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -300,6 +303,79 @@ def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: P
 
     with pytest.raises(UsageError, match="the catalogue has no column 'photos' with a path in it"):
         pipeline(tmp_path, shop, "ingest.photos.path_column=photos").check(["ingest"])
+
+
+class Files(SimpleHTTPRequestHandler):
+    """A folder's files, with their times, and 304 for those that haven't changed; /undated has no times."""
+
+    sent: list[tuple[str, int]]
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        self.sent.append((self.path.partition("?")[0], int(code)))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if not (keyword == "Last-Modified" and self.path == "/undated"):
+            super().send_header(keyword, value)
+
+    def do_GET(self) -> None:
+        if self.path == "/undated":
+            del self.headers["If-Modified-Since"]
+        super().do_GET()
+
+
+def test_photos_named_by_urls(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    folder, sent = tmp_path / "photos", []
+    for name in ("a", "b", "c", "undated"):
+        write(folder / name, f"photo {name}")
+    write(folder / "huge", "x" * 2_001)
+    write(tmp_path / "file.jpg", "a file")
+    handler = type("Handler", (Files,), {"sent": sent})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        cdn = f"HTTP://ann:s3cret@127.0.0.1:{server.server_port}"
+        photo = {"A": f"{cdn}/a", "B": f"{cdn}/b?sig=s3cret", "C": f"{cdn}/c", "U": f"{cdn}/undated",
+                 "G": f"{cdn}/gone", "H": f"{cdn}/huge", "M": "http://169.254.169.254/meta",
+                 "N": f"zip://x.jpg::{cdn}/n.zip", "F": f"{tmp_path}/file.jpg"}  # fmt: skip
+        write(tmp_path / "shop.csv", "item_id,photo\n" + "".join(f"{item},{uri}\n" for item, uri in photo.items()))
+        run = pipeline(
+            tmp_path, f"ingest.items.path=['{tmp_path}/shop.csv']", "ingest.photos.path_column=photo",
+            "ingest.photos.http.private_addresses=true", "ingest.photos.http.max_mb=0.002",
+        )  # fmt: skip
+
+        assert figures(run.run(["ingest"])[0], "photos") == {"in": 9, "ok": 5, "rejected": 4, "skipped": 0}
+        first = photos(run)
+        assert first == {("A", 0): b"photo a", ("B", 0): b"photo b", ("C", 0): b"photo c", ("U", 0): b"photo undated",
+                         ("F", 0): b"a file"}  # fmt: skip
+        rows = {row["item_id"]: row for row in run.tables.read(schemas.PHOTOS).collect()}
+        assert {item: row["uri"] for item, row in rows.items()} == {item: photo[item] for item in "ABCUF"}
+        assert rows["A"]["modified_at"] == datetime(2023, 11, 14, 22, 13, 20)
+        assert rejected(run, "photos") == {
+            "gone": "the photo can't be read: HTTP 404",
+            "huge": "the photo can't be read: larger than 0.002 MB",
+            "meta": "the photo can't be read: the address is link-local (169.254.169.254)",
+            "n.zip": "the photo can't be read: an http address inside another address",
+        }
+        every = {"/a": 200, "/b": 200, "/c": 200, "/undated": 200, "/gone": 404, "/huge": 200}
+        assert sorted(sent) == sorted(every.items())
+
+        # Photo b is another one with a new time, photo c the same one with a new time.
+        write(folder / "b", "PHOTO B", at=1_700_000_009)
+        write(folder / "c", "photo c", at=1_700_000_009)
+        sent.clear()
+        assert figures(run.run(["ingest"])[0], "photos") == {"in": 9, "ok": 2, "rejected": 4, "skipped": 3}
+        assert photos(run) == first | {("B", 0): b"PHOTO B"}
+        assert sorted(sent) == sorted((every | {"/a": 304}).items())
+
+        sent.clear()
+        written = run.tables.versions([schemas.PHOTOS])
+        assert figures(run.run(["ingest"])[0], "photos") == {"in": 9, "ok": 0, "rejected": 4, "skipped": 5}
+        assert sorted(sent) == sorted((every | {"/a": 304, "/b": 304, "/c": 304}).items())
+        run.tables.forget()
+        assert run.tables.versions([schemas.PHOTOS]) == written
+        server.shutdown()
 
 
 def test_photos_in_a_bytes_column(pipeline: Callable[..., Pipeline], spark: SparkSession, tmp_path: Path) -> None:

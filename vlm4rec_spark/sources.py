@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import MapType, StringType
 
 from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.models.download import HttpSettings
 
 
 class Source(BaseModel):
@@ -42,6 +43,7 @@ class PhotoSource(BaseModel):
     file_name: str = Field(r"(.+?)(?:\.(\d{1,3}))?\.[A-Za-z0-9]+", min_length=1)
     path_column: str = ""
     bytes_column: str = ""
+    http: HttpSettings = HttpSettings()
 
     @field_validator("file_name")
     @classmethod

@@ -148,7 +148,8 @@ def _photos(run: Run, taken: DataFrame | None) -> tuple[int, DataFrame, DataFram
         return None
     good = rows.where(F.col("reason").isNull())
     changed = stage.changed_photos(good, files, run.tables.read(schemas.PHOTOS))
-    read = stage.read_photos(changed, changed.count(), run.spark.sparkContext.defaultParallelism)
+    slots = run.spark.sparkContext.defaultParallelism
+    read = stage.read_photos(changed, changed.count(), slots, settings.http)
     return rows.count(), read, rows.where(F.col("reason").isNotNull())
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from vlm4rec_spark.models import download
+from vlm4rec_spark.models.download import HttpSettings
 from vlm4rec_spark.sources import PhotoSource, Source, column_named
 
 
@@ -134,13 +137,14 @@ def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
 
 
 def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) -> DataFrame:
-    """The photos to look at, with what `photos` knows of each as known_bytes and known_at. No photo is opened.
+    """The photos to look at, with what `photos` knows of each: known_bytes, known_at, known_sha256. None is opened.
 
     With a listing (`files`: uri, bytes, modified_at) a photo that `photos` holds unchanged is left out; without one,
-    the executor that would read it asks for its size and time first.
+    the executor that would read it asks first whether it has changed.
     """
     known = photos.select("item_id", "position", "uri", F.col("bytes").alias("known_bytes"),
-                          F.col("modified_at").alias("known_at"))  # fmt: skip
+                          F.col("modified_at").alias("known_at"),
+                          F.col("image_sha256").alias("known_sha256"))  # fmt: skip
     rows = rows.join(known, on=["item_id", "position", "uri"], how="left")
     if files is None:
         return rows.withColumn("modified_at", F.lit(None).cast("timestamp"))
@@ -149,7 +153,7 @@ def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) 
     return listed.where(~F.coalesce(same, F.lit(False)))
 
 
-def read_photos(rows: DataFrame, count: int, slots: int) -> DataFrame:
+def read_photos(rows: DataFrame, count: int, slots: int, http: HttpSettings) -> DataFrame:
     """Read what `changed_photos` says on executors: the columns of `photos`, and `reason` for an unreadable one.
 
     `count`: how many rows there are. Each task reads neighbours by item_id, so that the files of `photos` hold them.
@@ -157,9 +161,9 @@ def read_photos(rows: DataFrame, count: int, slots: int) -> DataFrame:
     tasks = max(min(slots, count), -(-count // _PHOTOS_PER_FILE), 1)
     # Milliseconds, because pandas has no time before 1678 or after 2261, and a file may claim one.
     times = [F.unix_millis(name).alias(name) for name in ("modified_at", "known_at")]
-    named = rows.select("item_id", "position", "uri", "known_bytes", *times)
+    named = rows.select("item_id", "position", "uri", "known_bytes", "known_sha256", *times)
     return named.repartitionByRange(tasks, "item_id", "position").mapInPandas(
-        _read_batches,
+        _photo_reader(http),
         "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
         "modified_at BIGINT, reason STRING",
     ).withColumn("modified_at", F.timestamp_millis("modified_at"))  # fmt: skip
@@ -187,37 +191,87 @@ def photos_in_rows(raw: DataFrame, column: str) -> DataFrame:
     ).where(image.isNotNull())
 
 
-def _read_batches(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    for batch in batches:
-        # A few photos at a time leave the worker: an Arrow batch of 10,000 photos would be gigabytes.
-        for start in range(0, len(batch), 32):
-            read = [_read_photo(row) for row in batch.iloc[start : start + 32].to_dict("records")]
-            yield pd.DataFrame([row for row in read if row is not None], columns=_PHOTO_COLUMNS)
+Batches = Iterator[pd.DataFrame]
+
+
+def _photo_reader(http: HttpSettings) -> Callable[[Batches], Batches]:
+    def read(batches: Batches) -> Batches:
+        for batch in batches:
+            rows = batch.to_dict("records")
+            files = (row for row in rows if not download.is_url(row["uri"]))
+            urls = (row for row in rows if download.is_url(row["uri"]))
+            downloaded = download.concurrently(lambda row: _read_photo(row, http), urls, http.concurrency)
+            yield from _in_parts(chain((_read_photo(row, http) for row in files), downloaded))
+
+    return read
+
+
+def _in_parts(photos: Iterator[dict | None]) -> Batches:
+    """A few photos at a time leave the worker: an Arrow batch of 10,000 photos would be gigabytes."""
+    part: list[dict] = []
+    size = 0
+    for photo in photos:
+        if photo is not None:
+            part.append(photo)
+            size += photo["bytes"] or 0
+        if len(part) == 32 or size > _PART_BYTES:
+            yield pd.DataFrame(part, columns=_PHOTO_COLUMNS)
+            part, size = [], 0
+    yield pd.DataFrame(part, columns=_PHOTO_COLUMNS)
 
 
 _PHOTOS_PER_FILE = 500
 """100 MB of photos of 200 kB."""
+_PART_BYTES = 64_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PHOTO_COLUMNS = ["item_id", "position", "uri", "image", "image_sha256", "bytes", "modified_at", "reason"]
 
 
-def _read_photo(row: dict) -> dict | None:
+def _read_photo(row: dict, http: HttpSettings) -> dict | None:
     """The photo of a row, or None when it is the one that is known."""
-    import fsspec
-
-    photo = dict.fromkeys(_PHOTO_COLUMNS) | {name: row[name] for name in ("item_id", "position", "uri", "modified_at")}
+    photo = dict.fromkeys(_PHOTO_COLUMNS) | {name: row[name] for name in ("item_id", "position", "uri")}
     try:
-        path = re.sub(r"^file:/+", "/", row["uri"])
-        # In an address, but not in a file's name, "::" says that one file system lies inside another.
-        files, path = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
-        if pd.isna(row["modified_at"]):
-            photo["modified_at"] = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
-            if photo["modified_at"] == row["known_at"] and files.size(path) == row["known_bytes"]:
-                return None
-        image = files.cat_file(path)
+        found = _download(row, http) if download.is_url(row["uri"]) else _read_file(row)
     except Exception as unreadable:
         return photo | {"reason": f"the photo can't be read: {unreadable}"}
-    return photo | {"image": image, "image_sha256": hashlib.sha256(image).hexdigest(), "bytes": len(image)}
+    if found is None:
+        return None
+    image, modified_at = found
+    sha256 = hashlib.sha256(image).hexdigest()
+    return photo | {"image": image, "image_sha256": sha256, "bytes": len(image), "modified_at": modified_at}
+
+
+def _read_file(row: dict) -> tuple[bytes, int] | None:
+    """Bytes and modification time, or None when size and time are those that are known."""
+    import fsspec
+
+    path, modified_at = re.sub(r"^file:/+", "/", row["uri"]), row["modified_at"]
+    if "://" in path and re.search(r"::\s*https?:", path, re.IGNORECASE):
+        # It would be connected to without a look at where it leads.
+        raise ValueError("an http address inside another address")
+    # In an address, but not in a file's name, "::" says that one file system lies inside another.
+    files, path = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
+    if pd.isna(modified_at):
+        modified_at = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
+        if modified_at == row["known_at"] and files.size(path) == row["known_bytes"]:
+            return None
+    return files.cat_file(path), modified_at
+
+
+def _download(row: dict, http: HttpSettings) -> tuple[bytes, int] | None:
+    """Bytes and modification time, or None when the server or the bytes say that nothing has changed.
+
+    A server that names no time is asked with that of its last answer, and most then send the photo again.
+    """
+    known_at = None if pd.isna(row["known_at"]) else int(row["known_at"])
+    answer = download.fetch(row["uri"], http, known_at)
+    if answer is None:
+        return None
+    modified_at = answer.last_modified
+    if hashlib.sha256(answer.image).hexdigest() == row["known_sha256"] and modified_at in (None, known_at):
+        return None
+    # The same photo with a new time is taken too, or it would be downloaded each night from now on.
+    return answer.image, answer.answered_at if modified_at is None else modified_at
 
 
 def _corrupt() -> Column:
