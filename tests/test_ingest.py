@@ -305,6 +305,16 @@ def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: P
         pipeline(tmp_path, shop, "ingest.photos.path_column=photos").check(["ingest"])
 
 
+def test_large_photos_leave_the_worker_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "_PART_BYTES", 100)
+    sizes = [10] * 33 + [60, 60, 101, None]  # the last one couldn't be read
+    read = [None, *({"item_id": str(n), "bytes": size} for n, size in enumerate(sizes)), None]
+    parts = list(ingest._in_parts(iter(read)))
+    assert [len(part) for part in parts] == [11, 11, 11, 2, 1, 1]
+    assert [item for part in parts for item in part["item_id"]] == [str(n) for n in range(len(sizes))]
+    assert [len(part) for part in ingest._in_parts(iter(40 * [{"bytes": 0}]))] == [32, 8]
+
+
 class Files(SimpleHTTPRequestHandler):
     """A folder's files, with their times, and 304 for those that haven't changed; /undated has no times."""
 
