@@ -67,7 +67,9 @@ def make(folder: Path, items: int, users: int) -> None:
 
 def _png(colour: np.ndarray) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (8, 8), tuple(map(int, colour))).save(out, "PNG")
+    image = Image.new("RGB", (8, 8), tuple(map(int, colour)))
+    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
+    image.save(out, "PNG")
     return out.getvalue()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hostile_photos import GOOD, HOSTILE
 from PIL import Image
 from pyspark.sql import functions as F
 
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 def photo(colour: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    image = Image.new("RGB", (16, 16), colour)
+    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -105,7 +108,7 @@ def test_each_content_is_captioned_once_and_only_what_changed_again(
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     assert len(rows) == 4
     failed = rows[hashlib.sha256(HTML).hexdigest()]
-    assert (failed["status"], failed["error_class"], failed["caption"]) == ("failed", "not_an_image", None)
+    assert (failed["status"], failed["error_class"], failed["caption"]) == ("failed", "html_page", None)
     assert rows[hashlib.sha256(b"").hexdigest()]["error_class"] == "empty"
     assert rows[hashlib.sha256(GREEN).hexdigest()]["prompt_id"] == "describe.1"
 
@@ -252,10 +255,10 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
         return {row["error_class"]: row["attempts"] for row in rows if row["error_class"]}
 
     run.run(["caption"])
-    assert attempts() == {"RuntimeError": 1, "empty_caption": 1, "not_an_image": 1}
+    assert attempts() == {"RuntimeError": 1, "empty_caption": 1, "html_page": 1}
     assert run.plan().reasons == {"retry": 1}
     assert counted.caption(run) == (1, 0, 1, 3)
-    assert attempts() == {"RuntimeError": 2, "empty_caption": 1, "not_an_image": 1}
+    assert attempts() == {"RuntimeError": 2, "empty_caption": 1, "html_page": 1}
     assert counted.caption(run) == (0, 0, 0, 4)
     assert run.run(["caption"])[0].status == "unchanged"
 
@@ -264,8 +267,22 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
     run.retry = ""
     assert run.plan().reasons == {"retry": 3}
     run.run(["caption"])
-    assert attempts() == {"RuntimeError": 3, "empty_caption": 3, "not_an_image": 2}
+    assert attempts() == {"RuntimeError": 3, "empty_caption": 3, "html_page": 2}
     assert captions(run) == {"green": GREEN_TEXT}
+
+
+def test_each_of_a_folder_of_hostile_photos_has_its_class_and_every_good_one_its_caption(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    run = pipeline(tmp_path, "caption.max_failed_share=1", "caption.batch_size=4")
+    store(run, {f"bad {name}": data for name, (data, _) in HOSTILE.items()} | {f"good {n}": GOOD[n] for n in GOOD})
+    (outcome,) = run.run(["caption"])
+    assert len(HOSTILE) >= 40
+    assert (outcome.ok, outcome.failed) == (len(GOOD), len(HOSTILE))
+    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
+    found = {name: rows[hashlib.sha256(data).hexdigest()]["error_class"] for name, (data, _) in HOSTILE.items()}
+    assert found == {name: error_class for name, (_, error_class) in HOSTILE.items()}
+    assert set(captions(run)) == {f"good {name}" for name in GOOD}
 
 
 def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_other_photo(

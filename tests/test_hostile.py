@@ -399,7 +399,9 @@ def shop(place: Path) -> tuple[str, ...]:
 
 def png(colour: tuple[int, int, int]) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(out, "PNG")
+    image = Image.new("RGB", (8, 8), colour)
+    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
+    image.save(out, "PNG")
     return out.getvalue()
 
 

@@ -75,7 +75,7 @@ def test_photos_have_the_dirt_of_real_folders(shop: Path) -> None:
             kinds[image.format, image.mode] += 1
             kinds["animated"] += getattr(image, "is_animated", False)
             kinds["rotated"] += 0x0112 in image.getexif()
-    assert errors == {"truncated": 2, "empty": 1, "not_an_image": 2}
+    assert errors == {"truncated": 2, "empty": 1, "html_page": 2}
     odd = (("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGB"), "animated", "rotated")
     assert {kind: kinds[kind] for kind in odd} == {
         ("JPEG", "CMYK"): 2, ("PNG", "RGBA"): 2, ("WEBP", "RGB"): 1, "animated": 2, "rotated": 2,

@@ -23,7 +23,9 @@ from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
 
 def photo(colour: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    image = Image.new("RGB", (8, 8), colour)
+    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -60,7 +62,7 @@ def calls(file: Path) -> int:
 def test_every_photo_has_one_result_whatever_the_batch(supervised: type[Supervisor], batch_size: int) -> None:
     run = supervised("none", batch_size)
     images = [GREY, b"", b"<html>", GREY[:-30], *[DARKER, GREY] * 10]
-    expected = {"0": "4", "1": "empty", "2": "not_an_image", "3": "truncated"}
+    expected = {"0": "4", "1": "empty", "2": "html_page", "3": "truncated"}
     expected |= {str(n): "2" if n % 2 == 0 else "4" for n in range(4, 24)}
     assert captioned(run, *images) == expected
     # The same child serves the next task.

@@ -81,7 +81,9 @@ class Job:
 
 def picture(colour: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), f"#{colour}").save(buffer, "PNG")
+    image = Image.new("RGB", (8, 8), f"#{colour}")
+    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -9,9 +9,14 @@ from vlm4rec_spark.report.data import ReportData, Run, figures
 
 _BROKEN = {
     "empty": "Photos without a single byte",
-    "not_an_image": "Photos that are something else, such as a web page named .jpg",
+    "not_an_image": "Photos that are something else",
+    "html_page": "Photos that are a web page under a photo's name",
+    "svg": "Photos that are an SVG drawing under a photo's name",
+    "unsupported": "Photos of a kind that isn't decoded here",
     "truncated": "Photos that end early or are damaged",
     "too_large": "Photos with more pixels than are decoded",
+    "too_small": "Photos with a side of a few pixels only",
+    "blank": "Photos of one colour all over",
     "empty_caption": "Photos of which the model said nothing",
     "too_short": "Photos of which the model said fewer than three words",
     "refusal": "Photos that the model refused to describe",
