@@ -34,7 +34,8 @@ from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.demo import catalogue
-from vlm4rec_spark.models.captioners import load_captioner
+from vlm4rec_spark.models.captioners import Request, load_captioner
+from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 from vlm4rec_spark.models.images import PhotoError, decode
 from vlm4rec_spark.models.prompts import load_prompt
 from vlm4rec_spark.pipeline import Pipeline, Voice
@@ -76,16 +77,17 @@ def numbered(photo: bytes, number: int) -> bytes:
 def loop(folder: Path, model: str, photos: int) -> dict[str, float]:
     """Photos per second of the plain loop."""
     settings = config(folder, model, "local[1]").caption
-    prompt, captioner = load_prompt(settings.prompt).text, load_captioner(settings.model)
+    prompt, captioner = load_prompt(settings.prompt).text, load_captioner(settings.model, settings.batch_size)
+    assert isinstance(captioner, BatchCaptioner)
     some = originals(folder)
     held = [numbered(some[n % len(some)], n) for n in range(photos)]
 
-    def batch(data: list[bytes]) -> list[str]:
+    def batch(data: list[bytes]) -> list[str | None]:
         images = [decode(each, settings.model.max_side) for each in data]
-        return [caption.text for caption in captioner.caption(images, [prompt] * len(images))]
+        return [answer.text for answer in captioner.describe([Request("", image, prompt) for image in images])]
 
     batch(held[:WARM])
-    began, texts = time.perf_counter(), list[str]()
+    began, texts = time.perf_counter(), list[str | None]()
     for place in range(0, photos, settings.batch_size):
         texts += batch(held[place : place + settings.batch_size])
     assert all(texts)

@@ -1,22 +1,34 @@
-"""Captioners: the fake's faults, a model's id, any LLaVA folder, and the packaged one's eyes."""
+"""Captioners: the contract of every backend, the fake's faults, a model's id, and the packaged one's eyes."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
 
 from vlm4rec_spark.demo.captioner import build, render
 from vlm4rec_spark.demo.drawing import SIZE, parse
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.models.captioners import DEMO_MODEL, Caption, Captioner, ModelSettings, load_captioner
+from vlm4rec_spark.models.captioners import (
+    DEMO_MODEL,
+    Answer,
+    Captioner,
+    ModelSettings,
+    Request,
+    answers,
+    load_captioner,
+)
+from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 from vlm4rec_spark.models.prompts import load_prompt
 
 FRESH_SEED = 3_000_000
@@ -38,28 +50,197 @@ def fresh() -> tuple[list[dict[str, str]], list[Image.Image]]:
     return list(attributes), list(photos)
 
 
+def _nonsense(model: torch.nn.Module) -> None:
+    """As they are drawn, weights are so small that the model only repeats the prompt's last word."""
+    for weights in model.parameters():
+        weights.data *= 8 if weights.ndim > 1 else 1
+
+
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA of random weights in a folder: it says nonsense, another nonsense for each photo and prompt."""
     folder = tmp_path_factory.mktemp("models") / "untrained"
     torch.manual_seed(0)
     model, processor = build()
-    for weights in model.parameters():
-        # As they are drawn, weights are so small that the model only repeats the prompt's last word.
-        weights.data *= 8 if weights.ndim > 1 else 1
+    _nonsense(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
+QWEN_TEMPLATE = """
+{%- for message in messages %}<|im_start|> {{ message['role'] }} {% for part in message['content'] -%}
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part['text'] }} {% endif %}
+{%- endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of Qwen2.5-VL's kind, as nonsensical: photos of any size take any number of tokens, places have three axes."""
+    folder = tmp_path_factory.mktemp("models") / "qwen"
+    ends = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    seen = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    words = sorted(set(" ".join(["user assistant made warm soft", *PROMPTS]).split()))
+    vocabulary = {word: place for place, word in enumerate(ends + seen + words)}
+    core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<|im_end|>", unk_token="<unk>",
+        additional_special_tokens=[ends[1], *seen],
+    )  # fmt: skip
+    processor = transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=112 * 112),
+        tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE,
+    )  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(vocabulary), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0},
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 64,
+            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1],
+        },
+        image_token_id=4, video_token_id=5, vision_start_token_id=6, vision_end_token_id=7,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    _nonsense(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def requests(photos: Sequence[Image.Image], prompts: Sequence[str]) -> list[Request]:
+    return [Request(str(n), photo, prompt) for n, (photo, prompt) in enumerate(zip(photos, prompts, strict=True))]
+
+
 def captions(captioner: Captioner, photos: Sequence[Image.Image], batch: int, prompt: str = PROMPT) -> list[str]:
-    parts = [photos[start : start + batch] for start in range(0, len(photos), batch)]
-    return [answer.text for part in parts for answer in captioner.caption(part, [prompt] * len(part))]
+    """One after another in batches of this size, whatever size the captioner was made for."""
+    found: list[str] = []
+    for start in range(0, len(photos), batch):
+        part = photos[start : start + batch]
+        found += [answer.text or "" for answer in answers(captioner, requests(part, [prompt] * len(part))).values()]
+    return found
 
 
 @cache
 def described() -> list[str]:
     return captions(packaged(), fresh()[1], 16)
+
+
+# The contract, of every backend
+
+
+SIZES = [(40, 70), (70, 40), (64, 64), (120, 30), (64, 64), (70, 40)]
+PHOTOS = [
+    Image.fromarray(np.random.default_rng(n).integers(0, 256 - 40 * n, (*size, 3), np.uint8))
+    for n, size in enumerate(SIZES)
+]
+PROMPTS = ["Describe it.", "A thing of red wool made for long walks and cold days, or of blue cotton?"] * 3
+
+Load = Callable[[int], Captioner]
+
+
+@pytest.fixture(params=["fake", "llava", "qwen"])
+def load(request: pytest.FixtureRequest) -> Load:
+    """A function from a batch size to the backend's captioner."""
+    if request.param == "fake":
+        settings = ModelSettings(backend="fake", model="none")
+    else:
+        settings = ModelSettings(model=str(request.getfixturevalue(request.param)), max_new_tokens=8)
+    return lambda batch_size: load_captioner(settings, batch_size)
+
+
+def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load) -> None:
+    asked = requests(PHOTOS, PROMPTS)
+    alone = answers(load(1), asked)
+    # Photo and prompt both matter, or this would show nothing.
+    assert len({answer.text for answer in alone.values()}) > len(PHOTOS) / 2
+    for batch_size in (3, 16):
+        captioner = load(batch_size)
+        assert answers(captioner, asked) == alone
+        assert answers(captioner, asked[::-1]) == alone
+
+
+def test_each_request_has_one_answer_and_its_work_is_announced(load: Load) -> None:
+    captioner, begun = load(3), list[str]()
+    captioner.begins = begun.extend
+    asked, found = requests(PHOTOS, PROMPTS), list[Answer]()
+    for place, one in enumerate(asked):
+        captioner.add(one)
+        if place == 3:
+            found += captioner.step()
+            assert {answer.key for answer in found} <= set(begun)
+    while len(found) < len(asked):
+        found += captioner.step()
+    assert sorted(answer.key for answer in found) == sorted(one.key for one in asked)
+    assert sorted(begun) == sorted(one.key for one in asked)
+    assert captioner.at_once >= captioner.batch >= 1
+
+
+def test_tokens_are_counted_and_answers_stop_at_the_bound(load: Load) -> None:
+    short, long = answers(load(2), requests([PHOTOS[0]] * 2, ["Say.", "Say it all once more."])).values()
+    assert long.input_tokens - short.input_tokens == 4  # padding isn't counted
+    assert 1 <= short.output_tokens <= 10
+    assert short.text == " ".join((short.text or "").split())
+
+
+# What batches are made of
+
+
+class Sized(BatchCaptioner):
+    """Notes the batches; `fits` photos at a time, and no photo of the width `bad`."""
+
+    def __init__(self, batch_size: int, fits: int = 99, bad: int = 0):
+        super().__init__(batch_size)
+        self.fits, self.bad, self.batches = fits, bad, list[list[str]]()
+
+    def describe(self, batch: Sequence[Request]) -> list[Answer]:
+        self.batches.append([request.key for request in batch])
+        if len(batch) > self.fits:
+            raise MemoryError("no room")
+        if any(request.image.width == self.bad for request in batch):
+            raise ValueError("a width that it can't take")
+        return [Answer(request.key, "Fine.") for request in batch]
+
+
+def wide(*widths: int) -> list[Request]:
+    return requests([Image.new("RGB", (width, 10)) for width in widths], ["Say it."] * len(widths))
+
+
+def test_photos_of_a_size_go_together_and_the_oldest_goes_first() -> None:
+    captioner = Sized(2)
+    answers(captioner, wide(10, 90, 11, 91, 50))
+    assert captioner.batches == [["0", "2"], ["1", "3"], ["4"]]
+
+
+def test_batches_are_halved_when_memory_runs_out_and_grow_again() -> None:
+    captioner = Sized(8, fits=3)
+    assert {answer.text for answer in answers(captioner, wide(*[10] * 40)).values()} == {"Fine."}
+    assert [len(batch) for batch in captioner.batches] == [8, 4] + [2] * 16 + [4] + [2] * 4
+    captioner.fits, captioner.batches = 99, []
+    answers(captioner, wide(*[10] * 200))
+    sizes = [len(batch) for batch in captioner.batches]
+    assert sizes == [*sorted(sizes)[:-1], sizes[-1]]
+    assert max(sizes) == 8
+
+
+def test_memory_that_is_short_for_one_photo_is_its_error() -> None:
+    found = answers(Sized(4, fits=0), wide(10, 10))
+    assert {answer.error_class for answer in found.values()} == {"out_of_memory"}
+
+
+def test_what_a_batch_fails_on_is_found_one_by_one_and_costs_no_other() -> None:
+    captioner = Sized(4, bad=11)
+    found = answers(captioner, wide(11, 10, 10, 10, 10))
+    assert {key: answer.error_class for key, answer in found.items()} == {
+        "0": "ValueError", "1": None, "2": None, "3": None, "4": None,
+    }  # fmt: skip
+    assert found["0"].error == "a width that it can't take"
+    assert [len(batch) for batch in captioner.batches] == [4, 1, 1, 1, 1, 1]
 
 
 # The fake
@@ -69,23 +250,30 @@ def fake(faults: str) -> Captioner:
     return load_captioner(ModelSettings(backend="fake", model=faults))
 
 
-def test_the_fake_says_the_mean_colour_in_order() -> None:
-    assert fake("demo").caption([RED, BLUE], ["Say it.", "And this one?"]) == [
-        Caption("A thing of red 6, green 0 and blue 0.", 2, 10),
-        Caption("A thing of red 0, green 0 and blue 6.", 3, 10),
+def said(faults: str, photos: Sequence[Image.Image], prompt: str = "Say it.") -> list[Answer]:
+    return list(answers(fake(faults), requests(photos, [prompt] * len(photos))).values())
+
+
+def test_the_fake_says_the_mean_colour() -> None:
+    assert list(answers(fake("demo"), requests([RED, BLUE], ["Say it.", "And this one?"])).values()) == [
+        Answer("0", "A thing of red 6, green 0 and blue 0.", 2, 10),
+        Answer("1", "A thing of red 0, green 0 and blue 6.", 3, 10),
     ]
 
 
 def test_the_fake_fails_on_request_and_only_then() -> None:
-    with pytest.raises(RuntimeError, match="fail on this photo"):
-        fake("raise").caption([GREEN, RED], ["Say it."] * 2)
-    with pytest.raises(RuntimeError, match="fail on this photo"):
-        fake("raise:green").caption([GREEN, RED], ["Say it."] * 2)
-    assert fake("raise").caption([GREEN, BLUE], ["Say it."] * 2) == fake("demo").caption([GREEN, BLUE], ["Say it."] * 2)
+    failed, fine = said("raise", [RED, GREEN])
+    assert (failed.text, failed.error_class, failed.error) == (
+        None, "RuntimeError", "the fake was asked to fail on this photo",
+    )  # fmt: skip
+    assert fine.text == "A thing of red 0, green 6 and blue 0."
+    assert [answer.error_class for answer in said("raise:green", [RED, GREEN])] == [None, "RuntimeError"]
+    assert said("raise", [GREEN, BLUE]) == said("demo", [GREEN, BLUE])
     assert captions(fake("raise+empty"), [GREEN, BLUE], 2) == ["A thing of red 0, green 6 and blue 0.", ""]
-    asked = fake("echo:green+refuse:blue+loop:red").caption([GREEN, BLUE, RED], ["Say it now."] * 3)
-    assert [answer.text[:12] for answer in asked] == ["Say it now.", "I'm sorry, I", "A thing of r"]
-    assert len(asked[2].text) == 9 * len("A thing of red 6, green 0 and blue 0.")
+    asked = [answer.text or "" for answer in said("echo:green+refuse:blue+loop:red", [GREEN, BLUE, RED], "Say it now.")]
+    assert [text[:12] for text in asked] == ["Say it now.", "I'm sorry, I", "A thing of r"]
+    assert len(asked[2]) == 9 * len("A thing of red 6, green 0 and blue 0.")
+    assert [answer.text is None for answer in said("fits=0", [GREEN])] == [True]
 
 
 def test_the_fake_counts_the_photos_it_is_asked_about(tmp_path: Path) -> None:
@@ -103,10 +291,10 @@ def test_ids_of_the_fake_and_of_the_packaged_model() -> None:
 
 
 def test_the_id_changes_with_the_weights_and_the_template_and_not_with_the_card_or_place(
-    tmp_path: Path, untrained: Path
+    tmp_path: Path, llava: Path
 ) -> None:
-    copy = shutil.copytree(untrained, tmp_path / "elsewhere" / untrained.name)
-    before = ModelSettings(model=str(untrained)).model_id()
+    copy = shutil.copytree(llava, tmp_path / "elsewhere" / llava.name)
+    before = ModelSettings(model=str(llava)).model_id()
     assert before.startswith("untrained@")
     (copy / "README.md").write_text("A card.")
     assert ModelSettings(model=str(copy)).model_id() == before
@@ -133,36 +321,17 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         ModelSettings(model=str(tmp_path)).model_id()
 
 
-# Any LLaVA folder
+# Folders
 
 
-def test_a_model_from_a_folder_answers_in_order_whatever_the_batch(untrained: Path) -> None:
-    captioner = load_captioner(ModelSettings(model=str(untrained), max_new_tokens=8))
-    noise = (np.random.default_rng(seed).integers(0, 256, (40, 70, 3), np.uint8) for seed in range(3))
-    photos = [RED, GREEN, BLUE, *map(Image.fromarray, noise)]
-    alone = captions(captioner, photos, 1)
-    assert len(set(alone)) == len(photos)
-    assert captions(captioner, photos, 4) == alone
-    assert captions(captioner, photos[::-1], 6) == alone[::-1]
-
-
-def test_pickled_weights_beside_others_are_not_loaded(untrained: Path, tmp_path: Path) -> None:
+def test_pickled_weights_beside_others_are_not_loaded(llava: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
-    shutil.copytree(untrained, folder)
+    shutil.copytree(llava, folder)
     (folder / "extra").mkdir()
     weights = (folder / "model.safetensors").rename(folder / "extra" / "model.safetensors")
     torch.save(load_file(weights), folder / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         load_captioner(ModelSettings(model=str(folder)))
-
-
-def test_answers_stop_at_the_bound_and_their_tokens_are_counted(untrained: Path) -> None:
-    settings = ModelSettings(model=str(untrained), max_new_tokens=5)
-    short, long = load_captioner(settings).caption([RED, RED], ["Say.", "Say it all once more."])
-    assert short.output_tokens <= 5 and long.output_tokens <= 5
-    assert short.text == " ".join(short.text.split())
-    # The photo's 64 patches and the prompt's words; padding isn't counted.
-    assert (short.input_tokens > 64, long.input_tokens - short.input_tokens) == (True, 4)
 
 
 # The packaged model
@@ -194,13 +363,6 @@ def test_a_caption_does_not_depend_on_its_batch() -> None:
     photos = fresh()[1][:16]
     assert captions(packaged(), photos, 1) == described()[:16]
     assert captions(packaged(), photos, 3) == described()[:16]
-
-
-def test_prompts_of_other_lengths_in_the_batch_change_nothing() -> None:
-    photos = fresh()[1][:6]
-    prompts = ["Describe it.", "What is shown here? " * 8, PROMPT] * 2
-    alone = [packaged().caption([photo], [prompt])[0] for photo, prompt in zip(photos, prompts, strict=True)]
-    assert packaged().caption(photos, prompts) == alone
 
 
 def test_a_prompt_that_names_attributes_does_not_decide_the_caption() -> None:

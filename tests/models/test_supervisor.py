@@ -109,9 +109,9 @@ def test_the_batch_behind_a_killers_is_not_blamed(
         return start(*args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", counted)
-    images = [RED, *[GREY] * 3] * 2
+    images = [RED, *[GREY] * 6, RED]  # as far apart as can be: photos are decoded on two threads
     said = captioned(supervised("hang:red", 4, seconds=1), *images)
-    assert said == {str(n): "model_hung" if n in (0, 4) else "4" for n in range(8)}
+    assert said == {str(n): "model_hung" if n in (0, 7) else "4" for n in range(8)}
     # Each batch ends a child, and so does each killer alone: the second would be alone at once, were it blamed as well.
     assert len(started) == 2 + 2 + 1
 

@@ -27,7 +27,8 @@ def test_no_damage_crashes_the_decoder() -> None:
             start, length = int(rng.integers(len(damaged) + 1)), int(rng.integers(1, 64))
             match rng.integers(5):
                 case 0:
-                    damaged[start : start + 1] = bytes(byte ^ 1 << rng.integers(8) for byte in damaged[start : start + 1])
+                    flipped = 1 << int(rng.integers(8))
+                    damaged[start : start + 1] = bytes(byte ^ flipped for byte in damaged[start : start + 1])
                 case 1:  # the sizes stand near the beginning
                     start = int(rng.integers(min(len(damaged), 64) + 1))
                     damaged[start : start + 4] = rng.bytes(4)

@@ -214,16 +214,19 @@ def _loss(model, heads, processor, pixels, labels, answers, rng):  # type: ignor
 
 def held_out(model: Path, count: int) -> tuple[dict[str, float], dict[str, float]]:
     """Share of fresh renderings whose generated caption names each attribute rightly; the same on blank photos."""
+    from vlm4rec_spark.models.captioners import Request, answers
     from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
     from vlm4rec_spark.models.prompts import load_prompt
 
-    captioner, prompt = TransformersCaptioner(str(model), "main", 40), load_prompt("describe.1").text
+    captioner, prompt = TransformersCaptioner(str(model), "main", 40, 32), load_prompt("describe.1").text
+
+    def seen(photos: Sequence[Image.Image]) -> list[dict[str, str]]:
+        requests = [Request(str(place), photo, prompt) for place, photo in enumerate(photos)]
+        return [parse(answer.text or "") for answer in answers(captioner, requests).values()]
+
     drawn = [render(seed) for seed in range(TEST_SEED, TEST_SEED + count)]
-    blank = parse(captioner.caption([Image.new("RGB", (224, 224), (160, 160, 160))], [prompt])[0].text)
-    found: list[dict[str, str]] = []
-    for start in range(0, count, 32):
-        photos = [photo for _, photo in drawn[start : start + 32]]
-        found += [parse(answer.text) for answer in captioner.caption(photos, [prompt] * len(photos))]
+    (blank,) = seen([Image.new("RGB", (224, 224), (160, 160, 160))])
+    found = seen([photo for _, photo in drawn])
     share = {n: sum(f.get(n) == a[n] for f, (a, _) in zip(found, drawn, strict=True)) / count for n in ATTRIBUTES}
     return share, {n: sum(blank.get(n) == a[n] for a, _ in drawn) / count for n in ATTRIBUTES}
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import queue
 import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vlm4rec_spark.models.captioners import Captioner, ModelSettings, load_captioner
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.captioners import Answer, Captioner, ModelSettings, Request, load_captioner
+from vlm4rec_spark.models.captioners.batches import error_class
 from vlm4rec_spark.models.images import PhotoError, decode
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that the kernel sends to a process when its parent ends."""
+_DECODERS = 2
+"""Threads. One decodes 60 JPEGs or 15 PNGs of 2,000 pixels a second (benchmarks/decode.py); a GPU captions 11."""
 
 
 def main(handle: int, parent: int, idle_seconds: float) -> None:
@@ -30,35 +34,52 @@ def main(handle: int, parent: int, idle_seconds: float) -> None:
     _end_with(parent)
     _be_the_first_to_go()
     wire = _Wire(handle)
-    settings = ModelSettings.model_validate_json(json.dumps(wire.receive()))
+    hello = wire.receive()
+    settings = ModelSettings.model_validate_json(json.dumps(hello["model"]))
     try:
-        captioner = load_captioner(settings)
+        captioner = load_captioner(settings, hello["batch_size"])
     except Exception as failure:
-        wire.send({"cannot_load": f"{type(failure).__name__}: {failure}"[:2_000]})
+        wire.send({"cannot": f"be loaded: {type(failure).__name__}: {failure}"[:2_000]})
         return
-    wire.send({"loaded": True})
-    decoded: queue.Queue[dict] = queue.Queue()
-    at_work = threading.Event()
-    threading.Thread(target=_decode_ahead, args=(wire, settings.max_side, at_work, decoded), daemon=True).start()
-    free_since = time.perf_counter()
+    wire.send({"at_once": captioner.at_once})
+    captioner.begins = lambda keys: wire.send({"at_work": list(keys)})
+    intake = _Intake()
+    threading.Thread(target=_decode_ahead, args=(wire, settings.max_side, intake), daemon=True).start()
+    try:
+        _serve(captioner, intake, wire, idle_seconds)
+    except RunError as failure:
+        wire.send({"cannot": f"go on: {failure}"[:2_000]})
+
+
+def _serve(captioner: Captioner, intake: _Intake, wire: _Wire, idle_seconds: float) -> None:
+    held, worked, waited = 0, 0.0, 0.0
     while True:
-        try:
-            batch = decoded.get(timeout=idle_seconds)
-        except queue.Empty:
-            if at_work.is_set():
-                continue
-            return  # the parent may live on with other work, and a GPU's memory isn't there to be held
         began = time.perf_counter()
-        if batch["first"]:  # before it nobody waited for this model
-            free_since = began
-        answer = _answer(captioner, batch)
-        ended = time.perf_counter()
-        wire.send(answer | {"batch": batch["batch"], "seconds": ended - began, "waited": began - free_since})
-        free_since = ended
+        ready = intake.take(held, captioner.batch, idle_seconds)
+        if ready is None:
+            return  # the parent may live on with other work, and a GPU's memory isn't there to be held
+        for request in ready:
+            captioner.add(request)
+        held += len(ready)
+        if not held:
+            continue
+        taken = time.perf_counter()
+        # Before the first photo of a run nobody waited for this model.
+        waited += max(0.0, taken - max(began, intake.since))
+        answers = captioner.step()
+        worked += time.perf_counter() - taken
+        if answers:
+            held -= len(answers)
+            wire.send({"answers": [_row(answer) for answer in answers], "seconds": worked, "waited": waited})
+            worked = waited = 0.0
+
+
+def _row(answer: Answer) -> list[Any]:
+    return [answer.key, answer.text, answer.input_tokens, answer.output_tokens, answer.error_class, answer.error]
 
 
 class _Wire:
-    """JSON and bytes, both ways, and nothing that would have to be unpickled. Two threads may send."""
+    """JSON and bytes, both ways, and nothing that would have to be unpickled. Several threads may send."""
 
     def __init__(self, handle: int):
         self._ends, self._lock = Connection(handle), threading.Lock()
@@ -74,45 +95,80 @@ class _Wire:
             self._ends.send_bytes(json.dumps(message).encode())
 
 
-def _decode_ahead(wire: _Wire, max_side: int, at_work: threading.Event, decoded: queue.Queue[dict]) -> None:
-    """Batches from the wire to images; the parent sees to it that few of them are on their way at once."""
+class _Intake:
+    """Photos between the wire and the model; the parent sees to it that they are few."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._ready: list[Request] = []
+        self._undecoded, self._all = 0, False
+        self.since = 0.0
+        """When the run began that the photos belong to, by time.perf_counter."""
+
+    def comes(self, first: bool) -> None:
+        with self._changed:
+            self._undecoded, self._all = self._undecoded + 1, False
+            if first:
+                self.since = time.perf_counter()
+
+    def decoded(self, request: Request | None) -> None:
+        """None for a photo that is none."""
+        with self._changed:
+            self._undecoded -= 1
+            self._ready += [request] if request else []
+            self._changed.notify()
+
+    def that_is_all(self) -> None:
+        """No more are coming until these are answered."""
+        with self._changed:
+            self._all = True
+            self._changed.notify()
+
+    def take(self, held: int, enough: int, idle_seconds: float) -> list[Request] | None:
+        """What is decoded, waited for until it makes `enough` with those `held`, or is all that comes.
+
+        None when nothing has come for so long.
+        """
+
+        def worth_it() -> bool:
+            there = held + len(self._ready)
+            return there >= enough or (self._all and not self._undecoded)
+
+        with self._changed:
+            while not self._changed.wait_for(worth_it, idle_seconds):
+                if not held and not self._ready and not self._undecoded:
+                    return None
+            ready, self._ready = self._ready, []
+            self._all &= bool(held or ready)
+            return ready
+
+
+def _decode_ahead(wire: _Wire, max_side: int, intake: _Intake) -> None:
+    """Photos from the wire to images, on other threads than the model's."""
+
+    def one(key: str, prompt: str, data: bytes) -> None:
+        wire.send({"decoding": key})
+        request, bad = None, None
+        try:
+            request = Request(key, decode(data, max_side), prompt)
+        except PhotoError as refused:
+            bad = Answer(key, None, error_class=refused.error_class, error=str(refused))
+        except Exception as unforeseen:
+            bad = Answer(key, None, error_class=error_class(unforeseen), error=str(unforeseen))
+        wire.send({"answers": [_row(bad)]} if bad else {"decoded": key})
+        intake.decoded(request)
+
+    decoders = ThreadPoolExecutor(_DECODERS)
     try:
         while True:
-            batch = wire.receive()
-            at_work.set()
-            photos = [wire.receive_bytes() for _ in batch["keys"]]
-            wire.send({"decoding": batch["batch"]})
-            batch["images"], batch["bad"] = {}, {}
-            for key, data in zip(batch["keys"], photos, strict=True):
-                try:
-                    batch["images"][key] = decode(data, max_side)
-                except PhotoError as bad:
-                    batch["bad"][key] = [bad.error_class, str(bad)]
-                except Exception as unforeseen:
-                    batch["bad"][key] = [error_class(unforeseen), str(unforeseen)]
-            wire.send({"decoded": batch["batch"]})
-            decoded.put(batch)
-            at_work.clear()
+            photo = wire.receive()
+            if "key" in photo:
+                intake.comes(photo["first"])
+                decoders.submit(one, photo["key"], photo["prompt"], wire.receive_bytes())
+            else:
+                intake.that_is_all()
     except (EOFError, OSError):  # the parent has hung up
         os._exit(0)
-
-
-def _answer(captioner: Captioner, batch: dict) -> dict[str, Any]:
-    """A caption for every image of the batch, or the error with which the model refused all of it."""
-    keys = list(batch["images"])
-    try:
-        captions = captioner.caption(list(batch["images"].values()), [batch["prompt"]] * len(keys)) if keys else []
-        said = {key: [c.text, c.input_tokens, c.output_tokens] for key, c in zip(keys, captions, strict=True)}
-    except Exception as failure:
-        return {"bad": batch["bad"], "failed": keys, "error_class": error_class(failure), "error": str(failure)}
-    return {"bad": batch["bad"], "said": said}
-
-
-def error_class(failure: Exception) -> str:
-    """What the table `captions` calls it."""
-    name = type(failure).__name__
-    # MemoryError, torch.OutOfMemoryError
-    return "out_of_memory" if "Memory" in name else name
 
 
 def _end_with(parent: int) -> None:

@@ -1,6 +1,6 @@
 """Captions photos in a child process that may die, hang or eat memory: each time it costs one batch, not the run.
 
-Knows batches, deadlines and who is to blame; knows neither Spark nor which model runs (`child.py` does).
+Knows deadlines and who is to blame; knows neither Spark nor which model runs (`child.py` does).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ import psutil
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.captioners import ModelSettings
 
-_IN_FLIGHT = 2
-"""Batches at the child's: one that the model works on, one that is decoded meanwhile."""
 _POLL_SECONDS = 0.2
 _LOAD_SECONDS = 3_600
 """Weights of 70 GB over a slow network take a while."""
@@ -66,12 +63,12 @@ class Result:
 
 
 @dataclass
-class _Batch:
-    photos: list[Photo]
+class _Flight:
+    photo: Photo
     struck: bool = False
-    """Whether the child has ended over its one photo before."""
-    state: str = "waiting"
-    """waiting, decoding or decoded."""
+    """Whether the child has ended over it before."""
+    state: str = "sent"
+    """sent, decoding, decoded, at_work."""
 
 
 class _End(Exception):
@@ -88,15 +85,16 @@ class Supervisor:
     def __init__(
         self, model: ModelSettings, prompt: str, batch_size: int, batch_seconds: float, memory_bytes: int | None = None
     ):
-        """`batch_seconds` is the longest that a batch may take, `memory_bytes` the most that the child may hold.
+        """`batch_seconds` is the longest without an answer, `memory_bytes` the most that the child may hold.
 
         Without the latter it is four fifths of the machine's, or of the container's.
         """
         self._model, self._prompt, self._batch_size = model, prompt, batch_size
         self._batch_seconds, self._memory = batch_seconds, memory_bytes or int(0.8 * _memory_here())
         self._child: subprocess.Popen | None = None
-        self._number, self._deaths, self._failed_loads = 0, 0, 0
-        self._flying: dict[int, _Batch] = {}
+        self._deaths, self._failed_loads, self._at_once = 0, 0, 1
+        self._flying: dict[str, _Flight] = {}
+        self._told_all = False
         self.idle_seconds = 60.0
         """After so long without a photo the child ends; Spark ends an idle Python worker after as much."""
         self.run = ""
@@ -104,26 +102,27 @@ class Supervisor:
         self._counted = ""
 
     def caption(self, photos: Iterable[Photo], stop: Callable[[], bool] = lambda: False) -> Iterator[Result]:
-        """A result for every photo, in any order. Once `stop()` holds, no further batch is begun: the rest has none.
+        """A result for every photo, in any order. Once `stop()` holds, no further photo is begun: the rest has none.
 
-        A batch over which the child ends, or that the model refuses, is tried again photo by photo, and a photo over
-        which it ends a second time is an error. Raises RunError when the model can't be loaded. When the child ends
-        ten times in a row the rest has no result either.
+        Photos over which the child ends are tried again one by one, and one over which it ends a second time is an
+        error. Raises RunError when the model can't be loaded, or can serve no photo at all. When the child ends ten
+        times in a row the rest has no result either.
         """
-        source, again, self._deaths = iter(photos), deque[_Batch](), 0
+        source, again, self._deaths = iter(photos), deque[_Flight](), 0
         try:
             while True:
                 try:
                     while self._has_room(again) and self._deaths < _DEATHS_IN_A_ROW and not stop():
                         if again:
                             self._send(again.popleft())
-                        elif some := list(islice(source, self._batch_size)):
-                            self._send(_Batch(some))
+                        elif (photo := next(source, None)) is not None:
+                            self._send(_Flight(photo))
                         else:
                             break
                     if not self._flying:
                         return
-                    yield from self._results(self._receive(), again)
+                    self._tell_all()
+                    yield from self._results(self._receive())
                 except _End as end:
                     yield from self._after(end, again)
         finally:
@@ -145,25 +144,33 @@ class Supervisor:
         """The child's, where there is one."""
         return self._child.pid if self._child else None
 
-    def _has_room(self, again: deque[_Batch]) -> bool:
+    def _has_room(self, again: deque[_Flight]) -> bool:
         # A photo under suspicion is tried with no other on its way, so that the child's end can be put down to it.
         coming = [*self._flying.values(), *([again[0]] if again else [])]
-        suspected = any(batch.struck for batch in coming)
-        return len(self._flying) < (1 if suspected else _IN_FLIGHT)
+        suspected = any(flight.struck for flight in coming)
+        return len(self._flying) < (1 if suspected else self._at_once)
 
-    def _send(self, batch: _Batch) -> None:
-        self._number += 1
-        self._flying[self._number] = batch
+    def _send(self, flight: _Flight) -> None:
+        self._flying[flight.photo.key] = flight
         if self._child is None:
             self._start()
         if len(self._flying) == 1:
             self._last = time.monotonic()
-        keys, first = [photo.key for photo in batch.photos], self.run != self._counted
-        head, self._counted = {"batch": self._number, "keys": keys, "prompt": self._prompt, "first": first}, self.run
+        head = {"key": flight.photo.key, "prompt": self._prompt, "first": self.run != self._counted}
+        self._say(head, flight.photo.data)
+        self._counted, self._told_all = self.run, False
+
+    def _tell_all(self) -> None:
+        """Where fewer photos are on their way than there is room for, the model needn't wait for more."""
+        if len(self._flying) < self._at_once and not self._told_all:
+            self._say({"all": True})
+            self._told_all = True
+
+    def _say(self, message: dict[str, Any], data: bytes | None = None) -> None:
         try:
-            self._wire.send_bytes(json.dumps(head).encode())
-            for photo in batch.photos:
-                self._wire.send_bytes(photo.data)
+            self._wire.send_bytes(json.dumps(message).encode())
+            if data is not None:
+                self._wire.send_bytes(data)
         except BlockingIOError:
             raise self._hung() from None
         except OSError:
@@ -186,50 +193,51 @@ class Supervisor:
                 env=_MALLOC | os.environ | {"PYTHONPATH": path},
             )  # fmt: skip
         self._wire, self._process = Connection(ours.detach()), psutil.Process(self._child.pid)
-        self._loaded, self._last = False, time.monotonic()
+        self._loaded, self._last, self._look = False, time.monotonic(), 0.0
         try:
-            self._wire.send_bytes(self._model.model_dump_json().encode())
+            hello = {"model": self._model.model_dump(mode="json"), "batch_size": self._batch_size}
+            self._wire.send_bytes(json.dumps(hello).encode())
         except OSError:
             raise self._ended() from None
-        answer = self._receive()
-        if "cannot_load" in answer:
-            self.close()
-            raise RunError(f"The captioner can't be loaded: {answer['cannot_load']}")
+        self._at_once = self._receive()["at_once"]
         self._loaded, self._failed_loads = True, 0
 
     def _receive(self) -> dict[str, Any]:
-        """The child's next message. Raises _End."""
+        """The child's next message. Raises _End, or RunError when it says that it can't serve."""
         while not self._wire.poll(_POLL_SECONDS):
             self._watch()
         self._watch()
         try:
-            return json.loads(self._wire.recv_bytes())
+            message = json.loads(self._wire.recv_bytes())
         except (EOFError, OSError):
             raise self._ended() from None
+        if "cannot" in message:
+            self.close()
+            self._flying.clear()
+            raise RunError(f"The captioner can't {message['cannot']}")
+        return message
 
-    def _results(self, message: dict[str, Any], again: deque[_Batch]) -> Iterator[Result]:
-        """What a message means; a batch that the model refused goes to `again`, photo by photo."""
+    def _results(self, message: dict[str, Any]) -> Iterator[Result]:
+        """What a message means."""
         self._last = time.monotonic()
-        for state in ("decoding", "decoded"):
-            if state in message:
-                self._flying[message[state]].state = state
-        if "batch" not in message:
+        if "answers" not in message:
+            ((state, keys),) = message.items()
+            for key in [keys] if isinstance(keys, str) else keys:
+                self._flying[key].state = state
             return
-        self._deaths = 0
-        batch = self._flying.pop(message["batch"])
-        seconds, waited = (message[name] / len(batch.photos) for name in ("seconds", "waited"))
-        for key, (name, error) in message["bad"].items():
-            yield Result(key, None, None, None, name, error, 0.0, waited)
-        for key, (text, asked, said) in message.get("said", {}).items():
-            yield Result(key, text, asked, said, None, None, seconds, waited)
-        failed = message.get("failed", [])
-        if len(failed) == 1:
-            yield Result(failed[0], None, None, None, message["error_class"], message["error"], seconds, waited)
-        else:
-            again.extendleft(_Batch([photo]) for photo in reversed(batch.photos) if photo.key in failed)
+        answers = message["answers"]
+        if "seconds" in message:  # they come from the model
+            self._deaths = 0
+        seconds, waited = (message.get(name, 0.0) / len(answers) for name in ("seconds", "waited"))
+        for key, text, tokens_in, tokens_out, error_class, error in answers:
+            del self._flying[key]
+            if text is None:
+                yield Result(key, None, None, None, error_class, error, seconds, waited)
+            else:
+                yield Result(key, text, tokens_in, tokens_out, None, None, seconds, waited)
 
-    def _after(self, end: _End, again: deque[_Batch]) -> Iterator[Result]:
-        """Blame the batch that the model worked on and the one that was being decoded; the others come again."""
+    def _after(self, end: _End, again: deque[_Flight]) -> Iterator[Result]:
+        """Blame the photos that the model worked on and those that were being decoded; the others come again."""
         was_loaded, flying = self._loaded, list(self._flying.values())
         self.close()
         self._flying.clear()
@@ -237,24 +245,26 @@ class Supervisor:
             self._failed_loads += 1
             if self._failed_loads == _LOAD_TRIES:
                 raise RunError(f"The captioner's process ended {_LOAD_TRIES} times while it loaded the model: {end}")
-        at_work = next((batch for batch in flying if batch.state == "decoded"), None)
-        retried: list[_Batch] = []
-        for batch in flying:
-            blamed = batch is at_work or batch.state == "decoding"
-            if blamed and batch.struck:
-                yield Result(batch.photos[0].key, None, None, None, end.error_class, str(end), 0.0, 0.0)
+        suspects, others = list[_Flight](), list[_Flight]()
+        for flight in flying:
+            blamed = flight.state in ("decoding", "at_work")
+            if blamed and flight.struck:
+                yield Result(flight.photo.key, None, None, None, end.error_class, str(end), 0.0, 0.0)
             elif blamed:
-                retried += [_Batch([photo], struck=True) for photo in batch.photos]
+                suspects.append(_Flight(flight.photo, struck=True))
             else:
-                retried.append(_Batch(batch.photos, batch.struck))
+                others.append(_Flight(flight.photo, flight.struck))
         self._deaths += was_loaded
-        again.extendleft(reversed(retried))
+        again.extendleft(reversed(suspects + others))
 
     def _watch(self) -> None:
         """End a child that takes too long or holds too much. Raises _End."""
         limit = self._batch_seconds if self._loaded else _LOAD_SECONDS
         if time.monotonic() - self._last > limit:
             raise self._hung()
+        if time.monotonic() < self._look:  # a message for each photo comes in between
+            return
+        self._look = time.monotonic() + _POLL_SECONDS
         try:
             held = self._process.memory_info().rss
         except psutil.NoSuchProcess:  # reading its socket will say so

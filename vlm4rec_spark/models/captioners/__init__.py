@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -39,11 +39,15 @@ class Answer:
 class Captioner(Protocol):
     """A stream: requests go in one by one, answers come out in any order, one for each.
 
-    It is driven by one thread: `add` while it has room and photos are at hand, then `step`, again and again.
+    One thread drives it: `add` what is at hand, `step`, and so on.
     """
 
     at_once: int
-    """Requests that it wants to hold so that it is always busy."""
+    """The most requests that it wants to hold: those at work, and enough others that it needn't wait."""
+    batch: int
+    """`step` is worth its while from so many on; with fewer it is called when no more are coming."""
+    begins: Callable[[Sequence[str]], None]
+    """Called with the keys of the requests on which work begins: if the process ends now, it was over these."""
 
     def add(self, request: Request) -> None:
         """Take a request; returns at once."""
@@ -56,6 +60,17 @@ class Captioner(Protocol):
         a wrong key to an endpoint: the run then fails with these words.
         """
         ...
+
+
+def answers(captioner: Captioner, requests: Iterable[Request]) -> dict[str, Answer]:
+    """All of them by key, in the order of the requests; for a few at a time."""
+    wanted = list(requests)
+    for request in wanted:
+        captioner.add(request)
+    found: dict[str, Answer] = {}
+    while len(found) < len(wanted):
+        found |= {answer.key: answer for answer in captioner.step()}
+    return {request.key: found[request.key] for request in wanted}
 
 
 class ModelSettings(BaseModel):
@@ -80,12 +95,12 @@ class ModelSettings(BaseModel):
         return pinned_id("caption.model.model", self.source, self.revision)
 
 
-def load_captioner(settings: ModelSettings) -> Captioner:
+def load_captioner(settings: ModelSettings, batch_size: int = 16) -> Captioner:
     """Load the model; slow. Raises what the backend raises, UsageError for a missing library."""
     if settings.backend == "fake":
         from vlm4rec_spark.models.captioners.fake import FakeCaptioner
 
-        return FakeCaptioner(settings.model)
+        return FakeCaptioner(settings.model, batch_size)
     from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
 
-    return TransformersCaptioner(settings.source, settings.revision, settings.max_new_tokens)
+    return TransformersCaptioner(settings.source, settings.revision, settings.max_new_tokens, batch_size)

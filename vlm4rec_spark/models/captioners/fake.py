@@ -7,9 +7,9 @@ red, green or blue, is for photos that are mostly of this colour:
   again and again)
 - exit (the process ends), hang (it says nothing for an hour), eat (it takes memory until it is ended)
 
-And `NAME=VALUE`: ms (milliseconds that a call takes at least), count (a file that gets a line per photo), and, both in
-the one process that gets to make the file, die_once (the parent is killed, a Python worker of Spark) and stall_once (it
-says nothing for an hour).
+And `NAME=VALUE`: ms (milliseconds that a call takes at least), fits (photos in a call for which there is memory), count
+(a file that gets a line per photo), and, both in the one process that gets to make the file, die_once (the parent is
+killed, a Python worker of Spark) and stall_once (it says nothing for an hour).
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
-from vlm4rec_spark.models.captioners import Caption
+from vlm4rec_spark.models.captioners import Answer, Request
+from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 
 _COLOURS = {"raise": "red", "empty": "blue"}
 
 
-class FakeCaptioner:
-    def __init__(self, requests: str):
+class FakeCaptioner(BatchCaptioner):
+    def __init__(self, requests: str, batch_size: int):
+        super().__init__(batch_size)
         words = requests.split("+")
         self.values = dict(word.split("=", 1) for word in words if "=" in word)
         faults = [word.partition(":") for word in words if "=" not in word]
         self.faults = {(name, colour or _COLOURS.get(name, "red")) for name, _, colour in faults}
 
-    def caption(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Caption]:
+    def describe(self, batch: Sequence[Request]) -> list[Answer]:
         began = time.perf_counter()
-        captions = [self._one(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        if len(batch) > int(self.values.get("fits", len(batch))):
+            raise MemoryError(f"{len(batch)} photos don't fit")
+        answers = [self._one(request.key, request.image, request.prompt) for request in batch]
         time.sleep(max(0.0, float(self.values.get("ms", 0)) / 1_000 - (time.perf_counter() - began)))
-        return captions
+        return answers
 
-    def _one(self, image: Image, prompt: str) -> Caption:
+    def _one(self, key: str, image: Image, prompt: str) -> Answer:
         if self._is_first("die_once"):
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(3_600)  # its own end is on the way
@@ -57,7 +61,7 @@ class FakeCaptioner:
             others = (shade for name, shade in shades.items() if name != colour)
             if colour in shades and shades[colour] > 1.5 * max(others):
                 text = _fail(fault, prompt, text)
-        return Caption(text, len(prompt.split()), len(text.split()))
+        return Answer(key, text, len(prompt.split()), len(text.split()))
 
     def _is_first(self, fault: str) -> bool:
         """Whether this process makes the fault's file: one only, whichever of several comes first."""

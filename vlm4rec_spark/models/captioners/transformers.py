@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from PIL.Image import Image
-
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.models.captioners import Caption
+from vlm4rec_spark.models.captioners import Answer, Request
+from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 
 
-class TransformersCaptioner:
+class TransformersCaptioner(BatchCaptioner):
     """Greedy descriptions from the model at `source` (a folder or a hub name), on CUDA, MPS or the CPU."""
 
-    def __init__(self, source: str, revision: str, max_new_tokens: int):
+    def __init__(self, source: str, revision: str, max_new_tokens: int, batch_size: int):
+        super().__init__(batch_size)
         try:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -26,41 +26,54 @@ class TransformersCaptioner:
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.processor = AutoProcessor.from_pretrained(source, revision=revision)
+        try:
+            # Pixels made by Pillow: the same whether torchvision is there or not.
+            self.processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil")
+        except ImportError:  # of the models that see films too
+            self.processor = AutoProcessor.from_pretrained(source, revision=revision)
         # Answers are generated to the right of the prompt: with right padding a short prompt would see pad tokens
         # between itself and its answer, and a photo's caption would depend on its batch.
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token_id is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
-        # fp32 on a CPU: half precision is emulated there and slower.
+        # On a CPU half precision is emulated and slower; older GPUs have no bfloat16.
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             revision=revision,
-            dtype=torch.float32 if self.device == "cpu" else torch.bfloat16,
+            dtype=torch.float32 if self.device == "cpu" else torch.bfloat16 if self._bfloat16() else torch.float16,
             use_safetensors=True,
         )
         self.model = model.to(self.device).eval()
         self.max_new_tokens = max_new_tokens
 
-    def caption(self, images: Sequence[Image], prompts: Sequence[str]) -> list[Caption]:
+    def _bfloat16(self) -> bool:
+        return self.device == "mps" or self.torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def describe(self, batch: Sequence[Request]) -> list[Answer]:
         chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}]
+            for request in batch
         ]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         inputs = self.processor(
-            images=[[image] for image in images], text=texts, padding=True, return_tensors="pt"
+            images=[[request.image] for request in batch], text=texts, padding=True, return_tensors="pt"
         ).to(self.device, dtype=self.model.dtype)
-        with self.torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-            )
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        captions = self.processor.batch_decode(answers, skip_special_tokens=True)
-        asked = inputs["attention_mask"].sum(dim=1).tolist()
-        said = (answers != self.processor.tokenizer.pad_token_id).sum(dim=1).tolist()
+        try:
+            with self.torch.inference_mode():
+                output = self.model.generate(
+                    **inputs,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.processor.tokenizer.pad_token_id,
+                )
+        except self.torch.OutOfMemoryError:
+            self.torch.cuda.empty_cache()  # or the smaller batch finds the same memory in pieces
+            raise
+        said = output[:, inputs["input_ids"].shape[1] :]
+        captions = self.processor.batch_decode(said, skip_special_tokens=True)
+        tokens_in = inputs["attention_mask"].sum(dim=1).tolist()
+        tokens_out = (said != self.processor.tokenizer.pad_token_id).sum(dim=1).tolist()
         return [
-            Caption(" ".join(text.split()), int(a), int(b)) for text, a, b in zip(captions, asked, said, strict=True)
+            Answer(request.key, " ".join(text.split()), int(a), int(b))
+            for request, text, a, b in zip(batch, captions, tokens_in, tokens_out, strict=True)
         ]
