@@ -39,11 +39,11 @@ EXTRAS = {
     # Reserved for the vLLM backend. vLLM pins its own torch and transformers: an environment of its own, without
     # `local` and without constraints.txt.
     "vllm": ["vllm>=0.22"],
-    # Reserved for the endpoint backend.
+    # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
     "dev": [
-        "deltalake>=1", "hypothesis>=6", "mypy>=1.15", "pytest>=9", "pytest-xdist>=3.7", "ruff>=0.9",
-        "types-PyYAML>=6",
+        "anthropic>=0.40", "deltalake>=1", "hypothesis>=6", "mypy>=1.15", "openai>=1.50", "pytest>=9",
+        "pytest-xdist>=3.7", "ruff>=0.9", "types-PyYAML>=6",
     ],
 }
 

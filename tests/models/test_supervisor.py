@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.captioners import ModelSettings
+from vlm4rec_spark.models.captioners import EndpointSettings, ModelSettings
 from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
 
 
@@ -113,7 +115,7 @@ def test_the_batch_behind_a_killers_is_not_blamed(
     said = captioned(supervised("hang:red", 4, seconds=1), *images)
     assert said == {str(n): "model_hung" if n in (0, 7) else "4" for n in range(8)}
     # Each batch ends a child, and so does each killer alone: the second would be alone at once, were it blamed as well.
-    assert len(started) == 2 + 2 + 1
+    assert len(started) == 2 + 2
 
 
 def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> None:
@@ -164,6 +166,33 @@ def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(supervised: type[
     next(first)
     first.close()
     assert captioned(run, DARKER, GREY) == {"0": "2", "1": "4"}
+
+
+def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-no-such-key")
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = EndpointSettings(url=f"http://127.0.0.1:{server.server_port}/v1")
+        run = Supervisor(ModelSettings(backend="endpoint", model="gpt", endpoint=endpoint), "Say it.", 4, 20)
+        with pytest.raises(RunError, match=r"^The captioner can't go on: http.* doesn't serve the model gpt: status 401"):
+            list(run.caption(Photo(str(n), GREY) for n in range(40)))
+        server.shutdown()
+    assert run.pid is None
+
+
+def test_a_server_that_is_tried_for_long_is_no_model_that_hangs() -> None:
+    slow = EndpointSettings(timeout_seconds=100, tries=9)
+    assert ModelSettings(backend="endpoint", endpoint=slow).longest_silence == 9 * (100 + 2 * 60)
+    assert ModelSettings(endpoint=slow).longest_silence == 0
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:

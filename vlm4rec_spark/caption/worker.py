@@ -80,7 +80,8 @@ def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None)
 def row(result: Result, prompt: str) -> dict:
     """A row of RESULT without the columns that don't come from the model: the caption, or why there is none."""
     fault = quality.fault(result.text, prompt) if result.text is not None else None
-    status = "failed" if result.text is None else "rejected" if fault else "ok"
+    refused = fault or result.error_class == "refusal"
+    status = "rejected" if refused else "failed" if result.text is None else "ok"
     error_class, error = fault or (result.error_class, result.error)
     return {
         "caption_key": result.key, "caption": result.text if status == "ok" else None,

@@ -90,7 +90,8 @@ class Supervisor:
         Without the latter it is four fifths of the machine's, or of the container's.
         """
         self._model, self._prompt, self._batch_size = model, prompt, batch_size
-        self._batch_seconds, self._memory = batch_seconds, memory_bytes or int(0.8 * _memory_here())
+        self._batch_seconds = max(batch_seconds, model.longest_silence)
+        self._memory = memory_bytes or int(0.8 * _memory_here())
         self._child: subprocess.Popen | None = None
         self._deaths, self._failed_loads, self._at_once = 0, 0, 1
         self._flying: dict[str, _Flight] = {}

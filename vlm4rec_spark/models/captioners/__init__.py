@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vlm4rec_spark.models.weights import pinned_id
 
+LONGEST_WAIT = 60.0
+"""Seconds. Limits are given per minute: a server that asks for more is down, and a later run is the better retry."""
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 
 
@@ -73,25 +75,49 @@ def answers(captioner: Captioner, requests: Iterable[Request]) -> dict[str, Answ
     return {request.key: found[request.key] for request in wanted}
 
 
-class ModelSettings(BaseModel):
-    """Which model captions, and everything that changes its text (all of it is part of the caption key)."""
+class EndpointSettings(BaseModel):
+    """Where the endpoint backend asks, and how hard. None of it changes a text, nor is it part of the caption key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["transformers", "fake"] = "transformers"
+    dialect: Literal["openai", "anthropic"] = "openai"
+    # Without credentials: it stands in error texts, and the settings are kept in the tables.
+    url: str | None = Field(None, pattern=r"^https?://[^\s@?]+$")
+    # The clients open a thousand connections at most.
+    concurrency: int = Field(16, ge=1, le=1_000)
+    timeout_seconds: float = Field(60.0, gt=0)
+    tries: int = Field(5, ge=1, le=20)
+    tokens_per_minute: int | None = Field(None, ge=1)
+
+
+class ModelSettings(BaseModel):
+    """Which model captions, and everything that changes its text (all but `endpoint` is part of the caption key)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: Literal["transformers", "endpoint", "fake"] = "transformers"
     model: str = "demo"
     revision: str = "main"
     max_new_tokens: int = Field(64, ge=1)
     max_side: int = Field(672, ge=16)
+    endpoint: EndpointSettings = EndpointSettings()
 
     @property
     def source(self) -> str:
         return str(DEMO_MODEL) if self.model == "demo" else self.model
 
+    @property
+    def longest_silence(self) -> float:
+        """Seconds for which nothing may come although all is well: a server is tried again and again."""
+        tried = self.endpoint.tries * (self.endpoint.timeout_seconds + 2 * LONGEST_WAIT)
+        return tried if self.backend == "endpoint" else 0.0
+
     def model_id(self) -> str:
         """Model at revision or content hash. Raises UsageError when the model folder isn't there."""
         if self.backend == "fake":
             return f"fake-{self.model}@1"
+        if self.backend == "endpoint":
+            return f"{self.model}@endpoint" + (f"@{self.revision}" if self.revision != "main" else "")
         return pinned_id("caption.model.model", self.source, self.revision)
 
 
@@ -101,6 +127,10 @@ def load_captioner(settings: ModelSettings, batch_size: int = 16) -> Captioner:
         from vlm4rec_spark.models.captioners.fake import FakeCaptioner
 
         return FakeCaptioner(settings.model, batch_size)
+    if settings.backend == "endpoint":
+        from vlm4rec_spark.models.captioners.endpoint import EndpointCaptioner
+
+        return EndpointCaptioner(settings.model, settings.max_new_tokens, settings.endpoint)
     from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
 
     return TransformersCaptioner(settings.source, settings.revision, settings.max_new_tokens, batch_size)
