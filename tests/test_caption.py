@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,6 +285,45 @@ def test_each_of_a_folder_of_hostile_photos_has_its_class_and_every_good_one_its
     found = {name: rows[hashlib.sha256(data).hexdigest()]["error_class"] for name, (data, _) in HOSTILE.items()}
     assert found == {name: error_class for name, (_, error_class) in HOSTILE.items()}
     assert set(captions(run)) == {f"good {name}" for name in GOOD}
+
+
+class Describer(BaseHTTPRequestHandler):
+    """A server of OpenAI's protocol that says how red a photo is, and refuses the reddest."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        image, text = asked["messages"][0]["content"]
+        jpeg = base64.b64decode(image["image_url"]["url"].partition(",")[2])
+        red = Image.open(io.BytesIO(jpeg)).resize((1, 1)).getpixel((0, 0))[0]  # type: ignore[index]
+        content = {"content": f"{asked['model']} saw a red of {red // 32}."}
+        message = content if red < 200 else {"refusal": "Not that one."}
+        usage = {"prompt_tokens": len(text["text"].split()), "completion_tokens": 7}
+        body = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run = pipeline(
+            tmp_path, "caption.model.backend=endpoint", "caption.model.model=gpt", "caption.max_failed_share=0.9",
+            f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
+        )  # fmt: skip
+        store(run, {"red": RED, "green": GREEN, "grey": GREY, "html": HTML})
+        (outcome,) = run.run(["caption"])
+        server.shutdown()
+    assert (outcome.ok, outcome.failed) == (2, 2)
+    assert captions(run) == {"green": "gpt saw a red of 0.", "grey": "gpt saw a red of 4."}
+    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
+    red = rows[hashlib.sha256(RED).hexdigest()]
+    assert (red["status"], red["error_class"], red["model"]) == ("rejected", "refusal", "gpt@endpoint")
+    assert (rows[hashlib.sha256(GREY).hexdigest()]["output_tokens"], run.plan().reasons) == (7, {})
 
 
 def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_other_photo(
