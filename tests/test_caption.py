@@ -287,6 +287,27 @@ def test_each_of_a_folder_of_hostile_photos_has_its_class_and_every_good_one_its
     assert set(captions(run)) == {f"good {name}" for name in GOOD}
 
 
+def test_a_prompt_with_a_title_is_asked_again_where_the_title_has_changed_and_nowhere_else(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    prompt = tmp_path / "titled.txt"
+    prompt.write_text("{title}: what is it?")
+    # The fake says its prompt back over what is green.
+    counted = Counted(pipeline, tmp_path, "+echo:green")
+    run = counted.run(f"caption.prompt={prompt}", "caption.max_failed_share=1")
+    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE})
+    # The same photo under two titles is two questions.
+    assert counted.caption(run) == (3, 1, 2, 0)
+    errors = {row["error"] for row in run.tables.read(schemas.CAPTIONS).where("status = 'rejected'").collect()}
+    assert errors == {f"the model repeated the prompt: Title {item}: what is it?" for item in ("a", "twin")}
+    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE}, price=2.0)
+    assert counted.caption(run) == (0, 0, 0, 3)
+    items = run.tables.read(schemas.ITEMS).where("item_id = 'b'").withColumn("title", F.lit("Another"))
+    run.tables.upsert(schemas.ITEMS, items)
+    assert run.plan().reasons == {"prompt_changed": 1}
+    assert counted.caption(run) == (1, 1, 0, 2)
+
+
 class Describer(BaseHTTPRequestHandler):
     """A server of OpenAI's protocol that says how red a photo is, and refuses the reddest."""
 

@@ -41,7 +41,7 @@ def supervised() -> Iterator[type[Supervisor]]:
 
     class Made(Supervisor):
         def __init__(self, requests: str, batch_size: int = 4, seconds: float = 20, memory: int | None = None):
-            super().__init__(ModelSettings(backend="fake", model=requests), "Say it.", batch_size, seconds, memory)
+            super().__init__(ModelSettings(backend="fake", model=requests), batch_size, seconds, memory)
             made.append(self)
 
     yield Made
@@ -51,7 +51,7 @@ def supervised() -> Iterator[type[Supervisor]]:
 
 def captioned(supervisor: Supervisor, *images: bytes) -> dict[str, str]:
     """By the photo's place its text, or its error class; each place once."""
-    results = list(supervisor.caption(Photo(str(n), image) for n, image in enumerate(images)))
+    results = list(supervisor.caption(Photo(str(n), image, "Say it.") for n, image in enumerate(images)))
     assert sorted(result.key for result in results) == sorted(str(n) for n in range(len(images)))
     return {result.key: result.error_class or result.text.removesuffix(".").split()[-1] for result in results}  # type: ignore[union-attr]
 
@@ -119,9 +119,9 @@ def test_the_batch_behind_a_killers_is_not_blamed(
 
 
 def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> None:
-    (result,) = supervised("exit:red").caption([Photo("a", RED)])
+    (result,) = supervised("exit:red").caption([Photo("a", RED, "Say it.")])
     assert result.error == "the process ended with exit code 3"
-    (result,) = supervised("hang:red", seconds=1).caption([Photo("a", RED)])
+    (result,) = supervised("hang:red", seconds=1).caption([Photo("a", RED, "Say it.")])
     assert result.error == "no answer within 1 s; the process was ended"
 
 
@@ -129,7 +129,7 @@ def test_a_child_that_somebody_kills_loses_nothing(supervised: type[Supervisor],
     count = tmp_path / "calls"
     run = supervised(f"ms=50+count={count}")
     results: list[Result] = []
-    for n, result in enumerate(run.caption(Photo(str(n), GREY) for n in range(40))):
+    for n, result in enumerate(run.caption(Photo(str(n), GREY, "Say it.") for n in range(40))):
         if n in (4, 20):
             os.kill(run.pid, signal.SIGKILL)
         results.append(result)
@@ -148,21 +148,21 @@ def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[S
 
 
 def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]) -> None:
-    results = list(supervised("exit:red", 1).caption(Photo(str(n), RED) for n in range(40)))
+    results = list(supervised("exit:red", 1).caption(Photo(str(n), RED, "Say it.") for n in range(40)))
     assert 1 <= len(results) <= 10
     assert {result.error_class for result in results} == {"model_died"}
 
 
 def test_stop_ends_after_the_batches_that_were_begun(supervised: type[Supervisor]) -> None:
     run, done = supervised("none"), list[Result]()
-    for result in run.caption((Photo(str(n), GREY) for n in range(100)), stop=lambda: len(done) >= 10):
+    for result in run.caption((Photo(str(n), GREY, "Say it.") for n in range(100)), stop=lambda: len(done) >= 10):
         done.append(result)
     assert 10 <= len(done) <= 20
 
 
 def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(supervised: type[Supervisor]) -> None:
     run = supervised("none")
-    first = run.caption(Photo(str(n), GREY) for n in range(20))
+    first = run.caption(Photo(str(n), GREY, "Say it.") for n in range(20))
     next(first)
     first.close()
     assert captioned(run, DARKER, GREY) == {"0": "2", "1": "4"}
@@ -182,9 +182,9 @@ def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_words(monkeypatch
     with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = EndpointSettings(url=f"http://127.0.0.1:{server.server_port}/v1")
-        run = Supervisor(ModelSettings(backend="endpoint", model="gpt", endpoint=endpoint), "Say it.", 4, 20)
+        run = Supervisor(ModelSettings(backend="endpoint", model="gpt", endpoint=endpoint), 4, 20)
         with pytest.raises(RunError, match=r"^The captioner can't go on: .* the model gpt: status 401"):
-            list(run.caption(Photo(str(n), GREY) for n in range(40)))
+            list(run.caption(Photo(str(n), GREY, "Say it.") for n in range(40)))
         server.shutdown()
     assert run.pid is None
 
@@ -196,9 +196,9 @@ def test_a_server_that_is_tried_for_long_is_no_model_that_hangs() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
-    run = Supervisor(ModelSettings(model=str(tmp_path / "none")), "Say it.", 4, 20)
+    run = Supervisor(ModelSettings(model=str(tmp_path / "none")), 4, 20)
     with pytest.raises(RunError, match=r"^The captioner can't be loaded: OSError: .*none"):
-        list(run.caption([Photo("a", GREY)]))
+        list(run.caption([Photo("a", GREY, "Say it.")]))
     assert run.pid is None
 
 
@@ -207,11 +207,11 @@ def test_the_child_never_outlives_its_parent() -> None:
 import time
 from vlm4rec_spark.models.captioners import ModelSettings
 from vlm4rec_spark.models.supervisor import Photo, Supervisor
-run = Supervisor(ModelSettings(backend="fake", model="hang:red"), "Say it.", 4, 600)
+run = Supervisor(ModelSettings(backend="fake", model="hang:red"), 4, 600)
 def photos():
-    yield Photo("a", GREY)
+    yield Photo("a", GREY, "Say it.")
     print(run.pid, flush=True)
-    yield Photo("b", RED)
+    yield Photo("b", RED, "Say it.")
 for result in run.caption(photos()):
     print("done", flush=True)
 """
@@ -233,7 +233,7 @@ def test_time_that_the_model_waits_is_told_from_time_that_it_works(supervised: t
     def slow() -> Iterator[Photo]:
         for n in range(4):
             time.sleep(0.1)
-            yield Photo(str(n), GREY)
+            yield Photo(str(n), GREY, "Say it.")
 
     results = list(supervised("ms=20", 1).caption(slow()))
     assert 0.08 <= sum(result.seconds for result in results) < 0.3

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import reduce
 
+import pandas as pd
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -41,27 +42,42 @@ class Wish:
         return F.lit(True) if self.retry == "" else F.col("error_class") == self.retry
 
 
-def wanted_captions(photos: DataFrame, imported: DataFrame, wish: Wish) -> DataFrame:
-    """item_id, position, image_sha256 and caption_key of every photo that the model shall describe, no bytes.
+def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame, wish: Wish) -> DataFrame:
+    """item_id, position, image_sha256, prompt and caption_key of every photo that the model shall describe, no bytes.
 
     caption_key = SHA-256 of the photo's bytes, the prompt's text, the model at its revision, and the generation and
-    pixel parameters: whatever changes the text, and nothing else.
+    pixel parameters: whatever changes the text, and nothing else. `prompt` is null where all photos have the same.
     """
     model = wish.settings.model
     parameters = {"max_new_tokens": model.max_new_tokens, "max_side": model.max_side}
     rest = json.dumps([wish.prompt.text, wish.model_id, parameters], sort_keys=True)
     first = Window.partitionBy("item_id").orderBy("position")
-    return (
+    chosen = (
         photos.join(imported.select("item_id"), on="item_id", how="left_anti")
         .select("item_id", "position", "image_sha256", F.row_number().over(first).alias("nth"))
         .where(F.col("nth") <= wish.settings.photos_per_item)
-        .select(
-            "item_id",
-            "position",
-            "image_sha256",
-            F.sha2(F.concat_ws("\n", F.col("image_sha256"), F.lit(rest)), 256).alias("caption_key"),
-        )
     )
+    return _asked(chosen, items, wish.prompt).select(
+        "item_id",
+        "position",
+        "image_sha256",
+        "prompt",
+        F.sha2(F.concat_ws("\n", "image_sha256", F.lit(rest), "prompt"), 256).alias("caption_key"),
+    )
+
+
+def _asked(photos: DataFrame, items: DataFrame, prompt: Prompt) -> DataFrame:
+    """`photos` with the prompt about their item."""
+    if not prompt.fields:
+        return photos.withColumn("prompt", F.lit(None).cast("string"))
+
+    @F.pandas_udf("string")  # type: ignore[call-overload]
+    def about(values: pd.DataFrame) -> pd.Series:
+        known = values.astype(object).where(values.notna(), None)
+        return pd.Series([prompt.about(row) for row in known.to_dict("records")], dtype=object)
+
+    fields = items.select("item_id", F.struct(*prompt.fields).alias("fields"))
+    return photos.join(fields, on="item_id", how="left").withColumn("prompt", about("fields"))
 
 
 def in_force(item_captions: DataFrame, captions: DataFrame) -> DataFrame:
@@ -84,18 +100,19 @@ def judged(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: Wi
         .when(F.lit(wish.settings.on_change == "keep"), "kept")
         .when(old["model"] != wish.model_id, "model_changed")
         .when(old["prompt_id"] != wish.prompt.prompt_id, "prompt_changed")
-        .otherwise("settings_changed")
+        # Of a prompt that names fields it may be the catalogue that has changed.
+        .otherwise("prompt_changed" if wish.prompt.fields else "settings_changed")
     )
     return (
         wanted.join(done, on="caption_key", how="left")
         .join(in_force, on=["item_id", "position"], how="left")
-        .select("item_id", "position", "image_sha256", "caption_key", reason.alias("reason"), "old",
+        .select("item_id", "position", "image_sha256", "prompt", "caption_key", reason.alias("reason"), "old",
                 F.coalesce("attempts", F.lit(0)).alias("attempts"))
     )  # fmt: skip
 
 
 def queue(judged: DataFrame, interactions: DataFrame | None) -> DataFrame:
-    """One row per content key to caption: caption_key, a photo's item_id and position, reason, attempts, and `rank`.
+    """One row per content key to caption: caption_key, a photo's item_id and position, reason, attempts, prompt, `rank`.
 
     Rank 0 is the content whose items have the most events; the key breaks ties. Without `interactions` any order does.
     """
@@ -106,7 +123,8 @@ def queue(judged: DataFrame, interactions: DataFrame | None) -> DataFrame:
         events = interactions.groupBy("item_id").agg(F.count(F.lit(1)).alias("events"))
         pending = pending.join(events, on="item_id", how="left")
     keys = pending.groupBy("caption_key").agg(
-        F.min(F.struct("item_id", "position", "reason", "attempts")).alias("one"), F.sum("events").alias("events")
+        F.min(F.struct("item_id", "position", "reason", "attempts", "prompt")).alias("one"),
+        F.sum("events").alias("events"),
     )
     # One task sorts all keys, some hundred bytes each: so the ranks are dense, and the same each time.
     rank = F.row_number().over(Window.orderBy(F.desc_nulls_last("events"), "caption_key")) - 1

@@ -32,8 +32,9 @@ _running: dict[str, Supervisor] = {}
 
 def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, tasks: int, line: Address | None
                    ) -> DataFrame:  # fmt: skip
-    """Caption every row (caption_key, image_sha256, image, attempts, rank) once: a row each in the columns of RESULT.
+    """Caption every row (caption_key, image_sha256, image, attempts, prompt, rank) once: a row each of RESULT's columns.
 
+    `prompt` is for the rows that have none of their own.
     None for a photo that wasn't tried, because the driver said stop or the model kept dying.
     """
     # Not by a hash, which gives one task a tenth more than another.
@@ -46,25 +47,25 @@ Batches = Iterator[pd.DataFrame]
 
 def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
-        rows: dict[str, tuple[str, int]] = {}
+        rows: dict[str, tuple[str, int, str]] = {}
         caller = Caller(line)
 
         def photos() -> Iterator[Photo]:
             for batch in batches:
-                columns = (batch[name] for name in ("caption_key", "image_sha256", "attempts", "image"))
-                for key, sha256, attempts, image in zip(*columns, strict=True):
-                    rows[key] = (sha256, attempts + 1)
-                    yield Photo(key, image or b"")
+                columns = (batch[name] for name in ("caption_key", "image_sha256", "attempts", "prompt", "image"))
+                for key, sha256, attempts, own, image in zip(*columns, strict=True):
+                    rows[key] = (sha256, attempts + 1, own or prompt)
+                    yield Photo(key, image or b"", own or prompt)
 
         caller.flush()
         ready: list[dict] = []
         began = time.monotonic()
-        supervisor = _supervisor(settings, prompt)
+        supervisor = _supervisor(settings)
         supervisor.run = line.token if line else ""
         try:
             for result in supervisor.caption(photos(), lambda: caller.stopped):
-                sha256, attempts = rows.pop(result.key)
-                ready.append({"image_sha256": sha256, "attempts": attempts} | row(result, prompt))
+                sha256, attempts, asked = rows.pop(result.key)
+                ready.append({"image_sha256": sha256, "attempts": attempts} | row(result, asked))
                 caller.say(_figures(ready[-1]))
                 if len(ready) >= _ROWS or time.monotonic() - began > _SECONDS:
                     yield pd.DataFrame(ready)
@@ -96,15 +97,15 @@ def _figures(row: dict) -> dict[str, float]:
     return counts if row["status"] == "ok" else counts | {"failed": 1, f"failed {row['error_class']}": 1}
 
 
-def _supervisor(settings: CaptionSettings, prompt: str) -> Supervisor:
-    made_by = (settings.model.model_dump(), prompt, settings.batch_size, settings.batch_seconds, settings.memory_gb)
+def _supervisor(settings: CaptionSettings) -> Supervisor:
+    made_by = (settings.model.model_dump(), settings.batch_size, settings.batch_seconds, settings.memory_gb)
     key = json.dumps(made_by)
     if key not in _running:
         for other in _running.values():  # one model at a time: two wouldn't fit a GPU
             other.close()
         _running.clear()
         memory = int(settings.memory_gb * 1e9) if settings.memory_gb else None
-        _running[key] = Supervisor(settings.model, prompt, settings.batch_size, settings.batch_seconds, memory)
+        _running[key] = Supervisor(settings.model, settings.batch_size, settings.batch_seconds, memory)
     return _running[key]
 
 

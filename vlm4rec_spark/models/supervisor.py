@@ -39,10 +39,11 @@ _DEATHS_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo's bytes as delivered, and the key that its result bears."""
+    """A photo's bytes as delivered, the prompt for it, and the key that its result bears."""
 
     key: str
     data: bytes
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ class Supervisor:
     """One model in one child process, started when the first photo comes and kept until `close`."""
 
     def __init__(
-        self, model: ModelSettings, prompt: str, batch_size: int, batch_seconds: float, memory_bytes: int | None = None
+        self, model: ModelSettings, batch_size: int, batch_seconds: float, memory_bytes: int | None = None
     ):
         """`batch_seconds` is the longest without an answer, `memory_bytes` the most that the child may hold.
 
         Without the latter it is four fifths of the machine's, or of the container's.
         """
-        self._model, self._prompt, self._batch_size = model, prompt, batch_size
+        self._model, self._batch_size = model, batch_size
         self._batch_seconds = max(batch_seconds, model.longest_silence)
         self._memory = memory_bytes or int(0.8 * _memory_here())
         self._child: subprocess.Popen | None = None
@@ -157,7 +158,7 @@ class Supervisor:
             self._start()
         if len(self._flying) == 1:
             self._last = time.monotonic()
-        head = {"key": flight.photo.key, "prompt": self._prompt, "first": self.run != self._counted}
+        head = {"key": flight.photo.key, "prompt": flight.photo.prompt, "first": self.run != self._counted}
         self._say(head, flight.photo.data)
         self._counted, self._told_all = self.run, False
 

@@ -1,14 +1,25 @@
-"""Prompt texts: files named `<name>.<version>.txt`, found by `<name>.<version>` or by the path of one's own file."""
+"""Prompt texts: files named `<name>.<version>.txt`, found by `<name>.<version>` or by the path of one's own file.
+
+A prompt may name fields of the catalogue, such as {title}: each photo is then asked about with its item's own.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm4rec_spark.errors import UsageError
 
 _PACKAGED = Path(__file__).parent
+FIELDS = ("title", "brand", "category")
+"""Columns of `items` that a prompt may name."""
+_FIELD = re.compile(r"\{(\w*)\}")
+_LONGEST = 200
+"""Characters of a field: shops stuff titles with search words, and models then describe those."""
+_MARKUP = re.compile(r"[\x00-\x1f\x7f<>\[\]{}|]+")
+"""What chat templates and processors make their marks of (<image>, <|im_end|>, [INST]): a title holds none of it."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,15 @@ class Prompt:
 
     prompt_id: str
     text: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it names."""
+        return tuple(dict.fromkeys(_FIELD.findall(self.text)))
+
+    def about(self, values: dict[str, str | None]) -> str:
+        """The text with the fields' values in place of their names, cleaned; "unknown" for one that is missing."""
+        return _FIELD.sub(lambda named: _cleaned(values.get(named[1]) or "") or "unknown", self.text)
 
 
 def load_prompt(name: str) -> Prompt:
@@ -32,6 +52,14 @@ def load_prompt(name: str) -> Prompt:
         raise UsageError(f"caption.prompt: the file {file} can't be read as UTF-8 text ({broken}).") from None
     if not text:
         raise UsageError(f"caption.prompt: the file {file} is empty.")
+    for field in Prompt("", text).fields:
+        if field not in FIELDS:
+            known = ", ".join(f"{{{field}}}" for field in FIELDS)
+            raise UsageError(f"caption.prompt: the file {file} names {{{field}}}; the fields are {known}.")
     if file == packaged:
         return Prompt(name, text)
     return Prompt(f"{file.stem}@{hashlib.sha256(text.encode()).hexdigest()[:8]}", text)
+
+
+def _cleaned(value: str) -> str:
+    return " ".join(_MARKUP.sub(" ", value).split())[:_LONGEST].rstrip()
