@@ -112,7 +112,7 @@ def judged(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: Wi
 
 
 def queue(judged: DataFrame, interactions: DataFrame | None) -> DataFrame:
-    """One row per content key to caption: caption_key, a photo's item_id and position, reason, attempts, prompt, `rank`.
+    """One row per content key to caption: caption_key, a photo's item_id and position, reason, attempts, prompt, rank.
 
     Rank 0 is the content whose items have the most events; the key breaks ties. Without `interactions` any order does.
     """

@@ -32,9 +32,9 @@ _running: dict[str, Supervisor] = {}
 
 def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, tasks: int, line: Address | None
                    ) -> DataFrame:  # fmt: skip
-    """Caption every row (caption_key, image_sha256, image, attempts, prompt, rank) once: a row each of RESULT's columns.
+    """Caption every row (caption_key, image_sha256, image, attempts, prompt, rank) once: a row each as in RESULT.
 
-    `prompt` is for the rows that have none of their own.
+    `prompt` is for rows that have none of their own.
     None for a photo that wasn't tried, because the driver said stop or the model kept dying.
     """
     # Not by a hash, which gives one task a tenth more than another.
