@@ -53,6 +53,9 @@ CONF = {
     "spark.eventLog.compress": "false",  # to be searched below
     "spark.task.maxFailures": "4",
     "spark.speculation": "true",
+    # One of each worker's GPUs, such as they are, for each task.
+    "spark.executor.resource.gpu.amount": "1",
+    "spark.task.resource.gpu.amount": "1",
     # Rows are few: more tasks, or plans made anew between the stages, only cost time. Code is made for each query, as
     # by default and unlike in the session of these tests.
     "spark.ui.enabled": "false",
@@ -147,6 +150,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
         def start(name: str, kind: str, host: str, *options: str | Path) -> tuple[subprocess.Popen, Path]:
             log, own = folder / f"{name}.log", environment | temporary(folder / name)
+            own |= gpu(folder / name) if kind == "worker.Worker" else {}
             command = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", "--host", host,
                        "--port", "0", "--webui-port", "0", *options]  # fmt: skip
             return stack.enter_context(started(command, log, env=own, cwd=folder / name)), log
@@ -163,6 +167,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for worker in workers:
             said(*worker, "Successfully registered with master")
         yield Cluster(folder, master, environment)
+
+
+def gpu(folder: Path) -> dict[str, str]:
+    """A worker that says that it has one GPU, of which the address is its number and a 4."""
+    script = folder / "gpus.sh"
+    script.write_text(f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': [f'{folder.name[-1]}4']})}'\n")
+    script.chmod(0o755)
+    options = {"amount": "1", "discoveryScript": script}
+    return {"SPARK_WORKER_OPTS": " ".join(f"-Dspark.worker.resource.gpu.{key}={it}" for key, it in options.items())}
 
 
 def bare_python(folder: Path) -> Path:
@@ -204,7 +217,8 @@ def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
         f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
         f"ingest.photos.folder={raw}/photos", "recommend.k=5", f"evaluate.cut={catalogue.CUT}",
         "evaluate.splits=[time]", "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2",
-        f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled",
+        f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled"
+        f"+gpus={cluster.folder}/gpus",
         "caption.photos_per_task=16", "caption.model.max_new_tokens=64",  # conf/cluster.yaml has others
     )  # fmt: skip
     there, here = cluster.folder / "there", pipeline(cluster.folder / "here", *settings)
@@ -245,6 +259,11 @@ def test_a_task_had_failed_and_one_was_overtaken_by_its_copy(shop: Shop) -> None
     assert "Python worker exited unexpectedly" in json.dumps(failed["Task End Reason"])
     reasons = [end["Task End Reason"]["Reason"] for end in ends if end["Task Info"]["Speculative"]]
     assert "Success" in reasons
+
+
+def test_each_model_sees_the_gpu_of_its_task_and_no_other(shop: Shop) -> None:
+    # Here, on one machine, Spark gives none away.
+    assert set((shop.cluster.folder / "gpus").read_text().split()) == {"14", "24", "all"}
 
 
 def test_driver_and_workers_import_what_was_shipped(shop: Shop, tmp_path: Path) -> None:

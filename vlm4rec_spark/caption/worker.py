@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pandas as pd
+from pyspark import TaskContext
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -60,7 +61,7 @@ def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None)
         caller.flush()
         ready: list[dict] = []
         began = time.monotonic()
-        supervisor = _supervisor(settings)
+        supervisor = _supervisor(settings, _gpu())
         supervisor.run = line.token if line else ""
         try:
             for result in supervisor.caption(photos(), lambda: caller.stopped):
@@ -97,15 +98,22 @@ def _figures(row: dict) -> dict[str, float]:
     return counts if row["status"] == "ok" else counts | {"failed": 1, f"failed {row['error_class']}": 1}
 
 
-def _supervisor(settings: CaptionSettings) -> Supervisor:
-    made_by = (settings.model.model_dump(), settings.batch_size, settings.batch_seconds, settings.memory_gb)
+def _gpu() -> str | None:
+    """The address of the GPU that Spark gives to this task alone; None where Spark gives none, as in local mode."""
+    context = TaskContext.get()
+    gpu = context.resources().get("gpu") if context else None
+    return gpu.addresses[0] if gpu else None
+
+
+def _supervisor(settings: CaptionSettings, gpu: str | None) -> Supervisor:
+    made_by = (settings.model.model_dump(), settings.batch_size, settings.batch_seconds, settings.memory_gb, gpu)
     key = json.dumps(made_by)
     if key not in _running:
         for other in _running.values():  # one model at a time: two wouldn't fit a GPU
             other.close()
         _running.clear()
         memory = int(settings.memory_gb * 1e9) if settings.memory_gb else None
-        _running[key] = Supervisor(settings.model, settings.batch_size, settings.batch_seconds, memory)
+        _running[key] = Supervisor(settings.model, settings.batch_size, settings.batch_seconds, memory, gpu)
     return _running[key]
 
 

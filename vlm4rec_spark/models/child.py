@@ -39,7 +39,9 @@ def main(handle: int, parent: int, idle_seconds: float) -> None:
     try:
         captioner = load_captioner(settings, hello["batch_size"])
     except Exception as failure:
-        wire.send({"cannot": f"be loaded: {type(failure).__name__}: {failure}"[:2_000]})
+        shared = error_class(failure) == "out_of_memory" and "CUDA" in str(failure)
+        hint = " Does another task use this GPU? See spark.task.resource.gpu.amount." if shared else ""
+        wire.send({"cannot": f"be loaded: {type(failure).__name__}: {failure}"[:2_000] + hint})
         return
     wire.send({"at_once": captioner.at_once})
     captioner.begins = lambda keys: wire.send({"at_work": list(keys)})

@@ -84,14 +84,17 @@ class Supervisor:
     """One model in one child process, started when the first photo comes and kept until `close`."""
 
     def __init__(
-        self, model: ModelSettings, batch_size: int, batch_seconds: float, memory_bytes: int | None = None
-    ):
+        self, model: ModelSettings, batch_size: int, batch_seconds: float, memory_bytes: int | None = None,
+        gpu: str | None = None,
+    ):  # fmt: skip
         """`batch_seconds` is the longest without an answer, `memory_bytes` the most that the child may hold.
 
-        Without the latter it is four fifths of the machine's, or of the container's.
+        `gpu` is the address of the only GPU that it shall see; None: all that there are.
+        Without `memory_bytes` it is four fifths of the machine's, or of the container's.
         """
         self._model, self._batch_size = model, batch_size
         self._batch_seconds = max(batch_seconds, model.longest_silence)
+        self._gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self._memory = memory_bytes or int(0.8 * _memory_here())
         self._child: subprocess.Popen | None = None
         self._deaths, self._failed_loads, self._at_once = 0, 0, 1
@@ -192,7 +195,7 @@ class Supervisor:
                 [sys.executable, "-m", "vlm4rec_spark.models.child", *map(str, (theirs.fileno(), os.getpid(),
                                                                                self.idle_seconds))],
                 stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, pass_fds=[theirs.fileno()],
-                env=_MALLOC | os.environ | {"PYTHONPATH": path},
+                env=_MALLOC | os.environ | self._gpu | {"PYTHONPATH": path},
             )  # fmt: skip
         self._wire, self._process = Connection(ours.detach()), psutil.Process(self._child.pid)
         self._loaded, self._last, self._look = False, time.monotonic(), 0.0

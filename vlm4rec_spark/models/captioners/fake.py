@@ -8,8 +8,9 @@ red, green or blue, is for photos that are mostly of this colour:
 - exit (the process ends), hang (it says nothing for an hour), eat (it takes memory until it is ended)
 
 And `NAME=VALUE`: ms (milliseconds that a call takes at least), fits (photos in a call for which there is memory), count
-(a file that gets a line per photo), and, both in the one process that gets to make the file, die_once (the parent is
-killed, a Python worker of Spark) and stall_once (it says nothing for an hour).
+(a file that gets a line per photo), gpus (one that gets, per process, the GPUs that it may see), and, both in the one
+process that gets to make the file, die_once (the parent is killed, a Python worker of Spark) and stall_once (it says
+nothing for an hour).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class FakeCaptioner(BatchCaptioner):
         super().__init__(batch_size)
         words = requests.split("+")
         self.values = dict(word.split("=", 1) for word in words if "=" in word)
+        if "gpus" in self.values:
+            _append(self.values["gpus"], os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
         faults = [word.partition(":") for word in words if "=" not in word]
         self.faults = {(name, colour or _COLOURS.get(name, "red")) for name, _, colour in faults}
 
@@ -51,10 +54,7 @@ class FakeCaptioner(BatchCaptioner):
             time.sleep(3_600)
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
         if "count" in self.values:
-            # O_APPEND: several processes write to the one file and no line is torn.
-            handle = os.open(self.values["count"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.write(handle, b"1\n")
-            os.close(handle)
+            _append(self.values["count"], "1")
         text = f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}."
         shades = {"red": red, "green": green, "blue": blue}
         for fault, colour in self.faults:
@@ -70,6 +70,13 @@ class FakeCaptioner(BatchCaptioner):
         except (KeyError, FileExistsError):
             return False
         return True
+
+
+def _append(file: str, line: str) -> None:
+    # O_APPEND: several processes write to the one file and no line is torn.
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(handle, f"{line}\n".encode())
+    os.close(handle)
 
 
 def _fail(fault: str, prompt: str, text: str) -> str:
