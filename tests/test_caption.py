@@ -213,7 +213,8 @@ def test_a_chunk_reads_the_files_of_its_items_and_the_most_wanted_come_first(
     assert len(photos.inputFiles()) == 4
     events(run, {"d3": 9, "b1": 8})
     judged = photos.select("item_id", "position", F.lit("new").alias("reason"), F.lit(0).alias("attempts"),
-                           F.col("image_sha256").alias("caption_key"))  # fmt: skip
+                           F.lit(None).cast("string").alias("prompt"), F.col("image_sha256").alias("caption_key")
+                           )  # fmt: skip
     ordered = in_order(queue(judged, run.tables.read(schemas.INTERACTIONS)), now=15, first=2).persist()
     rows = ordered.orderBy("rank").collect()
     assert [row["rank"] for row in rows] == list(range(15))

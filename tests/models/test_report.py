@@ -198,7 +198,9 @@ def test_approximate_search_states_the_recall_promised_and_measured():
 
 def photo_bytes(format: str, mode: str = "RGB", **save) -> bytes:  # type: ignore[no-untyped-def]
     out = io.BytesIO()
-    Image.new(mode, (400, 200)).save(out, format, **save)
+    image = Image.new(mode, (400, 200))
+    image.paste((200,) * len(mode), (0, 0, 200, 200))
+    image.save(out, format, **save)
     return out.getvalue()
 
 

@@ -78,7 +78,9 @@ def beside_captions(run: Run) -> object:
     if run.retry is not None:
         return None
     settings = run.config.caption
-    return [settings.model_dump(mode="json"), load_prompt(settings.prompt).text, settings.model.model_id()]
+    prompt = load_prompt(settings.prompt)
+    catalogue = run.tables.versions([schemas.ITEMS]) if prompt.fields else {}
+    return [settings.model_dump(mode="json"), prompt.text, settings.model.model_id(), catalogue]
 
 
 def _caption(run: Run, outcome: Outcome, task: _Task) -> None:
@@ -125,8 +127,7 @@ def _task(run: Run) -> Iterator[_Task]:
     photos, captions = run.read(schemas.PHOTOS), run.tables.frozen(schemas.CAPTIONS)
     links = run.tables.frozen(schemas.ITEM_CAPTIONS)
     imported = planning.imported_captions(links, captions)
-    items = run.read(schemas.ITEMS) if wish.prompt.fields else run.tables.read(schemas.ITEMS)
-    wanted = planning.wanted_captions(photos, imported, items, wish)
+    wanted = planning.wanted_captions(photos, imported, run.read(schemas.ITEMS), wish)
     judged = planning.judged(wanted, captions, planning.in_force(links, captions), wish).persist()
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
     rates = _rates(run, wish)
