@@ -291,8 +291,9 @@ def _any_again(task: _Task, captions: DataFrame) -> bool:
 def _complaint(run: Run, task: _Task, totals: _Totals, left: int) -> str:
     share = run.config.caption.max_failed_share
     named = ", ".join(f"{name} {count:,}" for name, count in totals.failures.most_common())
+    worst = min(totals.failures, key=lambda name: (-totals.failures[name], name))
     bad = run.tables.read(schemas.CAPTIONS).where(
-        (F.col("run_id") == run.run_id) & (F.col("error_class") == totals.failures.most_common(1)[0][0])
+        (F.col("run_id") == run.run_id) & (F.col("error_class") == worst)
     )
     some = bad.join(task.queue, on="caption_key", how="inner").orderBy("rank").limit(_EXAMPLES)
     examples = "; ".join(f"{row['item_id']}: {' '.join(row['error'].split())[:160]}" for row in some.collect())
