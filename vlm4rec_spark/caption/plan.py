@@ -42,11 +42,12 @@ class Wish:
         return F.lit(True) if self.retry == "" else F.col("error_class") == self.retry
 
 
-def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame, wish: Wish) -> DataFrame:
+def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame | None, wish: Wish) -> DataFrame:
     """item_id, position, image_sha256, prompt and caption_key of every photo that the model shall describe, no bytes.
 
     caption_key = SHA-256 of the photo's bytes, the prompt's text, the model at its revision, and the generation and
-    pixel parameters: whatever changes the text, and nothing else. `prompt` is null where all photos have the same.
+    pixel parameters: whatever changes the text, and nothing else. `prompt` is null where all photos have the same; where
+    it names fields it is about the photo's item, which is taken from `items`.
     """
     model = wish.settings.model
     parameters = {"max_new_tokens": model.max_new_tokens, "max_side": model.max_side}
@@ -66,9 +67,9 @@ def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame, wi
     )
 
 
-def _asked(photos: DataFrame, items: DataFrame, prompt: Prompt) -> DataFrame:
+def _asked(photos: DataFrame, items: DataFrame | None, prompt: Prompt) -> DataFrame:
     """`photos` with the prompt about their item."""
-    if not prompt.fields:
+    if items is None:
         return photos.withColumn("prompt", F.lit(None).cast("string"))
 
     @F.pandas_udf("string")  # type: ignore[call-overload]

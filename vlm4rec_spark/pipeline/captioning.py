@@ -127,7 +127,8 @@ def _task(run: Run) -> Iterator[_Task]:
     photos, captions = run.read(schemas.PHOTOS), run.tables.frozen(schemas.CAPTIONS)
     links = run.tables.frozen(schemas.ITEM_CAPTIONS)
     imported = planning.imported_captions(links, captions)
-    wanted = planning.wanted_captions(photos, imported, run.read(schemas.ITEMS), wish)
+    items = run.read(schemas.ITEMS) if wish.prompt.fields else None
+    wanted = planning.wanted_captions(photos, imported, items, wish)
     judged = planning.judged(wanted, captions, planning.in_force(links, captions), wish).persist()
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
     rates = _rates(run, wish)
