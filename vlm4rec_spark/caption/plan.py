@@ -46,8 +46,8 @@ def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame | N
     """item_id, position, image_sha256, prompt and caption_key of every photo that the model shall describe, no bytes.
 
     caption_key = SHA-256 of the photo's bytes, the prompt's text, the model at its revision, and the generation and
-    pixel parameters: whatever changes the text, and nothing else. `prompt` is null where all photos have the same; where
-    it names fields it is about the photo's item, which is taken from `items`.
+    pixel parameters: whatever changes the text, and nothing else. `prompt` is null where all photos have the
+    same one; where it names fields it is about the photo's item, and `items` has them.
     """
     model = wish.settings.model
     parameters = {"max_new_tokens": model.max_new_tokens, "max_side": model.max_side}
