@@ -16,7 +16,7 @@ demo: $(STAMP)  ## make a shop of drawn photos, run every stage on it, write dem
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP)  ## kill runs at random moments, submit every job, compare the tables; takes an hour
+soak: $(STAMP)  ## kill runs at random moments, submit every job, damage photos; takes over an hour
 	@$(BIN)/python -m pytest -m soak --verbose
 
 check: $(STAMP)  ## lint, check types, check the layers
