@@ -21,13 +21,14 @@ import pytest
 from hostile_photos import GOOD, HOSTILE
 from PIL import Image
 from pyspark.sql import functions as F
+from rich.console import Console
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.caption.estimate import Rates
 from vlm4rec_spark.caption.line import Address, Caller, Line
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
 from vlm4rec_spark.caption.settings import Budget, Prices
-from vlm4rec_spark.cli import main
+from vlm4rec_spark.cli import main, show
 from vlm4rec_spark.errors import Resumable, RunError, UsageError
 from vlm4rec_spark.models.prompts import load_prompt
 from vlm4rec_spark.sources import Source
@@ -310,14 +311,21 @@ def test_a_prompt_with_a_title_is_asked_again_where_the_title_has_changed_and_no
 
 
 class Describer(BaseHTTPRequestHandler):
-    """A server of OpenAI's protocol that says how red a photo is, and refuses the reddest."""
+    """A server of OpenAI's protocol that says how red a photo is, and refuses the reddest.
+
+    Where JSON is asked for it obeys: every key that is required is there.
+    """
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         image, text = asked["messages"][0]["content"]
         jpeg = base64.b64decode(image["image_url"]["url"].partition(",")[2])
         red = Image.open(io.BytesIO(jpeg)).resize((1, 1)).getpixel((0, 0))[0]  # type: ignore[index]
-        content = {"content": f"{asked['model']} saw a red of {red // 32}."}
+        text_said = f"{asked['model']} saw a red of {red // 32}."
+        if "response_format" in asked and red // 32:
+            keys = asked["response_format"]["json_schema"]["schema"]["required"]
+            text_said = json.dumps(dict.fromkeys(keys, "") | {"kind": "Round tile", "colour": f"red {red // 32}"})
+        content = {"content": text_said}
         message = content if red < 200 else {"refusal": "Not that one."}
         usage = {"prompt_tokens": len(text["text"].split()), "completion_tokens": 7}
         body = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
@@ -346,6 +354,35 @@ def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_p
     red = rows[hashlib.sha256(RED).hexdigest()]
     assert (red["status"], red["error_class"], red["model"]) == ("rejected", "refusal", "gpt@endpoint")
     assert (rows[hashlib.sha256(GREY).hexdigest()]["output_tokens"], run.plan().reasons) == (7, {})
+
+
+def test_what_a_structured_prompt_is_told_stands_in_columns_in_the_report_and_where_an_item_is_shown(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run = pipeline(
+            tmp_path, "caption.model.backend=endpoint", "caption.model.model=gpt", "caption.max_failed_share=0.9",
+            f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1", "caption.prompt=structured.1",
+            f"report.path={tmp_path}/report.html",
+        )  # fmt: skip
+        # The server answers in prose over what has no red in it.
+        store(run, {"green": GREEN, "grey": GREY, "twin": GREY})
+        (outcome,) = run.run(["caption"])
+        server.shutdown()
+    assert (outcome.ok, outcome.failed) == (1, 1)
+    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
+    grey, green = (rows[hashlib.sha256(data).hexdigest()] for data in (GREY, GREEN))
+    assert (grey["caption"], grey["attributes"]) == ("Round tile, red 4.", {"kind": "Round tile", "colour": "red 4"})
+    assert (green["status"], green["error_class"], green["attributes"]) == ("rejected", "bad_attributes", None)
+    assert green["error"] == "no JSON object: gpt saw a red of 0."
+    run.run(["report"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<dt>kind</dt><dd>Round tile</dd><dt>colour</dt><dd>red 4</dd>") == 3  # sample, shortest, longest
+    assert 'aria-label="kind: round tile 2"' in page
+    console = Console(file=io.StringIO(), width=200)
+    show.item(run, "twin", console)
+    assert "attributes in it: kind: Round tile, colour: red 4" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_other_photo(

@@ -19,6 +19,8 @@ from tokenizers import models as token_models
 from vlm4rec_spark.demo.captioner import build, render
 from vlm4rec_spark.demo.drawing import SIZE, parse
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.models.attributes import SCHEMA
+from vlm4rec_spark.models.attributes import parse as parse_attributes
 from vlm4rec_spark.models.captioners import (
     DEMO_MODEL,
     Answer,
@@ -259,6 +261,13 @@ def test_the_fake_says_the_mean_colour() -> None:
         Answer("0", "A thing of red 6, green 0 and blue 0.", 2, 10),
         Answer("1", "A thing of red 0, green 0 and blue 6.", 3, 10),
     ]
+
+
+def test_the_fake_says_it_in_json_where_that_is_asked_for() -> None:
+    captioner = load_captioner(ModelSettings(backend="fake", model="empty:blue"), json_schema=SCHEMA)
+    asked = [answer.text or "" for answer in answers(captioner, requests([RED, BLUE], ["Say it."] * 2)).values()]
+    assert parse_attributes(asked[0]).known == {"kind": "thing", "colour": "red 6, green 0 and blue 0"}
+    assert asked[1] == ""
 
 
 def test_the_fake_fails_on_request_and_only_then() -> None:

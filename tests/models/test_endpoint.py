@@ -164,9 +164,10 @@ def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setattr(module, "_FIRST_WAIT", 0.01)
     made = list[EndpointCaptioner]()
 
-    def captioner(**options: Any) -> EndpointCaptioner:
+    def captioner(json_schema: dict[str, Any] | None = None, **options: Any) -> EndpointCaptioner:
         settings = EndpointSettings.model_validate({"dialect": server.dialect, "url": server.url} | options)
-        one = load_captioner(ModelSettings(backend="endpoint", model="eyes-1", max_new_tokens=40, endpoint=settings))
+        model = ModelSettings(backend="endpoint", model="eyes-1", max_new_tokens=40, endpoint=settings)
+        one = load_captioner(model, json_schema=json_schema)
         assert isinstance(one, EndpointCaptioner)
         made.append(one)
         return one
@@ -223,6 +224,19 @@ def test_the_photo_the_prompt_and_the_bounds_arrive(server: Server, make: Make) 
         assert seen.path == "/v1/messages"
         source = {key: value for key, value in seen.parts[0]["source"].items() if key != "data"}
         assert (seen.parts[0]["type"], source) == ("image", {"type": "base64", "media_type": "image/jpeg"})
+
+
+def test_the_kind_of_json_is_told_in_the_dialects_words(server: Server, make: Make) -> None:
+    schema = {"type": "object", "properties": {"kind": {"type": "string"}}}
+    server.script = lambda *_: Reply(said(server.dialect, '{"kind": "shoe"}'))
+    assert one(make(schema)).text == '{"kind": "shoe"}'
+    (seen,) = server.seen
+    if server.dialect == "openai":
+        assert seen.body["response_format"] == {
+            "type": "json_schema", "json_schema": {"name": "attributes", "schema": schema, "strict": True}
+        }  # fmt: skip
+    else:
+        assert seen.body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
 
 
 def test_every_request_has_its_own_answer_and_so_many_are_on_their_way(server: Server, make: Make) -> None:
@@ -591,10 +605,12 @@ def test_what_a_reasoning_model_refuses_is_left_out_from_then_on(server: Server,
             return Reply(refused("Use it", param="max_tokens", code="unsupported_parameter"), 400)
         if "temperature" in seen.body:
             return Reply(refused("Only 1", param="temperature", code="unsupported_value"), 400)
+        if "response_format" in seen.body:
+            return Reply(refused("No schema", param="response_format", code="unsupported_value"), 400)
         return Reply(said("openai", "A shoe."))
 
     server.script = script
-    captioner = make(tries=1)
+    captioner = make({"type": "object"}, tries=1)
     assert {answer.text for answer in answered(captioner, photos(5)).values()} == {"A shoe."}
     asked = len(server.seen)
     assert one(captioner).text == "A shoe."

@@ -49,6 +49,7 @@ def scores(arm: str, recall: float | None, low: float | None, high: float | None
 
 def full() -> ReportData:
     hostile = Photo("A-1", HOSTILE, PIXEL, caption="a red mug <script>alert('caption')</script> & more")
+    told = Photo("A-2", "Mug 2", PIXEL, caption="mug, red.", attributes={"kind": "mug", "colour": "<b>red"})
     broken = Photo("B-2", '" onerror="alert(1)', None, "truncated")
     return ReportData(
         counts={"items": 1234, "photos": 5, "interactions": 99, "captions": 4, "recommendations": 2},
@@ -65,8 +66,8 @@ def full() -> ReportData:
         rejections=(Rejection("interactions", "event_time lies in the future", 4, '{"item_id": "<b>"}'),),
         stock=PhotoStock(5, {"JPEG": 3, "JPEG, CMYK": 1, "GIF, animated": 1}, 1, 2, (SharedPhoto(hostile, "C-3", 2),)),
         captions=Captions(
-            {"ok": 3, "failed": 1}, {"truncated": 1}, (hostile,), (Failure(broken, "truncated", "ends <early>"),),
-            a_run("caption"),
+            {"ok": 3, "failed": 1}, {"truncated": 1}, (hostile, told), (Failure(broken, "truncated", "ends <early>"),),
+            a_run("caption"), attributes={"kind": (("mug", 3), ("<script>alert(3)</script>" * 3, 1))},
         ),
         users=(User("u<1>", 9, 18, (hostile, broken), (Recommended(hostile, 0.87, broken, ("red", "<i>")),)),),
         metrics=(
@@ -91,6 +92,14 @@ def test_titles_captions_and_ids_are_escaped():
     assert "&lt;script&gt;alert(&#39;caption&#39;)&lt;/script&gt; &amp; more" in page
     assert not re.search(r'<[^>]*[" ]onerror="alert', page)
     assert "<b>&quot;}" not in page and "ends &lt;early&gt;" in page and "u&lt;1&gt;" in page and "&lt;i&gt;" in page
+
+
+def test_attributes_are_shown_with_their_photo_and_counted():
+    page = full_page()
+    assert '<dl class="attributes"><dt>kind</dt><dd>mug</dd><dt>colour</dt><dd>&lt;b&gt;red</dd></dl>' in page
+    assert 'aria-label="kind: mug 3, &lt;script' in page
+    chart = page[page.index("<figcaption>Kind</figcaption>") :]
+    assert ">mug</text>" in chart and "&lt;script&gt;alert(3)&lt;/scrip\N{HORIZONTAL ELLIPSIS}</text>" in chart
 
 
 def test_the_page_asks_nobody_for_anything():
@@ -168,7 +177,7 @@ def test_arms_stand_in_their_order_and_slices_by_size():
 def test_a_photo_that_cant_be_shown_has_a_placeholder_and_the_others_an_alt_text():
     page = full_page()
     assert page.count('class="photo missing" role="img"') == 3  # in failures, history and reason
-    assert len(re.findall("<img ", page)) == len(re.findall(r'<img src="[^"]+" alt="', page)) == 5
+    assert len(re.findall("<img ", page)) == len(re.findall(r'<img src="[^"]+" alt="', page)) == 7
     assert "<span>truncated</span>" in page
 
 

@@ -60,6 +60,8 @@ class CaptionSettings(BaseModel):
 
     model: ModelSettings = ModelSettings()
     prompt: str = "describe.1"
+    # A sentence of the prompt: words, and nothing that could be an instruction of its own.
+    language: str | None = Field(None, max_length=40, pattern=r"^[^\W\d_]+( [^\W\d_]+){0,2}$")
     on_change: Literal["replace", "keep"] = "replace"
     photos_per_item: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)

@@ -17,12 +17,13 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption.line import Address, Caller
 from vlm4rec_spark.caption.settings import CaptionSettings
-from vlm4rec_spark.models import quality
+from vlm4rec_spark.models import attributes, quality
+from vlm4rec_spark.models.prompts import Prompt
 from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
 
 RESULT = (
-    "caption_key STRING, image_sha256 STRING, caption STRING, input_tokens INT, output_tokens INT, status STRING, "
-    "error_class STRING, error STRING, attempts INT, seconds DOUBLE, waited DOUBLE"
+    "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, input_tokens INT, "
+    "output_tokens INT, status STRING, error_class STRING, error STRING, attempts INT, seconds DOUBLE, waited DOUBLE"
 )
 _ROWS, _SECONDS = 512, 2.0
 """Results go back to Spark so many at a time, or this often: each time costs some milliseconds."""
@@ -31,11 +32,11 @@ _running: dict[str, Supervisor] = {}
 """Python workers are reused from task to task, and the child with them: keyed by all that made it."""
 
 
-def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, tasks: int, line: Address | None
+def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: Prompt, tasks: int, line: Address | None
                    ) -> DataFrame:  # fmt: skip
     """Caption every row (caption_key, image_sha256, image, attempts, prompt, rank) once: a row each as in RESULT.
 
-    `prompt` is for rows that have none of their own.
+    The text of `prompt` is for rows that have none of their own.
     None for a photo that wasn't tried, because the driver said stop or the model kept dying.
     """
     # Not by a hash, which gives one task a tenth more than another.
@@ -46,7 +47,7 @@ def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: str, ta
 Batches = Iterator[pd.DataFrame]
 
 
-def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None) -> Callable[[Batches], Batches]:
+def _captioner_udf(settings: CaptionSettings, prompt: Prompt, line: Address | None) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
         rows: dict[str, tuple[str, int, str]] = {}
         caller = Caller(line)
@@ -55,18 +56,18 @@ def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None)
             for batch in batches:
                 columns = (batch[name] for name in ("caption_key", "image_sha256", "attempts", "prompt", "image"))
                 for key, sha256, attempts, own, image in zip(*columns, strict=True):
-                    rows[key] = (sha256, attempts + 1, own or prompt)
-                    yield Photo(key, image or b"", own or prompt)
+                    rows[key] = (sha256, attempts + 1, own or prompt.text)
+                    yield Photo(key, image or b"", own or prompt.text)
 
         caller.flush()
         ready: list[dict] = []
         began = time.monotonic()
-        supervisor = _supervisor(settings, _gpu())
+        supervisor = _supervisor(settings, _gpu(), prompt.structured)
         supervisor.run = line.token if line else ""
         try:
             for result in supervisor.caption(photos(), lambda: caller.stopped):
                 sha256, attempts, asked = rows.pop(result.key)
-                ready.append({"image_sha256": sha256, "attempts": attempts} | row(result, asked))
+                ready.append({"image_sha256": sha256, "attempts": attempts} | row(result, asked, prompt.structured))
                 caller.say(_figures(ready[-1]))
                 if len(ready) >= _ROWS or time.monotonic() - began > _SECONDS:
                     yield pd.DataFrame(ready)
@@ -79,14 +80,19 @@ def _captioner_udf(settings: CaptionSettings, prompt: str, line: Address | None)
     return caption
 
 
-def row(result: Result, prompt: str) -> dict:
+def row(result: Result, prompt: str, structured: bool = False) -> dict:
     """A row of RESULT without the columns that don't come from the model: the caption, or why there is none."""
-    fault = quality.fault(result.text, prompt) if result.text is not None else None
+    text, known, fault = result.text, None, None
+    if text is not None and structured:
+        text, known, fault = quality.structured(text, prompt)
+    elif text is not None:
+        fault = quality.fault(text, prompt)
     refused = fault or result.error_class == "refusal"
     status = "rejected" if refused else "failed" if result.text is None else "ok"
     error_class, error = fault or (result.error_class, result.error)
     return {
-        "caption_key": result.key, "caption": result.text if status == "ok" else None,
+        "caption_key": result.key, "caption": text if status == "ok" else None,
+        "attributes": known if status == "ok" else None,
         "input_tokens": result.input_tokens, "output_tokens": result.output_tokens, "status": status,
         "error_class": error_class, "error": error[:1_000] if error else error, "seconds": result.seconds,
         "waited": result.waited,
@@ -105,15 +111,19 @@ def _gpu() -> str | None:
     return gpu.addresses[0] if gpu else None
 
 
-def _supervisor(settings: CaptionSettings, gpu: str | None) -> Supervisor:
-    made_by = (settings.model.model_dump(), settings.batch_size, settings.batch_seconds, settings.memory_gb, gpu)
+def _supervisor(settings: CaptionSettings, gpu: str | None, structured: bool) -> Supervisor:
+    made_by = (settings.model.model_dump(), settings.batch_size, settings.batch_seconds, settings.memory_gb, gpu,
+               structured)  # fmt: skip
     key = json.dumps(made_by)
     if key not in _running:
         for other in _running.values():  # one model at a time: two wouldn't fit a GPU
             other.close()
         _running.clear()
         memory = int(settings.memory_gb * 1e9) if settings.memory_gb else None
-        _running[key] = Supervisor(settings.model, settings.batch_size, settings.batch_seconds, memory, gpu)
+        _running[key] = Supervisor(
+            settings.model, settings.batch_size, settings.batch_seconds, memory, gpu,
+            attributes.SCHEMA if structured else None,
+        )  # fmt: skip
     return _running[key]
 
 

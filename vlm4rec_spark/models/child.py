@@ -37,7 +37,7 @@ def main(handle: int, parent: int, idle_seconds: float) -> None:
     hello = wire.receive()
     settings = ModelSettings.model_validate_json(json.dumps(hello["model"]))
     try:
-        captioner = load_captioner(settings, hello["batch_size"])
+        captioner = load_captioner(settings, hello["batch_size"], hello["json_schema"])
     except Exception as failure:
         shared = error_class(failure) == "out_of_memory" and "CUDA" in str(failure)
         hint = " Does another task use this GPU? See spark.task.resource.gpu.amount." if shared else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from vlm4rec_spark.models import attributes
+
 _WORDS = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")
 """Chinese and Japanese write no spaces: each of their signs counts as a word."""
 _FEWEST_WORDS = 3
@@ -19,7 +21,21 @@ _REFUSAL = re.compile(
 """How English-speaking models begin when they describe nothing; in other languages a refusal passes."""
 
 
-def fault(caption: str, prompt: str) -> tuple[str, str] | None:
+Fault = tuple[str, str]
+"""Class and reason."""
+
+
+def structured(answer: str, prompt: str) -> tuple[str, dict[str, str], Fault | None]:
+    """The text that an answer in JSON becomes, the attributes in it, and its fault, as of `fault` or bad_attributes."""
+    try:
+        found = attributes.parse(answer)
+    except attributes.AttributesError as wrong:
+        # A refusal or a loop is called what it is.
+        return answer, {}, fault(answer, prompt) or ("bad_attributes", str(wrong))
+    return found.text, found.known, fault(found.text, prompt)
+
+
+def fault(caption: str, prompt: str) -> Fault | None:
     """Class and reason for which a caption isn't one, or None: it will do.
 
     The classes: empty_caption; too_short, under three words; refusal; echo, where at least 60 % of its three-word

@@ -85,14 +85,15 @@ class Supervisor:
 
     def __init__(
         self, model: ModelSettings, batch_size: int, batch_seconds: float, memory_bytes: int | None = None,
-        gpu: str | None = None,
+        gpu: str | None = None, json_schema: dict[str, Any] | None = None,
     ):  # fmt: skip
         """`batch_seconds` is the longest without an answer, `memory_bytes` the most that the child may hold.
 
         `gpu` is the address of the only GPU that it shall see; None: all that there are.
+        `json_schema` is what answers shall be like, where the backend can see to it.
         Without `memory_bytes` it is four fifths of the machine's, or of the container's.
         """
-        self._model, self._batch_size = model, batch_size
+        self._model, self._batch_size, self._json_schema = model, batch_size, json_schema
         self._batch_seconds = max(batch_seconds, model.longest_silence)
         self._gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self._memory = memory_bytes or int(0.8 * _memory_here())
@@ -200,7 +201,8 @@ class Supervisor:
         self._wire, self._process = Connection(ours.detach()), psutil.Process(self._child.pid)
         self._loaded, self._last, self._look = False, time.monotonic(), 0.0
         try:
-            hello = {"model": self._model.model_dump(mode="json"), "batch_size": self._batch_size}
+            hello = {"model": self._model.model_dump(mode="json"), "batch_size": self._batch_size,
+                     "json_schema": self._json_schema}  # fmt: skip
             self._wire.send_bytes(json.dumps(hello).encode())
         except OSError:
             raise self._ended() from None

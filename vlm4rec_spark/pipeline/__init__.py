@@ -100,7 +100,7 @@ class Pipeline(Run):
     def check(self, stages: Sequence[str]) -> None:
         """Raise UsageError or RunError for a wrong set-up, with no table touched."""
         if "caption" in stages:
-            load_prompt(self.config.caption.prompt)
+            load_prompt(self.config.caption.prompt, self.config.caption.language)
             self.config.caption.model.model_id()
         if {"embed", "index", "evaluate"} & set(stages):
             self.encoder_id()

@@ -78,7 +78,7 @@ def beside_captions(run: Run) -> object:
     if run.retry is not None:
         return None
     settings = run.config.caption
-    prompt = load_prompt(settings.prompt)
+    prompt = load_prompt(settings.prompt, settings.language)
     catalogue = run.tables.versions([schemas.ITEMS]) if prompt.fields else {}
     return [settings.model_dump(mode="json"), prompt.text, settings.model.model_id(), catalogue]
 
@@ -122,7 +122,8 @@ def _caption(run: Run, outcome: Outcome, task: _Task) -> None:
 @contextmanager
 def _task(run: Run) -> Iterator[_Task]:
     settings = run.config.caption
-    wish = planning.Wish(load_prompt(settings.prompt), settings.model.model_id(), settings, run.retry)
+    prompt = load_prompt(settings.prompt, settings.language)
+    wish = planning.Wish(prompt, settings.model.model_id(), settings, run.retry)
     # Frozen, or each commit of a chunk would make the queue anew, without what is done, and with other ranks.
     photos, captions = run.read(schemas.PHOTOS), run.tables.frozen(schemas.CAPTIONS)
     links = run.tables.frozen(schemas.ITEM_CAPTIONS)
@@ -224,7 +225,7 @@ def _make(run: Run, task: _Task, line: Line, ranks: range, place: int) -> tuple[
     # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
     tasks = max(min(slots, -(-len(ranks) // settings.batch_size)), -(-len(ranks) // settings.photos_per_task))
     photos = planning.with_photos(part, run.read(schemas.PHOTOS))
-    made = worker.caption_photos(photos, settings, task.wish.prompt.text, tasks, line.address)
+    made = worker.caption_photos(photos, settings, task.wish.prompt, tasks, line.address)
     aside = f"_{place}"
     return run.tables.staged(schemas.CAPTIONS, made, aside), aside
 

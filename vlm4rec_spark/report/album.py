@@ -41,11 +41,11 @@ class Album:
         self._captions = _captions(tables, by_item)
         self._thumbs = _thumbs(tables, wanted, ids)
 
-    def photo(self, place: Place, caption: str | None = None) -> Photo:
-        """The photo at a place, or what is wrong with it; the caption as given."""
+    def photo(self, place: Place, caption: str | None = None, attributes: Mapping[str, str] | None = None) -> Photo:
+        """The photo at a place, or what is wrong with it; caption and attributes as given."""
         item, title = place[0], self._titles.get(place[0])
         src, problem = self._thumbs.get(place, (None, "no photo"))
-        return Photo(item, title, src, problem, caption)
+        return Photo(item, title, src, problem, caption, attributes or {})
 
     def main(self, item: str) -> Photo:
         """The first photo of an item, with the item's caption."""

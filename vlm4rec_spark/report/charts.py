@@ -1,4 +1,7 @@
-"""Figures to SVG for the page: intervals per arm, time per stage. Knows matplotlib; knows no table and no HTML page."""
+"""Figures to SVG for the page: intervals per arm, time per stage, photos per value.
+
+Knows matplotlib; knows no table and no HTML page.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, ACCENT, SOFT = "#1f2328", "#6a6f76", "#d9d6cf", "#c2410c", "#f0c4a8"
+_LABEL_LENGTH = 24
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm4rec_spark",  # else ids are random and no two pages equal
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's typeface
@@ -67,6 +71,26 @@ def durations(runs: Sequence[Run]) -> str:
         axes.set_xlim(0, 1.2 * longest)
 
     return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
+
+
+def values(counts: Sequence[tuple[str, int]]) -> str:
+    """How many photos have a value, in the order given, top to bottom."""
+
+    def draw(axes: Axes) -> None:
+        most = max(count for _, count in counts)
+        for place, (_, count) in enumerate(counts):
+            axes.barh(place, count, height=0.56, color=ACCENT if count == most else SOFT)
+            axes.text(count + 0.02 * most, place, f"{count:,}", va="center", color=INK, size=9)
+        axes.set_yticks(range(len(counts)), [_shortened(value) for value, _ in counts])
+        axes.set_ylim(len(counts) - 0.5, -0.5)
+        axes.set_xlim(0, 1.25 * most)
+        axes.set_xticks([])
+
+    return _svg(draw, width=3.7, height=0.3 + 0.27 * len(counts))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:

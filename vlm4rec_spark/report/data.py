@@ -74,6 +74,8 @@ class Photo:
     src: str | None = None
     problem: str = "no photo"
     caption: str | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    """What a structured prompt was told of it, by name."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Captions:
     longest: tuple[Photo, ...] = ()
     covered: int = 0
     """Items that have a caption."""
+    attributes: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """Of each attribute the commonest values, with the photos that have them."""
 
 
 @dataclass(frozen=True)

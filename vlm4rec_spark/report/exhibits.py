@@ -14,6 +14,7 @@ from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
+from vlm4rec_spark.models.attributes import Attributes
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.album import CAPTION_LENGTH, Album, Place
 from vlm4rec_spark.report.data import Captions, Failure, Photo, PhotoStock, Recommended, Run, SharedPhoto, User
@@ -21,11 +22,13 @@ from vlm4rec_spark.report.data import Captions, Failure, Photo, PhotoStock, Reco
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
 
+ATTRIBUTES = tuple(Attributes.model_fields)
 _SHARED = 3
 _LOOKED_AT = 1_000
 _FAILURES_PER_CLASS = 4
 _FAILURES = 24
 _EXTREMES = 3
+_VALUES = 6
 _HISTORY = 8
 _LIST = 12
 _MODERATE = (5, 12)
@@ -101,6 +104,7 @@ class ChosenCaptions:
         self._samples = _some_captioned(linked, photos)
         self._shortest = _extreme(linked, F.asc)
         self._longest = _extreme(linked, F.desc)
+        self._values = _commonest_values(linked)
 
     @property
     def places(self) -> list[Place]:
@@ -124,6 +128,7 @@ class ChosenCaptions:
                 for row in self._failed
             ),
             worked=self._worked,
+            attributes=self._values,
         )
 
 
@@ -159,25 +164,43 @@ def _recommended(item: Row, album: Album) -> Recommended:
 
 
 def _linked(tables: Tables, captions: DataFrame) -> DataFrame:
-    """item_id, position, caption_key and caption of the captions in force."""
+    """item_id, position, caption_key, caption and attributes of the captions in force."""
     return tables.read(schemas.ITEM_CAPTIONS).join(
-        captions.where(F.col("caption").isNotNull()).select("caption_key", "caption"), on="caption_key", how="inner"
+        captions.where(F.col("caption").isNotNull()).select("caption_key", "caption", "attributes"),
+        on="caption_key",
+        how="inner",
     )
 
 
 def _captioned(rows: Sequence[Row], album: Album) -> tuple[Photo, ...]:
-    return tuple(album.photo((row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH]) for row in rows)
+    return tuple(
+        album.photo((row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH], row["attributes"])
+        for row in rows
+    )
+
+
+def _commonest_values(linked: DataFrame) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Of each attribute the few values that most photos have, in the order in which a prompt names the attributes."""
+    said = linked.select(F.explode("attributes").alias("name", "value"))
+    said = said.where(F.col("name").isin(*ATTRIBUTES)).select("name", F.lower("value").alias("value"))
+    counts = said.groupBy("name", "value").count()
+    nth = F.row_number().over(Window.partitionBy("name").orderBy(F.desc("count"), "value"))
+    rows = counts.withColumn("nth", nth).where(F.col("nth") <= _VALUES).orderBy("nth").collect()
+    by_name = {name: tuple((row["value"], row["count"]) for row in rows if row["name"] == name) for name in ATTRIBUTES}
+    return {name: values for name, values in by_name.items() if values}
 
 
 def _extreme(linked: DataFrame, order: Callable[[Column], Column]) -> list[Row]:
     """The few captions in force that come first by their length, each once."""
-    once = linked.groupBy("caption_key", "caption").agg(F.min(F.struct("item_id", "position")).alias("place"))
+    once = linked.groupBy("caption_key", "caption").agg(
+        F.min(F.struct("item_id", "position")).alias("place"), F.any_value("attributes").alias("attributes")
+    )
     few = once.orderBy(order(F.length("caption")), "caption_key").limit(_EXTREMES)
-    return few.select("place.*", "caption", F.length("caption").alias("length")).collect()
+    return few.select("place.*", "caption", "attributes", F.length("caption").alias("length")).collect()
 
 
 def _some_captioned(linked: DataFrame, photos: int) -> list[Row]:
-    """item_id, position and caption of `photos` captions in force."""
+    """Rows of `_linked` for `photos` captions in force."""
     # Twice as many, since identical photos share a caption and are shown once.
     few = linked.orderBy(F.xxhash64("caption_key"), "caption_key", "item_id", "position").limit(2 * photos).collect()
     once = {row["caption_key"]: row for row in reversed(few)}

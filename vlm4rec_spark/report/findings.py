@@ -22,6 +22,7 @@ _BROKEN = {
     "refusal": "Photos that the model refused to describe",
     "echo": "Photos for which the model repeated its prompt",
     "repetition": "Photos for which the model repeated itself",
+    "bad_attributes": "Photos for which the model gave no usable JSON",
     "model_died": "Photos over which the model's process ended",
     "model_hung": "Photos over which the model gave no answer in time",
     "out_of_memory": "Photos over which the model ran out of memory",

@@ -33,6 +33,7 @@ def render(data: ReportData) -> str:
         splits=splits(data),
         findings=findings(data),
         details={run.stage: run.details for run in data.runs},
+        attributes={name: charts.values(counts) for name, counts in data.captions.attributes.items()},
         durations=charts.durations(data.runs) if data.runs else "",
         long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0]) > _LONG_CAPTION,
         svg=Markup,

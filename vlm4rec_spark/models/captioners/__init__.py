@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -121,16 +121,22 @@ class ModelSettings(BaseModel):
         return pinned_id("caption.model.model", self.source, self.revision)
 
 
-def load_captioner(settings: ModelSettings, batch_size: int = 16) -> Captioner:
-    """Load the model; slow. Raises what the backend raises, UsageError for a missing library."""
+def load_captioner(
+    settings: ModelSettings, batch_size: int = 16, json_schema: dict[str, Any] | None = None
+) -> Captioner:
+    """Load the model; slow. Raises what the backend raises, UsageError for a missing library.
+
+    With a `json_schema` the answers are JSON of that kind where the backend can hold the model to it (guided decoding):
+    the endpoint can, transformers can't.
+    """
     if settings.backend == "fake":
         from vlm4rec_spark.models.captioners.fake import FakeCaptioner
 
-        return FakeCaptioner(settings.model, batch_size)
+        return FakeCaptioner(settings.model, batch_size, json_schema)
     if settings.backend == "endpoint":
         from vlm4rec_spark.models.captioners.endpoint import EndpointCaptioner
 
-        return EndpointCaptioner(settings.model, settings.max_new_tokens, settings.endpoint)
+        return EndpointCaptioner(settings.model, settings.max_new_tokens, settings.endpoint, json_schema)
     from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
 
     return TransformersCaptioner(settings.source, settings.revision, settings.max_new_tokens, batch_size)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None}
-"""What OpenAI's reasoning models refuse, and what they take in its place."""
+_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
+"""What some of OpenAI's models refuse, and what they take in its place. Answers are checked in any case."""
 _UNSUPPORTED = ("unsupported_parameter", "unsupported_value")
 
 
@@ -31,7 +31,9 @@ class OpenAI:
 
     variable = "OPENAI_API_KEY"
 
-    def __init__(self, model: str, max_new_tokens: int, url: str | None, key: str):
+    def __init__(
+        self, model: str, max_new_tokens: int, url: str | None, key: str, json_schema: dict[str, Any] | None = None
+    ):
         import openai
 
         self.library: Any = openai
@@ -39,7 +41,10 @@ class OpenAI:
         self.client: Any = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=None)
         self._model = model
         # Not every server knows the newer max_completion_tokens, and one that doesn't would set no bound at all.
-        self._parameters = {"max_tokens": max_new_tokens, "temperature": 0}
+        self._parameters: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0}
+        if json_schema:
+            schema = {"name": "attributes", "schema": json_schema, "strict": True}
+            self._parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
 
     async def ask(self, photo: str, prompt: str) -> Any:
         image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{photo}"}}
@@ -71,18 +76,22 @@ class Anthropic:
 
     variable = "ANTHROPIC_API_KEY"
 
-    def __init__(self, model: str, max_new_tokens: int, url: str | None, key: str):
+    def __init__(
+        self, model: str, max_new_tokens: int, url: str | None, key: str, json_schema: dict[str, Any] | None = None
+    ):
         import anthropic
 
         self.library: Any = anthropic
         self.client: Any = anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, timeout=None)
-        self._model, self._max_tokens = model, max_new_tokens
+        self._model, self._parameters = model, dict[str, Any](max_tokens=max_new_tokens)
+        if json_schema:
+            self._parameters["output_config"] = {"format": {"type": "json_schema", "schema": json_schema}}
 
     async def ask(self, photo: str, prompt: str) -> Any:
         image = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": photo}}
         messages = [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
         create = self.client.messages.with_raw_response.create
-        return await create(model=self._model, messages=messages, max_tokens=self._max_tokens)
+        return await create(model=self._model, messages=messages, **self._parameters)
 
     def read(self, body: bytes) -> Said:
         """Raises ValidationError where it isn't a reply."""

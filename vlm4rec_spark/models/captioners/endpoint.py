@@ -43,11 +43,13 @@ _FILTERED = ("content_filter", "content_policy_violation")
 class EndpointCaptioner:
     """`concurrency` requests at once on one event loop, which runs while `step` does: no thread outlives its owner."""
 
-    def __init__(self, model: str, max_new_tokens: int, settings: EndpointSettings):
+    def __init__(
+        self, model: str, max_new_tokens: int, settings: EndpointSettings, json_schema: dict[str, Any] | None = None
+    ):
         dialect: type[OpenAI] | type[Anthropic] = Anthropic if settings.dialect == "anthropic" else OpenAI
         self._key = _key(dialect.variable, settings.url)
         try:
-            self._dialect = dialect(model, max_new_tokens, settings.url, self._key or "none")
+            self._dialect = dialect(model, max_new_tokens, settings.url, self._key or "none", json_schema)
         except ImportError as missing:
             raise UsageError(f"{missing}. The endpoint backend needs: pip install 'vlm4rec_spark[endpoint]'") from None
         self.at_once, self.batch = settings.concurrency, 1

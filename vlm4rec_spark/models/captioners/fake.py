@@ -1,5 +1,7 @@
 """A captioner without a model: says the photo's mean colour, and fails on request. For tests of everything around it.
 
+Where JSON is asked for it says the same in JSON.
+
 Its `model` setting is a list of requests joined by `+`; any other word is none. `FAULT` or `FAULT:COLOUR`, colour being
 red, green or blue, is for photos that are mostly of this colour:
 
@@ -15,10 +17,12 @@ nothing for an hour).
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from PIL.Image import Image
 
@@ -29,8 +33,9 @@ _COLOURS = {"raise": "red", "empty": "blue"}
 
 
 class FakeCaptioner(BatchCaptioner):
-    def __init__(self, requests: str, batch_size: int):
+    def __init__(self, requests: str, batch_size: int, json_schema: dict[str, Any] | None = None):
         super().__init__(batch_size)
+        self.json = json_schema is not None
         words = requests.split("+")
         self.values = dict(word.split("=", 1) for word in words if "=" in word)
         if "gpus" in self.values:
@@ -56,6 +61,8 @@ class FakeCaptioner(BatchCaptioner):
         if "count" in self.values:
             _append(self.values["count"], "1")
         text = f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}."
+        if self.json:
+            text = json.dumps({"kind": "thing", "colour": text[11:-1], "style": "unknown"})
         shades = {"red": red, "green": green, "blue": blue}
         for fault, colour in self.faults:
             others = (shade for name, shade in shades.items() if name != colour)
