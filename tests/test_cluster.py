@@ -53,9 +53,8 @@ CONF = {
     "spark.eventLog.compress": "false",  # to be searched below
     "spark.task.maxFailures": "4",
     "spark.speculation": "true",
-    # One of each worker's GPUs, such as they are, for each task.
+    # One of each worker's GPUs, such as they are, for its executor: who captions asks for it, other tasks don't.
     "spark.executor.resource.gpu.amount": "1",
-    "spark.task.resource.gpu.amount": "1",
     # Rows are few: more tasks, or plans made anew between the stages, only cost time. Code is made for each query, as
     # by default and unlike in the session of these tests.
     "spark.ui.enabled": "false",

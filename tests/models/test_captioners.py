@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from loopback import VARIABLES, Reply, Seen, said, serving
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
@@ -146,14 +149,35 @@ PROMPTS = ["Describe it.", "A thing of red wool made for long walks and cold day
 Load = Callable[[int], Captioner]
 
 
-@pytest.fixture(params=["fake", "llava", "qwen"])
-def load(request: pytest.FixtureRequest) -> Load:
-    """A function from a batch size to the backend's captioner."""
+def _describe(number: int, seen: Seen) -> Reply:
+    """What a server says of a photo: its size, its mean colour, and which prompt it was."""
+    photo = Image.open(io.BytesIO(base64.b64decode(seen.jpeg.rpartition(",")[2])))
+    prompt = seen.parts[1]["text"]
+    text = f"A thing of {photo.size}, {photo.resize((1, 1)).getpixel((0, 0))}, {prompt[:8]}"
+    return Reply(said("openai" if "image_url" in seen.parts[0] else "anthropic", text, tokens=(len(prompt.split()), 8)))
+
+
+@pytest.fixture(params=["fake", "llava", "qwen", "qwen compiled", "openai", "anthropic"])
+def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """A function from a batch size to the backend's captioner; an endpoint's is how many it is asked at once."""
+    if request.param in VARIABLES:
+        monkeypatch.setenv(VARIABLES[request.param], "none")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with serving(request.param) as server:
+            server.script = _describe
+            endpoint = {"dialect": request.param, "url": server.url}
+            yield lambda batch_size: load_captioner(
+                ModelSettings.model_validate(
+                    {"backend": "endpoint", "endpoint": endpoint | {"concurrency": batch_size}}
+                )
+            )
+        return
     if request.param == "fake":
         settings = ModelSettings(backend="fake", model="none")
     else:
-        settings = ModelSettings(model=str(request.getfixturevalue(request.param)), max_new_tokens=8)
-    return lambda batch_size: load_captioner(settings, batch_size)
+        name, _, compiled = request.param.partition(" ")
+        settings = ModelSettings(model=str(request.getfixturevalue(name)), max_new_tokens=8, compiled=bool(compiled))
+    yield lambda batch_size: load_captioner(settings, batch_size)
 
 
 def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load) -> None:
@@ -252,7 +276,7 @@ def fake(faults: str) -> Captioner:
     return load_captioner(ModelSettings(backend="fake", model=faults))
 
 
-def said(faults: str, photos: Sequence[Image.Image], prompt: str = "Say it.") -> list[Answer]:
+def faked(faults: str, photos: Sequence[Image.Image], prompt: str = "Say it.") -> list[Answer]:
     return list(answers(fake(faults), requests(photos, [prompt] * len(photos))).values())
 
 
@@ -271,18 +295,20 @@ def test_the_fake_says_it_in_json_where_that_is_asked_for() -> None:
 
 
 def test_the_fake_fails_on_request_and_only_then() -> None:
-    failed, fine = said("raise", [RED, GREEN])
+    failed, fine = faked("raise", [RED, GREEN])
     assert (failed.text, failed.error_class, failed.error) == (
         None, "RuntimeError", "the fake was asked to fail on this photo",
     )  # fmt: skip
     assert fine.text == "A thing of red 0, green 6 and blue 0."
-    assert [answer.error_class for answer in said("raise:green", [RED, GREEN])] == [None, "RuntimeError"]
-    assert said("raise", [GREEN, BLUE]) == said("demo", [GREEN, BLUE])
+    assert [answer.error_class for answer in faked("raise:green", [RED, GREEN])] == [None, "RuntimeError"]
+    assert faked("raise", [GREEN, BLUE]) == faked("demo", [GREEN, BLUE])
     assert captions(fake("raise+empty"), [GREEN, BLUE], 2) == ["A thing of red 0, green 6 and blue 0.", ""]
-    asked = [answer.text or "" for answer in said("echo:green+refuse:blue+loop:red", [GREEN, BLUE, RED], "Say it now.")]
+    asked = [
+        answer.text or "" for answer in faked("echo:green+refuse:blue+loop:red", [GREEN, BLUE, RED], "Say it now.")
+    ]
     assert [text[:12] for text in asked] == ["Say it now.", "I'm sorry, I", "A thing of r"]
     assert len(asked[2]) == 9 * len("A thing of red 6, green 0 and blue 0.")
-    assert [answer.text is None for answer in said("fits=0", [GREEN])] == [True]
+    assert [answer.text is None for answer in faked("fits=0", [GREEN])] == [True]
 
 
 def test_the_fake_counts_the_photos_it_is_asked_about(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
 import random
 import subprocess
@@ -12,13 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from loopback import VARIABLES, Reply, Seen, Server, said, serving
 from PIL import Image
 from pydantic import ValidationError
 
@@ -28,107 +26,9 @@ from vlm4rec_spark.models.captioners import endpoint as module
 from vlm4rec_spark.models.captioners.endpoint import EndpointCaptioner
 
 KEY = "sk-test-0123456789-abcdefghij"
-VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 openai_only = pytest.mark.parametrize("dialect", ["openai"])
 """For what comes after or before a dialect."""
 GREY = Image.new("RGB", (8, 8), (128, 128, 128))
-
-
-@dataclass
-class Reply:
-    """What the server does with a request: wait, then answer, or `cut` the connection after so many bytes."""
-
-    body: Any = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    stalls: bool = False
-    trickles: bool = False
-    cut: int | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    at: float
-    path: str
-    headers: dict[str, str]
-    body: dict[str, Any]
-
-    @property
-    def parts(self) -> list[dict[str, Any]]:
-        return self.body["messages"][0]["content"]
-
-    @property
-    def jpeg(self) -> str:
-        """In base64, with what stands before it."""
-        image = self.parts[0]
-        return image["image_url"]["url"] if "image_url" in image else image["source"]["data"]
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 128
-
-    def __init__(self, dialect: str):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.dialect, self.seen, self.released = dialect, list[Seen](), threading.Event()
-        self.script: Callable[[int, Seen], Reply] = lambda number, seen: Reply(said(self.dialect, "A grey thing."))
-        self.lock, self.busy, self.most = threading.Lock(), 0, 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}" + ("/v1" if self.dialect == "openai" else "")
-
-    def handle_error(self, *_: Any) -> None:
-        """Clients that hang up are what is tested here."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each body comes 40 ms after its headers
-    server: Server
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            seen = Seen(time.monotonic(), self.path, {k.lower(): v for k, v in self.headers.items()}, body)
-            server.seen.append(seen)
-            number, server.busy = len(server.seen) - 1, server.busy + 1
-            server.most = max(server.most, server.busy)
-        try:
-            reply = server.script(number, seen)
-            if reply.stalls:
-                server.released.wait(30)
-        finally:
-            with server.lock:  # before the client can know, and send the next one
-                server.busy -= 1
-        data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        self.send_response(reply.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | reply.headers
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if reply.cut is not None:
-            self.close_connection = True
-            if not reply.cut:
-                return
-        self.end_headers()
-        if reply.trickles:
-            while not server.released.wait(0.05):
-                self.wfile.write(b" ")
-        self.wfile.write(data[: reply.cut])
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def said(dialect: str, content: Any, end: str | None = None, tokens: tuple[int, int] = (100, 20), **more: Any) -> Any:
-    """A reply of the dialect with this content: a text, or whatever stands in its place."""
-    if dialect == "openai":
-        usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-        message = {"role": "assistant", "content": content} | more
-        return {"choices": [{"index": 0, "message": message, "finish_reason": end or "stop"}], "usage": usage}
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    usage = {"input_tokens": tokens[0], "output_tokens": tokens[1]}
-    return {"type": "message", "content": blocks, "stop_reason": end or "end_turn", "usage": usage} | more
 
 
 def refused(message: str, **more: Any) -> dict[str, Any]:
@@ -143,14 +43,8 @@ def dialect(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def server(dialect: str) -> Iterator[Server]:
-    made = Server(dialect)
-    serving = threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True)
-    serving.start()
-    yield made
-    made.released.set()
-    made.shutdown()
-    serving.join()
-    made.server_close()
+    with serving(dialect) as made:
+        yield made
 
 
 Make = Callable[..., EndpointCaptioner]
@@ -401,7 +295,7 @@ def test_a_server_that_hangs_costs_its_time_and_no_more(server: Server, make: Ma
 
 
 def test_nobody_there(make: Make) -> None:
-    closed = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    closed = Server("openai")
     closed.server_close()
     answer = one(make(url=f"http://127.0.0.1:{closed.server_port}", tries=2))
     assert answer.error_class == "unreachable"

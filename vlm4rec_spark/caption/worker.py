@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 from pyspark import TaskContext
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -32,16 +33,16 @@ _running: dict[str, Supervisor] = {}
 """Python workers are reused from task to task, and the child with them: keyed by all that made it."""
 
 
-def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: Prompt, tasks: int, line: Address | None
-                   ) -> DataFrame:  # fmt: skip
+def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: Prompt, tasks: int, line: Address | None,
+                   profile: ResourceProfile | None = None) -> DataFrame:  # fmt: skip
     """Caption every row (caption_key, image_sha256, image, attempts, prompt, rank) once: a row each as in RESULT.
 
-    The text of `prompt` is for rows that have none of their own.
+    `profile` is what each of so many `tasks` claims. The text of `prompt` is for rows that have none of their own.
     None for a photo that wasn't tried, because the driver said stop or the model kept dying.
     """
     # Not by a hash, which gives one task a tenth more than another.
     even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
-    return even.mapInPandas(_captioner_udf(settings, prompt, line), RESULT)
+    return even.mapInPandas(_captioner_udf(settings, prompt, line), RESULT, profile=profile)
 
 
 Batches = Iterator[pd.DataFrame]

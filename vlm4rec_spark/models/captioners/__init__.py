@@ -91,7 +91,7 @@ class EndpointSettings(BaseModel):
 
 
 class ModelSettings(BaseModel):
-    """Which model captions, and everything that changes its text (all but `endpoint` is part of the caption key)."""
+    """Which model captions, and what changes its text; `endpoint` and `compiled` don't, nor are they in the key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,6 +100,7 @@ class ModelSettings(BaseModel):
     revision: str = "main"
     max_new_tokens: int = Field(64, ge=1)
     max_side: int = Field(672, ge=16)
+    compiled: bool = False
     endpoint: EndpointSettings = EndpointSettings()
 
     @property
@@ -139,4 +140,6 @@ def load_captioner(
         return EndpointCaptioner(settings.model, settings.max_new_tokens, settings.endpoint, json_schema)
     from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
 
-    return TransformersCaptioner(settings.source, settings.revision, settings.max_new_tokens, batch_size)
+    return TransformersCaptioner(
+        settings.source, settings.revision, settings.max_new_tokens, batch_size, settings.compiled
+    )

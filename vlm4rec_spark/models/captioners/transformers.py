@@ -14,9 +14,13 @@ from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 
 
 class TransformersCaptioner(BatchCaptioner):
-    """Greedy descriptions from the model at `source` (a folder or a hub name), on CUDA, MPS or the CPU."""
+    """Greedy descriptions from the model at `source` (a folder or a hub name), on CUDA, MPS or the CPU.
 
-    def __init__(self, source: str, revision: str, max_new_tokens: int, batch_size: int):
+    `compiled`: decoding by a compiled graph over a cache of fixed size. A step is then bound by memory and not by the
+    launch of its kernels, but each new size of batch and prompt is compiled first.
+    """
+
+    def __init__(self, source: str, revision: str, max_new_tokens: int, batch_size: int, compiled: bool = False):
         super().__init__(batch_size)
         try:
             import torch
@@ -45,6 +49,8 @@ class TransformersCaptioner(BatchCaptioner):
         )
         self.model = model.to(self.device).eval()
         self.max_new_tokens = max_new_tokens
+        # transformers compiles by itself where the cache is static and the device gains by it.
+        self.cache = {"cache_implementation": "static"} if compiled else {}
 
     def _bfloat16(self) -> bool:
         return self.device == "mps" or self.torch.cuda.is_bf16_supported(including_emulation=False)
@@ -64,6 +70,7 @@ class TransformersCaptioner(BatchCaptioner):
                     **inputs,
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
+                    **self.cache,
                     pad_token_id=self.processor.tokenizer.pad_token_id,
                 )
         except self.torch.OutOfMemoryError:
