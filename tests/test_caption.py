@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def photo(colour: str) -> bytes:
 RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
+BLUE_TEXT, RED_TEXT = "A thing of red 0, green 0 and blue 7.", "A thing of red 7, green 0 and blue 0."
 
 
 def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
@@ -338,6 +340,11 @@ class Describer(BaseHTTPRequestHandler):
         pass
 
 
+class Files(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -383,6 +390,49 @@ def test_what_a_structured_prompt_is_told_stands_in_columns_in_the_report_and_wh
     console = Console(file=io.StringIO(), width=200)
     show.item(run, "twin", console)
     assert "attributes in it: kind: Round tile, colour: red 4" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", ["folder", "path_column"])
+def test_photos_that_are_not_kept_are_read_at_their_place(
+    pipeline: Callable[..., Pipeline], tmp_path: Path, way: str
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    images = {"a": GREEN, "b": BLUE, "c": GREEN, "d": GREY}
+    for item, image in images.items():
+        (folder / f"{item}.png").write_bytes(image)
+    handler = partial(Files, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"{item},http://127.0.0.1:{server.server_port}/{item}.png" for item in images]
+        (tmp_path / "items.csv").write_text("\n".join(["item_id,url", *urls]))
+        place = f"folder={folder}" if way == "folder" else "path_column=url"
+        settings = (f"ingest.items.path=[{tmp_path}/items.csv]", f"ingest.photos.{place}",
+                    "ingest.photos.http.private_addresses=true", "ingest.photos.http.tries=1",
+                    "caption.max_failed_share=1")  # fmt: skip
+        run = pipeline(tmp_path, *settings, "ingest.photos.keep=false")
+        run.run(["ingest"])
+        assert [row["image"] for row in run.tables.read(schemas.PHOTOS).collect()] == [None] * 4
+        (folder / "c.png").write_bytes(RED)
+        os.utime(folder / "c.png", (1_700_000_000, 1_700_000_000))
+        (folder / "d.png").unlink()
+        run.run(["caption"])
+
+        def failures() -> dict[str, int]:
+            rows = run.tables.read(schemas.CAPTIONS).where("status <> 'ok'").collect()
+            return {row["error_class"]: row["attempts"] for row in rows}
+
+        # Of two items with the same bytes one is read, and a is the first.
+        assert captions(run) == {"a": GREEN_TEXT, "b": BLUE_TEXT, "c": GREEN_TEXT}
+        assert failures() == {"unreadable": 1}
+        (folder / "a.png").write_bytes(BLUE)
+        run.spark.sql(f"DELETE FROM delta.`{tmp_path}/tables/captions` WHERE caption = '{GREEN_TEXT}'")
+        run.run(["caption"])
+        assert failures() == {"unreadable": 2, "changed_since": 1}
+        run.run(["ingest"])
+        run.run(["caption"])
+        server.shutdown()
+    assert captions(run) == {"a": BLUE_TEXT, "b": BLUE_TEXT, "c": RED_TEXT}
 
 
 def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_other_photo(

@@ -28,7 +28,6 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.models.download import HttpSettings
 from vlm4rec_spark.sources import PhotoSource, Source
 from vlm4rec_spark.stages import embed, index, ingest, profiles, recommend
 
@@ -318,9 +317,9 @@ def test_photo_names_of_any_kind(spark: SparkSession, tmp_path: Path) -> None:
     }
     changed = ingest.changed_photos(
         files.select(F.coalesce("item_id", "uri").alias("item_id"), F.lit(0).alias("position"), "uri"), files,
-        spark.createDataFrame([], schemas.PHOTOS.schema),
+        spark.createDataFrame([], schemas.PHOTOS.schema), keep=True,
     )  # fmt: skip
-    photos = ingest.read_photos(changed, len(content), 2, HttpSettings()).toArrow().to_pylist()
+    photos = ingest.read_photos(changed, len(content), 2, PhotoSource()).toArrow().to_pylist()
     assert {photo["uri"].rsplit("/", 1)[1]: (photo["image"], photo["reason"]) for photo in photos} == {
         name: (data, None) for name, data in content.items()
     }

@@ -308,11 +308,12 @@ def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: P
 def test_large_photos_leave_the_worker_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "_PART_BYTES", 100)
     sizes = [10] * 33 + [60, 60, 101, None]  # the last one couldn't be read
-    read = [None, *({"item_id": str(n), "bytes": size} for n, size in enumerate(sizes)), None]
+    images = [None if size is None else b"x" * size for size in sizes]
+    read = [None, *({"item_id": str(n), "image": image} for n, image in enumerate(images)), None]
     parts = list(ingest._in_parts(iter(read)))
     assert [len(part) for part in parts] == [11, 11, 11, 2, 1, 1]
     assert [item for part in parts for item in part["item_id"]] == [str(n) for n in range(len(sizes))]
-    assert [len(part) for part in ingest._in_parts(iter(40 * [{"bytes": 0}]))] == [32, 8]
+    assert [len(part) for part in ingest._in_parts(iter(40 * [{"image": b""}]))] == [32, 8]
 
 
 class Files(SimpleHTTPRequestHandler):

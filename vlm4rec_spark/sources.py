@@ -9,7 +9,7 @@ import re
 from typing import Literal
 
 from py4j.protocol import Py4JJavaError
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -43,7 +43,14 @@ class PhotoSource(BaseModel):
     file_name: str = Field(r"(.+?)(?:\.(\d{1,3}))?\.[A-Za-z0-9]+", min_length=1)
     path_column: str = ""
     bytes_column: str = ""
+    keep: bool = True
     http: HttpSettings = HttpSettings()
+
+    @model_validator(mode="after")
+    def _bytes_have_no_other_place(self) -> PhotoSource:
+        if self.bytes_column and not self.keep:
+            raise ValueError("keep: photos of a bytes_column lie nowhere else, so they have to be kept")
+        return self
 
     @field_validator("file_name")
     @classmethod

@@ -238,3 +238,15 @@ def test_time_that_the_model_waits_is_told_from_time_that_it_works(supervised: t
     results = list(supervised("ms=20", 1).caption(slow()))
     assert 0.08 <= sum(result.seconds for result in results) < 0.3
     assert sum(result.waited for result in results) > 0.1
+
+
+def test_photos_that_are_long_in_coming_are_not_the_models_fault(supervised: type[Supervisor]) -> None:
+    def slow() -> Iterator[Photo]:
+        for n in range(4):
+            yield Photo(str(n), GREY, "Say it.")
+            time.sleep(1.5 if n == 1 else 0)
+            children.append(run.pid)
+
+    run, children = supervised("none", 4, seconds=1), list[int | None]()
+    assert [result.error_class for result in run.caption(slow())] == [None] * 4
+    assert set(children) == {run.pid}

@@ -144,13 +144,13 @@ def in_order(queue: DataFrame, now: int, first: int) -> DataFrame:
 
 
 def with_photos(part: DataFrame, photos: DataFrame) -> DataFrame:
-    """Rows of the ordered queue with their photo's image_sha256 and image.
+    """Rows of the ordered queue with their photo's uri, image_sha256 and image.
 
     Reads the files and row groups that may hold an item between the first and the last one, in each tier.
     """
     ends = part.groupBy("tier").agg(F.min("item_id").alias("first"), F.max("item_id").alias("last")).collect()
     among = [F.col("item_id").between(tier["first"], tier["last"]) for tier in ends]
-    images = photos.select("item_id", "position", "image_sha256", "image").where(reduce(Column.__or__, among))
+    images = photos.select("item_id", "position", "uri", "image_sha256", "image").where(reduce(Column.__or__, among))
     return part.join(images, on=["item_id", "position"], how="inner")
 
 

@@ -6,9 +6,11 @@ Knows rows, and what the driver wants to hear; knows neither tables nor which ba
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import pandas as pd
 from pyspark import TaskContext
@@ -18,7 +20,8 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption.line import Address, Caller
 from vlm4rec_spark.caption.settings import CaptionSettings
-from vlm4rec_spark.models import attributes, quality
+from vlm4rec_spark.models import attributes, download, places, quality
+from vlm4rec_spark.models.download import HttpSettings
 from vlm4rec_spark.models.prompts import Prompt
 from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
 
@@ -33,42 +36,59 @@ _running: dict[str, Supervisor] = {}
 """Python workers are reused from task to task, and the child with them: keyed by all that made it."""
 
 
-def caption_photos(photos: DataFrame, settings: CaptionSettings, prompt: Prompt, tasks: int, line: Address | None,
-                   profile: ResourceProfile | None = None) -> DataFrame:  # fmt: skip
-    """Caption every row (caption_key, image_sha256, image, attempts, prompt, rank) once: a row each as in RESULT.
+@dataclass(frozen=True)
+class Job:
+    """What the tasks need to know beside their photos."""
 
-    `profile` is what each of so many `tasks` claims. The text of `prompt` is for rows that have none of their own.
+    settings: CaptionSettings
+    prompt: Prompt
+    """Its text is for photos that have none of their own."""
+    http: HttpSettings
+    """For photos that were not kept and lie behind a URL."""
+    line: Address | None
+    """To the driver."""
+
+
+def caption_photos(photos: DataFrame, job: Job, tasks: int, profile: ResourceProfile | None = None) -> DataFrame:
+    """Caption every row (caption_key, image_sha256, uri, image, attempts, prompt, rank) once: a row each as in RESULT.
+
+    `profile` is what each of so many `tasks` claims.
     None for a photo that wasn't tried, because the driver said stop or the model kept dying.
     """
     # Not by a hash, which gives one task a tenth more than another.
     even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
-    return even.mapInPandas(_captioner_udf(settings, prompt, line), RESULT, profile=profile)
+    return even.mapInPandas(_captioner_udf(job), RESULT, profile=profile)
 
 
 Batches = Iterator[pd.DataFrame]
 
 
-def _captioner_udf(settings: CaptionSettings, prompt: Prompt, line: Address | None) -> Callable[[Batches], Batches]:
+def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
-        rows: dict[str, tuple[str, int, str]] = {}
-        caller = Caller(line)
+        rows: dict[str, dict] = {}
+        lost: list[Result] = []
+        caller = Caller(job.line)
 
         def photos() -> Iterator[Photo]:
             for batch in batches:
-                columns = (batch[name] for name in ("caption_key", "image_sha256", "attempts", "prompt", "image"))
-                for key, sha256, attempts, own, image in zip(*columns, strict=True):
-                    rows[key] = (sha256, attempts + 1, own or prompt.text)
-                    yield Photo(key, image or b"", own or prompt.text)
+                records = ({**row, "prompt": row["prompt"] or job.prompt.text} for row in batch.to_dict("records"))
+                for row, image in _with_images(records, job.http):
+                    rows[row["caption_key"]] = row
+                    if isinstance(image, Result):
+                        lost.append(image)
+                    else:
+                        yield Photo(row["caption_key"], image, row["prompt"])
 
         caller.flush()
         ready: list[dict] = []
         began = time.monotonic()
-        supervisor = _supervisor(settings, _gpu(), prompt.structured)
-        supervisor.run = line.token if line else ""
+        supervisor = _supervisor(job.settings, _gpu(), job.prompt.structured)
+        supervisor.run = job.line.token if job.line else ""
         try:
-            for result in supervisor.caption(photos(), lambda: caller.stopped):
-                sha256, attempts, asked = rows.pop(result.key)
-                ready.append({"image_sha256": sha256, "attempts": attempts} | row(result, asked, prompt.structured))
+            for result in _beside(supervisor.caption(photos(), lambda: caller.stopped), lost):
+                asked = rows.pop(result.key)
+                known = {"image_sha256": asked["image_sha256"], "attempts": asked["attempts"] + 1}
+                ready.append(known | row(result, asked["prompt"], job.prompt.structured))
                 caller.say(_figures(ready[-1]))
                 if len(ready) >= _ROWS or time.monotonic() - began > _SECONDS:
                     yield pd.DataFrame(ready)
@@ -79,6 +99,43 @@ def _captioner_udf(settings: CaptionSettings, prompt: Prompt, line: Address | No
             caller.close()
 
     return caption
+
+
+def _with_images(rows: Iterable[dict], http: HttpSettings) -> Iterator[tuple[dict, bytes | Result]]:
+    """Each row, without its image, and the photo's bytes: those that were kept, or those that lie at its place."""
+    bare = []
+    for row in rows:
+        image = row.pop("image")
+        if image is None and row["uri"]:
+            bare.append(row)
+        else:
+            yield row, image or b""
+    yield from download.concurrently(lambda row: (row, _read(row, http)), bare, http.concurrency)
+
+
+def _read(row: dict, http: HttpSettings) -> bytes | Result:
+    """The bytes at the photo's place, or why they can't be described."""
+    try:
+        found = places.read(row["uri"], http)
+        assert found is not None  # nothing is known that they could be equal to
+    except Exception as unreadable:
+        return _lost(row["caption_key"], "unreadable", f"the photo can't be read: {unreadable}")
+    if hashlib.sha256(found[0]).hexdigest() != row["image_sha256"]:
+        return _lost(row["caption_key"], "changed_since", "at its place lies another photo now; run ingest")
+    return found[0]
+
+
+def _lost(key: str, error_class: str, error: str) -> Result:
+    return Result(key, None, None, None, error_class, error, 0.0, 0.0)
+
+
+def _beside(results: Iterator[Result], lost: list[Result]) -> Iterator[Result]:
+    """Results, and those that come without the model as they are found."""
+    for result in results:
+        yield result
+        while lost:
+            yield lost.pop()
+    yield from lost
 
 
 def row(result: Result, prompt: str, structured: bool = False) -> dict:

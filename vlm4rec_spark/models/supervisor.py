@@ -100,7 +100,7 @@ class Supervisor:
         self._child: subprocess.Popen | None = None
         self._deaths, self._failed_loads, self._at_once = 0, 0, 1
         self._flying: dict[str, _Flight] = {}
-        self._told_all = False
+        self._told_all, self._last = False, 0.0
         self.idle_seconds = 60.0
         """After so long without a photo the child ends; Spark ends an idle Python worker after as much."""
         self.run = ""
@@ -121,7 +121,7 @@ class Supervisor:
                     while self._has_room(again) and self._deaths < _DEATHS_IN_A_ROW and not stop():
                         if again:
                             self._send(again.popleft())
-                        elif (photo := next(source, None)) is not None:
+                        elif (photo := self._next(source)) is not None:
                             self._send(_Flight(photo))
                         else:
                             break
@@ -149,6 +149,13 @@ class Supervisor:
     def pid(self) -> int | None:
         """The child's, where there is one."""
         return self._child.pid if self._child else None
+
+    def _next(self, source: Iterator[Photo]) -> Photo | None:
+        began = time.monotonic()
+        photo = next(source, None)
+        # The time in which a photo was fetched isn't the model's.
+        self._last += time.monotonic() - began
+        return photo
 
     def _has_room(self, again: deque[_Flight]) -> bool:
         # A photo under suspicion is tried with no other on its way, so that the child's end can be put down to it.

@@ -250,7 +250,8 @@ def _make(run: Run, task: _Task, line: Line, ranks: range, place: int) -> tuple[
     # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
     tasks = max(min(slots, -(-len(ranks) // settings.batch_size)), -(-len(ranks) // settings.photos_per_task))
     photos = planning.with_photos(part, run.read(schemas.PHOTOS))
-    made = worker.caption_photos(photos, settings, task.wish.prompt, tasks, line.address, _profile(run))
+    job = worker.Job(settings, task.wish.prompt, run.config.ingest.photos.http, line.address)
+    made = worker.caption_photos(photos, job, tasks, _profile(run))
     aside = f"_{place}"
     return run.tables.staged(schemas.CAPTIONS, made, aside), aside
 

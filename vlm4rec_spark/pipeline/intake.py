@@ -147,9 +147,9 @@ def _photos(run: Run, taken: DataFrame | None) -> tuple[int, DataFrame, DataFram
     else:
         return None
     good = rows.where(F.col("reason").isNull())
-    changed = stage.changed_photos(good, files, run.tables.read(schemas.PHOTOS))
+    changed = stage.changed_photos(good, files, run.tables.read(schemas.PHOTOS), settings.keep)
     slots = run.spark.sparkContext.defaultParallelism
-    read = stage.read_photos(changed, changed.count(), slots, settings.http)
+    read = stage.read_photos(changed, changed.count(), slots, settings)
     return rows.count(), read, rows.where(F.col("reason").isNotNull())
 
 

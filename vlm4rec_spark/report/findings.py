@@ -22,6 +22,8 @@ _BROKEN = {
     "refusal": "Photos that the model refused to describe",
     "echo": "Photos for which the model repeated its prompt",
     "repetition": "Photos for which the model repeated itself",
+    "unreadable": "Photos that could not be read at their place any more",
+    "changed_since": "Photos that were no longer those that had been ingested",
     "bad_attributes": "Photos for which the model gave no usable JSON",
     "model_died": "Photos over which the model's process ended",
     "model_hung": "Photos over which the model gave no answer in time",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from itertools import chain
 
 import pandas as pd
@@ -13,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models import download
+from vlm4rec_spark.models import download, places
 from vlm4rec_spark.models.download import HttpSettings
+from vlm4rec_spark.models.places import Known
 from vlm4rec_spark.sources import PhotoSource, Source, column_named
 
 
@@ -136,12 +136,17 @@ def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
     return known.select("item_id", "position", "uri", reason.alias("reason"))
 
 
-def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) -> DataFrame:
+def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame, keep: bool) -> DataFrame:
     """The photos to look at, with what `photos` knows of each: known_bytes, known_at, known_sha256. None is opened.
 
     With a listing (`files`: uri, bytes, modified_at) a photo that `photos` holds unchanged is left out; without one,
-    the executor that would read it asks first whether it has changed.
+    the executor that would read it asks first whether it has changed. Where photos are to be kept, one that wasn't is
+    unknown.
     """
+    if keep:
+        # By what files say of their nulls: a look at all that isn't null would read every photo.
+        bare = photos.where(F.col("image").isNull()).select("item_id", "position")
+        photos = photos.join(bare, on=["item_id", "position"], how="left_anti")
     known = photos.select("item_id", "position", "uri", F.col("bytes").alias("known_bytes"),
                           F.col("modified_at").alias("known_at"),
                           F.col("image_sha256").alias("known_sha256"))  # fmt: skip
@@ -153,8 +158,10 @@ def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame) 
     return listed.where(~F.coalesce(same, F.lit(False)))
 
 
-def read_photos(rows: DataFrame, count: int, slots: int, http: HttpSettings) -> DataFrame:
+def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) -> DataFrame:
     """Read what `changed_photos` says on executors: the columns of `photos`, and `reason` for an unreadable one.
+
+    A photo that isn't to be kept has no `image`.
 
     `count`: how many rows there are. Each task reads neighbours by item_id, so that the files of `photos` hold them.
     """
@@ -163,7 +170,7 @@ def read_photos(rows: DataFrame, count: int, slots: int, http: HttpSettings) -> 
     times = [F.unix_millis(name).alias(name) for name in ("modified_at", "known_at")]
     named = rows.select("item_id", "position", "uri", "known_bytes", "known_sha256", *times)
     return named.repartitionByRange(tasks, "item_id", "position").mapInPandas(
-        _photo_reader(http),
+        _photo_reader(settings.http, settings.keep),
         "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
         "modified_at BIGINT, reason STRING",
     ).withColumn("modified_at", F.timestamp_millis("modified_at"))  # fmt: skip
@@ -194,14 +201,14 @@ def photos_in_rows(raw: DataFrame, column: str) -> DataFrame:
 Batches = Iterator[pd.DataFrame]
 
 
-def _photo_reader(http: HttpSettings) -> Callable[[Batches], Batches]:
+def _photo_reader(http: HttpSettings, keep: bool) -> Callable[[Batches], Batches]:
     def read(batches: Batches) -> Batches:
         for batch in batches:
             rows = batch.to_dict("records")
             files = (row for row in rows if not download.is_url(row["uri"]))
             urls = (row for row in rows if download.is_url(row["uri"]))
-            downloaded = download.concurrently(lambda row: _read_photo(row, http), urls, http.concurrency)
-            yield from _in_parts(chain((_read_photo(row, http) for row in files), downloaded))
+            downloaded = download.concurrently(lambda row: _read_photo(row, http, keep), urls, http.concurrency)
+            yield from _in_parts(chain((_read_photo(row, http, keep) for row in files), downloaded))
 
     return read
 
@@ -213,7 +220,7 @@ def _in_parts(photos: Iterator[dict | None]) -> Batches:
     for photo in photos:
         if photo is not None:
             part.append(photo)
-            size += photo["bytes"] or 0
+            size += len(photo["image"] or b"")
         if len(part) == 32 or size > _PART_BYTES:
             yield pd.DataFrame(part, columns=_PHOTO_COLUMNS)
             part, size = [], 0
@@ -223,55 +230,26 @@ def _in_parts(photos: Iterator[dict | None]) -> Batches:
 _PHOTOS_PER_FILE = 500
 """100 MB of photos of 200 kB."""
 _PART_BYTES = 64_000_000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PHOTO_COLUMNS = ["item_id", "position", "uri", "image", "image_sha256", "bytes", "modified_at", "reason"]
 
 
-def _read_photo(row: dict, http: HttpSettings) -> dict | None:
+def _read_photo(row: dict, http: HttpSettings, keep: bool) -> dict | None:
     """The photo of a row, or None when it is the one that is known."""
     photo = dict.fromkeys(_PHOTO_COLUMNS) | {name: row[name] for name in ("item_id", "position", "uri")}
+    size, known_at, sha256, listed_at = (
+        None if pd.isna(row[name]) else row[name]
+        for name in ("known_bytes", "known_at", "known_sha256", "modified_at")
+    )
     try:
-        found = _download(row, http) if download.is_url(row["uri"]) else _read_file(row)
+        found = places.read(row["uri"], http, Known(size, known_at and int(known_at), sha256), listed_at)
     except Exception as unreadable:
         return photo | {"reason": f"the photo can't be read: {unreadable}"}
     if found is None:
         return None
     image, modified_at = found
     sha256 = hashlib.sha256(image).hexdigest()
-    return photo | {"image": image, "image_sha256": sha256, "bytes": len(image), "modified_at": modified_at}
-
-
-def _read_file(row: dict) -> tuple[bytes, int] | None:
-    """Bytes and modification time, or None when size and time are those that are known."""
-    import fsspec
-
-    path, modified_at = re.sub(r"^file:/+", "/", row["uri"]), row["modified_at"]
-    if "://" in path and re.search(r"::\s*https?:", path, re.IGNORECASE):
-        # It would be connected to without a look at where it leads.
-        raise ValueError("an http address inside another address")
-    # In an address, but not in a file's name, "::" says that one file system lies inside another.
-    files, path = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
-    if pd.isna(modified_at):
-        modified_at = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
-        if modified_at == row["known_at"] and files.size(path) == row["known_bytes"]:
-            return None
-    return files.cat_file(path), modified_at
-
-
-def _download(row: dict, http: HttpSettings) -> tuple[bytes, int] | None:
-    """Bytes and modification time, or None when the server or the bytes say that nothing has changed.
-
-    A server that names no time is asked with that of its last answer, and most then send the photo again.
-    """
-    known_at = None if pd.isna(row["known_at"]) else int(row["known_at"])
-    answer = download.fetch(row["uri"], http, known_at)
-    if answer is None:
-        return None
-    modified_at = answer.last_modified
-    if hashlib.sha256(answer.image).hexdigest() == row["known_sha256"] and modified_at in (None, known_at):
-        return None
-    # The same photo with a new time is taken too, or it would be downloaded each night from now on.
-    return answer.image, answer.answered_at if modified_at is None else modified_at
+    photo |= {"image_sha256": sha256, "bytes": len(image), "modified_at": modified_at}
+    return photo | ({"image": image} if keep else {})
 
 
 def _corrupt() -> Column:
