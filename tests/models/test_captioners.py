@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 import transformers
 from loopback import VARIABLES, Reply, Seen, said, serving
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 
@@ -34,6 +36,7 @@ from vlm4rec_spark.models.captioners import (
     load_captioner,
 )
 from vlm4rec_spark.models.captioners.batches import BatchCaptioner
+from vlm4rec_spark.models.captioners.vllm import VllmCaptioner
 from vlm4rec_spark.models.prompts import load_prompt
 
 FRESH_SEED = 3_000_000
@@ -70,6 +73,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _nonsense(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    # As published models name them, and as vLLM reads them; newer transformers read both and write the shorter name.
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -100,8 +107,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(vocabulary), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0},
+            # Heads of 32 are the smallest that vLLM has kernels for on a CPU.
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0},
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         },
         vision_config={
@@ -147,6 +155,11 @@ PHOTOS = [
 PROMPTS = ["Describe it.", "A thing of red wool made for long walks and cold days, or of blue cotton?"] * 3
 
 Load = Callable[[int], Captioner]
+NO_VLLM = "vLLM isn't installed: it needs an environment of its own (constraints-vllm.txt)"
+VLLM = (
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason=NO_VLLM),
+    pytest.mark.filterwarnings("ignore"),  # the libraries that it brings
+)
 
 
 def _describe(number: int, seen: Seen) -> Reply:
@@ -157,32 +170,57 @@ def _describe(number: int, seen: Seen) -> Reply:
     return Reply(said("openai" if "image_url" in seen.parts[0] else "anthropic", text, tokens=(len(prompt.split()), 8)))
 
 
-@pytest.fixture(params=["fake", "llava", "qwen", "qwen compiled", "openai", "anthropic"])
-def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """A function from a batch size to the backend's captioner; an endpoint's is how many it is asked at once."""
-    if request.param in VARIABLES:
-        monkeypatch.setenv(VARIABLES[request.param], "none")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        with serving(request.param) as server:
-            server.script = _describe
-            endpoint = {"dialect": request.param, "url": server.url}
-            yield lambda batch_size: load_captioner(
-                ModelSettings.model_validate(
-                    {"backend": "endpoint", "endpoint": endpoint | {"concurrency": batch_size}}
-                )
-            )
-        return
-    if request.param == "fake":
-        settings = ModelSettings(backend="fake", model="none")
+@contextmanager
+def endpoint(dialect: str) -> Iterator[Load]:
+    """Its batch is how many requests are on their way at once."""
+    with pytest.MonkeyPatch.context() as environment, serving(dialect) as server:
+        environment.setenv(VARIABLES[dialect], "none")
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        server.script = _describe
+        asked = {"dialect": dialect, "url": server.url}
+        yield lambda batch_size: load_captioner(
+            ModelSettings.model_validate({"backend": "endpoint", "endpoint": asked | {"concurrency": batch_size}})
+        )
+
+
+@contextmanager
+def vllm(folder: Path) -> Iterator[Load]:
+    """It has no batches, and takes a minute to load."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; on a CPU it takes half of the machine's otherwise
+        captioner = load_captioner(ModelSettings(backend="vllm", model=str(folder), max_new_tokens=8))
+    assert isinstance(captioner, VllmCaptioner)
+    yield lambda batch_size: captioner
+    captioner.close()
+
+
+BACKENDS = [
+    "fake", "llava", "qwen", "compiled qwen", "endpoint openai", "endpoint anthropic",
+    pytest.param("vllm llava", marks=VLLM), pytest.param("vllm qwen", marks=VLLM),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def load(request: pytest.FixtureRequest) -> Iterator[Load]:
+    """A function from a batch size to the backend's captioner."""
+    backend, _, model = request.param.rpartition(" ")
+    if backend == "endpoint":
+        with endpoint(model) as make:
+            yield make
+    elif backend == "vllm":
+        with vllm(request.getfixturevalue(model)) as make:
+            yield make
     else:
-        name, _, compiled = request.param.partition(" ")
-        settings = ModelSettings(model=str(request.getfixturevalue(name)), max_new_tokens=8, compiled=bool(compiled))
-    yield lambda batch_size: load_captioner(settings, batch_size)
+        settings = ModelSettings(backend="fake", model="none")
+        if model != "fake":
+            folder, compiled = str(request.getfixturevalue(model)), backend == "compiled"
+            settings = ModelSettings(model=folder, max_new_tokens=8, compiled=compiled)
+        yield lambda batch_size: load_captioner(settings, batch_size)
 
 
 def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load) -> None:
-    asked = requests(PHOTOS, PROMPTS)
-    alone = answers(load(1), asked)
+    asked, one = requests(PHOTOS, PROMPTS), load(1)
+    alone = {request.key: answers(one, [request])[request.key] for request in asked}
     # Photo and prompt both matter, or this would show nothing.
     assert len({answer.text for answer in alone.values()}) > len(PHOTOS) / 2
     for batch_size in (3, 16):
@@ -212,6 +250,34 @@ def test_tokens_are_counted_and_answers_stop_at_the_bound(load: Load) -> None:
     assert long.input_tokens - short.input_tokens == 4  # padding isn't counted
     assert 1 <= short.output_tokens <= 10
     assert short.text == " ".join((short.text or "").split())
+
+
+@pytest.mark.parametrize(
+    ("load", "model"),
+    [pytest.param("vllm llava", "llava", marks=VLLM), pytest.param("vllm qwen", "qwen", marks=VLLM)],
+    indirect=["load"],
+)
+def test_vllm_says_what_transformers_says_and_refuses_what_is_too_long(
+    load: Load, model: str, request: pytest.FixtureRequest
+) -> None:
+    asked, too_long = requests(PHOTOS, PROMPTS), Request("long", PHOTOS[0], "word " * 600)
+    said = answers(load(1), [*asked[:3], too_long, *asked[3:]])
+    refused = said.pop("long")
+    assert (refused.text, refused.error_class) == (None, "bad_request")
+    assert "maximum context length is 512 tokens" in (refused.error or "")
+    settings = ModelSettings(model=str(request.getfixturevalue(model)), max_new_tokens=8)
+    assert said == answers(load_captioner(settings), asked)
+
+
+def test_vllm_is_refused_the_packaged_model() -> None:
+    with pytest.raises(ValueError, match="vLLM doesn't read the packaged model's weights: name another model"):
+        ModelSettings(backend="vllm")
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("vllm")), reason="vLLM is installed")
+def test_without_vllm_its_backend_says_how_to_install_it(llava: Path) -> None:
+    with pytest.raises(UsageError, match=r"No module named 'vllm'.*pip install .*vllm.* -c constraints-vllm\.txt"):
+        load_captioner(ModelSettings(backend="vllm", model=str(llava)))
 
 
 # What batches are made of
@@ -340,6 +406,10 @@ def test_the_id_changes_with_the_weights_and_the_template_and_not_with_the_card_
         weights.seek(-1, 2)
         weights.write(b"\x01")
     assert len({before, other_template, ModelSettings(model=str(copy)).model_id()}) == 3
+
+
+def test_the_id_does_not_depend_on_what_runs_the_model(llava: Path) -> None:
+    assert ModelSettings(backend="vllm", model=str(llava)).model_id() == ModelSettings(model=str(llava)).model_id()
 
 
 def test_a_folder_that_is_not_there_names_the_key_and_the_remedy(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vlm4rec_spark.models.weights import pinned_id
 
@@ -95,13 +95,19 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["transformers", "endpoint", "fake"] = "transformers"
+    backend: Literal["transformers", "vllm", "endpoint", "fake"] = "transformers"
     model: str = "demo"
     revision: str = "main"
     max_new_tokens: int = Field(64, ge=1)
     max_side: int = Field(672, ge=16)
     compiled: bool = False
     endpoint: EndpointSettings = EndpointSettings()
+
+    @model_validator(mode="after")
+    def _vllm_needs_a_model(self) -> ModelSettings:
+        if (self.backend, self.model) == ("vllm", "demo"):
+            raise ValueError("vLLM doesn't read the packaged model's weights: name another model")
+        return self
 
     @property
     def source(self) -> str:
@@ -128,7 +134,7 @@ def load_captioner(
     """Load the model; slow. Raises what the backend raises, UsageError for a missing library.
 
     With a `json_schema` the answers are JSON of that kind where the backend can hold the model to it (guided decoding):
-    the endpoint can, transformers can't.
+    vllm and endpoint can, transformers can't.
     """
     if settings.backend == "fake":
         from vlm4rec_spark.models.captioners.fake import FakeCaptioner
@@ -138,6 +144,10 @@ def load_captioner(
         from vlm4rec_spark.models.captioners.endpoint import EndpointCaptioner
 
         return EndpointCaptioner(settings.model, settings.max_new_tokens, settings.endpoint, json_schema)
+    if settings.backend == "vllm":
+        from vlm4rec_spark.models.captioners.vllm import VllmCaptioner
+
+        return VllmCaptioner(settings.source, settings.revision, settings.max_new_tokens, json_schema)
     from vlm4rec_spark.models.captioners.transformers import TransformersCaptioner
 
     return TransformersCaptioner(

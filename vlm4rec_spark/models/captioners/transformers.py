@@ -24,17 +24,13 @@ class TransformersCaptioner(BatchCaptioner):
         super().__init__(batch_size)
         try:
             import torch
-            from transformers import AutoModelForImageTextToText, AutoProcessor
+            from transformers import AutoModelForImageTextToText
         except ImportError as missing:
             raise UsageError(f"{missing}. The captioner needs: pip install 'vlm4rec_spark[local]'") from missing
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            # Pixels made by Pillow: the same whether torchvision is there or not.
-            self.processor = AutoProcessor.from_pretrained(source, revision=revision, backend="pil")
-        except ImportError:  # of the models that see films too
-            self.processor = AutoProcessor.from_pretrained(source, revision=revision)
+        self.processor, _ = load_processor(source, revision)
         # Answers are generated to the right of the prompt: with right padding a short prompt would see pad tokens
         # between itself and its answer, and a photo's caption would depend on its batch.
         self.processor.tokenizer.padding_side = "left"
@@ -84,3 +80,17 @@ class TransformersCaptioner(BatchCaptioner):
             Answer(request.key, " ".join(text.split()), int(a), int(b))
             for request, text, a, b in zip(batch, captions, tokens_in, tokens_out, strict=True)
         ]
+
+
+def load_processor(source: str, revision: str) -> tuple[Any, dict[str, str]]:
+    """The model's processor, and how it was told to make pixels: by Pillow, the same in every environment.
+
+    Those of the models that see films too can't be told: ImportError, or in older versions AttributeError.
+    """
+    from transformers import AutoProcessor
+
+    pixels = {"backend": "pil"}
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision, **pixels), pixels
+    except (ImportError, AttributeError):
+        return AutoProcessor.from_pretrained(source, revision=revision), {}
