@@ -1,0 +1,187 @@
+"""LLaVA-NeXT with random weights in a folder, and what its job would take on a device that did nothing in vain.
+
+Everything is made here: for a machine without a network, and for one without a GPU a tiny one.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+
+from vlm4rec_spark.demo.captioner import TEMPLATE
+from vlm4rec_spark.models.prompts import load_prompt
+
+PROMPT = load_prompt("describe.1").text
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+PUBLISHED = {  # names as in published models, which are what vLLM 0.22 reads
+    "model.vision_tower.": "vision_tower.vision_model.", "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.", "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a LLaVA-NeXT; photos are `photo` pixels wide and high and make four tiles of `tile` pixels and one of all."""
+
+    photo: int
+    tile: int
+    vision: dict[str, int]
+    text: dict[str, int]
+
+    @property
+    def patches(self) -> int:
+        """Along a tile's side."""
+        return self.tile // self.vision["patch_size"]
+
+    @property
+    def photo_tokens(self) -> int:
+        """The small picture's, those of the four tiles, and one at the end of each row."""
+        return 5 * self.patches**2 + 2 * self.patches
+
+
+BIG = Shapes(
+    672, 336,
+    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+     "patch_size": 14},
+    {"vocab_size": 32_064, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768},
+)  # fmt: skip
+"""llava-hf/llava-v1.6-mistral-7b-hf."""
+TINY = Shapes(
+    112, 56,
+    {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14},
+    {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024},
+)  # fmt: skip
+
+
+def write(folder: Path, shapes: Shapes, device: str) -> None:
+    """The model and its processor; it never ends a text by itself."""
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**shapes.vision, image_size=shapes.tile, projection_dim=64),
+        text_config=MistralConfig(**shapes.text, sliding_window=None, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+        image_token_index=SPECIAL.index("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_grid_pinpoints=_pinpoints(shapes), dtype="bfloat16", tie_word_embeddings=False,
+        architectures=[LlavaNextForConditionalGeneration.__name__],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = LlavaNextForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.lm_head.weight.data[config.text_config.eos_token_id] = 0  # some other word is always likelier than nothing
+    model.config.save_pretrained(folder)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.generation_config.save_pretrained(folder)
+    weights = {_published(name): each.cpu().contiguous() for name, each in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    _processor(shapes).save_pretrained(folder)
+
+
+def _pinpoints(shapes: Shapes) -> list[list[int]]:
+    return [[down * shapes.tile, along * shapes.tile] for down, along in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
+def _published(name: str) -> str:
+    for ours, theirs in PUBLISHED.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(name)
+
+
+def _processor(shapes: Shapes) -> LlavaNextProcessor:
+    splitter = pre_tokenizers.Whitespace()
+    words = list(dict.fromkeys(["answer", ":", *(word for word, _ in splitter.pre_tokenize_str(PROMPT))]))
+    words += [f"word{number}" for number in range(shapes.text["vocab_size"] - len(SPECIAL) - len(words))]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
+    core.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": shapes.tile}, crop_size={"height": shapes.tile, "width": shapes.tile},
+        image_grid_pinpoints=_pinpoints(shapes),
+    )  # fmt: skip
+    return LlavaNextProcessor(
+        images, tokenizer, patch_size=shapes.vision["patch_size"], vision_feature_select_strategy="default",
+        chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def photo(number: int, shapes: Shapes) -> bytes:
+    """A JPEG unlike any other: soft patches of colour."""
+    small = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+    large = Image.fromarray(small).resize((shapes.photo, shapes.photo), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    large.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at best in a second, and the bytes of the numbers that it does it with."""
+
+    operations: float
+    bytes: float
+    number: int
+
+
+def ceilings(device: str) -> Ceilings:
+    """Measured: products of large matrices, and copies of a large block."""
+    gpu = device == "cuda"
+    side, kind = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
+    square = torch.randn(side, side, device=device).to(kind)
+    block = torch.zeros((2 << 30) if gpu else (64 << 20), dtype=torch.uint8, device=device)
+    other = torch.empty_like(block)
+    products = _best(lambda: square @ square, gpu)
+    copies = _best(lambda: other.copy_(block), gpu)
+    return Ceilings(2 * side**3 / products, 2 * block.numel() / copies, square.element_size())
+
+
+def _best(call: Callable[[], object], gpu: bool) -> float:
+    """Seconds that it takes, the quickest of twenty times."""
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def roofline(shapes: Shapes, best: Ceilings, prompt_tokens: int, new_tokens: int, batch: int) -> float:
+    """Photos per second where the prefill takes no more than its operations, and decoding no more than its bytes."""
+    text, vision = shapes.text, shapes.vision
+    kv = text["num_key_value_heads"] * text["hidden_size"] // text["num_attention_heads"]
+    attention = 2 * text["hidden_size"] * (text["hidden_size"] + kv)
+    layers = text["num_hidden_layers"] * (attention + 3 * text["hidden_size"] * text["intermediate_size"])
+    # Each pair of a token and one before it: a product with its key and one with its value.
+    pairs = 2 * text["num_hidden_layers"] * prompt_tokens**2 * text["hidden_size"]
+    tower = vision["num_hidden_layers"] * (4 * vision["hidden_size"] ** 2
+                                           + 2 * vision["hidden_size"] * vision["intermediate_size"])  # fmt: skip
+    prefill = (2 * layers * prompt_tokens + pairs + 2 * tower * 5 * shapes.patches**2) / best.operations
+    weights = layers + text["vocab_size"] * text["hidden_size"]
+    cache = 2 * text["num_hidden_layers"] * kv * (prompt_tokens + new_tokens / 2)
+    decode = new_tokens * best.number * (weights / batch + cache) / best.bytes
+    return 1 / (prefill + decode)
