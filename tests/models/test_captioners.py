@@ -120,6 +120,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.repetition_penalty = 1.3  # the published models have one too
     _nonsense(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
