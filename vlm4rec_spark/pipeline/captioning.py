@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -24,6 +23,7 @@ from vlm4rec_spark.caption.estimate import Plan, Rates, plan
 from vlm4rec_spark.caption.line import Line
 from vlm4rec_spark.errors import Resumable, RunError
 from vlm4rec_spark.models.prompts import load_prompt
+from vlm4rec_spark.pipeline import gpus
 from vlm4rec_spark.pipeline.intake import caption_rows
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
 
@@ -209,31 +209,7 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
 
 def _speed(run: Run, rates: Rates) -> float:
     """Photos per second of all devices, before any is done."""
-    return rates.photos_per_second * _slots(run)
-
-
-def _gpus(run: Run) -> int:
-    """GPUs that Spark gives to each executor; 0 where it gives none, as in local mode."""
-    local = str(run.spark.sparkContext.master).startswith("local")
-    return 0 if local else int(run.spark.conf.get("spark.executor.resource.gpu.amount", None) or 0)
-
-
-def _slots(run: Run) -> int:
-    """How many tasks can caption at once: one per GPU, where Spark knows of them, else one per core."""
-    context = run.spark.sparkContext
-    # The driver is among them.
-    executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - 1
-    return max(1, executors * _gpus(run)) if _gpus(run) else context.defaultParallelism
-
-
-def _profile(run: Run) -> ResourceProfile | None:
-    """A GPU for each captioning task, while those of other stages need but a core (stage-level scheduling).
-
-    None where there are none to be had, and where spark.task.resource.gpu.amount says so of every stage already.
-    """
-    if not _gpus(run) or run.spark.conf.get("spark.task.resource.gpu.amount", None):
-        return None
-    return ResourceProfileBuilder().require(TaskResourceRequests().cpus(1).resource("gpu", 1)).build
+    return rates.photos_per_second * gpus.slots(run.spark)
 
 
 def _chunk(run: Run, rate: float) -> int:
@@ -246,12 +222,12 @@ def _make(run: Run, task: _Task, line: Line, ranks: range, place: int) -> tuple[
     """The rows of a part of the queue, written aside, and where."""
     settings = run.config.caption
     part = task.queue.where((F.col("rank") >= ranks.start) & (F.col("rank") < ranks.stop))
-    slots = _slots(run)
+    slots = gpus.slots(run.spark)
     # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
     tasks = max(min(slots, -(-len(ranks) // settings.batch_size)), -(-len(ranks) // settings.photos_per_task))
     photos = planning.with_photos(part, run.read(schemas.PHOTOS))
     job = worker.Job(settings, task.wish.prompt, run.config.ingest.photos.http, line.address)
-    made = worker.caption_photos(photos, job, tasks, _profile(run))
+    made = worker.caption_photos(photos, job, tasks, gpus.profile(run.spark))
     aside = f"_{place}"
     return run.tables.staged(schemas.CAPTIONS, made, aside), aside
 

@@ -1,4 +1,4 @@
-"""Captions by vLLM: a stream of photos into one engine, which keeps the GPU full across Arrow batches and Spark chunks.
+"""Captions by vLLM: a stream of photos into one engine, which keeps the GPU full across Arrow batches.
 
 Knows the engine, its chat template and what is at work in it; knows nothing of photo files, retries or Spark.
 """
