@@ -1,10 +1,10 @@
-"""Peak memory of a Spark driver on this machine, and of its Python workers with the models' processes."""
+"""Memory of a Spark driver on this machine, of its Python workers with the models' processes, and of any process."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -32,6 +32,17 @@ def peaks() -> Iterator[dict[str, float]]:
     finally:
         stop.set()
         thread.join()
+
+
+def held_gb(pid: int) -> float:
+    """What a process and all below it hold now, in GB: memory that several of them share counts once."""
+    held = 0
+    with suppress(psutil.Error):  # it has ended
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                held += one.memory_full_info().pss
+    return held / GB
 
 
 def _now() -> tuple[int, list[int]]:

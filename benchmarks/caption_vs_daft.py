@@ -1,0 +1,281 @@
+"""The same photos and the same model through this project's UDF, through Daft, and through the usual two Spark UDFs.
+
+    .venv/bin/python benchmarks/caption_vs_daft.py [--photos 20000] [--runs 5]
+
+The photos are distinct drawings of 224 px, as JPEGs in Parquet. The model is the packaged one with five new tokens: it
+names colour, pattern, material and kind of some 100 photos per second and core. Each way calls it from two threads or
+processes of one torch thread each, with 16 photos at a time, and writes key and text to Parquet. Texts are compared.
+
+- ours: `caption_photos`, as the caption stage calls it, with its defaults.
+- Daft's native runner, as its pages on images and on classes have it: `decode_image`, then a batch method of a
+  `@daft.cls()`. Image columns stay in Daft's process, so its threads share one model. Bytes that the method decodes,
+  in a process for each of two models, took longer here; one thread with two of torch's took as long.
+- two UDFs: a `pandas_udf` that decodes to 224 × 224 × 3 floats, then `predict_batch_udf`. Batches are small, or this
+  way needs more memory than machines have: in Python a photo is then 5 MB of floats.
+
+Each measurement is a process of its own. Its time begins when the engine is there (Spark's session, Daft's module) and
+ends with the written result: the imports of torch and the loading of the model count, for all three. Memory is that of
+the process and all below it, by proportional set size. The order rotates from run to run; figures are medians,
+ratios those within a run. Daft is installed into a temporary folder (310 MB): it wants older packages than .venv holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from memory import held_gb
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from vlm4rec_spark.caption.settings import CaptionSettings
+from vlm4rec_spark.models.captioners import ModelSettings, Request, load_captioner
+from vlm4rec_spark.models.captioners.batches import BatchCaptioner
+
+DAFT = "daft==0.7.26"
+CORES = 2
+SETTINGS = CaptionSettings(model=ModelSettings(max_new_tokens=5))
+PROMPT = "Describe the product."
+SIDE = 224
+FIRST_SEED = 5_000_000
+"""The packaged model was trained and tested on drawings of other seeds."""
+ROWS = "32"
+"""In a batch of the two UDFs. With 1,000 a single worker held 8 GB; with 100, 1.6."""
+MOST_GB = 10.0
+"""A way that holds more is ended: it would take the machine down with it."""
+SAME = 0.99
+"""Share of texts that must be those of our way: Daft's own decoder differs from Pillow's in single shades."""
+
+
+def draw(file: Path, seeds: range) -> None:
+    from vlm4rec_spark.demo.captioner import render
+
+    images = []
+    for seed in seeds:
+        out = io.BytesIO()
+        render(seed)[1].save(out, "JPEG", quality=90)
+        images.append(out.getvalue())
+    pq.write_table(pa.table({"key": [str(seed) for seed in seeds], "rank": list(seeds), "image": images}), file)
+
+
+def draw_all(folder: Path, photos: int) -> None:
+    """One file for each of Spark's tasks."""
+    folder.mkdir()
+    tasks = max(CORES, -(-photos // SETTINGS.photos_per_task))
+    edges = [FIRST_SEED + photos * task // tasks for task in range(tasks + 1)]
+    with ProcessPoolExecutor(CORES) as pool:
+        parts = [pool.submit(draw, folder / f"{first}.parquet", range(first, last))
+                 for first, last in pairwise(edges)]  # fmt: skip
+        for part in parts:
+            part.result()
+
+
+def load() -> BatchCaptioner:
+    captioner = load_captioner(SETTINGS.model, SETTINGS.batch_size)
+    assert isinstance(captioner, BatchCaptioner)
+    return captioner
+
+
+def texts(captioner: BatchCaptioner, images: Iterable[Image.Image]) -> list[str | None]:
+    requests = [Request("", image, PROMPT) for image in images]
+    return [answer.text for answer in captioner.describe(requests)] if requests else []
+
+
+def spark_session(more: Mapping[str, str]) -> Any:
+    from vlm4rec_spark.session import SparkSettings, session
+
+    # A task for each file: else Spark puts several together, and the last task runs alone.
+    conf = {"spark.sql.files.openCostInBytes": "128m", **more}
+    spark = session(SparkSettings(master=f"local[{CORES}]", driver_memory="2g", conf=conf))
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def ours(photos: Path, out: Path) -> float:
+    from pyspark.sql import functions as F
+
+    from vlm4rec_spark.caption.worker import Job, caption_photos
+    from vlm4rec_spark.models.download import HttpSettings
+    from vlm4rec_spark.models.prompts import Prompt
+
+    spark = spark_session({})
+    began = time.perf_counter()
+    found = spark.read.parquet(str(photos))
+    tasks = found.rdd.getNumPartitions()
+    queue = found.select(F.col("key").alias("caption_key"), F.col("key").alias("image_sha256"), "image", "rank",
+                         F.lit(0).alias("attempts"), F.lit(None).cast("string").alias("prompt"),
+                         F.lit(None).cast("string").alias("uri"))  # fmt: skip
+    made = caption_photos(queue, Job(SETTINGS, Prompt("", PROMPT), HttpSettings(), None), tasks)
+    made.select(F.col("caption_key").alias("key"), F.col("caption").alias("text")).write.parquet(str(out))
+    return time.perf_counter() - began
+
+
+def two_udfs(photos: Path, out: Path) -> float:
+    from pyspark.ml.functions import predict_batch_udf
+    from pyspark.sql import functions as F
+    from pyspark.sql.types import StringType
+
+    # The first UDF gets what the Parquet reader reads at once, whatever Arrow's limits say (seen in Spark 4.2). And the
+    # project's session saves on the JVM's compiler, which shows where Spark copies so many floats.
+    spark = spark_session({"spark.sql.parquet.columnarReaderBatchSize": ROWS,
+                           "spark.sql.execution.arrow.maxRecordsPerBatch": ROWS,
+                           "spark.driver.extraJavaOptions": ""})  # fmt: skip
+
+    @F.pandas_udf("array<float>")  # type: ignore[call-overload]
+    def pixels(images: pd.Series) -> pd.Series:
+        decoded = (Image.open(io.BytesIO(image)).convert("RGB").resize((SIDE, SIDE)) for image in images)
+        return pd.Series([np.asarray(image, np.float32).ravel().tolist() for image in decoded])
+
+    def make() -> Any:
+        captioner = load()
+        return lambda batch: np.array(texts(captioner, map(Image.fromarray, batch.astype(np.uint8))))
+
+    predict = predict_batch_udf(make, return_type=StringType(), batch_size=SETTINGS.batch_size,
+                                input_tensor_shapes=[[SIDE, SIDE, 3]])  # fmt: skip
+    began = time.perf_counter()
+    found = spark.read.parquet(str(photos)).withColumn("pixels", pixels("image"))
+    found.withColumn("text", predict("pixels")).select("key", "text").write.parquet(str(out))
+    return time.perf_counter() - began
+
+
+def daft(photos: Path, out: Path) -> float:
+    import daft
+
+    @daft.cls()
+    class Model:
+        def __init__(self) -> None:
+            self.captioner = load()
+
+        @daft.method.batch(return_dtype=daft.DataType.string(), batch_size=SETTINGS.batch_size)
+        def describe(self, images: daft.Series) -> list[str | None]:
+            return texts(self.captioner, map(Image.fromarray, images.to_pylist()))
+
+    began = time.perf_counter()
+    model = Model()
+    model.describe(daft.Series.from_pylist([]))  # loads it: else two of Daft's threads do so at once, and stumble
+    found = daft.read_parquet(f"{photos}/*.parquet")
+    images = found["image"].decode_image(mode=daft.ImageMode.RGB)
+    found.select("key", model.describe(images).alias("text")).write_parquet(str(out))
+    return time.perf_counter() - began
+
+
+WAYS = {"ours": ours, "Daft": daft, "two UDFs": two_udfs}
+
+
+def install_daft(folder: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(folder)]
+    if subprocess.run([*pip, DAFT]).returncode:
+        raise SystemExit(f"{DAFT} can't be installed by pip; this benchmark needs a network for it.")
+
+
+def measure(way: str, photos: Path, out: Path, libraries: Path) -> dict[str, float]:
+    """Seconds of this way in a process of its own, and the peak of its memory in GB."""
+    path = [*([str(libraries)] if way == "Daft" else []), os.environ.get("PYTHONPATH", "")]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    command = [sys.executable, __file__, "--one", way, str(photos), str(out)]
+    process, peak = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment), 0.0
+    while process.poll() is None:
+        peak = max(peak, held_gb(process.pid))
+        if peak > MOST_GB:
+            end(process.pid)
+            raise SystemExit(f"{way} held {peak:.1f} GB, more than {MOST_GB:.0f}, and was ended")
+        time.sleep(0.5)
+    assert process.stdout
+    if not (said := process.stdout.read()):
+        raise SystemExit(f"a measurement failed: {way}")
+    return {"seconds": float(said.splitlines()[-1]), "peak": peak}
+
+
+def end(pid: int) -> None:
+    process = psutil.Process(pid)
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.Error):
+            one.kill()
+
+
+def answered(out: Path) -> dict[str, str]:
+    return dict(zip(*pq.read_table(out, columns=["key", "text"]).to_pydict().values(), strict=True))
+
+
+def all_runs(folder: Path, photos: int, runs: int) -> dict[str, list[dict[str, float]]]:
+    """What each run found of each way: seconds, peak, and the share of texts that are those of our way."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    first = dict[str, str]()
+    for run in range(runs):
+        names = list(WAYS)
+        for way in names[run % 3 :] + names[: run % 3]:
+            out = folder / f"{way}-{run}"
+            found[way].append(measure(way, folder / "photos", out, folder / "daft"))
+            texts = answered(out)
+            first = first or texts
+            found[way][-1]["same"] = sum(texts.get(key) == text for key, text in first.items()) / photos
+            left = sum((runs - len(done)) * median(one["seconds"] for one in done) for done in found.values() if done)
+            say(
+                f"run {run + 1} of {runs}, {way}: {photos / found[way][-1]['seconds']:,.1f} photos/s, "
+                f"{found[way][-1]['peak']:.2f} GB; {left / 60:.0f} min left"
+            )
+    return found
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--photos", type=int, default=20_000)
+    options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.one:
+        way, photos, out = given.one
+        # At once: Daft's threads crash this interpreter at its end now and then, when all is written.
+        print(WAYS[way](Path(photos), Path(out)), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        say(f"installing {DAFT}, drawing {given.photos:,} photos")
+        install_daft(folder / "daft")
+        draw_all(folder / "photos", given.photos)
+        found = all_runs(folder, given.photos, given.runs)
+    table = Table(title=f"{given.photos:,} photos, {CORES} cores, medians of {given.runs}", title_justify="left")
+    for name in ("", "photos/s", "fewest", "most", "ours is faster by", "peak GB", "same texts"):
+        table.add_column(name, justify="right" if name else "left")
+    faster = {way: median(theirs["seconds"] / mine["seconds"] for theirs, mine in zip(done, found["ours"], strict=True))
+              for way, done in found.items()}  # fmt: skip
+    peak = {way: round(median(one["peak"] for one in done), 2) for way, done in found.items()}
+    for way, done in found.items():
+        rates = sorted(given.photos / one["seconds"] for one in done)
+        table.add_row(way, f"{median(rates):,.1f}", f"{rates[0]:,.1f}", f"{rates[-1]:,.1f}", f"{faster[way]:.2f}",
+                      f"{peak[way]:.2f}", f"{min(one['same'] for one in done):.2%}")  # fmt: skip
+    Console(width=120).print(table)
+    if min(one["same"] for done in found.values() for one in done) < SAME:
+        raise SystemExit("the ways don't say the same, so their speed can't be compared")
+    print(json.dumps({
+        "vs_daft": round(faster["Daft"], 3), "vs_naive": round(faster["two UDFs"], 3), "peak_gb": peak["ours"],
+        "peak_gb_daft": peak["Daft"], "peak_gb_naive": peak["two UDFs"],
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
