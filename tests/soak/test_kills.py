@@ -153,7 +153,7 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
     shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
 ) -> None:
     (expected, seconds), kills = undisturbed, 20
-    rng, before, done = random.Random(SEED), left_behind(), 0
+    rng, before, done, finished = random.Random(SEED), left_behind(), 0, 0
     while done < kills:
         process = shop.start("killed")
         try:
@@ -165,7 +165,8 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
             assert code == 0, shop.log("killed")
             assert contents(shop.folder / "killed") == expected
             # From the beginning, so that every stage has its turn.
-            (shop.folder / "killed").rename(shop.folder / f"killed-{done}")
+            finished += 1
+            (shop.folder / "killed").rename(shop.folder / f"finished-{finished}")
     assert shop.start("killed").wait(600) == 0, shop.log("killed")
     assert contents(shop.folder / "killed") == expected
     assert not list((shop.folder / "killed" / "tables").glob("_*"))
