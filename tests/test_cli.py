@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
+from py4j.protocol import Py4JError
 from typer import Abort
 
 from vlm4rec_spark.cli import app, log, main
@@ -162,14 +164,23 @@ def test_another_run_at_work_is_no_error(capsys: pytest.CaptureFixture[str], mon
     assert capsys.readouterr().err == "Another run is at work on these tables: run r2.\n"
 
 
-def test_a_jvm_that_dies_is_said_and_what_helps(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _nobody(_: object) -> None:
     # As PySpark starts it: a process that is there, and then isn't.
     gateway = socket.create_server(("127.0.0.1", 0))
     place = gateway.getsockname()
     gateway.close()
-    monkeypatch.setattr("vlm4rec_spark.cli.stages.session", lambda settings: socket.create_connection(place))
+    socket.create_connection(place)
+
+
+def _dying(_: object) -> None:
+    raise Py4JError("org.apache.spark.sql.functions does not exist in the JVM")  # seen when it was killed
+
+
+@pytest.mark.parametrize("session", [_nobody, _dying])
+def test_a_jvm_that_dies_is_said_and_what_helps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, session: Callable[[object], None]
+) -> None:
+    monkeypatch.setattr("vlm4rec_spark.cli.stages.session", session)
     code, message = refused(capsys, "ingest")
     assert code == 1
     assert message.startswith("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory).")

@@ -257,7 +257,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if wrong := getattr(error, "format_message", None):
         # Without any command the help has been shown, and nothing is left to say.
         return f"{said} See: vlm4rec --help" if (said := wrong()) else "", 2
-    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError":
+    # Py4J takes a dying JVM's silence for a name that isn't there; those that are asked for always are.
+    nameless = type(error).__name__ == "Py4JError" and "does not exist in the JVM" in str(error)
+    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError" or nameless:
         gone = ("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory). What was "
                 "committed stays; run the same command again to go on.")  # fmt: skip
         return f"{gone} (--debug shows the stack trace.)", 1
