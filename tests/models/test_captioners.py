@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -38,6 +41,7 @@ from vlm4rec_spark.models.captioners import (
 from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 from vlm4rec_spark.models.captioners.vllm import VllmCaptioner
 from vlm4rec_spark.models.prompts import load_prompt
+from vlm4rec_spark.models.supervisor import Photo, Supervisor
 
 FRESH_SEED = 3_000_000
 """Neither the training, nor its held-out renderings, nor the shop come near these seeds."""
@@ -268,6 +272,22 @@ def test_vllm_says_what_transformers_says_and_refuses_what_is_too_long(
     assert "maximum context length is 512 tokens" in (refused.error or "")
     settings = ModelSettings(model=str(request.getfixturevalue(model)), max_new_tokens=8)
     assert said == answers(load_captioner(settings), asked)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason=NO_VLLM)
+def test_vllms_engine_ends_when_the_process_before_it_is_killed(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    supervisor = Supervisor(ModelSettings(backend="vllm", model=str(llava), max_new_tokens=8), 16, 600)
+    jpeg = io.BytesIO()
+    PHOTOS[0].save(jpeg, "JPEG")
+    (result,) = supervisor.caption([Photo("one", jpeg.getvalue(), PROMPTS[0])])
+    assert result.text
+    assert supervisor.pid
+    engine = psutil.Process(supervisor.pid).children(recursive=True)
+    assert engine
+    os.kill(supervisor.pid, signal.SIGKILL)
+    assert psutil.wait_procs(engine, 10)[1] == []
+    supervisor.close()
 
 
 def test_vllm_is_refused_the_packaged_model() -> None:

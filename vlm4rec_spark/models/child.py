@@ -186,5 +186,9 @@ def _be_the_first_to_go() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+if __name__ == "__mp_main__":
+    # A process that multiprocessing has started for a backend, with this file in it: vLLM's engine. It would live on
+    # after this one is killed, and keep the GPU (vLLM issue 55510).
+    _end_with(os.getppid())
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

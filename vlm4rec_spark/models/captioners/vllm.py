@@ -25,8 +25,11 @@ dies, each is tried again alone.
 _AHEAD = 16
 """Photos being prepared, or ready for the engine: more than a second's work of one GPU."""
 _SETTINGS = {
-    # vLLM's own engine process would live on after a killed parent and keep the GPU (vLLM issue 55510).
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The engine's own process starts afresh: a copy of this one would hold our sockets open, and can't use a CUDA that
+    # was asked for before.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # Nothing is drawn at random, so no kernel need be compiled for that.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # It reports each start to its makers otherwise.
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -35,7 +38,8 @@ _SETTINGS = {
 class VllmCaptioner:
     """Greedy descriptions from the model at `source` (a folder or a hub name).
 
-    Photos are prepared on one further thread, while the engine works: the steps of one thread would wait for them.
+    The engine runs in a process of its own, as by vLLM's default, and photos are prepared on a thread of this one: in one
+    process the two would wait for each other's hold on Python's lock.
     """
 
     def __init__(self, source: str, revision: str, max_new_tokens: int, json_schema: dict[str, Any] | None = None):
