@@ -163,7 +163,7 @@ def measured(name: str, *words: object) -> dict[str, float] | None:
     # Spark's workers come here for the photos.
     path = os.pathsep.join([str(here.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    # Raw vLLM's engine, too, starts afresh and not as a copy of a process that has asked for CUDA; and it can do without
+    # Raw vLLM's engine, too, starts afresh and not as a copy of a process that has asked for CUDA; and it does without
     # FlashInfer, which would compile a kernel for sampling.
     environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     environment |= {} if GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GB; half of the machine's otherwise

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.captioners import EndpointSettings, ModelSettings
-from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
+from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor, last_words
 
 
 def photo(colour: str) -> bytes:
@@ -201,6 +201,19 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"^The captioner can't be loaded: OSError: .*none"):
         list(run.caption([Photo("a", GREY, "Say it.")]))
     assert run.pid is None
+
+
+def test_the_last_words_are_the_error_that_a_log_points_to() -> None:
+    log = """(EngineCore pid=7) ERROR 11-26 12:53:10 [core.py:1165] Traceback (most recent call last):\r
+(EngineCore pid=7) ERROR 11-26 12:53:10 [core.py:1165] ValueError: No available memory for the cache blocks.\r
+Traceback (most recent call last):
+  File "core_client.py", line 567, in __init__
+"""
+    points_up = "RuntimeError: Engine core initialization failed. See root cause above."
+    assert last_words(log + points_up) == "ValueError: No available memory for the cache blocks."
+    assert last_words(log + "Killed\n\n") == "Killed"
+    assert last_words(points_up) == points_up
+    assert last_words("") == ""
 
 
 def test_the_child_never_outlives_its_parent() -> None:

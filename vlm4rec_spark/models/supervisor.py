@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import struct
@@ -30,6 +31,9 @@ from vlm4rec_spark.models.captioners import ModelSettings
 _POLL_SECONDS = 0.2
 _LOAD_SECONDS = 3_600
 """Weights of 70 GB over a slow network take a while."""
+_ELSEWHERE = "root cause"
+"""In vLLM's words when its engine's process ends: 'See root cause above', 'See stack trace (above) for the root cause'."""
+_ERROR = re.compile(r"\b\w*(Error|Exception): .+")
 _LOAD_TRIES = 3
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """glibc shall keep freed pages for the next tensor: a small model on a CPU is 8 % faster so (benchmarks)."""
@@ -226,9 +230,10 @@ class Supervisor:
         except (EOFError, OSError):
             raise self._ended() from None
         if "cannot" in message:
+            cause = f" {self._last_words()}" if _ELSEWHERE in message["cannot"] else ""
             self.close()
             self._flying.clear()
-            raise RunError(f"The captioner can't {message['cannot']}")
+            raise RunError(f"The captioner can't {message['cannot']}{cause}")
         return message
 
     def _results(self, message: dict[str, Any]) -> Iterator[Result]:
@@ -295,19 +300,30 @@ class Supervisor:
             code = self._child.wait(10)
         except subprocess.TimeoutExpired:
             code = None
-        self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, self._said.tell() - 2_000))
-        lines = self._said.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last = self._last_words()
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         if code == -signal.SIGKILL:
             how += " (the kernel does that where memory runs out)"
         return _End("model_died", f"the process ended {how}" + (f"; it said last: {last[:500]}" if last else ""))
 
+    def _last_words(self) -> str:
+        self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, self._said.tell() - 50_000))
+        return last_words(self._said.read().decode(errors="replace"))[:500]
+
     def _hung(self) -> _End:
         self.close()
         limit = self._batch_seconds if self._loaded else _LOAD_SECONDS
         return _End("model_hung", f"no answer within {limit:g} s; the process was ended")
+
+
+def last_words(said: str) -> str:
+    """Of what a process wrote the last line; where that only points to an error above it, that error's."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if not lines or _ELSEWHERE not in lines[-1]:
+        return lines[-1] if lines else ""
+    errors = (_ERROR.search(line) for line in reversed(lines) if _ELSEWHERE not in line)
+    return next((error[0] for error in errors if error), lines[-1])
 
 
 def _memory_here() -> int:
