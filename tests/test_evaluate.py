@@ -147,6 +147,33 @@ def test_a_slice_under_thirty_users_gives_no_number(judged: tuple[list[dict], di
         assert (row["users"], row["value"], row["low"], row["high"]) == (users, None, None, None)
 
 
+def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) -> None:
+    """Thirty users like two things that look nothing alike; what they take next looks like one of them."""
+    side, tilt = np.eye(PAIRS * 2), 0.6
+    names, vectors, events = [], [], []
+    for n in range(PAIRS):
+        one, other = side[2 * n], side[2 * n + 1]
+        between = (one + other) / np.sqrt(2)
+        # Nearer to the mean of both than R is, and further from each of them.
+        looks = {"H": one, "J": other, "R": tilt * side[2 * n - 1] + np.sqrt(1 - tilt**2) * one, "M": between}
+        names += [f"{letter}{n:02d}" for letter in looks]
+        vectors += looks.values()
+        events += [(f"u{n:02d}", f"{letter}{n:02d}", "2025-01-01") for letter in "HJ"]
+        events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01")]
+    rows = [(name, "title", "test", "-", False, vector.tolist()) for name, vector in zip(names, vectors, strict=True)]
+    items = spark.createDataFrame([(name, True) for name in names], "item_id STRING, available BOOLEAN")
+    tables = evaluate.Tables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
+    chosen = EvaluateSettings(arms=("title", "title/max_similarity"), cut=CUT, k=1, splits=("time",), control="title")
+    found, _ = evaluate.evaluate(spark, tables, chosen, ProfileSettings(), lambda line: None)
+    assert value(found, "title")["value"] == 0
+    assert value(found, "title/max_similarity")["value"] == 1
+
+
+def test_a_shape_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"title/sum: after the slash stands a profile shape, mean or max_sim"):
+        EvaluateSettings(arms=("title", "title/sum"))
+
+
 def test_two_evaluations_are_equal(spark: SparkSession, judged: tuple[list[dict], dict[str, str]]) -> None:
     again, _ = run(spark, world(spark), splits=("time",))
     assert again == [row for row in judged[0] if row["split"] == "time"]

@@ -77,6 +77,14 @@ def test_without_half_life_and_with_the_last_item_only(spark: SparkSession) -> N
     assert (ann["seen"], ann["events"]) == (["A", "B", "C"], 2)
 
 
+def test_an_item_weighs_less_for_each_that_came_later(spark: SparkSession) -> None:
+    events = [("ann", item, "view", f"2025-01-0{day} 12:00:00") for day, item in enumerate("ABC", 1)]
+    settings = ProfileSettings(half_life_days=None, position_decay=0.5, last_n=2)
+    assert histories(spark, events, settings)["ann"]["history"] == [
+        {"item_id": "C", "weight": 1.0}, {"item_id": "B", "weight": 0.5},
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def vectors() -> dict[str, np.ndarray]:
     drawn = np.random.default_rng(3).standard_normal((40, DIMENSION))

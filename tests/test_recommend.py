@@ -95,6 +95,36 @@ def test_exact_search_equals_brute_force(spark: SparkSession, world: World) -> N
     assert [item["item_id"] for item in found["u01"]][:2] == ["i398", "i399"]
 
 
+def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: SparkSession, world: World) -> None:
+    place = {item: n for n, item in enumerate(world.ids)}
+    weights = {f"u{n:02d}": [0.9**later * 3.0 for later in range(5)] for n in range(USERS)}
+    weighted = [
+        (row["user_id"], row["representation"],
+         [(item["item_id"], weight) for item, weight in zip(row["history"], weights.get(row["user_id"], [1.0]),
+                                                            strict=False)],
+         row["seen"], row["embedding"], row["events"], row["last_event_at"])
+        for row in world.profiles.collect()
+    ]  # fmt: skip
+    profiles = spark.createDataFrame(weighted, schemas.PROFILES.schema)
+    opener = index.ship(spark, world.exact, 1.0)
+    rows = recommend.recommend(profiles, opener, WITHDRAWN, K, None, "max_similarity").collect()
+    found = {row["user_id"]: row["items"] for row in rows}
+    assert set(found) == set(world.queries)
+    for user, _, history, seen, *_ in weighted:
+        if user not in found:
+            continue
+        mine = world.vectors[[place[item] for item, _ in history]]
+        similar = (world.vectors @ mine.T) * [weight / 3.0 for _, weight in history]
+        out = {*seen, *WITHDRAWN}
+        best = sorted((-round(float(row.max()), 6), item) for row, item in zip(similar, world.ids, strict=True)
+                      if item not in out)[:K]  # fmt: skip
+        assert [item["score"] for item in found[user]] == pytest.approx([-score for score, _ in best], abs=2e-6)
+        for item in found[user]:
+            row = similar[place[item["item_id"]]]
+            reason = [name for name, _ in history].index(item["because_item_id"])
+            assert row[reason] == pytest.approx(row.max(), abs=2e-6)
+
+
 def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: SparkSession, world: World) -> None:
     found = lists(world, index.ship(spark, world.exact, 1.0), [], None)
     place = {item: n for n, item in enumerate(world.ids)}
@@ -131,7 +161,7 @@ def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world:
 
 def test_calibration_measures_what_it_says(world: World) -> None:
     searcher = Searcher.open(world.scann)
-    sample = world.profiles.where("embedding IS NOT NULL").select("embedding", "seen").toArrow()
+    sample = world.profiles.where("embedding IS NOT NULL").select("embedding", "history", "seen").toArrow()
     eligible = recommend.eligible_items(searcher, WITHDRAWN)
     assert eligible.sum() == ITEMS - len(WITHDRAWN)
     easy = recommend.calibrate(searcher, sample, eligible, K, promise=0.5)
@@ -143,3 +173,6 @@ def test_calibration_measures_what_it_says(world: World) -> None:
     # No promise above what approximate search gave: exact it is.
     assert recommend.calibrate(searcher, sample, eligible, K, promise=1.1).effort is None
     assert recommend.calibrate(Searcher.open(world.exact), sample, eligible, K, promise=0.9).effort is None
+    other = recommend.calibrate(searcher, sample, eligible, K, 0.5, "max_similarity")
+    assert other.effort is not None
+    assert other.recall != easy.recall  # it was measured on these lists and not on those

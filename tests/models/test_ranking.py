@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlm4rec_spark.models.ranking import flat_exclusions, nearest, top_k
+from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 
 NAN = float("nan")
 
@@ -90,10 +90,3 @@ def test_flat_exclusions_are_sorted_codes_without_repeats_and_unknown_items() ->
 @pytest.mark.parametrize("excluded", [[], [np.array([], np.int64)] * 3, [np.array([-1, -1])]])
 def test_flat_exclusions_of_nothing(excluded: list[np.ndarray]) -> None:
     assert flat_exclusions(excluded, 10).tolist() == []
-
-
-def test_nearest_names_the_history_row_and_of_equals_the_first() -> None:
-    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
-    history, recommended = np.array([1, 0, 4]), np.array([2, 3, 1])
-    # 2 and 1 are nearest to (0, 1), which rows 0 and 2 of the history have; 3 is nearest to (1, 0), its row 1.
-    assert nearest(history, vectors, recommended).tolist() == [0, 1, 0]

@@ -1,13 +1,15 @@
 """What is compared: every arm's lists for the same users, from the same candidates, with the same exclusions.
 
-An arm named after a representation of `embeddings` runs through the ordinary index, profile and recommend functions;
-`random` and `popularity` rank without vectors. Knows no metric.
+An arm named after a representation of `embeddings` runs through the ordinary index, profile and recommend functions,
+with the profile shape that stands after a slash (`caption/max_similarity`) or else the mean; `random` and `popularity`
+rank without vectors. Knows no metric.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
+from typing import cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
+from vlm4rec_spark.models.tastes import Shape
 
 BASELINES = ("random", "popularity")
 
@@ -42,6 +45,14 @@ class EvaluateSettings(BaseModel):
             datetime.fromisoformat(cut)
         return str(cut) if isinstance(cut, date) else cut
 
+    @field_validator("arms")
+    @classmethod
+    def _shaped(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for arm in arms:
+            if "/" in arm and parts(arm)[1] not in get_args(Shape):
+                raise ValueError(f"{arm}: after the slash stands a profile shape, {' or '.join(get_args(Shape))}")
+        return arms
+
     @field_validator("splits")
     @classmethod
     def _known(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
@@ -50,9 +61,15 @@ class EvaluateSettings(BaseModel):
         return splits
 
 
+def parts(arm: str) -> tuple[str, Shape]:
+    """Representation and profile shape of an arm that has vectors."""
+    representation, _, shape = arm.partition("/")
+    return representation, cast(Shape, shape or "mean")
+
+
 def candidates(embeddings: DataFrame, items: DataFrame, arms: tuple[str, ...]) -> DataFrame:
     """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
-    needed = [arm for arm in arms if arm not in BASELINES]
+    needed = {parts(arm)[0] for arm in arms if arm not in BASELINES}
     real = embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
     counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
     complete = counted.where(F.col("there") == len(needed))

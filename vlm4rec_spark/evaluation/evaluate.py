@@ -104,18 +104,19 @@ def _lists(
     """user_id, items of the arm."""
     if arm in arms.BASELINES:
         return arms.scored_lists(histories, events, settings.k, settings.seed if arm == "random" else None)
+    representation, shape = arms.parts(arm)
     rows = (
-        tables.embeddings.where((F.col("representation") == arm) & ~F.col("fallback"))
+        tables.embeddings.where((F.col("representation") == representation) & ~F.col("fallback"))
         .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
     )  # fmt: skip
     out = rows.select("item_id").join(candidates.select("item_id"), on="item_id", how="left_anti")
     with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
         # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
-        built = index.build(rows.toArrow(), arm, "evaluate", Path(folder), scann_from=2**62)
+        built = index.build(rows.toArrow(), representation, "evaluate", Path(folder), scann_from=2**62)
         open_searcher = index.ship(spark, built, broadcast_gb=float("inf"))
-    vectors = profiles.with_embedding(histories, arm, open_searcher)
+    vectors = profiles.with_embedding(histories, representation, open_searcher)
     withdrawn = [row["item_id"] for row in out.collect()]
-    lists = recommend.recommend(vectors, open_searcher, withdrawn, settings.k, effort=None)
+    lists = recommend.recommend(vectors, open_searcher, withdrawn, settings.k, None, shape)
     return lists.select("user_id", F.col("items.item_id").alias("items"))
 
 

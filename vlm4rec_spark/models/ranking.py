@@ -49,8 +49,3 @@ def top_k(
     best[:, :width] = np.where(kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan)
     return top, best
 
-
-def nearest(history: np.ndarray, vectors: np.ndarray, recommended: np.ndarray) -> np.ndarray:
-    """For each recommended vector the row of `history` (positions) whose item is nearest; ties: the earlier row."""
-    similarity = np.round(vectors[recommended] @ vectors[history].T, SCORE_DIGITS)
-    return np.asarray(similarity.argmax(axis=1))

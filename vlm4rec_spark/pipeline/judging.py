@@ -21,7 +21,8 @@ def evaluate(run: Run, outcome: Outcome) -> None:
     settings, encoder = run.config.evaluate, run.encoder_id()
     there = run.read(schemas.EMBEDDINGS)
     known = {row["representation"] for row in there.select("representation").distinct().collect()}
-    if unknown := set(settings.arms) - known - set(evaluation.arms.BASELINES):
+    asked = {evaluation.arms.parts(arm)[0] for arm in settings.arms}
+    if unknown := asked - known - set(evaluation.arms.BASELINES):
         raise RunError(f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
                        f"({', '.join(evaluation.arms.BASELINES)}) nor a representation of the table embeddings "
                        f"({', '.join(sorted(known))}).")  # fmt: skip

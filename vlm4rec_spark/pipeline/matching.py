@@ -56,7 +56,8 @@ def profiles(run: Run, outcome: Outcome) -> None:
     outcome.ok = run.tables.read(schemas.PROFILES).count()
     outcome.skipped = users - outcome.ok
     outcome.details = {
-        "representation": run.config.representation, "bot_users": str(figures[0]), "bot_events": str(figures[1]),
+        "representation": run.config.representation, "shape": settings.shape, "bot_users": str(figures[0]),
+        "bot_events": str(figures[1]),
         "users_without_history": str(outcome.skipped - figures[0]),
     }  # fmt: skip
 
@@ -72,16 +73,17 @@ def recommend(run: Run, outcome: Outcome) -> None:
     withdrawn = [row["item_id"] for row in run.tables.read(schemas.ITEMS).where(~F.col("available"))
                  .select("item_id").collect()]  # fmt: skip
     usable = rows.where(F.col("embedding").isNotNull())
-    sample = usable.select("user_id", "embedding", "seen").orderBy(F.xxhash64("user_id"), "user_id")
+    sample = usable.select("user_id", "embedding", "history", "seen").orderBy(F.xxhash64("user_id"), "user_id")
     eligible = ranking.eligible_items(searcher, withdrawn)
+    shape = run.config.profiles.shape
     measured = ranking.calibrate(
-        searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall
+        searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall, shape
     )
     words = measured.words(searcher.manifest["leaves"])
     users, total = usable.count(), rows.count()
     run.voice.say(f"recommending for {users:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
     open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb)
-    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort).select(
+    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, shape).select(
         "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
     with run.voice.watch("recommending", users):
@@ -105,7 +107,8 @@ def beside_profiles(run: Run) -> object:
 
 
 def beside_lists(run: Run) -> object:
-    return [run.config.recommend.model_dump(mode="json"), run.config.representation, _index_id(run)]
+    settings = run.config.recommend.model_dump(mode="json")
+    return [settings, run.config.profiles.shape, run.config.representation, _index_id(run)]
 
 
 def _index_id(run: Run) -> str:

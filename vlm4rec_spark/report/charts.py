@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm4rec_spark.report.data import Metric, Run
+from vlm4rec_spark.report.data import Metric, Run, arm_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def intervals(metrics: Sequence[Metric], highlight: str) -> str:
             axes.hlines(place, low, high, color=colour, linewidth=4, alpha=0.35)
             axes.plot([metric.value], [place], "o", color=colour, markersize=4.5)
             axes.text(high + 0.03 * most, place, f"{metric.value:.3f}", va="center", color=colour, size=9)
-        axes.set_yticks(range(len(metrics)), [metric.arm.replace("_", " + ") for metric in metrics])
+        axes.set_yticks(range(len(metrics)), [arm_name(metric.arm) for metric in metrics])
         axes.set_ylim(len(metrics) - 0.5, -0.5)
         axes.set_xlim(0, 1.2 * most)
 

@@ -184,6 +184,12 @@ class ReportData:
         return next((run for run in self.runs if run.stage == stage), None)
 
 
+def arm_name(arm: str) -> str:
+    """`title_caption/max_similarity` as people read it."""
+    representation, _, shape = arm.partition("/")
+    return ", ".join(filter(None, [representation.replace("_", " + "), shape.replace("_", " ")]))
+
+
 def figures(text: str | None) -> dict[str, object]:
     """A structure out of `runs.details`; empty where there is none or it can't be read."""
     try:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.report import charts
-from vlm4rec_spark.report.data import Metric, Photo, ReportData
+from vlm4rec_spark.report.data import Metric, Photo, ReportData, arm_name
 from vlm4rec_spark.report.findings import findings
 from vlm4rec_spark.report.scores import headline, splits
 
@@ -26,7 +26,7 @@ def render(data: ReportData) -> str:
         loader=PackageLoader("vlm4rec_spark.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
     pages.filters |= {"count": _count, "share": _share, "duration": _duration, "moment": _moment, "size": _size,
-                      "interval": _interval, "alt": _alt, "arm": _arm, "p_value": _p_value}  # fmt: skip
+                      "interval": _interval, "alt": _alt, "arm": arm_name, "p_value": _p_value}  # fmt: skip
     return pages.get_template("report.html.j2").render(
         data=data,
         headline=headline(data),
@@ -92,10 +92,6 @@ def _interval(metric: Metric) -> str:
 
 def _alt(photo: Photo) -> str:
     return ": ".join(part for part in (photo.title or photo.item_id, photo.caption) if part)
-
-
-def _arm(name: str) -> str:
-    return name.replace("_", " + ")
 
 
 def _p_value(metric: Metric | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlm4rec_spark.report import charts
-from vlm4rec_spark.report.data import Metric, ReportData, figures
+from vlm4rec_spark.report.data import Metric, ReportData, arm_name, figures
 
 ARMS = ("random", "popularity", "title", "caption", "title_caption", "oracle")
 METRICS = {"recall": "Recall", "ndcg": "NDCG", "hit_rate": "Hit rate"}
@@ -24,7 +24,7 @@ class Headline:
     def subject(self) -> str:
         """The arm and its verb, to begin a sentence with."""
         subject = {"caption": "Captions find", "title": "Titles find", "title_caption": "Titles and captions find"}
-        return subject.get(self.arm.arm, f"{self.arm.arm.replace('_', ' ').capitalize()} finds")
+        return subject.get(self.arm.arm, f"{arm_name(self.arm.arm).capitalize()} finds")
 
     @property
     def apart(self) -> bool:
@@ -53,9 +53,11 @@ class Split:
 
 
 def arm_in_use(data: ReportData) -> str:
-    """The arm that production lists are made with: the representation of the profiles."""
+    """The arm that production lists are made with: representation and shape of the profiles."""
     profiles = data.run("profiles")
-    return profiles.details.get("representation", "caption") if profiles else "caption"
+    details = profiles.details if profiles else {}
+    shape = details.get("shape", "mean")
+    return details.get("representation", "caption") + (f"/{shape}" if shape != "mean" else "")
 
 
 def headline(data: ReportData) -> Headline | None:

@@ -15,6 +15,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.models.tastes import Shape
 from vlm4rec_spark.schemas import PROFILES
 
 
@@ -27,7 +28,9 @@ class ProfileSettings(BaseModel):
         "view": 1.0, "cart": 3.0, "purchase": 5.0,
     }  # fmt: skip
     half_life_days: PositiveFloat | None = 60.0
+    position_decay: float = Field(1.0, gt=0, le=1)
     last_n: int = Field(50, ge=1)
+    shape: Shape = "mean"
     bot_events_per_day: int = Field(500, ge=1)
 
 
@@ -40,8 +43,9 @@ def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
 def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettings) -> DataFrame:
     """user_id, history, seen, events, last_event_at of every user with an event that counts.
 
-    An item's weight is the sum over its events of event weight x 2^(-age / half-life); age is counted back from the
-    user's own last event, so a quiet user's profile doesn't change. `history` holds the last_n items, latest first.
+    An item's weight is the sum over its events of event weight x 2^(-age / half-life), times position_decay for each
+    item that came later; age is counted back from the user's own last event, so a quiet user's profile doesn't change.
+    `history` holds the last_n items, latest first.
     """
     events = (
         interactions.join(bots(interactions, settings.bot_events_per_day), on="user_id", how="left_anti")
@@ -76,8 +80,10 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
         .join(seen, on="user_id", how="inner")
         .select(
             "user_id",
-            F.transform("latest", lambda item: F.struct(item["item_id"].alias("item_id"),
-                                                        item["weight"].alias("weight"))).alias("history"),
+            F.transform("latest", lambda item, later: F.struct(
+                item["item_id"].alias("item_id"),
+                (item["weight"] * F.pow(F.lit(settings.position_decay), later)).alias("weight"),
+            )).alias("history"),
             "seen",
             "events",
             "last_event_at",

@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.ranking import flat_exclusions, nearest, top_k
+from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.tastes import Histories, Means, Shape, Tastes
 
 _TERMS = 3
-_SCORES_AT_ONCE = 2**24
-"""Exact search holds one float32 per query and item: 64 MB of them at a time."""
 
 
 class RecommendSettings(BaseModel):
@@ -47,22 +46,24 @@ class Calibration:
         return f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
 
 
-def calibrate(searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int, promise: float) -> Calibration:
+def calibrate(
+    searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int, promise: float, shape: Shape = "mean"
+) -> Calibration:
     """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise, on `sample`.
 
-    `sample` holds embedding and seen of some profiles. Exact search when no effort holds it.
+    `sample` holds embedding, history and seen of some profiles. Exact search when no effort holds it.
     """
     if not searcher.approximate or len(sample) == 0:
         return Calibration(None, 1.0, 1.0, len(sample))
-    queries, seen = _queries(sample["embedding"].combine_chunks()), sample["seen"].combine_chunks()
-    excluded = _positions(seen, searcher)
-    truth, _ = best(searcher, queries, excluded, eligible, k, None)
+    (batch,) = sample.combine_chunks().to_batches()
+    asked, excluded = tastes(batch, searcher, shape), _positions(batch.column("seen"), searcher)
+    truth, _ = best(searcher, asked, excluded, eligible, k, None)
     if (truth < 0).all():
         return Calibration(None, 1.0, 1.0, len(sample))
     leaves, candidates = max(1, searcher.manifest["leaves"] // 16), max(100, 10 * k)
     while leaves < searcher.manifest["leaves"]:
         effort = Effort(leaves, candidates)
-        found, _ = best(searcher, queries, excluded, eligible, k, effort)
+        found, _ = best(searcher, asked, excluded, eligible, k, effort)
         shares = _recall(found, truth)
         low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))
         if low >= promise:
@@ -80,28 +81,27 @@ def eligible_items(searcher: Searcher, withdrawn: Sequence[str]) -> np.ndarray:
 
 
 def best(
-    searcher: Searcher, queries: np.ndarray, excluded: list[np.ndarray], eligible: np.ndarray, k: int,
-    effort: Effort | None,
+    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], eligible: np.ndarray, k: int, effort: Effort | None
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
 
     With an `effort`, candidates are over-fetched by the exclusions, and users who fall short are searched exactly.
     """
     tops, scores = [], []
-    rows = max(1, _SCORES_AT_ONCE // len(searcher)) if effort is None else 1_024
-    for start in range(0, len(queries), rows):
-        block, block_excluded = queries[start : start + rows], excluded[start : start + rows]
+    rows = asked.at_once(len(searcher)) if effort is None else 1_024
+    for start in range(0, len(asked), rows):
+        block, block_excluded = asked.part(np.arange(start, min(start + rows, len(asked)))), excluded[start : start + rows]
         exclusions = flat_exclusions(block_excluded, len(searcher))
         if effort is None:
-            found = searcher.exact(block)
+            found = block.exact(searcher)
         else:
             most = max(len(positions) for positions in block_excluded)
-            found = searcher.search(block, Effort(effort.leaves, max(effort.candidates, k + most)))
+            found = block.search(searcher, Effort(effort.leaves, max(effort.candidates, k + most)))
         top, score = top_k(*found, exclusions, eligible, k)
         short = np.flatnonzero(top[:, -1] < 0)
         if effort is not None and len(short):
             top[short], score[short] = best(
-                searcher, block[short], [block_excluded[user] for user in short], eligible, k, None
+                searcher, block.part(short), [block_excluded[user] for user in short], eligible, k, None
             )
         tops.append(top)
         scores.append(score)
@@ -109,8 +109,9 @@ def best(
 
 
 def recommend(
-    profiles: DataFrame, open_searcher: Callable[[], Searcher], withdrawn: Sequence[str], k: int, effort: Effort | None
-) -> DataFrame:
+    profiles: DataFrame, open_searcher: Callable[[], Searcher], withdrawn: Sequence[str], k: int,
+    effort: Effort | None, shape: Shape = "mean",
+) -> DataFrame:  # fmt: skip
     """user_id, items, k, index_id of every profile that has a vector; items in rank order with the reason."""
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -118,30 +119,40 @@ def recommend(
         eligible = eligible_items(searcher, withdrawn)
         for batch in batches:
             if len(batch):
-                yield _ranked(batch, searcher, eligible, k, effort)
+                yield _ranked(batch, searcher, eligible, k, effort, shape)
 
     item = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
             "source: STRING, collapsed: ARRAY<STRING>>")  # fmt: skip
     return (
         profiles.where(F.col("embedding").isNotNull())
-        .select("user_id", "embedding", "seen", "history.item_id")
-        .withColumnRenamed("item_id", "history")
+        .select("user_id", "embedding", "seen", "history")
         .mapInArrow(rank, f"user_id STRING, items ARRAY<{item}>, k INT, index_id STRING")
     )
 
 
+def tastes(batch: pa.RecordBatch, searcher: Searcher, shape: Shape) -> Tastes:
+    """Of profiles that have a vector; weights are those of `history` over its heaviest."""
+    flat, lengths = batch.column("history").flatten(), np.asarray(batch.column("history").value_lengths())
+    ends = np.cumsum(lengths)[:-1]
+    positions = np.split(searcher.positions(flat.field("item_id").to_pylist()), ends)
+    known = [mine >= 0 for mine in positions]
+    positions = [mine[there] for mine, there in zip(positions, known, strict=True)]
+    if shape == "mean":
+        return Means(_queries(batch.column("embedding")), positions)
+    weights = np.split(flat.field("weight").to_numpy(zero_copy_only=False), ends)
+    weights = [mine[there] for mine, there in zip(weights, known, strict=True)]
+    return Histories(positions, [(mine / mine.max(initial=1e-300)).astype(np.float32) for mine in weights])
+
+
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None
+    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None, shape: Shape
 ) -> pa.RecordBatch:
-    queries = _queries(batch.column("embedding"))
-    top, scores = best(searcher, queries, _positions(batch.column("seen"), searcher), eligible, k, effort)
-    histories = _positions(batch.column("history"), searcher)
+    asked = tastes(batch, searcher, shape)
+    top, scores = best(searcher, asked, _positions(batch.column("seen"), searcher), eligible, k, effort)
     kept = top >= 0
     because = np.full(top.shape, -1, np.int64)
-    for user, history in enumerate(histories):
-        history = history[history >= 0]
-        if len(history) and kept[user].any():
-            because[user, kept[user]] = history[nearest(history, searcher.vectors, top[user, kept[user]])]
+    for user in np.flatnonzero(kept.any(axis=1)):
+        because[user, kept[user]] = asked.reasons(user, searcher, top[user, kept[user]])
     chosen, reasons = top[kept], because[kept]
     terms = [shared_terms(searcher, item, reason) for item, reason in zip(chosen, reasons, strict=True)]
     items = pa.StructArray.from_arrays(

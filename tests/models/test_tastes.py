@@ -1,0 +1,107 @@
+"""Tastes against brute force: exactly, by ScaNN, and the reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm4rec_spark.models.ranking import flat_exclusions, top_k
+from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.tastes import Histories, Means, Tastes, nearest
+
+ITEMS, DIMENSION, K = 300, 12, 10
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    folder, ids = tmp_path_factory.mktemp("index") / "tastes", [f"i{n:03d}" for n in range(ITEMS)]
+    vectors = unit(np.random.default_rng(5).standard_normal((ITEMS, DIMENSION)))
+    Searcher.build(folder, "tastes", ids, vectors, [""] * ITEMS, scann_from=16)
+    return Searcher.open(folder)
+
+
+def drawn(users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Histories of up to 20 items, the first of none at all, and weights of which the heaviest is 1."""
+    rng = np.random.default_rng(6)
+    positions = [rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64) for user in range(users)]
+    weights = [rng.random(len(mine)) + 0.05 for mine in positions]
+    return positions, [(mine / mine.max(initial=0.01)).astype(np.float32) for mine in weights]
+
+
+def lists(found: tuple[np.ndarray, np.ndarray], seen: list[np.ndarray]) -> tuple[list, np.ndarray]:
+    top, scores = top_k(*found, flat_exclusions(seen, ITEMS), np.ones(ITEMS, bool), K)
+    return top.tolist(), scores
+
+
+def test_an_item_scores_its_highest_weighted_similarity(searcher: Searcher) -> None:
+    positions, weights = drawn(30)
+    asked = Histories(positions, weights)
+    top, scores = lists(asked.exact(searcher), positions)
+    for user in range(1, 30):
+        similar = [[float(w * (searcher.vectors[h] @ vector)) for h, w in zip(positions[user], weights[user], strict=True)]
+                   for vector in searcher.vectors]  # fmt: skip
+        best = sorted((-round(max(row), 6), item) for item, row in enumerate(similar) if item not in positions[user])[:K]
+        np.testing.assert_allclose(scores[user], [-score for score, _ in best], rtol=0, atol=2e-6)
+        assert len({*top[user]} & {item for _, item in best}) >= K - 1  # two may be alike to six digits
+
+
+def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
+    positions, weights = drawn(30)
+    asked = Histories(positions, weights)
+    top, scores = lists(asked.exact(searcher), positions)
+    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS)), positions)
+    assert found[1:] == top[1:]
+    np.testing.assert_allclose(approximate[1:], scores[1:], rtol=0, atol=2e-6)
+
+
+def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
+    """The right neighbours in the place of ScaNN's, no more of them than the docstring says."""
+    positions, weights = drawn(30)
+    asked = Histories(positions, weights)
+    top, _ = lists(asked.exact(searcher), positions)
+    depth = K + max(map(len, positions))
+
+    class Nearest(Searcher):
+        def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+            scores = queries @ self.vectors.T
+            nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
+            return nearest, np.take_along_axis(scores, nearest, 1)
+
+    exact = Nearest(searcher.ids, searcher.terms, searcher.vectors, None, searcher.manifest)
+    found, _ = lists(asked.search(exact, Effort(1, depth)), positions)
+    assert found[1:] == top[1:]
+    shallow, _ = lists(asked.search(exact, Effort(1, K // 2)), positions)
+    assert shallow[1:] != top[1:]
+
+
+def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
+    positions = [np.array([item]) for item in range(20)]
+    means: Tastes = Means(searcher.vectors[:20], positions)
+    histories: Tastes = Histories(positions, [np.ones(1, np.float32)] * 20)
+    for tastes in (means, histories):
+        assert len(tastes.part(np.array([3, 5]))) == 2
+    assert lists(means.exact(searcher), positions)[0] == lists(histories.exact(searcher), positions)[0]
+    assert means.at_once(ITEMS) == histories.at_once(ITEMS)
+
+
+def test_long_histories_are_scored_fewer_at_a_time() -> None:
+    long = Histories([np.arange(100)] * 3, [np.ones(100, np.float32)] * 3)
+    short = Histories([np.arange(1)] * 3, [np.ones(1, np.float32)] * 3)
+    assert long.at_once(10_000) == short.at_once(10_000) // 100
+    assert Histories([np.array([], np.int64)], [np.array([], np.float32)]).at_once(2**30) == 1
+
+
+def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Searcher) -> None:
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
+    small = Searcher(np.array(list("abcde"), object), [[]] * 5, vectors, None, {})
+    history, items = np.array([1, 0, 4]), np.array([2, 3, 1])
+    assert nearest(history, np.ones(3), small, items).tolist() == [1, 0, 1]
+    # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
+    assert nearest(history, np.array([0.1, 1, 0.1]), small, items).tolist() == [0, 0, 1]
+    assert nearest(history[:0], np.ones(0), small, items).tolist() == [-1] * 3

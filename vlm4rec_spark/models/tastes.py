@@ -1,0 +1,141 @@
+"""What a search is asked with: users' tastes, each one vector (mean) or a weighted history (max_similarity).
+
+numpy only, so that a server can ask with them too. Knows vectors and weights; knows neither exclusions nor rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from vlm4rec_spark.models.ranking import SCORE_DIGITS
+from vlm4rec_spark.models.searcher import Effort, Searcher
+
+Shape = Literal["mean", "max_similarity"]
+_SCORES_AT_ONCE = 2**24
+"""Exact search holds one float32 per query and item: 64 MB of them at a time."""
+
+
+class Tastes(Protocol):
+    """Of some users, in an order."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, users: np.ndarray) -> Tastes:
+        """Those at the positions `users` (int64)."""
+        ...
+
+    def at_once(self, items: int) -> int:
+        """How many users can be scored exactly against so many items in the memory that there is for it."""
+        ...
+
+    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+        """Every item as a candidate of every user: positions and scores, both (users, items)."""
+        ...
+
+    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+        """Approximate candidates with exact scores: both (users, candidates); a position of -1 is none."""
+        ...
+
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
+        """For each of the items (positions) that of the history item that speaks for it most; -1 without a history."""
+        ...
+
+
+def nearest(history: np.ndarray, weights: np.ndarray, searcher: Searcher, items: np.ndarray) -> np.ndarray:
+    """For each item the position in `history` of highest weighted cosine; ties: the earlier one. -1 without any."""
+    if not len(history):
+        return np.full(len(items), -1, np.int64)
+    weighted = np.round((searcher.vectors[items] @ searcher.vectors[history].T) * weights, SCORE_DIGITS)
+    return history[weighted.argmax(axis=1)]
+
+
+class Means:
+    """One unit vector per user; an item scores its cosine with it."""
+
+    def __init__(self, vectors: np.ndarray, histories: Sequence[np.ndarray]):
+        """vectors: float32 (users, dimension). histories: int64 positions of each user's items, for the reasons."""
+        self._vectors, self._histories = vectors, histories
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def part(self, users: np.ndarray) -> Means:
+        return Means(self._vectors[users], [self._histories[user] for user in users])
+
+    def at_once(self, items: int) -> int:
+        return max(1, _SCORES_AT_ONCE // items)
+
+    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+        return searcher.exact(self._vectors)
+
+    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+        return searcher.search(self._vectors, effort)
+
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
+        history = self._histories[user]
+        return nearest(history, np.ones(len(history), np.float32), searcher, items)
+
+
+class Histories:
+    """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
+
+    def __init__(self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray]):
+        """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1."""
+        self._positions, self._weights = positions, weights
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def part(self, users: np.ndarray) -> Histories:
+        return Histories([self._positions[user] for user in users], [self._weights[user] for user in users])
+
+    def at_once(self, items: int) -> int:
+        longest = max((len(positions) for positions in self._positions), default=1)
+        return max(1, _SCORES_AT_ONCE // items // max(1, longest))
+
+    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+        distinct, rows = self._distinct()
+        everything, similar = searcher.exact(searcher.vectors[distinct])
+        scores = np.full((len(self), len(searcher)), -1.0, np.float32)
+        for user, (mine, weights) in enumerate(zip(rows, self._weights, strict=True)):
+            if len(mine):
+                scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
+        return np.broadcast_to(np.arange(len(searcher), dtype=np.int64), scores.shape), scores
+
+    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+        """The items next to each item of a history, once for all who have it, merged for each user.
+
+        What an item scores best with has it among its nearest: of a depth of k and what a user must not get, every
+        item of the exact list is found, if those nearest are.
+        """
+        distinct, rows = self._distinct()
+        found, cosines = searcher.search(searcher.vectors[distinct], effort)
+        merged = [_merged(found[mine], cosines[mine] * weights[:, None])
+                  for mine, weights in zip(rows, self._weights, strict=True)]  # fmt: skip
+        width = max((len(positions) for positions, _ in merged), default=0)
+        positions, scores = np.full((len(self), width), -1, np.int64), np.full((len(self), width), np.nan, np.float32)
+        for user, (mine, best) in enumerate(merged):
+            positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
+        return positions, scores
+
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
+        return nearest(self._positions[user], self._weights[user], searcher, items)
+
+    def _distinct(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The items of all histories, each once, and per user which of them are theirs."""
+        flat = np.concatenate(self._positions) if len(self) else np.empty(0, np.int64)
+        distinct, rows = np.unique(flat, return_inverse=True)
+        ends = np.cumsum([len(positions) for positions in self._positions])[:-1]
+        return distinct, np.split(rows, ends)
+
+
+def _merged(positions: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each candidate once, with its highest score."""
+    flat, best = positions.ravel(), scores.ravel()
+    order = np.lexsort((-best, flat))
+    flat, best = flat[order], best[order]
+    first = (np.diff(flat, prepend=-1) > 0) & (flat >= 0)
+    return flat[first], best[first]
