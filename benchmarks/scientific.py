@@ -4,8 +4,8 @@
 
 FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv of captions made
 from the photos by another model. Every user is judged on the last item, against all items, with the history masked.
-Three tables: all items for the arms that need no caption, and those that have one, by the plain mean of the history; and
-titles by profiles in which an item weighs .95 of the one after it, a decay that was chosen on the validation items.
+Three tables: all items for the arms that need no caption, and those that have one, by the plain mean of the history;
+and titles by profiles in which an item weighs .95 of the one after it, a decay that was chosen on validation items.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -44,9 +42,10 @@ def test_an_item_scores_its_highest_weighted_similarity(searcher: Searcher) -> N
     asked = Histories(positions, weights)
     top, scores = lists(asked.exact(searcher), positions)
     for user in range(1, 30):
-        similar = [[float(w * (searcher.vectors[h] @ vector)) for h, w in zip(positions[user], weights[user], strict=True)]
+        history = list(zip(positions[user], weights[user], strict=True))
+        similar = [max(float(weight * (searcher.vectors[item] @ vector)) for item, weight in history)
                    for vector in searcher.vectors]  # fmt: skip
-        best = sorted((-round(max(row), 6), item) for item, row in enumerate(similar) if item not in positions[user])[:K]
+        best = sorted((-round(one, 6), item) for item, one in enumerate(similar) if item not in positions[user])[:K]
         np.testing.assert_allclose(scores[user], [-score for score, _ in best], rtol=0, atol=2e-6)
         assert len({*top[user]} & {item for _, item in best}) >= K - 1  # two may be alike to six digits
 

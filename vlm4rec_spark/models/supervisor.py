@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.2
 _LOAD_SECONDS = 3_600
 """Weights of 70 GB over a slow network take a while."""
 _ELSEWHERE = "root cause"
-"""In vLLM's words when its engine's process ends: 'See root cause above', 'See stack trace (above) for the root cause'."""
+"""Where vLLM's engine ends it says 'See root cause above', or 'See stack trace (above) for the root cause'."""
 _ERROR = re.compile(r"\b\w*(Error|Exception): .+")
 _LOAD_TRIES = 3
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}

@@ -98,7 +98,7 @@ class Histories:
 
     def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
         distinct, rows = self._distinct()
-        everything, similar = searcher.exact(searcher.vectors[distinct])
+        _, similar = searcher.exact(searcher.vectors[distinct])
         scores = np.full((len(self), len(searcher)), -1.0, np.float32)
         for user, (mine, weights) in enumerate(zip(rows, self._weights, strict=True)):
             if len(mine):

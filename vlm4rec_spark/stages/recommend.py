@@ -90,7 +90,8 @@ def best(
     tops, scores = [], []
     rows = asked.at_once(len(searcher)) if effort is None else 1_024
     for start in range(0, len(asked), rows):
-        block, block_excluded = asked.part(np.arange(start, min(start + rows, len(asked)))), excluded[start : start + rows]
+        users = np.arange(start, min(start + rows, len(asked)))
+        block, block_excluded = asked.part(users), excluded[start : start + rows]
         exclusions = flat_exclusions(block_excluded, len(searcher))
         if effort is None:
             found = block.exact(searcher)
@@ -151,7 +152,7 @@ def _ranked(
     top, scores = best(searcher, asked, _positions(batch.column("seen"), searcher), eligible, k, effort)
     kept = top >= 0
     because = np.full(top.shape, -1, np.int64)
-    for user in np.flatnonzero(kept.any(axis=1)):
+    for user in np.flatnonzero(kept.any(axis=1)).tolist():
         because[user, kept[user]] = asked.reasons(user, searcher, top[user, kept[user]])
     chosen, reasons = top[kept], because[kept]
     terms = [shared_terms(searcher, item, reason) for item, reason in zip(chosen, reasons, strict=True)]

@@ -38,8 +38,8 @@ _SETTINGS = {
 class VllmCaptioner:
     """Greedy descriptions from the model at `source` (a folder or a hub name).
 
-    The engine runs in a process of its own, as by vLLM's default, and photos are prepared on a thread of this one: in one
-    process the two would wait for each other's hold on Python's lock.
+    The engine runs in a process of its own, as by vLLM's default, and photos are prepared on a thread of this one: in
+    one process the two would wait for each other's hold on Python's lock.
     """
 
     def __init__(self, source: str, revision: str, max_new_tokens: int, json_schema: dict[str, Any] | None = None):
