@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import deltalake
+import numpy as np
 import pytest
 from pyspark.sql import functions as F
 from pyspark.sql.classic.dataframe import DataFrame
@@ -61,7 +62,8 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
         (
             f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
             f"ingest.photos.folder={raw}/photos", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]", "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2",
+            "evaluate.splits=[time]", "evaluate.arms=[popularity,caption/max_similarity]", "report.photos=4",
+            "report.users=2", "profiles.shape=max_similarity",
         ),
     )  # fmt: skip
     made.first = pipeline(folder, *made.settings)
@@ -128,14 +130,31 @@ def test_every_user_with_a_history_has_k(shop: Shop) -> None:
     assert min(map(len, lists.values())) == K
 
 
+def test_a_score_is_the_highest_weighted_similarity_to_an_item_of_the_history(shop: Shop) -> None:
+    vectors = {row["item_id"]: np.array(row["embedding"]) for row in shop.rows(schemas.EMBEDDINGS)
+               if row["representation"] == "caption"}  # fmt: skip
+    histories = {row["user_id"]: row["history"] for row in shop.rows(schemas.PROFILES)}
+    assert max(map(len, histories.values())) > 5
+    for row in shop.rows(schemas.RECOMMENDATIONS):
+        history = histories[row["user_id"]]
+        heaviest = max(item["weight"] for item in history)
+        for item in row["items"]:
+            vector = vectors[item["item_id"]]
+            similar = {past["item_id"]: past["weight"] / heaviest * (vectors[past["item_id"]] @ vector)
+                       for past in history}  # fmt: skip
+            assert item["score"] == pytest.approx(max(similar.values()), abs=2e-6)
+            assert similar[item["because_item_id"]] == pytest.approx(max(similar.values()), abs=2e-6)
+
+
 def test_metrics_and_exports(shop: Shop) -> None:
     metrics = {(row["arm"], row["metric"]): row for row in shop.rows(schemas.METRICS) if row["slice"] == "all"}
-    assert {arm for arm, _ in metrics} == {"popularity", "caption"}
+    assert {arm for arm, _ in metrics} == {"popularity", "caption/max_similarity"}
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in metrics.values())
     assert len({row["users"] for row in metrics.values()}) == 1
     assert len(shop.rows(schemas.EXPORT_LONG)) == 60 * K
     assert len(shop.rows(schemas.EXPORT_WIDE)) == 60
-    assert (shop.folder / "report.html").stat().st_size > 10_000
+    page = (shop.folder / "report.html").read_text()
+    assert '<tr class="mine"><th scope="row">caption, max similarity</th>' in page
 
 
 def test_every_stage_is_recorded(shop: Shop) -> None:
