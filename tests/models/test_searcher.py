@@ -15,6 +15,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.tastes import Means
 from vlm4rec_spark.stages import index
 from vlm4rec_spark.stages.recommend import best, calibrate, eligible_items
 
@@ -218,12 +219,16 @@ def test_more_candidates_than_items_are_all_items(searcher: Searcher) -> None:
     assert [sorted(row) for row in found.tolist()] == [list(range(ITEMS))] * 2
 
 
+def means(queries: np.ndarray) -> Means:
+    return Means(queries, [NOBODY] * len(queries))
+
+
 def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
     vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
     Searcher.build(tmp_path / "x", "x", IDS[:1_000], vectors, [""] * 1_000, scann_from=16)
     opened = Searcher.open(tmp_path / "x")
     for effort in (None, Effort(opened.manifest["leaves"], 150)):
-        top, _ = best(opened, vectors[[0, 500]], [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
+        top, _ = best(opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
         assert top.tolist() == [list(range(10)), list(range(500, 510))]
 
 
@@ -237,7 +242,7 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
     near = [np.append(row, -1) for row in brute_force(queries[:40], 400)]
     left = [np.sort(rng.permutation(ITEMS)[:count]) for count in [4] * 10 + [12] * 10]
     excluded = near + [np.setdiff1d(np.arange(ITEMS), items) for items in left]
-    top, scores = best(searcher, queries, excluded, np.ones(ITEMS, bool), K, Effort(1, 100))
+    top, scores = best(searcher, means(queries), excluded, np.ones(ITEMS, bool), K, Effort(1, 100))
     assert (top[:40] >= 0).all()
     assert [np.isin(row[row >= 0], out).any() for row, out in zip(top, excluded, strict=True)] == [False] * 60
     assert [sorted(row[row >= 0]) for row in top[40:50]] == [items.tolist() for items in left[:10]]
@@ -250,7 +255,7 @@ def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
     withdrawn = np.unique(brute_force(queries, 50))
     eligible = eligible_items(searcher, [IDS[item] for item in withdrawn] + ["gone"])
     assert int(eligible.sum()) == ITEMS - len(withdrawn)
-    top, _ = best(searcher, queries, [NOBODY] * 30, eligible, K, Effort(1, 100))
+    top, _ = best(searcher, means(queries), [NOBODY] * 30, eligible, K, Effort(1, 100))
     assert (top >= 0).all()
     assert not np.isin(top, withdrawn).any()
 
@@ -258,14 +263,16 @@ def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
 def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
     excluded = [np.arange(user) for user in range(50)]
-    top, scores = best(searcher, queries, excluded, everything, K, None)
-    monkeypatch.setattr("vlm4rec_spark.stages.recommend._SCORES_AT_ONCE", 7 * ITEMS)
-    again, scores_again = best(searcher, queries, excluded, everything, K, None)
+    top, scores = best(searcher, means(queries), excluded, everything, K, None)
+    monkeypatch.setattr("vlm4rec_spark.models.tastes._SCORES_AT_ONCE", 7 * ITEMS)
+    again, scores_again = best(searcher, means(queries), excluded, everything, K, None)
     assert (again.tolist(), scores_again.tolist()) == (top.tolist(), scores.tolist())
 
 
 def sample(queries: np.ndarray, seen: list[list[str]]) -> pa.Table:
-    return pa.table({"embedding": pa.array(queries.tolist(), pa.list_(pa.float32())), "seen": seen})
+    history = pa.array([[]] * len(queries), pa.list_(pa.struct({"item_id": pa.string(), "weight": pa.float64()})))
+    embedding = pa.array(queries.tolist(), pa.list_(pa.float32()))
+    return pa.table({"embedding": embedding, "history": history, "seen": pa.array(seen, pa.list_(pa.string()))})
 
 
 @pytest.mark.parametrize("promise", [0.6, 0.95])
@@ -276,7 +283,7 @@ def test_calibration_holds_its_promise_on_other_users(searcher: Searcher, promis
     assert found.effort is not None
     assert (found.users, promise <= found.low <= found.recall <= 1) == (150, True)
     queries = clustered(150, seed=12)
-    top, _ = best(searcher, queries, [NOBODY] * 150, everything, K, found.effort)
+    top, _ = best(searcher, means(queries), [NOBODY] * 150, everything, K, found.effort)
     assert recall(top, brute_force(queries)) >= promise - 0.03
 
 

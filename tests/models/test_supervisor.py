@@ -113,7 +113,7 @@ def test_a_photo_that_waits_behind_a_killer_is_not_blamed(
     monkeypatch.setattr(subprocess, "Popen", counted)
     # Three photos are on their way at once, two of them killers: the model works on the one, and not on the other.
     images = [RED, GREY, RED, GREY, GREY]
-    said = captioned(supervised("hang:red", 1, seconds=2), *images)
+    said = captioned(supervised("hang:red", 1, seconds=4), *images)
     assert said == {str(n): "model_hung" if n in (0, 2) else "4" for n in range(5)}
     # Each killer ends a child twice; the second would end only one, were it blamed for the first one's as well.
     assert len(started) == 2 + 2 + 1
