@@ -154,6 +154,7 @@ def test_metrics_and_exports(shop: Shop) -> None:
     assert len(shop.rows(schemas.EXPORT_LONG)) == 60 * K
     assert len(shop.rows(schemas.EXPORT_WIDE)) == 60
     page = (shop.folder / "report.html").read_text()
+    assert len(page) > 10_000
     assert '<tr class="mine"><th scope="row">caption, max similarity</th>' in page
 
 

@@ -97,19 +97,22 @@ class Histories:
         return max(1, _SCORES_AT_ONCE // items // max(1, longest))
 
     def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+        """No candidates (-1) for a user without a history in this index."""
         distinct, rows = self._distinct()
         _, similar = searcher.exact(searcher.vectors[distinct])
-        scores = np.full((len(self), len(searcher)), -1.0, np.float32)
+        positions = np.full((len(self), len(searcher)), -1, np.int64)
+        scores = np.full(positions.shape, np.nan, np.float32)
         for user, (mine, weights) in enumerate(zip(rows, self._weights, strict=True)):
             if len(mine):
+                positions[user] = np.arange(len(searcher))
                 scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
-        return np.broadcast_to(np.arange(len(searcher), dtype=np.int64), scores.shape), scores
+        return positions, scores
 
     def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-        """The items next to each item of a history, once for all who have it, merged for each user.
+        """The items nearest to each item of a history, searched once for all who have it, merged for each user.
 
-        What an item scores best with has it among its nearest: of a depth of k and what a user must not get, every
-        item of the exact list is found, if those nearest are.
+        An item of the exact list is among the k + e nearest of the history item that it scores best with, where e of
+        the items may not be recommended to the user: with so many candidates only ScaNN's own misses are missing.
         """
         distinct, rows = self._distinct()
         found, cosines = searcher.search(searcher.vectors[distinct], effort)

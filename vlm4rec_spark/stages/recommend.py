@@ -133,14 +133,13 @@ def recommend(
 
 def tastes(batch: pa.RecordBatch, searcher: Searcher, shape: Shape) -> Tastes:
     """Of profiles that have a vector; weights are those of `history` over its heaviest."""
-    flat, lengths = batch.column("history").flatten(), np.asarray(batch.column("history").value_lengths())
-    ends = np.cumsum(lengths)[:-1]
-    positions = np.split(searcher.positions(flat.field("item_id").to_pylist()), ends)
+    history, flat = batch.column("history"), batch.column("history").flatten()
+    positions = _per_user(searcher.positions(flat.field("item_id").to_pylist()), history)
     known = [mine >= 0 for mine in positions]
     positions = [mine[there] for mine, there in zip(positions, known, strict=True)]
     if shape == "mean":
         return Means(_queries(batch.column("embedding")), positions)
-    weights = np.split(flat.field("weight").to_numpy(zero_copy_only=False), ends)
+    weights = _per_user(flat.field("weight").to_numpy(zero_copy_only=False), history)
     weights = [mine[there] for mine, there in zip(weights, known, strict=True)]
     return Histories(positions, [(mine / mine.max(initial=1e-300)).astype(np.float32) for mine in weights])
 
@@ -199,5 +198,8 @@ def _queries(embedding: pa.ListArray) -> np.ndarray:
 
 
 def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
-    positions = searcher.positions(items.flatten().to_pylist())
-    return np.split(positions, np.cumsum(np.asarray(items.value_lengths()))[:-1])
+    return _per_user(searcher.positions(items.flatten().to_pylist()), items)
+
+
+def _per_user(values: np.ndarray, lists: pa.ListArray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(np.asarray(lists.value_lengths()))[:-1])
