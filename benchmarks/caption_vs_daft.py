@@ -44,15 +44,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from llava import TEMPLATE
 from memory import held_gb
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from transformers import CLIPVisionConfig
 
 from vlm4rec_spark.caption.settings import CaptionSettings
-from vlm4rec_spark.demo.captioner import build, render
+from vlm4rec_spark.demo.drawing import render
 from vlm4rec_spark.models.captioners import ModelSettings, Request, load_captioner
 from vlm4rec_spark.models.captioners.batches import BatchCaptioner
+from vlm4rec_spark.training.network import build
 
 DAFT = "daft==0.7.26"
 CORES = 2
@@ -74,11 +77,15 @@ def settings(folder: Path) -> CaptionSettings:
 
 
 def write_model(folder: Path) -> None:
-    """The packaged model's kind with fewer layers and larger patches; of weights as they are drawn it says one word."""
-    model, processor = build()
-    vision, text = model.config.vision_config, model.config.text_config
-    vision.num_hidden_layers, vision.patch_size, text.num_hidden_layers = 1, 16, 1
-    processor.patch_size = vision.patch_size
+    """A light LLaVA: one layer of 192 on either side. Of weights as they are drawn it says one word."""
+    tower = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=576, num_hidden_layers=1, num_attention_heads=6, image_size=128,
+        patch_size=16,
+    )  # fmt: skip
+    model, processor = build(["A thing of wool or cotton, made for long walks and cold days."], tower, TEMPLATE)
+    text = model.config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 192, 576, 1
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 6, 6, 32
     torch.manual_seed(0)
     light = type(model)(model.config)
     light.generation_config = model.generation_config

@@ -26,10 +26,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm4rec_spark.demo.captioner import TEMPLATE
 from vlm4rec_spark.models.prompts import load_prompt
 
 PROMPT = load_prompt("describe.1").text
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} answer :{% endif %}"
+)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PUBLISHED = {  # names as in published models, which are what vLLM 0.22 reads
     "model.vision_tower.": "vision_tower.vision_model.", "model.language_model.": "language_model.model.",

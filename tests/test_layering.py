@@ -98,11 +98,12 @@ except ImportError:
 
 
 def test_the_numpy_world_never_imports_spark() -> None:
-    assert offences("models", "demo", to=("pyspark", "delta")) == []
+    assert offences("models", "training", "demo", to=("pyspark", "delta")) == []
     above = ("stages", "caption", "evaluation", "pipeline", "report", "cli", "config", "tables", "sources", "session",
              "schemas", "progress")  # fmt: skip
-    assert offences("models", "demo", to_ours=above) == []
-    assert offences("models", to_ours=("demo",)) == []
+    assert offences("models", "training", "demo", to_ours=above) == []
+    assert offences("models", to_ours=("demo", "training")) == []
+    assert offences("training", to_ours=("demo",)) == []
 
 
 def test_stages_never_import_each_other() -> None:
@@ -119,11 +120,13 @@ def test_stages_know_nothing_of_the_wiring() -> None:
 
 
 def test_heavy_libraries_are_imported_where_they_are_needed() -> None:
-    # The training script of the demo's captioner is torch from end to end, and nothing imports it.
-    early = [(file, one.name) for file, found in IMPORTS.items() for one in found if one.of(*HEAVY) and one.at_load]
-    assert early == [("demo/captioner.py", "torch")]
-    assert importers(f"{OURS}.demo.captioner") == set()
-    assert {file.split("/")[0] for file in importers(*HEAVY)} <= {"models", "demo"}
+    # Training is torch from end to end, and only its own command imports it, when it is called.
+    early = {(file, one.name) for file, found in IMPORTS.items() for one in found if one.of(*HEAVY) and one.at_load}
+    assert {file for file, _ in early} == {"training/augment.py", "training/train.py"}
+    training = [(file, one.at_load) for file, found in IMPORTS.items() for one in found
+                if one.of_ours("training") and not within(file, "training")]  # fmt: skip
+    assert training == [("cli/training.py", False)]
+    assert {file.split("/")[0] for file in importers(*HEAVY)} <= {"models", "training"}
 
 
 def test_only_tables_knows_delta() -> None:

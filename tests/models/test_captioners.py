@@ -24,13 +24,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 
-from vlm4rec_spark.demo.captioner import build, render
-from vlm4rec_spark.demo.drawing import SIZE, parse
+from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, parse, render
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.attributes import SCHEMA
 from vlm4rec_spark.models.attributes import parse as parse_attributes
 from vlm4rec_spark.models.captioners import (
-    DEMO_MODEL,
+    PACKAGED_MODEL,
     Answer,
     Captioner,
     ModelSettings,
@@ -42,6 +41,7 @@ from vlm4rec_spark.models.captioners.batches import BatchCaptioner
 from vlm4rec_spark.models.captioners.vllm import VllmCaptioner
 from vlm4rec_spark.models.prompts import load_prompt
 from vlm4rec_spark.models.supervisor import Photo, Supervisor
+from vlm4rec_spark.training.network import build
 
 FRESH_SEED = 3_000_000
 """Neither the training, nor its held-out renderings, nor the shop come near these seeds."""
@@ -73,7 +73,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA of random weights in a folder: it says nonsense, another nonsense for each photo and prompt."""
     folder = tmp_path_factory.mktemp("models") / "untrained"
     torch.manual_seed(0)
-    model, processor = build()
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6, image_size=128,
+        patch_size=16,
+    )  # fmt: skip
+    model, processor = build([*PROMPTS, *NONSENSE], tower, ASKING)
     _nonsense(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -84,6 +88,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NONSENSE = ["A soft warm thing.", "Say it all once more, in a rustic style."]
+ASKING = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} answer{% endif %}"
+)
 QWEN_TEMPLATE = """
 {%- for message in messages %}<|im_start|> {{ message['role'] }} {% for part in message['content'] -%}
 {% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part['text'] }} {% endif %}
@@ -409,7 +418,7 @@ def test_the_fake_counts_the_photos_it_is_asked_about(tmp_path: Path) -> None:
 def test_ids_of_the_fake_and_of_the_packaged_model() -> None:
     assert ModelSettings(backend="fake", model="raise").model_id() == "fake-raise@1"
     name, _, digest = ModelSettings().model_id().partition("@")
-    assert (name, len(digest)) == ("model", 12)
+    assert (name, len(digest)) == ("packaged", 12)
 
 
 def test_the_id_changes_with_the_weights_and_the_template_and_not_with_the_card_or_place(
@@ -464,15 +473,15 @@ def test_pickled_weights_beside_others_are_not_loaded(llava: Path, tmp_path: Pat
 
 
 def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card() -> None:
-    assert 0 < sum(file.stat().st_size for file in DEMO_MODEL.glob("*.safetensors")) <= 12_000_000
-    words = set((DEMO_MODEL / "README.md").read_text().lower().split())
-    assert {"kind", "colour", "pattern", "material", "seed"} <= words
+    assert 0 < sum(file.stat().st_size for file in PACKAGED_MODEL.glob("*.safetensors")) <= 25_000_000
+    words = set((PACKAGED_MODEL / "README.md").read_text().lower().split())
+    assert {"kind", "colour", "pattern", "material", "audience", "seed", "licence"} <= words
 
 
 def test_captions_come_from_the_photos() -> None:
     truth, _ = fresh()
     found = [parse(text) for text in described()]
-    for name in ("kind", "colour", "pattern", "material"):
+    for name in ATTRIBUTES:
         right = np.mean([seen.get(name) == true[name] for seen, true in zip(found, truth, strict=True)])
         assert right >= 0.95, f"{name}: {right:.2f}"
 
@@ -491,9 +500,7 @@ def test_a_caption_does_not_depend_on_its_batch() -> None:
     assert captions(packaged(), photos, 3) == described()[:16]
 
 
-def test_a_prompt_that_names_attributes_does_not_decide_the_caption() -> None:
-    led = captions(packaged(), fresh()[1], 16, "Is this a red striped cotton shirt in a sporty style?")
-    colours = [(parse(said).get("colour"), true["colour"]) for said, true in zip(led, fresh()[0], strict=True)]
-    assert [pair for pair in colours if pair[0] == "red" != pair[1]] == []
-    # Such a prompt costs something: .91 right on 256 renderings, against 1.00 with the ordinary prompt.
-    assert np.mean([seen == true for seen, true in colours]) >= 0.95
+def test_no_prompt_leads_the_packaged_model_astray() -> None:
+    photos = fresh()[1][:16]
+    assert captions(packaged(), photos, 16, "Is this a red striped cotton shirt in a sporty style?") == described()[:16]
+    assert captions(packaged(), photos, 16, "Say <image> or nothing. " * 40) == described()[:16]

@@ -61,6 +61,13 @@ def parse(caption: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def render(seed: int) -> tuple[dict[str, str], Image.Image]:
+    """Attributes drawn uniformly, and a photo of such a product."""
+    rng = np.random.default_rng(seed)
+    attributes = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
+    return attributes, draw(attributes, rng)
+
+
 class _Camera:
     """Where the product stands in the photo: its box to pixels, and pixels back to its box."""
 

@@ -14,7 +14,7 @@ from vlm4rec_spark.models.weights import pinned_id
 
 LONGEST_WAIT = 60.0
 """Seconds. Limits are given per minute: a server that asks for more is down, and a later run is the better retry."""
-DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
+PACKAGED_MODEL = Path(__file__).with_name("packaged")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: Literal["transformers", "vllm", "endpoint", "fake"] = "transformers"
-    model: str = "demo"
+    model: str = "packaged"
     revision: str = "main"
     max_new_tokens: int = Field(64, ge=1)
     max_side: int = Field(672, ge=16)
@@ -105,13 +105,13 @@ class ModelSettings(BaseModel):
 
     @model_validator(mode="after")
     def _vllm_needs_a_model(self) -> ModelSettings:
-        if (self.backend, self.model) == ("vllm", "demo"):
+        if (self.backend, self.model) == ("vllm", "packaged"):
             raise ValueError("vLLM doesn't read the packaged model's weights: name another model")
         return self
 
     @property
     def source(self) -> str:
-        return str(DEMO_MODEL) if self.model == "demo" else self.model
+        return str(PACKAGED_MODEL) if self.model == "packaged" else self.model
 
     @property
     def longest_silence(self) -> float:

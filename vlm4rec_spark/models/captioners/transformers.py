@@ -1,4 +1,4 @@
-"""Any image-text-to-text model that transformers loads: LLaVA-NeXT, Qwen2.5-VL, SmolVLM, the packaged demo model.
+"""Any image-text-to-text model that transformers loads: LLaVA-NeXT, Qwen2.5-VL, SmolVLM, the packaged one.
 
 Knows the chat template, padding and decoding; knows nothing of photo files, retries or Spark.
 """
