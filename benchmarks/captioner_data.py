@@ -1,7 +1,7 @@
 """The table that the packaged captioner was trained on: `benchmarks/captioner_data.py OUT.parquet`.
 
-Made of the folders beside the project (`../shared/data`): studio photos of fashion, people's snapshots of clothing, and
-renderings of the demo's products. Knows where the data lies, who may see what (the split) and what words its labels are.
+Made of the folders beside the project (`../shared/data`): studio photos of fashion, people's snapshots of clothing,
+and renderings of the demo's products. Knows who may see what (the split), and what words the labels become.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -53,6 +52,21 @@ SNAPSHOT_KINDS = {
     "Top": "top", "Blouse": "blouse",
 }  # fmt: skip
 
+CLASSES = {
+    "dress": ("dress",),
+    "hat": ("hat", "cap"),
+    "longsleeve": ("long-sleeved shirt", "sweatshirt", "sweater", "hoodie"),
+    "outwear": ("outerwear", "jacket", "blazer", "rain jacket"),
+    "pants": ("pants", "trousers", "jeans", "track pants", "lounge pants", "leggings", "jeggings", "tights", "capris"),
+    "shirt": ("shirt", "blouse"),
+    "shoes": ("shoes", "casual shoes", "sports shoes", "formal shoes", "heels", "flats", "sandals", "sports sandals",
+              "flip flops", "booties"),
+    "shorts": ("shorts", "lounge shorts", "boxer shorts", "trunks"),
+    "skirt": ("skirt",),
+    "t-shirt": ("t-shirt", "lounge t-shirt"),
+}  # fmt: skip
+"""What counts as right for a class of `clothing-photos`, settled before any of them was captioned."""
+
 _PALETTE = (
     ("black", (24, 24, 26)), ("charcoal", (58, 60, 63)), ("grey", (128, 128, 130)), ("white", (238, 238, 236)),
     ("beige", (214, 198, 168)), ("brown", (104, 70, 46)), ("brown", (150, 112, 76)), ("red", (178, 28, 38)),
@@ -80,7 +94,7 @@ def fashion(folder: Path) -> pd.DataFrame:
     rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     rows["gender"] = rows["title"].map(audience)
     rows["kind"] = rows["article_type"].map(lambda kind: KINDS.get(kind, kind.lower()))
-    rows["colour"] = rows["base_colour"].map(lambda colour: COLOURS.get(colour, str(colour).lower()), na_action="ignore")
+    rows["colour"] = rows["base_colour"].map(lambda name: COLOURS.get(name, str(name).lower()), na_action="ignore")
     rows["use"] = rows["usage"].map(USES, na_action="ignore")
     rows["audience"] = rows["gender"]
     rows["test"] = _chosen(rows)
@@ -111,7 +125,7 @@ def snapshots(folder: Path) -> pd.DataFrame:
 
 
 def main_colour(photo: bytes) -> str:
-    """The name of the commonest colour in the middle of the photo, where the product lies: nearest by eye, in CIELAB."""
+    """The name of the commonest colour in the middle of the photo, where the product lies: nearest in CIELAB."""
     with Image.open(io.BytesIO(photo)) as image:
         small = image.convert("RGB").resize((48, 48), Image.Resampling.BOX)
     # Snapshots are taken in dim rooms: what is lightest in the photo counts as nearly white.
@@ -161,6 +175,12 @@ def table(parts: Sequence[str], data: Path, count: int) -> pd.DataFrame:
     return pd.concat(made, ignore_index=True)
 
 
+def clothing_photos(folder: Path) -> pd.DataFrame:
+    """One row per photo of the test-only folder: image, class_name."""
+    files = sorted(folder.glob("*/*.*"))
+    return pd.DataFrame({"image": [file.read_bytes() for file in files], "class_name": [f.parent.name for f in files]})
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("out", type=Path)
@@ -171,7 +191,7 @@ def main() -> None:
     rows = table(given.parts, given.data, given.renderings)
     beside = given.out.with_suffix(".tmp")
     rows.to_parquet(beside, index=False)
-    os.replace(beside, given.out)
+    beside.replace(given.out)
     print(f"{len(rows):,} photos in {given.out}, {given.out.stat().st_size / 1e6:.0f} MB")
 
 

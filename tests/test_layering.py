@@ -123,9 +123,9 @@ def test_heavy_libraries_are_imported_where_they_are_needed() -> None:
     # Training is torch from end to end, and only its own command imports it, when it is called.
     early = {(file, one.name) for file, found in IMPORTS.items() for one in found if one.of(*HEAVY) and one.at_load}
     assert {file for file, _ in early} == {"training/augment.py", "training/train.py"}
-    training = [(file, one.at_load) for file, found in IMPORTS.items() for one in found
-                if one.of_ours("training") and not within(file, "training")]  # fmt: skip
-    assert training == [("cli/training.py", False)]
+    training = {(file, one.at_load) for file, found in IMPORTS.items() for one in found
+                if one.of_ours("training") and not within(file, "training")}  # fmt: skip
+    assert training == {("cli/training.py", False)}
     assert {file.split("/")[0] for file in importers(*HEAVY)} <= {"models", "training"}
 
 

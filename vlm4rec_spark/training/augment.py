@@ -15,8 +15,8 @@ def augment(photos: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     """(n, 3, side, side) uint8 to the same as floats from -1 to 1, each changed in its own way.
 
     Backgrounds: a plain light one is replaced in a third of the photos by a colour, a slope between two, or another
-    photo out of focus. Then turned, mirrored, cropped or shrunk, moved; brighter or darker, of another contrast and with
-    a cast; some coarser, some with a part hidden.
+    photo out of focus. Then turned, mirrored, cropped or shrunk, moved; brighter or darker, of another contrast and
+    with a cast; some coarser, some with a part hidden.
     """
     pixels = photos.float() / 255
     pixels = _replaced(pixels, chance)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +76,7 @@ def read(
     labels = {name: np.array([places[name].get(row.get(name, ""), -1) for row in told]) for name in values}
     weights = rows[columns["weight"]].to_numpy(float)[good] if columns["weight"] in rows else np.ones(len(good))
     held_out = np.array([int(digests[place][:8], 16) % _HELD_OUT == 0 for place in good])
+    held_out[0] |= not held_out.any()
     # Decoded photos lie in the table's order; taking all of them keeps the file mapped and copies nothing.
     taken = photos if len(good) == len(rows) else photos[good]
     return Labelled(taken, labels, values, [sentences[place] for place in good], weights, held_out, rejected)
@@ -94,31 +97,38 @@ def _rows(table: Path, needed: Sequence[str], known: Sequence[str]) -> pd.DataFr
 
 def _known(row: Mapping[Any, Any], attributes: Mapping[str, str]) -> dict[str, str]:
     said = {name: row[column] for name, column in attributes.items()}
-    return {name: " ".join(str(value).split()) for name, value in said.items() if pd.notna(value) and str(value).strip()}
+    words = {name: " ".join(str(value).split()) for name, value in said.items() if pd.notna(value)}
+    return {name: value for name, value in words.items() if value}
 
 
 def _decoded(
     photos: Sequence[Any], table: Path, side: int, work: Path, say: Callable[[str], None]
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """Pixels, what is wrong with each photo ("" if nothing), and the SHA-256 of its bytes."""
-    content = hashlib.sha256(f"{side} {table.resolve()} {len(photos)} {table.stat().st_mtime_ns}".encode())
-    place = work / f"photos-{content.hexdigest()[:16]}"
+    content = f"{side} {table.resolve()} {len(photos)} {table.stat().st_size} {table.stat().st_mtime_ns}"
+    place = work / f"photos-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     pixels, told = place.with_suffix(".npy"), place.with_suffix(".json")
     if not told.exists():
         work.mkdir(parents=True, exist_ok=True)
-        made = np.lib.format.open_memmap(pixels, "w+", np.uint8, (len(photos), 3, side, side))
+        # Under a name of this process's own until it is whole: another one may be at the same photos.
+        half = place.with_suffix(f".{os.getpid()}.npy")
+        made = np.lib.format.open_memmap(half, "w+", np.uint8, (len(photos), 3, side, side))
         found: list[tuple[str, str]] = []
+        started = time.monotonic()
         with ThreadPoolExecutor() as pool:
             for first in range(0, len(photos), _AT_ONCE):
                 batch = photos[first : first + _AT_ONCE]
                 for photo, reason, digest in pool.map(lambda each: _small(each, table.parent, side), batch):
                     made[len(found)] = photo
                     found.append((reason, digest))
-                say(f"decoded {len(found):,} of {len(photos):,} photos")
+                rate = len(found) / (time.monotonic() - started)
+                say(f"decoded {len(found):,} of {len(photos):,} photos, {rate:,.0f}/s, "
+                    f"{(len(photos) - len(found)) / rate:,.0f} s left")  # fmt: skip
         made.flush()
-        told.write_text(json.dumps(found))
-    reasons, digests = zip(*json.loads(told.read_text()), strict=True)
-    return np.load(pixels, mmap_mode="r"), list(reasons), list(digests)
+        half.replace(pixels)
+        told.write_text(json.dumps(found), encoding="utf-8")
+    reasons, digests = zip(*json.loads(told.read_text(encoding="utf-8")), strict=True)
+    return np.load(pixels, mmap_mode="c"), list(reasons), list(digests)
 
 
 def _small(photo: Any, folder: Path, side: int) -> tuple[np.ndarray, str, str]:

