@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm4rec_spark import schemas
+from vlm4rec_spark.models.download import HttpSettings
 from vlm4rec_spark.models.embedder import FakeEmbedder
+from vlm4rec_spark.models.images import decode
+from vlm4rec_spark.models.vision import FakeVision
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.stages.embed import EmbedSettings
 
@@ -90,4 +96,47 @@ def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
         np.testing.assert_array_equal(np.float32(row["embedding"]), expected[row["item_id"]])
     assert {(row["representation"], row["encoder_id"], row["fallback"]) for row in made} == {
         ("title", "fake-64@1", False)
+    }
+
+
+def jpeg(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    photo = Image.new("RGB", (16, 16), colour)
+    photo.paste((0, 0, 0), (0, 0, 8, 8))
+    photo.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_main_photos_become_vectors_and_bad_ones_no_row(spark: SparkSession, tmp_path: Path) -> None:
+    red, blue = jpeg((200, 0, 0)), jpeg((0, 0, 200))
+    (tmp_path / "away.png").write_bytes(blue)
+    (tmp_path / "other.png").write_bytes(red)
+    digest = {data: hashlib.sha256(data).hexdigest() for data in (red, blue, b"no photo")}
+    rows = [
+        ("kept", 1, None, red, digest[red]), ("kept", 2, None, blue, digest[blue]),
+        ("away", 0, str(tmp_path / "away.png"), None, digest[blue]),
+        ("changed", 0, str(tmp_path / "other.png"), None, digest[blue]),
+        ("bad", 0, None, b"no photo", digest[b"no photo"]), ("done", 0, None, red, digest[red]),
+        ("was other", 0, None, red, digest[red]),
+    ]  # fmt: skip
+    photos = spark.createDataFrame(rows, "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING")
+    done = spark.createDataFrame(
+        [("done", "image", "v", digest[red], False, [1.0]), ("was other", "image", "v", digest[blue], False, [1.0]),
+         ("kept", "image", "another", digest[red], False, [1.0])],
+        schemas.EMBEDDINGS.schema,
+    )  # fmt: skip
+    pending = embed.pending_photos(embed.main_photos(photos), done, "v")
+    found = {(row["item_id"], row["position"]) for row in pending.collect()}
+    assert found == {("kept", 1), ("away", 0), ("changed", 0), ("bad", 0), ("was other", 0)}
+
+    wanted = photos.join(pending.select("item_id", "position"), on=["item_id", "position"], how="left_semi")
+    settings = EmbedSettings(encoder="fake", vision="fake")
+    made = embed.embed_photos(wanted.withColumnRenamed("image_sha256", "text_sha256"), "v", settings, HttpSettings())
+    red_vector, blue_vector = FakeVision().embed([decode(data, 64) for data in (red, blue)])
+    vectors = {row["item_id"]: np.float32(row["embedding"]) for row in made.collect()}
+    assert set(vectors) == {"kept", "away", "was other"}
+    np.testing.assert_array_equal(vectors["kept"], red_vector)
+    np.testing.assert_array_equal(vectors["away"], blue_vector)
+    assert {(row["representation"], row["encoder_id"], row["fallback"]) for row in made.collect()} == {
+        ("image", "v", False)
     }

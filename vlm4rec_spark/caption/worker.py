@@ -6,7 +6,6 @@ Knows rows, and what the driver wants to hear; knows neither tables nor which ba
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -116,13 +115,11 @@ def _with_images(rows: Iterable[dict], http: HttpSettings) -> Iterator[tuple[dic
 def _read(row: dict, http: HttpSettings) -> bytes | Result:
     """The bytes at the photo's place, or why they can't be described."""
     try:
-        found = places.read(row["uri"], http)
-        assert found is not None  # nothing is known that they could be equal to
+        return places.read_again(row["uri"], row["image_sha256"], http)
+    except places.ChangedError as changed:
+        return _lost(row["caption_key"], "changed_since", str(changed))
     except Exception as unreadable:
         return _lost(row["caption_key"], "unreadable", f"the photo can't be read: {unreadable}")
-    if hashlib.sha256(found[0]).hexdigest() != row["image_sha256"]:
-        return _lost(row["caption_key"], "changed_since", "at its place lies another photo now; run ingest")
-    return found[0]
 
 
 def _lost(key: str, error_class: str, error: str) -> Result:

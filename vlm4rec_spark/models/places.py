@@ -34,6 +34,19 @@ def read(uri: str, http: HttpSettings, known: Known = _NOTHING, listed_at: int |
     return _download(uri, http, known) if download.is_url(uri) else _read_file(uri, known, listed_at)
 
 
+class ChangedError(Exception):
+    """At the place lies another photo than the one that was found there before."""
+
+
+def read_again(uri: str, sha256: str, http: HttpSettings) -> bytes:
+    """The photo that was found at a place before. Raises ChangedError, or whatever the place raises."""
+    found = read(uri, http)
+    assert found is not None  # nothing is known that they could be equal to
+    if hashlib.sha256(found[0]).hexdigest() != sha256:
+        raise ChangedError("at its place lies another photo now; run ingest")
+    return found[0]
+
+
 def _read_file(uri: str, known: Known, listed_at: int | None) -> tuple[bytes, int] | None:
     import fsspec
 

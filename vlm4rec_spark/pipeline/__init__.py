@@ -52,7 +52,7 @@ _STAGES = {
     "caption": Stage(
         captioning.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), captioning.beside_captions
     ),
-    "embed": Stage(encoding.embed, _TEXTS, (schemas.EMBEDDINGS,), encoding.beside_embeddings),
+    "embed": Stage(encoding.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), encoding.beside_embeddings),
     # Profiles take their vectors from the index artefact, so the index comes first.
     "index": Stage(matching.index, (*_TEXTS, schemas.EMBEDDINGS), (), matching.beside_index),
     "profiles": Stage(
@@ -104,6 +104,7 @@ class Pipeline(Run):
             self.config.caption.model.model_id()
         if {"embed", "index", "evaluate"} & set(stages):
             self.encoder_id()
+            self.vision_id()
         self.tables.prepare()
         if "ingest" in stages and not self._unchanged("ingest"):
             intake.raw_sources(self)

@@ -19,16 +19,19 @@ from vlm4rec_spark.stages import export as shapes
 
 def evaluate(run: Run, outcome: Outcome) -> None:
     settings, encoder = run.config.evaluate, run.encoder_id()
-    there = run.read(schemas.EMBEDDINGS)
+    stored, representation = run.read(schemas.EMBEDDINGS), F.col("representation")
+    # Of each representation that this configuration makes, the vectors that it would make.
+    by = F.when(representation.isin(*embed.REPRESENTATIONS), F.lit(encoder)).when(
+        representation == embed.IMAGE, F.lit(run.vision_id() or "")
+    )
+    there = stored.where(by.isNull() | (F.col("encoder_id") == by))
     known = {row["representation"] for row in there.select("representation").distinct().collect()}
     asked = {evaluation.arms.parts(arm)[0] for arm in settings.arms}
     if unknown := asked - known - set(evaluation.arms.BASELINES):
         raise RunError(f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
                        f"({', '.join(evaluation.arms.BASELINES)}) nor a representation of the table embeddings "
-                       f"({', '.join(sorted(known))}).")  # fmt: skip
-    ours = F.col("representation").isin(*embed.REPRESENTATIONS)
-    vectors = there.where(~ours | (F.col("encoder_id") == encoder))
-    read = evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), vectors)
+                       f"({', '.join(sorted(known))}). For image set embed.vision and run embed.")  # fmt: skip
+    read = evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), there)
     rows, outcome.details = evaluation.evaluate(run.spark, read, settings, run.config.profiles, run.voice.say)
     frame = run.spark.createDataFrame([row | {"run_id": run.run_id} for row in rows], schemas.METRICS.schema)
     run.tables.insert(schemas.METRICS, frame)
@@ -37,7 +40,7 @@ def evaluate(run: Run, outcome: Outcome) -> None:
 
 def beside_metrics(run: Run) -> object:
     settings = (run.config.evaluate, run.config.profiles)
-    return [*(each.model_dump(mode="json") for each in settings), run.encoder_id()]
+    return [*(each.model_dump(mode="json") for each in settings), run.encoder_id(), run.vision_id()]
 
 
 def export(run: Run, outcome: Outcome) -> None:

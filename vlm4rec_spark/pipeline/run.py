@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from vlm4rec_spark import schemas
 from vlm4rec_spark.config import Config
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models import embedder
+from vlm4rec_spark.models import embedder, vision
 from vlm4rec_spark.schemas import Table
 from vlm4rec_spark.tables import Tables
 
@@ -87,6 +87,11 @@ class Run:
 
     def encoder_id(self) -> str:
         return embedder.encoder_id(self.config.embed.encoder, self.config.embed.revision)
+
+    def vision_id(self) -> str | None:
+        """None where no photos are embedded."""
+        settings = self.config.embed
+        return vision.vision_id(settings.vision, settings.vision_revision) if settings.vision else None
 
 
 def one(rows: DataFrame) -> Row:

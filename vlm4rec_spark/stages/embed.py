@@ -1,17 +1,27 @@
-"""Item texts to unit vectors: title, caption, title + caption. Knows which text an item has in each representation."""
+"""Item texts, and main photos, to unit vectors. Knows which text an item has in each representation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 import pandas as pd
+from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from vlm4rec_spark.models import places
+from vlm4rec_spark.models.download import HttpSettings, concurrently
 from vlm4rec_spark.models.embedder import Embedder, clean, load_embedder
+from vlm4rec_spark.models.images import decode
+from vlm4rec_spark.models.vision import Vision, load_vision
 
 REPRESENTATIONS = ("title", "caption", "title_caption")
+IMAGE = "image"
+"""The representation that is made of the photo itself."""
+_PHOTO_SIDE = 512
+"""Pixels of a decoded photo's longer side: more than vision encoders read."""
+_PHOTOS_AT_ONCE = 64
 
 
 class EmbedSettings(BaseModel):
@@ -22,9 +32,12 @@ class EmbedSettings(BaseModel):
     encoder: str = Field("minilm", min_length=1)
     revision: str = "main"
     max_words: int = Field(256, ge=1)
+    vision: str | None = Field(None, min_length=1)
+    vision_revision: str = "main"
 
 
 _loaded: dict[tuple[str, str], Embedder] = {}
+_looking: dict[tuple[str, str], Vision] = {}
 
 
 def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) -> DataFrame:
@@ -96,3 +109,60 @@ def _embedder(settings: EmbedSettings) -> Embedder:
     if key not in _loaded:
         _loaded[key] = load_embedder(*key)
     return _loaded[key]
+
+
+def main_photos(photos: DataFrame) -> DataFrame:
+    """item_id, position, text_sha256: each item's first photo, without its bytes; the digest is that of the photo."""
+    first = F.min(F.struct("position", F.col("image_sha256").alias("text_sha256"))).alias("first")
+    return photos.groupBy("item_id").agg(first).select("item_id", "first.*")
+
+
+def pending_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
+    """Those of `main_photos` whose embedding by this encoder is missing or was made from another photo."""
+    done = embeddings.where((F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id))
+    return photos.join(done.select("item_id", "text_sha256"), on=["item_id", "text_sha256"], how="left_anti")
+
+
+def embed_photos(photos: DataFrame, vision_id: str, settings: EmbedSettings, http: HttpSettings) -> DataFrame:
+    """Rows of `embeddings` for photos (item_id, text_sha256, uri, image). One that can't be read gives no row."""
+    return photos.select("item_id", "text_sha256", "uri", "image").mapInPandas(
+        _looker_udf(settings, http), "item_id STRING, text_sha256 STRING, embedding ARRAY<FLOAT>"
+    ).select(
+        "item_id", F.lit(IMAGE).alias("representation"), F.lit(vision_id).alias("encoder_id"), "text_sha256",
+        F.lit(False).alias("fallback"), "embedding",
+    )  # fmt: skip
+
+
+def _looker_udf(
+    settings: EmbedSettings, http: HttpSettings
+) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
+    def image(row: dict) -> Image | None:
+        try:
+            data = row["image"]
+            if data is None:
+                data = places.read_again(row["uri"], row["text_sha256"], http)
+            return decode(data, _PHOTO_SIDE)
+        except Exception:  # of the photo or of its place; the rows that don't come back are counted as failed
+            return None
+
+    def look(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            for first in range(0, len(batch), _PHOTOS_AT_ONCE):
+                rows = batch.iloc[first : first + _PHOTOS_AT_ONCE].to_dict("records")
+                read = concurrently(lambda row: (row, image(row)), rows, http.concurrency)
+                seen = [(row["item_id"], row["text_sha256"], photo) for row, photo in read if photo is not None]
+                if seen:
+                    # They end in any order, and a vector's last digits depend on its batch.
+                    items, digests, photos = zip(*sorted(seen, key=lambda each: each[0]), strict=True)
+                    vectors = _vision(settings).embed(photos)
+                    yield pd.DataFrame({"item_id": items, "text_sha256": digests, "embedding": list(vectors)})
+
+    return look
+
+
+def _vision(settings: EmbedSettings) -> Vision:
+    assert settings.vision is not None
+    key = (settings.vision, settings.vision_revision)
+    if key not in _looking:
+        _looking[key] = load_vision(*key)
+    return _looking[key]
