@@ -57,7 +57,8 @@ def evaluated(pipeline: Pipeline) -> dict[tuple[str, str], tuple[float, float, f
     """Value and interval of (arm, metric) over all users."""
     pipeline.run(["evaluate"])
     rows = pipeline.tables.read(schemas.METRICS)
-    rows = rows.where((rows["run_id"] == pipeline.run_id) & (rows["slice"] == "all")).collect()
+    lists = (rows["split"] == "leave_one_out") & (rows["slice"] == "all")
+    rows = rows.where((rows["run_id"] == pipeline.run_id) & lists).collect()
     return {(row["arm"], row["metric"]): (row["value"], row["low"], row["high"]) for row in rows}
 
 

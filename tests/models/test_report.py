@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
 from datetime import UTC, datetime
 from functools import cache
@@ -13,7 +14,9 @@ from PIL import Image
 
 from vlm4rec_spark.models.images import PhotoError
 from vlm4rec_spark.report import pictures
+from vlm4rec_spark.report.audit import audits
 from vlm4rec_spark.report.data import (
+    AuditExample,
     Captions,
     Failure,
     Metric,
@@ -203,6 +206,67 @@ def test_approximate_search_states_the_recall_promised_and_measured():
     text = text_of(full_page())
     assert "98.3 %" in text and "promised are 95 %" in text
     assert "on disk 231 kB" in text
+
+
+def audited(metric: str, value: float, low: float | None = None, high: float | None = None) -> Metric:
+    return Metric("captions", "llava@1", metric, 0, "all", value, low, high, 500)
+
+
+def with_audit(**told: object) -> ReportData:
+    """A captioner that tells colours, but finds its captions again no better than chance."""
+    captioner = {"model": "llava@1", "in_force": 9000, "sampled": 500, "asked": 100, "failures": {"model_died": 2},
+                 "of_nothing": "A grey <b>wall.", "refused": "", "earlier": ["llava@0, short.1"]} | told  # fmt: skip
+    runs = [dataclasses.replace(run, details=run.details | {"caption_audit": json.dumps({"captioners": [captioner]})})
+            if run.stage == "evaluate" else run for run in full().runs]  # fmt: skip
+    figures = (
+        audited("distinct_share", 0.93), audited("agreement/colour", 0.81, 0.77, 0.84),
+        audited("agreement_shuffled/colour", 0.12, 0.1, 0.15), audited("self_rank_10", 0.03, 0.01, 0.06),
+        audited("self_rank_10_chance", 0.02), audited("self_median_rank", 240), audited("drift_changed", 0.4, 0.3, 0.5),
+        audited("self_median_rank_chance", 250.5), audited("blank_cosine", 0.9, 0.88, 0.92),
+        audited("pair_cosine", 0.5, 0.45, 0.55),
+    )  # fmt: skip
+    few = AuditExample(Photo("A-1", HOSTILE, PIXEL, caption="a red mug"), "<script>a bag", 499.5)
+    wrong = AuditExample(Photo("A-2", None, PIXEL, caption="a mug"), attribute="colour", value="<i>red")
+    return dataclasses.replace(full(), runs=tuple(runs), metrics=(*full().metrics, *figures), audit=(few, wrong))
+
+
+def test_the_audit_stands_with_the_captions_each_figure_beside_its_control():
+    page = render(with_audit())
+    text = text_of(page[page.index('id="audit"') : page.index('id="recommendations"')])
+    assert "Captions that name the catalogue&#39;s colour 81 % 77 %–84 % 12 % 10 %–15 % captions of other photos" in text
+    assert "Distinct captions, of those looked at 93 %" in text
+    assert "500 of 9,000 captions in force were looked at. 100 of the photos were described a second time" in text
+    assert "2 of them got no caption then (model died 2) and count as not found" in text
+    assert "the model says: “A grey &lt;b&gt;wall.”" in text and "Earlier captions of these photos are by llava@0" in text
+    assert "a red mug Described again: &lt;script&gt;a bag A-1 · its own caption comes at rank 499.5" in text
+    assert "a mug colour in the catalogue: &lt;i&gt;red A-2" in text
+
+
+def test_what_is_not_apart_from_its_control_is_in_doubt():
+    (found,) = audits(with_audit())
+    assert {line.figure.metric for line in found.lines if line.doubtful} == {"self_rank_10", "blank_cosine"}
+    assert render(with_audit()).count("In doubt here") == 2
+
+
+def test_figures_on_captions_are_no_scores_of_lists():
+    assert splits(with_audit()) == splits(full())
+    assert headline(with_audit()) == headline(full())
+    assert findings(with_audit()) == findings(full())
+
+
+def test_without_an_audit_the_page_has_no_word_of_it():
+    for nothing in (full(), ReportData(), dataclasses.replace(full(), audit=with_audit().audit)):
+        assert "come from the photos" not in render(nothing)
+    few = Metric("captions", "llava@1", "distinct_share", 0, "all", None, None, None, 12)
+    assert "come from the photos" not in render(dataclasses.replace(full(), metrics=(few,)))
+
+
+def test_a_captioner_that_refused_to_be_asked_is_said():
+    runs = tuple(dataclasses.replace(run, details={"caption_audit": '{"trouble": "no <key>"}'})
+                 if run.stage == "evaluate" else run for run in full().runs)  # fmt: skip
+    assert "couldn&#39;t be asked again: no &lt;key&gt;" in text_of(render(dataclasses.replace(full(), runs=runs)))
+    refusing = text_of(render(with_audit(of_nothing="", refused="the model refused")))
+    assert "nothing but grey the model gives no caption, as it should" in refusing
 
 
 def photo_bytes(format: str, mode: str = "RGB", **save) -> bytes:  # type: ignore[no-untyped-def]

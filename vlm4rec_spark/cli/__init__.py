@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from vlm4rec_spark.cli import log
-from vlm4rec_spark.errors import UsageError, Vlm4RecError
+from vlm4rec_spark.errors import UsageError, Vlm4RecError, first_words
 
 app = typer.Typer(
     name="vlm4rec",
@@ -300,13 +300,4 @@ def _explain(error: BaseException) -> tuple[str, int]:
         gone = ("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory). What was "
                 "committed stays; run the same command again to go on.")  # fmt: skip
         return f"{gone} (--debug shows the stack trace.)", 1
-    return f"{_first_words(error)} (--debug shows the stack trace.)", 1
-
-
-def _first_words(error: BaseException) -> str:
-    """What an unforeseen error says, without the frames that Spark puts into its messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A worker's own exception stands at the end of the Python traceback inside Spark's message.
-    inner = [line for line in lines if line.startswith(("vlm4rec_spark.errors.", "vlm4rec_spark."))]
-    said = inner[-1].split(": ", 1)[-1] if inner else (lines[0] if lines else "no message")
-    return f"{type(error).__name__}: {said[:600]}"
+    return f"{first_words(error)} (--debug shows the stack trace.)", 1

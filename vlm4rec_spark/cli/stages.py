@@ -186,7 +186,9 @@ def _show_report(pipeline: Pipeline, console: Console) -> None:
 def _headline(pipeline: Pipeline, console: Console) -> None:
     """The latest evaluation, all users, as a table."""
     rows, last = pipeline.tables.read(schemas.METRICS), pipeline.last_good()["evaluate"]
-    rows = rows.where((rows["run_id"] == last["run_id"]) & (rows["slice"] == "all"))
+    # What was found of captions is no score of an arm, and stands in the report.
+    lists = (rows["slice"] == "all") & (rows["split"] != "captions")
+    rows = rows.where((rows["run_id"] == last["run_id"]) & lists)
     found = {(row["split"], row["arm"], row["metric"]): row for row in rows.collect()}
     metrics = sorted({metric for _, _, metric in found}, reverse=True)
     for split in dict.fromkeys(split for split, _, _ in found):

@@ -24,7 +24,7 @@ BASELINES = ("random", "popularity")
 
 
 class EvaluateSettings(BaseModel):
-    """Splits, arms and how much is judged."""
+    """Splits, arms and how much is judged; how many captions are looked at, and how many photos asked about again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,6 +36,8 @@ class EvaluateSettings(BaseModel):
     k: int = Field(10, ge=1)
     max_users: int = Field(100_000, ge=1)
     seed: int = 0
+    audit_photos: int = Field(500, ge=0, le=5_000)
+    audit_again: int = Field(0, ge=0, le=1_000)
 
     @field_validator("cut", mode="before")
     @classmethod

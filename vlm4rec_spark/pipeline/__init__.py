@@ -62,7 +62,7 @@ _STAGES = {
         matching.recommend, (schemas.PROFILES, schemas.ITEMS), (schemas.RECOMMENDATIONS,), matching.beside_lists
     ),
     "evaluate": Stage(
-        judging.evaluate, (schemas.INTERACTIONS, schemas.ITEMS, schemas.EMBEDDINGS), (schemas.METRICS,),
+        judging.evaluate, (schemas.INTERACTIONS, schemas.EMBEDDINGS, *_TEXTS, schemas.PHOTOS), (schemas.METRICS,),
         judging.beside_metrics,
     ),
     "export": Stage(

@@ -12,6 +12,7 @@ from vlm4rec_spark import report as page
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation import evaluate as evaluation
+from vlm4rec_spark.pipeline import auditing
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.stages import export as shapes
@@ -33,14 +34,16 @@ def evaluate(run: Run, outcome: Outcome) -> None:
                        f"({', '.join(sorted(known))}). For image set embed.vision and run embed.")  # fmt: skip
     read = evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), there)
     rows, outcome.details = evaluation.evaluate(run.spark, read, settings, run.config.profiles, run.voice.say)
+    outcome.ok = sum(json.loads(split)["users"] for split in outcome.details.values())
+    rows += auditing.audit(run, outcome)
     frame = run.spark.createDataFrame([row | {"run_id": run.run_id} for row in rows], schemas.METRICS.schema)
     run.tables.insert(schemas.METRICS, frame)
-    outcome.ok = sum(json.loads(split)["users"] for split in outcome.details.values())
 
 
 def beside_metrics(run: Run) -> object:
     settings = (run.config.evaluate, run.config.profiles)
-    return [*(each.model_dump(mode="json") for each in settings), run.encoder_id(), run.vision_id()]
+    described = [run.encoder_id(), run.vision_id(), auditing.beside(run)]
+    return [*(each.model_dump(mode="json") for each in settings), *described]
 
 
 def export(run: Run, outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.report.album import Album
+from vlm4rec_spark.report.audit import AuditExamples
 from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
 from vlm4rec_spark.report.exhibits import ChosenCaptions, ChosenStock, ChosenUsers
 
@@ -39,7 +40,9 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     stock = ChosenStock(tables, counts["photos"])
     captions = ChosenCaptions(tables, settings.photos, history.get("caption", ()))
     users = ChosenUsers(tables, settings.users)
-    album = Album(tables, [*stock.places, *captions.places], users.items)
+    evaluated = next(iter(history.get("evaluate", ())), None)
+    audit = AuditExamples(evaluated)
+    album = Album(tables, [*stock.places, *captions.places, *audit.places], users.items)
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_along_the_way)),
@@ -47,8 +50,9 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         rejections=_rejections(tables),
         stock=stock.shown(album),
         captions=captions.shown(album),
+        audit=audit.shown(album),
         users=users.shown(album),
-        metrics=_metrics(tables, next(iter(history.get("evaluate", ())), None)),
+        metrics=_metrics(tables, evaluated),
     )
 
 

@@ -106,6 +106,18 @@ class Captions:
 
 
 @dataclass(frozen=True)
+class AuditExample:
+    """A photo whose caption is in doubt: described `again` otherwise (None: not at all), its own caption at that rank;
+    or its caption doesn't name what the catalogue says."""
+
+    photo: Photo
+    again: str | None = None
+    rank: float | None = None
+    attribute: str | None = None
+    value: str | None = None
+
+
+@dataclass(frozen=True)
 class SharedPhoto:
     """Identical bytes under several items."""
 
@@ -173,6 +185,7 @@ class ReportData:
     rejections: tuple[Rejection, ...] = ()
     stock: PhotoStock = PhotoStock()
     captions: Captions = Captions()
+    audit: tuple[AuditExample, ...] = ()
     users: tuple[User, ...] = ()
     metrics: tuple[Metric, ...] = ()
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from vlm4rec_spark import __version__
-from vlm4rec_spark.report import charts
+from vlm4rec_spark.report import audit, charts
 from vlm4rec_spark.report.data import Metric, Photo, ReportData, arm_name
 from vlm4rec_spark.report.findings import findings
 from vlm4rec_spark.report.scores import headline, splits
@@ -26,11 +26,14 @@ def render(data: ReportData) -> str:
         loader=PackageLoader("vlm4rec_spark.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
     pages.filters |= {"count": _count, "share": _share, "duration": _duration, "moment": _moment, "size": _size,
-                      "interval": _interval, "alt": _alt, "arm": arm_name, "p_value": _p_value}  # fmt: skip
+                      "interval": _interval, "alt": _alt, "arm": arm_name, "p_value": _p_value,
+                      "audited": _audited}  # fmt: skip
     return pages.get_template("report.html.j2").render(
         data=data,
         headline=headline(data),
         splits=splits(data),
+        audits=audit.audits(data),
+        trouble=audit.trouble(data),
         findings=findings(data),
         details={run.stage: run.details for run in data.runs},
         attributes={name: charts.values(counts) for name, counts in data.captions.attributes.items()},
@@ -88,6 +91,13 @@ def _size(number: object) -> str:
 
 def _interval(metric: Metric) -> str:
     return "" if metric.low is None or metric.high is None else f"{metric.low:.3f}–{metric.high:.3f}"
+
+
+def _audited(metric: Metric, number: bool) -> Markup:
+    """A share or a number, with its interval below."""
+    write = _count if number else _share
+    ends = "" if metric.low is None or metric.high is None else f"{write(metric.low)}–{write(metric.high)}"
+    return Markup('{}<span class="low-high">{}</span>').format(write(metric.value), ends)
 
 
 def _alt(photo: Photo) -> str:

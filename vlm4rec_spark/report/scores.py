@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vlm4rec_spark.report import charts
+from vlm4rec_spark.report import audit, charts
 from vlm4rec_spark.report.data import Metric, ReportData, arm_name, figures
 
 ARMS = ("random", "popularity", "title", "caption", "title_caption", "oracle")
@@ -112,7 +112,8 @@ def _of(metrics: Sequence[Metric], split: str) -> list[Metric]:
 
 
 def _splits(metrics: Sequence[Metric]) -> list[str]:
-    return sorted({metric.split for metric in metrics}, key=_place(tuple(_SPLITS)))
+    # Figures on captions, which are no scores of lists, stand with the captions.
+    return sorted({metric.split for metric in metrics} - {audit.SPLIT}, key=_place(tuple(_SPLITS)))
 
 
 def _place(order: Iterable[str]) -> Callable[[str], tuple[int, str, int, str]]:

@@ -10,9 +10,9 @@ red, green or blue, is for photos that are mostly of this colour:
 - exit (the process ends), hang (it says nothing for an hour), eat (it takes memory until it is ended)
 
 And `NAME=VALUE`: ms (milliseconds that a call takes at least), fits (photos in a call for which there is memory), count
-(a file that gets a line per photo), gpus (one that gets, per process, the GPUs that it may see), and, both in the one
-process that gets to make the file, die_once (the parent is killed, a Python worker of Spark) and stall_once (it says
-nothing for an hour).
+(a file that gets a line per photo), says (one text for every photo, as of a model that doesn't look), gpus (a file that
+gets, per process, the GPUs that it may see), and, both in the one process that gets to make the file, die_once (the
+parent is killed, a Python worker of Spark) and stall_once (it says nothing for an hour).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FakeCaptioner(BatchCaptioner):
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
         if "count" in self.values:
             _append(self.values["count"], "1")
-        text = f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}."
+        text = self.values.get("says", f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}.")
         if self.json:
             text = json.dumps({"kind": "thing", "colour": text[11:-1], "style": "unknown"})
         shades = {"red": red, "green": green, "blue": blue}
