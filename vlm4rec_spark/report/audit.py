@@ -109,7 +109,7 @@ def _lines(by_name: Mapping[str, Metric]) -> Iterator[Line]:
 
     yield from line("distinct_share", "Distinct captions, of those looked at", "",
                     "near 100 %: photos that share a caption can't be told apart")  # fmt: skip
-    yield from line("distinct_share_all", "Distinct captions, of all in force", "", "high, less so in a large catalogue")
+    yield from line("distinct_share_all", "Distinct captions, of all in force", "", "less in a large catalogue")
     for name in sorted(by_name):
         kind, _, attribute = name.partition("/")
         if kind == "agreement":
