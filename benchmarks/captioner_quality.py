@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,8 +162,10 @@ def first_caption(model: Path) -> float:
 
 
 def wheel_mb(folder: Path) -> float:
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(root)]
+    # Of a copy, since building leaves files behind.
+    left = shutil.ignore_patterns(".*", "build", "demo-output", "*.egg-info", "__pycache__")
+    copy = shutil.copytree(Path(__file__).resolve().parents[1], folder / "project", ignore=left)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(copy)]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl")).stat().st_size / 1e6
 

@@ -266,7 +266,7 @@ def test_without_an_audit_the_page_has_no_word_of_it():
 def test_a_captioner_that_refused_to_be_asked_is_said():
     runs = tuple(dataclasses.replace(run, details={"caption_audit": '{"trouble": "no <key>"}'})
                  if run.stage == "evaluate" else run for run in full().runs)  # fmt: skip
-    assert "couldn&#39;t be asked again: no &lt;key&gt;" in text_of(render(dataclasses.replace(full(), runs=runs)))
+    assert "couldn't be asked again: no &lt;key&gt;" in text_of(render(dataclasses.replace(full(), runs=runs)))
     refusing = text_of(render(with_audit(of_nothing="", refused="the model refused")))
     assert "nothing but grey the model gives no caption, as it should" in refusing
 
