@@ -180,7 +180,7 @@ def test_every_stage_is_recorded(shop: Shop) -> None:
         assert row["status"] == "ok"
         assert (row["rows_ok"], row["rows_failed"], row["rows_skipped"]) == counts(shop.outcomes[stage])
         assert row["rows_in"] == sum(counts(shop.outcomes[stage]))
-    assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions"}
+    assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions", "photos"}
     assert all(len(row["state"]) == 64 for row in runs.values())
 
 
@@ -198,6 +198,8 @@ COLLECTED = {
     "album._thumbs": "the photos that the report shows, report.photos and the lists of report.users",
     "album._titles": "the items that the report shows",
     "auditing._samples": "at most evaluate.audit_photos captions of each captioner",
+    "auditing._vectors": "vectors of the texts of those captions",
+    "collect._metrics": "the figures of the last evaluation, one row each, 5,000 at most",
     "matching.recommend": "at most recommend.recall_sample profiles, and the ids of withdrawn items",
 }
 """What may bring more than a few rows to the driver, and why that doesn't grow with the shop."""
