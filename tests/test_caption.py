@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -499,6 +500,18 @@ def test_the_line_counts_what_tasks_say_and_tells_them_to_stop() -> None:
     alone.say({"photos": 1})
     assert not alone.stopped
     alone.close()
+
+
+def test_a_task_whose_line_breaks_leaves_no_socket_open() -> None:
+    line = Line("127.0.0.1")
+    caller = Caller(line.address)
+    wire = caller._socket
+    assert wire is not None
+    wire.shutdown(socket.SHUT_WR)
+    caller.say({"photos": 1})
+    assert (wire.fileno(), caller.stopped) == (-1, False)
+    caller.close()
+    line.close()
 
 
 def test_imported_captions_take_the_place_of_the_model(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:

@@ -428,6 +428,7 @@ def test_the_id_changes_with_the_weights_and_the_template_and_not_with_the_card_
     before = ModelSettings(model=str(llava)).model_id()
     assert before.startswith("untrained@")
     (copy / "README.md").write_text("A card.")
+    (copy / "curve.png").write_bytes(b"A picture.")
     assert ModelSettings(model=str(copy)).model_id() == before
     with (copy / "chat_template.jinja").open("a") as template:
         template.write(" ")

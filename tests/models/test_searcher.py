@@ -269,6 +269,24 @@ def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch:
     assert (again.tolist(), scores_again.tolist()) == (top.tolist(), scores.tolist())
 
 
+def test_the_last_digits_of_a_float32_score_decide_nothing(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
+    exact = [best(searcher, means(queries), [NOBODY] * 50, everything, K, None)]
+    asked = Searcher.exact
+    noise = np.random.default_rng(1)
+
+    def blurred(self: Searcher, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        positions, scores = asked(self, queries)
+        return positions, scores + noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
+
+    monkeypatch.setattr(Searcher, "exact", blurred)
+    exact.append(best(searcher, means(queries), [NOBODY] * 50, everything, K, None))
+    assert exact[0][0].tolist() == exact[1][0].tolist()
+    assert exact[0][1].tolist() == exact[1][1].tolist()
+
+
 def sample(queries: np.ndarray, seen: list[list[str]]) -> pa.Table:
     history = pa.array([[]] * len(queries), pa.list_(pa.struct({"item_id": pa.string(), "weight": pa.float64()})))
     embedding = pa.array(queries.tolist(), pa.list_(pa.float32()))

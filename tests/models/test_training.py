@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor, SwinConfig
 
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.errors import RunError, UsageError
@@ -158,6 +161,59 @@ def test_a_training_that_was_killed_ends_as_it_would_have(
         train.train(photos, tmp_path / "parts", work, train.Plan(seen=30, batch=6), told.append)
 
 
+def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both_know(
+    read: Read, tmp_path: Path
+) -> None:
+    photos = read()
+    train.train(photos, tmp_path / "first", tmp_path, PLAN, lambda text: None)
+    torch.manual_seed(0)
+    before, _ = network.build(photos.sentences)
+    network.inherit(before, AutoProcessor.from_pretrained(tmp_path / "first"), tmp_path / "first")
+    other = replace(photos, sentences=[said.replace("hat", "bonnet") for said in photos.sentences])
+    torch.manual_seed(0)
+    model, processor = network.build(other.sentences)
+    untaught = model.get_input_embeddings().weight.detach().clone()
+    network.inherit(model, processor, tmp_path / "first")
+    theirs, ours = (each.get_input_embeddings().weight for each in (before, model))
+    words = AutoProcessor.from_pretrained(tmp_path / "first").tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+    assert torch.equal(ours[words[1]["red"]], theirs[words[0]["red"]])
+    assert torch.equal(ours[words[1]["bonnet"]], untaught[words[1]["bonnet"]])
+    taken, given = (each.model.vision_tower.state_dict() for each in (model, before))
+    assert all(torch.equal(taken[name], given[name]) for name in given)
+
+    plan = replace(PLAN, start=str(tmp_path / "first"), mirrored=0.5, seen=12)
+    (tmp_path / "work").mkdir()
+    train.train(other, tmp_path / "second", tmp_path / "work", plan, lambda text: None)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    same = {name for name, each in first.items() if torch.equal(each, second[name])}
+    early = {name for name in same if ".layers.0." in name and "vision_tower" in name}
+    assert len(early) > 10
+    assert not any("multi_modal_projector" in name for name in same)
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("gone", "--start gone: there is no captioner"), ("none", "no captioner can be read from it"),
+     ("other", "its captioner is of another shape than those that are trained here")],
+)  # fmt: skip
+def test_only_a_captioner_of_this_kind_can_be_started_from(
+    read: Read, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str, said: str
+) -> None:
+    start = tmp_path / folder
+    if folder == "none":
+        start.mkdir()
+        (start / "config.json").write_text("{}")
+    if folder == "other":
+        small = SwinConfig(image_size=64, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4)
+        model, processor = network.build(read().sentences, small)
+        model.save_pretrained(start)
+        processor.save_pretrained(start)
+    given = folder if folder == "gone" else str(start)
+    assert main(["train-captioner", str(table), "--out", str(tmp_path / "out"), "--attribute", "kind=category",
+                 "--start", given]) == 2  # fmt: skip
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_photos_are_drawn_by_weight_and_never_those_held_out(read: Read) -> None:
     photos = read()
     _, processor = network.build(photos.sentences)
@@ -179,6 +235,18 @@ def test_changed_photos_depend_on_the_seed_and_stay_photos() -> None:
     assert not torch.equal(first, other)
     assert first.abs().max() < 1.3
     assert torch.equal(augment.plain(photos), photos / 127.5 - 1)
+
+
+def test_a_share_of_the_photos_is_mirrored_at_most() -> None:
+    photos = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed = augment.augment(photos, torch.Generator().manual_seed(1), mirrored=0.5)
+    as_it_is, turned = augment.plain(photos), augment.plain(photos.flip(-1))
+    untouched = [torch.equal(new, old) or torch.equal(new, other)
+                 for new, old, other in zip(changed, as_it_is, turned, strict=True)]  # fmt: skip
+    assert untouched == [True] * 4 + [False] * 4
+    assert 0 < sum(torch.equal(new, old) for new, old in zip(changed[:4], as_it_is, strict=False)) < 4
+    whole = augment.augment(photos, torch.Generator().manual_seed(1), mirrored=1.0)
+    assert whole.shape == photos.shape
 
 
 def test_the_background_is_what_reaches_the_edge() -> None:
@@ -256,6 +324,6 @@ def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path: Path) ->
                "--seen", "24", "--batch", "12", "--licence", "Ours."]  # fmt: skip
     assert main(command) == 0
     text = (tmp_path / "mine" / "README.md").read_text()
-    assert "--attribute kind=category --seen 24 --batch 12 --rate 0.001 --seed 0" in text
+    assert "--attribute kind=category --seen 24 --batch 12 --rate 0.001 --seed 0`" in text
     assert "| kind | 2 |" in text
     assert {file.name for file in (tmp_path / "mine").iterdir()} >= {"model.safetensors", "curve.png", "config.json"}

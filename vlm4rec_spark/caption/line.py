@@ -97,20 +97,28 @@ class Caller:
             self.stopped = self._answers.readline(10) == b"stop\n"
             self._unsaid.clear()
         except OSError:
-            self._socket = None
+            self._hang_up()
 
     def close(self) -> None:
         self.flush()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         for end in (self._answers, self._socket):
             if end is not None:
                 with suppress(OSError):
                     end.close()
+        self._answers = self._socket = None
 
 
 def _connected(address: Address) -> socket.socket | None:
     try:
         wire = socket.create_connection((address.host, address.port), _TIMEOUT_SECONDS)
+    except OSError:
+        return None
+    try:
         wire.sendall(address.token.encode() + b"\n")
     except OSError:
+        wire.close()
         return None
     return wire

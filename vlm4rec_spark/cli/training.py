@@ -13,16 +13,21 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.cli.log import OURS, speak
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.models.captioners import PACKAGED_MODEL
 
 
 def run_training(
     table: Path, out: Path, work: Path | None, columns: dict[str, str], attributes: Sequence[str], licence: str,
-    options: dict[str, int | float | bool], debug: bool,
+    options: dict[str, int | float | bool | str], debug: bool,
 ) -> None:  # fmt: skip
     """Read the photos, train, measure on held-out photos, write the card."""
     named = _attributes(attributes)
     if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
         raise UsageError(f"--out {out}: it holds something that isn't a model. Give a new folder.")
+    if options["start"] == "packaged":
+        options |= {"start": str(PACKAGED_MODEL)}
+    if options["start"] and not (Path(str(options["start"])) / "config.json").is_file():
+        raise UsageError(f"--start {options['start']}: there is no captioner. Name 'packaged', or a model's folder.")
     if not debug:
         quiet()
     speak(False)
@@ -66,7 +71,10 @@ def _attributes(given: Sequence[str]) -> dict[str, str]:
 
 
 def _told(columns: dict[str, str], attributes: Sequence[str], plan) -> list[str]:  # type: ignore[no-untyped-def]
+    start = "packaged" if plan.start == str(PACKAGED_MODEL) else plan.start
     told = [word for each in attributes for word in ("--attribute", each)]
     told += [word for name, column in columns.items() if name != column for word in (f"--{name}", column)]
-    return [*told, "--seen", str(plan.seen), "--batch", str(plan.batch), "--rate", str(plan.rate), "--seed",
-            str(plan.seed), *(["--teacher"] if plan.teacher else [])]  # fmt: skip
+    told += [word for name in ("seen", "batch", "rate", "seed") for word in (f"--{name}", str(getattr(plan, name)))]
+    told += ["--teacher"] if plan.teacher else []
+    told += ["--start", start] if start else []
+    return told + (["--mirrored", str(plan.mirrored)] if plan.mirrored else [])

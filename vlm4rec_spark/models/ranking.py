@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 SCORE_DIGITS = 6
-"""Scores are rounded before ties break by item id: the last digits of a float score change with the batch size."""
+"""Scores are rounded before ties break by item id."""
+SPARE = 8
+"""So many more than k are taken by float32 scores, whose last digits change with the batch size, and scored again."""
 
 
 def flat_exclusions(excluded: list[np.ndarray], items: int) -> np.ndarray:
@@ -49,3 +51,10 @@ def top_k(
     best[:, :width] = np.where(kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan)
     return top, best
 
+
+def ordered(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of the positions, (users, candidates), by their scores; ordered and padded as by `top_k`."""
+    rounded = np.round(np.where(positions >= 0, scores, -np.inf), SCORE_DIGITS)
+    chosen = np.lexsort((positions, -rounded), axis=1)[:, :k]
+    top = np.take_along_axis(positions, chosen, 1)
+    return top, np.where(top >= 0, np.take_along_axis(rounded, chosen, 1), np.nan)

@@ -39,6 +39,10 @@ class Tastes(Protocol):
         """Approximate candidates with exact scores: both (users, candidates); a position of -1 is none."""
         ...
 
+    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+        """float64 scores of some items of each user, (users, items), whatever else is scored at the same time."""
+        ...
+
     def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
         """For each of the items (positions) that of the history item that speaks for it most; -1 without a history."""
         ...
@@ -73,6 +77,12 @@ class Means:
 
     def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
         return searcher.search(self._vectors, effort)
+
+    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+        found = np.empty(positions.shape)
+        for user, (vector, items) in enumerate(zip(self._vectors, positions, strict=True)):
+            found[user] = searcher.vectors[items].astype(np.float64) @ vector.astype(np.float64)
+        return found
 
     def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
         history = self._histories[user]
@@ -123,6 +133,14 @@ class Histories:
         for user, (mine, best) in enumerate(merged):
             positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
         return positions, scores
+
+    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+        found = np.full(positions.shape, np.nan)
+        for user, (mine, weights, items) in enumerate(zip(self._positions, self._weights, positions, strict=True)):
+            if len(mine):
+                history = searcher.vectors[mine].astype(np.float64)
+                found[user] = (searcher.vectors[items].astype(np.float64) @ history.T * weights).max(axis=1)
+        return found
 
     def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
         return nearest(self._positions[user], self._weights[user], searcher, items)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from vlm4rec_spark.errors import UsageError
 
+_FOR_PEOPLE = {".md", ".png"}
+
 
 def pinned_id(key: str, name: str, revision: str) -> str:
     """`name@commit` of a hub model, `folder@hash` of a local one. `key` is the config key, for the error.
 
-    The hash covers every file's name and bytes, so that retrained weights in the same folder are another model.
+    The hash covers every file's name and bytes, so that retrained weights in the same folder are another model; not
+    the model card and its pictures, which no model reads.
     Raises UsageError when `name` is written as a path and no folder is there, or when it holds no safetensors.
     """
     folder = Path(name).expanduser()
@@ -22,7 +25,7 @@ def pinned_id(key: str, name: str, revision: str) -> str:
     if not any(folder.rglob("*.safetensors")):
         raise UsageError(f"{key}: the folder {name} holds no .safetensors file. Other weight formats aren't loaded.")
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".md")):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in _FOR_PEOPLE):
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

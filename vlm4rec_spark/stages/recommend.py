@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.ranking import flat_exclusions, top_k
+from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Histories, Means, Shape, Tastes
 
@@ -98,7 +98,8 @@ def best(
         else:
             most = max(len(positions) for positions in block_excluded)
             found = block.search(searcher, Effort(effort.leaves, max(effort.candidates, k + most)))
-        top, score = top_k(*found, exclusions, eligible, k)
+        top, _ = top_k(*found, exclusions, eligible, k + SPARE)
+        top, score = ordered(top, block.scores(searcher, top), k)
         short = np.flatnonzero(top[:, -1] < 0)
         if effort is not None and len(short):
             top[short], score[short] = best(

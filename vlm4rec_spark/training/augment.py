@@ -11,13 +11,17 @@ _FLOOD_SIDE = 32
 """The plain background is looked for in a picture so small: it is one area, and its edges are softened anyhow."""
 
 
-def augment(photos: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+def augment(photos: torch.Tensor, chance: torch.Generator, mirrored: float = 0.0) -> torch.Tensor:
     """(n, 3, side, side) uint8 to the same as floats from -1 to 1, each changed in its own way.
 
     Backgrounds: a plain light one is replaced in a third of the photos by a colour, a slope between two, or another
     photo out of focus. Then turned, mirrored, cropped or shrunk, moved; brighter or darker, of another contrast and
-    with a cast; some coarser, some with a part hidden.
+    with a cast; some coarser, some with a part hidden. A share of `mirrored` is left as it is, or mirrored at most.
     """
+    if mirrored and (gentle := round(len(photos) * mirrored)):
+        flip = _rand(photos[:gentle], 1, 1, 1, chance=chance) < 0.5
+        first = plain(torch.where(flip, photos[:gentle].flip(-1), photos[:gentle]))
+        return torch.cat([first, augment(photos[gentle:], chance)]) if gentle < len(photos) else first
     pixels = photos.float() / 255
     pixels = _replaced(pixels, chance)
     pixels = _moved(pixels, chance)

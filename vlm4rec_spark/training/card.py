@@ -33,12 +33,13 @@ def write(folder: Path, made: Made, found: Mapping[str, Share], curve: Sequence[
         for name, each in found.items()
     )
     left_out = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in made.rejected.items()) or "none"
+    gone_on = " It went on from a captioner that was trained before." if made.plan.start else ""
     taught = "EfficientNet-Lite0 (ImageNet weights, Apache-2.0) told the tower what to look for while it learnt."
     (folder / "README.md").write_text(
         _TEXT.format(
             rows=rows, command=made.command, data=made.data, licence=made.licence, photos=made.photos,
             left_out=left_out, seen=made.plan.seen, batch=made.plan.batch, seed=made.plan.seed,
-            minutes=made.seconds / 60, device=made.device, teacher=taught if made.plan.teacher else "",
+            minutes=made.seconds / 60, device=made.device, teacher=taught if made.plan.teacher else "", gone_on=gone_on,
         ).replace("\n\n\n", "\n\n"),
         encoding="utf-8",
     )  # fmt: skip
@@ -79,7 +80,7 @@ own classes and loaded through `AutoProcessor` and `AutoModelForImageTextToText`
 
 - Data: {data}. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
-- {seen:,} photos seen in batches of {batch:,}, seed {seed}; {minutes:.1f} minutes on {device}. {teacher}
+- {seen:,} photos seen in batches of {batch:,}, seed {seed}; {minutes:.1f} minutes on {device}.{gone_on} {teacher}
 - The curve is in `curve.png`.
 
 ## Held-out figures

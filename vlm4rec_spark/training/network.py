@@ -6,7 +6,10 @@ Made of transformers' own classes, so that the ordinary backend loads it and no 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
+
+from vlm4rec_spark.errors import UsageError
 
 SIDE = 128
 """Pixels to which a photo is brought, each way; its sides' ratio is lost."""
@@ -69,6 +72,45 @@ def build(sentences: Iterable[str], tower: Any = None, template: str = _TEMPLATE
     model = LlavaForConditionalGeneration(config)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, END
     return model, processor
+
+
+def inherit(model: Any, processor: Any, folder: Path) -> None:
+    """Give an untrained model of `build` the weights of the captioner in `folder`.
+
+    What sees edges and colours is frozen: the patches and the first half of the tower's stages. Words that both know
+    keep what they mean, others are new.
+
+    Raises UsageError for a folder without such a captioner.
+    """
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    try:
+        other = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        theirs = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    except Exception as wrong:
+        raise UsageError(f"{folder}: no captioner can be read from it: {str(wrong).splitlines()[0]}") from wrong
+    known, ours = other.state_dict(), model.state_dict()
+    words = {name for name, each in ours.items() if each.shape[0] == len(processor.tokenizer) and each.ndim == 2
+             and name.endswith(("embed_tokens.weight", "lm_head.weight"))}  # fmt: skip
+    unlike = [name for name, each in ours.items()
+              if name not in known or (name not in words and known[name].shape != each.shape)]  # fmt: skip
+    if unlike:
+        raise UsageError(f"{folder}: its captioner is of another shape than those that are trained here "
+                         f"({len(unlike):,} of {len(ours):,} weights, such as {unlike[0]}). Start from the packaged "
+                         "one, or from one that this command made.")  # fmt: skip
+    both = [(place, theirs[word]) for word, place in processor.tokenizer.get_vocab().items() if word in theirs]
+    here, there = (torch.tensor(places) for places in zip(*both, strict=True))
+    with torch.no_grad():
+        for name, each in ours.items():
+            if name in words:
+                each[here] = known[name][there]
+            else:
+                each.copy_(known[name])
+    tower = model.model.vision_tower
+    stages = tower.encoder.layers
+    for part in (tower.embeddings, *stages[: len(stages) // 2]):
+        part.requires_grad_(False)
 
 
 def _tokenizer(sentences: Iterable[str]) -> Any:
