@@ -10,8 +10,6 @@ Knows vectors and ids; knows neither users nor rules (`ranking.py`) nor how a fo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -26,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.models import artefact
 
 FORMAT = 1
 _AGAIN = "Run the index stage again."
@@ -77,33 +76,18 @@ class Searcher:
         pq.write_table(table, folder / "ids.parquet")
         if len(ids) >= max(scann_from, _SCANN_LEAST):
             _build_scann(folder / "scann", vectors)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-        manifest = {
+        artefact.seal(folder, {
             "format": FORMAT,
             "index_id": index_id,
             "items": len(ids),
             "dimension": int(vectors.shape[1]),
             "leaves": _leaves(len(ids)) if (folder / "scann").exists() else 0,
-            "sha256": {str(file.relative_to(folder)): _sha256(file) for file in files},
-        }
-        # Renamed into place: a torn manifest would pass for a finished folder, which isn't built again.
-        aside = folder / "manifest.json.aside"
-        aside.write_text(json.dumps(manifest, indent=1))
-        aside.rename(folder / "manifest.json")
+        })  # fmt: skip
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Searcher:
         """Open an artefact. Raises RunError when it is incomplete, damaged or of another format."""
-        try:
-            manifest = dict(json.loads((folder / "manifest.json").read_text()))
-        except (OSError, ValueError, TypeError) as broken:
-            raise RunError(f"The index folder {folder} is incomplete ({broken}). {_AGAIN}") from None
-        if manifest.get("format") != FORMAT:
-            found = manifest.get("format")
-            raise RunError(f"The index folder {folder} has format {found}; this release reads {FORMAT}. {_AGAIN}")
-        for name, expected in manifest["sha256"].items() if verify else ():
-            if not (folder / name).is_file() or _sha256(folder / name) != expected:
-                raise RunError(f"The index folder {folder} is damaged: {name} doesn't match its checksum. {_AGAIN}")
+        manifest = artefact.manifest("index", folder, FORMAT, _AGAIN, verify)
         table = pq.read_table(folder / "ids.parquet")
         vectors = np.load(folder / "vectors.npy", mmap_mode="r")
         scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
@@ -176,8 +160,3 @@ def _telling_words(texts: Sequence[str]) -> list[list[str]]:
     words = [sorted(set(_WORD.findall(text.lower())) - _STOP) for text in texts]
     frequency = Counter(word for row in words for word in row)
     return [sorted(row, key=lambda word: (frequency[word], word)) for row in words]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

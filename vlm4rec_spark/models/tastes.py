@@ -1,4 +1,5 @@
-"""What a search is asked with: users' tastes, each one vector (mean) or a weighted history (max_similarity).
+"""What a search is asked with: users' tastes, each one vector (mean) or a weighted history (max_similarity), alone or
+blended with what is found together with their history.
 
 numpy only, so that a server can ask with them too. Knows vectors and weights; knows neither exclusions nor rules.
 """
@@ -10,6 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.ranking import SCORE_DIGITS
 from vlm4rec_spark.models.searcher import Effort, Searcher
 
@@ -43,8 +45,9 @@ class Tastes(Protocol):
         """float64 scores of some items of each user, (users, items), whatever else is scored at the same time."""
         ...
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
-        """For each of the items (positions) that of the history item that speaks for it most; -1 without a history."""
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each of the items (positions) that of the history item that speaks for it most, -1 without a history; and
+        whether it speaks by co-occurrence (bool) rather than by content."""
         ...
 
 
@@ -84,9 +87,9 @@ class Means:
             found[user] = searcher.vectors[items].astype(np.float64) @ vector.astype(np.float64)
         return found
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         history = self._histories[user]
-        return nearest(history, np.ones(len(history), np.float32), searcher, items)
+        return nearest(history, np.ones(len(history), np.float32), searcher, items), np.zeros(len(items), bool)
 
 
 class Histories:
@@ -128,11 +131,7 @@ class Histories:
         found, cosines = searcher.search(searcher.vectors[distinct], effort)
         merged = [_merged(found[mine], cosines[mine] * weights[:, None])
                   for mine, weights in zip(rows, self._weights, strict=True)]  # fmt: skip
-        width = max((len(positions) for positions, _ in merged), default=0)
-        positions, scores = np.full((len(self), width), -1, np.int64), np.full((len(self), width), np.nan, np.float32)
-        for user, (mine, best) in enumerate(merged):
-            positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
-        return positions, scores
+        return _padded(merged)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.full(positions.shape, np.nan)
@@ -142,8 +141,8 @@ class Histories:
                 found[user] = (searcher.vectors[items].astype(np.float64) @ history.T * weights).max(axis=1)
         return found
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> np.ndarray:
-        return nearest(self._positions[user], self._weights[user], searcher, items)
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return nearest(self._positions[user], self._weights[user], searcher, items), np.zeros(len(items), bool)
 
     def _distinct(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """The items of all histories, each once, and per user which of them are theirs."""
@@ -151,6 +150,96 @@ class Histories:
         distinct, rows = np.unique(flat, return_inverse=True)
         ends = np.cumsum([len(positions) for positions in self._positions])[:-1]
         return distinct, np.split(rows, ends)
+
+
+class Blend:
+    """Content and co-occurrence: an item scores (1 - share) x its content score + share x how strongly it is found with
+    the user's history, the strongest 1. Without anything found the order is that of the content; with a share of 1 only
+    what is found is recommended.
+    """
+
+    def __init__(
+        self, content: Tastes, cooccurrence: Cooccurrence, share: float, positions: Sequence[np.ndarray],
+        weights: Sequence[np.ndarray],
+    ):  # fmt: skip
+        """positions: int64, of each user's items in the index, latest first; weights: of each of them."""
+        self._content, self._cooccurrence, self._share = content, cooccurrence, share
+        self._positions, self._weights = positions, weights
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def part(self, users: np.ndarray) -> Blend:
+        mine = ([each[user] for user in users] for each in (self._positions, self._weights))
+        return Blend(self._content.part(users), self._cooccurrence, self._share, *mine)
+
+    def at_once(self, items: int) -> int:
+        return self._content.at_once(items)
+
+    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+        if self._share == 1:
+            return _padded([self._found(user) for user in range(len(self))])
+        positions, scores = self._content.exact(searcher)
+        positions, scores = np.array(positions), (1 - self._share) * np.asarray(scores, np.float32)
+        for user in range(len(self)):
+            found, strong = self._found(user)
+            if len(found) and positions[user, 0] < 0:  # no content to speak
+                positions[user, found], scores[user, found] = found, 0
+            scores[user, found] += self._share * strong.astype(np.float32)
+        return positions, scores
+
+    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+        """The best of either part, as many of each as the effort asks for, scored by both."""
+        if self._share == 1:
+            return self.exact(searcher)
+        near, _ = self._content.search(searcher, effort)
+        wanted = []
+        for user in range(len(self)):
+            found, strong = self._found(user)
+            strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates]]
+            wanted.append(np.union1d(near[user][near[user] >= 0], strongest))
+        positions, _ = _padded([(mine, np.empty(len(mine))) for mine in wanted])
+        return positions, self.scores(searcher, positions).astype(np.float32)
+
+    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+        content = np.nan_to_num(self._content.scores(searcher, positions)) if self._share < 1 else np.zeros(positions.shape)
+        return (1 - self._share) * content + self._share * self._strengths(range(len(self)), positions)
+
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Co-occurrence where it makes more of the score; then the item of the history that adds most to it."""
+        because, _ = self._content.reasons(user, searcher, items)
+        one, strong = np.array([user]), self._strengths([user], items[None])[0]
+        content = np.nan_to_num(self._content.part(one).scores(searcher, items[None])[0])
+        by = (self._share * strong > (1 - self._share) * content) & (strong > 0)
+        history = self._positions[user]
+        if by.any():
+            near, weighted = self._cooccurrence.positions[history], self._weights[user][:, None]
+            each = self._cooccurrence.strengths[history] * weighted
+            adds = np.array([np.where(near == item, each, 0).max(axis=1) for item in items[by]])
+            because[by] = history[adds.argmax(axis=1)]
+        return because, by
+
+    def _found(self, user: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._cooccurrence.speak_for(self._positions[user], self._weights[user])
+
+    def _strengths(self, users: Sequence[int] | range, positions: np.ndarray) -> np.ndarray:
+        """float64, of the same shape as the positions (users, items)."""
+        strengths = np.zeros(positions.shape)
+        for row, user in enumerate(users):
+            found, strong = self._found(user)
+            if len(found):
+                place = np.searchsorted(found, positions[row]).clip(max=len(found) - 1)
+                strengths[row] = np.where(found[place] == positions[row], strong[place], 0)
+        return strengths
+
+
+def _padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and scores of each user as rows of the same length, -1 and NaN past the last."""
+    width = max((len(positions) for positions, _ in lists), default=0)
+    positions, scores = np.full((len(lists), width), -1, np.int64), np.full((len(lists), width), np.nan, np.float32)
+    for user, (mine, best) in enumerate(lists):
+        positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
+    return positions, scores
 
 
 def _merged(positions: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import FORMAT, Searcher
+
+
+Artefact = TypeVar("Artefact")
 
 
 class IndexSettings(BaseModel):
@@ -69,7 +72,9 @@ def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, sc
     return target
 
 
-def ship(spark: SparkSession, folder: Path, broadcast_gb: float) -> Callable[[], Searcher]:
+def ship(
+    spark: SparkSession, folder: Path, broadcast_gb: float, opens: Callable[[Path], Artefact] = Searcher.open
+) -> Callable[[], Artefact]:
     """A factory that opens the artefact once per worker process.
 
     Up to `broadcast_gb` the folder travels as a broadcast and is unpacked once per node; above it, workers open it
@@ -77,31 +82,32 @@ def ship(spark: SparkSession, folder: Path, broadcast_gb: float) -> Callable[[],
     """
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > broadcast_gb * 1e9:
-        return partial(_opened, folder.name, partial(Searcher.open, folder))
+        return partial(_opened, folder.name, opens, partial(opens, folder))
     parcel = io.BytesIO()
     with tarfile.open(fileobj=parcel, mode="w") as tar:
         tar.add(folder, arcname=folder.name)
     broadcast = spark.sparkContext.broadcast(parcel.getvalue())
-    return partial(_opened, folder.name, partial(_unpacked, folder.name, broadcast))
+    return partial(_opened, folder.name, opens, partial(_unpacked, folder.name, opens, broadcast))
 
 
-_open: dict[str, Searcher] = {}
-"""Python workers are reused from query to query: the searcher is keyed by the content of its artefact."""
+_open: dict[str, tuple[str, Any]] = {}
+"""Python workers are reused from query to query: of each kind the last artefact stays open, known by its content."""
 
 
-def _opened(index_id: str, opener: Callable[[], Searcher]) -> Searcher:
-    if index_id not in _open:
-        _open.clear()
-        _open[index_id] = opener()
-    return _open[index_id]
+def _opened(name: str, opens: Callable[[Path], Artefact], opener: Callable[[], Artefact]) -> Artefact:
+    kind = opens.__qualname__
+    if _open.get(kind, ("",))[0] != name:
+        _open.pop(kind, None)
+        _open[kind] = name, opener()
+    return _open[kind][1]
 
 
-def _unpacked(index_id: str, broadcast: Any) -> Searcher:
+def _unpacked(name: str, opens: Callable[[Path], Artefact], broadcast: Any) -> Artefact:
     base = Path(tempfile.gettempdir()) / f"vlm4rec-index-{os.getuid()}"
     base.mkdir(mode=0o700, exist_ok=True)
     if base.stat().st_uid != os.getuid():
         raise PermissionError(f"{base} belongs to another user")
-    folder = base / index_id
+    folder = base / name
     with (base / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "manifest.json").exists():
@@ -111,9 +117,9 @@ def _unpacked(index_id: str, broadcast: Any) -> Searcher:
             with tempfile.TemporaryDirectory(dir=base) as aside:
                 with tarfile.open(fileobj=io.BytesIO(broadcast.value)) as tar:
                     tar.extractall(aside, filter="data")
-                (Path(aside) / index_id).rename(folder)
+                (Path(aside) / name).rename(folder)
         os.utime(folder)
-        return Searcher.open(folder)
+        return opens(folder)
 
 
 def _remove_old(base: Path) -> None:

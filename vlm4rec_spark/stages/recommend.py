@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Histories, Means, Shape, Tastes
+from vlm4rec_spark.models.tastes import Blend, Histories, Means, Shape, Tastes
 
 _TERMS = 3
 
@@ -46,8 +47,42 @@ class Calibration:
         return f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
 
 
+@dataclass(frozen=True)
+class Matching:
+    """How an item's score comes from a profile: the profile's shape, and the share that co-occurrence has.
+
+    `opens` gives a worker the co-occurrence that the driver has built. There an item of the history weighs
+    `position_decay` of the one after it, beyond what its weight says.
+    """
+
+    shape: Shape = "mean"
+    share: float = 0.0
+    position_decay: float = 1.0
+    opens: Callable[[], Cooccurrence] | None = None
+
+    def tastes(self, batch: pa.RecordBatch, searcher: Searcher) -> Tastes:
+        """Of profiles that have a vector; weights are those of `history` over its heaviest."""
+        history, flat = batch.column("history"), batch.column("history").flatten()
+        positions = _per_user(searcher.positions(flat.field("item_id").to_pylist()), history)
+        known = [mine >= 0 for mine in positions]
+        positions = [mine[there] for mine, there in zip(positions, known, strict=True)]
+        weights = _per_user(flat.field("weight").to_numpy(zero_copy_only=False), history)
+        weights = [mine[there] for mine, there in zip(weights, known, strict=True)]
+        weights = [mine / mine.max(initial=1e-300) for mine in weights]
+        content: Tastes = Means(_queries(batch.column("embedding")), positions)
+        if self.shape == "max_similarity":
+            content = Histories(positions, [mine.astype(np.float32) for mine in weights])
+        if not self.share or self.opens is None:
+            return content
+        later = [mine * self.position_decay ** np.arange(len(mine)) for mine in weights]
+        return Blend(content, self.opens(), self.share, positions, later)
+
+
+CONTENT = Matching()
+
+
 def calibrate(
-    searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int, promise: float, shape: Shape = "mean"
+    searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int, promise: float, matching: Matching = CONTENT
 ) -> Calibration:
     """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise, on `sample`.
 
@@ -56,7 +91,7 @@ def calibrate(
     if not searcher.approximate or len(sample) == 0:
         return Calibration(None, 1.0, 1.0, len(sample))
     (batch,) = sample.combine_chunks().to_batches()
-    asked, excluded = tastes(batch, searcher, shape), _positions(batch.column("seen"), searcher)
+    asked, excluded = matching.tastes(batch, searcher), _positions(batch.column("seen"), searcher)
     truth, _ = best(searcher, asked, excluded, eligible, k, None)
     if (truth < 0).all():
         return Calibration(None, 1.0, 1.0, len(sample))
@@ -112,7 +147,7 @@ def best(
 
 def recommend(
     profiles: DataFrame, open_searcher: Callable[[], Searcher], withdrawn: Sequence[str], k: int,
-    effort: Effort | None, shape: Shape = "mean",
+    effort: Effort | None, matching: Matching = CONTENT,
 ) -> DataFrame:  # fmt: skip
     """user_id, items, k, index_id of every profile that has a vector; items in rank order with the reason."""
 
@@ -121,7 +156,7 @@ def recommend(
         eligible = eligible_items(searcher, withdrawn)
         for batch in batches:
             if len(batch):
-                yield _ranked(batch, searcher, eligible, k, effort, shape)
+                yield _ranked(batch, searcher, eligible, k, effort, matching)
 
     item = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
             "source: STRING, collapsed: ARRAY<STRING>>")  # fmt: skip
@@ -132,28 +167,15 @@ def recommend(
     )
 
 
-def tastes(batch: pa.RecordBatch, searcher: Searcher, shape: Shape) -> Tastes:
-    """Of profiles that have a vector; weights are those of `history` over its heaviest."""
-    history, flat = batch.column("history"), batch.column("history").flatten()
-    positions = _per_user(searcher.positions(flat.field("item_id").to_pylist()), history)
-    known = [mine >= 0 for mine in positions]
-    positions = [mine[there] for mine, there in zip(positions, known, strict=True)]
-    if shape == "mean":
-        return Means(_queries(batch.column("embedding")), positions)
-    weights = _per_user(flat.field("weight").to_numpy(zero_copy_only=False), history)
-    weights = [mine[there] for mine, there in zip(weights, known, strict=True)]
-    return Histories(positions, [(mine / mine.max(initial=1e-300)).astype(np.float32) for mine in weights])
-
-
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None, shape: Shape
+    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None, matching: Matching
 ) -> pa.RecordBatch:
-    asked = tastes(batch, searcher, shape)
+    asked = matching.tastes(batch, searcher)
     top, scores = best(searcher, asked, _positions(batch.column("seen"), searcher), eligible, k, effort)
     kept = top >= 0
-    because = np.full(top.shape, -1, np.int64)
+    because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
     for user in np.flatnonzero(kept.any(axis=1)).tolist():
-        because[user, kept[user]] = asked.reasons(user, searcher, top[user, kept[user]])
+        because[user, kept[user]], together[user, kept[user]] = asked.reasons(user, searcher, top[user, kept[user]])
     chosen, reasons = top[kept], because[kept]
     terms = [shared_terms(searcher, item, reason) for item, reason in zip(chosen, reasons, strict=True)]
     items = pa.StructArray.from_arrays(
@@ -162,7 +184,7 @@ def _ranked(
             pa.array(scores[kept]),
             pa.array(searcher.ids[reasons], pa.string(), mask=reasons < 0),
             pa.array(terms, pa.list_(pa.string())),
-            pa.array(["content"] * len(chosen), pa.string()),
+            pa.array(np.where(together[kept], "cooccurrence", "content"), pa.string()),
             pa.array([[]] * len(chosen), pa.list_(pa.string())),
         ],
         names=["item_id", "score", "because_item_id", "because_terms", "source", "collapsed"],
