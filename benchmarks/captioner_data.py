@@ -26,6 +26,7 @@ _TEST_SHARE = 0.13
 TRAIN_SEED, TEST_SEED = 1_000_000, 2_000_000
 """First seeds of the training and held-out renderings; the demo's shop draws from below a million."""
 RENDERINGS = 40_000
+WEIGHTS = 1.0, 3.0, 0.3
 
 KINDS = {
     "Tshirts": "t-shirt", "Kurtas": "kurta", "Kurtis": "kurti", "Tunics": "tunic", "Tops": "top", "Shirts": "shirt",
@@ -161,17 +162,20 @@ def _drawn(seed: int) -> dict[str, object]:
     return {"image": file.getvalue(), **attributes, "caption": sentence(attributes)}
 
 
-def table(parts: Sequence[str], data: Path, count: int) -> pd.DataFrame:
-    """What training sees: photo, caption, weight, and the attributes; of the fashion photos only those not for test."""
+def table(parts: Sequence[str], data: Path, count: int, weights: Sequence[float] = WEIGHTS) -> pd.DataFrame:
+    """What training sees: photo, caption, weight, and the attributes; of the fashion photos only those not for test.
+
+    `weights`: how often a studio photo, a snapshot and a rendering are looked at.
+    """
     made = []
     if "fashion" in parts:
         rows = fashion(data / "fashion")
-        made.append(rows.loc[~rows["test"], ["image", "kind", "colour", "audience", "use"]].assign(weight=1.0))
+        made.append(rows.loc[~rows["test"], ["image", "kind", "colour", "audience", "use"]].assign(weight=weights[0]))
     if "snapshots" in parts:
         rows = snapshots(data / "clothing-labelled")
-        made.append(rows[["image", "kind", "colour", "audience"]].assign(weight=3.0))
+        made.append(rows[["image", "kind", "colour", "audience"]].assign(weight=weights[1]))
     if "renderings" in parts:
-        made.append(renderings(count)[["image", *ATTRIBUTES, "caption"]].assign(weight=0.3))
+        made.append(renderings(count)[["image", *ATTRIBUTES, "caption"]].assign(weight=weights[2]))
     return pd.concat(made, ignore_index=True)
 
 
@@ -187,8 +191,9 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=DATA)
     options.add_argument("--renderings", type=int, default=RENDERINGS)
     options.add_argument("--parts", nargs="+", default=["fashion", "snapshots", "renderings"])
+    options.add_argument("--weights", type=float, nargs=3, default=WEIGHTS, metavar=("STUDIO", "SNAPSHOT", "RENDERING"))
     given = options.parse_args()
-    rows = table(given.parts, given.data, given.renderings)
+    rows = table(given.parts, given.data, given.renderings, given.weights)
     beside = given.out.with_suffix(".tmp")
     rows.to_parquet(beside, index=False)
     beside.replace(given.out)
