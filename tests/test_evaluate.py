@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from pydantic import ValidationError
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.evaluation import arms, evaluate, metrics, splits
-from vlm4rec_spark.evaluation.arms import EvaluateSettings
+from vlm4rec_spark.evaluation.arms import EvaluateSettings, InUse
+from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 CUT = "2025-05-01"
 PAIRS = 30
+IN_USE = InUse("title", ProfileSettings(), CooccurrenceSettings())
 
 
 def log(spark: SparkSession, events: list[tuple[str, str, str]]) -> DataFrame:
@@ -109,9 +112,45 @@ def world(spark: SparkSession, shift: int = 0) -> evaluate.Tables:
     return evaluate.Tables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
 
 
+def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) -> None:
+    """Who has H has R of the next number, which looks like something else; u00 to u04 are to be told by the others."""
+    events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(40)]
+    events += [(f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-01-02" if n >= 5 else "2025-05-02") for n in range(40)]
+    tables = world(spark)
+    tables = evaluate.Tables(log(spark, events), tables.items, tables.embeddings)
+    most = replace(IN_USE, cooccurrence=CooccurrenceSettings(share=0.6))
+    lists = evaluate_lists(spark, tables, ("cooccurrence", "blend", "title"), most)
+    expected = {f"u{n:02d}": [f"R{n % 5 + 1:02d}"] for n in range(5)}
+    assert lists["cooccurrence"] == lists["blend"] == expected
+    alike = {f"u{n:02d}": [f"R{n:02d}"] for n in range(5)}
+    assert lists["title"] == alike
+    # Of its own the blend has a share of .4, and likeness of 1 is more than that.
+    assert evaluate_lists(spark, tables, ("blend",))["blend"] == alike
+
+
+def evaluate_lists(
+    spark: SparkSession, tables: evaluate.Tables, names: tuple[str, ...], in_use: InUse = IN_USE
+) -> dict[str, dict]:
+    """The lists of each arm, as they are judged."""
+    found, collected = {}, evaluate._collected
+
+    def caught(judged: DataFrame, lists: DataFrame) -> pd.DataFrame:
+        table = collected(judged, lists)
+        found[names[len(found)]] = {row.user_id: row.items for row in table.itertuples()}
+        return table
+
+    evaluate._collected = caught
+    try:
+        chosen = EvaluateSettings(arms=names, control=names[0], splits=("time",), cut=CUT, k=1)
+        evaluate.evaluate(spark, tables, chosen, in_use, lambda line: None)
+    finally:
+        evaluate._collected = collected
+    return found
+
+
 def run(spark: SparkSession, tables: evaluate.Tables, **settings: object) -> tuple[list[dict], dict[str, str]]:
     chosen = EvaluateSettings(arms=("random", "popularity", "title"), cut=CUT, k=1, **settings)  # type: ignore[arg-type]
-    return evaluate.evaluate(spark, tables, chosen, ProfileSettings(), lambda line: None)
+    return evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +203,7 @@ def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) ->
     items = spark.createDataFrame([(name, True) for name in names], "item_id STRING, available BOOLEAN")
     tables = evaluate.Tables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
     chosen = EvaluateSettings(arms=("title", "title/max_similarity"), cut=CUT, k=1, splits=("time",), control="title")
-    found, _ = evaluate.evaluate(spark, tables, chosen, ProfileSettings(), lambda line: None)
+    found, _ = evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
     assert value(found, "title")["value"] == 0
     assert value(found, "title/max_similarity")["value"] == 1
 

@@ -28,6 +28,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.sources import PhotoSource, Source
 from vlm4rec_spark.stages import embed, index, ingest, profiles, recommend
 
@@ -355,7 +356,8 @@ def test_one_item_and_no_event_then_one(spark: SparkSession, tmp_path: Path) -> 
     pending = embed.pending_texts(texts, nothing["embeddings"], "fake", 256)
     vectors = embed.embed(pending, "fake", embed.EmbedSettings(encoder="fake"))
     rows = index.index_rows(vectors, texts, "title", "fake").toArrow()
-    open_searcher = index.ship(spark, index.build(rows, "title", "fake", tmp_path, scann_from=20_000), broadcast_gb=1.0)
+    built = index.build(rows, "title", "fake", tmp_path, scann_from=20_000)
+    open_searcher = index.ship(spark, built, 1.0, Searcher.open)
     usual = profiles.ProfileSettings()
     assert profiles.histories(nothing["interactions"], items, usual).isEmpty()
     event = ("e", "../u", "../i", "view", TEN, TEN.date())

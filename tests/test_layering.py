@@ -153,10 +153,10 @@ def test_only_the_wiring_sees_several_stages() -> None:
     assert [file for file in importers(f"{OURS}.stages") if not within(file, "stages", *WIRING)] == []
 
 
-def test_evaluation_runs_three_stages_and_is_run_by_the_wiring() -> None:
+def test_evaluation_runs_four_stages_and_is_run_by_the_wiring() -> None:
     runs = {one.name for file, found in IMPORTS.items() if within(file, "evaluation") for one in found
             if one.of_ours(*STAGES)}  # fmt: skip
-    assert runs == {f"{OURS}.stages.{stage}" for stage in ("index", "profiles", "recommend")}
+    assert runs == {f"{OURS}.stages.{stage}" for stage in ("cooccurrence", "index", "profiles", "recommend")}
     allowed = ("evaluation", "cli", "pipeline", "config")
     assert [file for file in importers(f"{OURS}.evaluation") if not within(file, *allowed)] == []
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark import schemas
+from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.stages import index, profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
@@ -99,7 +100,7 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
         "item_id": list(vectors), "embedding": pa.array([v.tolist() for v in vectors.values()], pa.list_(pa.float32())),
         "text_sha256": ["-"] * len(vectors), "text": [""] * len(vectors),
     })  # fmt: skip
-    searcher = index.ship(spark, index.build(table, "caption", "test", tmp_path, scann_from=10**6), 1.0)
+    searcher = index.ship(spark, index.build(table, "caption", "test", tmp_path, scann_from=10**6), 1.0, Searcher.open)
     rng = np.random.default_rng(4)
     drawn = {
         f"u{n:02d}": [(f"i{i:02d}", float(w)) for i, w in zip(rng.permutation(40)[: 1 + n % 9], rng.random(9) + 0.1,

@@ -83,7 +83,7 @@ def lists(
 
 
 def test_exact_search_equals_brute_force(spark: SparkSession, world: World) -> None:
-    found = lists(world, index.ship(spark, world.exact, 1.0), WITHDRAWN, None)
+    found = lists(world, index.ship(spark, world.exact, 1.0, Searcher.open), WITHDRAWN, None)
     assert set(found) == set(world.queries)  # a profile without a vector gets no list
     for user, items in found.items():
         expected = world.brute_force(user, WITHDRAWN)
@@ -106,8 +106,8 @@ def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: Spa
         for row in world.profiles.collect()
     ]  # fmt: skip
     profiles = spark.createDataFrame(weighted, schemas.PROFILES.schema)
-    opener = index.ship(spark, world.exact, 1.0)
-    rows = recommend.recommend(profiles, opener, WITHDRAWN, K, None, "max_similarity").collect()
+    opener = index.ship(spark, world.exact, 1.0, Searcher.open)
+    rows = recommend.recommend(profiles, opener, WITHDRAWN, K, None, recommend.Matching("max_similarity")).collect()
     found = {row["user_id"]: row["items"] for row in rows}
     assert set(found) == set(world.queries)
     for user, _, history, seen, *_ in weighted:
@@ -126,7 +126,7 @@ def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: Spa
 
 
 def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: SparkSession, world: World) -> None:
-    found = lists(world, index.ship(spark, world.exact, 1.0), [], None)
+    found = lists(world, index.ship(spark, world.exact, 1.0, Searcher.open), [], None)
     place = {item: n for n, item in enumerate(world.ids)}
     history = {row["user_id"]: [item["item_id"] for item in row["history"]] for row in world.profiles.collect()}
     checked = 0
@@ -142,7 +142,7 @@ def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: Sp
 
 
 def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world: World) -> None:
-    opener = index.ship(spark, world.scann, 1.0)
+    opener = index.ship(spark, world.scann, 1.0, Searcher.open)
     assert Searcher.open(world.scann).approximate
     found = lists(world, opener, WITHDRAWN, Effort(leaves=10, candidates=60))
     assert lists(world, opener, WITHDRAWN, Effort(leaves=10, candidates=60)) == found
@@ -173,6 +173,6 @@ def test_calibration_measures_what_it_says(world: World) -> None:
     # No promise above what approximate search gave: exact it is.
     assert recommend.calibrate(searcher, sample, eligible, K, promise=1.1).effort is None
     assert recommend.calibrate(Searcher.open(world.exact), sample, eligible, K, promise=0.9).effort is None
-    other = recommend.calibrate(searcher, sample, eligible, K, 0.5, "max_similarity")
+    other = recommend.calibrate(searcher, sample, eligible, K, 0.5, recommend.Matching("max_similarity"))
     assert other.effort is not None
     assert other.recall != easy.recall  # it was measured on these lists and not on those

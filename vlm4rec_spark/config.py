@@ -18,6 +18,7 @@ from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.report.data import ReportSettings
 from vlm4rec_spark.session import SparkSettings
+from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
 from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.stages.index import IndexSettings
 from vlm4rec_spark.stages.ingest import IngestSettings
@@ -45,6 +46,7 @@ class Config(BaseModel):
     embed: EmbedSettings = EmbedSettings()
     profiles: ProfileSettings = ProfileSettings()
     index: IndexSettings = IndexSettings()
+    cooccurrence: CooccurrenceSettings = CooccurrenceSettings()
     recommend: RecommendSettings = RecommendSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()

@@ -1,13 +1,17 @@
-"""Tastes against brute force: exactly, by ScaNN, and the reasons."""
+"""Tastes against brute force: exactly, by ScaNN, blended with co-occurrence, and the reasons."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Histories, Means, Tastes, nearest
+from vlm4rec_spark.models.tastes import Blend, Histories, Means, Tastes, nearest
 
 ITEMS, DIMENSION, K = 300, 12, 10
 
@@ -105,3 +109,97 @@ def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Search
     # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
     assert nearest(history, np.array([0.1, 1, 0.1]), small, items).tolist() == [0, 0, 1]
     assert nearest(history[:0], np.ones(0), small, items).tolist() == [-1] * 3
+
+
+# With co-occurrence
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cooccurrence, np.ndarray]:
+    """Some eight companions of each item but the last ten, and the same as a matrix."""
+    rng, dense = np.random.default_rng(7), np.zeros((ITEMS, ITEMS))
+    for item in range(ITEMS - 10):
+        dense[item, rng.permutation(ITEMS)[: rng.integers(1, 16)]] = rng.random() + 0.01
+    first, second = np.nonzero(dense)
+    folder = tmp_path_factory.mktemp("together") / "v1"
+    Cooccurrence.build(folder, "tastes", ITEMS, first, second, dense[first, second].astype(np.float32))
+    return Cooccurrence.open(folder), dense
+
+
+def blended(
+    together: Cooccurrence, share: float, users: int = 30
+) -> tuple[Blend, list[np.ndarray], list[np.ndarray]]:
+    positions, weights = drawn(users)
+    positions[1] = np.arange(ITEMS - 3, ITEMS)  # items without companions
+    weights[1] = np.ones(3, np.float32)
+    return Blend(Histories(positions, weights), together, share, positions, weights), positions, weights
+
+
+def test_companions_come_back_strongest_first(together: tuple[Cooccurrence, np.ndarray]) -> None:
+    found, dense = together
+    assert found.positions.shape == found.strengths.shape
+    for item in (0, 17, ITEMS - 1):
+        there = found.positions[item] >= 0
+        near, strong = found.positions[item][there], found.strengths[item][there]
+        assert {*near.tolist()} == {*np.flatnonzero(dense[item]).tolist()}
+        np.testing.assert_allclose(strong, dense[item][near], rtol=1e-6)
+        assert (np.diff(strong) <= 0).all()
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_a_blend_is_the_sum_of_its_parts(
+    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray], share: float
+) -> None:
+    asked, positions, weights = blended(together[0], share)
+    top, scores = lists(asked.exact(searcher), positions)
+    vectors = searcher.vectors.astype(np.float64)
+    for user in range(30):
+        mine, heavy = positions[user], weights[user].astype(np.float64)
+        found = heavy @ together[1][mine] if len(mine) else np.zeros(ITEMS)
+        found = found / found.max() if found.any() else found
+        content = (vectors @ vectors[mine].T * heavy).max(axis=1) if len(mine) else np.zeros(ITEMS)
+        expected = share * found + (1 - share) * content
+        out = {*mine.tolist(), *(np.flatnonzero(found == 0).tolist() if share == 1 else ())}
+        best = sorted((-round(one, 6), item) for item, one in enumerate(expected) if item not in out)
+        best = best[:K] if len(mine) else []
+        np.testing.assert_allclose(scores[user][: len(best)], [-one for one, _ in best], rtol=0, atol=3e-6)
+        assert top[user][len(best) :] == [-1] * (K - len(best))
+    assert top[1] == ([-1] * K if share == 1 else lists(Histories(positions, weights).exact(searcher), positions)[0][1])
+
+
+def test_a_blend_by_scann_gives_the_exact_lists(
+    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray]
+) -> None:
+    asked, positions, _ = blended(together[0], 0.4)
+    top, scores = lists(asked.exact(searcher), positions)
+    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS)), positions)
+    assert found == top
+    np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
+    assert lists(asked.part(np.array([4, 9])).exact(searcher), [positions[4], positions[9]])[0] == [top[4], top[9]]
+
+
+def test_a_blend_says_which_part_spoke_and_for_which_item(
+    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray]
+) -> None:
+    asked, positions, weights = blended(together[0], 0.5)
+    top, _ = lists(asked.exact(searcher), positions)
+    spoke = set()
+    for user in range(2, 30):
+        items = np.array(top[user])
+        because, by = asked.reasons(user, searcher, items)
+        mine = positions[user]
+        for item, reason, found in zip(items, because, by, strict=True):
+            speaks = together[1][mine, item] if found else searcher.vectors[mine] @ searcher.vectors[item]
+            adds = weights[user] * speaks
+            assert adds[mine.tolist().index(reason)] == pytest.approx(adds.max(), abs=2e-6)
+            assert not found or together[1][mine, item].any()
+            spoke.add(bool(found))
+    assert spoke == {True, False}
+
+
+def test_damaged_companions_are_refused(tmp_path: Path) -> None:
+    one = np.array([0]), np.array([1]), np.array([0.5], np.float32)
+    Cooccurrence.build(tmp_path / "x", "v", 2, *one)
+    (tmp_path / "x" / "strengths.npy").write_bytes(b"")
+    with pytest.raises(RunError, match=r"The cooccurrence folder .* is damaged: strengths\.npy .* Run the recommend"):
+        Cooccurrence.open(tmp_path / "x")

@@ -1,13 +1,15 @@
 """What is compared: every arm's lists for the same users, from the same candidates, with the same exclusions.
 
 An arm named after a representation of `embeddings` runs through the ordinary index, profile and recommend functions,
-with the profile shape that stands after a slash (`caption/max_similarity`) or else the mean; `random` and `popularity`
-rank without vectors. Knows no metric.
+with the profile shape that stands after a slash (`caption/max_similarity`) or else the mean. `random` and `popularity`
+rank without vectors, `cooccurrence` by what is found together with the history; `blend` ranks as the lists in use are
+ranked, with a share of it. Knows no metric.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date, datetime
 from typing import cast, get_args
 
@@ -19,8 +21,10 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.tastes import Shape
+from vlm4rec_spark.stages import cooccurrence, profiles
 
-BASELINES = ("random", "popularity")
+BASELINES = ("random", "popularity", "cooccurrence")
+BLEND = "blend"
 
 
 class EvaluateSettings(BaseModel):
@@ -63,15 +67,28 @@ class EvaluateSettings(BaseModel):
         return splits
 
 
+@dataclass(frozen=True)
+class InUse:
+    """The settings of the lists in use that an arm doesn't name itself."""
+
+    representation: str
+    profiles: profiles.ProfileSettings
+    cooccurrence: cooccurrence.CooccurrenceSettings
+
+
 def parts(arm: str) -> tuple[str, Shape]:
     """Representation and profile shape of an arm that has vectors."""
     representation, _, shape = arm.partition("/")
     return representation, cast(Shape, shape or "mean")
 
 
-def candidates(embeddings: DataFrame, items: DataFrame, arms: tuple[str, ...]) -> DataFrame:
+def needed(arms: tuple[str, ...], in_use: InUse) -> set[str]:
+    """The representations of which the arms need vectors."""
+    return {in_use.representation if arm == BLEND else parts(arm)[0] for arm in arms if arm not in BASELINES}
+
+
+def candidates(embeddings: DataFrame, items: DataFrame, needed: set[str]) -> DataFrame:
     """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
-    needed = {parts(arm)[0] for arm in arms if arm not in BASELINES}
     real = embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
     counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
     complete = counted.where(F.col("there") == len(needed))

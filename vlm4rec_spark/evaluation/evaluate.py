@@ -17,12 +17,16 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation import arms, splits
-from vlm4rec_spark.evaluation.arms import EvaluateSettings
+from vlm4rec_spark.evaluation.arms import EvaluateSettings, InUse
 from vlm4rec_spark.evaluation.inference import bootstrap_interval, paired_p_value
 from vlm4rec_spark.evaluation.metrics import METRICS, hits, per_user
-from vlm4rec_spark.stages import index, profiles, recommend
+from vlm4rec_spark.models.cooccurrence import Cooccurrence
+from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.stages import cooccurrence, index, profiles, recommend
 
 SLICES = (("history 1-4", 1, 4), ("history 5-19", 5, 19), ("history 20+", 20, 10**9))
+_SHARE = 0.4
+"""Co-occurrence's share in the arm `blend` where the lists in use have none."""
 LEAST_USERS = 30
 """A slice of fewer users gives no number: its interval would be wider than any difference."""
 
@@ -37,15 +41,14 @@ class Tables:
 
 
 def evaluate(
-    spark: SparkSession, tables: Tables, settings: EvaluateSettings, profile: profiles.ProfileSettings,
-    say: Callable[[str], None],
+    spark: SparkSession, tables: Tables, settings: EvaluateSettings, in_use: InUse, say: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, str]]:  # fmt: skip
     """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged."""
-    rows, details = [], {}
+    rows, details, profile = [], {}, in_use.profiles
     # A bot's clicks would blur the popularity that arms are compared with, and a bot can't be judged.
     robots = profiles.bots(tables.interactions, profile.bot_events_per_day)
     log = tables.interactions.join(robots, on="user_id", how="left_anti")
-    candidates = arms.candidates(tables.embeddings, tables.items, settings.arms).persist()
+    candidates = arms.candidates(tables.embeddings, tables.items, arms.needed(settings.arms, in_use)).persist()
     there = candidates.count()
     available = tables.items.where("available").count()
     if not there:
@@ -67,12 +70,20 @@ def evaluate(
             continue
         theirs = known.join(judged.select("user_id"), on="user_id", how="left_semi")
         histories = profiles.histories(theirs, tables.items, profile).persist()
+        everybody = profiles.histories(known, tables.items, profile)
         events = _events_per_item(known, candidates)
         lists = {}
         for arm in settings.arms:
             say(f"{split}: {arm}, {users:,} users, {there:,} candidates")
-            ranked = _lists(spark, arm, tables, events, histories, candidates, settings)
-            lists[arm] = _collected(judged, ranked)
+            with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
+                if arm in ("random", "popularity"):
+                    seed = settings.seed if arm == "random" else None
+                    ranked = arms.scored_lists(histories, events, settings.k, seed)
+                else:
+                    ranked = _matched(
+                        spark, arm, tables, histories, everybody, candidates, settings.k, in_use, Path(folder)
+                    )
+                lists[arm] = _collected(judged, ranked)
         sizes = _pandas(histories.select("user_id", F.size("seen").alias("seen"))).set_index("user_id")["seen"]
         rows += list(_rows(split, lists, sizes, settings))
         share = 1 - there / available
@@ -97,26 +108,35 @@ def _events_per_item(known: DataFrame, candidates: DataFrame) -> pd.Series:
     return _pandas(everyone.toDF("item_id", "events").orderBy("item_id")).set_index("item_id")["events"]
 
 
-def _lists(
-    spark: SparkSession, arm: str, tables: Tables, events: pd.Series, histories: DataFrame, candidates: DataFrame,
-    settings: EvaluateSettings,
+def _matched(
+    spark: SparkSession, arm: str, tables: Tables, histories: DataFrame, everybody: DataFrame, candidates: DataFrame,
+    k: int, in_use: InUse, folder: Path,
 ) -> DataFrame:  # fmt: skip
-    """user_id, items of the arm."""
-    if arm in arms.BASELINES:
-        return arms.scored_lists(histories, events, settings.k, settings.seed if arm == "random" else None)
-    representation, shape = arms.parts(arm)
-    rows = (
-        tables.embeddings.where((F.col("representation") == representation) & ~F.col("fallback"))
-        .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
-    )  # fmt: skip
+    """user_id, items of an arm that matches profiles with items, as recommend does; `folder` must outlive the lists."""
+    representation, shape = (in_use.representation, in_use.profiles.shape) if arm == arms.BLEND else arms.parts(arm)
+    share = {arms.BLEND: in_use.cooccurrence.share or _SHARE, "cooccurrence": 1.0}.get(arm, 0.0)
+    if arm == "cooccurrence":  # content has no share in it: any vector will do
+        vector, none = F.array(F.lit(1.0).cast("float")), F.lit("")
+        rows = candidates.select("item_id", vector.alias("embedding"), none.alias("text_sha256"), none.alias("text"))
+        rows = rows.orderBy("item_id")
+    else:
+        rows = (
+            tables.embeddings.where((F.col("representation") == representation) & ~F.col("fallback"))
+            .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
+        )  # fmt: skip
     out = rows.select("item_id").join(candidates.select("item_id"), on="item_id", how="left_anti")
-    with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
-        # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
-        built = index.build(rows.toArrow(), representation, "evaluate", Path(folder), scann_from=2**62)
-        open_searcher = index.ship(spark, built, broadcast_gb=float("inf"))
+    # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
+    built = index.build(rows.toArrow(), representation, "evaluate", folder, scann_from=2**62)
+    open_searcher = index.ship(spark, built, float("inf"), Searcher.open)
+    matching = recommend.Matching(shape)
+    if share:
+        found = cooccurrence.pairs(everybody, in_use.cooccurrence)
+        counted = cooccurrence.build(found, Searcher.open(built), folder / "cooccurrence")
+        opens = index.ship(spark, counted, float("inf"), Cooccurrence.open)
+        matching = recommend.Matching(shape, share, in_use.cooccurrence.position_decay, opens)
     vectors = profiles.with_embedding(histories, representation, open_searcher)
     withdrawn = [row["item_id"] for row in out.collect()]
-    lists = recommend.recommend(vectors, open_searcher, withdrawn, settings.k, None, shape)
+    lists = recommend.recommend(vectors, open_searcher, withdrawn, k, None, matching)
     return lists.select("user_id", F.col("items.item_id").alias("items"))
 
 

@@ -29,7 +29,8 @@ def manifest(what: str, folder: Path, known: int, again: str, verify: bool = Tru
     except (OSError, ValueError, TypeError) as broken:
         raise RunError(f"The {what} folder {folder} is incomplete ({broken}). {again}") from None
     if found.get("format") != known:
-        raise RunError(f"The {what} folder {folder} has format {found.get('format')}; this release reads {known}. {again}")
+        other = found.get("format")
+        raise RunError(f"The {what} folder {folder} has format {other}; this release reads {known}. {again}")
     for name, expected in found["sha256"].items() if verify else ():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
             raise RunError(f"The {what} folder {folder} is damaged: {name} doesn't match its checksum. {again}")

@@ -28,7 +28,9 @@ class Cooccurrence:
     strengths: np.ndarray
 
     @staticmethod
-    def build(folder: Path, index_id: str, items: int, first: np.ndarray, second: np.ndarray, strengths: np.ndarray) -> None:
+    def build(
+        folder: Path, index_id: str, items: int, first: np.ndarray, second: np.ndarray, strengths: np.ndarray
+    ) -> None:
         """Write the folder from rows of (position, position of an item found with it, strength), each pair once."""
         order = np.lexsort((second, -strengths, first))
         first, second, strengths = first[order], second[order], strengths[order]

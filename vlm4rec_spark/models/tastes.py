@@ -202,8 +202,10 @@ class Blend:
         return positions, self.scores(searcher, positions).astype(np.float32)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        content = np.nan_to_num(self._content.scores(searcher, positions)) if self._share < 1 else np.zeros(positions.shape)
-        return (1 - self._share) * content + self._share * self._strengths(range(len(self)), positions)
+        found = self._share * self._strengths(range(len(self)), positions)
+        if self._share == 1:
+            return found
+        return (1 - self._share) * np.nan_to_num(self._content.scores(searcher, positions)) + found
 
     def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Co-occurrence where it makes more of the score; then the item of the history that adds most to it."""

@@ -12,6 +12,7 @@ from vlm4rec_spark import report as page
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation import evaluate as evaluation
+from vlm4rec_spark.evaluation.arms import InUse
 from vlm4rec_spark.pipeline import auditing
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
 from vlm4rec_spark.stages import embed
@@ -27,13 +28,14 @@ def evaluate(run: Run, outcome: Outcome) -> None:
     )
     there = stored.where(by.isNull() | (F.col("encoder_id") == by))
     known = {row["representation"] for row in there.select("representation").distinct().collect()}
-    asked = {evaluation.arms.parts(arm)[0] for arm in settings.arms}
-    if unknown := asked - known - set(evaluation.arms.BASELINES):
+    in_use = InUse(run.config.representation, run.config.profiles, run.config.cooccurrence)
+    if unknown := evaluation.arms.needed(settings.arms, in_use) - known:
         raise RunError(f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
-                       f"({', '.join(evaluation.arms.BASELINES)}) nor a representation of the table embeddings "
-                       f"({', '.join(sorted(known))}). For image set embed.vision and run embed.")  # fmt: skip
+                       f"({', '.join(evaluation.arms.BASELINES)}) nor blend nor a representation of the table "
+                       f"embeddings ({', '.join(sorted(known))}). "
+                       "For image set embed.vision and run embed.")  # fmt: skip
     read = evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), there)
-    rows, outcome.details = evaluation.evaluate(run.spark, read, settings, run.config.profiles, run.voice.say)
+    rows, outcome.details = evaluation.evaluate(run.spark, read, settings, in_use, run.voice.say)
     outcome.ok = sum(json.loads(split)["users"] for split in outcome.details.values())
     rows += auditing.audit(run, outcome)
     frame = run.spark.createDataFrame([row | {"run_id": run.run_id} for row in rows], schemas.METRICS.schema)
@@ -41,8 +43,8 @@ def evaluate(run: Run, outcome: Outcome) -> None:
 
 
 def beside_metrics(run: Run) -> object:
-    settings = (run.config.evaluate, run.config.profiles)
-    described = [run.encoder_id(), run.vision_id(), auditing.beside(run)]
+    settings = (run.config.evaluate, run.config.profiles, run.config.cooccurrence)
+    described = [run.config.representation, run.encoder_id(), run.vision_id(), auditing.beside(run)]
     return [*(each.model_dump(mode="json") for each in settings), *described]
 
 

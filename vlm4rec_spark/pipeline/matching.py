@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.pipeline.encoding import item_texts
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
+from vlm4rec_spark.stages import cooccurrence
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.stages import recommend as ranking
@@ -48,7 +51,7 @@ def profiles(run: Run, outcome: Outcome) -> None:
     if rows.isEmpty():
         raise RunError("profiles: no user has an event that counts. Check profiles.event_weights against the event "
                        "types of the log. Nothing was written.")  # fmt: skip
-    open_searcher = indexing.ship(run.spark, index_folder(run), run.config.index.broadcast_gb)
+    open_searcher = indexing.ship(run.spark, index_folder(run), run.config.index.broadcast_gb, Searcher.open)
     with run.voice.watch("building profiles", users):
         run.tables.replace(
             schemas.PROFILES, profiling.with_embedding(rows, run.config.representation, open_searcher)
@@ -75,15 +78,15 @@ def recommend(run: Run, outcome: Outcome) -> None:
     usable = rows.where(F.col("embedding").isNotNull())
     sample = usable.select("user_id", "embedding", "history", "seen").orderBy(F.xxhash64("user_id"), "user_id")
     eligible = ranking.eligible_items(searcher, withdrawn)
-    shape = run.config.profiles.shape
+    matching = _matching(run, rows, searcher)
     measured = ranking.calibrate(
-        searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall, shape
+        searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall, matching
     )
     words = measured.words(searcher.manifest["leaves"])
     users, total = usable.count(), rows.count()
     run.voice.say(f"recommending for {users:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
-    open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb)
-    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, shape).select(
+    open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
+    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, matching).select(
         "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
     with run.voice.watch("recommending", users):
@@ -94,7 +97,22 @@ def recommend(run: Run, outcome: Outcome) -> None:
         "k": str(k), "users": str(users), "short_lists": str(short), "search": words,
         "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
         "recall_low": f"{measured.low:.4f}", "index_id": searcher.index_id,
+        "cooccurrence_share": str(run.config.cooccurrence.share),
     }  # fmt: skip
+
+
+def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
+    """By the profiles' shape, and with the share of co-occurrence that is asked for, counted in the same profiles."""
+    settings, shape = run.config.cooccurrence, run.config.profiles.shape
+    if not settings.share:
+        return ranking.Matching(shape)
+    run.voice.say(f"counting what is found together, needs up to {len(searcher) * settings.kept * 60 / 1e9:.2f} GB on "
+                  "the driver")  # fmt: skip
+    folder = cooccurrence.build(
+        cooccurrence.pairs(profiles, settings), searcher, Path(run.config.index.folder) / "cooccurrence"
+    )
+    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
+    return ranking.Matching(shape, settings.share, settings.position_decay, opens)
 
 
 def beside_index(run: Run) -> object:
@@ -108,7 +126,8 @@ def beside_profiles(run: Run) -> object:
 
 def beside_lists(run: Run) -> object:
     settings = run.config.recommend.model_dump(mode="json")
-    return [settings, run.config.profiles.shape, run.config.representation, _index_id(run)]
+    blend = run.config.cooccurrence.model_dump(mode="json")
+    return [settings, blend, run.config.profiles.shape, run.config.representation, _index_id(run)]
 
 
 def _index_id(run: Run) -> str:

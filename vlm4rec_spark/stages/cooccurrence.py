@@ -80,7 +80,8 @@ def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
     first, second, strengths = first[known], second[known], table["strength"].to_numpy()[known].astype(np.float32)
     order = np.lexsort((second, first))
     first, second, strengths = first[order], second[order], strengths[order]
-    content = [FORMAT, searcher.index_id, *(hashlib.sha256(each.tobytes()).hexdigest() for each in (first, second, strengths))]
+    digests = [hashlib.sha256(each.tobytes()).hexdigest() for each in (first, second, strengths)]
+    content = [FORMAT, searcher.index_id, *digests]
     target = folder / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     for old in folder.iterdir() if folder.is_dir() else ():
         if old != target and time.time() - old.stat().st_mtime > 86_400:

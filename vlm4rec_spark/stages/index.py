@@ -24,7 +24,6 @@ from pyspark.sql import DataFrame, SparkSession
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import FORMAT, Searcher
 
-
 Artefact = TypeVar("Artefact")
 
 
@@ -73,7 +72,7 @@ def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, sc
 
 
 def ship(
-    spark: SparkSession, folder: Path, broadcast_gb: float, opens: Callable[[Path], Artefact] = Searcher.open
+    spark: SparkSession, folder: Path, broadcast_gb: float, opens: Callable[[Path], Artefact]
 ) -> Callable[[], Artefact]:
     """A factory that opens the artefact once per worker process.
 
