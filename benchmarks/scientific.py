@@ -5,7 +5,8 @@
 FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv of captions made
 from the photos by another model. Every user is judged on the last item, against all items, with the history masked.
 Three tables: all items for the arms that need no caption, and those that have one, by the plain mean of the history;
-and titles by profiles in which an item weighs .95 of the one after it, a decay that was chosen on validation items.
+and by profiles in which an item weighs .95 of the one after it: titles by the mean and by the nearest item of the history,
+what is found together with the history, and both. Decays and shares were chosen on validation items.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def main() -> None:
         everything = evaluated(pipeline)
         arms = "evaluate.arms=[random, popularity, title, caption, title_caption]"
         captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), voice))
-        recent = ["profiles.position_decay=0.95", "evaluate.arms=[popularity, title, title/max_similarity]"]
+        recent = ["representation=title", "profiles.shape=max_similarity", "profiles.position_decay=0.95",
+                  "evaluate.arms=[popularity, title, title/max_similarity, cooccurrence, blend]"]  # fmt: skip
         shaped = evaluated(Pipeline(spark, load([], [*places, *plain, *recent]), voice))
         spark.stop()
     show("All items", everything, console)
@@ -109,8 +111,8 @@ def main() -> None:
     result["popularity_recall@10"] = round(everything["popularity", "recall"][0], 4)
     result |= {f"captioned_items_{arm}_recall@10": round(captioned[arm, "recall"][0], 4)
                for arm in ("popularity", "title", "caption", "title_caption")}  # fmt: skip
-    result |= {f"max_similarity_{metric}@10": round(shaped["title/max_similarity", metric][0], 4)
-               for metric in ("recall", "ndcg")}  # fmt: skip
+    for name, arm in (("content", "title/max_similarity"), ("blend", "blend"), ("cooccurrence", "cooccurrence")):
+        result |= {f"{name}_{metric}@10": round(shaped[arm, metric][0], 4) for metric in ("recall", "ndcg")}
     print(json.dumps(result))
 
 

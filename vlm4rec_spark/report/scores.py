@@ -53,7 +53,10 @@ class Split:
 
 
 def arm_in_use(data: ReportData) -> str:
-    """The arm that production lists are made with: representation and shape of the profiles."""
+    """The arm that production lists are made with: a blend, or representation and shape of the profiles."""
+    lists = data.run("recommend")
+    if lists and float(lists.details.get("cooccurrence_share", 0)):
+        return "blend"
     profiles = data.run("profiles")
     details = profiles.details if profiles else {}
     shape = details.get("shape", "mean")
