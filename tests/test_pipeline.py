@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline
 if TYPE_CHECKING:
     from pyspark.sql import Column, SparkSession
 
-K = 5
+K, SHARE = 5, 0.6
 QUICK = """spark.conf={spark.sql.shuffle.partitions: "1", spark.sql.codegen.wholeStage: "false",
     spark.sql.codegen.factoryMode: NO_CODEGEN, spark.databricks.delta.snapshotPartitions: "1"}"""
 
@@ -62,8 +64,8 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
         (
             f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
             f"ingest.photos.folder={raw}/photos", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]", "evaluate.arms=[popularity,caption/max_similarity]", "report.photos=4",
-            "report.users=2", "profiles.shape=max_similarity",
+            "evaluate.splits=[time]", "evaluate.arms=[popularity,caption/max_similarity,blend]", "report.photos=4",
+            "report.users=2", "profiles.shape=max_similarity", f"cooccurrence.share={SHARE}",
         ),
     )  # fmt: skip
     made.first = pipeline(folder, *made.settings)
@@ -130,33 +132,59 @@ def test_every_user_with_a_history_has_k(shop: Shop) -> None:
     assert min(map(len, lists.values())) == K
 
 
-def test_a_score_is_the_highest_weighted_similarity_to_an_item_of_the_history(shop: Shop) -> None:
+def found_together(histories: dict[str, list]) -> dict[str, dict[str, float]]:
+    """How strongly each item is found with each other one, by the defaults."""
+    weights, users = defaultdict[str, Counter](Counter), Counter[str]()
+    for history in histories.values():
+        items = [item["item_id"] for item in history]
+        users.update(items)
+        for place, other in itertools.combinations(range(len(items)), 2):
+            if other - place <= 20:
+                for one, two in ((place, other), (other, place)):
+                    weights[items[one]][items[two]] += 0.8 ** (other - place - 1)
+    return {one: {two: weight / (users[one] * users[two]) ** 0.2 for two, weight in with_it.items()}
+            for one, with_it in weights.items()}  # fmt: skip
+
+
+def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found_together(shop: Shop) -> None:
     vectors = {row["item_id"]: np.array(row["embedding"]) for row in shop.rows(schemas.EMBEDDINGS)
                if row["representation"] == "caption"}  # fmt: skip
     histories = {row["user_id"]: row["history"] for row in shop.rows(schemas.PROFILES)}
     assert max(map(len, histories.values())) > 5
+    strengths, spoke = found_together(histories), Counter[str]()
     for row in shop.rows(schemas.RECOMMENDATIONS):
         history = histories[row["user_id"]]
         heaviest = max(item["weight"] for item in history)
+        found = defaultdict[str, Counter](Counter)
+        for place, past in enumerate(history):
+            for other, strength in strengths.get(past["item_id"], {}).items():
+                found[other][past["item_id"]] += past["weight"] / heaviest * 0.85**place * strength
+        most = max((by.total() for by in found.values()), default=1)
         for item in row["items"]:
             vector = vectors[item["item_id"]]
             similar = {past["item_id"]: past["weight"] / heaviest * (vectors[past["item_id"]] @ vector)
                        for past in history}  # fmt: skip
-            assert item["score"] == pytest.approx(max(similar.values()), abs=2e-6)
-            assert similar[item["because_item_id"]] == pytest.approx(max(similar.values()), abs=2e-6)
+            with_it = found[item["item_id"]]
+            parts = {"content": (1 - SHARE) * max(similar.values()), "cooccurrence": SHARE * with_it.total() / most}
+            assert item["score"] == pytest.approx(sum(parts.values()), abs=3e-6)
+            assert parts[item["source"]] == pytest.approx(max(parts.values()), abs=3e-6)
+            by = similar if item["source"] == "content" else with_it
+            assert by[item["because_item_id"]] == pytest.approx(max(by.values()), abs=2e-6)
+            spoke[item["source"]] += 1
+    assert spoke.keys() == {"content", "cooccurrence"}
 
 
 def test_metrics_and_exports(shop: Shop) -> None:
     metrics = {(row["arm"], row["metric"]): row for row in shop.rows(schemas.METRICS)
                if row["slice"] == "all" and row["split"] == "time"}  # fmt: skip
-    assert {arm for arm, _ in metrics} == {"popularity", "caption/max_similarity"}
+    assert {arm for arm, _ in metrics} == {"popularity", "caption/max_similarity", "blend"}
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in metrics.values())
     assert len({row["users"] for row in metrics.values()}) == 1
     assert len(shop.rows(schemas.EXPORT_LONG)) == 60 * K
     assert len(shop.rows(schemas.EXPORT_WIDE)) == 60
     page = (shop.folder / "report.html").read_text()
     assert len(page) > 10_000
-    assert '<tr class="mine"><th scope="row">caption, max similarity</th>' in page
+    assert '<tr class="mine"><th scope="row">blend</th>' in page
 
 
 def test_the_captions_are_audited(shop: Shop) -> None:
@@ -193,7 +221,8 @@ def test_another_reader_opens_every_table(shop: Shop) -> None:
 
 COLLECTED = {
     "matching.index": "the one index build, whose need is said before it starts",
-    "evaluate._lists": "the index of an arm, and the items that it leaves out",
+    "evaluate._matched": "the index of an arm, and the items that it leaves out",
+    "cooccurrence.build": "the pairs of items that are found together, whose need is said before",
     "evaluate._pandas": "the lists of at most evaluate.max_users judged users, and the items' popularity",
     "album._thumbs": "the photos that the report shows, report.photos and the lists of report.users",
     "album._titles": "the items that the report shows",
