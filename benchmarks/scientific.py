@@ -5,8 +5,8 @@
 FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv of captions made
 from the photos by another model. Every user is judged on the last item, against all items, with the history masked.
 Three tables: all items for the arms that need no caption, and those that have one, by the plain mean of the history;
-and by profiles in which an item weighs .95 of the one after it: titles by the mean and by the nearest item of the history,
-what is found together with the history, and both. Decays and shares were chosen on validation items.
+and by profiles in which an item weighs .95 of the one after it: titles by the mean and by the nearest item of the
+history, what is found together with the history, and both. Decays and shares were chosen on validation items.
 """
 
 from __future__ import annotations
