@@ -83,7 +83,9 @@ def test_a_folder_is_named_by_its_content_and_an_old_one_goes(
     os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
     folder = cooccurrence.build(rows, searcher, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"new", folder.name}
+    os.utime(folder, (time.time() - 90_000,) * 2)
     assert cooccurrence.build(rows.repartition(5), searcher, tmp_path) == folder
+    assert time.time() - folder.stat().st_mtime < 80_000  # it is in use again
     (folder / "strengths.npy").write_bytes(b"damage")
     assert cooccurrence.build(rows, searcher, tmp_path) == folder
     found = Cooccurrence.open(folder)

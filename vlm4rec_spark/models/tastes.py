@@ -180,7 +180,7 @@ class Blend:
         if self._share == 1:
             return _padded([self._found(user) for user in range(len(self))])
         positions, scores = self._content.exact(searcher)
-        positions, scores = np.array(positions), (1 - self._share) * np.asarray(scores, np.float32)
+        scores = (1 - self._share) * scores
         for user in range(len(self)):
             found, strong = self._found(user)
             if len(found) and positions[user, 0] < 0:  # no content to speak

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -88,6 +89,7 @@ def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
             shutil.rmtree(old, ignore_errors=True)
     try:
         Cooccurrence.open(target)
+        os.utime(target)
         return target
     except RunError:  # none, a torn or a damaged one
         shutil.rmtree(target, ignore_errors=True)
