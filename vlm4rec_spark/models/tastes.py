@@ -198,7 +198,7 @@ class Blend:
             found, strong = self._found(user)
             strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates]]
             wanted.append(np.union1d(near[user][near[user] >= 0], strongest))
-        positions, _ = _padded([(mine, np.empty(len(mine))) for mine in wanted])
+        positions, _ = _padded([(mine, np.zeros(len(mine))) for mine in wanted])
         return positions, self.scores(searcher, positions).astype(np.float32)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
