@@ -4,9 +4,8 @@
 
 FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv of captions made
 from the photos by another model. Every user is judged on the last item, against all items, with the history masked.
-Three tables: all items for the arms that need no caption, and those that have one, by the plain mean of the history;
-and by profiles in which an item weighs .95 of the one after it: titles by the mean and by the nearest item of the
-history, what is found together with the history, and both. Decays and shares were chosen on validation items.
+`tune` chooses profiles and blend by the items before the last ones. Then three tables: all items, the arms that need no
+caption; the same with the settings that were chosen; and the items that have a caption.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm4rec_spark import schemas
-from vlm4rec_spark.cli import quiet
+from vlm4rec_spark.cli import quiet, tuned
 from vlm4rec_spark.config import load
 from vlm4rec_spark.pipeline import Pipeline, Voice
 from vlm4rec_spark.session import session
@@ -58,7 +57,7 @@ def evaluated(pipeline: Pipeline) -> dict[tuple[str, str], tuple[float, float, f
     """Value and interval of (arm, metric) over all users."""
     pipeline.run(["evaluate"])
     rows = pipeline.tables.read(schemas.METRICS)
-    lists = (rows["split"] == "leave_one_out") & (rows["slice"] == "all")
+    lists = (rows["split"] == "leave_one_out") & (rows["slice"] == "all") & (rows["k"] == 10)
     rows = rows.where((rows["run_id"] == pipeline.run_id) & lists).collect()
     return {(row["arm"], row["metric"]): (row["value"], row["low"], row["high"]) for row in rows}
 
@@ -66,7 +65,7 @@ def evaluated(pipeline: Pipeline) -> dict[tuple[str, str], tuple[float, float, f
 def show(title: str, found: dict[tuple[str, str], tuple[float, float, float]], console: Console) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
-    metrics = ("recall", "ndcg", "hit_rate")
+    metrics = ("recall", "ndcg", "mrr")
     for metric in metrics:
         table.add_column(f"{metric}@10", justify="right", no_wrap=True)
     for arm in dict.fromkeys(arm for arm, _ in found):
@@ -86,8 +85,9 @@ def main() -> None:
         places = [f"tables={out / 'tables'}", f"ingest.items.path=['{out / 'items.csv'}']",
                   f"ingest.interactions.path=['{out / 'events.csv'}']"]  # fmt: skip
         plain = ["profiles.event_weights={interaction: 1.0}", "profiles.half_life_days=null", "profiles.last_n=100000",
-                 "evaluate.splits=[leave_one_out]"]  # fmt: skip
-        config = load([], [*places, *plain, "evaluate.arms=[random, popularity, title]"])
+                 "representation=title", "evaluate.splits=[leave_one_out]"]  # fmt: skip
+        shapes = "title, title/recency_position, title/max_similarity, title/multi_taste"
+        config = load([], [*places, *plain, f"evaluate.arms=[random, popularity, cooccurrence, als, {shapes}, blend]"])
         spark = session(config.spark)
         spark.sparkContext.setLogLevel("FATAL")
         say = partial(console.print, style="dim")
@@ -97,22 +97,27 @@ def main() -> None:
         texts = str(folder / "qwen25vl3b_captions.csv")
         pipeline.import_captions(Source(path=(texts,), columns={"item_id": "asin", "text": "description"}))
         pipeline.run(["embed"])
+        settings = out / "tuned.yaml"
+        found = pipeline.tune(["title"], "ndcg")
+        tuned.write(found, settings)
+        tuned.show(found, console)
         everything = evaluated(pipeline)
+        arms = "evaluate.arms=[popularity, content, blend]"
+        chosen = evaluated(Pipeline(spark, load([settings], [*places, "evaluate.splits=[leave_one_out]", arms]), voice))
         arms = "evaluate.arms=[random, popularity, title, caption, title_caption]"
         captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), voice))
-        recent = ["representation=title", "profiles.shape=max_similarity", "profiles.position_decay=0.95",
-                  "evaluate.arms=[popularity, title, title/max_similarity, cooccurrence, blend]"]  # fmt: skip
-        shaped = evaluated(Pipeline(spark, load([], [*places, *plain, *recent]), voice))
+        print("".join(line for line in settings.open() if not line.startswith("#")))
         spark.stop()
     show("All items", everything, console)
+    show("All items, settings chosen on validation items", chosen, console)
     show("Items with a caption", captioned, console)
-    show("All items, the latest weigh most", shaped, console)
     result = {f"{arm}_mean_recall@10": round(everything[arm, "recall"][0], 4) for arm in ("random", "title")}
-    result["popularity_recall@10"] = round(everything["popularity", "recall"][0], 4)
+    result |= {f"{arm}_recall@10": round(everything[arm, "recall"][0], 4)
+               for arm in ("popularity", "cooccurrence", "als")}  # fmt: skip
     result |= {f"captioned_items_{arm}_recall@10": round(captioned[arm, "recall"][0], 4)
                for arm in ("popularity", "title", "caption", "title_caption")}  # fmt: skip
-    for name, arm in (("content", "title/max_similarity"), ("blend", "blend"), ("cooccurrence", "cooccurrence")):
-        result |= {f"{name}_{metric}@10": round(shaped[arm, metric][0], 4) for metric in ("recall", "ndcg")}
+    for arm in ("content", "blend"):
+        result |= {f"{arm}_{metric}@10": round(chosen[arm, metric][0], 4) for metric in ("recall", "ndcg")}
     print(json.dumps(result))
 
 

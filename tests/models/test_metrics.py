@@ -5,21 +5,39 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlm4rec_spark.evaluation.inference import bootstrap_interval, paired_p_value
-from vlm4rec_spark.evaluation.metrics import METRICS, hits, per_user
+from vlm4rec_spark.evaluation.inference import (
+    SAMPLES,
+    bootstrap_interval,
+    ends,
+    holm,
+    paired_p_value,
+    paired_p_values,
+    resampled,
+)
+from vlm4rec_spark.evaluation.metrics import ACCURACY, beyond, hits, per_user, together
 
+ITEMS = "abcdeqxyz"
 LISTS = [["a", "b", "c"], ["d", "e"], [], ["x", "a", "y", "z"]]
 WANTED = [["c", "a"], ["q"], ["a"], ["a", "z", "b", "c", "d"]]
 FOUND = [[True, False, True], [False] * 3, [False] * 3, [False, True, False]]
 
 
+def placed(lists: list[list[str]], length: int) -> np.ndarray:
+    return np.array([[*(ITEMS.index(item) for item in row), *[-1] * length][:length] for row in lists])
+
+
+def codes(wanted: list[list[str]]) -> np.ndarray:
+    return np.array(sorted(user * len(ITEMS) + ITEMS.index(item) for user, row in enumerate(wanted) for item in row))
+
+
 def test_hits_mark_relevant_ranks_and_short_lists_miss_at_their_end() -> None:
-    assert hits(LISTS, WANTED, 3).tolist() == FOUND
+    assert hits(placed(LISTS, 3), codes(WANTED), len(ITEMS)).tolist() == FOUND
+    assert not hits(placed(LISTS, 3), codes([]), len(ITEMS)).any()
 
 
 def test_recall_ndcg_and_hit_rate_by_hand() -> None:
-    values = per_user(np.array(FOUND), np.array([2, 1, 1, 5]))
-    assert tuple(values) == METRICS
+    values = per_user(np.array(FOUND), np.array([2, 1, 1, 5]), 3)
+    assert tuple(values) == ACCURACY
     assert values["recall"].tolist() == [1.0, 0.0, 0.0, 0.2]
     assert values["hit_rate"].tolist() == [1.0, 0.0, 0.0, 1.0]
     # Discounts at ranks 1, 2, 3 are 1, .63093 and .5: the first user has (1 + .5) / (1 + .63093); the last one's ideal
@@ -28,13 +46,14 @@ def test_recall_ndcg_and_hit_rate_by_hand() -> None:
 
 
 def test_a_perfect_list_scores_one() -> None:
-    values = per_user(hits([["a", "b"], ["c", "x"]], [["b", "a", "q"], ["c"]], 2), np.array([3, 1]))
+    found = hits(placed([["a", "b"], ["c", "x"]], 2), codes([["b", "a", "q"], ["c"]]), len(ITEMS))
+    values = per_user(found, np.array([3, 1]), 2)
     assert values["ndcg"].tolist() == [1.0, 1.0]
     assert values["recall"].round(6).tolist() == [0.666667, 1.0]
 
 
 def test_an_earlier_hit_is_worth_more() -> None:
-    ndcg = per_user(np.eye(4, dtype=bool), np.ones(4, int))["ndcg"]
+    ndcg = per_user(np.eye(4, dtype=bool), np.ones(4, int), 4)["ndcg"]
     assert ndcg.round(5).tolist() == [1.0, 0.63093, 0.5, 0.43068]
 
 
@@ -90,3 +109,40 @@ def test_p_values_of_noise_are_evenly_spread() -> None:
     p_values = [paired_p_value(row, np.zeros(25), seed=0) for row in differences]
     assert np.mean(np.array(p_values) < 0.1) == pytest.approx(0.1, abs=0.05)
     assert np.mean(p_values) == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_resample_is_of_users_and_the_same_for_every_column() -> None:
+    values = np.random.default_rng(11).random((40, 1))
+    means = resampled(np.hstack([values, values + 1, np.where(values > 0.5, values, np.nan)]), seed=12)
+    assert means.shape == (SAMPLES, 3)
+    np.testing.assert_allclose(means[:, 1] - means[:, 0], 1)
+    assert ends(means)[:, 2].min() > 0.5  # who has no value isn't counted as 0
+
+
+def test_columns_are_tested_one_by_one() -> None:
+    differences = np.random.default_rng(13).normal(0.1, 1, (300, 3))
+    one_by_one = [paired_p_value(column, np.zeros(300), seed=0) for column in differences.T]
+    assert paired_p_values(differences, seed=0).tolist() == one_by_one
+
+
+def test_holm_by_hand() -> None:
+    # .01 of four, .02 of three, .03 of two, and the last no less than the one before it.
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_beyond_accuracy_by_hand() -> None:
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.999, np.sqrt(1 - 0.999**2)]], np.float32)
+    top = np.array([[0, 1, 2], [0, 3, -1], [2, -1, -1], [-1, -1, -1]])
+    told = beyond(top, vectors, np.array([8, 4, 0, 1]), 8)
+    # Of 8 users all, half, none (counted as half a one) and one know the items: 0, 1, 4 and 3 bits.
+    np.testing.assert_allclose(told["novelty"], [5 / 3, 1.5, 4, np.nan])
+    np.testing.assert_allclose(told["intra_list_distance"], [(1 + 0.4 + 0.2) / 3, 0.001, np.nan, np.nan], atol=1e-6)
+    np.testing.assert_allclose(told["near_duplicate_share"], [0, 0.5, np.nan, np.nan])
+
+
+def test_coverage_and_gini_by_hand() -> None:
+    assert together(np.array([[0, 1], [2, 3]]), 4) == {"coverage": 1.0, "gini": 0.0}
+    assert together(np.array([[0], [0], [0]]), 4) == {"coverage": 0.25, "gini": 0.75}
+    assert together(np.array([[-1, -1]]), 4) == {"coverage": 0.0, "gini": 0.0}

@@ -16,6 +16,7 @@ from vlm4rec_spark.models.images import PhotoError
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.audit import audits
 from vlm4rec_spark.report.data import (
+    Apart,
     AuditExample,
     Captions,
     Failure,
@@ -163,7 +164,9 @@ def test_the_summary_states_the_figures_and_whether_they_are_apart():
 
 
 def test_too_few_users_give_words_instead_of_a_number():
-    assert full_page().count(">too few users<") == 2
+    many = [scores(arm, 0.2, 0.1, 0.3, "history 1-4") for arm in ("popularity", "caption")]
+    (split,) = splits(dataclasses.replace(full(), metrics=(*full().metrics, *many)))
+    assert [line in split.multiples for line in (">1-4<", ">1,411<", ">20+<", ">too few<")] == [True] * 4
     alone = dataclasses.replace(full(), metrics=(scores("caption", None, None, None),))
     assert headline(alone) is None
     assert render(alone).count(">too few users<") == 2  # in the chart and in the table
@@ -174,7 +177,38 @@ def test_arms_stand_in_their_order_and_slices_by_size():
                for slice in ("all", "history 20+", "history 5-19", "history 1-4")]  # fmt: skip
     (split,) = splits(dataclasses.replace(full(), metrics=tuple(metrics)))
     assert list(split.by_metric) == ["random", "caption", "title_caption", "zeta"]
-    assert list(split.slices) == ["history 1-4", "history 5-19", "history 20+"]
+    places = [split.multiples.index(f">{name}<") for name in ("1-4", "5-19", "20+")]
+    assert places == sorted(places)
+
+
+def test_a_difference_that_crosses_zero_is_not_seen():
+    def less(arm: str, value: float, low: float, high: float) -> Metric:
+        return dataclasses.replace(scores(arm, value, low, high), metric="recall_difference")
+
+    apart = (less("caption", 0.25, 0.2, 0.3), less("random", -0.01, -0.03, 0.01))
+    told = dataclasses.replace(full(), metrics=(*full().metrics, scores("random", 0.05, 0.04, 0.06), *apart))
+    (split,) = splits(told)
+    assert split.unseen == ("random",)
+    assert [text in split.differences for text in (">+0.250<", ">-0.010<", "less popularity")] == [True] * 3
+    assert "No difference from popularity seen in Recall@10 of random." in text_of(render(told))
+
+
+def test_what_is_beyond_accuracy_and_what_leaks_is_told():
+    exchanged = [dataclasses.replace(scores(arm, 0.0175, 0.01, 0.02), metric="recall_shuffled") for arm in ("caption",)]
+    spread = [dataclasses.replace(scores("caption", 0.61, None, None), metric="coverage")]
+    facts = '{"cut": "2026-10-20", "users": 1411, "candidates": 571, "above_chance": ["caption"]}'
+    leaking = (*full().runs[:-1], a_run("evaluate", time=facts))
+    text = text_of(render(dataclasses.replace(full(), runs=leaking, metrics=(*full().metrics, *exchanged, *spread))))
+    assert "Caption finds more of exchanged items than chance does: something leaks" in text
+    assert "every arm must fall to chance, 0.0175" in text and "Coverage Recall, items exchanged" in text
+
+
+def test_users_whom_one_arm_served_stand_with_photos():
+    red, blue = (Photo(f"{colour}-1", f"{colour} mug", PIXEL) for colour in ("red", "blue"))
+    apart = (Apart("time", "u<7>", "caption", "popularity", 3, red, (blue,)),)
+    page = render(dataclasses.replace(full(), apart=apart))
+    assert "caption had it at rank 3 for u&lt;7&gt;; popularity had nothing, but" in text_of(page)
+    assert 'alt="red mug"' in page and 'alt="blue mug"' in page
 
 
 def test_a_photo_that_cant_be_shown_has_a_placeholder_and_the_others_an_alt_text():

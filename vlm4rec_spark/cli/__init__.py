@@ -194,6 +194,31 @@ def show_one(
     run_show(kind, id_, config or [], set_ or [], debug)
 
 
+@app.command("tune")
+def tune(
+    out: Annotated[Path, typer.Option(help="Configuration file to write.")] = Path("tuned.yaml"),
+    representation: Annotated[list[str] | None, typer.Option(
+        help="title, caption or title_caption; several are compared on the items that have them all. "
+             "Default: the one in use.")] = None,
+    metric: Annotated[Literal["ndcg", "recall"], typer.Option(help="What is chosen by, at evaluate.k.")] = "ndcg",
+    config: Files = None,
+    set_: Assignments = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Choose profiles and blend by what they find, and write them as a configuration file.
+
+    Tries profile shapes, decays, event weights and the share of co-occurrence, each with the best of those before it,
+    on a validation cut: what is known before the test part of `evaluate.splits`' first split is cut once more, so that
+    `evaluate` afterwards judges by events that chose nothing. Embeddings and indexes are made once.
+
+    The file holds the best settings, and as comments what they reached, with intervals, and what else was tried. An arm
+    `content` is defined in it: the best without co-occurrence. Changes no table. Needs what `embed` has made.
+    """
+    from vlm4rec_spark.cli.stages import run_tune
+
+    run_tune(out, representation or [], metric, config or [], set_ or [], debug)
+
+
 @app.command("maintain")
 def maintain(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
     """Join small files, delete old ones, and clear what killed runs left. Changes no row of any table.

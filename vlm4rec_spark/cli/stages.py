@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm4rec_spark import progress, schemas
-from vlm4rec_spark.cli import plan, quiet, show, status
+from vlm4rec_spark.cli import plan, quiet, show, status, tuned
 from vlm4rec_spark.cli.log import OURS, speak
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.evaluation.tune import Metric
 from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, Voice
 from vlm4rec_spark.session import session
 from vlm4rec_spark.sources import Source
@@ -68,6 +69,18 @@ def run_demo(out: Path, seed: int, items: int, users: int, assignments: Sequence
         with pipeline.lease():
             _add_oracle(pipeline, raw / "truth.parquet")
         _run(pipeline, STAGES, console)
+
+
+def run_tune(out: Path, representations: Sequence[str], metric: Metric, files: Sequence[Path],
+             assignments: Sequence[str], debug: bool) -> None:  # fmt: skip
+    """Run `tune`."""
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: the folder {out.absolute().parent} isn't there.")
+    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+        found = pipeline.tune(representations or [pipeline.config.representation], metric)
+        tuned.write(found, out)
+        tuned.show(found, console)
+        console.print(f"settings: {out.resolve()}. Use them: --config {out}", soft_wrap=True, highlight=False)
 
 
 def run_status(files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
@@ -187,12 +200,11 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
     """The latest evaluation, all users, as a table."""
     rows, last = pipeline.tables.read(schemas.METRICS), pipeline.last_good()["evaluate"]
     # What was found of captions is no score of an arm, and stands in the report.
-    lists = (rows["slice"] == "all") & (rows["split"] != "captions")
-    rows = rows.where((rows["run_id"] == last["run_id"]) & lists)
-    found = {(row["split"], row["arm"], row["metric"]): row for row in rows.collect()}
-    metrics = sorted({metric for _, _, metric in found}, reverse=True)
+    k, metrics = pipeline.config.evaluate.k, ("recall", "ndcg", "hit_rate")
+    lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
+    rows = rows.where((rows["run_id"] == last["run_id"]) & lists & rows["metric"].isin(*metrics))
+    found = {(row["split"], row["arm"], row["metric"]): row for row in rows.orderBy("split").collect()}
     for split in dict.fromkeys(split for split, _, _ in found):
-        k = next(row["k"] for row in found.values())
         table = Table(title=f"{split} split, mean over users with 95 % interval", title_justify="left")
         table.add_column("arm")
         for metric in metrics:

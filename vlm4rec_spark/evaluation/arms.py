@@ -1,30 +1,77 @@
-"""What is compared: every arm's lists for the same users, from the same candidates, with the same exclusions.
+"""What is compared: arms, each the configuration in use with something else in a few places. Knows names and settings.
 
-An arm named after a representation of `embeddings` runs through the ordinary index, profile and recommend functions,
-with the profile shape that stands after a slash (`caption/max_similarity`) or else the mean. `random` and `popularity`
-rank without vectors, `cooccurrence` by what is found together with the history; `blend` ranks as the lists in use are
-ranked, with a share of it. Knows no metric.
+An arm named after a representation of `embeddings` ranks by its vectors with the mean of the history; after a slash
+stands another profile shape (`caption/max_similarity`). `fusion_average` and `fusion_concat` put the vectors of the
+representation in use and of the photo together. `random`, `popularity` and `als` rank without content, `cooccurrence`
+by what is found together with the history; `blend` ranks as the lists in use are ranked, with a share of it. Other arms
+are defined in the configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import cast, get_args
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlm4rec_spark.models.ranking import flat_exclusions, top_k
-from vlm4rec_spark.models.tastes import Shape
-from vlm4rec_spark.stages import cooccurrence, profiles
+from vlm4rec_spark.errors import UsageError, first_words
+from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
+from vlm4rec_spark.stages.profiles import ProfileSettings
 
-BASELINES = ("random", "popularity", "cooccurrence")
+BASELINES = ("random", "popularity", "als", "cooccurrence")
 BLEND = "blend"
+IMAGE = "image"
+_SHARE = 0.4
+"""Co-occurrence's share in the arm `blend` where the lists in use have none."""
+_PLAIN = {"shape": "mean", "half_life_days": None, "position_decay": 1.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mean": {"shape": "mean"},
+    "plain_mean": {**_PLAIN, "event_weights": 1.0},
+    "event_weighted": _PLAIN,
+    "recency_time": {**_PLAIN, "half_life_days": 30.0},
+    "recency_position": {**_PLAIN, "position_decay": 0.9},
+    "max_similarity": {"shape": "max_similarity"},
+    "multi_taste": {"shape": "multi_taste"},
+}
+"""What may stand after a slash, and what it changes in `profiles`; a single event weight is that of every type."""
+
+
+def _average(text: np.ndarray, image: np.ndarray) -> np.ndarray:
+    if text.shape[1] != image.shape[1]:
+        raise UsageError(f"evaluate.arms: fusion_average needs vectors of one length; those of the texts have "
+                         f"{text.shape[1]}, those of the photos {image.shape[1]}. Take fusion_concat.")  # fmt: skip
+    return text + image
+
+
+def _concatenation(text: np.ndarray, image: np.ndarray) -> np.ndarray:
+    return np.concatenate([text, image], axis=1)
+
+
+FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "fusion_average": _average,
+    "fusion_concat": _concatenation,
+}
+"""Unit vectors of texts and photos, (items, dimension) each, to one vector per item, of any length. Learned ones have
+their place here."""
+
+
+class Overrides(BaseModel):
+    """What an arm of the configuration's own has otherwise than the lists in use; anything else is the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    representation: str | None = None
+    profiles: dict[str, Any] = {}
+    cooccurrence: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _apply(self) -> Overrides:
+        ProfileSettings(**self.profiles)
+        CooccurrenceSettings(**self.cooccurrence)
+        return self
 
 
 class EvaluateSettings(BaseModel):
@@ -35,9 +82,13 @@ class EvaluateSettings(BaseModel):
     splits: tuple[str, ...] = ("time", "leave_one_out")
     cut: str | None = None
     test_share: float = Field(0.2, gt=0, lt=1)
+    replay_cuts: int = Field(3, ge=2, le=50)
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
+    define: dict[str, Overrides] = {}
     control: str = "popularity"
+    popularity_days: int | None = Field(None, ge=1)
     k: int = Field(10, ge=1)
+    also_k: tuple[int, ...] = (5, 20)
     max_users: int = Field(100_000, ge=1)
     seed: int = 0
     audit_photos: int = Field(500, ge=0, le=5_000)
@@ -55,81 +106,87 @@ class EvaluateSettings(BaseModel):
     @classmethod
     def _shaped(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
-            if "/" in arm and parts(arm)[1] not in get_args(Shape):
-                raise ValueError(f"{arm}: after the slash stands a profile shape, {' or '.join(get_args(Shape))}")
-        return arms
+            if "/" in arm and arm.partition("/")[2] not in SHAPES:
+                raise ValueError(f"{arm}: after the slash stands a profile shape, {' or '.join(SHAPES)}")
+        return tuple(dict.fromkeys(arms))
 
     @field_validator("splits")
     @classmethod
     def _known(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := set(splits) - {"time", "leave_one_out"}:
-            raise ValueError(f"{', '.join(sorted(unknown))}: a split is time or leave_one_out")
+        if unknown := set(splits) - {"time", "leave_one_out", "replay"}:
+            raise ValueError(f"{', '.join(sorted(unknown))}: a split is time, leave_one_out or replay")
         return splits
+
+    @field_validator("also_k")
+    @classmethod
+    def _positive(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        if min(lengths, default=1) < 1:
+            raise ValueError("a list has at least one item")
+        return tuple(sorted(set(lengths)))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """At how many items lists are judged, the shortest first."""
+        return tuple(sorted({self.k, *self.also_k}))
 
 
 @dataclass(frozen=True)
 class InUse:
-    """The settings of the lists in use that an arm doesn't name itself."""
+    """The settings that the lists in use are made with."""
 
     representation: str
-    profiles: profiles.ProfileSettings
-    cooccurrence: cooccurrence.CooccurrenceSettings
+    profiles: ProfileSettings
+    cooccurrence: CooccurrenceSettings
 
 
-def parts(arm: str) -> tuple[str, Shape]:
-    """Representation and profile shape of an arm that has vectors."""
-    representation, _, shape = arm.partition("/")
-    return representation, cast(Shape, shape or "mean")
+@dataclass(frozen=True)
+class Arm:
+    """How an arm ranks, and for `matched` the settings that it does so by."""
+
+    name: str
+    ranks: Literal["random", "popularity", "als", "matched"]
+    by: InUse
 
 
-def needed(arms: tuple[str, ...], in_use: InUse) -> set[str]:
+def resolve(name: str, define: Mapping[str, Overrides], in_use: InUse) -> Arm:
+    """The arm of a name; one that is defined, or a representation, known or not, if it is none of ours."""
+    if name in ("random", "popularity", "als"):
+        return Arm(name, name, in_use)  # type: ignore[arg-type]
+    if name in define:
+        own = define[name]
+        return Arm(name, "matched", changed(in_use, own.representation, own.profiles, own.cooccurrence))
+    if name == "cooccurrence":
+        return Arm(name, "matched", changed(in_use, cooccurrence={"share": 1.0}))
+    if name == BLEND:
+        return Arm(name, "matched", changed(in_use, cooccurrence={"share": in_use.cooccurrence.share or _SHARE}))
+    representation, _, shape = name.partition("/")
+    shaped = dict(SHAPES[shape or "mean"])
+    if "event_weights" in shaped:
+        shaped["event_weights"] = dict.fromkeys(in_use.profiles.event_weights, shaped["event_weights"])
+    return Arm(name, "matched", changed(in_use, representation, shaped, {"share": 0.0}))
+
+
+def changed(
+    in_use: InUse, representation: str | None = None, profiles: Mapping[str, Any] | None = None,
+    cooccurrence: Mapping[str, Any] | None = None,
+) -> InUse:  # fmt: skip
+    """The settings with others in their place. Raises UsageError for values that don't go together."""
+    try:
+        return InUse(
+            representation or in_use.representation,
+            ProfileSettings(**in_use.profiles.model_dump() | dict(profiles or {})),
+            CooccurrenceSettings(**in_use.cooccurrence.model_dump() | dict(cooccurrence or {})),
+        )
+    except ValidationError as wrong:
+        raise UsageError(f"an arm's settings don't go together: {first_words(wrong)}") from wrong
+
+
+def vectors_of(representation: str, in_use: InUse) -> set[str]:
+    """The representations of `embeddings` that this one is made of."""
+    return {in_use.representation, IMAGE} if representation in FUSIONS else {representation}
+
+
+def needed(arms: Iterable[Arm], in_use: InUse) -> set[str]:
     """The representations of which the arms need vectors."""
-    return {in_use.representation if arm == BLEND else parts(arm)[0] for arm in arms if arm not in BASELINES}
-
-
-def candidates(embeddings: DataFrame, items: DataFrame, needed: set[str]) -> DataFrame:
-    """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
-    real = embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
-    counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
-    complete = counted.where(F.col("there") == len(needed))
-    available = items.where("available").select("item_id")
-    return available.join(complete, on="item_id", how="left_semi") if needed else available
-
-
-def scored_lists(histories: DataFrame, scores: pd.Series, k: int, seed: int | None = None) -> DataFrame:
-    """user_id, items: the k best of `scores` (by item_id, sorted) that the user hasn't seen.
-
-    With a `seed` every user gets scores of their own, drawn from the seed and the user's id: the random arm.
-    """
-    ids, values = scores.index.to_numpy(str).astype(object), scores.to_numpy(np.float32)
-    return histories.select("user_id", "seen").mapInPandas(
-        _scorer(ids, values, k, seed), "user_id STRING, items ARRAY<STRING>"
-    )
-
-
-def _scorer(
-    ids: np.ndarray, values: np.ndarray, k: int, seed: int | None
-) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    def rank(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        positions = pd.Index(ids)
-        everything = np.arange(len(ids), dtype=np.int64)
-        for batch in batches:
-            for start in range(0, len(batch), 256):
-                part = batch.iloc[start : start + 256]
-                scores = np.broadcast_to(values, (len(part), len(ids)))
-                if seed is not None:
-                    scores = np.stack([_draw(user, seed, len(ids)) for user in part["user_id"]])
-                seen = [positions.get_indexer(pd.Index(items, dtype=object)) for items in part["seen"]]
-                top, _ = top_k(
-                    np.broadcast_to(everything, scores.shape), scores, flat_exclusions(seen, len(ids)),
-                    np.ones(len(ids), bool), k,
-                )  # fmt: skip
-                yield pd.DataFrame(
-                    {"user_id": part["user_id"].to_numpy(), "items": [list(ids[row[row >= 0]]) for row in top]}
-                )
-
-    return rank
-
-
-def _draw(user_id: str, seed: int, items: int) -> np.ndarray:
-    return np.random.default_rng([seed, *user_id.encode()]).random(items, np.float32)
+    return {name for arm in arms if arm.ranks == "matched" and arm.by.cooccurrence.share < 1
+            for name in vectors_of(arm.by.representation, in_use)}  # fmt: skip

@@ -1,178 +1,179 @@
-"""Runs the arms as of each cut and judges their lists. Knows how the stages fit together; writes nothing but a
-temporary index per arm."""
+"""Runs the arms as of each cut and judges their lists. Writes nothing but temporary indexes."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.evaluation import arms, splits
-from vlm4rec_spark.evaluation.arms import EvaluateSettings, InUse
-from vlm4rec_spark.evaluation.inference import bootstrap_interval, paired_p_value
-from vlm4rec_spark.evaluation.metrics import METRICS, hits, per_user
-from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.stages import cooccurrence, index, profiles, recommend
+from vlm4rec_spark.evaluation import arms, guards, scores, splits
+from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
+from vlm4rec_spark.evaluation.asof import AsOf, Tables
+from vlm4rec_spark.evaluation.metrics import hits
+from vlm4rec_spark.evaluation.slices import slices
+from vlm4rec_spark.evaluation.splits import Split
+from vlm4rec_spark.stages import profiles
 
-SLICES = (("history 1-4", 1, 4), ("history 5-19", 5, 19), ("history 20+", 20, 10**9))
-_SHARE = 0.4
-"""Co-occurrence's share in the arm `blend` where the lists in use have none."""
-LEAST_USERS = 30
-"""A slice of fewer users gives no number: its interval would be wider than any difference."""
+__all__ = ["Tables", "candidates", "codes", "evaluate", "needed", "opened", "people"]
+
+_APART = 3
+"""Users of each kind whom one arm served and the other didn't, for the report."""
 
 
-@dataclass(frozen=True)
-class Tables:
-    """What an evaluation reads; embeddings hold one encoder per representation."""
-
-    interactions: DataFrame
-    items: DataFrame
-    embeddings: DataFrame
+def needed(settings: EvaluateSettings, in_use: InUse) -> set[str]:
+    """The representations of which the arms need vectors."""
+    return arms.needed([arms.resolve(name, settings.define, in_use) for name in settings.arms], in_use)
 
 
 def evaluate(
     spark: SparkSession, tables: Tables, settings: EvaluateSettings, in_use: InUse, say: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, str]]:  # fmt: skip
-    """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged."""
-    rows, details, profile = [], {}, in_use.profiles
-    # A bot's clicks would blur the popularity that arms are compared with, and a bot can't be judged.
-    robots = profiles.bots(tables.interactions, profile.bot_events_per_day)
-    log = tables.interactions.join(robots, on="user_id", how="left_anti")
-    candidates = arms.candidates(tables.embeddings, tables.items, arms.needed(settings.arms, in_use)).persist()
-    there = candidates.count()
+    """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged.
+
+    Raises RunError for a leak, UsageError for arms that can't be made.
+    """
+    chosen = [arms.resolve(name, settings.define, in_use) for name in settings.arms]
+    rows, details = [], {}
+    log = people(tables.interactions, in_use)
+    complete = candidates(tables, arms.needed(chosen, in_use)).persist()
     available = tables.items.where("available").count()
-    if not there:
+    if not complete.count():
         say(f"nothing to judge: no available item has a vector of its own in each of {', '.join(settings.arms)}")
         return [], {}
-    for split in settings.splits:
-        cut = None
-        if split == "time":
-            cut = settings.cut or splits.last_share(log, settings.test_share)
-            known, hidden = splits.time_split(log, cut)
-        else:
-            known, hidden = splits.leave_one_out(log)
-        known.persist()
-        judged = _judged(splits.relevant(known, hidden, candidates), settings).persist()
-        users = judged.count()
-        if not users:
-            say(f"{split}: nobody to judge, no user has a new item after {cut or 'the first event'}")
-            known.unpersist()
-            continue
-        theirs = known.join(judged.select("user_id"), on="user_id", how="left_semi")
-        histories = profiles.histories(theirs, tables.items, profile).persist()
-        everybody = profiles.histories(known, tables.items, profile)
-        events = _events_per_item(known, candidates)
-        lists = {}
-        for arm in settings.arms:
-            say(f"{split}: {arm}, {users:,} users, {there:,} candidates")
-            with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
-                if arm in ("random", "popularity"):
-                    seed = settings.seed if arm == "random" else None
-                    ranked = arms.scored_lists(histories, events, settings.k, seed)
-                else:
-                    ranked = _matched(
-                        spark, arm, tables, histories, everybody, candidates, settings.k, in_use, Path(folder)
-                    )
-                lists[arm] = _collected(judged, ranked)
-        sizes = _pandas(histories.select("user_id", F.size("seen").alias("seen"))).set_index("user_id")["seen"]
-        rows += list(_rows(split, lists, sizes, settings))
-        share = 1 - there / available
-        details[split] = json.dumps(
-            {"cut": cut, "users": users, "candidates": there, "left_out_share": round(share, 4)}
-        )
-        for cached in (histories, judged, known):
-            cached.unpersist()
-    candidates.unpersist()
+    for split in splits.of(log, settings):
+        with opened(spark, tables, complete, split, settings, in_use) as world:
+            if world is None:
+                say(f"{split.name}: nobody to judge, no user has a new item after {split.cut or 'the first event'}")
+                continue
+            found, facts = _judge(world, split, chosen, say)
+            rows += found
+            facts["left_out_share"] = round(1 - len(world.items) / available, 4)
+            details[split.name] = json.dumps(facts)
+    complete.unpersist()
     return rows, details
 
 
-def _judged(relevant: DataFrame, settings: EvaluateSettings) -> DataFrame:
+def people(log: DataFrame, in_use: InUse) -> DataFrame:
+    """The log without bots: their clicks would blur the popularity, and a bot can't be judged."""
+    robots = profiles.bots(log, in_use.profiles.bot_events_per_day)
+    return log.join(robots, on="user_id", how="left_anti")
+
+
+def candidates(tables: Tables, needed: set[str]) -> DataFrame:
+    """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
+    real = tables.embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
+    counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
+    complete = counted.where(F.col("there") == len(needed))
+    available = tables.items.where("available").select("item_id")
+    return available.join(complete, on="item_id", how="left_semi") if needed else available
+
+
+@contextmanager
+def opened(
+    spark: SparkSession, tables: Tables, complete: DataFrame, split: Split, settings: EvaluateSettings, in_use: InUse
+) -> Iterator[AsOf | None]:
+    """What is known at a split's cut, for the users who can be judged; None where there is none of them."""
+    known = split.known.persist()
     order = F.xxhash64("user_id", F.lit(settings.seed))
-    return relevant.orderBy(order, "user_id").limit(settings.max_users)
+    everyone = splits.relevant(known, split.hidden, complete)
+    judged = everyone.orderBy(order, "user_id").limit(settings.max_users).persist()
+    ids = pd.Index(sorted(row["item_id"] for row in complete.collect()), dtype=object)
+    with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
+        world = AsOf(spark, tables, complete, ids, known, judged, settings, in_use, Path(folder), split.cut)
+        try:
+            yield None if judged.isEmpty() else world
+        finally:
+            world.close()
+            judged.unpersist()
+            known.unpersist()
 
 
-def _events_per_item(known: DataFrame, candidates: DataFrame) -> pd.Series:
-    """How many events each candidate has, by item_id in its order."""
-    counts = known.groupBy("item_id").agg(F.count(F.lit(1)).alias("events"))
-    everyone = candidates.join(counts, on="item_id", how="left").select("item_id", F.coalesce("events", F.lit(0)))
-    return _pandas(everyone.toDF("item_id", "events").orderBy("item_id")).set_index("item_id")["events"]
+def _judge(
+    world: AsOf, split: Split, chosen: Sequence[Arm], say: Callable[[str], None]
+) -> tuple[list[dict], dict[str, object]]:
+    settings, users, items = world.settings, world.users, len(world.items)
+    guards.no_leak(split.name, split.cut, users)
+    relevant = codes(users["relevant"], world.items)
+    seen = codes(users["seen"], world.items)
+    lists, started = {}, time.monotonic()
+    for done, arm in enumerate(chosen):
+        left = f", {(time.monotonic() - started) / done * (len(chosen) - done):.0f} s left" if done else ""
+        say(f"{split.name}: {arm.name}, {len(users):,} users, {items:,} candidates{left}")
+        lists[arm.name] = world.lists(arm, settings.lengths[-1])
+        guards.nothing_seen(arm.name, lists[arm.name], seen, items)
+    ranked = sorted(arms.needed(chosen, world.in_use))
+    beside = world.in_use.representation if world.in_use.representation in ranked else next(iter(ranked), None)
+    known_by, everybody = world.events_per_item()
+    vectors = {name: _of(world, name) for name in ranked}
+    judged = scores.Judged(lists, relevant, items, known_by, everybody, vectors[beside] if beside else None)
+    catalogue = _catalogue(world)
+    found = list(scores.rows(split.name, judged, slices(users, split.cut, known_by, catalogue), settings))
+    identical = {name: guards.identical(each) for name, each in vectors.items()}
+    above = [arm for arm, each in scores.shuffled(judged, settings).items()
+             if guards.above_chance(each, settings.k, items)]  # fmt: skip
+    for name, count in identical.items():
+        if count > guards.ALARM * items:
+            say(f"{split.name}: {count:,} of {items:,} candidates share their {name} vector with another: their texts "
+                "or photos are the same, or lost what told them apart")  # fmt: skip
+    for arm in above:
+        say(f"{split.name}: {arm} finds more of exchanged items than chance does: something leaks")
+    facts: dict[str, object] = {
+        "cut": split.cut, "users": len(users), "candidates": items, "identical_vectors": identical,
+        "above_chance": above, "apart": _apart(world, lists, relevant, beside),
+    }  # fmt: skip
+    return found, facts | ({"settled": world.chosen} if world.chosen else {})
 
 
-def _matched(
-    spark: SparkSession, arm: str, tables: Tables, histories: DataFrame, everybody: DataFrame, candidates: DataFrame,
-    k: int, in_use: InUse, folder: Path,
-) -> DataFrame:  # fmt: skip
-    """user_id, items of an arm that matches profiles with items, as recommend does; `folder` must outlive the lists."""
-    representation, shape = (in_use.representation, in_use.profiles.shape) if arm == arms.BLEND else arms.parts(arm)
-    share = {arms.BLEND: in_use.cooccurrence.share or _SHARE, "cooccurrence": 1.0}.get(arm, 0.0)
-    if arm == "cooccurrence":  # content has no share in it: any vector will do
-        vector, none = F.array(F.lit(1.0).cast("float")), F.lit("")
-        rows = candidates.select("item_id", vector.alias("embedding"), none.alias("text_sha256"), none.alias("text"))
-        rows = rows.orderBy("item_id")
-    else:
-        rows = (
-            tables.embeddings.where((F.col("representation") == representation) & ~F.col("fallback"))
-            .select("item_id", "embedding", "text_sha256", F.lit("").alias("text")).orderBy("item_id")
-        )  # fmt: skip
-    out = rows.select("item_id").join(candidates.select("item_id"), on="item_id", how="left_anti")
-    # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
-    built = index.build(rows.toArrow(), representation, "evaluate", folder, scann_from=2**62)
-    open_searcher = index.ship(spark, built, float("inf"), Searcher.open)
-    matching = recommend.Matching(shape)
-    if share:
-        found = cooccurrence.pairs(everybody, in_use.cooccurrence)
-        counted = cooccurrence.build(found, Searcher.open(built), folder / "cooccurrence")
-        opens = index.ship(spark, counted, float("inf"), Cooccurrence.open)
-        matching = recommend.Matching(shape, share, in_use.cooccurrence.position_decay, opens)
-    vectors = profiles.with_embedding(histories, representation, open_searcher)
-    withdrawn = [row["item_id"] for row in out.collect()]
-    lists = recommend.recommend(vectors, open_searcher, withdrawn, k, None, matching)
-    return lists.select("user_id", F.col("items.item_id").alias("items"))
+def codes(lists: pd.Series, items: pd.Index) -> np.ndarray:
+    """Sorted codes, as in `metrics`, of lists of ids; ids that are no candidates are skipped."""
+    sizes = [0 if each is None else len(each) for each in lists]
+    flat = [item for each in lists if each is not None for item in each]
+    place = items.get_indexer(pd.Index(flat, dtype=object))
+    codes = np.repeat(np.arange(len(lists), dtype=np.int64), sizes) * len(items) + place
+    return np.sort(codes[place >= 0])
 
 
-def _collected(judged: DataFrame, lists: DataFrame) -> pd.DataFrame:
-    """user_id, relevant, items of every judged user, sorted; an empty list where the arm gave none."""
-    joined = _pandas(judged.join(lists, on="user_id", how="left")).sort_values("user_id", ignore_index=True)
-    joined["items"] = [[] if items is None else list(items) for items in joined["items"]]
-    return joined
+def _of(world: AsOf, representation: str) -> np.ndarray:
+    searcher = world.searcher(representation)
+    return np.asarray(searcher.vectors[searcher.positions(world.items.tolist())])
 
 
-def _pandas(rows: DataFrame) -> pd.DataFrame:
-    return cast(pd.DataFrame, rows.toPandas())
+def _catalogue(world: AsOf) -> pd.DataFrame:
+    """category and first_seen_at of the candidates; null where the table hasn't got them."""
+    there = world.tables.items
+    names = ("category", "first_seen_at")
+    columns = [F.col(name) if name in there.columns else F.lit(None).alias(name) for name in names]
+    rows = there.join(world.candidates, on="item_id", how="left_semi").select("item_id", *columns).toPandas()
+    return rows.set_index("item_id").reindex(world.items)
 
 
-def _rows(split: str, lists: dict[str, pd.DataFrame], sizes: pd.Series, settings: EvaluateSettings) -> Iterable[dict]:
-    values = {
-        arm: per_user(hits(table["items"], table["relevant"], settings.k), table["relevant"].map(len).to_numpy())
-        for arm, table in lists.items()
-    }
-    seen = sizes.reindex(next(iter(lists.values()))["user_id"]).fillna(0).to_numpy()
-    groups = [("all", np.ones(len(seen), bool))]
-    groups += [(name, (seen >= least) & (seen <= most)) for name, least, most in SLICES]
-    for arm, by_metric in values.items():
-        for metric in METRICS:
-            for name, members in groups:
-                users = int(members.sum())
-                row = {
-                    "split": split, "arm": arm, "metric": metric, "k": settings.k, "slice": name, "users": users,
-                    "value": None, "low": None, "high": None, "control": None, "p_value": None,
-                }  # fmt: skip
-                if users >= LEAST_USERS:
-                    chosen = by_metric[metric][members]
-                    low, high = bootstrap_interval(chosen, settings.seed)
-                    row |= {"value": float(chosen.mean()), "low": low, "high": high}
-                    if name == "all" and arm != settings.control and settings.control in values:
-                        against = values[settings.control][metric][members]
-                        p_value = paired_p_value(chosen, against, settings.seed)
-                        row |= {"control": settings.control, "p_value": p_value}
-                yield row
+def _apart(world: AsOf, lists: dict[str, np.ndarray], relevant: np.ndarray, beside: str | None) -> list[dict]:
+    """Users for whom the arm of the lists in use found something and the control nothing, and the other way round."""
+    settings = world.settings
+    mine = arms.BLEND if world.in_use.cooccurrence.share else world.in_use.representation
+    shape = world.in_use.profiles.shape
+    mine = mine if mine == arms.BLEND or shape == "mean" else f"{mine}/{shape}"
+    mine = mine if mine in lists else beside or ""
+    if mine not in lists or settings.control not in lists or mine == settings.control:
+        return []
+    found = {arm: hits(lists[arm][:, : settings.k], relevant, len(world.items)) for arm in (mine, settings.control)}
+    apart = []
+    for one, other in ((mine, settings.control), (settings.control, mine)):
+        only = np.flatnonzero(found[one].any(axis=1) & ~found[other].any(axis=1))
+        for user in np.random.default_rng(settings.seed).permutation(only)[:_APART]:
+            rank = int(found[one][user].argmax())
+            apart.append({
+                "user_id": world.users["user_id"][user], "by": one, "not_by": other, "rank": rank + 1,
+                "item_id": world.items[lists[one][user, rank]],
+                "instead": [world.items[item] for item in lists[other][user, :3] if item >= 0],
+            })  # fmt: skip
+    return apart

@@ -2,8 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
+
+from vlm4rec_spark.evaluation.arms import EvaluateSettings
+
+
+@dataclass(frozen=True)
+class Split:
+    """Known events and hidden ones; `cut`: the time that divides them, None where each user's last is hidden."""
+
+    name: str
+    cut: str | None
+    known: DataFrame
+    hidden: DataFrame
+
+
+def of(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
+    """The splits that the settings name, in their order."""
+    for name in settings.splits:
+        if name == "leave_one_out":
+            yield Split(name, None, *leave_one_out(log))
+        elif name == "time":
+            cut = settings.cut or last_share(log, settings.test_share)
+            yield Split(name, cut, *time_split(log, cut))
+        else:
+            yield from replay(log, settings)
+
+
+def replay(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
+    """Cuts one after another, each judged by the events up to the next; the test part is divided into equal times."""
+    first = settings.cut or last_share(log, settings.test_share)
+    end = log.agg(F.unix_micros(F.max("event_time"))).first()[0] + 1  # type: ignore[index]
+    start = log.sparkSession.range(1).select(F.unix_micros(F.to_timestamp(F.lit(first)))).first()[0]  # type: ignore[index]
+    # At whole minutes, that their names can be read.
+    edges = [start + (end - start) * part // settings.replay_cuts // 60_000_000 * 60_000_000
+             for part in range(settings.replay_cuts)]  # fmt: skip
+    for number, (at, until) in enumerate(zip(edges, [*edges[1:], end], strict=True)):
+        micros = F.unix_micros("event_time")
+        moment = log.sparkSession.range(1).select(F.timestamp_micros(F.lit(at)).cast("string")).first()[0]  # type: ignore[index]
+        known, hidden = log.where(micros < at), log.where((micros >= at) & (micros < until))
+        yield Split(f"replay {number + 1}", str(moment), known, hidden)
+
+
+def validation(split: Split, test_share: float) -> Split:
+    """The same kind of split once more, of what is known: what settings may be chosen by."""
+    if split.cut is None:
+        return Split(f"{split.name}, validation", None, *leave_one_out(split.known))
+    cut = last_share(split.known, test_share)
+    return Split(f"{split.name}, validation", cut, *time_split(split.known, cut))
 
 
 def time_split(interactions: DataFrame, cut: str) -> tuple[DataFrame, DataFrame]:

@@ -1,5 +1,5 @@
-"""What a search is asked with: users' tastes, each one vector (mean) or a weighted history (max_similarity), alone or
-blended with what is found together with their history.
+"""What a search is asked with: users' tastes, each one vector (mean), a weighted history (max_similarity) or a few
+vectors (multi_taste), alone or blended with what is found together with their history.
 
 numpy only, so that a server can ask with them too. Knows vectors and weights; knows neither exclusions nor rules.
 """
@@ -15,7 +15,7 @@ from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.ranking import SCORE_DIGITS
 from vlm4rec_spark.models.searcher import Effort, Searcher
 
-Shape = Literal["mean", "max_similarity"]
+Shape = Literal["mean", "max_similarity", "multi_taste"]
 _SCORES_AT_ONCE = 2**24
 """Exact search holds one float32 per query and item: 64 MB of them at a time."""
 
@@ -92,27 +92,22 @@ class Means:
         return nearest(history, np.ones(len(history), np.float32), searcher, items), np.zeros(len(items), bool)
 
 
-class Histories:
-    """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
+class _Several:
+    """Some weighted vectors per user; an item scores its highest weighted cosine with one of them."""
 
-    def __init__(self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray]):
-        """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1."""
-        self._positions, self._weights = positions, weights
+    _weights: Sequence[np.ndarray]
 
     def __len__(self) -> int:
-        return len(self._positions)
-
-    def part(self, users: np.ndarray) -> Histories:
-        return Histories([self._positions[user] for user in users], [self._weights[user] for user in users])
+        return len(self._weights)
 
     def at_once(self, items: int) -> int:
-        longest = max((len(positions) for positions in self._positions), default=1)
+        longest = max((len(weights) for weights in self._weights), default=1)
         return max(1, _SCORES_AT_ONCE // items // max(1, longest))
 
     def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
         """No candidates (-1) for a user without a history in this index."""
-        distinct, rows = self._distinct()
-        _, similar = searcher.exact(searcher.vectors[distinct])
+        distinct, rows = self._asked(searcher)
+        _, similar = searcher.exact(distinct)
         positions = np.full((len(self), len(searcher)), -1, np.int64)
         scores = np.full(positions.shape, np.nan, np.float32)
         for user, (mine, weights) in enumerate(zip(rows, self._weights, strict=True)):
@@ -122,34 +117,107 @@ class Histories:
         return positions, scores
 
     def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-        """The items nearest to each item of a history, searched once for all who have it, merged for each user.
+        """The items nearest to each vector, searched once for all who have it, merged for each user.
 
-        An item of the exact list is among the k + e nearest of the history item that it scores best with, where e of
-        the items may not be recommended to the user: with so many candidates only ScaNN's own misses are missing.
+        An item of the exact list is among the k + e nearest of the vector that it scores best with, where e of the
+        items may not be recommended to the user: with so many candidates only ScaNN's own misses are missing.
         """
-        distinct, rows = self._distinct()
-        found, cosines = searcher.search(searcher.vectors[distinct], effort)
+        distinct, rows = self._asked(searcher)
+        found, cosines = searcher.search(distinct, effort)
         merged = [_merged(found[mine], cosines[mine] * weights[:, None])
                   for mine, weights in zip(rows, self._weights, strict=True)]  # fmt: skip
         return _padded(merged)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.full(positions.shape, np.nan)
-        for user, (mine, weights, items) in enumerate(zip(self._positions, self._weights, positions, strict=True)):
-            if len(mine):
-                history = searcher.vectors[mine].astype(np.float64)
-                found[user] = (searcher.vectors[items].astype(np.float64) @ history.T * weights).max(axis=1)
+        for user, (weights, items) in enumerate(zip(self._weights, positions, strict=True)):
+            if len(weights):
+                mine = self._of(user, searcher).astype(np.float64)
+                found[user] = (searcher.vectors[items].astype(np.float64) @ mine.T * weights).max(axis=1)
         return found
+
+    def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The vectors of all users, each once, and per user which of them are theirs."""
+        raise NotImplementedError
+
+    def _of(self, user: int, searcher: Searcher) -> np.ndarray:
+        """A user's vectors, (vectors, dimension)."""
+        raise NotImplementedError
+
+
+class Histories(_Several):
+    """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
+
+    def __init__(self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray]):
+        """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1."""
+        self._positions, self._weights = positions, weights
+
+    def part(self, users: np.ndarray) -> Histories:
+        return Histories([self._positions[user] for user in users], [self._weights[user] for user in users])
 
     def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return nearest(self._positions[user], self._weights[user], searcher, items), np.zeros(len(items), bool)
 
-    def _distinct(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The items of all histories, each once, and per user which of them are theirs."""
+    def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         flat = np.concatenate(self._positions) if len(self) else np.empty(0, np.int64)
         distinct, rows = np.unique(flat, return_inverse=True)
-        ends = np.cumsum([len(positions) for positions in self._positions])[:-1]
-        return distinct, np.split(rows, ends)
+        return searcher.vectors[distinct], _split(rows, self._positions)
+
+    def _of(self, user: int, searcher: Searcher) -> np.ndarray:
+        return searcher.vectors[self._positions[user]]
+
+
+class Clusters(_Several):
+    """A few tastes per user: the history divided into groups of items that are alike, each the mean of its items.
+
+    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020); a taste weighs what its heaviest item does.
+    """
+
+    def __init__(self, vectors: Sequence[np.ndarray], weights: Sequence[np.ndarray], histories: Sequence[np.ndarray]):
+        """vectors: float32 (tastes, dimension) of each user, unit; weights: of each taste, the heaviest of a user is 1;
+        histories: int64 positions of each user's items, for the reasons."""
+        self._vectors, self._weights, self._histories = vectors, weights, histories
+
+    @classmethod
+    def of(
+        cls, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], searcher: Searcher, most: int
+    ) -> Clusters:
+        """At most `most` tastes of each user, out of the positions and weights of the history's items."""
+        made = [_clusters(searcher.vectors[mine], heavy, most) for mine, heavy in zip(positions, weights, strict=True)]
+        return cls([vectors for vectors, _ in made], [heavy for _, heavy in made], positions)
+
+    def part(self, users: np.ndarray) -> Clusters:
+        mine = ([each[user] for user in users] for each in (self._vectors, self._weights, self._histories))
+        return Clusters(*mine)
+
+    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        history = self._histories[user]
+        return nearest(history, np.ones(len(history), np.float32), searcher, items), np.zeros(len(items), bool)
+
+    def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
+        empty = np.empty((0, searcher.vectors.shape[1]), np.float32)
+        vectors = np.concatenate([empty, *self._vectors])
+        return vectors, _split(np.arange(len(vectors)), self._weights)
+
+    def _of(self, user: int, searcher: Searcher) -> np.ndarray:
+        return self._vectors[user]
+
+
+def _clusters(vectors: np.ndarray, weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors and weights of the groups, in the order of their first items."""
+    if len(vectors) > most:
+        from scipy.cluster.hierarchy import fcluster, linkage
+
+        group = fcluster(linkage(vectors.astype(np.float64), "ward"), most, "maxclust")
+    else:
+        group = np.arange(len(vectors))
+    found, heavy = [], []
+    for each in dict.fromkeys(group.tolist()):
+        members = group == each
+        total = weights[members] @ vectors[members].astype(np.float64)
+        found.append(total / max(np.linalg.norm(total), 1e-12))
+        heavy.append(weights[members].max())
+    return np.asarray(found, np.float32).reshape(-1, vectors.shape[1]), np.asarray(heavy, np.float32)
 
 
 class Blend:
@@ -233,6 +301,11 @@ class Blend:
                 place = np.searchsorted(found, positions[row]).clip(max=len(found) - 1)
                 strengths[row] = np.where(found[place] == positions[row], strong[place], 0)
         return strengths
+
+
+def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The rows by user, each as many as the user has of `like`."""
+    return np.split(rows, np.cumsum([len(each) for each in like])[:-1])
 
 
 def _padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark import __version__, schemas, sources
 from vlm4rec_spark.caption.estimate import Plan
+from vlm4rec_spark.evaluation.tune import Metric, Tuned
 from vlm4rec_spark.lease import Lease
 from vlm4rec_spark.models.prompts import load_prompt
 from vlm4rec_spark.pipeline import captioning, encoding, housekeeping, intake, judging, matching
@@ -132,6 +133,12 @@ class Pipeline(Run):
         self.begin()
         self.check(["caption"])
         return captioning.plan_captions(self)
+
+    def tune(self, representations: Sequence[str], metric: Metric) -> Tuned:
+        """Settings chosen on a validation cut, of these representations. Changes nothing and holds nobody up."""
+        self.begin()
+        self.check(["evaluate"])
+        return judging.tune(self, representations, metric)
 
     def maintain(self) -> Outcome:
         """Join small files, delete old ones, and clear what killed runs left. Changes no row."""

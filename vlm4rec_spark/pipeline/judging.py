@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyspark.sql import functions as F
@@ -11,16 +12,19 @@ from pyspark.sql import functions as F
 from vlm4rec_spark import report as page
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.evaluation import arms
 from vlm4rec_spark.evaluation import evaluate as evaluation
-from vlm4rec_spark.evaluation.arms import InUse
+from vlm4rec_spark.evaluation import tune as tuning
+from vlm4rec_spark.evaluation.arms import EvaluateSettings, InUse
 from vlm4rec_spark.pipeline import auditing
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.stages import export as shapes
 
 
-def evaluate(run: Run, outcome: Outcome) -> None:
-    settings, encoder = run.config.evaluate, run.encoder_id()
+def tables(run: Run, settings: EvaluateSettings, in_use: InUse) -> evaluation.Tables:
+    """What the arms of the settings are judged by. Raises RunError for an arm that nothing is known of."""
+    encoder = run.encoder_id()
     stored, representation = run.read(schemas.EMBEDDINGS), F.col("representation")
     # Of each representation that this configuration makes, the vectors that it would make.
     by = F.when(representation.isin(*embed.REPRESENTATIONS), F.lit(encoder)).when(
@@ -28,18 +32,32 @@ def evaluate(run: Run, outcome: Outcome) -> None:
     )
     there = stored.where(by.isNull() | (F.col("encoder_id") == by))
     known = {row["representation"] for row in there.select("representation").distinct().collect()}
-    in_use = InUse(run.config.representation, run.config.profiles, run.config.cooccurrence)
-    if unknown := evaluation.arms.needed(settings.arms, in_use) - known:
+    if unknown := evaluation.needed(settings, in_use) - known:
         raise RunError(f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
-                       f"({', '.join(evaluation.arms.BASELINES)}) nor blend nor a representation of the table "
-                       f"embeddings ({', '.join(sorted(known))}). "
+                       f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of evaluate.define nor a "
+                       f"representation of the table embeddings ({', '.join(sorted(known))}). "
                        "For image set embed.vision and run embed.")  # fmt: skip
-    read = evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), there)
-    rows, outcome.details = evaluation.evaluate(run.spark, read, settings, in_use, run.voice.say)
+    return evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), there)
+
+
+def in_use(run: Run) -> InUse:
+    return InUse(run.config.representation, run.config.profiles, run.config.cooccurrence)
+
+
+def evaluate(run: Run, outcome: Outcome) -> None:
+    settings, used = run.config.evaluate, in_use(run)
+    read = tables(run, settings, used)
+    rows, outcome.details = evaluation.evaluate(run.spark, read, settings, used, run.voice.say)
     outcome.ok = sum(json.loads(split)["users"] for split in outcome.details.values())
     rows += auditing.audit(run, outcome)
     frame = run.spark.createDataFrame([row | {"run_id": run.run_id} for row in rows], schemas.METRICS.schema)
     run.tables.insert(schemas.METRICS, frame)
+
+
+def tune(run: Run, representations: Sequence[str], metric: tuning.Metric) -> tuning.Tuned:
+    settings = run.config.evaluate.model_copy(update={"arms": tuple(representations)})
+    read = tables(run, settings, in_use(run))
+    return tuning.tune(run.spark, read, settings, in_use(run), representations, metric, run.voice.say)
 
 
 def beside_metrics(run: Run) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pyspark.sql import DataFrame
@@ -103,16 +104,17 @@ def recommend(run: Run, outcome: Outcome) -> None:
 
 def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
     """By the profiles' shape, and with the share of co-occurrence that is asked for, counted in the same profiles."""
-    settings, shape = run.config.cooccurrence, run.config.profiles.shape
+    settings, profile = run.config.cooccurrence, run.config.profiles
+    content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
     if not settings.share:
-        return ranking.Matching(shape)
+        return content
     run.voice.say(f"counting what is found together, needs up to {len(searcher) * settings.kept * 60 / 1e9:.2f} GB on "
                   "the driver")  # fmt: skip
     folder = cooccurrence.build(
         cooccurrence.pairs(profiles, settings), searcher, Path(run.config.index.folder) / "cooccurrence"
     )
     opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
-    return ranking.Matching(shape, settings.share, settings.position_decay, opens)
+    return replace(content, share=settings.share, position_decay=settings.position_decay, opens=opens)
 
 
 def beside_index(run: Run) -> object:
@@ -127,7 +129,8 @@ def beside_profiles(run: Run) -> object:
 def beside_lists(run: Run) -> object:
     settings = run.config.recommend.model_dump(mode="json")
     blend = run.config.cooccurrence.model_dump(mode="json")
-    return [settings, blend, run.config.profiles.shape, run.config.representation, _index_id(run)]
+    shape = [run.config.profiles.shape, run.config.profiles.tastes]
+    return [settings, blend, *shape, run.config.representation, _index_id(run)]
 
 
 def _index_id(run: Run) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm4rec_spark.report.data import Metric, Run, arm_name
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, ACCENT, SOFT = "#1f2328", "#6a6f76", "#d9d6cf", "#c2410c", "#f0c4a8"
-_LABEL_LENGTH = 24
+_SHADES = ("#1f2328", "#6a6f76", "#3d6b8e", "#7a5c99", "#8a8f3c")
+_LABEL_LENGTH, _ROOM = 24, 60
+"""Characters of a label at most, and those that have room side by side under half a page."""
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm4rec_spark",  # else ids are random and no two pages equal
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's typeface
@@ -35,33 +37,83 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def intervals(metrics: Sequence[Metric], highlight: str) -> str:
-    """One metric's value and 95 % interval per arm, in the order given, top to bottom."""
-    most = max((metric.high or metric.value or 0 for metric in metrics), default=0) or 1
+def forest(panels: Sequence[tuple[str, Sequence[Metric | None]]], arms: Sequence[str], highlight: str) -> str:
+    """A forest plot: one panel per (title, one metric per arm), values with 95 % intervals; arms top to bottom.
 
-    def draw(axes: Axes) -> None:
-        for place, metric in enumerate(metrics):
-            colour = ACCENT if metric.arm == highlight else INK
-            if metric.value is None:
-                axes.text(0, place, "too few users", va="center", color=MUTED, size=9)
-                continue
-            low = metric.value if metric.low is None else metric.low
-            high = metric.value if metric.high is None else metric.high
-            axes.hlines(place, 0, metric.value, color=RULE, linewidth=1, linestyle=(0, (1, 2)))
-            axes.hlines(place, low, high, color=colour, linewidth=4, alpha=0.35)
-            axes.plot([metric.value], [place], "o", color=colour, markersize=4.5)
-            axes.text(high + 0.03 * most, place, f"{metric.value:.3f}", va="center", color=colour, size=9)
-        axes.set_yticks(range(len(metrics)), [arm_name(metric.arm) for metric in metrics])
-        axes.set_ylim(len(metrics) - 0.5, -0.5)
-        axes.set_xlim(0, 1.2 * most)
+    Values on both sides of 0, such as differences, have a line at 0, and those whose interval crosses it are hollow.
+    """
 
-    return _svg(draw, width=3.7, height=0.6 + 0.33 * len(metrics))
+    def draw(axes: Sequence[Axes]) -> None:
+        for panel, (title, metrics) in zip(axes, panels, strict=True):
+            _forest_panel(panel, title, metrics, arms, highlight)
+        axes[0].set_yticks(range(len(arms)), [arm_name(arm) for arm in arms])
+        axes[0].set_ylim(len(arms) - 0.5, -0.5)
+
+    return _svg(draw, width=3.1 * len(panels) + 1.2, height=0.75 + 0.3 * len(arms), panels=len(panels))
+
+
+def _forest_panel(
+    panel: Axes, title: str, metrics: Sequence[Metric | None], arms: Sequence[str], highlight: str
+) -> None:
+    there = [metric for metric in metrics if metric and metric.value is not None]
+    most = max((metric.high or metric.value or 0 for metric in there), default=0) or 1e-3
+    least = min((metric.low or 0 for metric in there), default=0)
+    signed = least < 0
+    for place, (arm, metric) in enumerate(zip(arms, metrics, strict=True)):
+        colour = ACCENT if arm == highlight else INK
+        if metric is None or metric.value is None:
+            panel.text(0, place, "" if metric is None else " too few users", va="center", color=MUTED, size=9)
+            continue
+        low = metric.value if metric.low is None else metric.low
+        high = metric.value if metric.high is None else metric.high
+        panel.hlines(place, 0, metric.value, color=RULE, linewidth=1, linestyle=(0, (1, 2)))
+        panel.hlines(place, low, high, color=colour, linewidth=3.5, alpha=0.35)
+        filled = colour if not signed or low > 0 or high < 0 else "white"
+        panel.plot([metric.value], [place], "o", color=colour, markerfacecolor=filled, markersize=4.5)
+        said = f"{metric.value:+.3f}" if signed else f"{metric.value:.3f}"
+        panel.text(high + 0.03 * (most - min(least, 0)), place, said, va="center", color=colour, size=9)
+    if signed:
+        panel.axvline(0, color=MUTED, linewidth=0.8)
+    panel.set_title(title, loc="left", size=10, color=INK, fontweight="semibold")
+    panel.set_xlim(1.12 * min(least, 0), most + 0.3 * (most - min(least, 0)))
+
+
+Panel = tuple[str, Sequence[str], Mapping[str, Sequence["Metric | None"]]]
+"""Title, labels along the axis, and by arm a metric at each of them."""
+
+
+def multiples(panels: Sequence[Panel], highlight: str) -> str:
+    """Small multiples: per (title, slices, metrics of each arm by slice) a line per arm, with its intervals."""
+    most = max((metric.high or 0 for _, _, lines in panels for line in lines.values() for metric in line if metric),
+               default=0) or 1e-3  # fmt: skip
+
+    def draw(axes: Sequence[Axes]) -> None:
+        for panel, (title, slices, lines) in zip(axes, panels, strict=True):
+            for shade, (arm, line) in enumerate(lines.items()):
+                colour = ACCENT if arm == highlight else _SHADES[shade % len(_SHADES)]
+                points = [(place + 0.07 * (shade - len(lines) / 2), metric.value, metric.low, metric.high)
+                          for place, metric in enumerate(line) if metric and metric.value is not None]  # fmt: skip
+                for x, _, low, high in points:
+                    panel.vlines(x, low, high, color=colour, linewidth=2, alpha=0.3)
+                panel.plot([x for x, *_ in points], [y for _, y, *_ in points], "o-", color=colour, markersize=3,
+                           linewidth=1, label=arm_name(arm))  # fmt: skip
+            panel.set_title(title, loc="left", size=10, color=INK, fontweight="semibold")
+            wide = max(len(line) for name in slices for line in name.split("\n")) * len(slices) > _ROOM
+            slanted = {"rotation": 20, "ha": "right"} if wide else {}
+            panel.set_xticks(range(len(slices)), list(slices), size=8, **slanted)
+            panel.set_xlim(-0.6, len(slices) - 0.4)
+            panel.set_ylim(0, 1.05 * most)
+            panel.grid(axis="y", color=RULE, linewidth=0.6)
+        axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+
+    return _svg(draw, width=9.6, height=2.5 * -(-len(panels) // 2), panels=len(panels), columns=2, shared=False)
 
 
 def durations(runs: Sequence[Run]) -> str:
     """Seconds per stage, in the order given, top to bottom."""
 
-    def draw(axes: Axes) -> None:
+    def draw(panels: Sequence[Axes]) -> None:
+        (axes,) = panels
         longest = max((run.seconds for run in runs), default=0) or 1
         for place, run in enumerate(runs):
             axes.barh(place, run.seconds, height=0.56, color=ACCENT if run.seconds == longest else SOFT)
@@ -76,7 +128,8 @@ def durations(runs: Sequence[Run]) -> str:
 def values(counts: Sequence[tuple[str, int]]) -> str:
     """How many photos have a value, in the order given, top to bottom."""
 
-    def draw(axes: Axes) -> None:
+    def draw(panels: Sequence[Axes]) -> None:
+        (axes,) = panels
         most = max(count for _, count in counts)
         for place, (_, count) in enumerate(counts):
             axes.barh(place, count, height=0.56, color=ACCENT if count == most else SOFT)
@@ -93,21 +146,30 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
+def _svg(
+    draw: Callable[[Sequence[Axes]], None], width: float, height: float, panels: int = 1, columns: int | None = None,
+    shared: bool = True,
+) -> str:  # fmt: skip
     import matplotlib
 
     # Figure itself, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
+    columns = min(columns or panels, panels)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0, pad=6)
-        axes.grid(axis="x", color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.locator_params(axis="x", nbins=5)
-        draw(axes)
+        grid = figure.subplots(-(-panels // columns), columns, sharey=shared and panels > 1, squeeze=False)
+        every = list(grid.flat)
+        for axes in every[:panels]:
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(length=0, pad=6)
+            if shared:
+                axes.grid(axis="x", color=RULE, linewidth=0.6)
+                axes.locator_params(axis="x", nbins=4)
+            axes.set_axisbelow(True)
+        for axes in every[panels:]:
+            axes.set_axis_off()
+        draw(every[:panels])
         return _inline(figure)
 
 

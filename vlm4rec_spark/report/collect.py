@@ -16,7 +16,7 @@ from vlm4rec_spark import schemas
 from vlm4rec_spark.report.album import Album
 from vlm4rec_spark.report.audit import AuditExamples
 from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
-from vlm4rec_spark.report.exhibits import ChosenCaptions, ChosenStock, ChosenUsers
+from vlm4rec_spark.report.exhibits import ChosenApart, ChosenCaptions, ChosenStock, ChosenUsers
 
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
@@ -42,7 +42,8 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     users = ChosenUsers(tables, settings.users)
     evaluated = next(iter(history.get("evaluate", ())), None)
     audit = AuditExamples(evaluated)
-    album = Album(tables, [*stock.places, *captions.places, *audit.places], users.items)
+    apart = ChosenApart(evaluated)
+    album = Album(tables, [*stock.places, *captions.places, *audit.places], [*users.items, *apart.items])
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_along_the_way)),
@@ -53,6 +54,7 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         audit=audit.shown(album),
         users=users.shown(album),
         metrics=_metrics(tables, evaluated),
+        apart=apart.shown(album),
     )
 
 

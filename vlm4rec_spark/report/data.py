@@ -176,6 +176,19 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """A user for whom the arm `by` found an item, at this rank, and `not_by` nothing, which recommended others."""
+
+    split: str
+    user_id: str
+    by: str
+    not_by: str
+    rank: int
+    found: Photo
+    instead: tuple[Photo, ...] = ()
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page. `counts`: rows of items, photos, captions, interactions, users with a list."""
 
@@ -188,6 +201,7 @@ class ReportData:
     audit: tuple[AuditExample, ...] = ()
     users: tuple[User, ...] = ()
     metrics: tuple[Metric, ...] = ()
+    apart: tuple[Apart, ...] = ()
 
     @property
     def latest_at(self) -> datetime | None:

@@ -7,7 +7,7 @@ it needs, and becomes plain values once the album has them: so that photos are f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from pyspark.sql import Column, DataFrame, Row, Window
@@ -17,7 +17,18 @@ from vlm4rec_spark import schemas
 from vlm4rec_spark.models.attributes import Attributes
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.album import CAPTION_LENGTH, Album, Place
-from vlm4rec_spark.report.data import Captions, Failure, Photo, PhotoStock, Recommended, Run, SharedPhoto, User
+from vlm4rec_spark.report.data import (
+    Apart,
+    Captions,
+    Failure,
+    Photo,
+    PhotoStock,
+    Recommended,
+    Run,
+    SharedPhoto,
+    User,
+    figures,
+)
 
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
@@ -156,6 +167,31 @@ class ChosenUsers:
             )
             for row, items in self._few
         )
+
+
+class ChosenApart:
+    """Users whom one arm of the evaluation served and the other didn't, as its details name them."""
+
+    def __init__(self, evaluated: Run | None):
+        told = {split: figures(text) for split, text in (evaluated.details if evaluated else {}).items()}
+        each = ((split, entry) for split, facts in told.items() for entry in _listed(facts.get("apart")))
+        self._few = [(split, entry) for split, entry in each if isinstance(entry, dict)]
+
+    @property
+    def items(self) -> Iterator[str]:
+        for _, entry in self._few:
+            yield from (entry["item_id"], *entry["instead"])
+
+    def shown(self, album: Album) -> tuple[Apart, ...]:
+        return tuple(
+            Apart(split, entry["user_id"], entry["by"], entry["not_by"], entry["rank"], album.main(entry["item_id"]),
+                  tuple(album.main(item) for item in entry["instead"]))
+            for split, entry in self._few
+        )  # fmt: skip
+
+
+def _listed(found: object) -> list[Any]:
+    return found if isinstance(found, list) else []
 
 
 def _recommended(item: Row, album: Album) -> Recommended:

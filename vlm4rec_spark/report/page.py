@@ -39,9 +39,21 @@ def render(data: ReportData) -> str:
         attributes={name: charts.values(counts) for name, counts in data.captions.attributes.items()},
         durations=charts.durations(data.runs) if data.runs else "",
         long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0]) > _LONG_CAPTION,
+        columns=lambda table: list(dict.fromkeys(name for row in table.values() for name in row)),
+        recall_lost=_recall_lost(data),
         svg=Markup,
         version=__version__,
     )
+
+
+def _recall_lost(data: ReportData) -> str:
+    """What the index of the lists in use misses of an exact search's lists, "" where search is exact."""
+    run = data.run("recommend")
+    try:
+        lost = 1 - float(run.details["recall_measured"]) if run else 0.0
+    except (KeyError, ValueError):
+        return ""
+    return _share(lost) if lost > 0 else ""
 
 
 def _count(number: object) -> str:

@@ -31,6 +31,7 @@ class ProfileSettings(BaseModel):
     position_decay: float = Field(1.0, gt=0, le=1)
     last_n: int = Field(50, ge=1)
     shape: Shape = "mean"
+    tastes: int = Field(3, ge=1, le=20)
     bot_events_per_day: int = Field(500, ge=1)
 
 

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Blend, Histories, Means, Shape, Tastes
+from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Shape, Tastes
 
 _TERMS = 3
 
@@ -52,13 +52,15 @@ class Matching:
     """How an item's score comes from a profile: the profile's shape, and the share that co-occurrence has.
 
     `opens` gives a worker the co-occurrence that the driver has built. There an item of the history weighs
-    `position_decay` of the one after it, beyond what its weight says.
+    `position_decay` of the one after it, beyond what its weight says. `tastes_per_user`: into how many a history is
+    divided at most, where the shape is multi_taste.
     """
 
     shape: Shape = "mean"
     share: float = 0.0
     position_decay: float = 1.0
     opens: Callable[[], Cooccurrence] | None = None
+    tastes_per_user: int = 3
 
     def tastes(self, batch: pa.RecordBatch, searcher: Searcher) -> Tastes:
         """Of profiles that have a vector; weights are those of `history` over its heaviest."""
@@ -72,6 +74,8 @@ class Matching:
         content: Tastes = Means(_queries(batch.column("embedding")), positions)
         if self.shape == "max_similarity":
             content = Histories(positions, [mine.astype(np.float32) for mine in weights])
+        elif self.shape == "multi_taste":
+            content = Clusters.of(positions, weights, searcher, self.tastes_per_user)
         if not self.share or self.opens is None:
             return content
         later = [mine * self.position_decay ** np.arange(len(mine)) for mine in weights]
