@@ -140,3 +140,14 @@ def test_main_photos_become_vectors_and_bad_ones_no_row(spark: SparkSession, tmp
     assert {(row["representation"], row["encoder_id"], row["fallback"]) for row in made.collect()} == {
         ("image", "v", False)
     }
+
+
+def test_untidy_texts_are_counted(spark: SparkSession) -> None:
+    rows = [
+        ("a", "title", "<script>var x = 1</script> Mug", False), ("a", "caption", "A <b>red</b> mug", False),
+        ("b", "title", "Tray, width < 40 cm, height > 2", False), ("b", "caption", " one two  three four ", False),
+        ("c", "title", None, False), ("c", "caption", "<i>bare</i>", True), ("c", "title_caption", "<i>x</i>", False),
+    ]  # fmt: skip
+    texts = spark.createDataFrame(rows, "item_id STRING, representation STRING, text STRING, fallback BOOLEAN")
+    (found,) = embed.untidy(texts, 3).collect()
+    assert found.asDict() == {"scripts": 1, "markup": 1, "too_long": 3}

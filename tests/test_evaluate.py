@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.evaluation import arms, asof, evaluate, guards, metrics, splits, tune
+from vlm4rec_spark.evaluation import als, arms, asof, evaluate, guards, metrics, splits, tune
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
 from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
@@ -74,9 +74,9 @@ def test_the_cut_is_a_time() -> None:
         EvaluateSettings(cut="last week")
 
 
-@pytest.mark.filterwarnings("ignore:unsafe cast from uint64")
-def test_the_metrics_are_those_of_a_library() -> None:
+def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """ranx (Bassani 2022) on random lists, some shorter than k, some with nothing relevant on them."""
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling takes longer than all that is computed here
     import ranx
 
     rng, users, items = np.random.default_rng(14), 300, 60
@@ -335,7 +335,7 @@ def test_an_arm_of_ones_own_is_the_lists_in_use_with_something_else(spark: Spark
     assert (set(plain.event_weights.values()), plain.half_life_days, plain.position_decay) == ({1.0}, None, 1.0)
 
 
-def test_als_learns_who_takes_what_together(spark: SparkSession) -> None:
+def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two circles of twenty users, each with eight items of which everybody has had six."""
     rng, events = np.random.default_rng(0), []
     for user in range(40):
@@ -343,6 +343,7 @@ def test_als_learns_who_takes_what_together(spark: SparkSession) -> None:
         events += [(f"u{user:02d}", item, f"2025-01-{day + 1:02d}") for day, item in enumerate(own[:6])]
         events.append((f"u{user:02d}", own[6], "2025-05-01"))
     tables = replace(world(spark), interactions=log(spark, events))
+    monkeypatch.setattr(als, "GRID", als.GRID[:1])
     found = evaluate_lists(spark, tables, ("random", "als"), k=2)
     kind = [item[0] == "HR"[int(user[1:]) % 2] for user, items in found["als"].items() for item in items]
     assert (len(kind), np.mean(kind)) == (80, 1.0)
@@ -369,7 +370,7 @@ def test_tune_finds_what_was_planted_without_the_test_part(
     for name in ("_DECAYS", "_HALF_LIVES", "_LAST", "_SPOKEN", "_POWERS", "_APART"):
         monkeypatch.setattr(tune, name, ())
     monkeypatch.setattr(tune, "_SHARES", (0.2, 0.7))
-    chosen, heard = EvaluateSettings(splits=("time",), cut=CUT, test_share=0.4, k=1, also_k=()), []
+    chosen, heard = EvaluateSettings(splits=("time",), cut=CUT, test_share=0.3, k=1, also_k=()), []
     found = tune.tune(spark, tables, chosen, IN_USE, ["title"], "ndcg", heard.append)
     assert (found.cut, found.users) == ("2025-02-02 00:00:00", 40)
     assert (found.best.in_use.cooccurrence.share, found.best.recall) == (0.7, 1.0)

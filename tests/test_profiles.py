@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,14 @@ import pytest
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.pipeline import matching
 from vlm4rec_spark.stages import index, profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
+
+    from vlm4rec_spark.pipeline import Pipeline
 
 SETTINGS = ProfileSettings(bot_events_per_day=3)
 DIMENSION = 24
@@ -50,6 +55,30 @@ EVENTS = [
     *[("bot", "A", "view", f"2025-01-01 12:00:0{n}") for n in range(4)],
     *[("fan", "B", "view", f"2025-01-0{n} 12:00:00") for n in range(1, 5)],
 ]
+
+
+def test_what_was_sent_back_is_seen_but_no_taste_until_it_is_taken_up_again(spark: SparkSession) -> None:
+    events = [
+        ("ann", "A", "purchase", "2025-01-01 12:00:00"), ("ann", "A", "return", "2025-01-09 12:00:00"),
+        ("ann", "B", "purchase", "2025-01-01 12:00:00"), ("ann", "B", "return", "2025-01-09 12:00:00"),
+        ("ann", "B", "view", "2025-01-10 12:00:00"), ("ann", "C", "view", "2025-01-02 12:00:00"),
+        ("ben", "A", "hide", "2025-01-02 12:00:00"),
+    ]  # fmt: skip
+    settings = ProfileSettings(negative_events=("return", "hide"), half_life_days=None)
+    found = histories(spark, events, settings)
+    assert {item["item_id"]: item["weight"] for item in found["ann"]["history"]} == {"B": 1, "C": 1}
+    assert (found["ann"]["seen"], found["ann"]["events"]) == (["A", "B", "C"], 2)
+    assert set(found) == {"ann"}
+
+
+def test_a_session_counts_once(spark: SparkSession) -> None:
+    events = [("ann", "A", "view", f"2025-01-01 12:{minute:02d}:00") for minute in (0, 20, 40)]
+    events += [("ann", "A", "view", "2025-01-01 13:20:00"), ("ann", "A", "cart", "2025-01-01 12:21:00"),
+               ("ann", "B", "view", "2025-01-01 12:22:00")]  # fmt: skip
+    found = histories(spark, events, ProfileSettings(session_minutes=30, half_life_days=None))
+    # Each view but the last is within half an hour of the one before it.
+    assert {item["item_id"]: item["weight"] for item in found["ann"]["history"]} == {"A": 1 + 1 + 3, "B": 1}
+    assert histories(spark, events, ProfileSettings(session_minutes=30, least_items=3)) == {}
 
 
 def test_weights_seen_bots_and_unknown_items(spark: SparkSession) -> None:
@@ -123,3 +152,44 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
     for user, embedding in found[0].items():
         total = sum(weight * vectors[item].astype(np.float64) for item, weight in drawn[user] if item in vectors)
         np.testing.assert_allclose(embedding, total / np.linalg.norm(total), rtol=0, atol=1e-7)
+
+
+def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
+    spark: SparkSession, pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    """A random log in three nights; the second brings a new item, and one that is called otherwise from then on."""
+    rng, titles = np.random.default_rng(0), {f"i{n}": f"Thing {n} of {n % 3}" for n in range(12)}
+    settings = (f"ingest.items.path=['{tmp_path}/items.csv']", f"ingest.interactions.path=['{tmp_path}/events-*.csv']",
+                "profiles.half_life_days=7", "profiles.bot_events_per_day=20", "representation=title")  # fmt: skip
+
+    def night(day: int, users: list[str], items: list[str]) -> tuple[set[str], str]:
+        """Users whose rows changed, and how many were made again."""
+        rows = [f"{user},{item},view,2025-01-{day:02d} {rng.integers(24):02d}:{rng.integers(60):02d}:00"
+                for user in users for item in rng.choice(items, 3, replace=False)]  # fmt: skip
+        (tmp_path / f"events-{day}.csv").write_text("\n".join(["user_id,item_id,event_type,event_time", *rows]) + "\n")
+        named = [f"{item},{title}" for item, title in titles.items()]
+        (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *named]) + "\n")
+        run = pipeline(tmp_path, *settings)
+        before = run.tables.versions([schemas.PROFILES]).get("profiles")
+        outcome = run.run(["ingest", "embed", "index", "profiles"])[-1]
+        # Everything made anew, by the stage's own functions.
+        whole = profiles.histories(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), run.config.profiles)
+        opens = partial(Searcher.open, matching.index_folder(run))
+        anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
+        assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
+        changed = [] if before is None else run.tables.changed_since(schemas.PROFILES, before).collect()
+        return {row["user_id"] for row in changed}, outcome.details["users_rebuilt"]
+
+    everybody, known = [f"u{n:02d}" for n in range(30)], list(titles)
+    # u00 and u01 have also met what isn't in the catalogue yet.
+    night(1, everybody, known)
+    night(2, everybody[:2], ["late", "later", "i1"])
+    titles |= {"late": "A late thing", "i3": "Another name"}
+    renamed = {row["user_id"] for row in pipeline(tmp_path, *settings).tables.read(schemas.INTERACTIONS)
+               .where("item_id = 'i3'").collect()}  # fmt: skip
+    touched, rebuilt = night(3, ["u05", "new"], known)
+    assert {"u05", "new"} | renamed <= touched <= {"u00", "u01", "u05", "new"} | renamed
+    assert int(rebuilt) < 20
+    assert night(4, ["u07"], known) == ({"u07"}, "1")
+    # A bot's day takes the profile away.
+    assert night(5, ["u07"] * 10, known) == ({"u07"}, "1")

@@ -104,8 +104,10 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
         if master.startswith("local"):
             folder = _folder()
             # Level 1: a third off the cold start; the heavy work is in Python. A long session fills its code cache of
-            # 48 MB: then the JVM throws compiled code away and compiles it again, without end.
-            options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=256m", f'"-Djava.io.tmpdir={folder}"']
+            # 48 MB: then the JVM throws compiled code away and compiles it again, without end. Stacks of 4 MB: the long
+            # lineage of ALS overflows one of 1.
+            options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=256m", "-Xss4m",
+                        f'"-Djava.io.tmpdir={folder}"']  # fmt: skip
             conf |= _LOCAL | {"spark.sql.warehouse.dir": f"{folder}/warehouse", "spark.local.dir": f"{folder}/local"}
             # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
             # the packages of this very Python. Two heaps of the C library: in the many that it makes else, it keeps a

@@ -200,6 +200,25 @@ class Tables:
         self._commit(table, lambda: self._write_changes(table, self._merge(table, rows))
                      .whenNotMatchedBySourceDelete().execute())  # fmt: skip
 
+    def revise(self, table: Table, keys: DataFrame, rows: DataFrame) -> None:
+        """Make the rows of these keys equal to `rows`, touching only what differs; a key without one loses its row."""
+        self._create(table)
+        there = rows.select(*table.columns, F.lit(True).alias("_there"))
+        source = keys.select(*table.key).distinct().join(there, on=list(table.key), how="left").alias("new")
+        found = self._delta(table).alias("old").merge(source, _same_key(table))
+        differs, updates = self._changes(table)
+        inserts = updates | {name: f"new.`{name}`" for name in table.key}
+        self._commit(table, lambda: found.whenMatchedDelete(condition="new._there IS NULL")
+                     .whenMatchedUpdate(condition=differs, set=updates)
+                     .whenNotMatchedInsert(condition="new._there", values=inserts).execute())  # fmt: skip
+
+    def changed_since(self, table: Table, version: int) -> DataFrame:
+        """What the change feed says of later versions, if anything: the table's columns, and _change_type."""
+        if self._commits(table)[0]["version"] <= version:
+            return self.read(table).limit(0).withColumn("_change_type", F.lit(""))
+        feed = self.spark.read.option("readChangeFeed", "true").option("startingVersion", version + 1)
+        return feed.table(self.place(table)) if self.named else feed.format("delta").load(self.place(table))
+
     def replace(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows` in one transaction, rewriting all of it."""
         self._create(table)
@@ -323,11 +342,15 @@ class Tables:
         return self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
 
     def _write_changes(self, table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
+        differs, updates = self._changes(table)
+        return merge.whenMatchedUpdate(condition=differs, set=updates).whenNotMatchedInsertAll()
+
+    def _changes(self, table: Table) -> tuple[str, dict[str, str | Column]]:
+        """The condition that a row `new` differs from `old`, and what it then sets."""
         compared = [field for field in table.schema if field.name not in {*table.key, *table.volatile}]
         differs = " OR ".join(f"NOT ({_comparable('old', f.name, f.dataType)} <=> "
                               f"{_comparable('new', f.name, f.dataType)})" for f in compared)  # fmt: skip
-        updates: dict[str, str | Column] = {name: f"new.`{name}`" for name in table.columns if name not in table.key}
-        return merge.whenMatchedUpdate(condition=differs, set=updates).whenNotMatchedInsertAll()
+        return differs, {name: f"new.`{name}`" for name in table.columns if name not in table.key}
 
     def _create(self, table: Table) -> None:
         if self.exists(table):

@@ -60,7 +60,8 @@ def full() -> ReportData:
         runs=(
             a_run("ingest", unknown_item_events="41", items_without_photo="5", untouched_items="14"),
             a_run("caption", model="llava@1", prompt_id="describe.1", photos_per_second="2.45", reused="3"),
-            a_run("embed", encoder_id="minilm@1", identical_vectors='{"caption": 2}', fallback="6"),
+            a_run("embed", encoder_id="minilm@1", identical_vectors='{"caption": 2}', fallback="6",
+                  untidy='{"scripts": 3, "markup": 0, "too_long": 8}'),
             a_run("index", items="1234", dimension="384", approximate="true", bytes="231004", folder="/index/abc"),
             a_run("profiles", representation="caption", bot_users="1", bot_events="5400", users_without_history="2"),
             a_run("recommend", k="10", search="ScaNN", recall_promised="0.95", recall_measured="0.983"),
@@ -224,6 +225,7 @@ def test_findings_name_what_was_met_and_leave_out_what_was_not():
     assert Finding("Photos in printing colours (CMYK)", 1, "converted to RGB (5 photos looked at)") not in found
     assert Finding("Photos in printing colours (CMYK)", 1, "converted to RGB") in found
     assert Finding("Events that repeat another", 7, "counted once") in found
+    assert Finding("Titles and captions with page scripts", 3, "the scripts aren't encoded") in found
     assert Finding("Events of items that the catalogue lacks", 41, "kept, but count for nobody") in found
     bots = next(finding for finding in found if "events in a day" in finding.what)
     assert (bots.count, bots.fate) == (1, "taken for bots; their 5,400 events count for nothing")

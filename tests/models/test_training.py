@@ -190,6 +190,15 @@ def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both
     assert len(early) > 10
     assert not any("multi_modal_projector" in name for name in same)
 
+    (tmp_path / "again").mkdir()
+    train.train(other, tmp_path / "third", tmp_path / "again", replace(plan, kept=0.5), lambda text: None)
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    projector = next(name for name in first if "multi_modal_projector" in name and name.endswith("weight"))
+    torch.testing.assert_close(third[projector], (first[projector] + second[projector]) / 2, atol=1e-3, rtol=0)
+    learnt = next(name for name in first if name.endswith("embed_tokens.weight"))
+    bonnet = words[1]["bonnet"]
+    torch.testing.assert_close(third[learnt][bonnet], second[learnt][bonnet], atol=1e-3, rtol=0)
+
 
 @pytest.mark.parametrize(
     ("folder", "said"),

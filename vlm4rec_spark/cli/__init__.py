@@ -47,7 +47,7 @@ _HELP = {
     "index": "Build the searchable index folder of the items' vectors.",
     "profiles": "Weigh every user's history and average its vectors.",
     "recommend": "Write the best k items of every user, with the reason for each.",
-    "evaluate": "Judge every arm on held-out events, with confidence intervals.",
+    "evaluate": "",
     "export": "Write the tables that marketing systems read.",
     "report": "Write the HTML report.",
     "run": "Run all stages, from ingest to report.",
@@ -129,9 +129,26 @@ def _retry(error_class: str | None, retry_failed: bool) -> str | None:
     return error_class or "" if retry_failed else None
 
 
+def evaluate(
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object on standard output.")] = False,
+    config: Files = None,
+    set_: Assignments = None,
+    debug: Debug = False,
+) -> None:
+    """Judge every arm on held-out events, with confidence intervals.
+
+    Splits, arms and controls stand in the section `evaluate` of the configuration, the figures afterwards in the table
+    `metrics` and in the report. `--json` prints those of this evaluation, or of the last one where nothing has changed
+    since: the rows of `metrics`, what each split judged, and the versions of the tables that were read.
+    """
+    from vlm4rec_spark.cli.stages import run_evaluate
+
+    run_evaluate(config or [], set_ or [], debug, as_json)
+
+
 # The help lists them in this order, that of the work.
 for _name, _help in _HELP.items():
-    app.command(_name, help=_help)(_stage_command(_name))
+    app.command(_name, help=_help or None)(evaluate if _name == "evaluate" else _stage_command(_name))
     if _name == "ingest":
         app.command("caption")(caption)
         app.command("plan")(show_plan)
@@ -281,6 +298,7 @@ def train_captioner(
     start: Annotated[str, typer.Option(
         help="Go on from this captioner, 'packaged' or a folder, in place of from nothing.")] = "",
     mirrored: Annotated[float, typer.Option(min=0, max=1, help="Share of photos left as they are, or mirrored.")] = 0.0,
+    kept: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")] = 0.0,
     licence: Annotated[str, typer.Option(help="What the card says of rights in photos and model.")] = "Not stated.",
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -299,7 +317,7 @@ def train_captioner(
     columns = {"photo": photo, "caption": caption, "weight": weight}
     options: dict[str, int | float | bool | str] = {
         "seen": seen, "batch": batch, "rate": rate, "seed": seed, "teacher": teacher, "start": start,
-        "mirrored": mirrored,
+        "mirrored": mirrored, "kept": kept,
     }  # fmt: skip
     run_training(table, out, work, columns, attribute or [], licence, options, debug)
 

@@ -20,6 +20,7 @@ from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
 from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, Voice
+from vlm4rec_spark.report.data import figures
 from vlm4rec_spark.session import session
 from vlm4rec_spark.sources import Source
 
@@ -30,6 +31,14 @@ def run_stages(name: str, files: Sequence[Path], assignments: Sequence[str], deb
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
         pipeline.retry = retry
         _run(pipeline, STAGES if name == "run" else (name,), console)
+
+
+def run_evaluate(files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool) -> None:
+    """Run `evaluate`; with `as_json` print its figures."""
+    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+        _run(pipeline, ("evaluate",), console)
+        if as_json:
+            print(json.dumps(_evaluation(pipeline)))
 
 
 def run_plan(files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool, retry: str | None) -> None:
@@ -194,6 +203,20 @@ def _show(outcomes: Sequence[Outcome], console: Console) -> None:
 
 def _show_report(pipeline: Pipeline, console: Console) -> None:
     console.print(f"report: {Path(pipeline.config.report.path).resolve()}", soft_wrap=True, highlight=False)
+
+
+def _evaluation(pipeline: Pipeline) -> dict[str, object]:
+    """The figures of the last evaluation, and what they rest on."""
+    run_id = pipeline.last_good()["evaluate"]["run_id"]
+    runs = pipeline.tables.read(schemas.RUNS)
+    run = runs.where((runs["run_id"] == run_id) & (runs["stage"] == "evaluate")).first()
+    assert run is not None
+    rows = pipeline.tables.read(schemas.METRICS)
+    rows = rows.where(rows["run_id"] == run_id).drop("run_id")
+    found = rows.orderBy("split", "arm", "metric", "k", "slice").collect()
+    details = {name: figures(text) or text for name, text in sorted(run["details"].items())}
+    return {"run_id": run_id, "versions": run["versions"], "config": json.loads(run["config"])["evaluate"],
+            "details": details, "metrics": [row.asDict() for row in found]}  # fmt: skip
 
 
 def _headline(pipeline: Pipeline, console: Console) -> None:

@@ -28,6 +28,8 @@ def run_training(
         options |= {"start": str(PACKAGED_MODEL)}
     if options["start"] and not (Path(str(options["start"])) / "config.json").is_file():
         raise UsageError(f"--start {options['start']}: there is no captioner. Name 'packaged', or a model's folder.")
+    if options["kept"] and not options["start"]:
+        raise UsageError("--kept: there is no start of which to keep anything. Name one by --start.")
     if not debug:
         quiet()
     speak(False)
@@ -77,4 +79,5 @@ def _told(columns: dict[str, str], attributes: Sequence[str], plan) -> list[str]
     told += [word for name in ("seen", "batch", "rate", "seed") for word in (f"--{name}", str(getattr(plan, name)))]
     told += ["--teacher"] if plan.teacher else []
     told += ["--start", start] if start else []
-    return told + (["--mirrored", str(plan.mirrored)] if plan.mirrored else [])
+    told += ["--mirrored", str(plan.mirrored)] if plan.mirrored else []
+    return told + (["--kept", str(plan.kept)] if plan.kept else [])

@@ -46,8 +46,10 @@ def fit(
     rows = indexer.transform(counted).select(
         F.col("user").cast("int"), F.col("item").cast("int"), F.col("weight").cast("float")
     )
+    blocks = max(2, min(10, events.sparkSession.sparkContext.defaultParallelism))
     model = ALS(
         rank=int(rank), maxIter=_ITERATIONS, regParam=regularisation, alpha=alpha, implicitPrefs=True, seed=seed,
+        numUserBlocks=blocks, numItemBlocks=blocks,
         userCol="user", itemCol="item", ratingCol="weight",
     ).fit(rows.orderBy("user", "item"))  # fmt: skip
     of_items = model.itemFactors.toPandas()

@@ -80,9 +80,11 @@ def _direction(word: str) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(_FAKE_DIMENSION)
 
 
-_SCRIPT = re.compile(r"<(script|style)\b.*?(</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
+SCRIPT, MARKUP = r"(?i)<(script|style)\b", r"(?i)<[a-z/!?][^<>]{0,500}>"
+"""How page scripts and other markup are known: regular expressions that Python and Java read alike."""
+_SCRIPT = re.compile(rf"{SCRIPT}.*?(</\1\s*>|$)", re.DOTALL)
 # A tag's name stands right behind its "<": "width < 40 cm, height > 10 cm" is no tag.
-_TAG = re.compile(r"<[a-z/!?][^<>]{0,500}>", re.IGNORECASE)
+_TAG = re.compile(MARKUP)
 # No character has a longer number, and html.unescape fails on one of thousands of digits.
 _NO_CHARACTER = re.compile(r"&#[0-9]{8,};?")
 

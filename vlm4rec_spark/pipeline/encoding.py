@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
-from vlm4rec_spark.pipeline.run import Outcome, Run
+from vlm4rec_spark.pipeline.run import Outcome, Run, one
 from vlm4rec_spark.stages import embed as stage
 
 
@@ -37,7 +37,9 @@ def embed(run: Run, outcome: Outcome) -> None:
     ).collect()  # fmt: skip
     identical = {row["representation"]: row["rows"] - row["distinct"] for row in figures}
     fallback = next((row["fallback"] for row in figures if row["representation"] == "caption"), 0)
-    outcome.details = {"encoder_id": encoder, "identical_vectors": json.dumps(identical), "fallback": str(fallback)}
+    untidy = one(stage.untidy(texts, settings.max_words)).asDict()
+    outcome.details = {"encoder_id": encoder, "identical_vectors": json.dumps(identical), "fallback": str(fallback),
+                       "untidy": json.dumps(untidy)}  # fmt: skip
     if vision := run.vision_id():
         outcome.details |= {"vision_id": vision, "photos_unseen": str(unseen)}
 

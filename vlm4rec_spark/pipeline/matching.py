@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,25 +47,80 @@ def index(run: Run, outcome: Outcome) -> None:
 def profiles(run: Run, outcome: Outcome) -> None:
     settings = run.config.profiles
     log, items = run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS)
+    touched = _touched(run)
     bots = profiling.bots(log, settings.bot_events_per_day)
     users = log.select("user_id").distinct().count()
     figures = one(log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1))))
-    rows = profiling.histories(log, items, settings)
-    if rows.isEmpty():
+    theirs = log if touched is None else log.join(touched, on="user_id", how="left_semi")
+    rows = profiling.histories(theirs, items, settings)
+    if touched is None and rows.isEmpty():
         raise RunError("profiles: no user has an event that counts. Check profiles.event_weights against the event "
                        "types of the log. Nothing was written.")  # fmt: skip
     open_searcher = indexing.ship(run.spark, index_folder(run), run.config.index.broadcast_gb, Searcher.open)
-    with run.voice.watch("building profiles", users):
-        run.tables.replace(
-            schemas.PROFILES, profiling.with_embedding(rows, run.config.representation, open_searcher)
-        )
+    made = profiling.with_embedding(rows, run.config.representation, open_searcher)
+    changed = users if touched is None else touched.count()
+    with run.voice.watch("building profiles", changed):
+        if touched is None:
+            run.tables.replace(schemas.PROFILES, made)
+        else:
+            run.tables.revise(schemas.PROFILES, touched, run.tables.staged(schemas.PROFILES, made))
+            run.tables.unstage(schemas.PROFILES)
+            touched.unpersist()
     outcome.ok = run.tables.read(schemas.PROFILES).count()
     outcome.skipped = users - outcome.ok
     outcome.details = {
         "representation": run.config.representation, "shape": settings.shape, "bot_users": str(figures[0]),
         "bot_events": str(figures[1]),
-        "users_without_history": str(outcome.skipped - figures[0]),
+        "users_without_history": str(outcome.skipped - figures[0]), "users_rebuilt": str(changed),
+        "made_by": _made_by(run), "embeddings": _embeddings_version(run),
     }  # fmt: skip
+
+
+def _touched(run: Run) -> DataFrame | None:
+    """user_id of those whose profile may have changed since the last run, persisted; None where that may be anybody.
+
+    By the change feeds: users of new events, and of events on items that have come, gone or got another vector.
+    """
+    runs = run.tables.read(schemas.RUNS)
+    last = runs.where((F.col("stage") == "profiles") & (F.col("status") == "ok")).orderBy(F.desc("started_at")).first()
+    if last is None or last["details"].get("made_by") != _made_by(run) or not run.tables.exists(schemas.PROFILES):
+        return None
+    # What is older may be gone from the feeds.
+    hours = run.config.maintain.retention_hours / 2
+    old = runs.where((F.col("run_id") == last["run_id"]) & (F.col("stage") == "profiles")).select(
+        F.col("started_at") < F.current_timestamp() - F.make_interval(hours=F.lit(int(hours)))
+    ).first()  # fmt: skip
+    versions, embeddings = last["versions"], last["details"].get("embeddings", "")
+    if old is None or old[0] or not embeddings or not {"interactions", "items"} <= set(versions):
+        return None
+    came = run.tables.changed_since(schemas.ITEMS, versions["items"])
+    came = came.where(F.col("_change_type").isin("insert", "delete"))
+    vectors = run.tables.changed_since(schemas.EMBEDDINGS, int(embeddings)).where(
+        (F.col("representation") == run.config.representation) & (F.col("encoder_id") == run.encoder_id())
+    )
+    items = came.select("item_id").unionByName(vectors.select("item_id")).distinct()
+    log = run.read(schemas.INTERACTIONS)
+    by_items = log.join(items, on="item_id", how="left_semi").select("user_id")
+    by_events = run.tables.changed_since(schemas.INTERACTIONS, versions["interactions"]).select("user_id")
+    touched = by_events.unionByName(by_items).distinct().persist()
+    if touched.count() * 2 > run.tables.read(schemas.PROFILES).count():
+        touched.unpersist()
+        return None  # rewriting all is cheaper than a merge of most
+    return touched
+
+
+def _made_by(run: Run) -> str:
+    """What profiles depend on besides tables; where it is another, all are made again."""
+    content = [run.config.profiles.model_dump(mode="json"), run.config.representation, run.encoder_id()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _embeddings_version(run: Run) -> str:
+    """Of the table that the index in force was built from; "" where no run tells."""
+    runs = run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))
+    ours = runs.where(F.col("details")["index_id"] == Searcher.open(index_folder(run)).index_id)
+    last = ours.orderBy(F.desc("started_at")).select(F.col("versions")["embeddings"]).first()
+    return str(last[0]) if last and last[0] is not None else ""
 
 
 def recommend(run: Run, outcome: Outcome) -> None:

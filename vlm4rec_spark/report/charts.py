@@ -62,7 +62,7 @@ def _forest_panel(
     for place, (arm, metric) in enumerate(zip(arms, metrics, strict=True)):
         colour = ACCENT if arm == highlight else INK
         if metric is None or metric.value is None:
-            panel.text(0, place, "" if metric is None else " too few users", va="center", color=MUTED, size=9)
+            panel.text(0, place, "" if metric is None else "too few users", va="center", color=MUTED, size=9)
             continue
         low = metric.value if metric.low is None else metric.low
         high = metric.value if metric.high is None else metric.high

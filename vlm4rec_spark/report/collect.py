@@ -25,7 +25,7 @@ _ORDER = ("ingest", "import_captions", "caption", "embed", "index", "profiles", 
 _RUNS_PER_STAGE = 50
 _REASONS = 40
 _EXAMPLE_LENGTH = 240
-_METRICS = 5_000
+_METRICS = 20_000
 
 
 def collect(tables: Tables, settings: ReportSettings) -> ReportData:

@@ -93,6 +93,10 @@ def _log(data: ReportData) -> Iterator[Finding]:
 def _texts(data: ReportData) -> Iterator[Finding]:
     embed = _details(data.run("embed"))
     yield Finding("Items without a caption", _int(embed, "fallback"), "their title is encoded instead")
+    untidy = {name: str(count) for name, count in figures(embed.get("untidy")).items()}
+    yield Finding("Titles and captions with page scripts", _int(untidy, "scripts"), "the scripts aren't encoded")
+    yield Finding("Titles and captions with markup", _int(untidy, "markup"), "the markup isn't encoded")
+    yield Finding("Titles and captions that are too long", _int(untidy, "too_long"), "encoded up to embed.max_words")
     identical = figures(embed.get("identical_vectors"))
     for representation in sorted(identical):
         yield Finding(

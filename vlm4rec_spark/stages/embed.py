@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.models import places
 from vlm4rec_spark.models.download import HttpSettings, concurrently
-from vlm4rec_spark.models.embedder import Embedder, clean, load_embedder
+from vlm4rec_spark.models.embedder import MARKUP, SCRIPT, Embedder, clean, load_embedder
 from vlm4rec_spark.models.images import decode
 from vlm4rec_spark.models.vision import Vision, load_vision
 
@@ -78,6 +78,17 @@ def pending_texts(texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_
         on=["item_id", "representation", "text_sha256", "fallback"],
         how="left_anti",
     )
+
+
+def untidy(texts: DataFrame, max_words: int) -> DataFrame:
+    """One row: how many titles and captions hold page scripts, other markup, or more than `max_words` words."""
+    own = texts.where(F.col("representation").isin("title", "caption") & ~F.col("fallback"))
+    scripts, markup = (F.col("text").rlike(pattern) for pattern in (SCRIPT, MARKUP))
+    words = F.size(F.split(F.trim("text"), r"\s+"))
+    return own.agg(
+        F.count_if(scripts).alias("scripts"), F.count_if(markup & ~scripts).alias("markup"),
+        F.count_if(words > max_words).alias("too_long"),
+    )  # fmt: skip
 
 
 def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFrame:

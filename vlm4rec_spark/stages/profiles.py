@@ -32,6 +32,9 @@ class ProfileSettings(BaseModel):
     last_n: int = Field(50, ge=1)
     shape: Shape = "mean"
     tastes: int = Field(3, ge=1, le=20)
+    negative_events: tuple[str, ...] = ()
+    session_minutes: PositiveFloat | None = None
+    least_items: int = Field(1, ge=1)
     bot_events_per_day: int = Field(500, ge=1)
 
 
@@ -46,14 +49,16 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
 
     An item's weight is the sum over its events of event weight x 2^(-age / half-life), times position_decay for each
     item that came later; age is counted back from the user's own last event, so a quiet user's profile doesn't change.
-    `history` holds the last_n items, latest first.
+    `history` holds the last_n items, latest first. An item with a negative event is in none until it is taken up again;
+    an event that repeats the one before it of its kind within a session counts once; who has fewer than least_items in
+    the history has no profile.
     """
     events = (
         interactions.join(bots(interactions, settings.bot_events_per_day), on="user_id", how="left_anti")
         .join(items.select("item_id"), on="item_id", how="left_semi")
     )  # fmt: skip
     weights = F.create_map(*[F.lit(part) for pair in settings.event_weights.items() for part in pair])
-    weighted = events.withColumn("weight", weights[F.col("event_type")])
+    weighted = _liked(_once_a_session(events, settings), settings).withColumn("weight", weights[F.col("event_type")])
     seen = events.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
     counted = weighted.where(F.col("weight").isNotNull()).withColumn(
         "last_event_at", F.max("event_time").over(Window.partitionBy("user_id"))
@@ -78,6 +83,7 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
             F.sum("events").alias("events"),
             F.max("last_event_at").alias("last_event_at"),
         )
+        .where(F.size("latest") >= settings.least_items)
         .join(seen, on="user_id", how="inner")
         .select(
             "user_id",
@@ -90,6 +96,27 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
             "last_event_at",
         )
     )  # fmt: skip
+
+
+def _once_a_session(events: DataFrame, settings: ProfileSettings) -> DataFrame:
+    """Without the events that follow one of the same user, item and type within so many minutes."""
+    if settings.session_minutes is None:
+        return events
+    same = Window.partitionBy("user_id", "item_id", "event_type").orderBy("event_time", "event_id")
+    apart = F.unix_micros("event_time") - F.lag(F.unix_micros("event_time")).over(same)
+    first = apart.isNull() | (apart > int(settings.session_minutes * 60_000_000))
+    return events.withColumn("first", first).where("first").drop("first")
+
+
+def _liked(events: DataFrame, settings: ProfileSettings) -> DataFrame:
+    """Without the events up to the last negative one of their user and item, and without those themselves."""
+    if not settings.negative_events:
+        return events
+    negative = F.col("event_type").isin(*settings.negative_events)
+    last = F.max(F.when(negative, F.col("event_time"))).over(Window.partitionBy("user_id", "item_id"))
+    return events.withColumn("last", last).where(F.col("last").isNull() | (F.col("event_time") > F.col("last"))).drop(
+        "last"
+    )
 
 
 def with_embedding(rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]) -> DataFrame:

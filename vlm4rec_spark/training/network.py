@@ -74,8 +74,8 @@ def build(sentences: Iterable[str], tower: Any = None, template: str = _TEMPLATE
     return model, processor
 
 
-def inherit(model: Any, processor: Any, folder: Path) -> None:
-    """Give an untrained model of `build` the weights of the captioner in `folder`.
+def inherit(model: Any, processor: Any, folder: Path) -> list[int]:
+    """Give an untrained model of `build` the weights of the captioner in `folder`; the places of words that it lacks.
 
     What sees edges and colours is frozen: the patches and the first half of the tower's stages. Words that both know
     keep what they mean, others are new.
@@ -111,6 +111,7 @@ def inherit(model: Any, processor: Any, folder: Path) -> None:
     stages = tower.encoder.layers
     for part in (tower.embeddings, *stages[: len(stages) // 2]):
         part.requires_grad_(False)
+    return [place for word, place in processor.tokenizer.get_vocab().items() if word not in theirs]
 
 
 def _tokenizer(sentences: Iterable[str]) -> Any:
