@@ -11,7 +11,7 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Blend, Histories, Means, Tastes, nearest
+from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Tastes, nearest
 
 ITEMS, DIMENSION, K = 300, 12, 10
 
@@ -109,6 +109,39 @@ def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Search
     # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
     assert nearest(history, np.array([0.1, 1, 0.1]), small, items).tolist() == [0, 0, 1]
     assert nearest(history[:0], np.ones(0), small, items).tolist() == [-1] * 3
+
+
+def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
+    """Two bundles of near twins and a loner make three tastes, each as heavy as its heaviest item."""
+    rng = np.random.default_rng(9)
+    centres = unit(np.eye(3, DIMENSION))
+    vectors = unit(np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION)))
+    small = Searcher(np.array(list("abcdef"), object), [[]] * 6, vectors, None, {})
+    history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
+    made = Clusters.of([history, history[:0]], [weights, weights[:0]], small, 3)
+    heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))
+    groups = [(3, 4), (0, 1, 2), (5,)]  # in the order of their first items
+    expected = unit(np.stack([sum(heavy[item] * vectors[item] for item in group) for group in groups]))
+    np.testing.assert_allclose(made._vectors[0], expected, atol=1e-6)
+    assert made._weights[0].tolist() == pytest.approx([0.5, 1.0, 0.4])
+    positions, scores = made.exact(small)
+    np.testing.assert_allclose(scores[0], ((vectors @ expected.T) * [0.5, 1.0, 0.4]).max(axis=1), atol=1e-6)
+    assert positions[1].tolist() == [-1] * 6
+    np.testing.assert_allclose(made.part(np.array([0])).scores(small, positions[:1])[0], scores[0], atol=1e-6)
+
+
+def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(searcher: Searcher) -> None:
+    positions, weights = drawn(30)
+    whole: Tastes = Histories(positions, weights)
+    many: Tastes = Clusters.of(positions, weights, searcher, 20)
+    assert lists(many.exact(searcher), positions)[0] == lists(whole.exact(searcher), positions)[0]
+    found, _ = lists(many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS)), positions)
+    assert found == lists(many.exact(searcher), positions)[0]
+    one = Clusters.of(positions[1:], weights[1:], searcher, 1)
+    totals = [heavy @ searcher.vectors[mine] for mine, heavy in zip(positions[1:], weights[1:], strict=True)]
+    mean: Tastes = Means(unit(np.stack(totals)), positions[1:])
+    assert lists(one.exact(searcher), positions[1:])[0] == lists(mean.exact(searcher), positions[1:])[0]
+    assert many.part(np.array([3, 5])).reasons(0, searcher, np.array([7]))[0] in positions[3]
 
 
 # With co-occurrence
