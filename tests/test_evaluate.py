@@ -375,7 +375,7 @@ def test_tune_finds_what_was_planted_without_the_test_part(
     assert (found.cut, found.users) == ("2025-02-02 00:00:00", 40)
     assert (found.best.in_use.cooccurrence.share, found.best.recall) == (0.7, 1.0)
     assert (found.best_content.in_use.cooccurrence.share, found.best_content.recall) == (0.0, 0.0)
-    assert len(heard) == len(found.trials) == 3 + 2 + 4
+    assert len(heard) == len(found.trials) == 3 + 1 + 2 + 4
     again = tune.tune(spark, tables, chosen, IN_USE, ["title"], "ndcg", heard.append)
     same = [[replace(trial, seconds=0) for trial in each.trials] for each in (found, again)]
     assert same[0] == same[1]
