@@ -6,6 +6,7 @@ Knows events and their weights; knows neither content nor metrics of lists beyon
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -52,7 +53,7 @@ def fit(
         numUserBlocks=blocks, numItemBlocks=blocks,
         userCol="user", itemCol="item", ratingCol="weight",
     ).fit(rows.orderBy("user", "item"))  # fmt: skip
-    of_items = model.itemFactors.toPandas()
+    of_items = cast(pd.DataFrame, model.itemFactors.toPandas())
     vectors = np.zeros((len(items), int(rank)), np.float32)
     place = items.get_indexer(pd.Index(np.asarray(names[1], object)[of_items["id"].to_numpy()]))
     there = place >= 0

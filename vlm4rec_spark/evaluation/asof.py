@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -74,7 +74,7 @@ class AsOf:
         """user_id, relevant and seen (arrays of ids) of the judged users, by user_id; seen is of items ever met."""
         if "users" not in self._made:
             seen = self.histories(self.in_use.profiles).select("user_id", "seen", "last_event_at")
-            found = self.judged.join(seen, on="user_id", how="left").toPandas()
+            found = cast(pd.DataFrame, self.judged.join(seen, on="user_id", how="left").toPandas())
             self._made["users"] = found.sort_values("user_id", ignore_index=True)
         return self._made["users"]
 
@@ -122,7 +122,8 @@ class AsOf:
 
     def _of_items(self, counts: DataFrame, column: str) -> np.ndarray:
         rows = self.candidates.join(counts, on="item_id", how="left").select("item_id", F.coalesce(column, F.lit(0)))
-        return rows.toDF("item_id", column).toPandas().set_index("item_id")[column].reindex(self.items).to_numpy()
+        found = cast(pd.DataFrame, rows.toDF("item_id", column).toPandas())
+        return found.set_index("item_id")[column].reindex(self.items).to_numpy()
 
     def _matched(self, arm: Arm, k: int) -> DataFrame:
         """user_id, items of an arm that matches profiles with items, as recommend does."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -118,14 +119,14 @@ def _judge(
     catalogue = _catalogue(world)
     found = list(scores.rows(split.name, judged, slices(users, split.cut, known_by, catalogue), settings))
     identical = {name: guards.identical(each) for name, each in vectors.items()}
-    above = [arm for arm, each in scores.shuffled(judged, settings).items()
+    above = [name for name, each in scores.shuffled(judged, settings).items()
              if guards.above_chance(each, settings.k, items)]  # fmt: skip
     for name, count in identical.items():
         if count > guards.ALARM * items:
             say(f"{split.name}: {count:,} of {items:,} candidates share their {name} vector with another: their texts "
                 "or photos are the same, or lost what told them apart")  # fmt: skip
-    for arm in above:
-        say(f"{split.name}: {arm} finds more of exchanged items than chance does: something leaks")
+    for name in above:
+        say(f"{split.name}: {name} finds more of exchanged items than chance does: something leaks")
     facts: dict[str, object] = {
         "cut": split.cut, "users": len(users), "candidates": items, "identical_vectors": identical,
         "above_chance": above, "apart": _apart(world, lists, relevant, beside),
@@ -152,7 +153,8 @@ def _catalogue(world: AsOf) -> pd.DataFrame:
     there = world.tables.items
     names = ("category", "first_seen_at")
     columns = [F.col(name) if name in there.columns else F.lit(None).alias(name) for name in names]
-    rows = there.join(world.candidates, on="item_id", how="left_semi").select("item_id", *columns).toPandas()
+    mine = there.join(world.candidates, on="item_id", how="left_semi")
+    rows = cast(pd.DataFrame, mine.select("item_id", *columns).toPandas())
     return rows.set_index("item_id").reindex(world.items)
 
 

@@ -17,6 +17,8 @@ SLICED = ("recall", "ndcg")
 DIFFERENCE = "_difference"
 """What stands after a metric's name where it is the arm's less its control's."""
 SHUFFLED = "recall_shuffled"
+_Key = tuple[str, str, int]
+"""Arm, metric and length."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def shuffled(judged: Judged, settings: EvaluateSettings) -> dict[str, np.ndarray
 
 
 def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator[dict]:
-    sizes, columns = judged.sizes(), {}
+    sizes, columns = judged.sizes(), dict[_Key, np.ndarray]()
     for arm, top in judged.lists.items():
         found = judged.found(arm)
         for k in settings.lengths:
@@ -69,7 +71,7 @@ def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator
             columns |= {(arm, metric, settings.k): each for metric, each in told.items()}
     columns |= {(arm, SHUFFLED, settings.k): each for arm, each in shuffled(judged, settings).items()}
     if len(sizes) < LEAST_USERS:
-        yield from (_row(split, *key, users=len(sizes)) for key in columns)
+        yield from (_row(split, key, len(sizes)) for key in columns)
         return
     values = np.stack(list(columns.values()), axis=1)
     means, place = resampled(values, settings.seed), {key: n for n, key in enumerate(columns)}
@@ -79,28 +81,28 @@ def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator
     p_values = _against(values, place, settings)
     for key, n in place.items():
         if np.isnan(value[n]):
-            yield _row(split, *key, users=0)
+            yield _row(split, key, 0)
             continue
-        row = _row(split, *key, users=int((~np.isnan(values[:, n])).sum()))
+        row = _row(split, key, int((~np.isnan(values[:, n])).sum()))
         row |= {"value": float(value[n]), "low": float(low[n]), "high": float(high[n])}
         yield row | ({"control": settings.control, "p_value": p_values[key]} if key in p_values else {})
     for arm, metric, k in p_values:
         mine, theirs = place[arm, metric, k], place[settings.control, metric, k]
         first, last = ends(means[:, [mine]] - means[:, [theirs]])[:, 0]
-        yield _row(split, arm, metric + DIFFERENCE, k, users=len(values)) | {
+        yield _row(split, (arm, metric + DIFFERENCE, k), len(values)) | {
             "value": float(value[mine] - value[theirs]), "low": float(first), "high": float(last),
             "control": settings.control, "p_value": p_values[arm, metric, k],
         }  # fmt: skip
     for arm, top in judged.lists.items():
         for metric, figure in together(top[:, : settings.k], judged.items).items():
-            yield _row(split, arm, metric, settings.k, users=len(sizes)) | {"value": figure}
+            yield _row(split, (arm, metric, settings.k), len(sizes)) | {"value": figure}
 
 
 def _against(
-    values: np.ndarray, place: Mapping[tuple[str, str, int], int], settings: EvaluateSettings
-) -> dict[tuple[str, str, int], float]:
+    values: np.ndarray, place: Mapping[_Key, int], settings: EvaluateSettings
+) -> dict[_Key, float]:
     """p-values of the arms against the control, corrected for the number of arms; none where it isn't among them."""
-    corrected = {}
+    corrected = dict[_Key, float]()
     for k in settings.lengths:
         for metric in ACCURACY:
             if (settings.control, metric, k) not in place:
@@ -119,9 +121,9 @@ def _sliced(split: str, judged: Judged, part: Slice, settings: EvaluateSettings)
         relevant = relevant[part.items[relevant % judged.items]]
     sizes = judged.sizes(relevant)
     members = part.users & (sizes > 0)
-    users, keys = int(members.sum()), [(arm, metric) for arm in judged.lists for metric in SLICED]
+    users, keys = int(members.sum()), [(arm, metric, settings.k) for arm in judged.lists for metric in SLICED]
     if users < LEAST_USERS:
-        yield from (_row(split, *key, settings.k, part.name, users=users) for key in keys)
+        yield from (_row(split, key, users, part.name) for key in keys)
         return
     columns = []
     for arm in judged.lists:
@@ -131,11 +133,12 @@ def _sliced(split: str, judged: Judged, part: Slice, settings: EvaluateSettings)
     values = np.stack(columns, axis=1)
     low, high = ends(resampled(values, settings.seed))
     for n, key in enumerate(keys):
-        row = _row(split, *key, settings.k, part.name, users=users)
+        row = _row(split, key, users, part.name)
         yield row | {"value": float(values[:, n].mean()), "low": float(low[n]), "high": float(high[n])}
 
 
-def _row(split: str, arm: str, metric: str, k: int, slice_: str = "all", users: int = 0) -> dict:
+def _row(split: str, key: _Key, users: int, slice_: str = "all") -> dict:
+    arm, metric, k = key
     return {
         "split": split, "arm": arm, "metric": metric, "k": k, "slice": slice_, "users": users, "value": None,
         "low": None, "high": None, "control": None, "p_value": None,

@@ -132,7 +132,8 @@ def _trials(tried: Tuned, in_use: InUse, representations: Sequence[str]) -> Iter
     ]:  # fmt: skip
         base = tried.best_content if content else tried.best
         for place, option in enumerate(options):
-            yield left + len(options) - place, f"{what} {option}", changed(base.in_use, **{section: {what: option}})
+            mine, together = ({what: option} if section == each else {} for each in ("profiles", "cooccurrence"))
+            yield left + len(options) - place, f"{what} {option}", changed(base.in_use, None, mine, together)
 
     shapes = get_args(Shape)
     plain = changed(in_use, cooccurrence={"share": 0.0})

@@ -91,16 +91,18 @@ def multiples(panels: Sequence[Panel], highlight: str) -> str:
         for panel, (title, slices, lines) in zip(axes, panels, strict=True):
             for shade, (arm, line) in enumerate(lines.items()):
                 colour = ACCENT if arm == highlight else _SHADES[shade % len(_SHADES)]
-                points = [(place + 0.07 * (shade - len(lines) / 2), metric.value, metric.low, metric.high)
+                points = [(place + 0.07 * (shade - len(lines) / 2), metric)
                           for place, metric in enumerate(line) if metric and metric.value is not None]  # fmt: skip
-                for x, _, low, high in points:
-                    panel.vlines(x, low, high, color=colour, linewidth=2, alpha=0.3)
-                panel.plot([x for x, *_ in points], [y for _, y, *_ in points], "o-", color=colour, markersize=3,
-                           linewidth=1, label=arm_name(arm))  # fmt: skip
+                for x, metric in points:
+                    if metric.low is not None and metric.high is not None:
+                        panel.vlines(x, metric.low, metric.high, color=colour, linewidth=2, alpha=0.3)
+                heights = [metric.value or 0.0 for _, metric in points]
+                panel.plot([x for x, _ in points], heights, "o-", color=colour, markersize=3, linewidth=1,
+                           label=arm_name(arm))  # fmt: skip
             panel.set_title(title, loc="left", size=10, color=INK, fontweight="semibold")
             wide = max(len(line) for name in slices for line in name.split("\n")) * len(slices) > _ROOM
-            slanted = {"rotation": 20, "ha": "right"} if wide else {}
-            panel.set_xticks(range(len(slices)), list(slices), size=8, **slanted)
+            panel.set_xticks(range(len(slices)), list(slices), size=8, rotation=20 if wide else 0,
+                             ha="right" if wide else "center")  # fmt: skip
             panel.set_xlim(-0.6, len(slices) - 0.4)
             panel.set_ylim(0, 1.05 * most)
             panel.grid(axis="y", color=RULE, linewidth=0.6)
