@@ -132,8 +132,9 @@ def _trials(tried: Tuned, in_use: InUse, representations: Sequence[str]) -> Iter
     ]:  # fmt: skip
         base = tried.best_content if content else tried.best
         for place, option in enumerate(options):
-            mine, together = ({what: option} if section == each else {} for each in ("profiles", "cooccurrence"))
-            yield left + len(options) - place, f"{what} {option}", changed(base.in_use, None, mine, together)
+            mine, together = ({what: option} if section == name else {} for name in ("profiles", "cooccurrence"))
+            said = f"{section}.{what} {option}"
+            yield left + len(options) - place, said, changed(base.in_use, None, mine, together)
 
     shapes = get_args(Shape)
     plain = changed(in_use, cooccurrence={"share": 0.0})
@@ -144,8 +145,8 @@ def _trials(tried: Tuned, in_use: InUse, representations: Sequence[str]) -> Iter
     ranked = sorted(tried.trials, key=lambda trial: -getattr(trial, tried.metric))[:2]
     for base in ranked:
         for decay in _DECAYS:
-            name = f"{base.in_use.representation}, {base.in_use.profiles.shape}, position_decay {decay}"
-            yield later, name, changed(base.in_use, profiles={"position_decay": decay})
+            said = f"{base.in_use.representation}, {base.in_use.profiles.shape}, profiles.position_decay {decay}"
+            yield later, said, changed(base.in_use, profiles={"position_decay": decay})
     left = later - len(_DECAYS)
     yield from each("half_life_days", _HALF_LIVES, "profiles", left := left - len(_HALF_LIVES))
     types = in_use.profiles.event_weights
