@@ -223,15 +223,15 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
     """The latest evaluation, all users, as a table."""
     rows, last = pipeline.tables.read(schemas.METRICS), pipeline.last_good()["evaluate"]
     # What was found of captions is no score of an arm, and stands in the report.
-    k, metrics = pipeline.config.evaluate.k, ("recall", "ndcg", "hit_rate")
+    k, metrics = pipeline.config.evaluate.k, ("recall", "ndcg")
     lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
     rows = rows.where((rows["run_id"] == last["run_id"]) & lists & rows["metric"].isin(*metrics))
     found = {(row["split"], row["arm"], row["metric"]): row for row in rows.orderBy("split").collect()}
     for split in dict.fromkeys(split for split, _, _ in found):
         table = Table(title=f"{split} split, mean over users with 95 % interval", title_justify="left")
-        table.add_column("arm")
+        table.add_column("arm", no_wrap=True)
         for metric in metrics:
-            table.add_column(f"{metric}@{k}", justify="right")
+            table.add_column(f"{metric}@{k}", justify="right", no_wrap=True)
         for arm in pipeline.config.evaluate.arms:
             cells = [found[split, arm, metric] for metric in metrics]
             table.add_row(arm, *(_cell(row["value"], row["low"], row["high"]) for row in cells))
@@ -241,6 +241,6 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
 def _cell(value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return "too few users"
-    # Three of these and the arm's name are what 80 columns hold.
+    # Two of these and the arm's name are what 80 columns hold.
     at, first, last = (f"{number:.3f}".removeprefix("0") for number in (value, low, high))
     return f"{at} [{first}, {last}]"
