@@ -19,7 +19,7 @@ from vlm4rec_spark.config import CONF, Config, load
 from vlm4rec_spark.errors import Busy, RunError, UsageError
 
 STAGES = ("ingest", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export", "report", "run")
-CONFIGURED = (*STAGES, "import-captions", "plan", "config", "status", "maintain")
+CONFIGURED = (*STAGES, "import-captions", "plan", "config", "status", "maintain", "tune")
 OTHERS = ("demo", "show", "train-captioner")
 
 

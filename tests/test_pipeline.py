@@ -235,6 +235,8 @@ COLLECTED = {
     "evaluate._catalogue": "category and date of the candidates",
     "album._thumbs": "the photos that the report shows, report.photos and the lists of report.users",
     "album._titles": "the items that the report shows",
+    "album._captions": "the same",
+    "album._first_positions": "the same",
     "auditing._samples": "at most evaluate.audit_photos captions of each captioner",
     "auditing._vectors": "vectors of the texts of those captions",
     "collect._metrics": "the figures of the last evaluation, one row each, 20,000 at most",

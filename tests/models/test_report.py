@@ -174,12 +174,16 @@ def test_too_few_users_give_words_instead_of_a_number():
 
 
 def test_arms_stand_in_their_order_and_slices_by_size():
-    metrics = [scores(arm, 0.1, 0.0, 0.2, slice) for arm in ("zeta", "title_caption", "caption", "random")
-               for slice in ("all", "history 20+", "history 5-19", "history 1-4")]  # fmt: skip
+    tenths = [f"popularity {tenth} of 10" for tenth in range(10, 0, -1)]
+    metrics = [scores(arm, 0.1, 0.0, 0.2, slice)
+               for arm in ("zeta", "title_caption", "caption/max_similarity", "caption", "random")
+               for slice in ("all", "history 20+", "history 5-19", "history 1-4", *tenths)]  # fmt: skip
     (split,) = splits(dataclasses.replace(full(), metrics=tuple(metrics)))
-    assert list(split.by_metric) == ["random", "caption", "title_caption", "zeta"]
+    assert list(split.by_metric) == ["random", "caption", "caption/max_similarity", "title_caption", "zeta"]
     places = [split.multiples.index(f">{name}<") for name in ("1-4", "5-19", "20+")]
     assert places == sorted(places)
+    tenth_at = [split.multiples.rindex(f">{tenth}<") for tenth in range(1, 11)]
+    assert tenth_at == sorted(tenth_at)
 
 
 def test_a_difference_that_crosses_zero_is_not_seen():

@@ -49,7 +49,7 @@ def forest(panels: Sequence[tuple[str, Sequence[Metric | None]]], arms: Sequence
         axes[0].set_yticks(range(len(arms)), [arm_name(arm) for arm in arms])
         axes[0].set_ylim(len(arms) - 0.5, -0.5)
 
-    return _svg(draw, width=3.1 * len(panels) + 1.2, height=0.75 + 0.3 * len(arms), panels=len(panels))
+    return _svg(draw, width=10.5, height=0.75 + 0.3 * len(arms), panels=len(panels))
 
 
 def _forest_panel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,8 @@ def _split(data: ReportData, name: str, facts: Mapping[str, object], highlight: 
     overall = _of(data.metrics, name)
     k = overall[0].k if overall else 0
     found = {(metric.arm, metric.metric): metric for metric in overall}
-    arms = sorted({metric.arm for metric in overall}, key=_place(ARMS))
+    base, shape = _place(ARMS), _place(())
+    arms = sorted({metric.arm for metric in overall}, key=lambda arm: (base(arm.partition("/")[0]), shape(arm)))
     compared = next((m.control for m in overall if m.control and m.p_value is not None), None)
     others = [arm for arm in arms if (arm, "recall_difference") in found]
     plotted = [metric for metric in _PLOTTED if any((arm, metric) in found for arm in arms)]
@@ -161,12 +163,17 @@ def _multiples(
     arms = [arm for arm in wanted if (arm, "recall") in found][:_LINES]
     panels = []
     for family, title in _FAMILIES.items():
-        names = sorted({name for name, _ in sliced if name.startswith(f"{family} ")}, key=_place(()))
+        names = sorted({name for name, _ in sliced if name.startswith(f"{family} ")}, key=_first_number)
         lines = {arm: [sliced.get((name, arm)) for name in names] for arm in arms}
         if any(metric and metric.value is not None for line in lines.values() for metric in line):
             users = {name: m.users if m.value is not None else None for (name, _), m in sliced.items()}
             panels.append((title, [_labelled(name, family, users[name]) for name in names], lines))
     return charts.multiples(panels, highlight) if panels and arms else ""
+
+
+def _first_number(slice_: str) -> tuple[int, str]:
+    found = re.search(r"\d+", slice_)
+    return int(found[0]) if found else -1, slice_
 
 
 def _labelled(slice_: str, family: str, users: int | None) -> str:
