@@ -4,8 +4,8 @@
 
 Beside it a numpy script in a process of its own that reads and writes the same tables and makes the same rows, and
 Spark SQL's own vector_sum over the same histories. Catalogue of 20,000 items; events over 120 days, items drawn by a
-Zipf law. All sides in one run, in turn; ours and numpy's are timed warm, once at the large size and as a median of three at the
-small one; vector_sum, which takes minutes, once.
+Zipf law. All sides in one run, in turn; ours and numpy's are timed warm, once at the large size and as a median of
+three at the small one; vector_sum, which takes minutes, once.
 """
 
 from __future__ import annotations
