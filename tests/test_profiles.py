@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.models.searcher import Searcher
@@ -193,3 +194,8 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
     assert int(rebuilt) == len(touched) < 20
     # A bot's day takes the profile away.
     assert night(4, ["u07"] * 10, known) == ({"u07"}, "1")
+    # What a run by other settings wrote before it was killed is written over, whoever's events are new.
+    other = run.tables.read(schemas.PROFILES).withColumn("events", F.lit(77).cast("long"))
+    run.tables.upsert(schemas.PROFILES, other)
+    touched, rebuilt = night(5, ["u08"], known)
+    assert ("u09" in touched, int(rebuilt)) == (True, 31)

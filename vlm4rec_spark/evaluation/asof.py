@@ -90,7 +90,7 @@ class AsOf:
         """The index of a representation: all items that have a vector, candidates and others."""
         return Searcher.open(self._index(representation), verify=False)
 
-    def events_per_item(self) -> tuple[np.ndarray, int]:
+    def known_by(self) -> tuple[np.ndarray, int]:
         """How many users know each candidate, int64 (items,), and how many there are."""
         if "known by" not in self._made:
             counts = self.known.groupBy("item_id").agg(F.countDistinct("user_id").alias("users"))

@@ -113,7 +113,7 @@ def _judge(
         guards.nothing_seen(arm.name, lists[arm.name], seen, items)
     ranked = sorted(arms.needed(chosen, world.in_use))
     beside = world.in_use.representation if world.in_use.representation in ranked else next(iter(ranked), None)
-    known_by, everybody = world.events_per_item()
+    known_by, everybody = world.known_by()
     vectors = {name: _of(world, name) for name in ranked}
     judged = scores.Judged(lists, relevant, items, known_by, everybody, vectors[beside] if beside else None)
     catalogue = _catalogue(world)

@@ -72,7 +72,7 @@ def profiles(run: Run, outcome: Outcome) -> None:
         "representation": run.config.representation, "shape": settings.shape, "bot_users": str(figures[0]),
         "bot_events": str(figures[1]),
         "users_without_history": str(outcome.skipped - figures[0]), "users_rebuilt": str(changed),
-        "made_by": _made_by(run), "embeddings": _embeddings_version(run),
+        "made_by": _made_by(run), "embeddings": _embeddings_version(run), "version": _profiles_version(run),
     }  # fmt: skip
 
 
@@ -83,7 +83,10 @@ def _touched(run: Run) -> DataFrame | None:
     """
     runs = run.tables.read(schemas.RUNS)
     last = runs.where((F.col("stage") == "profiles") & (F.col("status") == "ok")).orderBy(F.desc("started_at")).first()
-    if last is None or last["details"].get("made_by") != _made_by(run) or not run.tables.exists(schemas.PROFILES):
+    if last is None or last["details"].get("made_by") != _made_by(run):
+        return None
+    # A run that was killed may have written by other settings, and not recorded itself.
+    if last["details"].get("version") != _profiles_version(run):
         return None
     # What is older may be gone from the feeds.
     hours = run.config.maintain.retention_hours / 2
@@ -113,6 +116,10 @@ def _made_by(run: Run) -> str:
     """What profiles depend on besides tables; where it is another, all are made again."""
     content = [run.config.profiles.model_dump(mode="json"), run.config.representation, run.encoder_id()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _profiles_version(run: Run) -> str:
+    return str(run.tables.versions([schemas.PROFILES]).get("profiles", ""))
 
 
 def _embeddings_version(run: Run) -> str:
