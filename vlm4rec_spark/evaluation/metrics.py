@@ -9,10 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 ACCURACY = ("recall", "ndcg", "mrr", "hit_rate")
-BEYOND = ("novelty", "intra_list_distance", "near_duplicate_share")
-"""Of a user's list, whatever is relevant; of users without enough of a list there is none (NaN)."""
-TOGETHER = ("coverage", "gini")
-"""Of all lists together."""
 NEAR_DUPLICATE = 0.98
 """Cosine from which on two items of a list are taken for one."""
 
@@ -45,7 +41,9 @@ def per_user(found: np.ndarray, sizes: np.ndarray, k: int) -> dict[str, np.ndarr
 
 
 def beyond(top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: int) -> dict[str, np.ndarray]:
-    """BEYOND by user. vectors: float32 (items, dimension), unit; users: how many of `everybody` know each item.
+    """What a list is like, whatever is relevant, by user; NaN for users without enough of one.
+
+    vectors: float32 (items, dimension), unit; users: how many of `everybody` know each item.
 
     Novelty is the mean self-information of the items, -log2 of the share of users who know one (Zhou et al. 2010), an
     item that nobody knows counted as half a user's. Intra-list distance is the mean of 1 - cosine over pairs of the
@@ -71,7 +69,7 @@ def beyond(top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: i
 
 
 def together(top: np.ndarray, items: int) -> dict[str, float]:
-    """TOGETHER: the share of the candidates that are on a list, and the Gini index of how often each is.
+    """Of all lists together the share of the candidates that are on a list, and the Gini index of how often each is.
 
     Gini 0: all are recommended equally often; towards 1: a single one takes all places (Fleder and Hosanagar 2009).
     """

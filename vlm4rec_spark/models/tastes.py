@@ -6,6 +6,7 @@ numpy only, so that a server can ask with them too. Knows vectors and weights; k
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -92,7 +93,7 @@ class Means:
         return nearest(history, np.ones(len(history), np.float32), searcher, items), np.zeros(len(items), bool)
 
 
-class _Several:
+class _Several(ABC):
     """Some weighted vectors per user; an item scores its highest weighted cosine with one of them."""
 
     _weights: Sequence[np.ndarray]
@@ -136,13 +137,13 @@ class _Several:
                 found[user] = (searcher.vectors[items].astype(np.float64) @ mine.T * weights).max(axis=1)
         return found
 
+    @abstractmethod
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         """The vectors of all users, each once, and per user which of them are theirs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _of(self, user: int, searcher: Searcher) -> np.ndarray:
         """A user's vectors, (vectors, dimension)."""
-        raise NotImplementedError
 
 
 class Histories(_Several):
