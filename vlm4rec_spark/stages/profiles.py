@@ -1,4 +1,4 @@
-"""The log to weighted histories and their mean vectors. SQL decides which events count and how much; numpy sums.
+"""The log to weighted histories and their mean vectors. SQL decides which events count; numpy adds up.
 
 Knows events and weights; the item vectors come from the index artefact.
 """
@@ -11,9 +11,11 @@ from typing import Annotated
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
+from vlm4rec_spark.models import history
 from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.models.tastes import Shape
 from vlm4rec_spark.schemas import PROFILES
@@ -40,7 +42,13 @@ class ProfileSettings(BaseModel):
 
 def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
     """user_id of those with more events than a person makes on any one day."""
-    daily = interactions.groupBy("user_id", "event_date").agg(F.count(F.lit(1)).alias("events"))
+    # Few have so many events on all days together: only theirs are counted by day.
+    busy = interactions.groupBy("user_id").agg(F.count(F.lit(1)).alias("events"))
+    busy = busy.where(F.col("events") > bot_events_per_day).select("user_id")
+    daily = (
+        interactions.join(busy, on="user_id", how="left_semi")
+        .groupBy("user_id", "event_date").agg(F.count(F.lit(1)).alias("events"))
+    )  # fmt: skip
     return daily.where(F.col("events") > bot_events_per_day).select("user_id").distinct()
 
 
@@ -53,70 +61,52 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
     an event that repeats the one before it of its kind within a session counts once; who has fewer than least_items in
     the history has no profile.
     """
+    # Bots go before the rows are divided by user: one of them may have more events than a worker holds.
+    few = bots(interactions, settings.bot_events_per_day)
     events = (
-        interactions.join(bots(interactions, settings.bot_events_per_day), on="user_id", how="left_anti")
+        interactions.join(F.broadcast(few), on="user_id", how="left_anti")
         .join(items.select("item_id"), on="item_id", how="left_semi")
+        .select("user_id", "item_id", "event_type", "event_time")
     )  # fmt: skip
     weights = F.create_map(*[F.lit(part) for pair in settings.event_weights.items() for part in pair])
-    weighted = _liked(_once_a_session(events, settings), settings).withColumn("weight", weights[F.col("event_type")])
-    seen = events.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
-    counted = weighted.where(F.col("weight").isNotNull()).withColumn(
-        "last_event_at", F.max("event_time").over(Window.partitionBy("user_id"))
+    counts = _first_of_session(settings) & _liked(settings)
+    # A window, since repartition() is a mere wish: where a join below has divided by user already, Spark 4.2 drops it,
+    # and may then drop that join's division too (adaptive execution, local shuffle reads), which tears users apart.
+    # Of equal times the lighter event first: the order in which floats are added may not depend on chance.
+    in_order = Window.partitionBy("user_id").orderBy("item_id", "event_time", "weight")
+    rows = (
+        events.withColumn("weight", F.when(counts, weights[F.col("event_type")]))
+        .withColumn("place", F.row_number().over(in_order))
+        .select("user_id", "item_id", "event_time", "weight", "place")
     )
-    if settings.half_life_days:
-        age_days = (F.unix_micros("last_event_at") - F.unix_micros("event_time")) / F.lit(86_400e6)
-        counted = counted.withColumn("weight", F.col("weight") * F.pow(F.lit(2.0), -age_days / settings.half_life_days))
-    # Floats are added in the order of time, so that the bits don't depend on how rows were partitioned.
-    in_order = F.array_sort(F.collect_list(F.struct("event_time", "event_id", "weight")))
-    by_item = counted.groupBy("user_id", "item_id").agg(
-        F.aggregate(in_order, F.lit(0.0), lambda total, event: total + event["weight"]).alias("weight"),
-        F.max("event_time").alias("item_last_at"),
-        F.max("last_event_at").alias("last_event_at"),
-        F.count(F.lit(1)).alias("events"),
-    )
-    latest_first = F.array_sort(F.collect_list(
-        F.struct((-F.unix_micros("item_last_at")).alias("recency"), "item_id", "weight")
-    ))  # fmt: skip
-    return (
-        by_item.groupBy("user_id").agg(
-            F.slice(latest_first, 1, settings.last_n).alias("latest"),
-            F.sum("events").alias("events"),
-            F.max("last_event_at").alias("last_event_at"),
-        )
-        .where(F.size("latest") >= settings.least_items)
-        .join(seen, on="user_id", how="inner")
-        .select(
-            "user_id",
-            F.transform("latest", lambda item, later: F.struct(
-                item["item_id"].alias("item_id"),
-                (item["weight"] * F.pow(F.lit(settings.position_decay), later)).alias("weight"),
-            )).alias("history"),
-            "seen",
-            "events",
-            "last_event_at",
-        )
-    )  # fmt: skip
+    numbers = settings.half_life_days, settings.position_decay, settings.last_n, settings.least_items
+
+    def gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for users in history.whole_users(batches):
+            yield history.gather(users, *numbers)
+
+    return rows.mapInArrow(gathered, StructType([PROFILES.schema[name] for name in _HISTORY]))
 
 
-def _once_a_session(events: DataFrame, settings: ProfileSettings) -> DataFrame:
-    """Without the events that follow one of the same user, item and type within so many minutes."""
+_HISTORY = ("user_id", "history", "seen", "events", "last_event_at")
+
+
+def _first_of_session(settings: ProfileSettings) -> Column:
+    """False for an event that follows one of the same user, item and type within so many minutes."""
     if settings.session_minutes is None:
-        return events
-    same = Window.partitionBy("user_id", "item_id", "event_type").orderBy("event_time", "event_id")
+        return F.lit(True)
+    same = Window.partitionBy("user_id", "item_id", "event_type").orderBy("event_time")
     apart = F.unix_micros("event_time") - F.lag(F.unix_micros("event_time")).over(same)
-    first = apart.isNull() | (apart > int(settings.session_minutes * 60_000_000))
-    return events.withColumn("first", first).where("first").drop("first")
+    return apart.isNull() | (apart > int(settings.session_minutes * 60_000_000))
 
 
-def _liked(events: DataFrame, settings: ProfileSettings) -> DataFrame:
-    """Without the events up to the last negative one of their user and item, and without those themselves."""
+def _liked(settings: ProfileSettings) -> Column:
+    """False for the events up to the last negative one of their user and item, and for those themselves."""
     if not settings.negative_events:
-        return events
+        return F.lit(True)
     negative = F.col("event_type").isin(*settings.negative_events)
     last = F.max(F.when(negative, F.col("event_time"))).over(Window.partitionBy("user_id", "item_id"))
-    return events.withColumn("last", last).where(F.col("last").isNull() | (F.col("event_time") > F.col("last"))).drop(
-        "last"
-    )
+    return last.isNull() | (F.col("event_time") > last)
 
 
 def with_embedding(rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]) -> DataFrame:
@@ -128,8 +118,7 @@ def with_embedding(rows: DataFrame, representation: str, open_searcher: Callable
     def mean(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         for batch in batches:
-            vectors = _mean_vectors(batch.column("history"), searcher)
-            embedding = pa.array([vector if vector is not None else None for vector in vectors], pa.list_(pa.float32()))
+            embedding = _mean_vectors(batch.column("history"), searcher)
             yield pa.RecordBatch.from_arrays(
                 [batch.column(name) if name != "embedding" else embedding for name in schema.fieldNames()],
                 names=schema.fieldNames(),
@@ -138,19 +127,25 @@ def with_embedding(rows: DataFrame, representation: str, open_searcher: Callable
     return bare.mapInArrow(mean, schema)
 
 
-def _mean_vectors(history: pa.ListArray, searcher: Searcher) -> list[np.ndarray | None]:
-    """One unit vector per history; None where none of its items is in the index."""
-    flat = history.flatten()
-    users = np.repeat(np.arange(len(history)), np.asarray(history.value_lengths()))
-    positions = searcher.positions(flat.field("item_id").to_pylist())
+def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:
+    """One unit vector per history; null where none of its items is in the index."""
+    flat = histories.flatten()
+    users = np.repeat(np.arange(len(histories)), np.asarray(histories.value_lengths()))
+    # Each item is looked up once, however many have it.
+    named = flat.field("item_id").dictionary_encode()
+    positions = searcher.positions(named.dictionary.to_pylist())[named.indices.to_numpy()]
     known = positions >= 0
     users, positions = users[known], positions[known]
     weights = flat.field("weight").to_numpy(zero_copy_only=False)[known]
-    vectors: list[np.ndarray | None] = [None] * len(history)
     starts = np.flatnonzero(np.diff(users, prepend=-1))
-    for start, end in zip(starts, [*starts[1:], len(users)], strict=True):
-        total = weights[start:end] @ searcher.vectors[positions[start:end]].astype(np.float64)
-        length = np.linalg.norm(total)
-        if length > 0:
-            vectors[users[start]] = (total / length).astype(np.float32)
-    return vectors
+    totals = np.empty((len(starts), searcher.vectors.shape[1]))
+    for row, (start, end) in enumerate(zip(starts, [*starts[1:], len(users)], strict=True)):
+        totals[row] = weights[start:end] @ searcher.vectors[positions[start:end]].astype(np.float64)
+    lengths = np.linalg.norm(totals, axis=1)
+    sound = lengths > 0
+    made = (totals[sound] / lengths[sound, None]).astype(np.float32)
+    with_vector = np.zeros(len(histories), bool)
+    with_vector[users[starts[sound]]] = True
+    offsets = np.concatenate([[0], np.cumsum(with_vector)]) * made.shape[1]
+    mask = pa.array(~with_vector)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(made.ravel()), mask=mask)
