@@ -28,7 +28,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable, write_deltalake
-from memory import peaks
 from rich.console import Console
 from rich.table import Table
 
@@ -193,7 +192,7 @@ def main() -> None:
     matrix = np.random.default_rng(1).normal(size=(ITEMS, DIMENSION)).astype(np.float32)
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     found: dict[str, dict[int, float]] = {"this stage": {}, "numpy": {}, "vector_sum": {}}
-    with tempfile.TemporaryDirectory() as temporary, peaks() as peak:
+    with tempfile.TemporaryDirectory() as temporary:
         spark = session(load([], []).spark)
         spark.sparkContext.setLogLevel("FATAL")
         voice = Voice(enter=lambda *_: None, say=console.print, watch=lambda *_: nullcontext())
@@ -225,7 +224,6 @@ def main() -> None:
         "vs_numpy": round(ours[given.users] / found["numpy"][given.users], 2),
         "vs_vector_sum": round(found["vector_sum"][small] / ours[small], 2),
         "slope": slope and round(slope, 2), "users_per_s": round(given.users / ours[given.users]),
-        "driver_gb": round(peak["driver_gb"], 2), "worker_gb": round(peak["worker_gb"], 2),
     }))  # fmt: skip
 
 

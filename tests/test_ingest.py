@@ -284,6 +284,32 @@ def test_catalogue_log_and_photo_folder_twice(
     assert figures(again, "interactions") == {"in": 2, "ok": 1, "rejected": 0, "skipped": 1}
 
 
+def test_users_and_who_was_who(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    write(tmp_path / "shop.csv", "item_id,title\nA,Lamp\n")
+    write(tmp_path / "users.csv", "id,segment,consent\nu1,club,Yes\nu2,,\n,club,no\nu3,club,perhaps\nu1,club,Yes\n")
+    write(tmp_path / "who.csv", "anonymous_id,user_id\nv1,u1\nv2,u1\nv3,\n,u2\nv2,u2\n")
+    settings = (f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.users.path=[{tmp_path}/users.csv]",
+                f"ingest.identities.path=[{tmp_path}/who.csv]")  # fmt: skip
+    run = pipeline(tmp_path, *settings, "ingest.users.columns={user_id: id}")
+    first = run.run(["ingest"])[0]
+    assert figures(first, "users") == {"in": 5, "ok": 2, "rejected": 2, "skipped": 1}
+    assert figures(first, "identities") == {"in": 5, "ok": 2, "rejected": 3, "skipped": 0}
+    users = run.tables.read(schemas.USERS).orderBy("user_id").collect()
+    assert [tuple(row) for row in users] == [("u1", "club", None, True), ("u2", None, None, None)]
+    known = run.tables.read(schemas.IDENTITIES).collect()
+    assert {row["anonymous_id"]: row["user_id"] for row in known} == {"v1": "u1", "v2": "u1"}
+    reasons = {row["reason"] for row in run.tables.read(schemas.REJECTED).collect()}
+    assert reasons == {"user_id is missing", "consent is neither true nor false", "anonymous_id is missing",
+                       "anonymous_id stands twice in one file, with different values"}  # fmt: skip
+    with pytest.raises(UsageError, match=r"ingest.users: the source has no column user_id with a value"):
+        pipeline(tmp_path, *settings).run(["ingest"])
+    # Another delivery changes a user, and leaves those alone that it doesn't name.
+    write(tmp_path / "users.csv", "id,segment\nu2,new\n", at=1_700_000_009)
+    run.run(["ingest"])
+    users = run.tables.read(schemas.USERS).orderBy("user_id").collect()
+    assert [(row["user_id"], row["segment"]) for row in users] == [("u1", "club"), ("u2", "new")]
+
+
 def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     for name in ("old.jpg", "new.jpg", "b.jpg"):
         write(tmp_path / name, name)

@@ -159,7 +159,7 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
 def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
     spark: SparkSession, pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
-    """A random log in four nights; the third brings a new item, and one that is called otherwise from then on."""
+    """A random log in six nights; the third brings a new item, and one that is called otherwise from then on."""
     rng, titles, made = np.random.default_rng(0), {f"i{n}": f"Thing {n} of {n % 3}" for n in range(12)}, count()
     run = pipeline(tmp_path, "representation=title", "profiles.half_life_days=7", "profiles.bot_events_per_day=20")
 
@@ -176,13 +176,18 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         before = run.tables.versions([schemas.PROFILES]).get("profiles")
         outcome = run.run(["embed", "index", "profiles"])[-1]
         # Everything made anew, by the stage's own functions.
-        whole = profiles.histories(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), run.config.profiles)
+        whole = profiles.histories(run.log(), run.read(schemas.ITEMS), run.config.profiles)
         opens = partial(Searcher.open, matching.index_folder(run))
         anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
         assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
         changed = [] if before is None else run.tables.changed_since(schemas.PROFILES, before).collect()
         return {row["user_id"] for row in changed}, outcome.details["users_rebuilt"]
 
+    def known_as(anonymous: str, user: str) -> None:
+        row = spark.createDataFrame([(anonymous, user)], schemas.IDENTITIES.schema)
+        run.tables.upsert(schemas.IDENTITIES, row)
+
+    known_as("visitor", "u20")
     everybody, known = [f"u{n:02d}" for n in range(30)], list(titles)
     assert night(1, everybody, known)[1] == "30"
     # u00 and u01 also meet what isn't in the catalogue yet.
@@ -194,8 +199,12 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
     assert int(rebuilt) == len(touched) < 20
     # A bot's day takes the profile away.
     assert night(4, ["u07"] * 10, known) == ({"u07"}, "1")
+    # Somebody signs in; a visitor who is known by now counts as the user.
+    known_as("u10", "u11")
+    assert night(5, ["visitor"], known) == ({"u10", "u11", "u20"}, "3")
+    assert "u10" not in {row["user_id"] for row in run.tables.read(schemas.PROFILES).collect()}
     # What a run by other settings wrote before it was killed is written over, whoever's events are new.
     other = run.tables.read(schemas.PROFILES).withColumn("events", F.lit(77).cast("long"))
     run.tables.upsert(schemas.PROFILES, other)
-    touched, rebuilt = night(5, ["u08"], known)
-    assert ("u09" in touched, int(rebuilt)) == (True, 31)
+    touched, rebuilt = night(6, ["u08"], known)
+    assert ("u09" in touched, int(rebuilt)) == (True, 30)

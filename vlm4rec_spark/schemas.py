@@ -102,6 +102,25 @@ INTERACTIONS = Table(
     cluster=("event_date",),
 )
 
+USERS = Table(
+    "users",
+    "What a company says of its users; optional.",
+    """user_id STRING NOT NULL COMMENT 'User',
+    segment STRING COMMENT 'Group that the company puts the user in; evaluation shows each by itself',
+    region STRING COMMENT 'Market of the user',
+    consent BOOLEAN COMMENT 'Whether the user agreed to be recommended to; null where nobody says'""",
+    key=("user_id",),
+)
+
+IDENTITIES = Table(
+    "identities",
+    "Users known under another id before they signed in; optional. Their events count as the user's.",
+    """anonymous_id STRING NOT NULL COMMENT 'user_id of the log before, such as that of a cookie',
+    user_id STRING NOT NULL COMMENT 'User who it turned out to be'""",
+    key=("anonymous_id",),
+    feed=True,
+)
+
 CAPTIONS = Table(
     "captions",
     "One row per distinct content that was captioned: the key holds the photo, the prompt, the model and its settings.",
@@ -279,7 +298,7 @@ METRICS = Table(
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
-        ITEMS, PHOTOS, INTERACTIONS, CAPTIONS, ITEM_CAPTIONS, EMBEDDINGS, PROFILES, RECOMMENDATIONS,
+        ITEMS, PHOTOS, INTERACTIONS, USERS, IDENTITIES, CAPTIONS, ITEM_CAPTIONS, EMBEDDINGS, PROFILES, RECOMMENDATIONS,
         EXPORT_LONG, EXPORT_WIDE, REJECTED, FILES, RUNS, METRICS,
     )
 }  # fmt: skip

@@ -34,7 +34,12 @@ _NEAR = 50
 
 def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     """Raises RunError for a user whom neither the log nor any list knows."""
-    tables, mine = pipeline.tables, F.col("user_id") == F.lit(user_id)
+    tables = pipeline.tables
+    known = _first(tables.read(schemas.IDENTITIES).where(F.col("anonymous_id") == F.lit(user_id)).select("user_id"))
+    if known is not None:
+        console.print(_line(user_id, f"turned out to be {known['user_id']}"))
+        user_id = known["user_id"]
+    mine = F.col("user_id") == F.lit(user_id)
     profile = _first(
         tables.read(schemas.PROFILES).where(mine)
         .select("representation", "history", "events", F.size("seen").alias("seen"), _micros("last_event_at"))
@@ -42,7 +47,7 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     lists = _first(
         tables.read(schemas.RECOMMENDATIONS).where(mine).select("items", "k", "index_id", _micros("generated_at"))
     )
-    log = pipeline.read(schemas.INTERACTIONS) if profile is None else None
+    log = pipeline.log() if profile is None else None
     events = 0 if log is None else log.where(mine).count()
     if profile is None and lists is None and not events:
         assert log is not None

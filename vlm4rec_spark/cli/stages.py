@@ -121,6 +121,8 @@ def _demo_places(out: Path, raw: Path) -> list[str]:
         f"report.path={out / 'report.html'}",
         f"ingest.items.path=['{raw / 'catalogue.csv'}']",
         f"ingest.interactions.path=['{raw / 'events-*.csv.gz'}']",
+        f"ingest.users.path=['{raw / 'users.csv'}']",
+        f"ingest.identities.path=['{raw / 'identities.csv'}']",
         f"ingest.photos.folder={raw / 'photos'}",
     ]
 

@@ -29,10 +29,13 @@ _NOISE = 0.1
 """Share of views of an item picked without regard to taste."""
 _CATALOGUE = ("item_id", "title", "brand", "category", "parent_id", "region", "price", "available", "first_seen_at")
 _LOG = ("user_id", "item_id", "event_type", "event_time")
+_VISITOR, _SIGNED_IN_LATE, _SIGNED_IN = "visitor-", 20, datetime(2025, 1, 25, tzinfo=UTC)
+"""Each 20th user signed in on this day for the first time and was a visitor before."""
 
 
 def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> None:
-    """Write photos/, catalogue.csv, events-YYYY-MM.csv.gz and, last, truth.parquet into `folder`."""
+    """Write photos/, catalogue.csv, events-YYYY-MM.csv.gz, users.csv, identities.csv and, last, truth.parquet into
+    `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "photos").mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -44,6 +47,7 @@ def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> 
     _write_catalogue(folder / "catalogue.csv", truth["item_id"].tolist(), first_seen, rng)
     _write_photos(folder / "photos", truth, seed)
     _write_log(folder, _events(truth, first_seen, users, rng))
+    _write_users(folder, users, seed)
     truth.to_parquet(folder / "truth.parquet", index=False)
 
 
@@ -74,6 +78,17 @@ def _write_catalogue(file: Path, ids: Sequence[str], first_seen: Sequence[dateti
     file.write_text(_csv(_CATALOGUE, [*rows, *bad, rows[3]]), encoding="utf-8")
 
 
+
+
+def _write_users(folder: Path, users: int, seed: int) -> None:
+    """A segment and a market of each user, and who the anonymous visitors of the first weeks turned out to be."""
+    rng = np.random.default_rng([seed, users])
+    rows = [(f"user-{number:05d}", rng.choice(["new", "regular", "club"], p=[0.3, 0.5, 0.2]),
+             rng.choice(["EU", "US"]), rng.choice(["true", "false", ""], p=[0.8, 0.1, 0.1]))
+            for number in range(users)]  # fmt: skip
+    (folder / "users.csv").write_text(_csv(("user_id", "segment", "region", "consent"), rows), encoding="utf-8")
+    known = [(f"{_VISITOR}{number:05d}", f"user-{number:05d}") for number in range(0, users, _SIGNED_IN_LATE)]
+    (folder / "identities.csv").write_text(_csv(("anonymous_id", "user_id"), known), encoding="utf-8")
 
 
 def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
@@ -144,7 +159,7 @@ def _events(
     popularity[np.argsort(untouched)[: max(2, int((untouched < 0.04).sum()))]] = -np.inf
     since = np.array([seen.timestamp() for seen in first_seen])
     for number in range(users):
-        user = f"user-{number:05d}"
+        late = number % _SIGNED_IN_LATE == 0
         tastes = [codes[rng.integers(len(ids))] for _ in range(2 if rng.random() < 0.25 else 1)]
         chances = [_softmax((codes == taste) @ weights + popularity) for taste in tastes]
         anything = _softmax(popularity)
@@ -157,7 +172,8 @@ def _events(
             for step, (event, share) in enumerate((("view", 1.0), ("cart", 0.3), ("purchase", 0.5))):
                 if rng.random() >= share:
                     break
-                yield user, item, event, at + timedelta(minutes=4 * step)
+                name = _VISITOR if late and at < _SIGNED_IN else "user-"
+                yield f"{name}{number:05d}", item, event, at + timedelta(minutes=4 * step)
     yield from _odd_events(ids[np.isfinite(popularity)], rng)
 
 

@@ -35,6 +35,8 @@ class Tables:
     interactions: DataFrame
     items: DataFrame
     embeddings: DataFrame
+    users: DataFrame | None = None
+    """user_id, segment, where the company has them."""
 
 
 @dataclass
@@ -71,10 +73,15 @@ class AsOf:
 
     @property
     def users(self) -> pd.DataFrame:
-        """user_id, relevant and seen (arrays of ids) of the judged users, by user_id; seen is of items ever met."""
+        """user_id, relevant and seen (arrays of ids; seen of items ever met), last_event_at and segment of the judged
+        users, by user_id."""
         if "users" not in self._made:
             seen = self.histories(self.in_use.profiles).select("user_id", "seen", "last_event_at")
-            found = cast(pd.DataFrame, self.judged.join(seen, on="user_id", how="left").toPandas())
+            rows = self.judged.join(seen, on="user_id", how="left").withColumn("segment", F.lit(None).cast("string"))
+            if self.tables.users is not None:
+                segments = self.tables.users.select("user_id", "segment")
+                rows = rows.drop("segment").join(segments, on="user_id", how="left")
+            found = cast(pd.DataFrame, rows.toPandas())
             self._made["users"] = found.sort_values("user_id", ignore_index=True)
         return self._made["users"]
 

@@ -50,7 +50,7 @@ def gather(
     counts = np.flatnonzero(~np.isnan(weight))
     weight, at, pair, owner = weight[counts], at[counts], pair[counts], owner[counts]
     pairs, firsts, events = np.unique(pair, return_index=True, return_counts=True)
-    owners, mine, users_events = np.unique(owner, return_index=True, return_counts=True)
+    _, mine, users_events = np.unique(owner, return_index=True, return_counts=True)
     last = np.maximum.reduceat(at, mine) if len(mine) else at
     if half_life_days:
         age_days = (np.repeat(last, users_events) - at) / 86_400e6

@@ -47,7 +47,9 @@ class Stage:
 _TEXTS = (schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS)
 _STAGES = {
     "ingest": Stage(
-        intake.ingest, (), (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.REJECTED, schemas.FILES),
+        intake.ingest, (),
+        (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.USERS, schemas.IDENTITIES, schemas.REJECTED,
+         schemas.FILES),
         intake.beside,
     ),
     "caption": Stage(
@@ -57,14 +59,16 @@ _STAGES = {
     # Profiles take their vectors from the index artefact, so the index comes first.
     "index": Stage(matching.index, (*_TEXTS, schemas.EMBEDDINGS), (), matching.beside_index),
     "profiles": Stage(
-        matching.profiles, (schemas.INTERACTIONS, schemas.ITEMS), (schemas.PROFILES,), matching.beside_profiles
+        matching.profiles, (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS), (schemas.PROFILES,),
+        matching.beside_profiles,
     ),
     "recommend": Stage(
         matching.recommend, (schemas.PROFILES, schemas.ITEMS), (schemas.RECOMMENDATIONS,), matching.beside_lists
     ),
     "evaluate": Stage(
-        judging.evaluate, (schemas.INTERACTIONS, schemas.EMBEDDINGS, *_TEXTS, schemas.PHOTOS), (schemas.METRICS,),
-        judging.beside_metrics,
+        judging.evaluate,
+        (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS, schemas.EMBEDDINGS, *_TEXTS, schemas.PHOTOS),
+        (schemas.METRICS,), judging.beside_metrics,
     ),
     "export": Stage(
         judging.export, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),

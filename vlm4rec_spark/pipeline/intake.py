@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -13,16 +14,25 @@ from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
+from vlm4rec_spark.schemas import Table
 from vlm4rec_spark.stages import ingest as stage
 
 
 @dataclass(frozen=True)
 class Raw:
-    """The sources as they are: catalogue and log rows, None where there is nothing (new), and the new log files."""
+    """The sources as they are: rows of catalogue and log, None where there is nothing (new), the new log files, and
+    what is said of users, by its table's name."""
 
     items: DataFrame | None
     events: DataFrame | None
     log_files: DataFrame
+    people: dict[str, DataFrame]
+
+
+_PEOPLE: dict[str, tuple[Table, Callable[[DataFrame], DataFrame]]] = {
+    "users": (schemas.USERS, stage.parse_users),
+    "identities": (schemas.IDENTITIES, stage.parse_identities),
+}
 
 
 def raw_sources(run: Run) -> Raw:
@@ -40,10 +50,17 @@ def raw_sources(run: Run) -> Raw:
     if column and items is not None and items.where(F.col("fields")[column].isNotNull()).isEmpty():
         raise UsageError(f"ingest.photos.path_column: the catalogue has no column {column!r} with a path in it.")
     log = settings.interactions
+    people = {name: sources.read(run.spark, f"ingest.{name}", source)
+              for name in _PEOPLE if (source := getattr(settings, name)).path}  # fmt: skip
+    for name, rows in people.items():
+        (key,) = _PEOPLE[name][0].key
+        if rows.where(F.col("fields")[key].isNotNull()).isEmpty():
+            raise UsageError(f"ingest.{name}: the source has no column {key} with a value. Name it in "
+                             f"ingest.{name}.columns.")  # fmt: skip
     if not log.path:
-        return Raw(items, None, no_files)
+        return Raw(items, None, no_files, people)
     if log.format == "delta":
-        return Raw(items, sources.read(run.spark, "ingest.interactions", log), no_files)
+        return Raw(items, sources.read(run.spark, "ingest.interactions", log), no_files, people)
     files = sources.listing(run.spark, "ingest.interactions", log).select(
         "*",
         F.lit("interactions").alias("source"),
@@ -53,14 +70,15 @@ def raw_sources(run: Run) -> Raw:
     new = run.tables.pending(files, schemas.FILES)
     paths = tuple(sources.literal(row["uri"]) for row in new.select("uri").collect())
     if not paths:
-        return Raw(items, None, new)
-    return Raw(items, sources.read(run.spark, "ingest.interactions", log.model_copy(update={"path": paths})), new)
+        return Raw(items, None, new, people)
+    events = sources.read(run.spark, "ingest.interactions", log.model_copy(update={"path": paths}))
+    return Raw(items, events, new, people)
 
 
 def beside(run: Run) -> object:
     """The settings and what the sources' listings say; None where a listing can't tell whether anything changed."""
     settings = run.config.ingest
-    logs = {"ingest.items": settings.items, "ingest.interactions": settings.interactions}
+    logs = {f"ingest.{name}": getattr(settings, name) for name in ("items", "interactions", *_PEOPLE)}
     if settings.photos.path_column or any(source.format == "delta" for source in logs.values()):
         return None
     listed = [sources.listing(run.spark, key, source) for key, source in logs.items() if source.path]
@@ -80,6 +98,7 @@ def ingest(run: Run, outcome: Outcome) -> None:
     kept = [rows.persist() for rows in (None if inline else items, events) if rows is not None]
     try:
         counts = _take(run, items, events)
+        counts |= {name: _take_people(run, name, rows) for name, rows in raw.people.items()}
     finally:
         for rows in kept:
             rows.unpersist()
@@ -109,6 +128,18 @@ def _take(run: Run, items: DataFrame | None, events: DataFrame | None) -> dict[s
     if photos is not None:
         counts["photos"] = _store_photos(run, *photos)
     return counts
+
+
+def _take_people(run: Run, name: str, raw: DataFrame) -> dict[str, int]:
+    """Of users or identities as in `_take`; rows that are no longer delivered stay."""
+    table, parse = _PEOPLE[name]
+    parsed = parse(raw).persist()
+    try:
+        run.tables.upsert(table, stage.taken(parsed))
+        run.reject(stage.rejected(parsed, name))
+        return _counts(parsed)
+    finally:
+        parsed.unpersist()
 
 
 def _refuse_nonsense(

@@ -37,7 +37,7 @@ def tables(run: Run, settings: EvaluateSettings, in_use: InUse) -> evaluation.Ta
                        f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of evaluate.define nor a "
                        f"representation of the table embeddings ({', '.join(sorted(known))}). "
                        "For image set embed.vision and run embed.")  # fmt: skip
-    return evaluation.Tables(run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS), there)
+    return evaluation.Tables(run.log(), run.read(schemas.ITEMS), there, run.tables.read(schemas.USERS))
 
 
 def in_use(run: Run) -> InUse:

@@ -46,7 +46,7 @@ def index(run: Run, outcome: Outcome) -> None:
 
 def profiles(run: Run, outcome: Outcome) -> None:
     settings = run.config.profiles
-    log, items = run.read(schemas.INTERACTIONS), run.read(schemas.ITEMS)
+    log, items = run.log(), run.read(schemas.ITEMS)
     touched = _touched(run)
     bots = profiling.bots(log, settings.bot_events_per_day)
     users = log.select("user_id").distinct().count()
@@ -79,7 +79,8 @@ def profiles(run: Run, outcome: Outcome) -> None:
 def _touched(run: Run) -> DataFrame | None:
     """user_id of those whose profile may have changed since the last run, persisted; None where that may be anybody.
 
-    By the change feeds: users of new events, and of events on items that have come, gone or got another vector.
+    By the change feeds: users of new events, of events on items that have come, gone or got another vector, and of ids
+    that turned out to be somebody's.
     """
     runs = run.tables.read(schemas.RUNS)
     last = runs.where((F.col("stage") == "profiles") & (F.col("status") == "ok")).orderBy(F.desc("started_at")).first()
@@ -96,16 +97,23 @@ def _touched(run: Run) -> DataFrame | None:
     versions, embeddings = last["versions"], last["details"].get("embeddings", "")
     if old is None or old[0] or not embeddings or not {"interactions", "items"} <= set(versions):
         return None
+    if ("identities" in versions) != run.tables.exists(schemas.IDENTITIES):
+        return None
     came = run.tables.changed_since(schemas.ITEMS, versions["items"])
     came = came.where(F.col("_change_type").isin("insert", "delete"))
     vectors = run.tables.changed_since(schemas.EMBEDDINGS, int(embeddings)).where(
         (F.col("representation") == run.config.representation) & (F.col("encoder_id") == run.encoder_id())
     )
     items = came.select("item_id").unionByName(vectors.select("item_id")).distinct()
-    log = run.read(schemas.INTERACTIONS)
+    log = run.log()
     by_items = log.join(items, on="item_id", how="left_semi").select("user_id")
-    by_events = run.tables.changed_since(schemas.INTERACTIONS, versions["interactions"]).select("user_id")
-    touched = by_events.unionByName(by_items).distinct().persist()
+    new_events = run.tables.changed_since(schemas.INTERACTIONS, versions["interactions"])
+    touched = run.identified(new_events).select("user_id").unionByName(by_items)
+    if "identities" in versions:
+        changed = run.tables.changed_since(schemas.IDENTITIES, versions["identities"])
+        both = F.explode(F.array("anonymous_id", "user_id")).alias("user_id")
+        touched = touched.unionByName(changed.select(both))
+    touched = touched.distinct().persist()
     if touched.count() * 2 > run.tables.read(schemas.PROFILES).count():
         touched.unpersist()
         return None  # rewriting all is cheaper than a merge of most

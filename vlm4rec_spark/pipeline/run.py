@@ -16,6 +16,7 @@ from vlm4rec_spark.config import Config
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models import embedder, vision
 from vlm4rec_spark.schemas import Table
+from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.tables import Tables
 
 
@@ -81,6 +82,16 @@ class Run:
             raise RunError(f"The table {self.tables.place(table)} isn't there yet. Run the stage that makes it, or "
                            "`vlm4rec run` for all.")  # fmt: skip
         return self.tables.read(table)
+
+    def log(self) -> DataFrame:
+        """The interactions, those of an anonymous id under the user that it is known to be."""
+        return self.identified(self.read(schemas.INTERACTIONS))
+
+    def identified(self, events: DataFrame) -> DataFrame:
+        """Rows of interactions under the users that their ids are known to be."""
+        if not self.tables.exists(schemas.IDENTITIES):
+            return events
+        return profiles.identified(events, self.tables.read(schemas.IDENTITIES))
 
     def reject(self, rows: DataFrame) -> None:
         self.tables.insert(schemas.REJECTED, rows)

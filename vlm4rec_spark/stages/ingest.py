@@ -25,6 +25,8 @@ class IngestSettings(BaseModel):
 
     items: Source = Source()
     interactions: Source = Source()
+    users: Source = Source()
+    identities: Source = Source()
     photos: PhotoSource = PhotoSource()
 
 
@@ -61,8 +63,40 @@ def parse_items(raw: DataFrame) -> DataFrame:
         first_seen_at.alias("first_seen_at"),
         reason.alias("reason"),
     )
+    return _newest(rows, "item_id")
+
+
+def parse_users(raw: DataFrame) -> DataFrame:
+    """Rows of `sources.read` with the columns of `users`, and `reason` where one is bad; of several as for items."""
+    text = {name: F.col("fields")[name] for name in ("user_id", "segment", "region", "consent")}
+    consent = F.lower(F.trim(text["consent"]))
+    reason = _first_of(
+        (_corrupt(), "the row isn't well formed"),
+        (_blank(text["user_id"]), "user_id is missing"),
+        (_given(consent) & ~consent.isin(*_TRUE, *_FALSE), "consent is neither true nor false"),
+    )
+    said = F.when(_given(consent), consent.isin(*_TRUE)).alias("consent")
+    names = [text[name].alias(name) for name in ("user_id", "segment", "region")]
+    return _newest(raw.select("source", "modified_at", "row", *names, said, reason.alias("reason")), "user_id")
+
+
+def parse_identities(raw: DataFrame) -> DataFrame:
+    """Rows of `sources.read` with the columns of `identities`, and `reason` where one is bad; of several as for
+    items."""
+    anonymous, user = F.col("fields")["anonymous_id"], F.col("fields")["user_id"]
+    reason = _first_of(
+        (_corrupt(), "the row isn't well formed"),
+        (_blank(anonymous), "anonymous_id is missing"),
+        (_blank(user), "user_id is missing"),
+    )
+    names = anonymous.alias("anonymous_id"), user.alias("user_id")
+    return _newest(raw.select("source", "modified_at", "row", *names, reason.alias("reason")), "anonymous_id")
+
+
+def _newest(rows: DataFrame, key: str) -> DataFrame:
+    """Rows with `duplicate`, and a reason for the second of two that contradict each other in one file."""
     good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
-    newest = Window.partitionBy("item_id").orderBy(F.desc_nulls_last("modified_at"), F.desc("source"), "row")
+    newest = Window.partitionBy(key).orderBy(F.desc_nulls_last("modified_at"), F.desc("source"), "row")
     ranked = good.select(
         "*",
         F.first("source").over(newest).alias("_source"),
@@ -72,7 +106,7 @@ def parse_items(raw: DataFrame) -> DataFrame:
     clash = (F.col("source") == F.col("_source")) & (F.col("row") != F.col("_row"))
     judged = ranked.select(
         *rows.drop("reason").columns,
-        F.when(clash, "item_id stands twice in one file, with different values").alias("reason"),
+        F.when(clash, f"{key} stands twice in one file, with different values").alias("reason"),
         (F.col("_rank") > 1).alias("duplicate"),
     )
     return judged.unionByName(bad.withColumn("duplicate", F.lit(False)))

@@ -40,6 +40,13 @@ class ProfileSettings(BaseModel):
     bot_events_per_day: int = Field(500, ge=1)
 
 
+def identified(interactions: DataFrame, identities: DataFrame) -> DataFrame:
+    """The events, those of an anonymous id under the user that it belongs to; a user's own id is taken as it is."""
+    known = identities.select(F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("known"))
+    merged = interactions.join(known, on="user_id", how="left")
+    return merged.withColumn("user_id", F.coalesce("known", "user_id")).select(*interactions.columns)
+
+
 def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
     """user_id of those with more events than a person makes on any one day."""
     # Few have so many events on all days together: only theirs are counted by day.
