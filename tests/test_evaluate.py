@@ -17,6 +17,7 @@ from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.evaluation import als, arms, asof, evaluate, guards, metrics, splits, tune
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
+from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
@@ -202,6 +203,15 @@ def test_a_slice_under_thirty_users_gives_no_number(judged: tuple[list[dict], di
     for slice_, users in (("history 1-4", 26), ("history 5-19", 5), ("history 20+", 0)):
         row = value(judged[0], "title", slice_=slice_)
         assert (row["users"], row["value"], row["low"], row["high"]) == (users, None, None, None)
+
+
+def test_segments_are_slices_the_largest_first() -> None:
+    segments = ["b"] * 3 + ["a"] * 3 + ["c"] * 4 + [None] + [f"{n:02d}" for n in range(9)]
+    users = pd.DataFrame({"seen": [[]] * len(segments), "segment": segments})
+    found = {s.name: int(s.users.sum()) for s in slices(users, None, np.ones(1, int), pd.DataFrame({"category": ["x"]}))
+             if s.name.startswith("segment")}  # fmt: skip
+    largest = {"segment c": 4, "segment a": 3, "segment b": 3}
+    assert list(found.items()) == [*largest.items(), *((f"segment {n:02d}", 1) for n in range(5))]
 
 
 def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) -> None:

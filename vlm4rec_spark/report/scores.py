@@ -17,7 +17,7 @@ BEYOND = {"coverage": "Coverage", "gini": "Gini", "novelty": "Novelty, bits",
           "intra_list_distance": "Distance in a list", "near_duplicate_share": "Near-duplicates",
           "recall_shuffled": "Recall, items exchanged"}  # fmt: skip
 _SPLITS = {"time": "Split by time", "leave_one_out": "Leave one out"}
-_FAMILIES = {"history": "Items in the history", "last seen": "Days since the last event",
+_FAMILIES = {"segment": "Segment", "history": "Items in the history", "last seen": "Days since the last event",
              "popularity": "Popularity of what they chose, in tenths of the items", "items": "What they chose was new",
              "category": "Category of what they chose"}  # fmt: skip
 _LINES = 4
