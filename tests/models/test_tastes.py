@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
@@ -77,7 +78,7 @@ def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
             nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
             return nearest, np.take_along_axis(scores, nearest, 1)
 
-    exact = Nearest(searcher.ids, searcher.terms, searcher.vectors, None, searcher.manifest)
+    exact = Nearest(searcher.names, searcher.words, searcher.vocabulary, searcher.vectors, None, searcher.manifest)
     found, _ = lists(asked.search(exact, Effort(1, depth)), positions)
     assert found == top
     shallow, _ = lists(asked.search(exact, Effort(1, K // 2)), positions)
@@ -103,12 +104,13 @@ def test_long_histories_are_scored_fewer_at_a_time() -> None:
 
 def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Searcher) -> None:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
-    small = Searcher(np.array(list("abcde"), object), [[]] * 5, vectors, None, {})
-    history, items = np.array([1, 0, 4]), np.array([2, 3, 1])
-    assert nearest(history, np.ones(3), small, items).tolist() == [1, 0, 1]
+    small = Searcher(pa.array(list("abcde")), np.empty((5, 0), np.int32), pa.array([], pa.string()), vectors, None, {})
+    histories, items = [np.array([1, 0, 4]), np.array([], int), np.array([2])], np.array([[2, 3, 1]] * 2 + [[0, -1, 2]])
+    none = [[-1, -1, -1], [2, -1, 2]]
+    assert nearest(histories, None, small, items).tolist() == [[1, 0, 1], *none]
     # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
-    assert nearest(history, np.array([0.1, 1, 0.1]), small, items).tolist() == [0, 0, 1]
-    assert nearest(history[:0], np.ones(0), small, items).tolist() == [-1] * 3
+    weights = [np.array([0.1, 1, 0.1]), np.array([]), np.ones(1)]
+    assert nearest(histories, weights, small, items).tolist() == [[0, 0, 1], *none]
 
 
 def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
@@ -116,7 +118,7 @@ def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
     rng = np.random.default_rng(9)
     centres = unit(np.eye(3, DIMENSION))
     vectors = unit(np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION)))
-    small = Searcher(np.array(list("abcdef"), object), [[]] * 6, vectors, None, {})
+    small = Searcher(pa.array(list("abcdef")), np.empty((6, 0), np.int32), pa.array([], pa.string()), vectors, None, {})
     history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
     made = Clusters.of([history, history[:0]], [weights, weights[:0]], small, 3)
     heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))
@@ -141,7 +143,9 @@ def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(sear
     totals = [heavy @ searcher.vectors[mine] for mine, heavy in zip(positions[1:], weights[1:], strict=True)]
     mean: Tastes = Means(unit(np.stack(totals)), positions[1:])
     assert lists(one.exact(searcher), positions[1:])[0] == lists(mean.exact(searcher), positions[1:])[0]
-    assert many.part(np.array([3, 5])).reasons(0, searcher, np.array([7]))[0] in positions[3]
+    because, by = many.part(np.array([3, 5])).reasons(searcher, np.array([[7], [-1]]))
+    assert because[0, 0] in positions[3]
+    assert (because[1, 0], by.any()) == (-1, False)
 
 
 # With co-occurrence
@@ -217,11 +221,10 @@ def test_a_blend_says_which_part_spoke_and_for_which_item(
     asked, positions, weights = blended(together[0], 0.5)
     top, _ = lists(asked.exact(searcher), positions)
     spoke = set()
+    every_because, every_by = asked.reasons(searcher, np.array(top))
     for user in range(2, 30):
-        items = np.array(top[user])
-        because, by = asked.reasons(user, searcher, items)
         mine = positions[user]
-        for item, reason, found in zip(items, because, by, strict=True):
+        for item, reason, found in zip(top[user], every_because[user], every_by[user], strict=True):
             speaks = together[1][mine, item] if found else searcher.vectors[mine] @ searcher.vectors[item]
             adds = weights[user] * speaks
             assert adds[mine.tolist().index(reason)] == pytest.approx(adds.max(), abs=2e-6)

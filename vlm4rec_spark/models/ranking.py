@@ -9,6 +9,8 @@ import numpy as np
 
 SCORE_DIGITS = 6
 """Scores are rounded before ties break by item id."""
+_FEW = 4
+"""From so many times as many candidates as are needed on, most are put aside before the rest are ordered."""
 SPARE = 8
 """So many more than k are taken by float32 scores, whose last digits change with the batch size, and scored again."""
 
@@ -32,8 +34,12 @@ def top_k(
     (users, k), best first, ties by position; -1 and NaN where a user has fewer.
     """
     users, items = len(positions), len(eligible)
-    codes = np.arange(users, dtype=np.int64)[:, None] * items + positions
     allowed = (positions >= 0) & eligible[positions]
+    depth = k + int(np.bincount(exclusions // items).max()) if len(exclusions) else k
+    if positions.shape[1] > _FEW * depth:
+        positions, scores = _shortlist(positions, scores, allowed, depth)
+        allowed = positions >= 0
+    codes = np.arange(users, dtype=np.int64)[:, None] * items + positions
     if len(exclusions):
         found = np.searchsorted(exclusions, codes)
         allowed &= exclusions[np.minimum(found, len(exclusions) - 1)] != codes
@@ -50,6 +56,22 @@ def top_k(
     top[:, :width] = np.where(kept, np.take_along_axis(positions, chosen, 1), -1)
     best[:, :width] = np.where(kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan)
     return top, best
+
+
+def _shortlist(
+    positions: np.ndarray, scores: np.ndarray, allowed: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` best allowed candidates of each user and those that rounding may put among them; -1 past the last."""
+    masked = np.where(allowed, scores, np.float32("-inf"))
+    last = masked.shape[1] - depth
+    least = np.partition(masked, last, axis=1)[:, last, None] - 2 * 10.0**-SCORE_DIGITS
+    rows, columns = np.nonzero(allowed & (masked >= least))
+    sizes = np.bincount(rows, minlength=len(masked))
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shape = len(masked), max(int(sizes.max(initial=0)), 1)
+    near, near_scores = np.full(shape, -1, np.int64), np.full(shape, np.nan, scores.dtype)
+    near[rows, place], near_scores[rows, place] = positions[rows, columns], scores[rows, columns]
+    return near, near_scores
 
 
 def ordered(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

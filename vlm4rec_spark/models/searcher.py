@@ -1,8 +1,10 @@
 """The index artefact: an immutable folder that any Python process can open and search.
 
     manifest.json    written last: what the folder was built from, and the checksum of every file
-    ids.parquet      item_id (sorted) and its telling words; row i belongs to vector i
+    ids.parquet      item_id, sorted; row i belongs to vector i
     vectors.npy      float32 (items, dimension), memory-mapped, shared by all processes of a node
+    words.npy        int32 (items, words), memory-mapped: the item's telling words, rarest first, -1 past the last
+    vocabulary.parquet   word i of the catalogue, rarest first
     scann/           ScaNN's codes, when the catalogue is large enough for an approximate index
 
 Knows vectors and ids; knows neither users nor rules (`ranking.py`) nor how a folder travels to an executor.
@@ -11,6 +13,7 @@ Knows vectors and ids; knows neither users nor rules (`ranking.py`) nor how a fo
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ import pyarrow.parquet as pq
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models import artefact
 
-FORMAT = 1
+FORMAT = 2
 _AGAIN = "Run the index stage again."
 _SCANN_LEAST = 16
 """Tree with asymmetric hashing needs at least 16 items (ScaNN 1.4.2)."""
@@ -39,14 +42,22 @@ class Effort:
     leaves: int
     candidates: int
 
+    def cost(self, searcher: Searcher) -> float:
+        """Of one query, in codes that are scored; a candidate costs as much as a hundred of them (384 dimensions)."""
+        return len(searcher) * self.leaves / searcher.manifest["leaves"] + 100 * self.candidates
+
 
 class Searcher:
     """Cosine search over unit vectors. Open one with `Searcher.open`; it can't be pickled."""
 
-    def __init__(self, ids: np.ndarray, terms: list[list[str]], vectors: np.ndarray, scann: Any, manifest: dict):
-        self.ids, self.terms, self.vectors, self.manifest = ids, terms, vectors, manifest
+    def __init__(
+        self, names: pa.Array, words: np.ndarray, vocabulary: pa.Array, vectors: np.ndarray, scann: Any, manifest: dict
+    ):
+        self.names, self.words, self.vocabulary = names, words, vocabulary
+        self.vectors, self.manifest = vectors, manifest
+        self.ids = np.asarray(names.to_pylist(), dtype=object)
         self._scann = scann
-        self._positions = pd.Index(ids)
+        self._positions = pd.Index(self.ids)
 
     @property
     def index_id(self) -> str:
@@ -72,8 +83,10 @@ class Searcher:
             raise RunError("The index can't be built: some embeddings are not unit vectors (zero, NaN or unscaled).")
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
-        table = pa.table({"item_id": pa.array(ids, pa.string()), "terms": pa.array(_telling_words(texts))})
-        pq.write_table(table, folder / "ids.parquet")
+        pq.write_table(pa.table({"item_id": pa.array(ids, pa.string())}), folder / "ids.parquet")
+        words, vocabulary = _telling_words(texts)
+        np.save(folder / "words.npy", words)
+        pq.write_table(pa.table({"word": pa.array(vocabulary, pa.string())}), folder / "vocabulary.parquet")
         if len(ids) >= max(scann_from, _SCANN_LEAST):
             _build_scann(folder / "scann", vectors)
         artefact.seal(folder, {
@@ -88,15 +101,22 @@ class Searcher:
     def open(cls, folder: Path, verify: bool = True) -> Searcher:
         """Open an artefact. Raises RunError when it is incomplete, damaged or of another format."""
         manifest = artefact.manifest("index", folder, FORMAT, _AGAIN, verify)
-        table = pq.read_table(folder / "ids.parquet")
-        vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        columns = (pq.read_table(folder / f"{name}.parquet").column(0) for name in ("ids", "vocabulary"))
+        names, vocabulary = (column.combine_chunks() for column in columns)
+        # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
+        vectors, words = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("vectors", "words"))
         scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
-        ids = np.asarray(table["item_id"].to_pylist(), dtype=object)
-        return cls(ids, table["terms"].to_pylist(), vectors, scann, manifest)
+        return cls(names, words, vocabulary, vectors, scann, manifest)
 
     def positions(self, item_ids: Sequence[str]) -> np.ndarray:
         """int64 positions of the items in the index; -1 for an item that isn't in it."""
         return self._positions.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
+
+    def positions_of(self, item_ids: pa.Array) -> np.ndarray:
+        """As `positions`; each distinct id is looked up once, however often it stands there."""
+        named = item_ids.dictionary_encode()
+        known = self.positions(named.dictionary.to_pylist())
+        return known[named.indices.to_numpy()] if len(known) else np.empty(0, np.int64)
 
     def exact(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Every item as a candidate of every query: positions (queries, items) and cosines, in index order."""
@@ -109,7 +129,10 @@ class Searcher:
         ScaNN pads a short answer with index 0 and a NaN distance; here such a place has position -1.
         """
         candidates = min(effort.candidates, len(self))
-        positions, distances = self._scann.search_batched(
+        # In a worker Spark sets this to the task's cores (spark.task.cpus).
+        alone = os.environ.get("OMP_NUM_THREADS") == "1"
+        search = self._scann.search_batched if alone else self._scann.search_batched_parallel
+        positions, distances = search(
             np.ascontiguousarray(queries, np.float32),
             final_num_neighbors=candidates,
             leaves_to_search=effort.leaves,
@@ -155,8 +178,18 @@ _STOP = frozenset(
 )  # fmt: skip
 
 
-def _telling_words(texts: Sequence[str]) -> list[list[str]]:
-    """The words of each text, rarest in the catalogue first (inverse document frequency), without stop words."""
-    words = [sorted(set(_WORD.findall(text.lower())) - _STOP) for text in texts]
+_MOST_WORDS = 32
+
+
+def _telling_words(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """The words of each text by their numbers, and the words; rarest in the catalogue first (inverse document
+    frequency), without stop words; of a long text the rarest."""
+    words = [set(_WORD.findall(text.lower())) - _STOP for text in texts]
     frequency = Counter(word for row in words for word in row)
-    return [sorted(row, key=lambda word: (frequency[word], word)) for row in words]
+    vocabulary = sorted(frequency, key=lambda word: (frequency[word], word))
+    number = {word: place for place, word in enumerate(vocabulary)}
+    rows = [sorted(number[word] for word in row)[:_MOST_WORDS] for row in words]
+    table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+    for place, row in enumerate(rows):
+        table[place, : len(row)] = row
+    return table, vocabulary

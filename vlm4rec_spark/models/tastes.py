@@ -19,6 +19,8 @@ from vlm4rec_spark.models.searcher import Effort, Searcher
 Shape = Literal["mean", "max_similarity", "multi_taste"]
 _SCORES_AT_ONCE = 2**24
 """Exact search holds one float32 per query and item: 64 MB of them at a time."""
+_FLOATS_AT_ONCE = 2**20
+"""Vectors that are compared at a time stay in the cores' caches."""
 
 
 class Tastes(Protocol):
@@ -46,18 +48,31 @@ class Tastes(Protocol):
         """float64 scores of some items of each user, (users, items), whatever else is scored at the same time."""
         ...
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each of the items (positions) that of the history item that speaks for it most, -1 without a history; and
-        whether it speaks by co-occurrence (bool) rather than by content."""
+    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each item of each user, positions (users, items), that of the history item that speaks for it most, -1
+        without one; and whether it speaks by co-occurrence (bool) rather than by content."""
         ...
 
 
-def nearest(history: np.ndarray, weights: np.ndarray, searcher: Searcher, items: np.ndarray) -> np.ndarray:
-    """For each item the position in `history` of highest weighted cosine; ties: the earlier one. -1 without any."""
-    if not len(history):
-        return np.full(len(items), -1, np.int64)
-    weighted = np.round((searcher.vectors[items] @ searcher.vectors[history].T) * weights, SCORE_DIGITS)
-    return history[weighted.argmax(axis=1)]
+def nearest(
+    histories: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None, searcher: Searcher, items: np.ndarray
+) -> np.ndarray:
+    """For each item of each user, (users, items), the item of the user's history of highest (weighted) cosine; ties:
+    the earlier one; -1 without any."""
+    because = np.full(items.shape, -1, np.int64)
+    sizes = np.array([len(history) for history in histories], np.int64)
+    for size in np.unique(sizes[sizes > 0]):
+        alike = np.flatnonzero(sizes == size)
+        step = max(1, _FLOATS_AT_ONCE // (searcher.vectors.shape[1] * (int(size) + items.shape[1])))
+        for start in range(0, len(alike), step):
+            users = alike[start : start + step]
+            mine = np.stack([histories[user] for user in users])
+            near = np.matmul(searcher.vectors[items[users]], searcher.vectors[mine].transpose(0, 2, 1))
+            if weights is not None:
+                near = near * np.stack([weights[user] for user in users])[:, None, :]
+            because[users] = np.take_along_axis(mine, np.round(near, SCORE_DIGITS).argmax(axis=2), 1)
+    because[items < 0] = -1
+    return because
 
 
 class Means:
@@ -88,9 +103,8 @@ class Means:
             found[user] = searcher.vectors[items].astype(np.float64) @ vector.astype(np.float64)
         return found
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        history = self._histories[user]
-        return nearest(history, np.ones(len(history), np.float32), searcher, items), np.zeros(len(items), bool)
+    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
 
 
 class _Several(ABC):
@@ -156,8 +170,8 @@ class Histories(_Several):
     def part(self, users: np.ndarray) -> Histories:
         return Histories([self._positions[user] for user in users], [self._weights[user] for user in users])
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return nearest(self._positions[user], self._weights[user], searcher, items), np.zeros(len(items), bool)
+    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
 
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         flat = np.concatenate(self._positions) if len(self) else np.empty(0, np.int64)
@@ -191,9 +205,8 @@ class Clusters(_Several):
         mine = ([each[user] for user in users] for each in (self._vectors, self._weights, self._histories))
         return Clusters(*mine)
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        history = self._histories[user]
-        return nearest(history, np.ones(len(history), np.float32), searcher, items), np.zeros(len(items), bool)
+    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
 
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         empty = np.empty((0, searcher.vectors.shape[1]), np.float32)
@@ -276,18 +289,18 @@ class Blend:
             return found
         return (1 - self._share) * np.nan_to_num(self._content.scores(searcher, positions)) + found
 
-    def reasons(self, user: int, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Co-occurrence where it makes more of the score; then the item of the history that adds most to it."""
-        because, _ = self._content.reasons(user, searcher, items)
-        one, strong = np.array([user]), self._strengths([user], items[None])[0]
-        content = np.nan_to_num(self._content.part(one).scores(searcher, items[None])[0])
+        because, _ = self._content.reasons(searcher, items)
+        strong = self._strengths(range(len(self)), items)
+        content = np.nan_to_num(self._content.scores(searcher, items))
         by = (self._share * strong > (1 - self._share) * content) & (strong > 0)
-        history = self._positions[user]
-        if by.any():
+        for user in np.flatnonzero(by.any(axis=1)).tolist():
+            history = self._positions[user]
             near, weighted = self._cooccurrence.positions[history], self._weights[user][:, None]
             each = self._cooccurrence.strengths[history] * weighted
-            adds = np.array([np.where(near == item, each, 0).max(axis=1) for item in items[by]])
-            because[by] = history[adds.argmax(axis=1)]
+            adds = np.array([np.where(near == item, each, 0).max(axis=1) for item in items[user, by[user]]])
+            because[user, by[user]] = history[adds.argmax(axis=1)]
         return because, by
 
     def _found(self, user: int) -> tuple[np.ndarray, np.ndarray]:

@@ -159,7 +159,7 @@ def recommend(run: Run, outcome: Outcome) -> None:
     users, total = usable.count(), rows.count()
     run.voice.say(f"recommending for {users:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
     open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
-    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, matching).select(
+    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, matching, settings.why).select(
         "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
     with run.voice.watch("recommending", users):
@@ -169,9 +169,17 @@ def recommend(run: Run, outcome: Outcome) -> None:
     outcome.details = {
         "k": str(k), "users": str(users), "short_lists": str(short), "search": words,
         "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
-        "recall_low": f"{measured.low:.4f}", "index_id": searcher.index_id,
+        "recall_low": f"{measured.low:.4f}", "recall_curve": _curve(measured), "index_id": searcher.index_id,
         "cooccurrence_share": str(run.config.cooccurrence.share),
     }  # fmt: skip
+
+
+def _curve(measured: ranking.Calibration) -> str:
+    """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search."""
+    tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
+              round(each.per_second)] for each in measured.tried]  # fmt: skip
+    exact = measured.exact_per_second
+    return json.dumps({"tried": tried, "exact_per_second": round(exact) if exact else None})
 
 
 def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:

@@ -5,6 +5,7 @@ Knows exclusions, recall and reasons; candidates come from the searcher, the ord
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,12 @@ from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Shape, Tastes
 
 _TERMS = 3
+_PAIRS_AT_ONCE = 4_096
+_USERS_AT_ONCE = 4_096
+_CANDIDATES = (1, 2, 4, 8, 16)
+"""Times k: candidates that are rescored, beside those that the user may not get."""
+_EXACT_COST = 5
+"""Of an item in exact search, in codes that are scored: 384 products and its share in the sorting (see Effort.cost)."""
 
 
 class RecommendSettings(BaseModel):
@@ -30,16 +37,32 @@ class RecommendSettings(BaseModel):
     k: int = Field(10, ge=1)
     recall: float = Field(0.95, gt=0, le=1)
     recall_sample: int = Field(1_000, ge=1)
+    why: bool = True
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An effort, the recall@k measured with it, its lower 95 % bound, and lists a second on the driver."""
+
+    effort: Effort
+    recall: float
+    low: float
+    per_second: float
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The search to use (None: exact) and the recall@k measured on `users` profiles with its lower 95 % bound."""
+    """The search to use (None: exact) and the recall@k measured on `users` profiles with its lower 95 % bound.
+
+    `tried`: the efforts that were measured on the way; `exact_per_second`: lists of an exact search.
+    """
 
     effort: Effort | None
     recall: float
     low: float
     users: int
+    tried: tuple[Tried, ...] = ()
+    exact_per_second: float | None = None
 
     def words(self, leaves: int) -> str:
         if self.effort is None:
@@ -65,7 +88,7 @@ class Matching:
     def tastes(self, batch: pa.RecordBatch, searcher: Searcher) -> Tastes:
         """Of profiles that have a vector; weights are those of `history` over its heaviest."""
         history, flat = batch.column("history"), batch.column("history").flatten()
-        positions = _per_user(searcher.positions(flat.field("item_id").to_pylist()), history)
+        positions = _per_user(searcher.positions_of(flat.field("item_id")), history)
         known = [mine >= 0 for mine in positions]
         positions = [mine[there] for mine, there in zip(positions, known, strict=True)]
         weights = _per_user(flat.field("weight").to_numpy(zero_copy_only=False), history)
@@ -90,25 +113,40 @@ def calibrate(
 ) -> Calibration:
     """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise, on `sample`.
 
-    `sample` holds embedding, history and seen of some profiles. Exact search when no effort holds it.
+    `sample` holds embedding, history and seen of some profiles. Exact search when no effort holds it, or when none that
+    does is cheaper. Costs are reckoned, not timed, so that the same index and profiles give the same effort.
     """
     if not searcher.approximate or len(sample) == 0:
         return Calibration(None, 1.0, 1.0, len(sample))
     (batch,) = sample.combine_chunks().to_batches()
     asked, excluded = matching.tastes(batch, searcher), _positions(batch.column("seen"), searcher)
+    started = time.monotonic()
     truth, _ = best(searcher, asked, excluded, eligible, k, None)
+    exact_per_second = len(sample) / (time.monotonic() - started)
     if (truth < 0).all():
         return Calibration(None, 1.0, 1.0, len(sample))
-    leaves, candidates = max(1, searcher.manifest["leaves"] // 16), max(100, 10 * k)
-    while leaves < searcher.manifest["leaves"]:
-        effort = Effort(leaves, candidates)
+
+    def measure(effort: Effort) -> Tried:
+        started = time.monotonic()
         found, _ = best(searcher, asked, excluded, eligible, k, effort)
+        seconds = time.monotonic() - started
         shares = _recall(found, truth)
         low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))
-        if low >= promise:
-            return Calibration(effort, float(shares.mean()), float(low), len(shares))
-        leaves, candidates = 2 * leaves, min(2 * candidates, len(searcher))
-    return Calibration(None, 1.0, 1.0, len(sample))
+        return Tried(effort, float(shares.mean()), float(low), len(sample) / seconds)
+
+    tried: list[Tried] = []
+    chosen, least = None, float(_EXACT_COST * len(searcher))
+    for candidates in (k * factor for factor in _CANDIDATES):
+        leaves = 1
+        while leaves < searcher.manifest["leaves"] and Effort(leaves, candidates).cost(searcher) < least:
+            tried.append(measure(Effort(leaves, candidates)))
+            if tried[-1].low >= promise:
+                chosen, least = tried[-1], tried[-1].effort.cost(searcher)
+            leaves *= 2
+    there = len(_recall(truth, truth))
+    if chosen is None:
+        return Calibration(None, 1.0, 1.0, there, tuple(tried), exact_per_second)
+    return Calibration(chosen.effort, chosen.recall, chosen.low, there, tuple(tried), exact_per_second)
 
 
 def eligible_items(searcher: Searcher, withdrawn: Sequence[str]) -> np.ndarray:
@@ -124,43 +162,43 @@ def best(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
 
-    With an `effort`, candidates are over-fetched by the exclusions, and users who fall short are searched exactly.
+    With an `effort`, as many candidates more are fetched as the user may not get, and users who fall short are searched
+    exactly.
     """
-    tops, scores = [], []
-    rows = asked.at_once(len(searcher)) if effort is None else 1_024
+    top, score = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
+    rows = asked.at_once(len(searcher)) if effort is None else _USERS_AT_ONCE
+    # Users with as many exclusions stand together: the block's most sets how much is fetched for all of it.
+    order = np.argsort([len(positions) for positions in excluded], kind="stable")
     for start in range(0, len(asked), rows):
-        users = np.arange(start, min(start + rows, len(asked)))
-        block, block_excluded = asked.part(users), excluded[start : start + rows]
+        users = order[start : start + rows]
+        block, block_excluded = asked.part(users), [excluded[user] for user in users]
         exclusions = flat_exclusions(block_excluded, len(searcher))
         if effort is None:
             found = block.exact(searcher)
         else:
-            most = max(len(positions) for positions in block_excluded)
-            found = block.search(searcher, Effort(effort.leaves, max(effort.candidates, k + most)))
-        top, _ = top_k(*found, exclusions, eligible, k + SPARE)
-        top, score = ordered(top, block.scores(searcher, top), k)
-        short = np.flatnonzero(top[:, -1] < 0)
-        if effort is not None and len(short):
-            top[short], score[short] = best(
-                searcher, block.part(short), [block_excluded[user] for user in short], eligible, k, None
-            )
-        tops.append(top)
-        scores.append(score)
-    return np.concatenate(tops), np.concatenate(scores)
+            found = block.search(searcher, Effort(effort.leaves, effort.candidates + len(block_excluded[-1])))
+        near, _ = top_k(*found, exclusions, eligible, k + SPARE)
+        top[users], score[users] = ordered(near, block.scores(searcher, near), k)
+    short = np.flatnonzero(top[:, -1] < 0) if k else np.empty(0, np.int64)
+    if effort is not None and len(short):
+        top[short], score[short] = best(
+            searcher, asked.part(short), [excluded[user] for user in short], eligible, k, None
+        )
+    return top, score
 
 
 def recommend(
     profiles: DataFrame, open_searcher: Callable[[], Searcher], withdrawn: Sequence[str], k: int,
-    effort: Effort | None, matching: Matching = CONTENT,
+    effort: Effort | None, matching: Matching = CONTENT, why: bool = True,
 ) -> DataFrame:  # fmt: skip
-    """user_id, items, k, index_id of every profile that has a vector; items in rank order with the reason."""
+    """user_id, items, k, index_id of every profile that has a vector; items in rank order, with the reason if `why`."""
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         eligible = eligible_items(searcher, withdrawn)
         for batch in batches:
             if len(batch):
-                yield _ranked(batch, searcher, eligible, k, effort, matching)
+                yield _ranked(batch, searcher, eligible, k, effort, matching, why)
 
     item = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
             "source: STRING, collapsed: ARRAY<STRING>>")  # fmt: skip
@@ -172,24 +210,26 @@ def recommend(
 
 
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None, matching: Matching
-) -> pa.RecordBatch:
+    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None, matching: Matching,
+    why: bool,
+) -> pa.RecordBatch:  # fmt: skip
     asked = matching.tastes(batch, searcher)
     top, scores = best(searcher, asked, _positions(batch.column("seen"), searcher), eligible, k, effort)
     kept = top >= 0
     because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
-    for user in np.flatnonzero(kept.any(axis=1)).tolist():
-        because[user, kept[user]], together[user, kept[user]] = asked.reasons(user, searcher, top[user, kept[user]])
-    chosen, reasons = top[kept], because[kept]
-    terms = [shared_terms(searcher, item, reason) for item, reason in zip(chosen, reasons, strict=True)]
+    if why:
+        because, together = asked.reasons(searcher, top)
+    chosen, reasons, together = top[kept], because[kept], together[kept]
+    reason = searcher.names.take(pa.array(reasons, mask=reasons < 0))
+    spoke = pa.array(together.astype(np.int8), mask=np.full(len(together), not why))
     items = pa.StructArray.from_arrays(
         [
-            pa.array(searcher.ids[chosen], pa.string()),
+            searcher.names.take(pa.array(chosen)),
             pa.array(scores[kept]),
-            pa.array(searcher.ids[reasons], pa.string(), mask=reasons < 0),
-            pa.array(terms, pa.list_(pa.string())),
-            pa.array(np.where(together[kept], "cooccurrence", "content"), pa.string()),
-            pa.array([[]] * len(chosen), pa.list_(pa.string())),
+            reason,
+            shared_terms(searcher, chosen, reasons),
+            pa.array(["content", "cooccurrence"]).take(spoke),
+            pa.ListArray.from_arrays(pa.array(np.zeros(len(chosen) + 1, np.int32)), pa.array([], pa.string())),
         ],
         names=["item_id", "score", "because_item_id", "because_terms", "source", "collapsed"],
     )
@@ -205,12 +245,21 @@ def _ranked(
     )
 
 
-def shared_terms(searcher: Searcher, item: int, reason: int) -> list[str]:
-    """The most telling words that the texts of both items hold; none without a reason."""
-    if reason < 0:
-        return []
-    other = set(searcher.terms[reason])
-    return [word for word in searcher.terms[item] if word in other][:_TERMS]
+def shared_terms(searcher: Searcher, items: np.ndarray, reasons: np.ndarray) -> pa.ListArray:
+    """Of each item (position) the most telling words that its text shares with that of its reason; none where that is
+    -1."""
+    shared = np.full((len(items), _TERMS), -1, np.int64)
+    count = np.zeros(len(items), np.int64)
+    for start in range(0, len(items), _PAIRS_AT_ONCE):
+        part = slice(start, start + _PAIRS_AT_ONCE)
+        mine, others = searcher.words[items[part]], searcher.words[reasons[part]]
+        both = (mine[:, :, None] == others[:, None, :]).any(axis=2) & (mine >= 0) & (reasons[part] >= 0)[:, None]
+        place = np.cumsum(both, axis=1) - 1
+        rows, columns = np.nonzero(both & (place < _TERMS))
+        shared[start + rows, place[rows, columns]] = mine[rows, columns]
+        count[part] = both.sum(axis=1).clip(max=_TERMS)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(count)]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, searcher.vocabulary.take(pa.array(shared[shared >= 0])))
 
 
 def _recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -225,7 +274,7 @@ def _queries(embedding: pa.ListArray) -> np.ndarray:
 
 
 def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
-    return _per_user(searcher.positions(items.flatten().to_pylist()), items)
+    return _per_user(searcher.positions_of(items.flatten()), items)
 
 
 def _per_user(values: np.ndarray, lists: pa.ListArray) -> list[np.ndarray]:
