@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 from memory import peaks
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
@@ -85,9 +86,9 @@ def names(items: int) -> np.ndarray:
     return np.char.mod("i%07d", np.arange(items))
 
 
-def write_profiles(table: str, vectors: np.ndarray, met: np.ndarray) -> None:
-    ids, empty = pa.array(names(len(vectors)), pa.string()), DeltaTable(table).schema().to_arrow()
-    fields = {field.name: pa.field(field).type for field in empty}
+def write_profiles(folder: Path, vectors: np.ndarray, met: np.ndarray) -> None:
+    """Parquet files of rows of `profiles`."""
+    ids = pa.array(names(len(vectors)), pa.string())
     for start in range(0, len(met), 50_000):
         part = met[start : start + 50_000]
         seen = [np.unique(row) for row in part]
@@ -107,7 +108,7 @@ def write_profiles(table: str, vectors: np.ndarray, met: np.ndarray) -> None:
             ),
             "events": pa.array(np.full(len(part), SEEN)), "last_event_at": at,
         }  # fmt: skip
-        write_deltalake(table, pa.table({name: rows[name].cast(fields[name]) for name in fields}), mode="append")
+        pq.write_table(pa.table(rows), folder / f"{start}.parquet")
 
 
 def by_raw(settings: Path) -> None:
@@ -154,9 +155,12 @@ class Shop:
         self.vectors, kind = catalogue(items)
         self.met = histories(kind, users)
         tables = pipeline.tables
-        tables.append(schemas.PROFILES, pipeline.spark.createDataFrame([], schemas.PROFILES.schema))
+        aside = folder / "rows"
+        aside.mkdir()
+        write_profiles(aside, self.vectors, self.met)
+        tables.append(schemas.PROFILES, pipeline.spark.read.parquet(str(aside)).select(*schemas.PROFILES.columns))
+        shutil.rmtree(aside)
         self.table = tables.place(schemas.PROFILES)
-        write_profiles(self.table, self.vectors, self.met)
         started = time.monotonic()
         texts = [f"thing of kind{k}" for k in kind]
         self.index = folder / "index" / f"of-{items}"
@@ -363,8 +367,9 @@ def main() -> None:
             told("crossJoin, vector_inner_product", items, SAMPLE["crossJoin"], shop.cross_join())
             line |= {
                 "vs_raw": round(rates[items] * seconds / given.users, 2),
-                "vs_exact_200k": round(rates[items] / exact, 1), "vs_als": round(rates[items] / als, 1), "why_share": round(1 - with_why / rates[items], 3),
-                "maxsim_cost": round(several / plain, 1), "raw_gb": round(gb, 2),
+                "vs_exact_200k": round(rates[items] / exact, 1), "vs_als": round(rates[items] / als, 1),
+                "why_share": round(1 - with_why / rates[items], 3), "maxsim_cost": round(several / plain, 1),
+                "raw_gb": round(gb, 2),
             }  # fmt: skip
         spark.stop()
     console.print(table)

@@ -176,3 +176,27 @@ def test_calibration_measures_what_it_says(world: World) -> None:
     other = recommend.calibrate(searcher, sample, eligible, K, 0.5, recommend.Matching("max_similarity"))
     assert other.effort is not None
     assert other.recall != easy.recall  # it was measured on these lists and not on those
+
+
+def test_who_has_no_history_gets_what_is_popular_in_the_segment_and_new_to_them(spark: SparkSession) -> None:
+    met = {"a": "ABC", "b": "AB", "c": "AX", "d": "DE", "e": "DE", "new": "", "met": "DX", "club": "", "unsaid": "A"}
+    events = [(f"{user}{item}", user, item, "view", datetime(2025, 1, 1), datetime(2025, 1, 1).date())
+              for user, items in met.items() for item in items * 2]  # fmt: skip
+    log = spark.createDataFrame(events, schemas.INTERACTIONS.schema)
+    items = spark.createDataFrame([(item, item != "X") for item in "ABCDEXZ"], "item_id STRING, available BOOLEAN")
+    users = spark.createDataFrame(
+        [(user, "club", None, None) for user in ("d", "e", "met", "club")] + [("unsaid", None, None, None)],
+        schemas.USERS.schema,
+    )
+    waiting = spark.createDataFrame([("new",), ("met",), ("club",), ("unsaid",)], "user_id STRING")
+    found = {row["user_id"]: row for row in recommend.popular(waiting, log, items, users, "v1", 3).collect()}
+    names = {user: [(item["item_id"], item["score"]) for item in row["items"]] for user, row in found.items()}
+    # Seven users have met something that there is: four of them A, three D; three of the club D, two E.
+    assert names == {
+        "new": [("A", 0.571429), ("D", 0.428571), ("B", 0.285714)],
+        "unsaid": [("D", 0.428571), ("B", 0.285714), ("E", 0.285714)],
+        "met": [("E", 0.666667), ("A", 0.571429), ("B", 0.285714)],
+        "club": [("D", 1.0), ("E", 0.666667), ("A", 0.571429)],
+    }  # fmt: skip
+    assert {item["source"] for row in found.values() for item in row["items"]} == {"popular"}
+    assert {(row["k"], row["index_id"]) for row in found.values()} == {(3, "v1")}

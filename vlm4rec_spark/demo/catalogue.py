@@ -84,7 +84,7 @@ def _write_users(folder: Path, users: int, seed: int) -> None:
     """A segment and a market of each user, and who the anonymous visitors of the first weeks turned out to be."""
     rng = np.random.default_rng([seed, users])
     rows = [(f"user-{number:05d}", rng.choice(["new", "regular", "club"], p=[0.3, 0.5, 0.2]),
-             rng.choice(["EU", "US"]), rng.choice(["true", "false", ""], p=[0.8, 0.1, 0.1]))
+             rng.choice(["EU", "US"]), "false" if number % 500 == 77 else rng.choice(["true", ""], p=[0.9, 0.1]))
             for number in range(users)]  # fmt: skip
     (folder / "users.csv").write_text(_csv(("user_id", "segment", "region", "consent"), rows), encoding="utf-8")
     known = [(f"{_VISITOR}{number:05d}", f"user-{number:05d}") for number in range(0, users, _SIGNED_IN_LATE)]

@@ -63,7 +63,9 @@ _STAGES = {
         matching.beside_profiles,
     ),
     "recommend": Stage(
-        matching.recommend, (schemas.PROFILES, schemas.ITEMS), (schemas.RECOMMENDATIONS,), matching.beside_lists
+        matching.recommend,
+        (schemas.PROFILES, schemas.ITEMS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
+        (schemas.RECOMMENDATIONS,), matching.beside_lists,
     ),
     "evaluate": Stage(
         judging.evaluate,

@@ -148,7 +148,9 @@ def recommend(run: Run, outcome: Outcome) -> None:
         raise RunError("recommend: the profiles are of another representation than the index. Run profiles again.")
     withdrawn = [row["item_id"] for row in run.tables.read(schemas.ITEMS).where(~F.col("available"))
                  .select("item_id").collect()]  # fmt: skip
-    usable = rows.where(F.col("embedding").isNotNull())
+    # Who doesn't agree gets no list.
+    refused = run.tables.read(schemas.USERS).where(~F.col("consent")).select("user_id")
+    usable = rows.where(F.col("embedding").isNotNull()).join(refused, on="user_id", how="left_anti")
     sample = usable.select("user_id", "embedding", "history", "seen").orderBy(F.xxhash64("user_id"), "user_id")
     eligible = ranking.eligible_items(searcher, withdrawn)
     matching = _matching(run, rows, searcher)
@@ -156,22 +158,40 @@ def recommend(run: Run, outcome: Outcome) -> None:
         searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall, matching
     )
     words = measured.words(searcher.manifest["leaves"])
-    users, total = usable.count(), rows.count()
+    users = usable.count()
     run.voice.say(f"recommending for {users:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
     open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
     lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, matching, settings.why).select(
         "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
+    if settings.popular:
+        lists = lists.unionByName(_popular(run, usable, refused, searcher.index_id).select(
+            "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+        ))  # fmt: skip
     with run.voice.watch("recommending", users):
         run.tables.replace(schemas.RECOMMENDATIONS, lists)
-    short = run.tables.read(schemas.RECOMMENDATIONS).where(F.size("items") < k).count()
-    outcome.ok, outcome.skipped = users, total - users
+    made = run.tables.read(schemas.RECOMMENDATIONS)
+    short, outcome.ok = made.where(F.size("items") < k).count(), made.count()
+    outcome.skipped = rows.join(made.select("user_id"), on="user_id", how="left_anti").count()
     outcome.details = {
-        "k": str(k), "users": str(users), "short_lists": str(short), "search": words,
-        "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
+        "k": str(k), "users": str(users), "popular_lists": str(outcome.ok - users), "short_lists": str(short),
+        "search": words, "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
         "recall_low": f"{measured.low:.4f}", "recall_curve": _curve(measured), "index_id": searcher.index_id,
         "cooccurrence_share": str(run.config.cooccurrence.share),
     }  # fmt: skip
+
+
+def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame:
+    """Lists of the users, in the log or in `users`, who are no bots and have no usable profile."""
+    log, users = run.log(), run.tables.read(schemas.USERS)
+    robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
+    people = log.join(robots, on="user_id", how="left_anti")
+    waiting = (
+        people.select("user_id").unionByName(users.select("user_id")).distinct()
+        .join(robots, on="user_id", how="left_anti").join(refused, on="user_id", how="left_anti")
+        .join(usable.select("user_id"), on="user_id", how="left_anti")
+    )  # fmt: skip
+    return ranking.popular(waiting, people, run.read(schemas.ITEMS), users, index_id, run.config.recommend.k)
 
 
 def _curve(measured: ranking.Calibration) -> str:
