@@ -276,9 +276,8 @@ class Shop:
             frame.count()
         from pyspark.ml.recommendation import ALSModel
 
-        model = ALSModel(spark._jvm.org.apache.spark.ml.recommendation.ALSModel(
-            "given", RANK, *(frame._jdf for frame in factors)
-        ))  # fmt: skip
+        made = spark._jvm.org.apache.spark.ml.recommendation.ALSModel("given", RANK, *(each._jdf for each in factors))
+        model = ALSModel(made.setUserCol("user").setItemCol("item"))
         started = time.monotonic()
         model.recommendForAllUsers(K + SEEN).write.format("noop").mode("overwrite").save()
         rate = users / (time.monotonic() - started)
