@@ -112,7 +112,7 @@ def test_lists_say_which_part_spoke(spark: SparkSession, indexed: Path, searcher
     opens = index.ship(spark, folder, 1.0, Cooccurrence.open)
     opener = index.ship(spark, indexed, 1.0, Searcher.open)
     blend = recommend.Matching("mean", 0.4, 1.0, opens)
-    rows = recommend.recommend(profiles, opener, [], 2, None, blend).collect()
+    rows = recommend.recommend(profiles, opener, recommend.without(opener(), []), 2, None, blend).collect()
     found = {row["user_id"]: row["items"][0].asDict() for row in rows}
     names = ("item_id", "score", "source", "because_item_id")
     told = {user: tuple(item[name] for name in names) for user, item in found.items()}

@@ -14,7 +14,7 @@ import pytest
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.stages import index, recommend
+from vlm4rec_spark.stages import index, popular, recommend
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -78,7 +78,8 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
 def lists(
     world: World, opener: Callable[[], Searcher], withdrawn: list[str], effort: Effort | None
 ) -> dict[str, list[dict]]:
-    rows = recommend.recommend(world.profiles, opener, withdrawn, K, effort).collect()
+    offer = recommend.without(opener(), withdrawn)
+    rows = recommend.recommend(world.profiles, opener, offer, K, effort).collect()
     return {row["user_id"]: [item.asDict() for item in row["items"]] for row in rows}
 
 
@@ -107,7 +108,8 @@ def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: Spa
     ]  # fmt: skip
     profiles = spark.createDataFrame(weighted, schemas.PROFILES.schema)
     opener = index.ship(spark, world.exact, 1.0, Searcher.open)
-    rows = recommend.recommend(profiles, opener, WITHDRAWN, K, None, recommend.Matching("max_similarity")).collect()
+    offer, matching = recommend.without(opener(), WITHDRAWN), recommend.Matching("max_similarity")
+    rows = recommend.recommend(profiles, opener, offer, K, None, matching).collect()
     found = {row["user_id"]: row["items"] for row in rows}
     assert set(found) == set(world.queries)
     for user, _, history, seen, *_ in weighted:
@@ -162,7 +164,7 @@ def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world:
 def test_calibration_measures_what_it_says(world: World) -> None:
     searcher = Searcher.open(world.scann)
     sample = world.profiles.where("embedding IS NOT NULL").select("embedding", "history", "seen").toArrow()
-    eligible = recommend.eligible_items(searcher, WITHDRAWN)
+    eligible = recommend.without(searcher, WITHDRAWN).eligible(0)
     assert eligible.sum() == ITEMS - len(WITHDRAWN)
     easy = recommend.calibrate(searcher, sample, eligible, K, promise=0.5)
     assert easy.effort is not None
@@ -189,7 +191,7 @@ def test_who_has_no_history_gets_what_is_popular_in_the_segment_and_new_to_them(
         schemas.USERS.schema,
     )
     waiting = spark.createDataFrame([("new",), ("met",), ("club",), ("unsaid",)], "user_id STRING")
-    found = {row["user_id"]: row for row in recommend.popular(waiting, log, items, users, "v1", 3).collect()}
+    found = {row["user_id"]: row for row in popular.lists(waiting, log, items, users, "v1", 3).collect()}
     names = {user: [(item["item_id"], item["score"]) for item in row["items"]] for user, row in found.items()}
     # Seven users have met something that there is: four of them A, three D; three of the club D, two E.
     assert names == {

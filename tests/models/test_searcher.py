@@ -17,7 +17,7 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Means
 from vlm4rec_spark.stages import index
-from vlm4rec_spark.stages.recommend import best, calibrate, eligible_items
+from vlm4rec_spark.stages.recommend import best, calibrate, without
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
 IDS = [f"i{number:04d}" for number in range(ITEMS)]
@@ -254,7 +254,7 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
 def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
     queries = clustered(30, seed=9)
     withdrawn = np.unique(brute_force(queries, 50))
-    eligible = eligible_items(searcher, [IDS[item] for item in withdrawn] + ["gone"])
+    eligible = without(searcher, [IDS[item] for item in withdrawn] + ["gone"]).eligible(0)
     assert int(eligible.sum()) == ITEMS - len(withdrawn)
     top, _ = best(searcher, means(queries), [NOBODY] * 30, eligible, K, Effort(1, 100))
     assert (top >= 0).all()

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.evaluation import als, splits
 from vlm4rec_spark.evaluation.arms import FUSIONS, IMAGE, Arm, EvaluateSettings, InUse
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
+from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.stages import cooccurrence, index, profiles, recommend
@@ -143,7 +144,7 @@ class AsOf:
             opens = self._shipped(counted, Cooccurrence.open)
             matching = replace(matching, share=share, position_decay=by.cooccurrence.position_decay, opens=opens)
         vectors = profiles.with_embedding(self.histories(by.profiles), by.representation, open_searcher)
-        lists = recommend.recommend(vectors, open_searcher, self._withdrawn(built), k, None, matching)
+        lists = recommend.recommend(vectors, open_searcher, self._offer(built), k, None, matching, why=False)
         return lists.select("user_id", F.col("items.item_id").alias("items"))
 
     def _shipped(self, built: Path, opens: Callable[[Path], Any]) -> Callable[[], Any]:
@@ -152,10 +153,10 @@ class AsOf:
             self._made[key] = index.ship(self.spark, built, float("inf"), opens)
         return self._made[key]
 
-    def _withdrawn(self, built: Path) -> list[str]:
-        """Items of the index that are no candidates."""
-        ids = Searcher.open(built, verify=False).ids
-        return list(ids[self.items.get_indexer(pd.Index(ids)) < 0])
+    def _offer(self, built: Path) -> Offer:
+        """The items of the index that are candidates."""
+        searcher = Searcher.open(built, verify=False)
+        return recommend.without(searcher, list(searcher.ids[self.items.get_indexer(pd.Index(searcher.ids)) < 0]))
 
     def _index(self, representation: str) -> Path:
         key = ("index", representation)

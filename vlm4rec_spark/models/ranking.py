@@ -16,7 +16,8 @@ SPARE = 8
 
 
 def flat_exclusions(excluded: list[np.ndarray], items: int) -> np.ndarray:
-    """Sorted int64 codes `user * items + position` of the positions that each user must not get; -1 is skipped."""
+    """Sorted int64 codes `user * items + position` of the positions that each user must not get, each once; -1 is
+    skipped."""
     sizes = [len(positions) for positions in excluded]
     users = np.repeat(np.arange(len(excluded), dtype=np.int64), sizes)
     positions = np.concatenate(excluded).astype(np.int64) if sizes else np.empty(0, np.int64)

@@ -19,6 +19,7 @@ from vlm4rec_spark.models.searcher import Effort, Searcher
 Shape = Literal["mean", "max_similarity", "multi_taste"]
 _SCORES_AT_ONCE = 2**24
 """Exact search holds one float32 per query and item: 64 MB of them at a time."""
+_DEPTH_AT_ONCE = 4_096
 _FLOATS_AT_ONCE = 2**20
 """Vectors that are compared at a time stay in the cores' caches."""
 
@@ -78,15 +79,17 @@ def nearest(
 class Means:
     """One unit vector per user; an item scores its cosine with it."""
 
-    def __init__(self, vectors: np.ndarray, histories: Sequence[np.ndarray]):
-        """vectors: float32 (users, dimension). histories: int64 positions of each user's items, for the reasons."""
+    def __init__(self, vectors: np.ndarray, histories: Sequence[np.ndarray] | None):
+        """vectors: float32 (users, dimension). histories: int64 positions of each user's items, for the reasons; None
+        where nobody asks for any."""
         self._vectors, self._histories = vectors, histories
 
     def __len__(self) -> int:
         return len(self._vectors)
 
     def part(self, users: np.ndarray) -> Means:
-        return Means(self._vectors[users], [self._histories[user] for user in users])
+        histories = None if self._histories is None else [self._histories[user] for user in users]
+        return Means(self._vectors[users], histories)
 
     def at_once(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // items)
@@ -100,11 +103,14 @@ class Means:
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.empty(positions.shape)
         for user, (vector, items) in enumerate(zip(self._vectors, positions, strict=True)):
-            found[user] = searcher.vectors[items].astype(np.float64) @ vector.astype(np.float64)
+            for start in range(0, len(items), _DEPTH_AT_ONCE):
+                part = slice(start, start + _DEPTH_AT_ONCE)
+                found[user, part] = searcher.vectors[items[part]].astype(np.float64) @ vector.astype(np.float64)
         return found
 
     def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
+        none = [np.empty(0, np.int64)] * len(self)
+        return nearest(self._histories or none, None, searcher, items), np.zeros(items.shape, bool)
 
 
 class _Several(ABC):
@@ -319,7 +325,8 @@ class Blend:
 
 def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The rows by user, each as many as the user has of `like`."""
-    return np.split(rows, np.cumsum([len(each) for each in like])[:-1])
+    ends = np.cumsum([len(each) for each in like], dtype=np.int64).tolist()
+    return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

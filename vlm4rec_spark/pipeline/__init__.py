@@ -64,7 +64,7 @@ _STAGES = {
     ),
     "recommend": Stage(
         matching.recommend,
-        (schemas.PROFILES, schemas.ITEMS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
+        (schemas.PROFILES, schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
         (schemas.RECOMMENDATIONS,), matching.beside_lists,
     ),
     "evaluate": Stage(
@@ -112,6 +112,8 @@ class Pipeline(Run):
         if {"embed", "index", "evaluate"} & set(stages):
             self.encoder_id()
             self.vision_id()
+        if "recommend" in stages:
+            matching.check(self)
         self.tables.prepare()
         if "ingest" in stages and not self._unchanged("ingest"):
             intake.raw_sources(self)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import schemas
+from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
+from vlm4rec_spark.models.offer import Rule
 from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.pipeline.encoding import item_texts
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
-from vlm4rec_spark.stages import cooccurrence
+from vlm4rec_spark.stages import cooccurrence, offers, popular
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.stages import recommend as ranking
@@ -138,6 +140,14 @@ def _embeddings_version(run: Run) -> str:
     return str(last[0]) if last and last[0] is not None else ""
 
 
+def check(run: Run) -> None:
+    """Raise UsageError for rules that can't be asked of the tables, and for denied items that aren't there."""
+    items, users = (run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS))
+    offers.check(items, users, run.config.recommend.rules, run.config.recommend.caps)
+    if run.config.recommend.deny.path:
+        sources.read(run.spark, "recommend.deny", run.config.recommend.deny)
+
+
 def recommend(run: Run, outcome: Outcome) -> None:
     settings, k = run.config.recommend, run.config.recommend.k
     rows = run.read(schemas.PROFILES)
@@ -146,39 +156,73 @@ def recommend(run: Run, outcome: Outcome) -> None:
     other = rows.where(F.col("representation") != run.config.representation)
     if not other.isEmpty():
         raise RunError("recommend: the profiles are of another representation than the index. Run profiles again.")
-    withdrawn = [row["item_id"] for row in run.tables.read(schemas.ITEMS).where(~F.col("available"))
-                 .select("item_id").collect()]  # fmt: skip
+    users = run.tables.read(schemas.USERS)
+    offered = offers.item_rows(run.read(schemas.ITEMS), run.tables.read(schemas.PHOTOS), settings.rules, settings.caps)
+    offer = offers.offer(
+        offered.toArrow(), searcher, settings.variants, settings.caps, settings.alike, settings.least_score
+    )
     # Who doesn't agree gets no list.
-    refused = run.tables.read(schemas.USERS).where(~F.col("consent")).select("user_id")
+    refused = users.where(~F.col("consent")).select("user_id")
     usable = rows.where(F.col("embedding").isNotNull()).join(refused, on="user_id", how="left_anti")
+    usable = _excluded(run, _under_rules(usable, users, settings.rules))
     sample = usable.select("user_id", "embedding", "history", "seen").orderBy(F.xxhash64("user_id"), "user_id")
-    eligible = ranking.eligible_items(searcher, withdrawn)
+    eligible = offer.eligible(offers.applying(users, settings.rules)[0])
     matching = _matching(run, rows, searcher)
     measured = ranking.calibrate(
         searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall, matching
     )
     words = measured.words(searcher.manifest["leaves"])
-    users = usable.count()
-    run.voice.say(f"recommending for {users:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
+    count = usable.count()
+    run.voice.say(f"recommending for {count:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
     open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
-    lists = ranking.recommend(usable, open_searcher, withdrawn, k, measured.effort, matching, settings.why).select(
+    lists = ranking.recommend(usable, open_searcher, offer, k, measured.effort, matching, settings.why).select(
         "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
     if settings.popular:
         lists = lists.unionByName(_popular(run, usable, refused, searcher.index_id).select(
             "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
         ))  # fmt: skip
-    with run.voice.watch("recommending", users):
+    with run.voice.watch("recommending", count):
         run.tables.replace(schemas.RECOMMENDATIONS, lists)
     made = run.tables.read(schemas.RECOMMENDATIONS)
     short, outcome.ok = made.where(F.size("items") < k).count(), made.count()
     outcome.skipped = rows.join(made.select("user_id"), on="user_id", how="left_anti").count()
     outcome.details = {
-        "k": str(k), "users": str(users), "popular_lists": str(outcome.ok - users), "short_lists": str(short),
+        "k": str(k), "users": str(count), "popular_lists": str(outcome.ok - count), "short_lists": str(short),
         "search": words, "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
         "recall_low": f"{measured.low:.4f}", "recall_curve": _curve(measured), "index_id": searcher.index_id,
         "cooccurrence_share": str(run.config.cooccurrence.share),
     }  # fmt: skip
+
+
+def _under_rules(profiles: DataFrame, users: DataFrame, rules: Sequence[Rule]) -> DataFrame:
+    """Profiles with the bits of the rules that apply to each user."""
+    everybody, some = offers.applying(users, rules)
+    if some is None:
+        return profiles.withColumn("rules", F.lit(everybody).cast("bigint"))
+    joined = profiles.join(some, on="user_id", how="left")
+    return joined.withColumn("rules", F.coalesce("rules", F.lit(0)).bitwiseOR(F.lit(everybody).cast("bigint")))
+
+
+def _excluded(run: Run, profiles: DataFrame) -> DataFrame:
+    """Profiles whose `seen` holds what each user may not get: by the events, and by what is denied."""
+    settings = run.config.recommend
+    if settings.seen_again or settings.repurchase_days:
+        kept_off = offers.not_again(run.log(), run.read(schemas.ITEMS), settings.seen_again, settings.repurchase_days)
+        profiles = profiles.drop("seen").join(kept_off, on="user_id", how="left")
+        profiles = profiles.withColumn("seen", F.coalesce("seen", F.array()))
+    if settings.deny.path:
+        rows = sources.read(run.spark, "recommend.deny", settings.deny).select(
+            *(F.col("fields")[name].alias(name) for name in ("user_id", "item_id"))
+        )
+        theirs = rows.where(F.coalesce("user_id", F.lit("")) != "").groupBy("user_id").agg(
+            F.collect_set("item_id").alias("denied")
+        )  # fmt: skip
+        everybody = rows.where(F.coalesce("user_id", F.lit("")) == "").agg(F.collect_set("item_id").alias("to_all"))
+        profiles = profiles.join(theirs, on="user_id", how="left").crossJoin(F.broadcast(everybody))
+        denied = F.array_union(F.coalesce("denied", F.array()), F.col("to_all"))
+        profiles = profiles.withColumn("seen", F.array_union("seen", denied)).drop("denied", "to_all")
+    return profiles
 
 
 def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame:
@@ -191,7 +235,7 @@ def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> 
         .join(robots, on="user_id", how="left_anti").join(refused, on="user_id", how="left_anti")
         .join(usable.select("user_id"), on="user_id", how="left_anti")
     )  # fmt: skip
-    return ranking.popular(waiting, people, run.read(schemas.ITEMS), users, index_id, run.config.recommend.k)
+    return popular.lists(waiting, people, run.read(schemas.ITEMS), users, index_id, run.config.recommend.k)
 
 
 def _curve(measured: ranking.Calibration) -> str:

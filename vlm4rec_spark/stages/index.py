@@ -76,11 +76,11 @@ def ship(
 ) -> Callable[[], Artefact]:
     """A factory that opens the artefact once per worker process.
 
-    Up to `broadcast_gb` the folder travels as a broadcast and is unpacked once per node; above it, workers open it
-    where it is, so it must lie on storage that every node mounts at the same path.
+    Up to `broadcast_gb` the folder travels as a broadcast and is unpacked once per node; above it, and where workers
+    are on this machine, they open it where it is: it must lie on storage that every node mounts at the same path.
     """
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if size > broadcast_gb * 1e9:
+    if size > broadcast_gb * 1e9 or spark.sparkContext.master.startswith("local["):
         return partial(_opened, folder.name, opens, partial(opens, folder))
     parcel = io.BytesIO()
     with tarfile.open(fileobj=parcel, mode="w") as tar:

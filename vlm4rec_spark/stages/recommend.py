@@ -8,20 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
-from pyspark.sql import DataFrame, Window
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.ranking import SCORE_DIGITS, SPARE, flat_exclusions, ordered, top_k
+from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
+from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Shape, Tastes
+from vlm4rec_spark.sources import Source
 
 _TERMS = 3
 _PAIRS_AT_ONCE = 4_096
+_DEEP = 64
+"""Times k: where so many candidates haven't filled a list, the search is exact."""
 _USERS_AT_ONCE = 4_096
 _CANDIDATES = (1, 2, 4, 8, 16)
 """Times k: candidates that are rescored, beside those that the user may not get."""
@@ -39,6 +44,14 @@ class RecommendSettings(BaseModel):
     recall_sample: int = Field(1_000, ge=1)
     why: bool = True
     popular: bool = True
+    rules: tuple[Rule, ...] = Field((), max_length=MOST_RULES)
+    deny: Source = Source()
+    caps: dict[str, PositiveInt] = {}
+    variants: tuple[Literal["parent", "photo"], ...] = ("parent", "photo")
+    alike: float | None = Field(None, ge=0, le=1)
+    least_score: float | None = Field(None, ge=-1, le=1)
+    seen_again: tuple[str, ...] = ()
+    repurchase_days: dict[str, PositiveInt] = {}
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,12 @@ class Matching:
     opens: Callable[[], Cooccurrence] | None = None
     tastes_per_user: int = 3
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher) -> Tastes:
-        """Of profiles that have a vector; weights are those of `history` over its heaviest."""
+    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes:
+        """Of profiles that have a vector; weights are those of `history` over its heaviest. Not `why`: for lists whose
+        reasons nobody asks for."""
+        blended = self.share > 0 and self.opens is not None
+        if self.shape == "mean" and not blended and not why:
+            return Means(_queries(batch.column("embedding")), None)
         history, flat = batch.column("history"), batch.column("history").flatten()
         positions = _per_user(searcher.positions_of(flat.field("item_id")), history)
         known = [mine >= 0 for mine in positions]
@@ -100,7 +117,7 @@ class Matching:
             content = Histories(positions, [mine.astype(np.float32) for mine in weights])
         elif self.shape == "multi_taste":
             content = Clusters.of(positions, weights, searcher, self.tastes_per_user)
-        if not self.share or self.opens is None:
+        if not blended or self.opens is None:
             return content
         later = [mine * self.position_decay ** np.arange(len(mine)) for mine in weights]
         return Blend(content, self.opens(), self.share, positions, later)
@@ -150,12 +167,12 @@ def calibrate(
     return Calibration(chosen.effort, chosen.recall, chosen.low, there, tuple(tried), exact_per_second)
 
 
-def eligible_items(searcher: Searcher, withdrawn: Sequence[str]) -> np.ndarray:
-    """bool (items,): False for the items that must not be recommended."""
-    eligible = np.ones(len(searcher), bool)
+def without(searcher: Searcher, withdrawn: Sequence[str]) -> Offer:
+    """All items of the index but these, with no rule and no groups."""
+    allowed = np.full(len(searcher), AVAILABLE, np.int64)
     positions = searcher.positions(withdrawn)
-    eligible[positions[positions >= 0]] = False
-    return eligible
+    allowed[positions[positions >= 0]] = 0
+    return Offer(allowed)
 
 
 def best(
@@ -188,87 +205,72 @@ def best(
     return top, score
 
 
+def listed(
+    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], offer: Offer, rules: np.ndarray, k: int,
+    effort: Effort | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
+    place, position.
+
+    As many candidates are ranked as it takes to fill the places.
+    """
+    top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
+    collapsed = [np.empty((0, 3), np.int64)]
+    for bits in np.unique(rules).tolist():
+        eligible, depth, waiting = offer.eligible(bits), k, np.flatnonzero(rules == bits)
+        while len(waiting):
+            block, block_excluded = asked.part(waiting), [excluded[user] for user in waiting]
+            deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None
+            near, near_scores = best(searcher, block, block_excluded, eligible, depth, deep)
+            if offer.plain:
+                top[waiting], scores[waiting] = near, near_scores
+                break
+            ranks, twins, ended = offer.places(near, near_scores, searcher.vectors, k)
+            ended |= depth >= len(searcher)
+            done = waiting[ended]
+            there = ranks[ended] >= 0
+            top[done] = np.where(there, np.take_along_axis(near[ended], ranks[ended], 1), -1)
+            scores[done] = np.where(there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan)
+            twins = twins[ended[twins[:, 0]]]
+            collapsed.append(np.column_stack([waiting[twins[:, 0]], twins[:, 1:]]))
+            waiting, depth = waiting[~ended], min(4 * depth, len(searcher))
+    return top, scores, np.concatenate(collapsed)
+
+
 def recommend(
-    profiles: DataFrame, open_searcher: Callable[[], Searcher], withdrawn: Sequence[str], k: int,
+    profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: Offer, k: int,
     effort: Effort | None, matching: Matching = CONTENT, why: bool = True,
 ) -> DataFrame:  # fmt: skip
-    """user_id, items, k, index_id of every profile that has a vector; items in rank order, with the reason if `why`."""
+    """user_id, items, k, index_id of every profile that has a vector; items in rank order, with the reason if `why`.
+
+    profiles: as in the table; `rules`, where that column is there, has the bits of the rules that apply to the user.
+    """
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
-        eligible = eligible_items(searcher, withdrawn)
         for batch in batches:
             if len(batch):
-                yield _ranked(batch, searcher, eligible, k, effort, matching, why)
+                yield _ranked(batch, searcher, offer, k, effort, matching, why)
 
+    rules = F.col("rules") if "rules" in profiles.columns else F.lit(0).cast("bigint").alias("rules")
     return (
         profiles.where(F.col("embedding").isNotNull())
-        .select("user_id", "embedding", "seen", "history")
+        .select("user_id", "embedding", "seen", "history", rules)
         .mapInArrow(rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING")
     )
 
 
-def popular(
-    waiting: DataFrame, log: DataFrame, items: DataFrame, users: DataFrame, index_id: str, k: int
-) -> DataFrame:
-    """Rows as of `recommend` for users without a usable history: what most users of their segment have met.
-
-    waiting: user_id. log: events of people. users: user_id, segment; who has no segment, or one in which too few items
-    were met, gets what is popular with all. A score is the share of the segment's users who have met the item.
-    """
-    available = items.where("available").select("item_id")
-    in_segment = users.select("user_id", F.coalesce("segment", F.lit(_ALL)).alias("segment"))
-    people = log.select("user_id", "item_id").join(available, on="item_id", how="left_semi").distinct()
-    of_whom = people.join(in_segment, on="user_id", how="left")
-    each = F.explode(F.array_distinct(F.array(F.lit(_ALL), F.coalesce("segment", F.lit(_ALL))))).alias("segment")
-    counted = of_whom.select("user_id", "item_id", each).groupBy("segment", "item_id").agg(
-        F.count(F.lit(1)).alias("users")
-    )  # fmt: skip
-    size = of_whom.select("user_id", each).distinct().groupBy("segment").agg(F.count(F.lit(1)).alias("all"))
-    met = people.join(waiting, on="user_id", how="left_semi").groupBy("user_id").agg(
-        F.collect_set("item_id").alias("met")
-    )  # fmt: skip
-    rank = F.row_number().over(Window.partitionBy("segment").orderBy(F.desc("users"), "item_id"))
-    best = (
-        counted.withColumn("rank", rank).where(F.col("rank") <= k + _MET)
-        .join(size, on="segment", how="inner")
-        .groupBy("segment").agg(F.array_sort(F.collect_list(
-            F.struct("rank", "item_id", F.round(F.col("users") / F.col("all"), SCORE_DIGITS).alias("score"))
-        )).alias("best"))
-    )  # fmt: skip
-    for_all = best.where(F.col("segment") == _ALL).select(F.col("best").alias("of_all"))
-    placed = (
-        waiting.join(in_segment, on="user_id", how="left").join(met, on="user_id", how="left")
-        .join(best, on="segment", how="left").crossJoin(for_all)
-    )  # fmt: skip
-    mine, met_ids = F.coalesce("best", F.slice("of_all", 1, 0)), F.coalesce("met", F.array())
-    # A small segment's items may not fill a list.
-    others = F.filter("of_all", lambda item: ~F.exists(mine, lambda own: own["item_id"] == item["item_id"]))
-    new = F.filter(F.concat(mine, others), lambda item: ~F.array_contains(met_ids, item["item_id"]))
-    return placed.select(
-        "user_id",
-        F.transform(F.slice(new, 1, k), lambda item: F.struct(
-            item["item_id"].alias("item_id"), item["score"].alias("score"),
-            F.lit(None).cast("string").alias("because_item_id"), F.array().cast("array<string>").alias("because_terms"),
-            F.lit("popular").alias("source"), F.array().cast("array<string>").alias("collapsed"),
-        )).alias("items"),
-        F.lit(k).alias("k"),
-        F.lit(index_id).alias("index_id"),
-    )  # fmt: skip
-
-
 _ITEM = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
          "source: STRING, collapsed: ARRAY<STRING>>")  # fmt: skip
-_ALL, _MET = "", 100
-"""Who is in no segment; and so many popular items are kept besides k, for users who have met some of them."""
 
 
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, eligible: np.ndarray, k: int, effort: Effort | None, matching: Matching,
+    batch: pa.RecordBatch, searcher: Searcher, offer: Offer, k: int, effort: Effort | None, matching: Matching,
     why: bool,
 ) -> pa.RecordBatch:  # fmt: skip
-    asked = matching.tastes(batch, searcher)
-    top, scores = best(searcher, asked, _positions(batch.column("seen"), searcher), eligible, k, effort)
+    asked = matching.tastes(batch, searcher, why)
+    excluded, rules = _positions(batch.column("seen"), searcher), batch.column("rules").to_numpy()
+    top, scores, collapsed = listed(searcher, asked, excluded, offer, rules, k, effort)
     kept = top >= 0
     because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
     if why:
@@ -283,7 +285,7 @@ def _ranked(
             reason,
             shared_terms(searcher, chosen, reasons),
             pa.array(["content", "cooccurrence"]).take(spoke),
-            pa.ListArray.from_arrays(pa.array(np.zeros(len(chosen) + 1, np.int32)), pa.array([], pa.string())),
+            _hidden(collapsed, kept, searcher),
         ],
         names=["item_id", "score", "because_item_id", "because_terms", "source", "collapsed"],
     )
@@ -297,6 +299,16 @@ def _ranked(
         ],
         names=["user_id", "items", "k", "index_id"],
     )
+
+
+def _hidden(collapsed: np.ndarray, kept: np.ndarray, searcher: Searcher) -> pa.ListArray:
+    """The ids of the items that each place hides, best first; kept: bool (users, k)."""
+    users, places, items = collapsed.T
+    cell = users * kept.shape[1] + places
+    order = np.argsort(cell, kind="stable")
+    sizes = np.bincount(cell, minlength=kept.size)[kept.ravel()]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), searcher.names.take(pa.array(items[order])))
 
 
 def shared_terms(searcher: Searcher, items: np.ndarray, reasons: np.ndarray) -> pa.ListArray:
@@ -332,4 +344,5 @@ def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
 
 
 def _per_user(values: np.ndarray, lists: pa.ListArray) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(np.asarray(lists.value_lengths()))[:-1])
+    ends = np.cumsum(np.asarray(lists.value_lengths())).tolist()
+    return [values[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]

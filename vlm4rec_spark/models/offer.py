@@ -1,0 +1,98 @@
+"""What a shop lets be on a list: items by rule, and groups of items that share its places. numpy only.
+
+Knows positions of the index; knows neither SQL nor users' ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+AVAILABLE = 1
+"""The bit of the rule that holds for everybody: the item is there at all."""
+MOST_RULES = 62
+"""As many as an int64 has bits for, beside AVAILABLE."""
+
+
+class Rule(BaseModel):
+    """Which items may be recommended, and to whom: SQL predicates over `items` and `users`; null is false."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    items: str = Field(min_length=1)
+    users: str | None = Field(None, min_length=1)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """By position in the index. allowed: int64 (items,), bit r + 1 says that the item passes rule r, bit 0 AVAILABLE.
+
+    variants: int64 (items,), items of one number take one place, -1: alone. caps: such numbers, and how many of one may
+    be on a list. alike: an item of a higher cosine with one on the list counts as its variant. least: lowest score.
+    """
+
+    allowed: np.ndarray
+    variants: np.ndarray | None = None
+    caps: Sequence[tuple[np.ndarray, int]] = ()
+    alike: float | None = None
+    least: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a list is simply the best eligible items."""
+        return self.variants is None and not self.caps and self.alike is None and self.least is None
+
+    def eligible(self, rules: int) -> np.ndarray:
+        """bool (items,), for users to whom the rules of these bits apply."""
+        wanted = rules | AVAILABLE
+        return (self.allowed & wanted) == wanted
+
+    def places(
+        self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of the ranked candidates, positions `top` and their scores (users, depth), get the k places.
+
+        Taken from the best on: one that is a variant of a taken one is collapsed into its place, one of a full group or
+        of too low a score is passed over. Returns ranks (users, k), -1 where a place is free; and the collapsed ones,
+        (n, 3): user, place, position; and bool (users,): no further candidate can change the list.
+        """
+        users, depth = top.shape
+        ranks, taken = np.full((users, k), -1, np.int64), np.full((users, k), -1, np.int64)
+        count, collapsed = np.zeros(users, np.int64), []
+        low = np.zeros(users, bool)
+        for rank in range(depth):
+            item = top[:, rank]
+            if self.least is not None:
+                low |= (item >= 0) & (scores[:, rank] < self.least)
+            live = (item >= 0) & (count < k) & ~low
+            if not live.any():
+                break
+            twin = live[:, None] & (taken >= 0) & self._same(item, taken, vectors)
+            hidden = np.flatnonzero(twin.any(axis=1))
+            collapsed.append(np.stack([hidden, twin[hidden].argmax(axis=1), item[hidden]], axis=1))
+            live[hidden] = False
+            for groups, most in self.caps:
+                group = groups[item]
+                of_it = ((groups[taken] == group[:, None]) & (taken >= 0)).sum(axis=1)
+                live &= (group < 0) | (of_it < most)
+            chosen = np.flatnonzero(live)
+            ranks[chosen, count[chosen]], taken[chosen, count[chosen]] = rank, item[chosen]
+            count[chosen] += 1
+        ended = (count == k) | low | (top[:, -1] < 0)
+        return ranks, np.concatenate(collapsed) if collapsed else np.empty((0, 3), np.int64), ended
+
+    def _same(self, item: np.ndarray, taken: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """bool (users, k): the item is a variant of the one in the place."""
+        same = np.zeros(taken.shape, bool)
+        if self.variants is not None:
+            group = self.variants[item]
+            same |= (self.variants[taken] == group[:, None]) & (group >= 0)[:, None]
+        if self.alike is not None:
+            for start in range(0, len(item), 256):  # so many users' vectors at a time stay in the cores' caches
+                part = slice(start, start + 256)
+                cosines = np.matmul(vectors[taken[part]], vectors[item[part], :, None])[:, :, 0]
+                same[part] |= np.round(cosines, 6) > self.alike
+        return same
