@@ -213,7 +213,7 @@ class Shop:
         return np.concatenate(tops)
 
     def raw(self) -> Callable[[], tuple[float, float]]:
-        """Builds an index that reorders; then, as often as it is called, seconds and GB of the process without Spark."""
+        """Builds an index that reorders; what it returns runs the process without Spark: seconds and GB."""
         import scann
 
         effort = self.measured.effort or Effort(1, K)

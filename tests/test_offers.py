@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from vlm4rec_spark import schemas
@@ -40,9 +39,11 @@ def test_rules_groups_and_joined_variants(spark: SparkSession, tmp_path: Path) -
     )  # fmt: skip
     # a and b have a parent in common, b and c a photo.
     photos = spark.createDataFrame(
-        [("b", 0, "s1"), ("c", 0, "s1"), ("a", 1, "s2"), ("d", 0, "s2")], "item_id STRING, position INT, image_sha256 STRING"
+        [("b", 0, "s1"), ("c", 0, "s1"), ("a", 1, "s2"), ("d", 0, "s2")],
+        "item_id STRING, position INT, image_sha256 STRING",
     )
-    rules, caps = [Rule(items="price < 10"), Rule(items="true", users="region = 'EU'")], {"brand": 2, "attributes.fit": 1}
+    rules = [Rule(items="price < 10"), Rule(items="true", users="region = 'EU'")]
+    caps = {"brand": 2, "attributes.fit": 1}
     rows = offers.item_rows(there, photos, rules, caps).toArrow()
     Searcher.build(tmp_path / "x", "x", list("abcde"), np.eye(5, dtype=np.float32), [""] * 5, 2**62)
     searcher = Searcher.open(tmp_path / "x")
@@ -93,11 +94,14 @@ def test_what_the_tables_do_not_know_is_wrong_use(
 
 
 def test_bought_stays_away_viewed_comes_again_and_coffee_after_a_month(spark: SparkSession) -> None:
-    there = items(spark, {"item_id": "tv"}, {"item_id": "cup", "category": "cup"}, {"item_id": "coffee", "category": "food"})
+    kinds = {"tv": None, "cup": "cup", "coffee": "food"}
+    there = items(spark, *({"item_id": item, "category": kind} for item, kind in kinds.items()))
     events = [
-        ("ann", "tv", "view", "2025-03-01"), ("ann", "coffee", "purchase", "2025-01-01"), ("ann", "cup", "purchase", "2025-01-01"),
-        ("ben", "coffee", "purchase", "2025-01-30"), ("ben", "tv", "purchase", "2024-01-01"), ("ben", "gone", "purchase", "2025-01-01"),
-        ("cat", "coffee", "purchase", "2025-01-29"), ("cat", "coffee", "view", "2025-02-27"), ("end", "tv", "view", "2025-03-01"),
+        ("ann", "tv", "view", "2025-03-01"), ("ann", "coffee", "purchase", "2025-01-01"),
+        ("ann", "cup", "purchase", "2025-01-01"), ("ben", "coffee", "purchase", "2025-01-30"),
+        ("ben", "tv", "purchase", "2024-01-01"), ("ben", "gone", "purchase", "2025-01-01"),
+        ("cat", "coffee", "purchase", "2025-01-29"), ("cat", "coffee", "view", "2025-02-27"),
+        ("end", "tv", "view", "2025-03-01"),
     ]  # fmt: skip
     rows = [(f"e{n}", user, item, kind, datetime.fromisoformat(at), datetime.fromisoformat(at).date())
             for n, (user, item, kind, at) in enumerate(events)]  # fmt: skip
@@ -118,8 +122,8 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
     log = [f"u{u},i{(7 * u + n) % 30:02d},{kind},2025-01-0{n + 1}T00:00:00Z"
            for u in range(6) for n, kind in enumerate(("view", "purchase", "view"))]  # fmt: skip
     (tmp_path / "log.csv").write_text("user_id,item_id,event_type,event_time\n" + "\n".join(log) + "\n")
-    (tmp_path / "users.csv").write_text("user_id,region,consent\n" + "".join(f"u{u},{'EU' if u % 2 else 'US'},\n" for u in range(5))
-                                        + "u5,EU,no\nfresh,EU,yes\n")  # fmt: skip
+    markets = "".join(f"u{u},{'EU' if u % 2 else 'US'},\n" for u in range(5))
+    (tmp_path / "users.csv").write_text(f"user_id,region,consent\n{markets}u5,EU,no\nfresh,EU,yes\n")
     (tmp_path / "deny.csv").write_text("user_id,item_id\n,i01\nu0,i02\n")
     run = pipeline(
         tmp_path, f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=[{tmp_path}/log.csv]",
@@ -149,3 +153,6 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
     assert hidden > 0
     assert viewed > 0
     assert {item["source"] for item in lists["fresh"]} == {"popular"}
+    fresh = {int(item["item_id"][1:]) for item in lists["fresh"]}
+    assert min(fresh) >= 5
+    assert max(fresh) < 25

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 from pyspark.sql import DataFrame
@@ -157,7 +158,8 @@ def recommend(run: Run, outcome: Outcome) -> None:
     if not other.isEmpty():
         raise RunError("recommend: the profiles are of another representation than the index. Run profiles again.")
     users = run.tables.read(schemas.USERS)
-    offered = offers.item_rows(run.read(schemas.ITEMS), run.tables.read(schemas.PHOTOS), settings.rules, settings.caps)
+    items = _offered_to_all(run, run.read(schemas.ITEMS))
+    offered = offers.item_rows(items, run.tables.read(schemas.PHOTOS), settings.rules, settings.caps)
     offer = offers.offer(
         offered.toArrow(), searcher, settings.variants, settings.caps, settings.alike, settings.least_score
     )
@@ -178,10 +180,10 @@ def recommend(run: Run, outcome: Outcome) -> None:
     lists = ranking.recommend(usable, open_searcher, offer, k, measured.effort, matching, settings.why).select(
         "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
-    if settings.popular:
-        lists = lists.unionByName(_popular(run, usable, refused, searcher.index_id).select(
-            "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
-        ))  # fmt: skip
+    others = _popular(run, usable, refused, searcher.index_id) if settings.popular else None
+    if others is not None:
+        ours = F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+        lists = lists.unionByName(others.select("*", *ours))
     with run.voice.watch("recommending", count):
         run.tables.replace(schemas.RECOMMENDATIONS, lists)
     made = run.tables.read(schemas.RECOMMENDATIONS)
@@ -212,30 +214,49 @@ def _excluded(run: Run, profiles: DataFrame) -> DataFrame:
         profiles = profiles.drop("seen").join(kept_off, on="user_id", how="left")
         profiles = profiles.withColumn("seen", F.coalesce("seen", F.array()))
     if settings.deny.path:
-        rows = sources.read(run.spark, "recommend.deny", settings.deny).select(
-            *(F.col("fields")[name].alias(name) for name in ("user_id", "item_id"))
-        )
-        theirs = rows.where(F.coalesce("user_id", F.lit("")) != "").groupBy("user_id").agg(
-            F.collect_set("item_id").alias("denied")
-        )  # fmt: skip
-        everybody = rows.where(F.coalesce("user_id", F.lit("")) == "").agg(F.collect_set("item_id").alias("to_all"))
-        profiles = profiles.join(theirs, on="user_id", how="left").crossJoin(F.broadcast(everybody))
-        denied = F.array_union(F.coalesce("denied", F.array()), F.col("to_all"))
-        profiles = profiles.withColumn("seen", F.array_union("seen", denied)).drop("denied", "to_all")
+        theirs = _denied(run).where(~_TO_ALL).groupBy("user_id").agg(F.collect_set("item_id").alias("denied"))
+        profiles = profiles.join(theirs, on="user_id", how="left")
+        more = F.array_union("seen", F.coalesce("denied", F.array()))
+        profiles = profiles.withColumn("seen", more).drop("denied")
     return profiles
 
 
-def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame:
-    """Lists of the users, in the log or in `users`, who are no bots and have no usable profile."""
+_TO_ALL = F.coalesce("user_id", F.lit("")) == ""
+
+
+def _denied(run: Run) -> DataFrame:
+    rows = sources.read(run.spark, "recommend.deny", run.config.recommend.deny)
+    return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
+
+
+def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
+    """The items; what is denied to all counts as unavailable."""
+    if not run.config.recommend.deny.path:
+        return items
+    denied = _denied(run).where(_TO_ALL).select("item_id", F.lit(True).alias("denied")).distinct()
+    joined = items.join(denied, on="item_id", how="left")
+    return joined.withColumn("available", F.col("available") & F.col("denied").isNull()).drop("denied")
+
+
+def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame | None:
+    """Lists of the users, in the log or in `users`, who are no bots and have no usable profile; None without any."""
     log, users = run.log(), run.tables.read(schemas.USERS)
     robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
     people = log.join(robots, on="user_id", how="left_anti")
+    settings, items = run.config.recommend, run.read(schemas.ITEMS)
     waiting = (
         people.select("user_id").unionByName(users.select("user_id")).distinct()
         .join(robots, on="user_id", how="left_anti").join(refused, on="user_id", how="left_anti")
         .join(usable.select("user_id"), on="user_id", how="left_anti")
     )  # fmt: skip
-    return popular.lists(waiting, people, run.read(schemas.ITEMS), users, index_id, run.config.recommend.k)
+    under = _under_rules(waiting, users, settings.rules).persist()
+    found = []
+    for bits in sorted(row["rules"] for row in under.select("rules").distinct().collect()):
+        theirs = [rule.items for number, rule in enumerate(settings.rules) if bits & 2 << number]
+        allowed = reduce(lambda rows, rule: rows.where(rule), theirs, _offered_to_all(run, items))
+        mine = under.where(F.col("rules") == bits).select("user_id")
+        found.append(popular.lists(mine, people, allowed, users, index_id, settings.k))
+    return reduce(DataFrame.unionByName, found) if found else None
 
 
 def _curve(measured: ranking.Calibration) -> str:
@@ -243,7 +264,7 @@ def _curve(measured: ranking.Calibration) -> str:
     tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
               round(each.per_second)] for each in measured.tried]  # fmt: skip
     exact = measured.exact_per_second
-    return json.dumps({"tried": tried, "exact_per_second": round(exact) if exact else None})
+    return json.dumps({"tried": tried, "exact": round(exact) if exact else None})
 
 
 def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:

@@ -127,6 +127,27 @@ def durations(runs: Sequence[Run]) -> str:
     return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
 
 
+def recall_curve(tried: Sequence[tuple[int, int, float, float]], promise: float) -> str:
+    """Recall against speed: of each setting of the search its leaves, candidates, recall and lists a second."""
+
+    def draw(panels: Sequence[Axes]) -> None:
+        (axes,) = panels
+        each = sorted({candidates for _, candidates, *_ in tried})
+        for candidates, shade in zip(each, _SHADES, strict=False):
+            line = sorted((leaves, speed, recall) for leaves, c, recall, speed in tried if c == candidates)
+            speeds, recalls = [speed for _, speed, _ in line], [recall for *_, recall in line]
+            axes.plot(speeds, recalls, marker="o", markersize=3.5, linewidth=1, color=shade,
+                      label=f"{candidates:,} candidates")  # fmt: skip
+            for leaves, speed, recall in line:
+                axes.annotate(f"{leaves:,}", (speed, recall), (4, -9), textcoords="offset points", color=MUTED, size=8)
+        axes.axhline(promise, color=ACCENT, linewidth=1)
+        axes.set_xlabel("lists a second on the driver; numbers: leaves searched")
+        axes.set_ylabel("recall")
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+    return _svg(draw, width=7.0, height=3.2)
+
+
 def values(counts: Sequence[tuple[str, int]]) -> str:
     """How many photos have a value, in the order given, top to bottom."""
 

@@ -80,7 +80,7 @@ def ship(
     are on this machine, they open it where it is: it must lie on storage that every node mounts at the same path.
     """
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if size > broadcast_gb * 1e9 or spark.sparkContext.master.startswith("local["):
+    if size > broadcast_gb * 1e9 or str(spark.sparkContext.master).startswith("local["):
         return partial(_opened, folder.name, opens, partial(opens, folder))
     parcel = io.BytesIO()
     with tarfile.open(fileobj=parcel, mode="w") as tar:

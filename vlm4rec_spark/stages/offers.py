@@ -37,7 +37,7 @@ def check(items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mappi
     for column in caps:
         if not column.startswith(_MORE) and column not in items.columns:
             raise UsageError(f"recommend.caps: the table items has no column {column!r}. It has "
-                             f"{', '.join(items.columns)}; what the catalogue has more is attributes.NAME.")  # fmt: skip
+                             f"{', '.join(items.columns)}; other columns are attributes.NAME.")  # fmt: skip
 
 
 def item_rows(items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]) -> DataFrame:
@@ -96,8 +96,8 @@ def _joined(groups: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def applying(users: DataFrame, rules: Sequence[Rule]) -> tuple[int, DataFrame | None]:
-    """The bits of the rules for everybody; and user_id, rules of those to whom others apply, None without such rules."""
-    everybody, some = 0, []
+    """The bits of the rules for everybody; and user_id, rules of those to whom others apply, None if none does."""
+    everybody, some = 0, list[Column]()
     for number, rule in enumerate(rules):
         if rule.users is None:
             everybody |= 2 << number
