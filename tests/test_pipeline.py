@@ -184,6 +184,60 @@ def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found
     assert spoke.keys() == {"content", "cooccurrence"}
 
 
+WITHOUT_SPARK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from vlm4rec_spark.models.cooccurrence import Cooccurrence
+from vlm4rec_spark.models.lists import listed
+from vlm4rec_spark.models.offer import Offer
+from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.models.tastes import Blend, Histories
+
+index, together, share, k, told = sys.argv[1:]
+searcher, told = Searcher.open(Path(index)), json.loads(told)
+history = searcher.positions([item for item, _ in told["history"]])
+weights = np.array([weight for _, weight in told["history"]])
+weights = weights / weights.max()
+content = Histories([history], [weights.astype(np.float32)])
+later = weights * 0.85 ** np.arange(len(weights))
+asked = Blend(content, Cooccurrence.open(Path(together)), float(share), [history], [later])
+allowed = np.zeros(len(searcher), np.int64)
+allowed[searcher.positions(told["available"])] = 1
+parents = searcher.positions(told["variants"][0]), np.array(told["variants"][1])
+variants = np.full(len(searcher), -1, np.int64)
+variants[parents[0]] = parents[1]
+top, scores, _ = listed(searcher, asked, [searcher.positions(told["seen"])], Offer(allowed, variants),
+                        np.zeros(1, np.int64), int(k), None)
+assert "pyspark" not in sys.modules
+print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], scores[0])]))
+"""
+
+
+def test_a_process_without_spark_answers_a_user_with_the_list_of_the_table(shop: Shop) -> None:
+    profile = shop.rows(schemas.PROFILES)[0]
+    photos = {row["item_id"]: row["image_sha256"] for row in shop.rows(schemas.PHOTOS) if row["position"] == 0}
+    items = {row["item_id"]: row for row in shop.rows(schemas.ITEMS)}
+    # Whatever has a parent or a photo in common, over others too, is one group.
+    group = {item: number for number, item in enumerate(items)}
+    for _ in items:
+        for one, other in itertools.combinations(items, 2):
+            same_photo = one in photos and photos[one] == photos.get(other)
+            if same_photo or items[one]["parent_id"] == items[other]["parent_id"] is not None:
+                group[one] = group[other] = min(group[one], group[other])
+    told = {
+        "history": [(item["item_id"], item["weight"]) for item in profile["history"]], "seen": profile["seen"],
+        "available": [item for item, row in items.items() if row["available"]],
+        "variants": [list(group), list(group.values())],
+    }  # fmt: skip
+    (index,) = (path for path in (shop.folder / "index").iterdir() if (path / "vectors.npy").exists())
+    (together,) = (shop.folder / "index" / "cooccurrence").iterdir()
+    command = [sys.executable, "-c", WITHOUT_SPARK, str(index), str(together), str(SHARE), str(K), json.dumps(told)]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (row,) = (row for row in shop.rows(schemas.RECOMMENDATIONS) if row["user_id"] == profile["user_id"])
+    assert said == [[item["item_id"], item["score"]] for item in row["items"]]
+
+
 def test_metrics_and_exports(shop: Shop) -> None:
     metrics = {(row["arm"], row["metric"]): row for row in shop.rows(schemas.METRICS)
                if row["slice"] == "all" and row["split"] == "time" and row["k"] == 10 and row["metric"] in ACCURACY

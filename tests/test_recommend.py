@@ -13,7 +13,11 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark import schemas
+from vlm4rec_spark.models.embedder import load_embedder
+from vlm4rec_spark.models.history import HISTORY
+from vlm4rec_spark.models.lists import best
 from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.tastes import Means
 from vlm4rec_spark.stages import index, popular, recommend
 
 if TYPE_CHECKING:
@@ -202,3 +206,38 @@ def test_who_has_no_history_gets_what_is_popular_in_the_segment_and_new_to_them(
     }  # fmt: skip
     assert {item["source"] for row in found.values() for item in row["items"]} == {"popular"}
     assert {(row["k"], row["index_id"]) for row in found.values()} == {(3, "v1")}
+
+
+SCIENTIFIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientific"
+
+
+@pytest.mark.skipif(not SCIENTIFIC.is_dir(), reason=f"no real data at {SCIENTIFIC}")
+def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: Path) -> None:
+    """Everybody's list against brute force, where a thousand users were calibrated on."""
+    rows = dict(line.rstrip("\n").split("\t", 1) for line in (SCIENTIFIC / "Scientific.text").open())
+    rows.pop("item_id:token")
+    place = {item: n for n, item in enumerate(sorted(rows))}
+    vectors = load_embedder("minilm", "main").embed([" ".join(rows[item].split()[:40]) for item in place])
+    Searcher.build(tmp_path / "x", "x", list(place), vectors, [""] * len(place), 16)
+    searcher = Searcher.open(tmp_path / "x")
+    index_of = dict(line.split()[::-1] for line in (SCIENTIFIC / "Scientific.item2index").open())
+    lines = (SCIENTIFIC / "Scientific.test.inter").read_text().splitlines()[1:]
+    met = [[place[index_of[item]] for item in line.split("\t")[1].split()] for line in lines]
+    means = unit(np.stack([vectors[items].mean(axis=0) for items in met]))
+    names = [[searcher.ids[item] for item in sorted({*items})] for items in met]
+    history = pa.array([[{"item_id": name, "weight": 1.0} for name in each] for each in names], HISTORY)
+    everybody = pa.table({"embedding": pa.array(list(means)), "history": history, "seen": pa.array(names)})
+    chosen = np.random.default_rng(0).permutation(len(met))
+    sample = everybody.take(pa.array(chosen[:1_000]))
+    measured = recommend.calibrate(searcher, sample, np.ones(len(place), bool), K, 0.98)
+    assert measured.effort is not None
+    excluded = [np.unique(items) for items in met]
+    found, _ = best(searcher, Means(means, None), excluded, np.ones(len(place), bool), K, measured.effort)
+    scores = means @ vectors.T
+    for user, items in enumerate(excluded):
+        scores[user, items] = -np.inf
+    truth = np.argpartition(-scores, K, axis=1)[:, :K]
+    both = zip(found.tolist(), truth.tolist(), strict=True)
+    recall = np.mean([len({*mine} & {*theirs}) / K for mine, theirs in both])
+    assert (found >= 0).all()
+    assert recall >= 0.98

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlm4rec_spark.models.lists import listed
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Means
-from vlm4rec_spark.stages.recommend import listed
 
 DIMENSION = 8
 

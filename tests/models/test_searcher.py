@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.lists import best
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Means
 from vlm4rec_spark.stages import index
-from vlm4rec_spark.stages.recommend import best, calibrate, without
+from vlm4rec_spark.stages.recommend import calibrate, without
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
 IDS = [f"i{number:04d}" for number in range(ITEMS)]

@@ -124,7 +124,7 @@ class Searcher:
         return np.broadcast_to(np.arange(len(self), dtype=np.int64), scores.shape), scores
 
     def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-        """Approximate candidates, rescored exactly: positions and cosines, both (queries, candidates).
+        """Approximate candidates, rescored exactly: positions and float64 cosines, both (queries, candidates).
 
         ScaNN pads a short answer with index 0 and a NaN distance; here such a place has position -1.
         """
@@ -138,9 +138,14 @@ class Searcher:
             leaves_to_search=effort.leaves,
         )
         positions = np.where(np.isnan(distances), -1, positions.astype(np.int64))
-        scores = np.empty(positions.shape, np.float32)
-        for row, (query, found) in enumerate(zip(queries, positions, strict=True)):
-            scores[row] = self.vectors[found] @ query
+        scores, wide = np.empty(positions.shape), queries.astype(np.float64)
+        # Vectors of one query at a time: they stay in the core's caches.
+        shape = positions.shape[1], queries.shape[1]
+        some, found = np.empty(shape, np.float32), np.empty(shape)
+        for row in range(len(queries)):
+            np.take(self.vectors, positions[row], axis=0, out=some, mode="clip")
+            found[...] = some
+            np.matmul(found, wide[row], out=scores[row])
         return positions, scores
 
 

@@ -145,6 +145,7 @@ class _Several(ABC):
         """
         distinct, rows = self._asked(searcher)
         found, cosines = searcher.search(distinct, effort)
+        cosines = cosines.astype(np.float32)
         merged = [_merged(found[mine], cosines[mine] * weights[:, None])
                   for mine, weights in zip(rows, self._weights, strict=True)]  # fmt: skip
         return _padded(merged)

@@ -214,14 +214,14 @@ def _excluded(run: Run, profiles: DataFrame) -> DataFrame:
         profiles = profiles.drop("seen").join(kept_off, on="user_id", how="left")
         profiles = profiles.withColumn("seen", F.coalesce("seen", F.array()))
     if settings.deny.path:
-        theirs = _denied(run).where(~_TO_ALL).groupBy("user_id").agg(F.collect_set("item_id").alias("denied"))
+        theirs = _denied(run).where(f"NOT {_TO_ALL}").groupBy("user_id").agg(F.collect_set("item_id").alias("denied"))
         profiles = profiles.join(theirs, on="user_id", how="left")
         more = F.array_union("seen", F.coalesce("denied", F.array()))
         profiles = profiles.withColumn("seen", more).drop("denied")
     return profiles
 
 
-_TO_ALL = F.coalesce("user_id", F.lit("")) == ""
+_TO_ALL = "coalesce(user_id, '') = ''"
 
 
 def _denied(run: Run) -> DataFrame:

@@ -1,0 +1,81 @@
+"""Tastes to everybody's list: candidates, exclusions, rules and shared places together, until every list is full.
+
+numpy only, so that a server can make lists too. Knows positions of the index; knows no user's id.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlm4rec_spark.models.offer import Offer
+from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
+from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.tastes import Tastes
+
+_USERS_AT_ONCE = 1_024
+_DEEP = 64
+"""Times k: where so many candidates haven't filled a list, the search is exact."""
+
+
+def best(
+    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], eligible: np.ndarray, k: int, effort: Effort | None
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
+
+    With an `effort`, as many candidates more are fetched as the user may not get, and users who fall short are searched
+    exactly.
+    """
+    top, score = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
+    rows = asked.at_once(len(searcher)) if effort is None else _USERS_AT_ONCE
+    # Users with as many exclusions stand together: the block's most sets how much is fetched for all of it.
+    order = np.argsort([len(positions) for positions in excluded], kind="stable")
+    for start in range(0, len(asked), rows):
+        users = order[start : start + rows]
+        block, block_excluded = asked.part(users), [excluded[user] for user in users]
+        exclusions = flat_exclusions(block_excluded, len(searcher))
+        if effort is None:
+            found = block.exact(searcher)
+        else:
+            found = block.search(searcher, Effort(effort.leaves, effort.candidates + len(block_excluded[-1])))
+        near, scores = top_k(*found, exclusions, eligible, k + SPARE)
+        # What a search has scored in float64 is scored for good.
+        scores = scores if found[1].dtype == np.float64 else block.scores(searcher, near)
+        top[users], score[users] = ordered(near, scores, k)
+    short = np.flatnonzero(top[:, -1] < 0) if k else np.empty(0, np.int64)
+    if effort is not None and len(short):
+        top[short], score[short] = best(
+            searcher, asked.part(short), [excluded[user] for user in short], eligible, k, None
+        )
+    return top, score
+
+
+def listed(
+    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], offer: Offer, rules: np.ndarray, k: int,
+    effort: Effort | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
+    place, position.
+
+    As many candidates are ranked as it takes to fill the places.
+    """
+    top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
+    collapsed = [np.empty((0, 3), np.int64)]
+    for bits in np.unique(rules).tolist():
+        eligible, depth, waiting = offer.eligible(bits), k, np.flatnonzero(rules == bits)
+        while len(waiting):
+            block, block_excluded = asked.part(waiting), [excluded[user] for user in waiting]
+            deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None
+            near, near_scores = best(searcher, block, block_excluded, eligible, depth, deep)
+            if offer.plain:
+                top[waiting], scores[waiting] = near, near_scores
+                break
+            ranks, twins, ended = offer.places(near, near_scores, searcher.vectors, k)
+            ended |= depth >= len(searcher)
+            done = waiting[ended]
+            there = ranks[ended] >= 0
+            top[done] = np.where(there, np.take_along_axis(near[ended], ranks[ended], 1), -1)
+            scores[done] = np.where(there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan)
+            twins = twins[ended[twins[:, 0]]]
+            collapsed.append(np.column_stack([waiting[twins[:, 0]], twins[:, 1:]]))
+            waiting, depth = waiting[~ended], min(4 * depth, len(searcher))
+    return top, scores, np.concatenate(collapsed)
