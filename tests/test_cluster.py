@@ -214,7 +214,8 @@ def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
     catalogue.write(raw, items=60, users=60)
     settings = (
         f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-        f"ingest.photos.folder={raw}/photos", "recommend.k=5", f"evaluate.cut={catalogue.CUT}",
+        f"ingest.photos.folder={raw}/photos", f"ingest.users.path=[{raw}/users.csv]",
+        f"ingest.identities.path=[{raw}/identities.csv]", "recommend.k=5", f"evaluate.cut={catalogue.CUT}",
         "evaluate.splits=[time]", "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2",
         f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled"
         f"+gpus={cluster.folder}/gpus",

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from vlm4rec_spark.config import CONF, Config, load
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.stages.recommend import RecommendSettings
 
 
 def refusal(files: tuple[Path, ...] = (), *assignments: str) -> str:
@@ -63,7 +64,7 @@ def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
     first.write_text("recommend: {k: 1, recall: 0.5}\nprofiles: {last_n: 7}\n")
     second.write_text("recommend: {k: 2}\n")
     config = load([first, second], ["recommend.recall_sample=3", "profiles.last_n=8", "profiles.last_n=9"])
-    assert config.recommend.model_dump() == {"k": 2, "recall": 0.5, "recall_sample": 3}
+    assert config.recommend == RecommendSettings(k=2, recall=0.5, recall_sample=3)
     assert config.profiles.last_n == 9
     assert load([second, first]).recommend.k == 1
 

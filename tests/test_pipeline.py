@@ -67,7 +67,8 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
         folder,
         (
             f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={raw}/photos", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
+            f"ingest.photos.folder={raw}/photos", f"ingest.users.path=[{raw}/users.csv]",
+            f"ingest.identities.path=[{raw}/identities.csv]", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
             "evaluate.splits=[time]", "evaluate.arms=[popularity,caption/max_similarity,blend]", "report.photos=4",
             "report.users=2", "profiles.shape=max_similarity", f"cooccurrence.share={SHARE}",
         ),

@@ -214,13 +214,13 @@ SCIENTIFIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientif
 @pytest.mark.skipif(not SCIENTIFIC.is_dir(), reason=f"no real data at {SCIENTIFIC}")
 def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: Path) -> None:
     """Everybody's list against brute force, where a thousand users were calibrated on."""
-    rows = dict(line.rstrip("\n").split("\t", 1) for line in (SCIENTIFIC / "Scientific.text").open())
+    rows = dict(line.split("\t", 1) for line in (SCIENTIFIC / "Scientific.text").read_text().splitlines())
     rows.pop("item_id:token")
     place = {item: n for n, item in enumerate(sorted(rows))}
     vectors = load_embedder("minilm", "main").embed([" ".join(rows[item].split()[:40]) for item in place])
     Searcher.build(tmp_path / "x", "x", list(place), vectors, [""] * len(place), 16)
     searcher = Searcher.open(tmp_path / "x")
-    index_of = dict(line.split()[::-1] for line in (SCIENTIFIC / "Scientific.item2index").open())
+    index_of = dict(line.split()[::-1] for line in (SCIENTIFIC / "Scientific.item2index").read_text().splitlines())
     lines = (SCIENTIFIC / "Scientific.test.inter").read_text().splitlines()[1:]
     met = [[place[index_of[item]] for item in line.split("\t")[1].split()] for line in lines]
     means = unit(np.stack([vectors[items].mean(axis=0) for items in met]))

@@ -289,6 +289,16 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
     assert exact[0][1].tolist() == exact[1][1].tolist()
 
 
+def test_a_list_does_not_depend_on_who_is_asked_for_beside(searcher: Searcher) -> None:
+    """Else recall would hang on how users were divided, and the calibration's sample would tell of its own only."""
+    queries, everything = clustered(60, seed=16), np.ones(ITEMS, bool)
+    excluded = [row[: 4 * user] for user, row in enumerate(brute_force(queries, 240))]
+    together, _ = best(searcher, means(queries), excluded, everything, K, Effort(2, K))
+    alone = [best(searcher, means(queries[[user]]), [excluded[user]], everything, K, Effort(2, K))[0][0]
+             for user in range(60)]  # fmt: skip
+    assert together.tolist() == np.stack(alone).tolist()
+
+
 def sample(queries: np.ndarray, seen: list[list[str]]) -> pa.Table:
     history = pa.array([[]] * len(queries), pa.list_(pa.struct({"item_id": pa.string(), "weight": pa.float64()})))
     embedding = pa.array(queries.tolist(), pa.list_(pa.float32()))

@@ -15,6 +15,7 @@ from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Tastes, nearest
 
 ITEMS, DIMENSION, K = 300, 12, 10
+NO_MORE = np.zeros(30, np.int64)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -59,7 +60,7 @@ def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
     positions, weights = drawn(30)
     asked = Histories(positions, weights)
     top, scores = lists(asked.exact(searcher), positions)
-    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS)), positions)
+    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
     assert found == top
     assert top[0] == [-1] * K  # no history, no list
     np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
@@ -79,9 +80,9 @@ def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
             return nearest, np.take_along_axis(scores, nearest, 1)
 
     exact = Nearest(searcher.names, searcher.words, searcher.vocabulary, searcher.vectors, None, searcher.manifest)
-    found, _ = lists(asked.search(exact, Effort(1, depth)), positions)
+    found, _ = lists(asked.search(exact, Effort(1, depth), NO_MORE), positions)
     assert found == top
-    shallow, _ = lists(asked.search(exact, Effort(1, K // 2)), positions)
+    shallow, _ = lists(asked.search(exact, Effort(1, K // 2), NO_MORE), positions)
     assert shallow != top
 
 
@@ -137,7 +138,7 @@ def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(sear
     whole: Tastes = Histories(positions, weights)
     many: Tastes = Clusters.of(positions, weights, searcher, 20)
     assert lists(many.exact(searcher), positions)[0] == lists(whole.exact(searcher), positions)[0]
-    found, _ = lists(many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS)), positions)
+    found, _ = lists(many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
     assert found == lists(many.exact(searcher), positions)[0]
     one = Clusters.of(positions[1:], weights[1:], searcher, 1)
     totals = [heavy @ searcher.vectors[mine] for mine, heavy in zip(positions[1:], weights[1:], strict=True)]
@@ -209,7 +210,7 @@ def test_a_blend_by_scann_gives_the_exact_lists(
 ) -> None:
     asked, positions, _ = blended(together[0], 0.4)
     top, scores = lists(asked.exact(searcher), positions)
-    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS)), positions)
+    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
     assert found == top
     np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
     assert lists(asked.part(np.array([4, 9])).exact(searcher), [positions[4], positions[9]])[0] == [top[4], top[9]]

@@ -46,7 +46,9 @@ class Shop:
         settings = (
             f"tables={out}/tables", f"index.folder={out}/index", f"report.path={out}/report.html",
             f"ingest.items.path=[{self.raw}/catalogue.csv]", f"ingest.interactions.path=['{self.raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={self.raw}/photos", f"evaluate.cut={catalogue.CUT}", "evaluate.splits=[time]",
+            f"ingest.photos.folder={self.raw}/photos", f"ingest.users.path=[{self.raw}/users.csv]",
+            f"ingest.identities.path=[{self.raw}/identities.csv]", f"evaluate.cut={catalogue.CUT}",
+            "evaluate.splits=[time]",
             "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2", "recommend.k=5",
             # A task that fails is tried again only where the master says so.
             "spark.master=local[2,4]", f"spark.conf={json.dumps(QUICK)}", *more,

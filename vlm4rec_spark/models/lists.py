@@ -36,7 +36,8 @@ def best(
         if effort is None:
             found = block.exact(searcher)
         else:
-            found = block.search(searcher, Effort(effort.leaves, effort.candidates + len(block_excluded[-1])))
+            more = np.array([len(positions) for positions in block_excluded], np.int64)
+            found = block.search(searcher, effort, more)
         near, scores = top_k(*found, exclusions, eligible, k + SPARE)
         # What a search has scored in float64 is scored for good.
         scores = scores if found[1].dtype == np.float64 else block.scores(searcher, near)

@@ -42,6 +42,10 @@ class Effort:
     leaves: int
     candidates: int
 
+    def with_more(self, more: np.ndarray) -> Effort:
+        """As much for each, and for each the most candidates that any of them needs more, int64 (queries,)."""
+        return Effort(self.leaves, self.candidates + int(more.max(initial=0)))
+
     def cost(self, searcher: Searcher) -> float:
         """Of one query, in codes that are scored; a candidate costs as much as a hundred of them (384 dimensions)."""
         return len(searcher) * self.leaves / searcher.manifest["leaves"] + 100 * self.candidates

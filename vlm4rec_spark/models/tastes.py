@@ -41,8 +41,11 @@ class Tastes(Protocol):
         """Every item as a candidate of every user: positions and scores, both (users, items)."""
         ...
 
-    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-        """Approximate candidates with exact scores: both (users, candidates); a position of -1 is none."""
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Approximate candidates with exact scores, both (users, candidates); a position of -1 is none.
+
+        more: int64 (users,), as many candidates each user gets beside the effort's, whoever is asked for besides.
+        """
         ...
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
@@ -97,8 +100,10 @@ class Means:
     def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
         return searcher.exact(self._vectors)
 
-    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
-        return searcher.search(self._vectors, effort)
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        positions, scores = searcher.search(self._vectors, effort.with_more(more))
+        positions[np.arange(positions.shape[1]) >= effort.candidates + more[:, None]] = -1
+        return positions, scores
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.empty(positions.shape)
@@ -137,17 +142,17 @@ class _Several(ABC):
                 scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
         return positions, scores
 
-    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The items nearest to each vector, searched once for all who have it, merged for each user.
 
         An item of the exact list is among the k + e nearest of the vector that it scores best with, where e of the
         items may not be recommended to the user: with so many candidates only ScaNN's own misses are missing.
         """
         distinct, rows = self._asked(searcher)
-        found, cosines = searcher.search(distinct, effort)
-        cosines = cosines.astype(np.float32)
-        merged = [_merged(found[mine], cosines[mine] * weights[:, None])
-                  for mine, weights in zip(rows, self._weights, strict=True)]  # fmt: skip
+        found, cosines = searcher.search(distinct, effort.with_more(more))
+        cosines, deep = cosines.astype(np.float32), effort.candidates + more
+        merged = [_merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
+                  for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)]  # fmt: skip
         return _padded(merged)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
@@ -277,15 +282,15 @@ class Blend:
             scores[user, found] += self._share * strong.astype(np.float32)
         return positions, scores
 
-    def search(self, searcher: Searcher, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best of either part, as many of each as the effort asks for, scored by both."""
         if self._share == 1:
             return self.exact(searcher)
-        near, _ = self._content.search(searcher, effort)
+        near, _ = self._content.search(searcher, effort, more)
         wanted = []
         for user in range(len(self)):
             found, strong = self._found(user)
-            strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates]]
+            strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates + more[user]]]
             wanted.append(np.union1d(near[user][near[user] >= 0], strongest))
         positions, _ = _padded([(mine, np.zeros(len(mine))) for mine in wanted])
         return positions, self.scores(searcher, positions).astype(np.float32)
