@@ -74,7 +74,8 @@ def full() -> ReportData:
             {"ok": 3, "failed": 1}, {"truncated": 1}, (hostile, told), (Failure(broken, "truncated", "ends <early>"),),
             a_run("caption"), attributes={"kind": (("mug", 3), ("<script>alert(3)</script>" * 3, 1))},
         ),
-        users=(User("u<1>", 9, 18, (hostile, broken), (Recommended(hostile, 0.87, broken, ("red", "<i>")),)),),
+        users=(User("u<1>", 9, 18, (hostile, broken),
+                    (Recommended(hostile, 0.87, broken, ("red", "<i>"), (broken,) * 5),)),),
         metrics=(
             scores("popularity", 0.061, 0.05, 0.07), scores("caption", 0.312, 0.29, 0.33),
             scores("popularity", None, None, None, "history 20+"), scores("caption", None, None, None, "history 20+"),
@@ -105,6 +106,23 @@ def test_attributes_are_shown_with_their_photo_and_counted():
     assert 'aria-label="kind: mug 3, &lt;script' in page
     chart = page[page.index("<figcaption>Kind</figcaption>") :]
     assert ">mug</text>" in chart and "&lt;script&gt;alert(3)&lt;/scrip\N{HORIZONTAL ELLIPSIS}</text>" in chart
+
+
+def test_what_shares_a_place_stands_below_it():
+    page = full_page()
+    assert page.count("<span>shares its place: ") == 3
+    assert page.count(", and 2 more</span>") == 1
+
+
+def test_the_recall_curve_is_drawn_where_something_was_tried():
+    tried = [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [2, 20, 0.96, 0.953, 600]]
+    details = {"recall_curve": json.dumps({"tried": tried, "exact": 50}), "recall_promised": "0.95", "search": "ScaNN"}
+    page = render(ReportData(runs=(a_run("index", approximate="true", items="9"), a_run("recommend", **details))))
+    assert "Recall against speed" in page
+    assert ">20 candidates<" in page
+    for broken in ("nonsense", json.dumps({"tried": [[1, 2]]}), json.dumps({"tried": 3})):
+        without = a_run("recommend", recall_curve=broken, recall_promised="0.95")
+        assert "Recall against speed" not in render(ReportData(runs=(a_run("index", items="9"), without)))
 
 
 def test_the_page_asks_nobody_for_anything():
@@ -218,7 +236,7 @@ def test_users_whom_one_arm_served_stand_with_photos():
 
 def test_a_photo_that_cant_be_shown_has_a_placeholder_and_the_others_an_alt_text():
     page = full_page()
-    assert page.count('class="photo missing" role="img"') == 3  # in failures, history and reason
+    assert page.count('class="photo missing" role="img"') == 6  # in failures, history, reason and three that share a place
     assert len(re.findall("<img ", page)) == len(re.findall(r'<img src="[^"]+" alt="', page)) == 7
     assert "<span>truncated</span>" in page
 

@@ -83,7 +83,7 @@ Panel = tuple[str, Sequence[str], Mapping[str, Sequence["Metric | None"]]]
 
 
 def multiples(panels: Sequence[Panel], highlight: str) -> str:
-    """Small multiples: per (title, slices, metrics of each arm by slice) a line per arm, with its intervals."""
+    """Small multiples: per (title, slices, metrics of each arm by slice) points per arm, with their intervals."""
     most = max((metric.high or 0 for _, _, lines in panels for line in lines.values() for metric in line if metric),
                default=0) or 1e-3  # fmt: skip
 
@@ -97,7 +97,9 @@ def multiples(panels: Sequence[Panel], highlight: str) -> str:
                     if metric.low is not None and metric.high is not None:
                         panel.vlines(x, metric.low, metric.high, color=colour, linewidth=2, alpha=0.3)
                 heights = [metric.value or 0.0 for _, metric in points]
-                panel.plot([x for x, _ in points], heights, "o-", color=colour, markersize=3, linewidth=1,
+                # Names, unlike numbers, are in no order that a line could follow.
+                style = "o-" if all(name[0].isdigit() for name in slices) else "o"
+                panel.plot([x for x, _ in points], heights, style, color=colour, markersize=3, linewidth=1,
                            label=arm_name(arm))  # fmt: skip
             panel.set_title(title, loc="left", size=10, color=INK, fontweight="semibold")
             wide = max(len(line) for name in slices for line in name.split("\n")) * len(slices) > _ROOM

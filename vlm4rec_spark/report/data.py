@@ -139,12 +139,13 @@ class PhotoStock:
 
 @dataclass(frozen=True)
 class Recommended:
-    """One recommendation, and the history item that it is nearest to."""
+    """One recommendation, the history item that it is nearest to, and what shares its place."""
 
     photo: Photo
     score: float
     because: Photo | None = None
     terms: tuple[str, ...] = ()
+    collapsed: tuple[Photo, ...] = ()
 
 
 @dataclass(frozen=True)

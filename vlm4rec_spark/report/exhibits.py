@@ -154,7 +154,7 @@ class ChosenUsers:
         for row, items in self._few:
             yield from row["history"]
             for item in items:
-                yield from filter(None, (item["item_id"], item["because_item_id"]))
+                yield from filter(None, (item["item_id"], item["because_item_id"], *item["collapsed"]))
 
     def shown(self, album: Album) -> tuple[User, ...]:
         return tuple(
@@ -196,7 +196,9 @@ def _listed(found: object) -> list[Any]:
 
 def _recommended(item: Row, album: Album) -> Recommended:
     because = album.main(item["because_item_id"]) if item["because_item_id"] else None
-    return Recommended(album.main(item["item_id"]), item["score"], because, tuple(item["because_terms"] or ()))
+    collapsed = tuple(album.main(other) for other in item["collapsed"])
+    terms = tuple(item["because_terms"] or ())
+    return Recommended(album.main(item["item_id"]), item["score"], because, terms, collapsed)
 
 
 def _linked(tables: Tables, captions: DataFrame) -> DataFrame:
