@@ -236,7 +236,7 @@ def test_users_whom_one_arm_served_stand_with_photos():
 
 def test_a_photo_that_cant_be_shown_has_a_placeholder_and_the_others_an_alt_text():
     page = full_page()
-    assert page.count('class="photo missing" role="img"') == 6  # in failures, history, reason and three that share a place
+    assert page.count('class="photo missing" role="img"') == 6  # in failures, history, reason, and three more
     assert len(re.findall("<img ", page)) == len(re.findall(r'<img src="[^"]+" alt="', page)) == 7
     assert "<span>truncated</span>" in page
 
