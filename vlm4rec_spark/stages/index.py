@@ -81,7 +81,8 @@ def ship(
     """
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > broadcast_gb * 1e9 or str(spark.sparkContext.master).startswith("local["):
-        return partial(_opened, folder.name, opens, partial(opens, folder))
+        # Workers may have been started in another folder.
+        return partial(_opened, folder.name, opens, partial(opens, folder.resolve()))
     parcel = io.BytesIO()
     with tarfile.open(fileobj=parcel, mode="w") as tar:
         tar.add(folder, arcname=folder.name)
