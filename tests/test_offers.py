@@ -153,6 +153,15 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
     assert hidden > 0
     assert viewed > 0
     assert {item["source"] for item in lists["fresh"]} == {"popular"}
+    # Another list of what is denied makes other lists, though no table has changed.
+    first = lists["u1"][0]["item_id"]
+    with (tmp_path / "deny.csv").open("a") as more:
+        more.write(f"u1,{first}\n")
+    (again,) = run.run(["recommend"])
+    assert again.status == "ok"
+    changed = {row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()}
+    assert first not in {item["item_id"] for item in changed["u1"]}
+    assert [item["item_id"] for item in changed["u2"]] == [item["item_id"] for item in lists["u2"]]
     fresh = {int(item["item_id"][1:]) for item in lists["fresh"]}
     assert min(fresh) >= 5
     assert max(fresh) < 25

@@ -110,6 +110,10 @@ class Searcher:
         # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
         vectors, words = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("vectors", "words"))
         scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
+        # In a worker Spark sets this to the task's cores (spark.task.cpus); ScaNN would take all of the machine.
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        if scann is not None and threads.isdigit():
+            scann.set_num_threads(int(threads))
         return cls(names, words, vocabulary, vectors, scann, manifest)
 
     def positions(self, item_ids: Sequence[str]) -> np.ndarray:
@@ -133,7 +137,6 @@ class Searcher:
         ScaNN pads a short answer with index 0 and a NaN distance; here such a place has position -1.
         """
         candidates = min(effort.candidates, len(self))
-        # In a worker Spark sets this to the task's cores (spark.task.cpus).
         alone = os.environ.get("OMP_NUM_THREADS") == "1"
         search = self._scann.search_batched if alone else self._scann.search_batched_parallel
         positions, distances = search(

@@ -177,13 +177,10 @@ def recommend(run: Run, outcome: Outcome) -> None:
     count = usable.count()
     run.voice.say(f"recommending for {count:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
     open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
-    lists = ranking.recommend(usable, open_searcher, offer, k, measured.effort, matching, settings.why).select(
-        "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
-    )
-    others = _popular(run, usable, refused, searcher.index_id) if settings.popular else None
-    if others is not None:
-        ours = F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
-        lists = lists.unionByName(others.select("*", *ours))
+    lists = ranking.recommend(usable, open_searcher, offer, k, measured.effort, matching, settings.why)
+    if settings.popular:
+        lists = lists.unionByName(_popular(run, usable, refused, searcher.index_id))
+    lists = lists.select("*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at"))
     with run.voice.watch("recommending", count):
         run.tables.replace(schemas.RECOMMENDATIONS, lists)
     made = run.tables.read(schemas.RECOMMENDATIONS)
@@ -238,8 +235,8 @@ def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
     return joined.withColumn("available", F.col("available") & F.col("denied").isNull()).drop("denied")
 
 
-def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame | None:
-    """Lists of the users, in the log or in `users`, who are no bots and have no usable profile; None without any."""
+def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame:
+    """Lists of the users, in the log or in `users`, who are no bots and have no usable profile."""
     log, users = run.log(), run.tables.read(schemas.USERS)
     robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
     people = log.join(robots, on="user_id", how="left_anti")
@@ -249,14 +246,17 @@ def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> 
         .join(robots, on="user_id", how="left_anti").join(refused, on="user_id", how="left_anti")
         .join(usable.select("user_id"), on="user_id", how="left_anti")
     )  # fmt: skip
-    under = _under_rules(waiting, users, settings.rules).persist()
-    found = []
-    for bits in sorted(row["rules"] for row in under.select("rules").distinct().collect()):
+    under, found = _under_rules(waiting, users, settings.rules), []
+    everybody, some = offers.applying(users, settings.rules)
+    apply = {everybody}
+    if some is not None:
+        apply |= {everybody | row["rules"] for row in some.select("rules").distinct().collect()}
+    for bits in sorted(apply):
         theirs = [rule.items for number, rule in enumerate(settings.rules) if bits & 2 << number]
         allowed = reduce(lambda rows, rule: rows.where(rule), theirs, _offered_to_all(run, items))
         mine = under.where(F.col("rules") == bits).select("user_id")
         found.append(popular.lists(mine, people, allowed, users, index_id, settings.k))
-    return reduce(DataFrame.unionByName, found) if found else None
+    return reduce(DataFrame.unionByName, found)
 
 
 def _curve(measured: ranking.Calibration) -> str:
@@ -292,6 +292,9 @@ def beside_profiles(run: Run) -> object:
 
 
 def beside_lists(run: Run) -> object:
+    """None where items are denied: the list of them may say something else each time."""
+    if run.config.recommend.deny.path:
+        return None
     settings = run.config.recommend.model_dump(mode="json")
     blend = run.config.cooccurrence.model_dump(mode="json")
     shape = [run.config.profiles.shape, run.config.profiles.tastes]

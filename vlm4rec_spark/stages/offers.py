@@ -75,6 +75,8 @@ def offer(
         return spread
 
     same = _joined([numbers(name) for name in variants]) if variants else None
+    if same is not None and len(np.unique(same)) == len(same):
+        same = None  # nobody's variants: lists are simply the best items
     limits = [(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
     return Offer(allowed, same, limits, alike, least)
 
