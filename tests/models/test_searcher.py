@@ -133,7 +133,7 @@ def flip_a_byte(file: Path) -> None:
         (tear_manifest, "is incomplete"),
         (lambda path: (path / "manifest.json").write_text("[1]"), "is incomplete"),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"), "is incomplete"),
-        (lambda path: rewrite_manifest(path, lambda was: was | {"format": 3}), "has format 3; this .* reads 2"),
+        (lambda path: rewrite_manifest(path, lambda was: was | {"format": 4}), "has format 4; this .* reads 3"),
         (lambda path: (path / "vectors.npy").unlink(), "is damaged: vectors.npy"),
         (lambda path: flip_a_byte(path / "vectors.npy"), "is damaged: vectors.npy"),
         (lambda path: flip_a_byte(path / "ids.parquet"), "is damaged: ids.parquet"),

@@ -30,6 +30,12 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
     return Searcher.open(folder)
 
 
+def bare(ids: str, vectors: np.ndarray) -> Searcher:
+    """An item for each letter, without words, searched exactly."""
+    words, none = np.empty((len(ids), 0), np.int32), pa.array([], pa.string())
+    return Searcher(Path(), pa.array(list(ids)), words, none, vectors, np.arange(len(ids)), None, {})
+
+
 def drawn(users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Histories of up to 20 items, the first of none at all, and weights of which the heaviest is 1."""
     rng = np.random.default_rng(6)
@@ -79,7 +85,7 @@ def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
             nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
             return nearest, np.take_along_axis(scores, nearest, 1)
 
-    exact = Nearest(searcher.names, searcher.words, searcher.vocabulary, searcher.vectors, None, searcher.manifest)
+    exact = Nearest.open(searcher.folder)
     found, _ = lists(asked.search(exact, Effort(1, depth), NO_MORE), positions)
     assert found == top
     shallow, _ = lists(asked.search(exact, Effort(1, K // 2), NO_MORE), positions)
@@ -105,7 +111,7 @@ def test_long_histories_are_scored_fewer_at_a_time() -> None:
 
 def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Searcher) -> None:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
-    small = Searcher(pa.array(list("abcde")), np.empty((5, 0), np.int32), pa.array([], pa.string()), vectors, None, {})
+    small = bare("abcde", vectors)
     histories, items = [np.array([1, 0, 4]), np.array([], int), np.array([2])], np.array([[2, 3, 1]] * 2 + [[0, -1, 2]])
     none = [[-1, -1, -1], [2, -1, 2]]
     assert nearest(histories, None, small, items).tolist() == [[1, 0, 1], *none]
@@ -119,7 +125,7 @@ def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
     rng = np.random.default_rng(9)
     centres = unit(np.eye(3, DIMENSION))
     vectors = unit(np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION)))
-    small = Searcher(pa.array(list("abcdef")), np.empty((6, 0), np.int32), pa.array([], pa.string()), vectors, None, {})
+    small = bare("abcdef", vectors)
     history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
     made = Clusters.of([history, history[:0]], [weights, weights[:0]], small, 3)
     heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))

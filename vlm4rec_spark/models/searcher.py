@@ -6,6 +6,10 @@
     words.npy        int32 (items, words), memory-mapped: the item's telling words, rarest first, -1 past the last
     vocabulary.parquet   word i of the catalogue, rarest first
     scann/           ScaNN's codes, when the catalogue is large enough for an approximate index
+    coded.npy        int64: for each item that the codes were made of its row now, -1 where it is gone or another
+
+A version may rest on an earlier one, its base: it has the base's codes and the base's word weights, and items that came
+since are searched exactly beside the codes.
 
 Knows vectors and ids; knows neither users nor rules (`ranking.py`) nor how a folder travels to an executor.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +33,16 @@ import pyarrow.parquet as pq
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models import artefact
+from vlm4rec_spark.models.ranking import top_k
 
-FORMAT = 2
+FORMAT = 3
 _AGAIN = "Run the index stage again."
 _SCANN_LEAST = 16
 """Tree with asymmetric hashing needs at least 16 items (ScaNN 1.4.2)."""
+EXACT_COST = 5
+"""Of an item in exact search, in codes that are scored: 384 products and its share in the sorting (see Effort.cost)."""
+_SCORES_AT_ONCE = 2**24
+_ROWS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -48,17 +58,21 @@ class Effort:
 
     def cost(self, searcher: Searcher) -> float:
         """Of one query, in codes that are scored; a candidate costs as much as a hundred of them (384 dimensions)."""
-        return len(searcher) * self.leaves / searcher.manifest["leaves"] + 100 * self.candidates
+        codes = len(searcher.coded) * self.leaves / searcher.manifest["leaves"]
+        return codes + EXACT_COST * len(searcher.fresh) + 100 * self.candidates
 
 
 class Searcher:
     """Cosine search over unit vectors. Open one with `Searcher.open`; it can't be pickled."""
 
     def __init__(
-        self, names: pa.Array, words: np.ndarray, vocabulary: pa.Array, vectors: np.ndarray, scann: Any, manifest: dict
-    ):
+        self, folder: Path, names: pa.Array, words: np.ndarray, vocabulary: pa.Array, vectors: np.ndarray,
+        coded: np.ndarray, scann: Any, manifest: dict,
+    ):  # fmt: skip
+        self.folder = folder
         self.names, self.words, self.vocabulary = names, words, vocabulary
-        self.vectors, self.manifest = vectors, manifest
+        self.vectors, self.coded, self.manifest = vectors, coded, manifest
+        self.fresh = np.setdiff1d(np.arange(len(names)), coded)
         self.ids = np.asarray(names.to_pylist(), dtype=object)
         self._scann = scann
         self._positions = pd.Index(self.ids)
@@ -66,6 +80,11 @@ class Searcher:
     @property
     def index_id(self) -> str:
         return self.manifest["index_id"]
+
+    @property
+    def base(self) -> str:
+        """index_id of the version whose codes and word weights these are; its own where it was built anew."""
+        return self.manifest["base"]
 
     @property
     def approximate(self) -> bool:
@@ -76,10 +95,12 @@ class Searcher:
 
     @staticmethod
     def build(folder: Path, index_id: str, ids: Sequence[str], vectors: np.ndarray, texts: Sequence[str],
-              scann_from: int) -> None:  # fmt: skip
+              scann_from: int, base: Searcher | None = None, content: str = "") -> None:  # fmt: skip
         """Write the artefact to `folder`. ids must be sorted and distinct; vectors float32 (items, dimension), unit.
 
-        ScaNN's codes are built from `scann_from` items on; below it search is exact. Raises RunError for bad vectors.
+        ScaNN's codes are built from `scann_from` items on; below it search is exact. With a `base` (see `rests`) its
+        codes and word weights are taken over. `content` names what the folder was built from. Raises RunError for bad
+        vectors.
         """
         if len(ids) == 0:
             raise RunError("The index can't be built: no item has an embedding.")
@@ -88,17 +109,25 @@ class Searcher:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
         pq.write_table(pa.table({"item_id": pa.array(ids, pa.string())}), folder / "ids.parquet")
-        words, vocabulary = _telling_words(texts)
+        frozen = base.vocabulary.to_pylist()[-base.manifest["words"] :] if base else []
+        words, vocabulary = _telling_words(texts, frozen)
         np.save(folder / "words.npy", words)
         pq.write_table(pa.table({"word": pa.array(vocabulary, pa.string())}), folder / "vocabulary.parquet")
-        if len(ids) >= max(scann_from, _SCANN_LEAST):
+        np.save(folder / "coded.npy", base.still(ids, vectors) if base else np.arange(len(ids)))
+        leaves = base.manifest["leaves"] if base else _leaves(len(ids)) if _large(len(ids), scann_from) else 0
+        if leaves and base:
+            shutil.copytree(base.folder / "scann", folder / "scann")
+        elif leaves:
             _build_scann(folder / "scann", vectors)
         artefact.seal(folder, {
             "format": FORMAT,
             "index_id": index_id,
+            "base": base.base if base else index_id,
+            "content": content,
             "items": len(ids),
             "dimension": int(vectors.shape[1]),
-            "leaves": _leaves(len(ids)) if (folder / "scann").exists() else 0,
+            "leaves": leaves,
+            "words": len(frozen or vocabulary),
         })  # fmt: skip
 
     @classmethod
@@ -108,13 +137,29 @@ class Searcher:
         columns = (pq.read_table(folder / f"{name}.parquet").column(0) for name in ("ids", "vocabulary"))
         names, vocabulary = (column.combine_chunks() for column in columns)
         # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
-        vectors, words = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("vectors", "words"))
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("vectors", "words", "coded"))
+        vectors, words, coded = map(np.asarray, arrays)
         scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
         # In a worker Spark sets this to the task's cores (spark.task.cpus); ScaNN would take all of the machine.
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if scann is not None and threads.isdigit():
             scann.set_num_threads(int(threads))
-        return cls(names, words, vocabulary, vectors, scann, manifest)
+        return cls(folder, names, words, vocabulary, vectors, coded, scann, manifest)
+
+    def rests(self, ids: Sequence[str], vectors: np.ndarray, scann_from: int, most: float) -> bool:
+        """Whether a version of these items may rest on this one: at most the share `most` came, went or changed."""
+        if vectors.shape[1] != self.vectors.shape[1] or self.approximate != _large(len(ids), scann_from):
+            return False
+        there = int((self.still(ids, vectors) >= 0).sum())
+        return len(ids) - there + len(self.coded) - there <= most * len(ids)
+
+    def still(self, ids: Sequence[str], vectors: np.ndarray) -> np.ndarray:
+        """As `coded`, int64, of a version that has these items: where an item of the codes still has its vector."""
+        place = pd.Index(ids, dtype=object).get_indexer(self._positions)
+        for start in range(0, len(place), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            place[part][(vectors[place[part]] != self.vectors[part]).any(axis=1)] = -1
+        return np.where(self.coded >= 0, place[self.coded], -1).astype(np.int64)
 
     def positions(self, item_ids: Sequence[str]) -> np.ndarray:
         """int64 positions of the items in the index; -1 for an item that isn't in it."""
@@ -134,7 +179,8 @@ class Searcher:
     def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
         """Approximate candidates, rescored exactly: positions and float64 cosines, both (queries, candidates).
 
-        ScaNN pads a short answer with index 0 and a NaN distance; here such a place has position -1.
+        They stand in the order in which they were found, so that the first c are what a search for c gives. ScaNN pads
+        a short answer with index 0 and a NaN distance; here such a place has position -1, as has an item that is gone.
         """
         candidates = min(effort.candidates, len(self))
         alone = os.environ.get("OMP_NUM_THREADS") == "1"
@@ -144,7 +190,9 @@ class Searcher:
             final_num_neighbors=candidates,
             leaves_to_search=effort.leaves,
         )
-        positions = np.where(np.isnan(distances), -1, positions.astype(np.int64))
+        positions = np.where(np.isnan(distances), -1, self.coded[positions])
+        if len(self.fresh):
+            positions = self._with_fresh(queries, positions, distances)
         scores, wide = np.empty(positions.shape), queries.astype(np.float64)
         # Vectors of one query at a time: they stay in the core's caches.
         shape = positions.shape[1], queries.shape[1]
@@ -154,6 +202,27 @@ class Searcher:
             found[...] = some
             np.matmul(found, wide[row], out=scores[row])
         return positions, scores
+
+
+    def _with_fresh(self, queries: np.ndarray, positions: np.ndarray, distances: np.ndarray) -> np.ndarray:
+        """Positions, merged with those of the items beside the codes: these by their cosines, the others by ScaNN's."""
+        candidates, fresh, merged = positions.shape[1], self.vectors[self.fresh], np.empty_like(positions)
+        none, everything = np.empty(0, np.int64), np.ones(len(self), bool)
+        step = max(1, _SCORES_AT_ONCE // len(fresh))
+        for start in range(0, len(queries), step):
+            part = slice(start, start + step)
+            cosines = queries[part] @ fresh.T
+            beside = np.broadcast_to(self.fresh, cosines.shape)
+            near, nearness = top_k(beside, cosines, none, everything, candidates)
+            both = np.concatenate([positions[part], near], axis=1)
+            found = np.concatenate([distances[part], nearness], axis=1)
+            order = np.argsort(np.where(both >= 0, -found, np.inf), axis=1, kind="stable")[:, :candidates]
+            merged[part] = np.take_along_axis(both, order, 1)
+        return merged
+
+
+def _large(items: int, scann_from: int) -> bool:
+    return items >= max(scann_from, _SCANN_LEAST)
 
 
 def _leaves(items: int) -> int:
@@ -193,12 +262,14 @@ _STOP = frozenset(
 _MOST_WORDS = 32
 
 
-def _telling_words(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def _telling_words(texts: Sequence[str], frozen: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """The words of each text by their numbers, and the words; rarest in the catalogue first (inverse document
-    frequency), without stop words; of a long text the rarest."""
+    frequency), without stop words; of a long text the rarest. Words `frozen` keep their order, after all new ones."""
     words = [set(_WORD.findall(text.lower())) - _STOP for text in texts]
     frequency = Counter(word for row in words for word in row)
-    vocabulary = sorted(frequency, key=lambda word: (frequency[word], word))
+    new = frequency.keys() - set(frozen)
+    # Beside frozen weights a new word's own would change with each version.
+    vocabulary = [*sorted(new, key=lambda word: (0 if frozen else frequency[word], word)), *frozen]
     number = {word: place for place, word in enumerate(vocabulary)}
     rows = [sorted(number[word] for word in row)[:_MOST_WORDS] for row in words]
     table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)

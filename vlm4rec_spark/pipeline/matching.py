@@ -35,16 +35,26 @@ def index(run: Run, outcome: Outcome) -> None:
     need = 2 * items * dimension * 4 / 1e9
     run.voice.say(f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there")
     folder = indexing.build(
-        rows.toArrow(), run.config.representation, encoder, Path(settings.folder), settings.scann_from
+        rows.toArrow(), run.config.representation, encoder, Path(settings.folder), settings.scann_from, _last(run),
+        settings.rebuild_share,
     )
     searcher, run.index_folder = Searcher.open(folder), folder
     outcome.ok = items
     outcome.details = {
         "index_id": searcher.index_id, "items": str(items), "dimension": str(dimension),
-        "approximate": str(searcher.approximate).lower(), "folder": str(folder.resolve()),
+        "approximate": str(searcher.approximate).lower(), "base": searcher.base,
+        "beside_codes": str(len(searcher.fresh)), "folder": str(folder.resolve()),
         "representation": run.config.representation,
         "bytes": str(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())),
     }  # fmt: skip
+
+
+def _last(run: Run) -> Searcher | None:
+    """The version in force, on which another may rest."""
+    try:
+        return Searcher.open(index_folder(run))
+    except RunError:
+        return None
 
 
 def profiles(run: Run, outcome: Outcome) -> None:

@@ -34,6 +34,7 @@ class IndexSettings(BaseModel):
 
     folder: str = "index"
     scann_from: int = Field(20_000, ge=1)
+    rebuild_share: float = Field(0.1, ge=0, le=1)
     broadcast_gb: float = Field(1.0, gt=0)
 
 
@@ -49,10 +50,15 @@ def index_rows(embeddings: DataFrame, texts: DataFrame, representation: str, enc
     )  # fmt: skip
 
 
-def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, scann_from: int) -> Path:
+def build(
+    rows: pa.Table, representation: str, encoder_id: str, folder: Path, scann_from: int, base: Searcher | None = None,
+    rebuild_share: float = 0.0,
+) -> Path:  # fmt: skip
     """Build the artefact of `index_rows` under `folder`, named by its content; a sound one is left as it is.
 
-    Runs in one process and holds all vectors: items x dimension x 4 bytes, twice while ScaNN trains.
+    It rests on the version `base` unless a larger share of the items than `rebuild_share` has come, gone or changed
+    since the base's codes were made. Runs in one process and holds all vectors: items x dimension x 4 bytes, twice
+    while ScaNN trains.
     """
     ids = rows["item_id"].to_pylist()
     flat = pa.concat_arrays(rows["embedding"].chunks).flatten() if len(ids) else pa.array([], pa.float32())
@@ -60,14 +66,22 @@ def build(rows: pa.Table, representation: str, encoder_id: str, folder: Path, sc
     # The vectors too: workers keep what they unpacked by this id, and an evaluation's arms have no encoder's name.
     content = [FORMAT, representation, encoder_id, scann_from, ids, rows["text_sha256"].to_pylist(),
                hashlib.sha256(vectors.tobytes()).hexdigest()]  # fmt: skip
-    index_id = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if base and base.manifest["content"] == made_of:
+        return base.folder
+    if base and not base.rests(ids, vectors, scann_from, rebuild_share):
+        base = None
+    coded = hashlib.sha256(base.still(ids, vectors).tobytes()).hexdigest() if base else ""
+    beside = [made_of, base.base if base else "", coded]
+    index_id = hashlib.sha256(json.dumps(beside).encode()).hexdigest()[:16]
     target = folder / index_id
     try:
         Searcher.open(target)
         return target
     except RunError:  # none, a torn or a damaged one
         shutil.rmtree(target, ignore_errors=True)
-    Searcher.build(target, index_id, ids, vectors, [text or "" for text in rows["text"].to_pylist()], scann_from)
+    texts = [text or "" for text in rows["text"].to_pylist()]
+    Searcher.build(target, index_id, ids, vectors, texts, scann_from, base, made_of)
     return target
 
 

@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.lists import best, listed
 from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
-from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Shape, Tastes
 from vlm4rec_spark.sources import Source
 
@@ -27,8 +27,6 @@ _TERMS = 3
 _PAIRS_AT_ONCE = 4_096
 _CANDIDATES = (1, 2, 4, 8, 16)
 """Times k: candidates that are rescored, beside those that the user may not get."""
-_EXACT_COST = 5
-"""Of an item in exact search, in codes that are scored: 384 products and its share in the sorting (see Effort.cost)."""
 
 
 class RecommendSettings(BaseModel):
@@ -150,7 +148,7 @@ def calibrate(
         return Tried(effort, float(shares.mean()), float(low), len(sample) / seconds)
 
     tried: list[Tried] = []
-    chosen, least = None, float(_EXACT_COST * len(searcher))
+    chosen, least = None, float(EXACT_COST * len(searcher))
     for candidates in (k * factor for factor in _CANDIDATES):
         leaves = 1
         while leaves < searcher.manifest["leaves"] and Effort(leaves, candidates).cost(searcher) < least:
