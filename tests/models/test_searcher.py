@@ -279,8 +279,8 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
     asked = Searcher.exact
     noise = np.random.default_rng(1)
 
-    def blurred(self: Searcher, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        positions, scores = asked(self, queries)
+    def blurred(self: Searcher, queries: np.ndarray, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        positions, scores = asked(self, queries, among)
         return positions, scores + noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
 
     monkeypatch.setattr(Searcher, "exact", blurred)

@@ -10,6 +10,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
+from vlm4rec_spark.models.lists import best
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Tastes, nearest
@@ -209,6 +210,30 @@ def test_a_blend_is_the_sum_of_its_parts(
         np.testing.assert_allclose(scores[user][: len(best)], [-one for one, _ in best], rtol=0, atol=3e-6)
         assert top[user][len(best) :] == [-1] * (K - len(best))
     assert top[1] == ([-1] * K if share == 1 else lists(Histories(positions, weights).exact(searcher), positions)[0][1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_part_of_the_items_is_scored_as_among_all(
+    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray], share: float
+) -> None:
+    """Each list over a seventh of the items, means, histories and blends: best of that part, whatever the others."""
+    asked, positions, weights = blended(together[0], share)
+    means = Means(unit(np.stack([searcher.vectors[mine].sum(axis=0) + 1e-3 for mine in positions])), positions)
+    eligible = np.arange(ITEMS) % 7 == 3
+    kinds: list[Tastes] = [asked] if share else [means, Histories(positions, weights)]
+    for tastes in kinds:
+        whole, all_scores = tastes.exact(searcher)
+        expected = top_k(whole, all_scores, flat_exclusions(positions, ITEMS), eligible, K)
+        part = tastes.exact(searcher, np.flatnonzero(eligible))
+        found = top_k(*part, flat_exclusions(positions, ITEMS), eligible, K)
+        assert found[0].tolist() == expected[0].tolist()
+        np.testing.assert_allclose(found[1], expected[1], atol=2e-6)
+        assert (expected[0] >= 0).any()
+        for effort in (None, Effort(searcher.manifest["leaves"], ITEMS)):
+            top, _ = best(searcher, tastes, positions, eligible, K, effort)
+            assert top.tolist() == expected[0].tolist()
+            nothing, _ = best(searcher, tastes, positions, np.zeros(ITEMS, bool), K, effort)
+            assert (nothing < 0).all()
 
 
 def test_a_blend_by_scann_gives_the_exact_lists(

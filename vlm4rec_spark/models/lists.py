@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
-from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.tastes import Tastes
 
 _USERS_AT_ONCE = 1_024
@@ -23,10 +23,16 @@ def best(
     """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
 
     With an `effort`, as many candidates more are fetched as the user may not get, and users who fall short are searched
-    exactly.
+    exactly. So is everybody where so few items are eligible that this costs less.
     """
     top, score = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
-    rows = asked.at_once(len(searcher)) if effort is None else _USERS_AT_ONCE
+    few = np.flatnonzero(eligible)
+    if not len(few):
+        return top, score
+    if effort is not None and EXACT_COST * len(few) < effort.cost(searcher):
+        effort = None
+    among = few if 2 * len(few) < len(searcher) else None
+    rows = asked.at_once(len(searcher) if among is None else len(few)) if effort is None else _USERS_AT_ONCE
     # Users with as many exclusions stand together: the block's most sets how much is fetched for all of it.
     order = np.argsort([len(positions) for positions in excluded], kind="stable")
     for start in range(0, len(asked), rows):
@@ -34,7 +40,7 @@ def best(
         block, block_excluded = asked.part(users), [excluded[user] for user in users]
         exclusions = flat_exclusions(block_excluded, len(searcher))
         if effort is None:
-            found = block.exact(searcher)
+            found = block.exact(searcher, among)
         else:
             more = np.array([len(positions) for positions in block_excluded], np.int64)
             found = block.search(searcher, effort, more)

@@ -171,10 +171,12 @@ class Searcher:
         known = self.positions(named.dictionary.to_pylist())
         return known[named.indices.to_numpy()] if len(known) else np.empty(0, np.int64)
 
-    def exact(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every item as a candidate of every query: positions (queries, items) and cosines, in index order."""
-        scores = queries @ self.vectors.T
-        return np.broadcast_to(np.arange(len(self), dtype=np.int64), scores.shape), scores
+    def exact(self, queries: np.ndarray, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Every item, or those at the sorted positions `among`, as a candidate of every query: positions (queries,
+        items) and cosines, in index order."""
+        scores = queries @ (self.vectors if among is None else self.vectors[among]).T
+        items = np.arange(len(self), dtype=np.int64) if among is None else among
+        return np.broadcast_to(items, scores.shape), scores
 
     def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
         """Approximate candidates, rescored exactly: positions and float64 cosines, both (queries, candidates).

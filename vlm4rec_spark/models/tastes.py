@@ -37,8 +37,9 @@ class Tastes(Protocol):
         """How many users can be scored exactly against so many items in the memory that there is for it."""
         ...
 
-    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
-        """Every item as a candidate of every user: positions and scores, both (users, items)."""
+    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Every item, or those at the sorted positions `among`, as a candidate of every user: positions and scores,
+        both (users, items)."""
         ...
 
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +98,8 @@ class Means:
     def at_once(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // items)
 
-    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
-        return searcher.exact(self._vectors)
+    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return searcher.exact(self._vectors, among)
 
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         positions, scores = searcher.search(self._vectors, effort.with_more(more))
@@ -130,15 +131,16 @@ class _Several(ABC):
         longest = max((len(weights) for weights in self._weights), default=1)
         return max(1, _SCORES_AT_ONCE // items // max(1, longest))
 
-    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """No candidates (-1) for a user without a history in this index."""
         distinct, rows = self._asked(searcher)
-        _, similar = searcher.exact(distinct)
-        positions = np.full((len(self), len(searcher)), -1, np.int64)
+        items = np.arange(len(searcher)) if among is None else among
+        _, similar = searcher.exact(distinct, among)
+        positions = np.full((len(self), len(items)), -1, np.int64)
         scores = np.full(positions.shape, np.nan, np.float32)
         for user, (mine, weights) in enumerate(zip(rows, self._weights, strict=True)):
             if len(mine):
-                positions[user] = np.arange(len(searcher))
+                positions[user] = items
                 scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
         return positions, scores
 
@@ -153,7 +155,7 @@ class _Several(ABC):
         cosines, deep = cosines.astype(np.float32), effort.candidates + more
         merged = [_merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
                   for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)]  # fmt: skip
-        return _padded(merged)
+        return padded(merged)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.full(positions.shape, np.nan)
@@ -270,16 +272,16 @@ class Blend:
     def at_once(self, items: int) -> int:
         return self._content.at_once(items)
 
-    def exact(self, searcher: Searcher) -> tuple[np.ndarray, np.ndarray]:
+    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         if self._share == 1:
-            return _padded([self._found(user) for user in range(len(self))])
-        positions, scores = self._content.exact(searcher)
+            return padded([_within(among, *self._found(user))[1:] for user in range(len(self))])
+        positions, scores = self._content.exact(searcher, among)
         scores = (1 - self._share) * scores
         for user in range(len(self)):
-            found, strong = self._found(user)
+            columns, found, strong = _within(among, *self._found(user))
             if len(found) and positions[user, 0] < 0:  # no content to speak
-                positions[user, found], scores[user, found] = found, 0
-            scores[user, found] += self._share * strong.astype(np.float32)
+                positions[user, columns], scores[user, columns] = found, 0
+            scores[user, columns] += self._share * strong.astype(np.float32)
         return positions, scores
 
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -292,7 +294,7 @@ class Blend:
             found, strong = self._found(user)
             strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates + more[user]]]
             wanted.append(np.union1d(near[user][near[user] >= 0], strongest))
-        positions, _ = _padded([(mine, np.zeros(len(mine))) for mine in wanted])
+        positions, _ = padded([(mine, np.zeros(len(mine))) for mine in wanted])
         return positions, self.scores(searcher, positions).astype(np.float32)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
@@ -335,7 +337,16 @@ def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _within(among: np.ndarray | None, items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where the items stand in `among`, and those that do, with their scores."""
+    if among is None:
+        return items, items, scores
+    place = np.searchsorted(among, items)
+    there = (place < len(among)) & (among[place.clip(max=len(among) - 1)] == items)
+    return place[there], items[there], scores[there]
+
+
+def padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Positions and scores of each user as rows of the same length, -1 and NaN past the last."""
     width = max((len(positions) for positions, _ in lists), default=0)
     positions, scores = np.full((len(lists), width), -1, np.int64), np.full((len(lists), width), np.nan, np.float32)
