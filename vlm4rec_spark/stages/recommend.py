@@ -8,18 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.lists import best, listed
+from vlm4rec_spark.models.lists import listed
 from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
 from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
+from vlm4rec_spark.models.standing import stand
 from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Shape, Tastes
 from vlm4rec_spark.sources import Source
 
@@ -40,6 +42,7 @@ class RecommendSettings(BaseModel):
     why: bool = True
     popular: bool = True
     rules: tuple[Rule, ...] = Field((), max_length=MOST_RULES)
+    allow: Source = Source()
     deny: Source = Source()
     caps: dict[str, PositiveInt] = {}
     variants: tuple[Literal["parent", "photo"], ...] = ("parent", "photo")
@@ -47,6 +50,15 @@ class RecommendSettings(BaseModel):
     least_score: float | None = Field(None, ge=-1, le=1)
     seen_again: tuple[str, ...] = ()
     repurchase_days: dict[str, PositiveInt] = {}
+    full_days: int = Field(7, ge=0)
+
+
+class Matches(Protocol):
+    """How profiles are matched with items; `sources` says of what an item speaks without and with co-occurrence."""
+
+    sources: ClassVar[tuple[str, str]]
+
+    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes: ...
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ class Matching:
     divided at most, where the shape is multi_taste.
     """
 
+    sources: ClassVar[tuple[str, str]] = ("content", "cooccurrence")
+
     shape: Shape = "mean"
     share: float = 0.0
     position_decay: float = 1.0
@@ -122,11 +136,12 @@ CONTENT = Matching()
 
 
 def calibrate(
-    searcher: Searcher, sample: pa.Table, eligible: np.ndarray, k: int, promise: float, matching: Matching = CONTENT
+    searcher: Searcher, sample: pa.Table, offer: Offer, k: int, promise: float, matching: Matching = CONTENT
 ) -> Calibration:
     """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise, on `sample`.
 
-    `sample` holds embedding, history and seen of some profiles. Exact search when no effort holds it, or when none that
+    `sample` holds embedding, history and seen of some profiles, and `rules` where some apply to some of them. Recall is
+    that of the best eligible items, before any share a place. Exact search when no effort holds it, or when none that
     does is cheaper. Costs are reckoned, not timed, so that the same index and profiles give the same effort.
     """
     if not searcher.approximate or len(sample) == 0:
@@ -134,14 +149,15 @@ def calibrate(
     (batch,) = sample.combine_chunks().to_batches()
     asked, excluded = matching.tastes(batch, searcher), _positions(batch.column("seen"), searcher)
     started = time.monotonic()
-    truth, _ = best(searcher, asked, excluded, eligible, k, None)
+    bare, rules = Offer(offer.allowed), _rules(batch)
+    truth, _, _ = listed(searcher, asked, excluded, bare, rules, k, None)
     exact_per_second = len(sample) / (time.monotonic() - started)
     if (truth < 0).all():
         return Calibration(None, 1.0, 1.0, len(sample))
 
     def measure(effort: Effort) -> Tried:
         started = time.monotonic()
-        found, _ = best(searcher, asked, excluded, eligible, k, effort)
+        found, _, _ = listed(searcher, asked, excluded, bare, rules, k, effort)
         seconds = time.monotonic() - started
         shares = _recall(found, truth)
         low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))
@@ -171,26 +187,65 @@ def without(searcher: Searcher, withdrawn: Sequence[str]) -> Offer:
 
 
 def recommend(
-    profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: Offer, k: int,
-    effort: Effort | None, matching: Matching = CONTENT, why: bool = True,
+    profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: Offer, k: int, effort: Effort | None,
+    matching: Matches = CONTENT, why: bool = True, news: np.ndarray | None = None,
 ) -> DataFrame:  # fmt: skip
-    """user_id, items, k, index_id of every profile that has a vector; items in rank order, with the reason if `why`.
+    """user_id, items, k, index_id and made_of of every profile that has a vector, or needs none; items in rank order,
+    with the reason if `why`.
 
-    profiles: as in the table; `rules`, where that column is there, has the bits of the rules that apply to the user.
+    profiles: as in the table, and of these columns those that there are: `rules` (bits of the rules that apply to the
+    user), `only` (the items that the user may get; null: all), `made_of` (a hash of the row), `segment`. With `news`
+    (bool (items,), those that have changed) the columns of `standing` are there too, and users whose list stands are
+    left out.
     """
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         for batch in batches:
+            if news is not None and len(batch):
+                batch = batch.filter(pa.array(_again(batch, searcher, offer, matching, news)))
             if len(batch):
                 yield _ranked(batch, searcher, offer, k, effort, matching, why)
 
-    rules = F.col("rules") if "rules" in profiles.columns else F.lit(0).cast("bigint").alias("rules")
-    return (
-        profiles.where(F.col("embedding").isNotNull())
-        .select("user_id", "embedding", "seen", "history", rules)
-        .mapInArrow(rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING")
+    rows = profiles.where(F.col("embedding").isNotNull()) if "embedding" in profiles.columns else profiles
+    return rows.select(*(name for name in _ASKED if name in rows.columns)).mapInArrow(
+        rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING, made_of BIGINT"
     )
+
+
+_ASKED = ("user_id", "embedding", "seen", "history", "segment", "rules", "only", "made_of", "held", "last", "was")
+
+
+def made_of(profiles: DataFrame) -> DataFrame:
+    """The profiles with a hash of all that a user's list depends on besides the items."""
+    parts = [name for name in ("embedding", "history", "seen", "rules", "only") if name in profiles.columns]
+    return profiles.withColumn("made_of", F.xxhash64(*parts))
+
+
+def standing(recommendations: DataFrame) -> DataFrame:
+    """user_id, held (item_id of all that stands in the list's row), last (score of the last place, null where one is
+    free) and was (made_of) of the lists that there are."""
+    full = F.size("items") == F.col("k")
+    return recommendations.select(
+        "user_id", F.concat("items.item_id", F.flatten("items.collapsed")).alias("held"),
+        F.when(full, F.element_at("items", -1)["score"]).alias("last"), F.col("made_of").alias("was"),
+    )  # fmt: skip
+
+
+def _again(
+    batch: pa.RecordBatch, searcher: Searcher, offer: Offer, matching: Matches, news: np.ndarray
+) -> np.ndarray:
+    """bool (users,): whose list may come out otherwise than it stands."""
+    same = pc.equal(batch.column("made_of"), batch.column("was")).fill_null(False).to_numpy(zero_copy_only=False)
+    part = batch.filter(pa.array(same))
+    held, history = _positions(part.column("held"), searcher), part.column("history")
+    known = _per_user(searcher.positions_of(history.flatten().field("item_id")), history)
+    both = [np.concatenate([mine, items[items >= 0]]) for mine, items in zip(held, known, strict=True)]
+    last = part.column("last").fill_null(-np.inf).to_numpy()
+    asked = matching.tastes(part, searcher, False)
+    again = ~same
+    again[same] = ~stand(searcher, asked, offer, _rules(part), news, both, last)
+    return again
 
 
 _ITEM = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
@@ -198,12 +253,16 @@ _ITEM = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, becaus
 
 
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, offer: Offer, k: int, effort: Effort | None, matching: Matching,
+    batch: pa.RecordBatch, searcher: Searcher, offer: Offer, k: int, effort: Effort | None, matching: Matches,
     why: bool,
 ) -> pa.RecordBatch:  # fmt: skip
-    asked = matching.tastes(batch, searcher, why)
-    excluded, rules = _positions(batch.column("seen"), searcher), batch.column("rules").to_numpy()
-    top, scores, collapsed = listed(searcher, asked, excluded, offer, rules, k, effort)
+    asked, names = matching.tastes(batch, searcher, why), batch.schema.names
+    excluded, only = _positions(batch.column("seen"), searcher), None
+    if "only" in names and batch.column("only").null_count < len(batch):
+        narrowed = batch.column("only").is_valid().to_numpy(zero_copy_only=False)
+        mine = _positions(batch.column("only").fill_null([]), searcher)
+        only = [items if has else None for items, has in zip(mine, narrowed, strict=True)]
+    top, scores, collapsed = listed(searcher, asked, excluded, offer, _rules(batch), k, effort, only)
     kept = top >= 0
     because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
     if why:
@@ -217,7 +276,7 @@ def _ranked(
             pa.array(scores[kept]),
             reason,
             shared_terms(searcher, chosen, reasons),
-            pa.array(["content", "cooccurrence"]).take(spoke),
+            pa.array(matching.sources).take(spoke),
             _hidden(collapsed, kept, searcher),
         ],
         names=["item_id", "score", "because_item_id", "because_terms", "source", "collapsed"],
@@ -229,8 +288,9 @@ def _ranked(
             pa.ListArray.from_arrays(pa.array(offsets), items),
             pa.array(np.full(len(batch), k, np.int32)),
             pa.array([searcher.index_id] * len(batch)),
+            batch.column("made_of") if "made_of" in names else pa.nulls(len(batch), pa.int64()),
         ],
-        names=["user_id", "items", "k", "index_id"],
+        names=["user_id", "items", "k", "index_id", "made_of"],
     )
 
 
@@ -266,6 +326,11 @@ def _recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     hits = (found[:, :, None] == truth[:, None, :]) & (truth[:, None, :] >= 0)
     length = (truth >= 0).sum(axis=1)
     return hits.any(axis=1).sum(axis=1)[length > 0] / length[length > 0]
+
+
+def _rules(batch: pa.RecordBatch) -> np.ndarray:
+    """int64 (users,)."""
+    return batch.column("rules").to_numpy() if "rules" in batch.schema.names else np.zeros(len(batch), np.int64)
 
 
 def _queries(embedding: pa.ListArray) -> np.ndarray:
