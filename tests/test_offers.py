@@ -58,9 +58,9 @@ def test_rules_groups_and_joined_variants(spark: SparkSession, tmp_path: Path) -
     assert brands[0] == brands[1] != brands[2] != -1
     assert brands[3] == brands[4] == fits[1] == fits[4] == -1
     assert fits[0] == fits[3] >= 0
-    parents = offers.offer(rows, searcher, ["parent"], {}, 0.9, 0.1)
+    parents = offers.offer(rows, searcher, ["parent"], {}, 0.9, 0.1, 0.3)
     assert parents.variants[0] == parents.variants[1] != parents.variants[2]
-    assert (parents.caps, parents.alike, parents.least) == ([], 0.9, 0.1)
+    assert (parents.caps, parents.alike, parents.least, parents.diversity) == ([], 0.9, 0.1, 0.3)
 
 
 def test_rules_apply_to_whom_they_say(spark: SparkSession) -> None:
@@ -125,12 +125,13 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
     markets = "".join(f"u{u},{'EU' if u % 2 else 'US'},\n" for u in range(5))
     (tmp_path / "users.csv").write_text(f"user_id,region,consent\n{markets}u5,EU,no\nfresh,EU,yes\n")
     (tmp_path / "deny.csv").write_text("user_id,item_id\n,i01\nu0,i02\n")
-    run = pipeline(
-        tmp_path, f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=[{tmp_path}/log.csv]",
+    settings = (
+        f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=[{tmp_path}/log.csv]",
         f"ingest.users.path=[{tmp_path}/users.csv]", f"recommend.deny.path=[{tmp_path}/deny.csv]", "recommend.k=6",
         "representation=title", "recommend.caps={brand: 3}", "recommend.seen_again=[view]",
         "recommend.rules=[{items: price < 25}, {items: price >= 5, users: \"region = 'EU'\"}]",
     )  # fmt: skip
+    run = pipeline(tmp_path, *settings)
     run.run(["ingest", "embed", "index", "profiles", "recommend"])
     lists = {row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()}
     assert set(lists) == {"u0", "u1", "u2", "u3", "u4", "fresh"}  # u5 refused
@@ -165,3 +166,11 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
     fresh = {int(item["item_id"][1:]) for item in lists["fresh"]}
     assert min(fresh) >= 5
     assert max(fresh) < 25
+    # And other lists of the same best items, in an order that isn't that of the scores.
+    run = pipeline(tmp_path, *settings, "recommend.diversity=0.7")
+    run.run(["recommend"])
+    diverse = {row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()}
+    scores = {user: [item["score"] for item in diverse[user]] for user in ("u0", "u1", "u2", "u3", "u4")}
+    assert {user: max(mine) for user, mine in scores.items()} == {user: mine[0] for user, mine in scores.items()}
+    assert {user: mine[0] for user, mine in scores.items()} == {user: changed[user][0]["score"] for user in scores}
+    assert any(mine != sorted(mine, reverse=True) for mine in scores.values())

@@ -68,7 +68,7 @@ def listed(
     top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
     collapsed = [np.empty((0, 3), np.int64)]
     for bits in np.unique(rules).tolist():
-        eligible, depth, waiting = offer.eligible(bits), k, np.flatnonzero(rules == bits)
+        eligible, depth, waiting = offer.eligible(bits), offer.first_depth(k), np.flatnonzero(rules == bits)
         while len(waiting):
             block, block_excluded = asked.part(waiting), [excluded[user] for user in waiting]
             deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None

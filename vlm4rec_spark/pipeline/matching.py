@@ -171,8 +171,9 @@ def recommend(run: Run, outcome: Outcome) -> None:
     items = _offered_to_all(run, run.read(schemas.ITEMS))
     offered = offers.item_rows(items, run.tables.read(schemas.PHOTOS), settings.rules, settings.caps)
     offer = offers.offer(
-        offered.toArrow(), searcher, settings.variants, settings.caps, settings.alike, settings.least_score
-    )
+        offered.toArrow(), searcher, settings.variants, settings.caps, settings.alike, settings.least_score,
+        settings.diversity,
+    )  # fmt: skip
     # Who doesn't agree gets no list.
     refused = users.where(~F.col("consent")).select("user_id")
     usable = rows.where(F.col("embedding").isNotNull()).join(refused, on="user_id", how="left_anti")

@@ -57,7 +57,7 @@ def _group(column: str) -> Column:
 
 def offer(
     rows: pa.Table, searcher: Searcher, variants: Sequence[str], caps: Mapping[str, int], alike: float | None,
-    least: float | None,
+    least: float | None, diversity: float = 0.0,
 ) -> Offer:  # fmt: skip
     """The offer of `item_rows`, by the positions of an index; an item of the index that isn't there isn't offered.
 
@@ -78,7 +78,7 @@ def offer(
     if same is not None and len(np.unique(same)) == len(same):
         same = None  # nobody's variants: lists are simply the best items
     limits = [(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
-    return Offer(allowed, same, limits, alike, least)
+    return Offer(allowed, same, limits, alike, least, diversity)
 
 
 def _joined(groups: Sequence[np.ndarray]) -> np.ndarray:

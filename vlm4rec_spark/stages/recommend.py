@@ -48,6 +48,7 @@ class RecommendSettings(BaseModel):
     variants: tuple[Literal["parent", "photo"], ...] = ("parent", "photo")
     alike: float | None = Field(None, ge=0, le=1)
     least_score: float | None = Field(None, ge=-1, le=1)
+    diversity: float = Field(0.0, ge=0, lt=1)
     seen_again: tuple[str, ...] = ()
     repurchase_days: dict[str, PositiveInt] = {}
     full_days: int = Field(7, ge=0)
