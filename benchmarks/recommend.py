@@ -42,6 +42,7 @@ from rich.table import Table
 from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
+from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.pipeline import Pipeline, Voice
 from vlm4rec_spark.session import session
@@ -172,7 +173,7 @@ class Shop:
         sample = tables.read(schemas.PROFILES).orderBy(F.xxhash64("user_id")).limit(1_000)
         searcher = Searcher.open(self.index, verify=False)
         rows = sample.select("embedding", "history", "seen").toArrow()
-        self.measured = recommend.calibrate(searcher, rows, np.ones(items, bool), K, PROMISE)
+        self.measured = recommend.calibrate(searcher, rows, Offer(np.ones(items, np.int64)), K, PROMISE)
         say(f"{items:,} items: calibrated in {time.monotonic() - started:.0f} s: "
             f"{self.measured.words(searcher.manifest['leaves'])}, recall {self.measured.recall:.4f}")  # fmt: skip
 

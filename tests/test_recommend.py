@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from vlm4rec_spark import schemas
 from vlm4rec_spark.models.embedder import load_embedder
 from vlm4rec_spark.models.history import HISTORY
 from vlm4rec_spark.models.lists import best
+from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Means
 from vlm4rec_spark.stages import index, popular, recommend
@@ -168,44 +170,68 @@ def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world:
 def test_calibration_measures_what_it_says(world: World) -> None:
     searcher = Searcher.open(world.scann)
     sample = world.profiles.where("embedding IS NOT NULL").select("embedding", "history", "seen").toArrow()
-    eligible = recommend.without(searcher, WITHDRAWN).eligible(0)
-    assert eligible.sum() == ITEMS - len(WITHDRAWN)
-    easy = recommend.calibrate(searcher, sample, eligible, K, promise=0.5)
+    offer = recommend.without(searcher, WITHDRAWN)
+    assert offer.eligible(0).sum() == ITEMS - len(WITHDRAWN)
+    easy = recommend.calibrate(searcher, sample, offer, K, promise=0.5)
     assert easy.effort is not None
     assert 0.5 <= easy.low <= easy.recall <= 1
     assert easy.users == USERS
-    hard = recommend.calibrate(searcher, sample, eligible, K, promise=0.9)
+    hard = recommend.calibrate(searcher, sample, offer, K, promise=0.9)
     assert hard.effort is None or (hard.effort.leaves > easy.effort.leaves and hard.low >= 0.9)
     # No promise above what approximate search gave: exact it is.
-    assert recommend.calibrate(searcher, sample, eligible, K, promise=1.1).effort is None
-    assert recommend.calibrate(Searcher.open(world.exact), sample, eligible, K, promise=0.9).effort is None
-    other = recommend.calibrate(searcher, sample, eligible, K, 0.5, recommend.Matching("max_similarity"))
+    assert recommend.calibrate(searcher, sample, offer, K, promise=1.1).effort is None
+    assert recommend.calibrate(Searcher.open(world.exact), sample, offer, K, promise=0.9).effort is None
+    other = recommend.calibrate(searcher, sample, offer, K, 0.5, recommend.Matching("max_similarity"))
     assert other.effort is not None
     assert other.recall != easy.recall  # it was measured on these lists and not on those
 
 
-def test_who_has_no_history_gets_what_is_popular_in_the_segment_and_new_to_them(spark: SparkSession) -> None:
-    met = {"a": "ABC", "b": "AB", "c": "AX", "d": "DE", "e": "DE", "new": "", "met": "DX", "club": "", "unsaid": "A"}
+def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(spark: SparkSession) -> None:
+    met = {"a": "ABC", "b": "AB", "c": "AX", "d": "DE", "e": "DE", "new": "", "met": "DX", "unsaid": "A", "gone": "G"}
     events = [(f"{user}{item}", user, item, "view", datetime(2025, 1, 1), datetime(2025, 1, 1).date())
               for user, items in met.items() for item in items * 2]  # fmt: skip
     log = spark.createDataFrame(events, schemas.INTERACTIONS.schema)
-    items = spark.createDataFrame([(item, item != "X") for item in "ABCDEXZ"], "item_id STRING, available BOOLEAN")
+    items = spark.createDataFrame([(item,) for item in "ABCDEXZ"], "item_id STRING")
     users = spark.createDataFrame(
         [(user, "club", None, None) for user in ("d", "e", "met", "club")] + [("unsaid", None, None, None)],
         schemas.USERS.schema,
     )
-    waiting = spark.createDataFrame([("new",), ("met",), ("club",), ("unsaid",)], "user_id STRING")
-    found = {row["user_id"]: row for row in popular.lists(waiting, log, items, users, "v1", 3).collect()}
-    names = {user: [(item["item_id"], item["score"]) for item in row["items"]] for user, row in found.items()}
-    # Seven users have met something that there is: four of them A, three D; three of the club D, two E.
-    assert names == {
-        "new": [("A", 0.571429), ("D", 0.428571), ("B", 0.285714)],
-        "unsaid": [("D", 0.428571), ("B", 0.285714), ("E", 0.285714)],
-        "met": [("E", 0.666667), ("A", 0.571429), ("B", 0.285714)],
-        "club": [("D", 1.0), ("E", 0.666667), ("A", 0.571429)],
+    counted = popular.counts(log, items, users).persist()
+    rows = {(row["segment"], row["item_id"]): (row["users"], row["of"]) for row in counted.collect()}
+    # Seven users have met something that there is: four of them A, three D; three are of the club.
+    assert rows["", "A"] == (4, 7)
+    assert rows["", "D"] == (3, 7)
+    assert rows["club", "D"] == (3, 3)
+    assert rows["club", "E"] == (2, 3)
+    assert ("club", "A") not in rows
+    offered = items.where("item_id <> 'X'")
+    best = {(row["segment"], row["item_id"]): row["share"] for row in popular.best(counted, offered).collect()}
+    assert best["", "A"] == pytest.approx(4 / 7)
+    assert best["club", "D"] == pytest.approx((3 + 20 * 3 / 7) / 23)
+    assert best["club", "A"] == pytest.approx((0 + 20 * 4 / 7) / 23)
+    assert {segment for segment, _ in best} == {"", "club"}
+    assert {item for _, item in best} == {*"ABCDE"}
+
+
+def test_popular_lists_are_new_to_their_users_and_keep_the_rules(spark: SparkSession, world: World) -> None:
+    searcher = Searcher.open(world.exact)
+    table = pa.table({"segment": ["", "", "", "club", "club", "club"],
+                      "item_id": ["i005", "i009", "lost", "i009", "i005", "i007"],
+                      "share": [0.5, 0.25, 0.9, 0.75, 0.5, 0.25]})  # fmt: skip
+    placed = popular.placed(table, 0, searcher) | popular.placed(table.slice(4), 2, searcher)
+    waiting = spark.createDataFrame(
+        [("all", None, 0, []), ("club", "club", 0, ["i009"]), ("other", "x", 0, ["i005"]), ("ruled", "club", 2, [])],
+        "user_id STRING, segment STRING, rules BIGINT, seen ARRAY<STRING>",
+    )
+    offer, opener = Offer(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]), partial(Searcher.open, world.exact)
+    rows = recommend.recommend(waiting, opener, offer, 3, None, popular.ByPopularity(placed)).collect()
+    assert {row["user_id"]: [(item["item_id"], item["score"]) for item in row["items"]] for row in rows} == {
+        "all": [("i005", 0.5), ("i009", 0.25)], "club": [("i005", 0.5), ("i007", 0.25)], "other": [("i009", 0.25)],
+        "ruled": [("i005", 0.5), ("i007", 0.25)],
     }  # fmt: skip
-    assert {item["source"] for row in found.values() for item in row["items"]} == {"popular"}
-    assert {(row["k"], row["index_id"]) for row in found.values()} == {(3, "v1")}
+    items = [item for row in rows for item in row["items"]]
+    assert {(item["source"], item["because_item_id"]) for item in items} == {("popular", None)}
+    assert {row["made_of"] for row in rows} == {None}
 
 
 SCIENTIFIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientific"
@@ -229,7 +255,7 @@ def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: 
     everybody = pa.table({"embedding": pa.array(list(means)), "history": history, "seen": pa.array(names)})
     chosen = np.random.default_rng(0).permutation(len(met))
     sample = everybody.take(pa.array(chosen[:1_000]))
-    measured = recommend.calibrate(searcher, sample, np.ones(len(place), bool), K, 0.98)
+    measured = recommend.calibrate(searcher, sample, Offer(np.ones(len(place), np.int64)), K, 0.98)
     assert measured.effort is not None
     excluded = [np.unique(items) for items in met]
     found, _ = best(searcher, Means(means, None), excluded, np.ones(len(place), bool), K, measured.effort)

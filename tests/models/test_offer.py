@@ -118,9 +118,13 @@ def test_all_together_equal_brute_force(tmp_path: Path) -> None:
         queries, rules = unit(rng.standard_normal((users, DIMENSION))), rng.choice([0, 2, 4, 6], users)
         seen = [rng.permutation(items)[: rng.integers(0, items + 1) // 3] for _ in range(users)]
         asked = Means(queries, [np.empty(0, np.int64)] * users)
-        top, scores, hidden = listed(Searcher.open(folder), asked, seen, offer, rules, k, None)
+        only = [rng.permutation(items)[: rng.integers(0, items + 1)] if rng.random() < 0.2 else None
+                for _ in range(users)]  # fmt: skip
+        top, scores, hidden = listed(Searcher.open(folder), asked, seen, offer, rules, k, None, only)
         for user in range(users):
-            expected, twins = brute_force(vectors, queries[user], seen[user], offer, int(rules[user]), k)
+            mine = only[user]
+            barred = seen[user] if mine is None else np.append(seen[user], np.setdiff1d(np.arange(items), mine))
+            expected, twins = brute_force(vectors, queries[user], barred, offer, int(rules[user]), k)
             assert top[user].tolist() == expected + [-1] * (k - len(expected)), seed
             assert [(place, item) for who, place, item in hidden.tolist() if who == user] == twins, seed
             assert (np.isnan(scores[user]) == (top[user] < 0)).all()

@@ -15,6 +15,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.lists import best
+from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Means
 from vlm4rec_spark.stages import index
@@ -23,6 +24,7 @@ from vlm4rec_spark.stages.recommend import calibrate, without
 ITEMS, DIMENSION, K = 2_000, 32, 10
 IDS = [f"i{number:04d}" for number in range(ITEMS)]
 NOBODY = np.empty(0, np.int64)
+ALL = Offer(np.ones(ITEMS, np.int64))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -311,7 +313,7 @@ def sample(queries: np.ndarray, seen: list[list[str]]) -> pa.Table:
 def test_calibration_holds_its_promise_on_other_users(searcher: Searcher, promise: float) -> None:
     everything = np.ones(ITEMS, bool)
     seen = [[IDS[item] for item in row] for row in brute_force(clustered(150, seed=11), 5)]
-    found = calibrate(searcher, sample(clustered(150, seed=11), seen), everything, K, promise)
+    found = calibrate(searcher, sample(clustered(150, seed=11), seen), ALL, K, promise)
     assert found.effort is not None
     assert (found.users, promise <= found.low <= found.recall <= 1) == (150, True)
     queries = clustered(150, seed=12)
@@ -321,7 +323,7 @@ def test_calibration_holds_its_promise_on_other_users(searcher: Searcher, promis
 
 def test_calibration_takes_the_cheapest_effort_that_is_enough(searcher: Searcher) -> None:
     table = sample(clustered(200, seed=13), [[]] * 200)
-    low, high = (calibrate(searcher, table, np.ones(ITEMS, bool), K, promise).effort for promise in (0.1, 0.95))
+    low, high = (calibrate(searcher, table, ALL, K, promise).effort for promise in (0.1, 0.95))
     assert low == Effort(1, K)
     assert high is not None
     assert high.cost(searcher) > low.cost(searcher)
@@ -343,14 +345,14 @@ def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Pat
 def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> None:
     noise = unit(np.random.default_rng(14).standard_normal((72, DIMENSION)))
     Searcher.build(tmp_path / "x", "x", IDS[:32], noise[:32], [""] * 32, scann_from=16)
-    found = calibrate(Searcher.open(tmp_path / "x"), sample(noise[32:], [[]] * 40), np.ones(32, bool), 3, 1.0)
+    found = calibrate(Searcher.open(tmp_path / "x"), sample(noise[32:], [[]] * 40), Offer(np.ones(32, int)), 3, 1.0)
     assert (found.effort, found.recall, found.words(6)) == (None, 1.0, "exact")
 
 
 def test_nothing_to_calibrate_means_exact_search(tmp_path: Path, searcher: Searcher) -> None:
-    assert calibrate(searcher, sample(clustered(0, seed=15), []), np.ones(ITEMS, bool), K, 0.9).effort is None
-    withdrawn = np.zeros(ITEMS, bool)
-    assert calibrate(searcher, sample(clustered(3, seed=15), [[]] * 3), withdrawn, K, 0.9).effort is None
+    assert calibrate(searcher, sample(clustered(0, seed=15), []), ALL, K, 0.9).effort is None
+    withdrawn = np.zeros(ITEMS, int)
+    assert calibrate(searcher, sample(clustered(3, seed=15), [[]] * 3), Offer(withdrawn), K, 0.9).effort is None
     exact = Searcher.open(small(tmp_path / "x"))
     queries = np.array([[1, 0]], np.float32)
-    assert calibrate(exact, sample(queries, [[]]), np.ones(3, bool), K, 0.9).effort is None
+    assert calibrate(exact, sample(queries, [[]]), Offer(np.ones(3, np.int64)), K, 0.9).effort is None

@@ -5,14 +5,18 @@ numpy only, so that a server can make lists too. Knows positions of the index; k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.ranking import SPARE, flat_exclusions, ordered, top_k
 from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
-from vlm4rec_spark.models.tastes import Tastes
+from vlm4rec_spark.models.tastes import Tastes, padded
 
 _USERS_AT_ONCE = 1_024
+_PLACES_AT_ONCE = 2**22
+"""Candidates are held at a time, however deep a list has to be ranked."""
 _DEEP = 64
 """Times k: where so many candidates haven't filled a list, the search is exact."""
 
@@ -58,31 +62,60 @@ def best(
 
 def listed(
     searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], offer: Offer, rules: np.ndarray, k: int,
-    effort: Effort | None,
+    effort: Effort | None, only: Sequence[np.ndarray | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
     place, position.
 
-    As many candidates are ranked as it takes to fill the places.
+    As many candidates are ranked as it takes to fill the places. only: of users who may get no others, the positions of
+    their items, -1 for one that the index doesn't hold.
     """
     top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
     collapsed = [np.empty((0, 3), np.int64)]
-    for bits in np.unique(rules).tolist():
-        eligible, depth, waiting = offer.eligible(bits), offer.first_depth(k), np.flatnonzero(rules == bits)
+    narrowed = np.array([only is not None and only[user] is not None for user in range(len(asked))], bool)
+    for bits, narrow in sorted({*zip(rules.tolist(), narrowed.tolist(), strict=True)}):
+        eligible, depth = offer.eligible(bits), offer.first_depth(k)
+        waiting = np.flatnonzero((rules == bits) & (narrowed == narrow))
         while len(waiting):
-            block, block_excluded = asked.part(waiting), [excluded[user] for user in waiting]
-            deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None
-            near, near_scores = best(searcher, block, block_excluded, eligible, depth, deep)
-            if offer.plain:
-                top[waiting], scores[waiting] = near, near_scores
-                break
-            ranks, twins, ended = offer.places(near, near_scores, searcher.vectors, k)
-            ended |= depth >= len(searcher)
-            done = waiting[ended]
-            there = ranks[ended] >= 0
-            top[done] = np.where(there, np.take_along_axis(near[ended], ranks[ended], 1), -1)
-            scores[done] = np.where(there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan)
-            twins = twins[ended[twins[:, 0]]]
-            collapsed.append(np.column_stack([waiting[twins[:, 0]], twins[:, 1:]]))
-            waiting, depth = waiting[~ended], min(4 * depth, len(searcher))
+            left = []
+            step = max(1, _PLACES_AT_ONCE // depth)
+            for users in (waiting[start : start + step] for start in range(0, len(waiting), step)):
+                block, block_excluded = asked.part(users), [excluded[user] for user in users]
+                if narrow and only is not None:
+                    near, near_scores = _of_these(
+                        searcher, block, block_excluded, eligible, depth, [only[user] for user in users]
+                    )
+                else:
+                    deep = Effort(effort.leaves, effort.candidates + depth - k) if effort else None
+                    deep = deep if depth <= _DEEP * k else None
+                    near, near_scores = best(searcher, block, block_excluded, eligible, depth, deep)
+                if offer.plain:
+                    top[users], scores[users] = near, near_scores
+                    continue
+                ranks, twins, ended = offer.places(near, near_scores, searcher.vectors, k)
+                ended |= depth >= len(searcher)
+                done = users[ended]
+                there = ranks[ended] >= 0
+                top[done] = np.where(there, np.take_along_axis(near[ended], ranks[ended], 1), -1)
+                scores[done] = np.where(there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan)
+                twins = twins[ended[twins[:, 0]]]
+                collapsed.append(np.column_stack([users[twins[:, 0]], twins[:, 1:]]))
+                left.append(users[~ended])
+            waiting = np.concatenate(left) if left else np.empty(0, np.int64)
+            depth = min(4 * depth, len(searcher))
     return top, scores, np.concatenate(collapsed)
+
+
+def _of_these(
+    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], eligible: np.ndarray, k: int,
+    only: Sequence[np.ndarray | None],
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """As `best`, each user's list out of the items that are theirs alone."""
+    mine = [np.unique(items[items >= 0]) if items is not None else np.empty(0, np.int64) for items in only]
+    candidates, _ = padded([(items, np.zeros(len(items))) for items in mine])
+    if not candidates.shape[1]:
+        return np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
+    scores = asked.scores(searcher, candidates)
+    there = np.where(np.isnan(scores), -1, candidates)  # of what a user's taste says nothing
+    top, _ = top_k(there, scores, flat_exclusions(excluded, len(searcher)), eligible, k)
+    return ordered(top, asked.scores(searcher, top), k)

@@ -29,7 +29,7 @@ class Popular:
         return max(1, _SCORES_AT_ONCE // max(1, *map(len, self._positions), 1))
 
     def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return padded([within(among, mine, shares)[1:]
+        return padded([within(among, mine, shares)[1]
                        for mine, shares in zip(self._positions, self._shares, strict=True)])  # fmt: skip
 
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,10 +25,10 @@ def marks(searcher: Searcher, offer: Offer, said: np.ndarray) -> np.ndarray:
     its variants, and `said` (int64, of its row in the catalogue)."""
     names = pd.util.hash_array(searcher.ids)
     # A group is known by its first item, so that one that comes changes it for as few others as possible.
-    group = np.zeros(len(searcher), np.uint64)
+    group = names
     if offer.variants is not None:
         of, first, number = np.unique(offer.variants, return_index=True, return_inverse=True)
-        group = np.where(of[number] >= 0, names[first[number]], 0).astype(np.uint64)
+        group = np.where(of[number] >= 0, names[first[number]], names)
     words = np.append(pd.util.hash_array(np.asarray(searcher.vocabulary.to_pylist(), dtype=object)), np.uint64(0))
     found = np.empty(len(searcher), np.int64)
     for start in range(0, len(searcher), _ROWS_AT_ONCE):

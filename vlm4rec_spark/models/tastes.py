@@ -274,11 +274,11 @@ class Blend:
 
     def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         if self._share == 1:
-            return padded([within(among, *self._found(user))[1:] for user in range(len(self))])
+            return padded([within(among, *self._found(user))[1] for user in range(len(self))])
         positions, scores = self._content.exact(searcher, among)
         scores = (1 - self._share) * scores
         for user in range(len(self)):
-            columns, found, strong = within(among, *self._found(user))
+            columns, (found, strong) = within(among, *self._found(user))
             if len(found) and positions[user, 0] < 0:  # no content to speak
                 positions[user, columns], scores[user, columns] = found, 0
             scores[user, columns] += self._share * strong.astype(np.float32)
@@ -337,13 +337,15 @@ def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def within(among: np.ndarray | None, items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where the items stand in `among`, and those that do, with their scores."""
+def within(
+    among: np.ndarray | None, items: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Where the items stand in `among` (sorted positions, None: all), and those that do, with their scores."""
     if among is None:
-        return items, items, scores
+        return items, (items, scores)
     place = np.searchsorted(among, items)
     there = (place < len(among)) & (among[place.clip(max=len(among) - 1)] == items)
-    return place[there], items[there], scores[there]
+    return place[there], (items[there], scores[there])
 
 
 def padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from vlm4rec_spark.caption.estimate import Plan
 from vlm4rec_spark.evaluation.tune import Metric, Tuned
 from vlm4rec_spark.lease import Lease
 from vlm4rec_spark.models.prompts import load_prompt
-from vlm4rec_spark.pipeline import captioning, encoding, housekeeping, intake, judging, matching
+from vlm4rec_spark.pipeline import captioning, encoding, housekeeping, intake, judging, listing, matching
 from vlm4rec_spark.pipeline.run import Outcome, Run, Voice
 from vlm4rec_spark.schemas import Table
 from vlm4rec_spark.sources import Source
@@ -63,9 +63,9 @@ _STAGES = {
         matching.beside_profiles,
     ),
     "recommend": Stage(
-        matching.recommend,
+        listing.recommend,
         (schemas.PROFILES, schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
-        (schemas.RECOMMENDATIONS,), matching.beside_lists,
+        (schemas.RECOMMENDATIONS, schemas.OFFERED, schemas.POPULARITY), listing.beside_lists,
     ),
     "evaluate": Stage(
         judging.evaluate,
@@ -113,7 +113,7 @@ class Pipeline(Run):
             self.encoder_id()
             self.vision_id()
         if "recommend" in stages:
-            matching.check(self)
+            listing.check(self)
         self.tables.prepare()
         if "ingest" in stages and not self._unchanged("ingest"):
             intake.raw_sources(self)

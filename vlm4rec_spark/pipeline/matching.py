@@ -1,28 +1,21 @@
-"""Index, profiles and recommend: vectors and the log to everybody's list."""
+"""Index and profiles: vectors to the artefact, and with it the log to everybody's taste."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import schemas, sources
+from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.offer import Rule
 from vlm4rec_spark.models.searcher import Searcher
 from vlm4rec_spark.pipeline.encoding import item_texts
 from vlm4rec_spark.pipeline.run import Outcome, Run, one
-from vlm4rec_spark.stages import cooccurrence, offers, popular
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling
-from vlm4rec_spark.stages import recommend as ranking
 
 
 def index(run: Run, outcome: Outcome) -> None:
@@ -96,7 +89,7 @@ def _touched(run: Run) -> DataFrame | None:
     that turned out to be somebody's.
     """
     runs = run.tables.read(schemas.RUNS)
-    last = runs.where((F.col("stage") == "profiles") & (F.col("status") == "ok")).orderBy(F.desc("started_at")).first()
+    last = run.last("profiles")
     if last is None or last["details"].get("made_by") != _made_by(run):
         return None
     # A run that was killed may have written by other settings, and not recorded itself.
@@ -151,168 +144,16 @@ def _embeddings_version(run: Run) -> str:
     return str(last[0]) if last and last[0] is not None else ""
 
 
-def check(run: Run) -> None:
-    """Raise UsageError for rules that can't be asked of the tables, and for denied items that aren't there."""
-    items, users = (run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS))
-    offers.check(items, users, run.config.recommend.rules, run.config.recommend.caps)
-    if run.config.recommend.deny.path:
-        sources.read(run.spark, "recommend.deny", run.config.recommend.deny)
-
-
-def recommend(run: Run, outcome: Outcome) -> None:
-    settings, k = run.config.recommend, run.config.recommend.k
-    rows = run.read(schemas.PROFILES)
-    folder = index_folder(run)
-    searcher = Searcher.open(folder)
-    other = rows.where(F.col("representation") != run.config.representation)
-    if not other.isEmpty():
-        raise RunError("recommend: the profiles are of another representation than the index. Run profiles again.")
-    users = run.tables.read(schemas.USERS)
-    items = _offered_to_all(run, run.read(schemas.ITEMS))
-    offered = offers.item_rows(items, run.tables.read(schemas.PHOTOS), settings.rules, settings.caps)
-    offer = offers.offer(
-        offered.toArrow(), searcher, settings.variants, settings.caps, settings.alike, settings.least_score,
-        settings.diversity,
-    )  # fmt: skip
-    # Who doesn't agree gets no list.
-    refused = users.where(~F.col("consent")).select("user_id")
-    usable = rows.where(F.col("embedding").isNotNull()).join(refused, on="user_id", how="left_anti")
-    usable = _excluded(run, _under_rules(usable, users, settings.rules))
-    sample = usable.select("user_id", "embedding", "history", "seen").orderBy(F.xxhash64("user_id"), "user_id")
-    eligible = offer.eligible(offers.applying(users, settings.rules)[0])
-    matching = _matching(run, rows, searcher)
-    measured = ranking.calibrate(
-        searcher, sample.limit(settings.recall_sample).toArrow(), eligible, k, settings.recall, matching
-    )
-    words = measured.words(searcher.manifest["leaves"])
-    count = usable.count()
-    run.voice.say(f"recommending for {count:,} users: {words}, recall {measured.recall:.3f} on {measured.users:,}")
-    open_searcher = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
-    lists = ranking.recommend(usable, open_searcher, offer, k, measured.effort, matching, settings.why)
-    if settings.popular:
-        lists = lists.unionByName(_popular(run, usable, refused, searcher.index_id))
-    lists = lists.select("*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at"))
-    with run.voice.watch("recommending", count):
-        run.tables.replace(schemas.RECOMMENDATIONS, lists)
-    made = run.tables.read(schemas.RECOMMENDATIONS)
-    short, outcome.ok = made.where(F.size("items") < k).count(), made.count()
-    outcome.skipped = rows.join(made.select("user_id"), on="user_id", how="left_anti").count()
-    outcome.details = {
-        "k": str(k), "users": str(count), "popular_lists": str(outcome.ok - count), "short_lists": str(short),
-        "search": words, "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
-        "recall_low": f"{measured.low:.4f}", "recall_curve": _curve(measured), "index_id": searcher.index_id,
-        "cooccurrence_share": str(run.config.cooccurrence.share),
-    }  # fmt: skip
-
-
-def _under_rules(profiles: DataFrame, users: DataFrame, rules: Sequence[Rule]) -> DataFrame:
-    """Profiles with the bits of the rules that apply to each user."""
-    everybody, some = offers.applying(users, rules)
-    if some is None:
-        return profiles.withColumn("rules", F.lit(everybody).cast("bigint"))
-    joined = profiles.join(some, on="user_id", how="left")
-    return joined.withColumn("rules", F.coalesce("rules", F.lit(0)).bitwiseOR(F.lit(everybody).cast("bigint")))
-
-
-def _excluded(run: Run, profiles: DataFrame) -> DataFrame:
-    """Profiles whose `seen` holds what each user may not get: by the events, and by what is denied."""
-    settings = run.config.recommend
-    if settings.seen_again or settings.repurchase_days:
-        kept_off = offers.not_again(run.log(), run.read(schemas.ITEMS), settings.seen_again, settings.repurchase_days)
-        profiles = profiles.drop("seen").join(kept_off, on="user_id", how="left")
-        profiles = profiles.withColumn("seen", F.coalesce("seen", F.array()))
-    if settings.deny.path:
-        theirs = _denied(run).where(f"NOT {_TO_ALL}").groupBy("user_id").agg(F.collect_set("item_id").alias("denied"))
-        profiles = profiles.join(theirs, on="user_id", how="left")
-        more = F.array_union("seen", F.coalesce("denied", F.array()))
-        profiles = profiles.withColumn("seen", more).drop("denied")
-    return profiles
-
-
-_TO_ALL = "coalesce(user_id, '') = ''"
-
-
-def _denied(run: Run) -> DataFrame:
-    rows = sources.read(run.spark, "recommend.deny", run.config.recommend.deny)
-    return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
-
-
-def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
-    """The items; what is denied to all counts as unavailable."""
-    if not run.config.recommend.deny.path:
-        return items
-    denied = _denied(run).where(_TO_ALL).select("item_id", F.lit(True).alias("denied")).distinct()
-    joined = items.join(denied, on="item_id", how="left")
-    return joined.withColumn("available", F.col("available") & F.col("denied").isNull()).drop("denied")
-
-
-def _popular(run: Run, usable: DataFrame, refused: DataFrame, index_id: str) -> DataFrame:
-    """Lists of the users, in the log or in `users`, who are no bots and have no usable profile."""
-    log, users = run.log(), run.tables.read(schemas.USERS)
-    robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
-    people = log.join(robots, on="user_id", how="left_anti")
-    settings, items = run.config.recommend, run.read(schemas.ITEMS)
-    waiting = (
-        people.select("user_id").unionByName(users.select("user_id")).distinct()
-        .join(robots, on="user_id", how="left_anti").join(refused, on="user_id", how="left_anti")
-        .join(usable.select("user_id"), on="user_id", how="left_anti")
-    )  # fmt: skip
-    under, found = _under_rules(waiting, users, settings.rules), []
-    everybody, some = offers.applying(users, settings.rules)
-    apply = {everybody}
-    if some is not None:
-        apply |= {everybody | row["rules"] for row in some.select("rules").distinct().collect()}
-    for bits in sorted(apply):
-        theirs = [rule.items for number, rule in enumerate(settings.rules) if bits & 2 << number]
-        allowed = reduce(lambda rows, rule: rows.where(rule), theirs, _offered_to_all(run, items))
-        mine = under.where(F.col("rules") == bits).select("user_id")
-        found.append(popular.lists(mine, people, allowed, users, index_id, settings.k))
-    return reduce(DataFrame.unionByName, found)
-
-
-def _curve(measured: ranking.Calibration) -> str:
-    """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search."""
-    tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
-              round(each.per_second)] for each in measured.tried]  # fmt: skip
-    exact = measured.exact_per_second
-    return json.dumps({"tried": tried, "exact": round(exact) if exact else None})
-
-
-def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
-    """By the profiles' shape, and with the share of co-occurrence that is asked for, counted in the same profiles."""
-    settings, profile = run.config.cooccurrence, run.config.profiles
-    content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
-    if not settings.share:
-        return content
-    run.voice.say(f"counting what is found together, needs up to {len(searcher) * settings.kept * 60 / 1e9:.2f} GB on "
-                  "the driver")  # fmt: skip
-    folder = cooccurrence.build(
-        cooccurrence.pairs(profiles, settings), searcher, Path(run.config.index.folder) / "cooccurrence"
-    )
-    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
-    return replace(content, share=settings.share, position_decay=settings.position_decay, opens=opens)
-
-
 def beside_index(run: Run) -> object:
     settings = run.config.index
-    return [settings.model_dump(mode="json"), run.config.representation, run.encoder_id(), _index_id(run)]
+    return [settings.model_dump(mode="json"), run.config.representation, run.encoder_id(), index_id(run)]
 
 
 def beside_profiles(run: Run) -> object:
-    return [run.config.profiles.model_dump(mode="json"), run.config.representation, _index_id(run)]
+    return [run.config.profiles.model_dump(mode="json"), run.config.representation, index_id(run)]
 
 
-def beside_lists(run: Run) -> object:
-    """None where items are denied: the list of them may say something else each time."""
-    if run.config.recommend.deny.path:
-        return None
-    settings = run.config.recommend.model_dump(mode="json")
-    blend = run.config.cooccurrence.model_dump(mode="json")
-    shape = [run.config.profiles.shape, run.config.profiles.tastes]
-    return [settings, blend, *shape, run.config.representation, _index_id(run)]
-
-
-def _index_id(run: Run) -> str:
+def index_id(run: Run) -> str:
     """The index in force; of one that is missing or damaged what is wrong with it, so that nothing rests on it."""
     try:
         return Searcher.open(index_folder(run)).index_id

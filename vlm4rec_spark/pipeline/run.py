@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.config import Config
@@ -82,6 +83,11 @@ class Run:
             raise RunError(f"The table {self.tables.place(table)} isn't there yet. Run the stage that makes it, or "
                            "`vlm4rec run` for all.")  # fmt: skip
         return self.tables.read(table)
+
+    def last(self, stage: str) -> Row | None:
+        """The last run of the stage that had something to do and ended well."""
+        good = self.tables.read(schemas.RUNS).where((F.col("stage") == stage) & (F.col("status") == "ok"))
+        return good.orderBy(F.desc("started_at")).first()
 
     def log(self) -> DataFrame:
         """The interactions, those of an anonymous id under the user that it is known to be."""

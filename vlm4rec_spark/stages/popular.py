@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +75,7 @@ def placed(rows: pa.Table, bits: int, searcher: Searcher) -> dict[tuple[str, int
 class ByPopularity:
     """A way of matching: by what is popular in the user's segment, where that is known, else by what is with all."""
 
-    sources = ("popular", "popular")
+    sources: ClassVar[tuple[str, str]] = ("popular", "popular")
 
     def __init__(self, popular: Best):
         self._popular = popular

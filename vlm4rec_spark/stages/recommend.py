@@ -226,9 +226,10 @@ def made_of(profiles: DataFrame) -> DataFrame:
 def standing(recommendations: DataFrame) -> DataFrame:
     """user_id, held (item_id of all that stands in the list's row), last (score of the last place, null where one is
     free) and was (made_of) of the lists that there are."""
+    of_it = F.concat("items.item_id", F.flatten("items.collapsed"), F.array_compact("items.because_item_id"))
     full = F.size("items") == F.col("k")
     return recommendations.select(
-        "user_id", F.concat("items.item_id", F.flatten("items.collapsed")).alias("held"),
+        "user_id", of_it.alias("held"),
         F.when(full, F.element_at("items", -1)["score"]).alias("last"), F.col("made_of").alias("was"),
     )  # fmt: skip
 
