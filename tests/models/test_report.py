@@ -114,15 +114,45 @@ def test_what_shares_a_place_stands_below_it():
     assert page.count(", and 2 more</span>") == 1
 
 
-def test_the_recall_curve_is_drawn_where_something_was_tried():
-    tried = [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [2, 20, 0.96, 0.953, 600]]
-    details = {"recall_curve": json.dumps({"tried": tried, "exact": 50}), "recall_promised": "0.95", "search": "ScaNN"}
-    page = render(ReportData(runs=(a_run("index", approximate="true", items="9"), a_run("recommend", **details))))
-    assert "Recall against speed" in page
-    assert ">20 candidates<" in page
-    for broken in ("nonsense", json.dumps({"tried": [[1, 2]]}), json.dumps({"tried": 3})):
-        without = a_run("recommend", recall_curve=broken, recall_promised="0.95")
-        assert "Recall against speed" not in render(ReportData(runs=(a_run("index", items="9"), without)))
+def calibrated(**details: object) -> str:
+    """A page on an approximate index; `recall_curve` as a structure."""
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in details.items()}
+    return render(ReportData(runs=(a_run("index", approximate="true", items="9"), a_run("recommend", **told))))
+
+
+CURVE = {"tried": [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [4, 20, 0.96, 0.953, 600]], "exact": 50}
+
+
+def test_the_recall_curve_shows_what_was_tried_promised_and_taken():
+    found = {"recall_curve": CURVE, "recall_promised": "0.95", "k": "10"}
+    page = calibrated(**found, search="ScaNN, 4 of 9 leaves, 20 candidates")
+    chart = page[page.index("Recall against speed") : page.index("</figure>")]
+    for word in (
+        "10 candidates", "20 candidates", "exact search", "promise: 0.95", "taken: 4 leaves", "100", "1,000",
+        "lists a second, one process on the driver", "recall@10, 1 = all that exact search finds",
+    ):  # fmt: skip
+        assert f">{word}</text>" in chart
+    (alt,) = re.findall(r'aria-label="(Recall against[^"]*)"', page)
+    assert " ".join(alt.split()) == (
+        "Recall against lists a second of 3 settings of the search: from 70 % to 96 %; promised are 95 %. "
+        "Taken: 4 leaves and 20 candidates, 96 %, at least 95.3 %, at 600 lists a second. Exact search makes 50."
+    )
+    exact = calibrated(**found, search="exact")
+    assert ">taken: exact search</text>" in exact and "Taken: exact search. Exact search makes 50." in exact
+    assert ">taken" not in calibrated(**found, search="?")
+
+
+def test_the_lower_bound_of_each_setting_is_drawn():
+    lower = {"tried": [[1, 10, 0.9, 0.5, 900], [2, 10, 0.97, 0.96, 700]], "exact": 500}
+    drawn = [calibrated(recall_curve=curve, recall_promised="0.95", search="?") for curve in (lower, {
+        **lower, "tried": [[1, 10, 0.9, 0.6, 900], lower["tried"][1]]})]  # fmt: skip
+    assert ">0.5</text>" in drawn[0] and ">0.5</text>" not in drawn[1]
+
+
+def test_without_a_recall_curve_the_page_has_no_frame_for_it():
+    for broken in ("nonsense", {"tried": [[1, 2]]}, {"tried": 3}, {"tried": [], "exact": None}):
+        assert "Recall against" not in calibrated(recall_curve=broken, recall_promised="0.95")
+    assert "Recall against" not in calibrated(recall_curve=CURVE, recall_promised="?")
 
 
 def test_the_page_asks_nobody_for_anything():

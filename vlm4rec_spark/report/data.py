@@ -190,6 +190,29 @@ class Apart:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A setting of the search that the calibration tried: recall, its lower 95 % bound, lists a second."""
+
+    leaves: int
+    candidates: int
+    recall: float
+    low: float
+    per_second: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What recommend tried before it took a search; `exact`: lists a second of exact search, `k`: of the recall."""
+
+    tried: tuple[Setting, ...]
+    promise: float
+    exact: float | None
+    took_exact: bool
+    taken: Setting | None
+    k: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page. `counts`: rows of items, photos, captions, interactions, users with a list."""
 
