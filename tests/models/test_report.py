@@ -119,10 +119,10 @@ def test_what_shares_a_place_stands_below_it():
 
 
 def test_hidden_variants_stand_where_their_scores_put_them():
-    places = [("A", 0.9, ["D", "B"]), ("C", 0.5, []), ("E", 0.4, ["F"]), ("G", 0.3, [])]
-    scores = {"A": 0.900001, "B": 0.5, "C": 0.5, "D": 0.7000004, "E": 0.4, "F": 0.35, "G": 0.3}
-    assert ranking(places, scores, 4) == ["A", "D", "B", "C"]
-    assert ranking(places, scores | {"B": 0.5000004}, 7) == []  # nobody has lost a place: the list is short
+    places = [("A", 0.9, ["D", "X"]), ("C", 0.5, []), ("E", 0.4, ["F"]), ("G", 0.3, [])]
+    scores = {"A": 0.900001, "C": 0.5, "D": 0.7000004, "E": 0.4, "F": 0.35, "G": 0.3, "X": 0.5000004}
+    assert ranking(places, scores, 5) == ["A", "D", "C", "X", "E"]  # a tie, to six digits
+    assert ranking(places, scores, 7) == []  # nobody has lost a place: the list is short
     assert ranking(places, scores | {"A": 0.91}, 4) == []  # that isn't how the list was scored
     assert ranking(places, {item: score for item, score in scores.items() if item != "F"}, 4) == []
 
