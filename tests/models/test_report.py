@@ -125,6 +125,7 @@ def test_hidden_variants_stand_where_their_scores_put_them():
     assert ranking(places, scores, 7) == []  # nobody has lost a place: the list is short
     assert ranking(places, scores | {"A": 0.91}, 4) == []  # that isn't how the list was scored
     assert ranking(places, {item: score for item, score in scores.items() if item != "F"}, 4) == []
+    assert ranking([*places[2:], *places[:2]], scores, 5) == []  # something else than scores has ordered it
 
 
 def test_scores_are_worked_out_again_by_the_profiles_shape():
@@ -151,7 +152,7 @@ def test_lists_stand_with_and_without_variants():
 def test_without_variants_there_is_no_frame_for_them():
     assert "variants collapsed" not in full_page()
     unknown = text_of(render(dataclasses.replace(full(), variants=Variants(97))))
-    assert "97 of 2 lists hide variants" in unknown and "can't be had again" in unknown
+    assert "97 of 2 lists hide variants" in unknown and "can't be ranked again" in unknown
 
 
 def calibrated(**details: object) -> str:

@@ -74,11 +74,14 @@ class ChosenVariants:
 def ranking(places: Sequence[Place], scores: Mapping[str, float], length: int) -> list[str]:
     """The first item ids, best first, of a list's items and all that they hide; ties by id, as in the list.
 
-    Empty where `scores` lacks one of them or has another score than the list, and where nothing is gained by hiding.
+    Empty where `scores` lacks one of them or has another score than the list, where the list isn't in the order of its
+    scores, and where nothing is gained by hiding.
     """
     listed = {item: score for item, score, _ in places}
     hidden = {other for _, _, others in places for other in others}
     if not listed.keys() | hidden <= scores.keys() or any(abs(scores[item] - listed[item]) > _SAME for item in listed):
+        return []
+    if list(listed) != sorted(listed, key=lambda item: (-listed[item], item)):
         return []
     every = {item: round(scores[item], SCORE_DIGITS) for item in hidden} | listed
     ranked = sorted(every, key=lambda item: (-every[item], item))[:length]
