@@ -9,6 +9,7 @@ import re
 from datetime import UTC, datetime
 from functools import cache
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,6 +20,7 @@ from vlm4rec_spark.report.data import (
     Apart,
     AuditExample,
     Captions,
+    Collapsed,
     Failure,
     Metric,
     Photo,
@@ -30,11 +32,13 @@ from vlm4rec_spark.report.data import (
     SharedPhoto,
     Source,
     User,
+    Variants,
     figures,
 )
 from vlm4rec_spark.report.findings import Finding, findings
 from vlm4rec_spark.report.page import render
 from vlm4rec_spark.report.scores import headline, splits
+from vlm4rec_spark.report.variants import item_scores, ranking
 
 AT = datetime(2026, 11, 24, 9, 12, tzinfo=UTC)
 PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="
@@ -114,15 +118,82 @@ def test_what_shares_a_place_stands_below_it():
     assert page.count(", and 2 more</span>") == 1
 
 
-def test_the_recall_curve_is_drawn_where_something_was_tried():
-    tried = [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [2, 20, 0.96, 0.953, 600]]
-    details = {"recall_curve": json.dumps({"tried": tried, "exact": 50}), "recall_promised": "0.95", "search": "ScaNN"}
-    page = render(ReportData(runs=(a_run("index", approximate="true", items="9"), a_run("recommend", **details))))
-    assert "Recall against speed" in page
-    assert ">20 candidates<" in page
-    for broken in ("nonsense", json.dumps({"tried": [[1, 2]]}), json.dumps({"tried": 3})):
-        without = a_run("recommend", recall_curve=broken, recall_promised="0.95")
-        assert "Recall against speed" not in render(ReportData(runs=(a_run("index", items="9"), without)))
+def test_hidden_variants_stand_where_their_scores_put_them():
+    places = [("A", 0.9, ["D", "X"]), ("C", 0.5, []), ("E", 0.4, ["F"]), ("G", 0.3, [])]
+    scores = {"A": 0.900001, "C": 0.5, "D": 0.7000004, "E": 0.4, "F": 0.35, "G": 0.3, "X": 0.5000004}
+    assert ranking(places, scores, 5) == ["A", "D", "C", "X", "E"]  # a tie, to six digits
+    assert ranking(places, scores, 7) == []  # nobody has lost a place: the list is short
+    assert ranking(places, scores | {"A": 0.91}, 4) == []  # that isn't how the list was scored
+    assert ranking(places, {item: score for item, score in scores.items() if item != "F"}, 4) == []
+    assert ranking([*places[2:], *places[:2]], scores, 5) == []  # something else than scores has ordered it
+
+
+def test_scores_are_worked_out_again_by_the_profiles_shape():
+    vectors = {"A": np.array([1.0, 0.0]), "B": np.array([0.0, 1.0]), "C": np.array([0.6, 0.8])}
+    history = [("A", 1.0), ("B", 2.0), ("gone", 9.0)]
+    assert item_scores([0.6, 0.8], history, vectors, "mean") == pytest.approx({"A": 0.6, "B": 0.8, "C": 1.0})
+    assert item_scores([0.6, 0.8], history, vectors, "max_similarity") == {"A": 0.5, "B": 1.0, "C": 0.8}
+
+
+def test_lists_stand_with_and_without_variants():
+    red, twin, blue = (Photo(name, f"{name} mug", PIXEL) for name in ("red", "tw<i>n", "blue"))
+    pair = Collapsed("u<9>", (red, blue), (red, twin), {"tw<i>n": 1})
+    page = render(dataclasses.replace(full(), variants=Variants(97, (pair,))))
+    text = text_of(page[page.index('id="variants"') : page.index('id="metrics"')])
+    assert "97 of 2 lists hide variants" in text
+    assert "u&lt;9&gt; 1 of the first 2 places gained: without collapsing it would go to a variant of what" in text
+    assert "As it is, variants collapsed 1 2 gained The same ranking, variants not collapsed variant of 1" in text
+    upper, lower = page[page.index("As it is") :].split("The same ranking, variants not")
+    marked = r'<li class="marked" title="([^"]*)"'
+    assert re.findall(marked, upper) == ["blue mug"]
+    assert re.findall(marked, lower) == ["tw&lt;i&gt;n mug"]
+
+
+def test_without_variants_there_is_no_frame_for_them():
+    assert "variants collapsed" not in full_page()
+    unknown = text_of(render(dataclasses.replace(full(), variants=Variants(97))))
+    assert "97 of 2 lists hide variants" in unknown and "can't be ranked again" in unknown
+
+
+def calibrated(**details: object) -> str:
+    """A page on an approximate index; `recall_curve` as a structure."""
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in details.items()}
+    return render(ReportData(runs=(a_run("index", approximate="true", items="9"), a_run("recommend", **told))))
+
+
+CURVE = {"tried": [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [4, 20, 0.96, 0.953, 600]], "exact": 50}
+
+
+def test_the_recall_curve_shows_what_was_tried_promised_and_taken():
+    found = {"recall_curve": CURVE, "recall_promised": "0.95", "k": "10"}
+    page = calibrated(**found, search="ScaNN, 4 of 9 leaves, 20 candidates")
+    chart = page[page.index("Recall against speed") : page.index("</figure>")]
+    for word in (
+        "10 candidates", "20 candidates", "exact search", "promise: 0.95", "taken: 4 leaves", "100", "1,000",
+        "lists a second, one process on the driver", "recall@10, 1 = all that exact search finds",
+    ):  # fmt: skip
+        assert f">{word}</text>" in chart
+    (alt,) = re.findall(r'aria-label="(Recall against[^"]*)"', page)
+    assert " ".join(alt.split()) == (
+        "Recall against lists a second of 3 settings of the search: from 70 % to 96 %; promised are 95 %. "
+        "Taken: 4 leaves and 20 candidates, 96 %, at least 95.3 %, at 600 lists a second. Exact search makes 50."
+    )
+    exact = calibrated(**found, search="exact")
+    assert ">taken: exact search</text>" in exact and "Taken: exact search. Exact search makes 50." in exact
+    assert ">taken" not in calibrated(**found, search="?")
+
+
+def test_the_lower_bound_of_each_setting_is_drawn():
+    lower = {"tried": [[1, 10, 0.9, 0.5, 900], [2, 10, 0.97, 0.96, 700]], "exact": 500}
+    drawn = [calibrated(recall_curve=curve, recall_promised="0.95", search="?") for curve in (lower, {
+        **lower, "tried": [[1, 10, 0.9, 0.6, 900], lower["tried"][1]]})]  # fmt: skip
+    assert ">0.5</text>" in drawn[0] and ">0.5</text>" not in drawn[1]
+
+
+def test_without_a_recall_curve_the_page_has_no_frame_for_it():
+    for broken in ("nonsense", {"tried": [[1, 2]]}, {"tried": 3}, {"tried": [], "exact": None}):
+        assert "Recall against" not in calibrated(recall_curve=broken, recall_promised="0.95")
+    assert "Recall against" not in calibrated(recall_curve=CURVE, recall_promised="?")
 
 
 def test_the_page_asks_nobody_for_anything():

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm4rec_spark.report.data import Metric, Run, arm_name
+from vlm4rec_spark.report.data import Calibration, Metric, Run, arm_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,8 @@ INK, MUTED, RULE, ACCENT, SOFT = "#1f2328", "#6a6f76", "#d9d6cf", "#c2410c", "#f
 _SHADES = ("#1f2328", "#6a6f76", "#3d6b8e", "#7a5c99", "#8a8f3c")
 _LABEL_LENGTH, _ROOM = 24, 60
 """Characters of a label at most, and those that have room side by side under half a page."""
+_DECADE = 10
+"""Times the slowest from which speeds stand on a logarithmic axis."""
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm4rec_spark",  # else ids are random and no two pages equal
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's typeface
@@ -129,25 +131,42 @@ def durations(runs: Sequence[Run]) -> str:
     return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
 
 
-def recall_curve(tried: Sequence[tuple[int, int, float, float]], promise: float) -> str:
-    """Recall against speed: of each setting of the search its leaves, candidates, recall and lists a second."""
+def recall_curve(found: Calibration) -> str:
+    """Recall against speed: each setting down to its lower bound, one line per number of candidates; and the promise,
+    exact search and what was taken."""
 
     def draw(panels: Sequence[Axes]) -> None:
         (axes,) = panels
-        each = sorted({candidates for _, candidates, *_ in tried})
-        for candidates, shade in zip(each, _SHADES, strict=False):
-            line = sorted((leaves, speed, recall) for leaves, c, recall, speed in tried if c == candidates)
-            speeds, recalls = [speed for _, speed, _ in line], [recall for *_, recall in line]
-            axes.plot(speeds, recalls, marker="o", markersize=3.5, linewidth=1, color=shade,
-                      label=f"{candidates:,} candidates")  # fmt: skip
-            for leaves, speed, recall in line:
-                axes.annotate(f"{leaves:,}", (speed, recall), (4, -9), textcoords="offset points", color=MUTED, size=8)
-        axes.axhline(promise, color=ACCENT, linewidth=1)
-        axes.set_xlabel("lists a second on the driver; numbers: leaves searched")
-        axes.set_ylabel("recall")
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+        each_many = sorted({each.candidates for each in found.tried})
+        for candidates, shade, marker in zip(each_many, _SHADES, "os^vP", strict=False):
+            line = sorted((each for each in found.tried if each.candidates == candidates), key=lambda each: each.leaves)
+            below, above = [each.recall - each.low for each in line], [0.0] * len(line)
+            axes.errorbar([each.per_second for each in line], [each.recall for each in line], [below, above],
+                          color=shade, marker=marker, markersize=4, linewidth=1, capsize=3,
+                          label=f"{candidates:,} candidates")  # fmt: skip
+            for each, aside in ((line[0], (0, -15)), (line[-1], (-12, 0))):
+                axes.annotate(f"{each.leaves:,}", (each.per_second, each.recall), aside, size=9, color=MUTED,
+                              textcoords="offset points", ha="center", va="center")  # fmt: skip
+        if found.exact:
+            axes.plot([found.exact], [1], "D", color=INK, markerfacecolor="white", markersize=6, label="exact search")
+        place = (found.taken.per_second, found.taken.recall) if found.taken else (found.exact or 0, 1)
+        if found.taken or (found.took_exact and found.exact):
+            words = f"{found.taken.leaves:,} leaves" if found.taken else "exact search"
+            axes.plot([place[0]], [place[1]], "o", color=ACCENT, markerfacecolor="none", markersize=13,
+                      markeredgewidth=1.8, label=f"taken: {words}")  # fmt: skip
+        axes.axhline(found.promise, color=ACCENT, linewidth=1, linestyle=(0, (4, 2)), label=f"promise: {found.promise}")
+        speeds = [each.per_second for each in found.tried] + [found.exact or found.tried[0].per_second]
+        if max(speeds) > _DECADE * min(speeds) > 0:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.margins(x=0.08, y=0.08)
+        axes.set_xlabel("lists a second, one process on the driver")
+        axes.set_ylabel(f"recall@{found.k}, 1 = all that exact search finds", size=9)
+        axes.figure.legend(frameon=False, fontsize=9, labelcolor=INK, loc="outside lower left", ncols=2)
 
-    return _svg(draw, width=7.0, height=3.2)
+    # Narrow, so that its words can still be read on a telephone.
+    return _svg(draw, width=5.2, height=4.2)
 
 
 def values(counts: Sequence[tuple[str, int]]) -> str:

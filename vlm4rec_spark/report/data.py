@@ -160,6 +160,30 @@ class User:
 
 
 @dataclass(frozen=True)
+class Collapsed:
+    """The first places of a user's list, and who would stand there if the variants that they hide had their own."""
+
+    user_id: str
+    listed: tuple[Photo, ...]
+    ranked: tuple[Photo, ...]
+    hidden_by: Mapping[str, int]
+    """By item_id of a variant the place on the list, from 1, that hides it."""
+
+    @property
+    def gained(self) -> frozenset[str]:
+        """Items that have a place only because variants have none."""
+        return frozenset(photo.item_id for photo in self.listed) - {photo.item_id for photo in self.ranked}
+
+
+@dataclass(frozen=True)
+class Variants:
+    """How many lists hide variants, and a few of those that hide most."""
+
+    lists: int = 0
+    users: tuple[Collapsed, ...] = ()
+
+
+@dataclass(frozen=True)
 class Metric:
     """One row of the table `metrics`; value is None where the slice has too few users for a number."""
 
@@ -190,6 +214,29 @@ class Apart:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A setting of the search that the calibration tried: recall, its lower 95 % bound, lists a second."""
+
+    leaves: int
+    candidates: int
+    recall: float
+    low: float
+    per_second: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What recommend tried before it took a search; `exact`: lists a second of exact search, `k`: of the recall."""
+
+    tried: tuple[Setting, ...]
+    promise: float
+    exact: float | None
+    took_exact: bool
+    taken: Setting | None
+    k: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page. `counts`: rows of items, photos, captions, interactions, users with a list."""
 
@@ -201,6 +248,7 @@ class ReportData:
     captions: Captions = Captions()
     audit: tuple[AuditExample, ...] = ()
     users: tuple[User, ...] = ()
+    variants: Variants = Variants()
     metrics: tuple[Metric, ...] = ()
     apart: tuple[Apart, ...] = ()
 

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.report import audit, charts
-from vlm4rec_spark.report.data import Metric, Photo, ReportData, Run, arm_name, figures
+from vlm4rec_spark.report.calibration import calibration
+from vlm4rec_spark.report.data import Metric, Photo, ReportData, arm_name
 from vlm4rec_spark.report.findings import findings
 from vlm4rec_spark.report.scores import headline, splits
 
@@ -28,6 +29,7 @@ def render(data: ReportData) -> str:
     pages.filters |= {"count": _count, "share": _share, "duration": _duration, "moment": _moment, "size": _size,
                       "interval": _interval, "alt": _alt, "arm": arm_name, "p_value": _p_value,
                       "audited": _audited}  # fmt: skip
+    tried = calibration(data.run("recommend"))
     return pages.get_template("report.html.j2").render(
         data=data,
         headline=headline(data),
@@ -41,21 +43,11 @@ def render(data: ReportData) -> str:
         long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0]) > _LONG_CAPTION,
         columns=lambda table: list(dict.fromkeys(name for row in table.values() for name in row)),
         recall_lost=_recall_lost(data),
-        recall_curve=_recall_curve(data.run("recommend")),
+        calibration=tried,
+        recall_curve=charts.recall_curve(tried) if tried else "",
         svg=Markup,
         version=__version__,
     )
-
-
-def _recall_curve(run: Run | None) -> str:
-    """What the calibration tried, "" where search is exact without one."""
-    rows = figures(run.details.get("recall_curve")).get("tried") if run else None
-    try:
-        tried = [(int(leaves), int(most), float(recall), float(speed))
-                 for leaves, most, recall, _, speed in (rows if isinstance(rows, list) else ())]  # fmt: skip
-        return charts.recall_curve(tried, float(run.details["recall_promised"])) if run and tried else ""
-    except (KeyError, TypeError, ValueError):
-        return ""
 
 
 def _recall_lost(data: ReportData) -> str:
