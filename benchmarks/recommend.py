@@ -10,7 +10,8 @@ items the nearest has a cosine of about .68 with a user's vector, the hundredth 
 Beside this stage at the middle size, on the same vectors and cores, in the same run: one Python process that reads the
 same Parquet files, searches by ScaNN with its own reordering and as much effort, excludes in numpy and writes Parquet
 (raw); numpy's exact search; faiss, searching alone; Spark's ALS with given factors of rank 64, and crossJoin with
-vector_inner_product. Slow sides are timed on a sample of users, which the table says. faiss: pip install faiss-cpu.
+vector_inner_product. Slow sides are timed on a sample of users, which the table says. max_similarity merges the items'
+neighbours; how long searching these took stands in a row of its own. faiss: pip install faiss-cpu.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from rich.table import Table
 from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
+from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.pipeline import Pipeline, Voice
 from vlm4rec_spark.session import session
-from vlm4rec_spark.stages import index, recommend
+from vlm4rec_spark.stages import index, neighbours, recommend
 
 DIMENSION, SEEN, K, PROMISE = 384, 20, 10, 0.95
 FAMILIES, KIND = 40, 50
@@ -172,8 +174,8 @@ class Shop:
         started = time.monotonic()
         sample = tables.read(schemas.PROFILES).orderBy(F.xxhash64("user_id")).limit(1_000)
         searcher = Searcher.open(self.index, verify=False)
-        rows = sample.select("embedding", "history", "seen").toArrow()
-        self.measured = recommend.calibrate(searcher, rows, Offer(np.ones(items, np.int64)), K, PROMISE)
+        self.sample = sample.select("embedding", "history", "seen").toArrow()
+        self.measured = recommend.calibrate(searcher, self.sample, Offer(np.ones(items, np.int64)), K, PROMISE)
         say(f"{items:,} items: calibrated in {time.monotonic() - started:.0f} s: "
             f"{self.measured.words(searcher.manifest['leaves'])}, recall {self.measured.recall:.4f}")  # fmt: skip
 
@@ -181,13 +183,23 @@ class Shop:
         rows = self.pipeline.tables.read(schemas.PROFILES)
         return rows if users is None else rows.where(F.col("user_id") < f"u{users:07d}")
 
-    def ours(self, why: bool, shape: str = "mean", users: int | None = None) -> float:
+    def max_similarity(self) -> tuple[recommend.Matching, float]:
+        """By every item's neighbours, and the seconds that searching them takes."""
+        started, effort = time.monotonic(), self.measured.effort or Effort(1, K)
+        spark, most = self.pipeline.spark, self.pipeline.config.index.broadcast_gb
+        opens = index.ship(spark, self.index, most, Searcher.open)
+        deep = Effort(effort.leaves, neighbours.depth(effort.candidates, self.sample, self.items))
+        made = neighbours.build(spark, opens(), opens, deep, self.folder / "neighbours")
+        seconds = time.monotonic() - started
+        return recommend.Matching("max_similarity", neighbours=index.ship(spark, made, most, Neighbours.open)), seconds
+
+    def ours(self, why: bool, matching: recommend.Matching = recommend.CONTENT, users: int | None = None) -> float:
         """Seconds of the pass, from one Delta table to the other."""
         started, tables = time.monotonic(), self.pipeline.tables
         opens = index.ship(self.pipeline.spark, self.index, self.pipeline.config.index.broadcast_gb, Searcher.open)
         lists = recommend.recommend(
             self.profiles(users), opens, recommend.without(opens(), []), K, self.measured.effort,
-            recommend.Matching(shape), why,
+            matching, why,
         ).select("*", F.lit("run").alias("run_id"), F.current_timestamp().alias("generated_at"))
         tables.replace(schemas.RECOMMENDATIONS, lists)
         return time.monotonic() - started
@@ -333,7 +345,7 @@ def main() -> None:
     def told(side: str, items: int, users: int, rate: float, recall: float | None = None, memory: str = "") -> None:
         cells = f"{items:,}", f"{users:,}", f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
         table.add_row(side, *cells, "-" if recall is None else f"{recall:.4f}", memory)
-        say(f"{side}, {items:,} items: {cells[2]} users/s")
+        say(f"{side}, {items:,} items: {cells[2]}/s")
 
     rates, line = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -368,7 +380,9 @@ def main() -> None:
             told("this stage, with why", items, given.users, with_why)
             told("raw: one process, no Spark", items, given.users, given.users / seconds, None, f"{gb:.1f} GB")
             few = min(given.users, SAMPLE["max_similarity"])
-            plain, several = shop.ours(False, users=few), shop.ours(False, "max_similarity", few)
+            matching, neighbours_s = shop.max_similarity()
+            told("each item's neighbours, searched once: items/s", items, items, items / neighbours_s)
+            plain, several = shop.ours(False, users=few), shop.ours(False, matching, few)
             told("this stage, max_similarity", items, few, few / several)
             started, some = time.monotonic(), np.arange(SAMPLE["numpy"])
             shop.exact(some)
@@ -383,7 +397,7 @@ def main() -> None:
                 "vs_raw": round(rates[items] * seconds / given.users, 2),
                 "vs_exact_200k": round(rates[items] / exact, 1), "vs_als": round(rates[items] / als, 1),
                 "why_share": round(1 - with_why / rates[items], 3), "maxsim_cost": round(several / plain, 1),
-                "raw_gb": round(gb, 2),
+                "neighbours_s": round(neighbours_s), "raw_gb": round(gb, 2),
             }  # fmt: skip
         spark.stop()
     console.print(table)

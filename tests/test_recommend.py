@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,10 +19,11 @@ from vlm4rec_spark import schemas
 from vlm4rec_spark.models.embedder import load_embedder
 from vlm4rec_spark.models.history import HISTORY
 from vlm4rec_spark.models.lists import best
+from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.tastes import Means
-from vlm4rec_spark.stages import index, popular, recommend
+from vlm4rec_spark.stages import index, neighbours, popular, recommend
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -131,6 +134,49 @@ def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: Spa
             row = similar[place[item["item_id"]]]
             reason = [name for name, _ in history].index(item["because_item_id"])
             assert row[reason] == pytest.approx(row.max(), abs=2e-6)
+
+
+def test_neighbours_searched_once_give_the_lists_of_searching(
+    spark: SparkSession, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of 96 items and one Spark job for every two of them; deep enough for most users, not for u00."""
+    monkeypatch.setattr(neighbours, "_ITEMS_AT_ONCE", 96)
+    effort, searcher = Effort(4, 20), Searcher.open(world.scann)
+    seen = pa.table({"seen": list(world.seen.values()), "history": [items[:5] for items in world.seen.values()]})
+    depth = neighbours.depth(effort.candidates, seen, ITEMS)
+    assert depth == 64  # 20 candidates and the 37 items that nine of ten users haven't seen more than
+    assert neighbours.depth(effort.candidates, seen, 50) == 50
+    assert neighbours.pays(seen, 100, ITEMS)
+    assert not neighbours.pays(seen, USERS, ITEMS)
+    monkeypatch.setattr(neighbours, "_DRIVER_BYTES", 2 * 96 * 8 * depth)
+    opener = index.ship(spark, world.scann, 1.0, Searcher.open)
+    (tmp_path / "old").mkdir()
+    os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
+    folder = neighbours.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+
+    found = Neighbours.open(folder)
+    positions, cosines = searcher.search(searcher.vectors, Effort(effort.leaves, depth))
+    assert found.positions.tolist() == positions.tolist()
+    there = positions >= 0
+    assert not there.all()
+    assert found.cosines[there].tolist() == cosines.astype(np.float32)[there].tolist()
+    opens = index.ship(spark, folder, 1.0, Neighbours.open)
+    profiles, offer = world.profiles.repartition(1), recommend.without(searcher, WITHDRAWN)
+    with_it, without = (
+        recommend.recommend(profiles, opener, offer, K, effort, matching).collect()
+        for matching in (recommend.Matching("max_similarity", neighbours=opens), recommend.Matching("max_similarity"))
+    )
+    assert len(with_it) == USERS
+    assert with_it == without
+
+    # A sound folder is left as it is, a damaged one made again.
+    manifest = (folder / "manifest.json").stat()
+    assert neighbours.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
+    assert (folder / "manifest.json").stat() == manifest
+    (folder / "cosines.npy").write_bytes(b"damage")
+    assert neighbours.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
+    assert Neighbours.open(folder).positions.tolist() == positions.tolist()
 
 
 def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: SparkSession, world: World) -> None:

@@ -218,6 +218,11 @@ def test_a_short_answer_is_padded_with_minus_one_and_names_nobody_twice(searcher
         assert len(named) == len(set(named)) > 0
 
 
+def test_nobody_asks_and_nothing_is_found(searcher: Searcher) -> None:
+    found, scores = searcher.search(clustered(1, seed=6)[:0], Effort(2, 30))
+    assert found.shape == scores.shape == (0, 30)
+
+
 def test_more_candidates_than_items_are_all_items(searcher: Searcher) -> None:
     found, _ = searcher.search(clustered(2, seed=6), Effort(45, 9_999))
     assert [sorted(row) for row in found.tolist()] == [list(range(ITEMS))] * 2

@@ -41,6 +41,11 @@ _SCANN_LEAST = 16
 """Tree with asymmetric hashing needs at least 16 items (ScaNN 1.4.2)."""
 EXACT_COST = 5
 """Of an item in exact search, in codes that are scored: 384 products and its share in the sorting (see Effort.cost)."""
+_LEAST_QUERIES = 64
+"""For 32 at a time ScaNN 1.4.2 searches other leaves than for 40, of one query in some hundreds."""
+_TIES = 8
+"""So many more are asked of ScaNN and left: which of equals (alike codes) it cuts off depends on how many it is asked
+for, in what order it tells them doesn't."""
 _SCORES_AT_ONCE = 2**24
 _ROWS_AT_ONCE = 2**16
 
@@ -187,11 +192,14 @@ class Searcher:
         candidates = min(effort.candidates, len(self))
         alone = os.environ.get("OMP_NUM_THREADS") == "1"
         search = self._scann.search_batched if alone else self._scann.search_batched_parallel
+        asked = np.zeros((max(len(queries), _LEAST_QUERIES), queries.shape[1]), np.float32)
+        asked[: len(queries)] = queries
         positions, distances = search(
-            np.ascontiguousarray(queries, np.float32),
-            final_num_neighbors=candidates,
+            asked,
+            final_num_neighbors=min(candidates + _TIES, len(self)),
             leaves_to_search=effort.leaves,
         )
+        positions, distances = (found[: len(queries), :candidates] for found in (positions, distances))
         positions = np.where(np.isnan(distances), -1, self.coded[positions])
         if len(self.fresh):
             positions = self._with_fresh(queries, positions, distances)
@@ -218,7 +226,8 @@ class Searcher:
             near, nearness = top_k(beside, cosines, none, everything, candidates)
             both = np.concatenate([positions[part], near], axis=1)
             found = np.concatenate([distances[part], nearness], axis=1)
-            order = np.argsort(np.where(both >= 0, -found, np.inf), axis=1, kind="stable")[:, :candidates]
+            # An item that is gone keeps its place (as -1): else a deeper search would find another in it.
+            order = np.argsort(np.where(np.isnan(found), np.inf, -found), axis=1, kind="stable")[:, :candidates]
             merged[part] = np.take_along_axis(both, order, 1)
         return merged
 

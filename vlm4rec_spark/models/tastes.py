@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
+from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.ranking import SCORE_DIGITS
 from vlm4rec_spark.models.searcher import Effort, Searcher
 
@@ -150,12 +151,7 @@ class _Several(ABC):
         An item of the exact list is among the k + e nearest of the vector that it scores best with, where e of the
         items may not be recommended to the user: with so many candidates only ScaNN's own misses are missing.
         """
-        distinct, rows = self._asked(searcher)
-        found, cosines = searcher.search(distinct, effort.with_more(more))
-        cosines, deep = cosines.astype(np.float32), effort.candidates + more
-        merged = [_merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
-                  for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)]  # fmt: skip
-        return padded(merged)
+        return padded(self._candidates(searcher, effort, more))
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.full(positions.shape, np.nan)
@@ -164,6 +160,14 @@ class _Several(ABC):
                 mine = self._of(user, searcher).astype(np.float64)
                 found[user] = (searcher.vectors[items].astype(np.float64) @ mine.T * weights).max(axis=1)
         return found
+
+    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each user as `_merged`."""
+        distinct, rows = self._asked(searcher)
+        found, cosines = searcher.search(distinct, effort.with_more(more))
+        cosines, deep = cosines.astype(np.float32), effort.candidates + more
+        return [_merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
+                for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)]  # fmt: skip
 
     @abstractmethod
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -177,15 +181,30 @@ class _Several(ABC):
 class Histories(_Several):
     """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
 
-    def __init__(self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray]):
-        """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1."""
-        self._positions, self._weights = positions, weights
+    def __init__(
+        self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], neighbours: Neighbours | None = None
+    ):
+        """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1;
+        neighbours: spare searches, and change no list."""
+        self._positions, self._weights, self._neighbours = positions, weights, neighbours
 
     def part(self, users: np.ndarray) -> Histories:
-        return Histories([self._positions[user] for user in users], [self._weights[user] for user in users])
+        positions, weights = ([each[user] for user in users] for each in (self._positions, self._weights))
+        return Histories(positions, weights, self._neighbours)
 
     def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
+
+    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Out of the neighbours, where they are deep enough for the user."""
+        known, deep = self._neighbours, effort.candidates + more
+        if known is None or not known.found_by(searcher, effort):
+            return super()._candidates(searcher, effort, more)
+        beyond = np.flatnonzero(deep > known.depth)
+        searched = iter(super(Histories, self.part(beyond))._candidates(searcher, effort, more[beyond]))
+        return [next(searched) if most > known.depth
+                else _merged(known.positions[mine, :most], known.cosines[mine, :most] * weights[:, None])
+                for mine, weights, most in zip(self._positions, self._weights, deep.tolist(), strict=True)]  # fmt: skip
 
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         flat = np.concatenate(self._positions) if len(self) else np.empty(0, np.int64)
@@ -334,7 +353,7 @@ class Blend:
 def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The rows by user, each as many as the user has of `like`."""
     ends = np.cumsum([len(each) for each in like], dtype=np.int64).tolist()
-    return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return [rows[start:end] for start, end in zip([0, *ends][:-1], ends, strict=True)]
 
 
 def within(

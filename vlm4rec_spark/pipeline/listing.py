@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,11 +21,12 @@ from vlm4rec_spark import __version__, schemas, sources
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models import standing
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.searcher import EXACT_COST, Searcher
+from vlm4rec_spark.models.neighbours import Neighbours
+from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.pipeline.matching import index_folder, index_id
 from vlm4rec_spark.pipeline.run import Outcome, Run
 from vlm4rec_spark.sources import Source
-from vlm4rec_spark.stages import cooccurrence, offers, popular
+from vlm4rec_spark.stages import cooccurrence, neighbours, offers, popular
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.stages import recommend as ranking
@@ -72,6 +74,10 @@ def recommend(run: Run, outcome: Outcome) -> None:
     run.voice.say(f"recommending for {count:,} users, {some}: {words}, recall {measured.recall:.3f} on "
                   f"{measured.users:,}")  # fmt: skip
     opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
+    often = news is None and neighbours.pays(asked, count, len(searcher))
+    if often and matching.shape == "max_similarity" and measured.effort:
+        deep = replace(measured.effort, candidates=measured.effort.candidates + offer.first_depth(k) - k)
+        matching = replace(matching, neighbours=_neighbours(run, searcher, opens, deep, asked))
     if news is not None:
         usable = usable.join(ranking.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
     lists, theirs = ranking.recommend(usable, opens, offer, k, measured.effort, matching, settings.why, news), usable
@@ -243,6 +249,18 @@ def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> tuple[rankin
     )
     opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
     return replace(content, share=settings.share, position_decay=settings.position_decay, opens=opens), folder.name
+
+
+def _neighbours(
+    run: Run, searcher: Searcher, open_searcher: Callable[[], Searcher], effort: Effort, sample: pa.Table
+) -> Callable[[], Neighbours]:
+    """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
+    items, folder = len(searcher), Path(run.config.index.folder) / "neighbours"
+    depth = neighbours.depth(effort.candidates, sample, items)
+    run.voice.say(f"searching the {depth} neighbours of each of {items:,} items, needs "
+                  f"{neighbours.gigabytes(items, depth):.2f} GB in {folder}")  # fmt: skip
+    made = neighbours.build(run.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder)
+    return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbours.open)
 
 
 def _curve(measured: ranking.Calibration) -> str:

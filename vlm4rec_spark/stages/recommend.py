@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.lists import listed
+from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
 from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.standing import stand
@@ -98,7 +99,7 @@ class Matching:
 
     `opens` gives a worker the co-occurrence that the driver has built. There an item of the history weighs
     `position_decay` of the one after it, beyond what its weight says. `tastes_per_user`: into how many a history is
-    divided at most, where the shape is multi_taste.
+    divided at most, where the shape is multi_taste. `neighbours` spares max_similarity searches, and changes no list.
     """
 
     sources: ClassVar[tuple[str, str]] = ("content", "cooccurrence")
@@ -108,6 +109,7 @@ class Matching:
     position_decay: float = 1.0
     opens: Callable[[], Cooccurrence] | None = None
     tastes_per_user: int = 3
+    neighbours: Callable[[], Neighbours] | None = None
 
     def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes:
         """Of profiles that have a vector; weights are those of `history` over its heaviest. Not `why`: for lists whose
@@ -124,7 +126,8 @@ class Matching:
         weights = [mine / mine.max(initial=1e-300) for mine in weights]
         content: Tastes = Means(_queries(batch.column("embedding")), positions)
         if self.shape == "max_similarity":
-            content = Histories(positions, [mine.astype(np.float32) for mine in weights])
+            near = self.neighbours() if self.neighbours else None
+            content = Histories(positions, [mine.astype(np.float32) for mine in weights], near)
         elif self.shape == "multi_taste":
             content = Clusters.of(positions, weights, searcher, self.tastes_per_user)
         if not blended or self.opens is None:
