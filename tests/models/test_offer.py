@@ -133,14 +133,16 @@ def test_all_together_equal_brute_force(tmp_path: Path) -> None:
     assert min(filled, collapsed, short, moved) > 100
 
 
-@pytest.mark.parametrize("leaves", [1, 14])
-def test_an_approximate_search_fills_every_place_that_can_be_filled(tmp_path: Path, leaves: int) -> None:
+@pytest.mark.parametrize(("leaves", "diversity"), [(1, 0.0), (14, 0.0), (1, 0.5)])
+def test_an_approximate_search_fills_every_place_that_can_be_filled(
+    tmp_path: Path, leaves: int, diversity: float
+) -> None:
     rng, items, k = np.random.default_rng(1), 200, 10
     vectors = unit(rng.standard_normal((items, DIMENSION)))
     Searcher.build(tmp_path / "x", "x", [f"{n:04d}" for n in range(items)], vectors, [""] * items, 16)
     # One in a hundred passes the rule; brands of which one may stand there twice.
     allowed = np.ones(items, np.int64) | ((np.arange(items) % 100 == 7).astype(np.int64) << 1)
-    offer = Offer(allowed, np.arange(items) // 4, [(np.arange(items) % 5, 2)])
+    offer = Offer(allowed, np.arange(items) // 4, [(np.arange(items) % 5, 2)], diversity=diversity)
     rules, asked = np.array([0, 2]), Means(unit(rng.standard_normal((2, DIMENSION))), [np.empty(0, np.int64)] * 2)
     top, _, _ = listed(Searcher.open(tmp_path / "x"), asked, [np.arange(3)] * 2, offer, rules, k, Effort(leaves, k))
     assert sorted(top[1][top[1] >= 0].tolist()) == [7, 107]
@@ -172,13 +174,17 @@ def test_diversity_says_what_is_not_said_yet(tmp_path: Path) -> None:
     assert made(0.3) == [0, 3, 1]
 
 
-def test_a_list_is_chosen_out_of_the_best_of_its_user_whoever_is_asked_for_beside(tmp_path: Path) -> None:
+def test_a_list_is_chosen_out_of_the_best_of_its_user_whoever_is_asked_for_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(3)
     vectors, queries = unit(rng.standard_normal((400, DIMENSION))), unit(rng.standard_normal((90, DIMENSION)))
     # Some find their places among the first only when they look deeper, since nearly all items are one's variants.
     offer = Offer(np.ones(400, np.int64), np.where(np.arange(400) % 9 == 0, -1, 0), diversity=0.4)
     together = lists(tmp_path / "x", vectors, queries, offer, 4)
     assert [lists(tmp_path / "x", vectors, query[None], offer, 4)[0] for query in queries] == together
+    monkeypatch.setattr("vlm4rec_spark.models.offer._FLOATS_AT_ONCE", 7 * 20 * DIMENSION)
+    assert lists(tmp_path / "x", vectors, queries, offer, 4) == together
     ranked = np.argsort(np.argsort(-(queries @ vectors.T), axis=1), axis=1)
     deepest = np.take_along_axis(ranked, np.array(together), 1).max(axis=1)
     assert 20 <= (deepest < 20).sum() <= 70

@@ -98,7 +98,7 @@ def test_telling_words_are_rarest_first_without_short_and_stop_words(tmp_path: P
     ids=["zero", "nan", "infinite", "unscaled"],
 )
 def test_bad_vectors_are_refused_and_leave_no_folder(tmp_path: Path, vectors: list[list[float]]) -> None:
-    with pytest.raises(RunError, match="not unit vectors"):
+    with pytest.raises(RunError, match=r"1 of 2 embeddings are not unit vectors \(zero, .* such as that of 'b'\."):
         small(tmp_path / "x", ids=["a", "b"], vectors=np.array(vectors, np.float32), texts=["", ""])
     assert not (tmp_path / "x").exists()
 
@@ -239,6 +239,64 @@ def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
     for effort in (None, Effort(opened.manifest["leaves"], 150)):
         top, _ = best(opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
         assert top.tolist() == [list(range(10)), list(range(500, 510))]
+
+
+def shaped(shape: str, count: int) -> np.ndarray:
+    """Unit vectors that a search may find hard to tell apart, or to divide."""
+    rng, few = np.random.default_rng(17), clustered(7, seed=17)
+    if shape == "clustered":
+        return clustered(count, seed=17)
+    if shape == "equal":
+        return np.repeat(few[:1], count, axis=0)
+    if shape == "duplicated":
+        return few[rng.integers(7, size=count)]
+    # Nineteen of twenty lie together.
+    near = few[0] + 0.02 * rng.standard_normal((count, DIMENSION))
+    return unit(np.where(rng.random((count, 1)) < 0.95, near, rng.standard_normal((count, DIMENSION))))
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 1_000])
+@pytest.mark.parametrize("shape", ["clustered", "equal", "duplicated", "skewed"])
+def test_every_query_is_answered_whatever_the_catalogue_is_like(tmp_path: Path, shape: str, count: int) -> None:
+    vectors, all_of_it = shaped(shape, count), np.ones(count, bool)
+    Searcher.build(tmp_path / "x", "x", IDS[:count], vectors, [""] * count, scann_from=1)
+    opened = Searcher.open(tmp_path / "x")
+    assert opened.approximate is (count >= 16)
+    queries = np.concatenate([clustered(20, seed=18), vectors[:10]])
+    cosines = np.round(queries.astype(np.float64) @ vectors.astype(np.float64).T, 6)
+    truth = np.argsort(-cosines, axis=1, kind="stable")[:, :K]
+
+    def lists(effort: Effort | None) -> np.ndarray:
+        top, _ = best(opened, means(queries), [NOBODY] * len(queries), all_of_it, K, effort)
+        assert (top[:, : len(truth[0])] >= 0).all()
+        assert (top[:, len(truth[0]) :] == -1).all()
+        return top[:, : len(truth[0])]
+
+    assert lists(None).tolist() == truth.tolist()
+    if opened.approximate:
+        leaves = opened.manifest["leaves"]
+        assert lists(Effort(leaves, count)).tolist() == truth.tolist()
+        # Of what lies close together ScaNN's codes tell little apart, even in all leaves.
+        assert recall(lists(Effort(leaves, 16 * K)), truth) >= (0.7 if shape == "skewed" else 0.99)
+        assert all(len(set(row)) == len(row) for row in lists(Effort(1, K)).tolist())
+
+
+@pytest.mark.parametrize("effort", [None, Effort(45, 100)], ids=["exact", "scann"])
+def test_a_query_that_can_not_be_answered_is_named(searcher: Searcher, effort: Effort | None) -> None:
+    def ask(query: np.ndarray) -> np.ndarray:
+        queries = np.stack([clustered(1, seed=19)[0, : len(query)], query])
+        return best(searcher, means(queries), [NOBODY] * 2, np.ones(ITEMS, bool), K, effort)[0]
+
+    with pytest.raises(RunError, match="A query of 31 dimensions was asked of an index of 32"):
+        ask(np.ones(31, np.float32))
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(RunError, match="NaN or infinite"):
+            ask(np.append(np.ones(31, np.float32), np.float32(wrong)))
+    # All items are as far from nothing: the other query's list isn't harmed.
+    answered = ask(np.zeros(32, np.float32))
+    assert recall(answered[:1], brute_force(clustered(1, seed=19))) >= 0.9
+    assert len(set(answered[1].tolist())) == K
+    assert effort is not None or answered[1].tolist() == list(range(K))
 
 
 # What recommend makes of the candidates

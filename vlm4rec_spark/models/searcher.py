@@ -109,8 +109,10 @@ class Searcher:
         """
         if len(ids) == 0:
             raise RunError("The index can't be built: no item has an embedding.")
-        if not np.isfinite(vectors).all() or (np.abs(np.linalg.norm(vectors, axis=1) - 1) > 1e-3).any():
-            raise RunError("The index can't be built: some embeddings are not unit vectors (zero, NaN or unscaled).")
+        bad = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) <= 1e-3))
+        if len(bad):
+            raise RunError(f"The index can't be built: {len(bad):,} of {len(ids):,} embeddings are not unit vectors "
+                           f"(zero, NaN or unscaled), such as that of {ids[bad[0]]!r}.")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
         pq.write_table(pa.table({"item_id": pa.array(ids, pa.string())}), folder / "ids.parquet")
@@ -179,6 +181,7 @@ class Searcher:
     def exact(self, queries: np.ndarray, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Every item, or those at the sorted positions `among`, as a candidate of every query: positions (queries,
         items) and cosines, in index order."""
+        self._check(queries)
         scores = queries @ (self.vectors if among is None else self.vectors[among]).T
         items = np.arange(len(self), dtype=np.int64) if among is None else among
         return np.broadcast_to(items, scores.shape), scores
@@ -189,6 +192,7 @@ class Searcher:
         They stand in the order in which they were found, so that the first c are what a search for c gives. ScaNN pads
         a short answer with index 0 and a NaN distance; here such a place has position -1, as has an item that is gone.
         """
+        self._check(queries)
         candidates = min(effort.candidates, len(self))
         alone = os.environ.get("OMP_NUM_THREADS") == "1"
         search = self._scann.search_batched if alone else self._scann.search_batched_parallel
@@ -213,6 +217,14 @@ class Searcher:
             np.matmul(found, wide[row], out=scores[row])
         return positions, scores
 
+    def _check(self, queries: np.ndarray) -> None:
+        """Raises RunError for queries of another dimension, or not finite; of a query of zeros all cosines are 0."""
+        dimension = self.vectors.shape[1]
+        if queries.shape[1] != dimension:
+            raise RunError(f"A query of {queries.shape[1]} dimensions was asked of an index of {dimension}: they come "
+                           "from two encoders. Run the stages from embed on again.")  # fmt: skip
+        if not np.isfinite(queries).all():
+            raise RunError("A query has NaN or infinite numbers. Run the stages from embed on again.")
 
     def _with_fresh(self, queries: np.ndarray, positions: np.ndarray, distances: np.ndarray) -> np.ndarray:
         """Positions, merged with those of the items beside the codes: these by their cosines, the others by ScaNN's."""

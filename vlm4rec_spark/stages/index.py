@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import tarfile
 import tempfile
@@ -90,18 +91,23 @@ def ship(
 ) -> Callable[[], Artefact]:
     """A factory that opens the artefact once per worker process.
 
-    Up to `broadcast_gb` the folder travels as a broadcast and is unpacked once per node; above it, and where workers
-    are on this machine, they open it where it is: it must lie on storage that every node mounts at the same path.
+    Where workers are on this machine they open the folder where it is. On a cluster each node gets it once, into its
+    temporary folder: up to `broadcast_gb` out of a broadcast, above it as a copy of the folder, which must then lie on
+    storage that every node mounts at the same path.
     """
+    # Workers may have been started in another folder.
+    whole = folder.resolve()
+    if str(spark.sparkContext.master).startswith("local["):
+        return partial(_opened, folder.name, opens, partial(opens, whole))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if size > broadcast_gb * 1e9 or str(spark.sparkContext.master).startswith("local["):
-        # Workers may have been started in another folder.
-        return partial(_opened, folder.name, opens, partial(opens, folder.resolve()))
-    parcel = io.BytesIO()
-    with tarfile.open(fileobj=parcel, mode="w") as tar:
-        tar.add(folder, arcname=folder.name)
-    broadcast = spark.sparkContext.broadcast(parcel.getvalue())
-    return partial(_opened, folder.name, opens, partial(_unpacked, folder.name, opens, broadcast))
+    if size > broadcast_gb * 1e9:
+        fetch: Callable[[Path], object] = partial(_copy, whole)
+    else:
+        parcel = io.BytesIO()
+        with tarfile.open(fileobj=parcel, mode="w") as tar:
+            tar.add(folder, arcname=folder.name)
+        fetch = partial(_unpack, spark.sparkContext.broadcast(parcel.getvalue()))
+    return partial(_opened, folder.name, opens, partial(_on_node, folder.name, size, fetch, opens))
 
 
 _open: dict[str, tuple[str, Any]] = {}
@@ -116,7 +122,11 @@ def _opened(name: str, opens: Callable[[Path], Artefact], opener: Callable[[], A
     return _open[kind][1]
 
 
-def _unpacked(name: str, opens: Callable[[Path], Artefact], broadcast: Any) -> Artefact:
+def _on_node(name: str, size: int, fetch: Callable[[Path], object], opens: Callable[[Path], Artefact]) -> Artefact:
+    """Opens this node's own copy of the artefact, after whoever comes first has fetched it, `size` bytes.
+
+    fetch: brings the artefact into a folder, under its name.
+    """
     base = Path(tempfile.gettempdir()) / f"vlm4rec-index-{os.getuid()}"
     base.mkdir(mode=0o700, exist_ok=True)
     if base.stat().st_uid != os.getuid():
@@ -125,19 +135,40 @@ def _unpacked(name: str, opens: Callable[[Path], Artefact], broadcast: Any) -> A
     with (base / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "manifest.json").exists():
-            _remove_old(base)
             shutil.rmtree(folder, ignore_errors=True)
-            # manifest.json is moved in last: a killed worker leaves a folder that the next one unpacks again.
-            with tempfile.TemporaryDirectory(dir=base) as aside:
-                with tarfile.open(fileobj=io.BytesIO(broadcast.value)) as tar:
-                    tar.extractall(aside, filter="data")
+            _remove_old(base)
+            free = shutil.disk_usage(base).free
+            if free < size:
+                raise RunError(f"The index needs {size / 1e6:,.0f} MB in {base} on {platform.node()}, where "
+                               f"{free / 1e6:,.0f} MB are free. Make room, or name another folder by TMPDIR in the "
+                               "executors' environment.")  # fmt: skip
+            # The folder appears whole, manifest.json and all: what a killed worker leaves is none.
+            with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=base) as aside:
+                fetch(Path(aside))
                 (Path(aside) / name).rename(folder)
         os.utime(folder)
-        return opens(folder)
+    # Others may open it at the same time: each reads all of it, for the checksums.
+    return opens(folder)
+
+
+def _unpack(broadcast: Any, into: Path) -> None:
+    with tarfile.open(fileobj=io.BytesIO(broadcast.value)) as tar:
+        tar.extractall(into, filter="data")
+
+
+def _copy(folder: Path, into: Path) -> None:
+    if not folder.is_dir():
+        raise RunError(f"There is no index folder {folder} on {platform.node()}: one above index.broadcast_gb must lie "
+                       "on storage that every node mounts at the same path.")  # fmt: skip
+    shutil.copytree(folder, into / folder.name)
+
+
+_ASIDE = "aside-"
 
 
 def _remove_old(base: Path) -> None:
+    """What no job has asked for in a day, and what killed workers left."""
     # An open memory map outlives its file's name, so a job that still reads an old artefact isn't harmed.
     for old in base.iterdir():
-        if old.is_dir() and time.time() - old.stat().st_mtime > 86_400:
+        if old.is_dir() and (old.name.startswith(_ASIDE) or time.time() - old.stat().st_mtime > 86_400):
             shutil.rmtree(old, ignore_errors=True)
