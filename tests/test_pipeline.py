@@ -193,7 +193,8 @@ from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.lists import listed
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.models.tastes import Blend, Histories
+from vlm4rec_spark.models.blend import Blend
+from vlm4rec_spark.models.tastes import Histories
 
 index, together, share, k, told = sys.argv[1:]
 searcher, told = Searcher.open(Path(index)), json.loads(told)

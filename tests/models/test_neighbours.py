@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.blend import Blend
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.lists import best
 from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Blend, Histories, Tastes
+from vlm4rec_spark.models.tastes import Histories, Tastes
 
 ITEMS, DIMENSION, USERS, K = 10_000, 32, 40, 10
 """With fewer items or dimensions ScaNN may search other leaves for two queries than for twenty."""

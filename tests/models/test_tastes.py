@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.blend import Blend
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.lists import best
 from vlm4rec_spark.models.ranking import flat_exclusions, top_k
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Tastes, nearest
+from vlm4rec_spark.models.tastes import Clusters, Histories, Means, Tastes, nearest
 
 ITEMS, DIMENSION, K = 300, 12, 10
 NO_MORE = np.zeros(30, np.int64)

@@ -73,22 +73,20 @@ def listed(
     top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
     collapsed = [np.empty((0, 3), np.int64)]
     narrowed = np.array([only is not None and only[user] is not None for user in range(len(asked))], bool)
+
+    def ranked(users: np.ndarray, bits: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        block, mine, eligible = asked.part(users), [excluded[user] for user in users], offer.eligible(bits)
+        if only is not None and narrowed[users[0]]:
+            return _of_these(searcher, block, mine, eligible, depth, [only[user] for user in users])
+        deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None
+        return best(searcher, block, mine, eligible, depth, deep)
+
     for bits, narrow in sorted({*zip(rules.tolist(), narrowed.tolist(), strict=True)}):
-        eligible, depth = offer.eligible(bits), offer.first_depth(k)
-        waiting = np.flatnonzero((rules == bits) & (narrowed == narrow))
+        waiting, depth = np.flatnonzero((rules == bits) & (narrowed == narrow)), offer.first_depth(k)
         while len(waiting):
-            left = []
-            step = max(1, _PLACES_AT_ONCE // depth)
+            left, step = [np.empty(0, np.int64)], max(1, _PLACES_AT_ONCE // depth)
             for users in (waiting[start : start + step] for start in range(0, len(waiting), step)):
-                block, block_excluded = asked.part(users), [excluded[user] for user in users]
-                if narrow and only is not None:
-                    near, near_scores = _of_these(
-                        searcher, block, block_excluded, eligible, depth, [only[user] for user in users]
-                    )
-                else:
-                    deep = Effort(effort.leaves, effort.candidates + depth - k) if effort else None
-                    deep = deep if depth <= _DEEP * k else None
-                    near, near_scores = best(searcher, block, block_excluded, eligible, depth, deep)
+                near, near_scores = ranked(users, bits, depth)
                 if offer.plain:
                     top[users], scores[users] = near, near_scores
                     continue
@@ -101,8 +99,7 @@ def listed(
                 twins = twins[ended[twins[:, 0]]]
                 collapsed.append(np.column_stack([users[twins[:, 0]], twins[:, 1:]]))
                 left.append(users[~ended])
-            waiting = np.concatenate(left) if left else np.empty(0, np.int64)
-            depth = min(4 * depth, len(searcher))
+            waiting, depth = np.concatenate(left), min(4 * depth, len(searcher))
     return top, scores, np.concatenate(collapsed)
 
 

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark import __version__, schemas, sources
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models import standing
+from vlm4rec_spark.models.calibration import Calibration
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
@@ -263,7 +264,7 @@ def _neighbours(
     return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbours.open)
 
 
-def _curve(measured: ranking.Calibration) -> str:
+def _curve(measured: Calibration) -> str:
     """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search."""
     tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
               round(each.per_second)] for each in measured.tried]  # fmt: skip

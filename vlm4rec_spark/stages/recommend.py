@@ -5,7 +5,6 @@ Knows exclusions, recall and reasons; candidates come from the searcher, the ord
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -17,19 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from vlm4rec_spark.models.blend import Blend
+from vlm4rec_spark.models.calibration import Calibration, cheapest
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.lists import listed
 from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
-from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
+from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.models.standing import stand
-from vlm4rec_spark.models.tastes import Blend, Clusters, Histories, Means, Shape, Tastes
+from vlm4rec_spark.models.tastes import Clusters, Histories, Means, Shape, Tastes
 from vlm4rec_spark.sources import Source
 
 _TERMS = 3
 _PAIRS_AT_ONCE = 4_096
-_CANDIDATES = (1, 2, 4, 8, 16)
-"""Times k: candidates that are rescored, beside those that the user may not get."""
 
 
 class RecommendSettings(BaseModel):
@@ -61,36 +60,6 @@ class Matches(Protocol):
     sources: ClassVar[tuple[str, str]]
 
     def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes: ...
-
-
-@dataclass(frozen=True)
-class Tried:
-    """An effort, the recall@k measured with it, its lower 95 % bound, and lists a second on the driver."""
-
-    effort: Effort
-    recall: float
-    low: float
-    per_second: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The search to use (None: exact) and the recall@k measured on `users` profiles with its lower 95 % bound.
-
-    `tried`: the efforts that were measured on the way; `exact_per_second`: lists of an exact search.
-    """
-
-    effort: Effort | None
-    recall: float
-    low: float
-    users: int
-    tried: tuple[Tried, ...] = ()
-    exact_per_second: float | None = None
-
-    def words(self, leaves: int) -> str:
-        if self.effort is None:
-            return "exact"
-        return f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
 
 
 @dataclass(frozen=True)
@@ -140,46 +109,15 @@ CONTENT = Matching()
 
 
 def calibrate(
-    searcher: Searcher, sample: pa.Table, offer: Offer, k: int, promise: float, matching: Matching = CONTENT
+    searcher: Searcher, sample: pa.Table, offer: Offer, k: int, promise: float, matching: Matches = CONTENT
 ) -> Calibration:
-    """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise, on `sample`.
-
-    `sample` holds embedding, history and seen of some profiles, and `rules` where some apply to some of them. Recall is
-    that of the best eligible items, before any share a place. Exact search when no effort holds it, or when none that
-    does is cheaper. Costs are reckoned, not timed, so that the same index and profiles give the same effort.
-    """
+    """As `models/calibration.py` does, on `sample`: embedding, history and seen of some profiles, and `rules` where
+    some apply to some of them."""
     if not searcher.approximate or len(sample) == 0:
         return Calibration(None, 1.0, 1.0, len(sample))
     (batch,) = sample.combine_chunks().to_batches()
     asked, excluded = matching.tastes(batch, searcher), _positions(batch.column("seen"), searcher)
-    started = time.monotonic()
-    bare, rules = Offer(offer.allowed), _rules(batch)
-    truth, _, _ = listed(searcher, asked, excluded, bare, rules, k, None)
-    exact_per_second = len(sample) / (time.monotonic() - started)
-    if (truth < 0).all():
-        return Calibration(None, 1.0, 1.0, len(sample))
-
-    def measure(effort: Effort) -> Tried:
-        started = time.monotonic()
-        found, _, _ = listed(searcher, asked, excluded, bare, rules, k, effort)
-        seconds = time.monotonic() - started
-        shares = _recall(found, truth)
-        low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))
-        return Tried(effort, float(shares.mean()), float(low), len(sample) / seconds)
-
-    tried: list[Tried] = []
-    chosen, least = None, float(EXACT_COST * len(searcher))
-    for candidates in (k * factor for factor in _CANDIDATES):
-        leaves = 1
-        while leaves < searcher.manifest["leaves"] and Effort(leaves, candidates).cost(searcher) < least:
-            tried.append(measure(Effort(leaves, candidates)))
-            if tried[-1].low >= promise:
-                chosen, least = tried[-1], tried[-1].effort.cost(searcher)
-            leaves *= 2
-    there = len(_recall(truth, truth))
-    if chosen is None:
-        return Calibration(None, 1.0, 1.0, there, tuple(tried), exact_per_second)
-    return Calibration(chosen.effort, chosen.recall, chosen.low, there, tuple(tried), exact_per_second)
+    return cheapest(searcher, asked, excluded, offer, _rules(batch), k, promise)
 
 
 def without(searcher: Searcher, withdrawn: Sequence[str]) -> Offer:
@@ -324,13 +262,6 @@ def shared_terms(searcher: Searcher, items: np.ndarray, reasons: np.ndarray) -> 
         count[part] = both.sum(axis=1).clip(max=_TERMS)
     offsets = pa.array(np.concatenate([[0], np.cumsum(count)]).astype(np.int32))
     return pa.ListArray.from_arrays(offsets, searcher.vocabulary.take(pa.array(shared[shared >= 0])))
-
-
-def _recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Share of each user's exact list that was found; users without a list are left out."""
-    hits = (found[:, :, None] == truth[:, None, :]) & (truth[:, None, :] >= 0)
-    length = (truth >= 0).sum(axis=1)
-    return hits.any(axis=1).sum(axis=1)[length > 0] / length[length > 0]
 
 
 def _rules(batch: pa.RecordBatch) -> np.ndarray:
