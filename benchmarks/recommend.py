@@ -9,8 +9,9 @@ items the nearest has a cosine of about .68 with a user's vector, the hundredth 
 
 Beside this stage at the middle size, on the same vectors and cores, in the same run: one Python process that reads the
 same Parquet files, searches by ScaNN with its own reordering and as much effort, excludes in numpy and writes Parquet
-(raw); numpy's exact search; faiss, searching alone; Spark's ALS with given factors of rank 64, and crossJoin with
-vector_inner_product. Slow sides are timed on a sample of users, which the table says. max_similarity merges the items'
+(raw); the same stage under a rule that leaves 1 % of the items, with variants and caps, with diversity, and in a night
+after which a fiftieth of the users and one in 500 items are others; numpy's exact search; faiss, searching alone;
+Spark's ALS with given factors of rank 64, and crossJoin with vector_inner_product. Slow sides are timed on a sample of users, which the table says. max_similarity merges the items'
 neighbours; how long searching these took stands in a row of its own. faiss: pip install faiss-cpu.
 """
 
@@ -193,16 +194,42 @@ class Shop:
         seconds = time.monotonic() - started
         return recommend.Matching("max_similarity", neighbours=index.ship(spark, made, most, Neighbours.open)), seconds
 
-    def ours(self, why: bool, matching: recommend.Matching = recommend.CONTENT, users: int | None = None) -> float:
+    def ours(
+        self, why: bool, matching: recommend.Matching = recommend.CONTENT, users: int | None = None,
+        offer: Offer | None = None,
+    ) -> float:  # fmt: skip
         """Seconds of the pass, from one Delta table to the other."""
-        started, tables = time.monotonic(), self.pipeline.tables
-        opens = index.ship(self.pipeline.spark, self.index, self.pipeline.config.index.broadcast_gb, Searcher.open)
-        lists = recommend.recommend(
-            self.profiles(users), opens, recommend.without(opens(), []), K, self.measured.effort,
-            matching, why,
-        ).select("*", F.lit("run").alias("run_id"), F.current_timestamp().alias("generated_at"))
-        tables.replace(schemas.RECOMMENDATIONS, lists)
+        started = time.monotonic()
+        lists = self._lists(recommend.made_of(self.profiles(users)), offer or self.offer(), matching, why)
+        self.pipeline.tables.replace(schemas.RECOMMENDATIONS, lists)
         return time.monotonic() - started
+
+    def night(self) -> tuple[float, int]:
+        """Seconds of a run after which a fiftieth of the users and one in 500 items are others, and its lists."""
+        started, tables = time.monotonic(), self.pipeline.tables
+        news = np.random.default_rng(5).random(self.items) < 0.002
+        profiles = recommend.made_of(self.profiles())
+        other = F.when(F.xxhash64("user_id") % 50 == 0, 1).otherwise(0)
+        profiles = profiles.withColumn("made_of", F.col("made_of").bitwiseXOR(other.cast("bigint")))
+        profiles = profiles.join(recommend.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
+        made = tables.staged(
+            schemas.RECOMMENDATIONS, self._lists(profiles, self.offer(), recommend.CONTENT, False, news)
+        )
+        tables.revise(schemas.RECOMMENDATIONS, made.select("user_id"), made)
+        seconds, lists = time.monotonic() - started, made.count()
+        tables.unstage(schemas.RECOMMENDATIONS)
+        return seconds, lists
+
+    def offer(self, **settings: object) -> Offer:
+        return Offer(np.ones(self.items, np.int64), **settings)
+
+    def _lists(
+        self, profiles: DataFrame, offer: Offer, matching: recommend.Matching, why: bool,
+        news: np.ndarray | None = None,
+    ) -> DataFrame:  # fmt: skip
+        opens = index.ship(self.pipeline.spark, self.index, self.pipeline.config.index.broadcast_gb, Searcher.open)
+        lists = recommend.recommend(profiles, opens, offer, K, self.measured.effort, matching, why, news)
+        return lists.select("*", F.lit("run").alias("run_id"), F.current_timestamp().alias("generated_at"))
 
     def recall(self) -> float:
         """Of the lists in the table, on a thousand users that the calibration hasn't seen but by chance."""
@@ -378,6 +405,22 @@ def main() -> None:
             rates[items], with_why = given.users / bare, given.users / reasoned
             told(f"the same, median of {ROUNDS}", items, given.users, rates[items])
             told("this stage, with why", items, given.users, with_why)
+            one = np.random.default_rng(6).random(items) < 0.01
+            pairs, brands = np.arange(items) // 2, np.random.default_rng(7).integers(items // 100, size=items)
+            told_of = {
+                "a rule that leaves 1 %": Offer(one.astype(np.int64)),
+                "pairs of variants, 2 of a brand": shop.offer(variants=pairs, caps=[(brands, 2)]),
+                "diversity .3": shop.offer(diversity=0.3),
+            }  # fmt: skip
+            costs = {name: shop.ours(False, offer=offer) for name, offer in told_of.items()}
+            for name, took in costs.items():
+                told(f"this stage, {name}", items, given.users, given.users / took)
+            shop.ours(why=False)
+            night, again = shop.night()
+            told(f"a night after which {again:,} lists are others", items, given.users, given.users / night)
+            rule, shared, diverse = (round(took / bare, 2) for took in costs.values())
+            line |= {"rule_cost": rule, "variants_caps_cost": shared, "diversity_cost": diverse,
+                     "night_cost": round(night / bare, 2), "night_lists": again}  # fmt: skip
             told("raw: one process, no Spark", items, given.users, given.users / seconds, None, f"{gb:.1f} GB")
             few = min(given.users, SAMPLE["max_similarity"])
             matching, neighbours_s = shop.max_similarity()

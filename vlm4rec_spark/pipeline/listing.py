@@ -69,7 +69,7 @@ def recommend(run: Run, outcome: Outcome) -> None:
     marks = standing.marks(searcher, offer, offers.by_position(catalogue, "said", searcher))
     under = _made_under(run, searcher.base, together)
     cost = measured.effort.cost(searcher) if measured.effort else EXACT_COST * len(searcher)
-    news, reason, full_at = _news(run, searcher, marks, under, cost)
+    news, reason, popular_at = _news(run, searcher, marks, under, cost)
     count = usable.count()
     some = reason if news is None else f"where profiles have changed or one of {int(news.sum()):,} items makes it"
     run.voice.say(f"recommending for {count:,} users, {some}: {words}, recall {measured.recall:.3f} on "
@@ -83,7 +83,7 @@ def recommend(run: Run, outcome: Outcome) -> None:
         usable = usable.join(ranking.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
     lists, theirs = ranking.recommend(usable, opens, offer, k, measured.effort, matching, settings.why, news), usable
     if settings.popular:
-        waiting, best = _waiting(run, usable, refused, users, offered, searcher, news is None)
+        waiting, best = _waiting(run, usable, refused, users, offered, searcher, not popular_at)
         lists = lists.unionByName(ranking.recommend(waiting, opens, offer, k, None, popular.ByPopularity(best)))
         theirs = usable.select("user_id").unionByName(waiting.select("user_id"))
     lists = lists.select("*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at"))
@@ -100,7 +100,8 @@ def recommend(run: Run, outcome: Outcome) -> None:
         "search": words, "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
         "recall_low": f"{measured.low:.4f}", "recall_curve": _curve(measured), "index_id": searcher.index_id,
         "cooccurrence_share": str(run.config.cooccurrence.share), "lists_made": str(made), "full": reason,
-        "full_at": full_at, "made_under": under, "version": _version(run),
+        "popular_at": popular_at or datetime.now(UTC).isoformat(timespec="seconds"), "made_under": under,
+        "version": _version(run),
     }  # fmt: skip
 
 
@@ -122,28 +123,28 @@ def _news(
     run: Run, searcher: Searcher, marks: np.ndarray, under: str, cost: float
 ) -> tuple[np.ndarray | None, str, str]:
     """bool (items,), what has changed since the lists in force were made, None where all are to be made anew; why they
-    are, else ""; and when that last was.
+    are, else ""; and when what is popular was last counted, "" where it is to be counted now.
 
     cost: of a list, in codes that are scored (`Effort.cost`).
     """
-    now = datetime.now(UTC)
-    fresh, last = now.isoformat(timespec="seconds"), run.last("recommend")
+    last, days = run.last("recommend"), run.config.recommend.full_days
     if last is None or not run.tables.exists(schemas.OFFERED):
-        return None, "there are no lists yet", fresh
+        return None, "there are no lists yet", ""
     before = last["details"]
     if before.get("made_under") != under:
-        return None, "settings have changed or the index was built anew", fresh
-    if before["version"] != _version(run):
-        return None, "the lists are not as the last run left them", fresh
-    if now - datetime.fromisoformat(before["full_at"]) >= timedelta(days=run.config.recommend.full_days):
-        return None, f"as every {run.config.recommend.full_days} days", fresh
+        return None, "settings have changed or the index was built anew", ""
+    counted = before["popular_at"]
+    if datetime.now(UTC) - datetime.fromisoformat(counted) >= timedelta(days=days):
+        return None, f"as every {days} days", ""
+    if before["version"] != _version(run):  # a run was killed, or somebody else wrote
+        return None, "the lists are not as the last run left them", counted
     known = run.tables.read(schemas.OFFERED).toArrow()
     news, gone = standing.changed(searcher, marks, known["item_id"].to_pylist(), known["made_of"].to_numpy())
     if run.config.recommend.diversity and (gone or news.any()):
-        return None, "items have changed, and any may do for diversity", fresh
+        return None, "items have changed, and any may do for diversity", counted
     if 2 * EXACT_COST * news.sum() > cost:
-        return None, "so many items have changed", fresh
-    return news, "", before["full_at"]
+        return None, "so many items have changed", counted
+    return news, "", counted
 
 
 def _made_under(run: Run, base: str, together: str) -> str:
@@ -211,7 +212,7 @@ def _waiting(
     afresh: bool,
 ) -> tuple[DataFrame, popular.Best]:  # fmt: skip
     """Users, in the log or in `users`, who are no bots and have no usable profile; and what is popular with their like,
-    counted `afresh` or as the last full run found it."""
+    counted `afresh` or as it was."""
     log, settings = run.log(), run.config.recommend
     robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
     people = log.join(robots, on="user_id", how="left_anti")
