@@ -11,8 +11,9 @@ Beside this stage at the middle size, on the same vectors and cores, in the same
 same Parquet files, searches by ScaNN with its own reordering and as much effort, excludes in numpy and writes Parquet
 (raw); the same stage under a rule that leaves 1 % of the items, with variants and caps, with diversity, and in a night
 after which a fiftieth of the users and one in 500 items are others; numpy's exact search; faiss, searching alone;
-Spark's ALS with given factors of rank 64, and crossJoin with vector_inner_product. Slow sides are timed on a sample of users, which the table says. max_similarity merges the items'
-neighbours; how long searching these took stands in a row of its own. faiss: pip install faiss-cpu.
+Spark's ALS with given factors of rank 64, and crossJoin with vector_inner_product. Slow sides are timed on a sample of
+users, which the table says. max_similarity merges the items' neighbours; how long searching these took stands in a row
+of its own. faiss: pip install faiss-cpu.
 """
 
 from __future__ import annotations
