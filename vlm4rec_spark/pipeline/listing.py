@@ -71,8 +71,10 @@ def recommend(run: Run, outcome: Outcome) -> None:
     cost = measured.effort.cost(searcher) if measured.effort else EXACT_COST * len(searcher)
     news, reason, popular_at = _news(run, searcher, marks, under, cost)
     count = usable.count()
-    some = f"all: {reason}" if news is None else f"where they have changed or one of {int(news.sum()):,} items reaches them"
-    run.voice.say(f"recommending for {count:,} users ({some}), {words}, recall {measured.recall:.3f} on "
+    which = f"all: {reason}"
+    if news is not None:
+        which = f"those who have changed, or whom one of {int(news.sum()):,} changed items reaches"
+    run.voice.say(f"recommending for {count:,} users ({which}), {words}, recall {measured.recall:.3f} on "
                   f"{measured.users:,}")  # fmt: skip
     opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
     often = news is None and neighbours.pays(asked, count, len(searcher))
