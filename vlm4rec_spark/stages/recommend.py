@@ -180,6 +180,8 @@ def _again(
 ) -> np.ndarray:
     """bool (users,): whose list may come out otherwise than it stands."""
     same = pc.equal(batch.column("made_of"), batch.column("was")).fill_null(False).to_numpy(zero_copy_only=False)
+    if not same.any():
+        return ~same
     part = batch.filter(pa.array(same))
     held, history = _positions(part.column("held"), searcher), part.column("history")
     known = _per_user(searcher.positions_of(history.flatten().field("item_id")), history)
