@@ -285,7 +285,7 @@ _STOP = frozenset(
 _MOST_WORDS = 32
 
 
-def _telling_words(texts: Sequence[str], frozen: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def _telling_words(texts: Sequence[str], frozen: Sequence[str] = ()) -> tuple[np.ndarray, list[str]]:
     """The words of each text by their numbers, and the words; rarest in the catalogue first (inverse document
     frequency), without stop words; of a long text the rarest. Words `frozen` keep their order, after all new ones."""
     words = [set(_WORD.findall(text.lower())) - _STOP for text in texts]

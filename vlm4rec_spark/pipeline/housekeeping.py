@@ -63,7 +63,7 @@ def indexes(run: Run) -> list[Index]:
 
 
 def _in_force(run: Run) -> dict[str, str]:
-    """By index id what for: of each representation the one that was built last, and what the lists were made with."""
+    """By index id what for: of each representation the one that was built last, and what lists were last made with."""
     latest = F.max_by(F.col("details")["index_id"], F.struct("started_at", "run_id"))
     built = _index_runs(run).groupBy(F.col("details")["representation"].alias("of")).agg(latest.alias("index_id"))
     found: dict[str, str] = {}
