@@ -76,6 +76,7 @@ class ByPopularity:
     """A way of matching: by what is popular in the user's segment, where that is known, else by what is with all."""
 
     sources: ClassVar[tuple[str, str]] = ("popular", "popular")
+    by_history = False
 
     def __init__(self, popular: Best):
         self._popular = popular

@@ -55,9 +55,13 @@ class RecommendSettings(BaseModel):
 
 
 class Matches(Protocol):
-    """How profiles are matched with items; `sources` says of what an item speaks without and with co-occurrence."""
+    """How profiles are matched with items; `sources` says of what an item speaks without and with co-occurrence,
+    `by_history` whether scores hang on the history itself."""
 
     sources: ClassVar[tuple[str, str]]
+
+    @property
+    def by_history(self) -> bool: ...
 
     def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes: ...
 
@@ -79,6 +83,10 @@ class Matching:
     opens: Callable[[], Cooccurrence] | None = None
     tastes_per_user: int = 3
     neighbours: Callable[[], Neighbours] | None = None
+
+    @property
+    def by_history(self) -> bool:
+        return self.shape != "mean" or self.share > 0
 
     def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes:
         """Of profiles that have a vector; weights are those of `history` over its heaviest. Not `why`: for lists whose
@@ -150,7 +158,9 @@ def recommend(
                 yield _ranked(batch, searcher, offer, k, effort, matching, why)
 
     rows = profiles.where(F.col("embedding").isNotNull()) if "embedding" in profiles.columns else profiles
-    return rows.select(*(name for name in _ASKED if name in rows.columns)).mapInArrow(
+    # Histories are most of what goes to Python.
+    spared = () if why or matching.by_history or news is not None else ("history",)
+    return rows.select(*(name for name in _ASKED if name in rows.columns and name not in spared)).mapInArrow(
         rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING, made_of BIGINT"
     )
 
