@@ -59,7 +59,9 @@ def profiles(run: Run, outcome: Outcome) -> None:
     figures = one(log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1))))
     theirs = log if touched is None else log.join(touched, on="user_id", how="left_semi")
     rows = profiling.histories(theirs, items, settings)
-    if touched is None and rows.isEmpty():
+    # Asked of the events and not of the rows: PySpark prints a traceback where it wants no more of a worker's rows.
+    counting = theirs.where(F.col("event_type").isin(*settings.event_weights))
+    if touched is None and counting.join(items, on="item_id", how="left_semi").isEmpty():
         raise RunError("profiles: no user has an event that counts. Check profiles.event_weights against the event "
                        "types of the log. Nothing was written.")  # fmt: skip
     open_searcher = indexing.ship(run.spark, index_folder(run), run.config.index.broadcast_gb, Searcher.open)
