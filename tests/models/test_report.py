@@ -165,8 +165,8 @@ CURVE = {"tried": [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [4, 20, 0.9
 
 
 def test_the_recall_curve_shows_what_was_tried_promised_and_taken():
-    found = {"recall_curve": CURVE, "recall_promised": "0.95", "k": "10"}
-    page = calibrated(**found, search="ScaNN, 4 of 9 leaves, 20 candidates")
+    found = {"recall_promised": "0.95", "k": "10"}
+    page = calibrated(**found, recall_curve=CURVE | {"taken": [4, 20]})
     chart = page[page.index("Recall against speed") : page.index("</figure>")]
     for word in (
         "10 candidates", "20 candidates", "exact search", "promise: 0.95", "taken: 4 leaves", "100", "1,000",
@@ -178,14 +178,14 @@ def test_the_recall_curve_shows_what_was_tried_promised_and_taken():
         "Recall against lists a second of 3 settings of the search: from 70 % to 96 %; promised are 95 %. "
         "Taken: 4 leaves and 20 candidates, 96 %, at least 95.3 %, at 600 lists a second. Exact search makes 50."
     )
-    exact = calibrated(**found, search="exact")
+    exact = calibrated(**found, recall_curve=CURVE | {"taken": None})
     assert ">taken: exact search</text>" in exact and "Taken: exact search. Exact search makes 50." in exact
-    assert ">taken" not in calibrated(**found, search="?")
+    assert ">taken" not in calibrated(**found, recall_curve=CURVE)
 
 
 def test_the_lower_bound_of_each_setting_is_drawn():
     lower = {"tried": [[1, 10, 0.9, 0.5, 900], [2, 10, 0.97, 0.96, 700]], "exact": 500}
-    drawn = [calibrated(recall_curve=curve, recall_promised="0.95", search="?") for curve in (lower, {
+    drawn = [calibrated(recall_curve=curve, recall_promised="0.95") for curve in (lower, {
         **lower, "tried": [[1, 10, 0.9, 0.6, 900], lower["tried"][1]]})]  # fmt: skip
     assert ">0.5</text>" in drawn[0] and ">0.5</text>" not in drawn[1]
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vlm4rec_spark.errors import RunError
@@ -35,6 +39,21 @@ def manifest(what: str, folder: Path, known: int, again: str, verify: bool = Tru
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
             raise RunError(f"The {what} folder {folder} is damaged: {name} doesn't match its checksum. {again}")
     return found
+
+
+def reused(target: Path, opens: Callable[[Path], object]) -> bool:
+    """Whether a sound folder is there, which then counts as used now. A torn or damaged one is removed, as are those
+    beside it that nobody has used for a day."""
+    for old in target.parent.iterdir() if target.parent.is_dir() else ():
+        if old != target and time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        opens(target)
+    except RunError:
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    os.utime(target)
+    return True
 
 
 def _sha256(file: Path) -> str:

@@ -81,13 +81,14 @@ def recommend(run: Run, outcome: Outcome) -> None:
     if often and matching.shape == "max_similarity" and measured.effort:
         deep = replace(measured.effort, candidates=measured.effort.candidates + offer.first_depth(k) - k)
         matching = replace(matching, neighbours=_neighbours(run, searcher, opens, deep, asked))
+    beside, theirs = usable, usable.select("user_id")
     if news is not None:
-        usable = usable.join(ranking.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
-    lists, theirs = ranking.recommend(usable, opens, offer, k, measured.effort, matching, settings.why, news), usable
+        beside = usable.join(ranking.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
+    lists = ranking.recommend(beside, opens, offer, k, measured.effort, matching, settings.why, news)
     if settings.popular:
         waiting, best = _waiting(run, usable, refused, users, offered, searcher, not popular_at)
         lists = lists.unionByName(ranking.recommend(waiting, opens, offer, k, None, popular.ByPopularity(best)))
-        theirs = usable.select("user_id").unionByName(waiting.select("user_id"))
+        theirs = theirs.unionByName(waiting.select("user_id"))
     lists = lists.select("*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at"))
     with run.voice.watch("recommending", count):
         made = _write(run, lists, theirs, news is None)
@@ -114,7 +115,7 @@ def _write(run: Run, lists: DataFrame, theirs: DataFrame, everybody: bool) -> in
         return run.tables.read(schemas.RECOMMENDATIONS).count()
     staged = run.tables.staged(schemas.RECOMMENDATIONS, lists)
     there = run.tables.read(schemas.RECOMMENDATIONS).select("user_id")
-    gone = there.join(theirs.select("user_id"), on="user_id", how="left_anti")
+    gone = there.join(theirs, on="user_id", how="left_anti")
     run.tables.revise(schemas.RECOMMENDATIONS, staged.select("user_id").unionByName(gone), staged)
     made = staged.count()
     run.tables.unstage(schemas.RECOMMENDATIONS)
@@ -268,11 +269,13 @@ def _neighbours(
 
 
 def _curve(measured: Calibration) -> str:
-    """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search."""
+    """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search; and
+    what was taken, null for exact search."""
     tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
               round(each.per_second)] for each in measured.tried]  # fmt: skip
-    exact = measured.exact_per_second
-    return json.dumps({"tried": tried, "exact": round(exact) if exact else None})
+    exact, effort = measured.exact_per_second, measured.effort
+    taken = [effort.leaves, effort.candidates] if effort else None
+    return json.dumps({"tried": tried, "exact": round(exact) if exact else None, "taken": taken})
 
 
 def beside_lists(run: Run) -> object:

@@ -1,12 +1,8 @@
-"""What recommend's calibration tried, out of its run's details. Knows their wording; knows no HTML."""
+"""What recommend's calibration tried, out of its run's details. Knows no HTML."""
 
 from __future__ import annotations
 
-import re
-
 from vlm4rec_spark.report.data import Calibration, Run, Setting, figures
-
-_TAKEN = re.compile(r"(\d+) of \d+ leaves, (\d+) candidates")
 
 
 def calibration(run: Run | None) -> Calibration | None:
@@ -15,14 +11,14 @@ def calibration(run: Run | None) -> Calibration | None:
     rows, exact = told.get("tried"), told.get("exact")
     if not run or not isinstance(rows, list) or not rows:
         return None
-    search = run.details.get("search", "")
-    words = _TAKEN.search(search)
     try:
         tried = tuple(Setting(int(leaves), int(candidates), float(recall), float(low), float(speed))
                       for leaves, candidates, recall, low, speed in rows)  # fmt: skip
         promise = float(run.details["recall_promised"])
     except (KeyError, TypeError, ValueError):
         return None
-    taken = [each for each in tried if words and (each.leaves, each.candidates) == (int(words[1]), int(words[2]))]
-    return Calibration(tried, promise, exact if isinstance(exact, int | float) else None, search == "exact",
-                       taken[0] if taken else None, run.details.get("k", "k"))  # fmt: skip
+    # Null is exact search; runs of older releases don't say.
+    taken = [each for each in tried if [each.leaves, each.candidates] == told.get("taken")]
+    return Calibration(tried, promise, exact if isinstance(exact, int | float) else None,
+                       "taken" in told and told["taken"] is None, taken[0] if taken else None,
+                       run.details.get("k", "k"))  # fmt: skip

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models import artefact
 from vlm4rec_spark.models.cooccurrence import FORMAT, Cooccurrence
 from vlm4rec_spark.models.searcher import Searcher
 
@@ -84,14 +81,6 @@ def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
     digests = [hashlib.sha256(each.tobytes()).hexdigest() for each in (first, second, strengths)]
     content = [FORMAT, searcher.index_id, *digests]
     target = folder / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    for old in folder.iterdir() if folder.is_dir() else ():
-        if old != target and time.time() - old.stat().st_mtime > 86_400:
-            shutil.rmtree(old, ignore_errors=True)
-    try:
-        Cooccurrence.open(target)
-        os.utime(target)
-        return target
-    except RunError:  # none, a torn or a damaged one
-        shutil.rmtree(target, ignore_errors=True)
-    Cooccurrence.build(target, searcher.index_id, len(searcher), first, second, strengths)
+    if not artefact.reused(target, Cooccurrence.open):
+        Cooccurrence.build(target, searcher.index_id, len(searcher), first, second, strengths)
     return target

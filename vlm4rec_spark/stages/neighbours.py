@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import SparkSession
 
-from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models import artefact
 from vlm4rec_spark.models.neighbours import BYTES, FORMAT, Neighbours
 from vlm4rec_spark.models.searcher import Effort, Searcher
 
@@ -60,16 +57,8 @@ def build(
     # The index's checksums too: built again of the same vectors, its leaves may hold others.
     content = [FORMAT, searcher.manifest, effort.leaves, effort.candidates]
     target = folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    for old in folder.iterdir() if folder.is_dir() else ():
-        if old != target and time.time() - old.stat().st_mtime > 86_400:
-            shutil.rmtree(old, ignore_errors=True)
-    try:
-        Neighbours.open(target)
-        os.utime(target)
-        return target
-    except RunError:  # none, a torn or a damaged one
-        shutil.rmtree(target, ignore_errors=True)
-    Neighbours.write(target, searcher, effort, _searched(spark, len(searcher), open_searcher, effort))
+    if not artefact.reused(target, Neighbours.open):
+        Neighbours.write(target, searcher, effort, _searched(spark, len(searcher), open_searcher, effort))
     return target
 
 
