@@ -104,7 +104,7 @@ class Cluster:
         log, events = self.folder / f"{job}.log", self.folder / "events" / job
         events.mkdir(parents=True, exist_ok=True)
         conf = CONF | SECRET_CONF | {"spark.eventLog.dir": events.as_uri(), "spark.executorEnv.PYTHONPATH": "vlm4rec"}
-        delta = jars.find((), Path.home() / ".ivy2.5.2", java.find())
+        delta = jars.find((), Path.home() / ".ivy2.5.2")
         command = [
             SPARK / "bin" / "spark-submit", "--master", self.master, "--deploy-mode", "client",
             "--jars", ",".join(map(str, delta)), "--archives", f"{self.folder}/vlm4rec.tar.gz#vlm4rec",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,44 +115,56 @@ def test_named_jars_are_taken_and_nothing_is_fetched(tmp_path: Path) -> None:
     named = (tmp_path / "a.jar", tmp_path / "b.jar")
     for jar in named:
         jar.touch()
-    assert jars.find(named, ivy=tmp_path, java=Path("/not/called")) == list(named)
+    assert jars.find(named, ivy=tmp_path) == list(named)
 
 
 def test_a_named_jar_that_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"spark\.delta_jars: there is no file .*missing\.jar"):
-        jars.find((tmp_path / "missing.jar",), ivy=tmp_path, java=Path("/not/called"))
+        jars.find((tmp_path / "missing.jar",), ivy=tmp_path)
 
 
 def test_jars_in_the_ivy_folder_are_taken_and_nothing_is_fetched(tmp_path: Path) -> None:
     (tmp_path / "jars").mkdir()
     for jar in ivy_jars(tmp_path):
         jar.touch()
-    assert jars.find((), ivy=tmp_path, java=Path("/not/called")) == ivy_jars(tmp_path)
+    assert jars.find((), ivy=tmp_path) == ivy_jars(tmp_path)
 
 
-def test_jars_that_cannot_be_fetched_are_said_and_leave_nothing(tmp_path: Path) -> None:
-    failing = tmp_path / "java"
-    failing.write_text("#!/bin/sh\necho '  UnknownHostException: registry'\nexit 1\n")
-    failing.chmod(0o755)
-    with pytest.raises(UsageError, match=r"UnknownHostException.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"):
-        jars.find((), ivy=tmp_path / "ivy", java=failing)
-    assert list((tmp_path / "ivy" / "jars").iterdir()) == []
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of Maven's, with both jars in it."""
+    folder = tmp_path / "repository"
+    monkeypatch.setattr(jars, "REPOSITORY", folder.as_uri())
+    for name in jars.NAMES:
+        jar = folder / name / jars.DELTA_VERSION / f"{name}-{jars.DELTA_VERSION}.jar"
+        jar.parent.mkdir(parents=True)
+        jar.write_text(name)
+        monkeypatch.setitem(jars.SHA256, name, hashlib.sha256(name.encode()).hexdigest())
+    return folder
 
 
-def test_jars_are_fetched_when_one_of_them_is_missing(tmp_path: Path) -> None:
-    """The fake Ivy reads where to put the files from its last argument, the pattern after -retrieve."""
+def test_jars_are_fetched_when_one_of_them_is_missing(tmp_path: Path, repository: Path) -> None:
     first, second = ivy_jars(tmp_path)
     first.parent.mkdir()
-    first.write_text("old")
-    fetching = tmp_path / "java"
-    fetching.write_text(
-        "#!/bin/sh\nfor last do :; done\nfolder=${last%/*}\nmkdir -p $folder\n"
-        f"echo new > $folder/{first.name}\necho new > $folder/{second.name}\n"
-    )
-    fetching.chmod(0o755)
-    assert jars.find((), ivy=tmp_path, java=fetching) == [first, second]
-    assert [jar.read_text() for jar in (first, second)] == ["new\n", "new\n"]
+    first.write_text("there already")
+    assert jars.find((), ivy=tmp_path) == [first, second]
+    assert [jar.read_text() for jar in (first, second)] == ["there already", "delta-storage"]
     assert sorted(first.parent.iterdir()) == [first, second]
+
+
+def test_jars_that_cannot_be_fetched_are_said(tmp_path: Path, repository: Path) -> None:
+    shutil.rmtree(repository)
+    with pytest.raises(UsageError, match=r"No such file.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"):
+        jars.find((), ivy=tmp_path / "ivy")
+
+
+def test_a_jar_with_another_checksum_is_refused_and_leaves_nothing(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(jars.SHA256, "delta-storage", 64 * "0")
+    with pytest.raises(UsageError, match=r"delta-storage-4\.4\.0\.jar \(what came has another checksum\)"):
+        jars.find((), ivy=tmp_path)
+    assert list((tmp_path / "jars").iterdir()) == [ivy_jars(tmp_path)[0]]
 
 
 def test_events_are_dated_in_utc(spark: SparkSession) -> None:

@@ -98,7 +98,7 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
     }
     if settings.delta == "fetch":
         ivy = Path(settings.conf.get("spark.jars.ivy", Path.home() / ".ivy2.5.2"))
-        conf["spark.jars"] = ",".join(str(jar) for jar in jars.find(settings.delta_jars, ivy, executable))
+        conf["spark.jars"] = ",".join(str(jar) for jar in jars.find(settings.delta_jars, ivy))
     with java.home(executable) as home:
         environment = {"JAVA_HOME": str(home)}
         if master.startswith("local"):
