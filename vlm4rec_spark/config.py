@@ -29,6 +29,8 @@ from vlm4rec_spark.stages.recommend import RecommendSettings
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
 """The conf/ folder: inside the package in a wheel, beside it in a checkout."""
+_LEVELS = 10
+"""More than any key has. A typing error of thousands of dots would otherwise cost memory by its square."""
 
 
 class Config(BaseModel):
@@ -62,12 +64,12 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
     merged: dict[str, Any] = {}
     places: dict[tuple[str, ...], str] = {}
     for file in (CONF / "base.yaml", *files):
-        _merge(merged, _read(file, places))
+        merged = _merged(merged, _read(file, places))
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20.")
-        path = tuple(key.strip().split(".", _DEEPEST))
+        path = tuple(key.strip().split(".", _LEVELS))
         # The keys above too: a value may stand where a section was, and the other way round.
         places |= {path[:n]: f"--set {assignment}" for n in range(1, len(path) + 1)}
         _assign(merged, path, _value(assignment, value))
@@ -80,7 +82,9 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
 def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
     try:
         found = file if file.is_file() else CONF / file.name if len(file.parts) == 1 else file
-        node, content = _parse(found.read_text(encoding="utf-8"))
+        text = found.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        _note_places(yaml.compose(text, Loader=yaml.SafeLoader), (), found, places)
     except FileNotFoundError:
         raise UsageError(f"--config {file}: there is no such file, here or in {CONF}.") from None
     # Not only YAMLError: PyYAML lets through what its constructors raise, as for 2025-02-30 or !!bool x.
@@ -90,36 +94,7 @@ def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"--config {file}: expected keys and values at the top, found a {type(content).__name__}.")
-    _note_places(node, (), found, places)
     return content
-
-
-_DEEPEST, _MOST = 50, 100_000
-"""Levels and values of a document. Real ones have a handful and a hundred; aliases can make more than memory holds."""
-
-
-def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """A YAML document as nodes, which know their lines, and as values, none of which stands in two places."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    todo, seen = [(node, 1)], 0
-    while todo:
-        inner, depth = todo.pop()
-        seen += 1
-        if depth > _DEEPEST or seen > _MOST:
-            raise yaml.YAMLError(f"more than {_DEEPEST} levels or {_MOST:,} values, aliases followed")
-        if isinstance(inner, yaml.CollectionNode):
-            todo += [(part, depth + 1) for part in _parts(inner)]
-    return node, _copied(yaml.safe_load(text))
-
-
-def _parts(node: yaml.CollectionNode) -> list[yaml.Node]:
-    return [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _note_places(node: Any, path: tuple[str, ...], file: Path, places: dict[tuple[str, ...], str]) -> None:
@@ -129,17 +104,18 @@ def _note_places(node: Any, path: tuple[str, ...], file: Path, places: dict[tupl
             _note_places(value, (*path, str(key.value)), file, places)
 
 
-def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """A new dict: by an alias, the same one may stand under two keys."""
+    merged = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _value(assignment: str, text: str) -> Any:
     try:
-        return _parse(text)[1]
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         raise UsageError(f"--set {assignment!r}: the value isn't YAML.") from None
     except Exception as wrong:
@@ -148,8 +124,9 @@ def _value(assignment: str, text: str) -> Any:
 
 def _assign(into: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for part in path[:-1]:
-        if not isinstance(into.get(part), dict):
-            into[part] = {}
+        section = into.get(part)
+        # A copy, because by an alias the same section may stand under two keys.
+        into[part] = dict(section) if isinstance(section, dict) else {}
         into = into[part]
     into[path[-1]] = value
 

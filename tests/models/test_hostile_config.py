@@ -110,24 +110,6 @@ def test_any_assignments(assignments: list[str]) -> None:
     assert isinstance(shown, Config) or len(shown) <= 1 + len(assignments)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "ingest: &a {ingest: *a}",
-        "profiles: {event_weights: &a {x: *a}}",
-        # Each twice the one before: 2**40 of them.
-        "a0: &a0 [x]\n" + "\n".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]" for n in range(40)),
-        "a0: &a0 {x: 1}\n" + "\n".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}" for n in range(40)),
-        "tables: " + 60 * "[" + 60 * "]",
-    ],
-    ids=["ring", "ring in a mapping", "doubling lists", "doubling merges", "deep"],
-)
-def test_a_document_that_grows_without_end(yours: Path, text: str) -> None:
-    yours.write_text(text)
-    (line,) = outcome([yours], [])
-    assert line == f"--config {yours} can't be read: more than 50 levels or 100,000 values, aliases followed"
-
-
 def test_a_key_as_long_as_a_book() -> None:
     for key in ("x" * 100_000, "." * 100_000):
         (line,) = outcome([], [f"{key}=1"])
