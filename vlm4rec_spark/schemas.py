@@ -10,12 +10,8 @@ from typing import cast
 
 from pyspark.sql.types import StructType
 
-RELEASE = 4
-"""Of the tables' layout, kept in each table's properties.
-
-2: runs.state and its status `unchanged`. 3: photos is clustered by item_id. 4: recommendations.made_of,
-offered, popularity.
-"""
+LAYOUT = 1
+"""Of the tables, kept in each table's properties. A table of another layout is refused."""
 
 
 @dataclass(frozen=True)

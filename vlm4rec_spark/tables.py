@@ -19,10 +19,10 @@ from delta import exceptions
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark.sql import Column, DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import DataType, MapType, StructField, StructType
+from pyspark.sql.types import DataType, MapType, StructType
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.schemas import RELEASE, TABLES, Table
+from vlm4rec_spark.schemas import LAYOUT, TABLES, Table
 
 T = TypeVar("T")
 CONFLICTS = (
@@ -32,7 +32,7 @@ CONFLICTS = (
 )  # fmt: skip
 """What Delta raises when another writer was quicker; nothing was written then."""
 PARTS = ("", "_0", "_1")
-_RELEASE_KEY = "vlm4rec.layout"
+_LAYOUT_KEY = "vlm4rec.layout"
 _NAMED = re.compile(r"\w+\.\w+")
 _RETENTION = "delta.deletedFileRetentionDuration"
 _OUR_RETENTION = re.compile(r"interval \d+ hours")
@@ -85,40 +85,15 @@ class Tables:
         self.named = _NAMED.fullmatch(location) is not None
         # Delta takes a relative path for a table's name.
         self.location = location if self.named or ":" in location else os.path.abspath(location)  # noqa: PTH100
-        self._old: list[Table] = []
         self._versions: dict[str, int] = {}
 
     def prepare(self) -> None:
         """Check that this release can read every table there. Changes nothing; raises RunError."""
         if self.named and not self.spark.catalog.databaseExists(self.location):
             raise RunError(f"tables: there is no schema {self.location}. Create it, or name a folder with a / in it.")
-        self._old = []
         for table in filter(self.exists, TABLES.values()):
-            release = self._release(table)
-            _check_schema(table, self.read(table).schema, self.place(table), release)
-            if release < RELEASE:
-                self._old.append(table)
-
-    def migrate(self) -> list[str]:
-        """Give the tables of an older release that `prepare` found what this one has more, and name them."""
-        old, self._old = self._old, []
-        for table in old:
-            place = self._sql_name(table)
-            for field in table.schema:
-                if field.name not in self.read(table).columns:
-                    self.spark.sql(f"ALTER TABLE {place} ADD COLUMN {_column_ddl(field)}")
-            if table.cluster:
-                self.spark.sql(f"ALTER TABLE {place} CLUSTER BY ({', '.join(table.cluster)})")
-            # The mark comes last: a run that is killed before it does the rest again.
-            there = self._properties(table)
-            more = {key: value for key, value in _properties(table).items() if there.get(key) != value}
-            for name, check in table.checks:
-                if more.pop(key := f"delta.constraints.{name}", None):
-                    if key in there:
-                        self.spark.sql(f"ALTER TABLE {place} DROP CONSTRAINT {name}")
-                    self.spark.sql(f"ALTER TABLE {place} ADD CONSTRAINT {name} CHECK ({check})")
-            self.spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ({_listed(more)})")
-        return [table.name for table in old]
+            self._check_layout(table)
+            _check_schema(table, self.read(table).schema, self.place(table))
 
     def place(self, table: Table) -> str:
         return f"{self.location}.{table.name}" if self.named else f"{self.location}/{table.name}"
@@ -365,9 +340,14 @@ class Tables:
     def _properties(self, table: Table) -> dict[str, str]:
         return dict(self._delta(table).detail().select("properties").collect()[0][0])
 
-    def _release(self, table: Table) -> int:
-        """The release of the tables' layout that made this one; the first didn't say."""
-        return int(self._properties(table).get(_RELEASE_KEY, "1"))
+    def _check_layout(self, table: Table) -> None:
+        layout = self._properties(table).get(_LAYOUT_KEY, str(LAYOUT))
+        if layout != str(LAYOUT):
+            raise RunError(
+                f"The table {self.place(table)} has layout {layout}; this release reads layout {LAYOUT} only. Start in "
+                "a new folder, with --set tables=…. Captions that were paid for can be brought over with "
+                "`vlm4rec import-captions`."
+            )
 
     def _sql_name(self, table: Table) -> str:
         return self.place(table) if self.named else f"delta.`{self.place(table)}`"
@@ -469,16 +449,11 @@ def _properties(table: Table) -> dict[str, str]:
     properties = {f"delta.constraints.{name}": check for name, check in table.checks}
     if table.feed:
         properties["delta.enableChangeDataFeed"] = "true"
-    return properties | dict(table.properties) | {_RELEASE_KEY: str(RELEASE)}
+    return properties | dict(table.properties) | {_LAYOUT_KEY: str(LAYOUT)}
 
 
 def _listed(properties: dict[str, str]) -> str:
     return ", ".join(f"{_quoted(key)} = {_quoted(value)}" for key, value in properties.items())
-
-
-def _column_ddl(field: StructField) -> str:
-    comment = f" COMMENT {_quoted(field.metadata['comment'])}" if "comment" in field.metadata else ""
-    return f"`{field.name}` {field.dataType.simpleString()}{comment}"
 
 
 def _quoted(text: str) -> str:
@@ -498,18 +473,13 @@ def _comparable(side: str, name: str, kind: DataType) -> str:
     return f"array_sort(map_entries({side}.`{name}`))" if isinstance(kind, MapType) else f"{side}.`{name}`"
 
 
-def _check_schema(table: Table, found: StructType, place: str, release: int) -> None:
-    if release > RELEASE:
-        raise RunError(f"The table {place} was made by a newer release of this project (layout {release}; this one "
-                       f"knows {RELEASE}). Update the package.")  # fmt: skip
+def _check_schema(table: Table, found: StructType, place: str) -> None:
     expected = {field.name: field.dataType.simpleString() for field in table.schema}
     there = {field.name: field.dataType.simpleString() for field in found}
-    missing = expected.keys() - there.keys()
-    addable = {field.name for field in table.schema if field.nullable} if release < RELEASE else set()
     wrong = [f"{name} isn't known" for name in there.keys() - expected.keys()]
+    wrong += [f"{name} is missing" for name in expected.keys() - there.keys()]
     wrong += [f"{name} is {there[name]}, expected {expected[name]}" for name in expected.keys() & there.keys()
               if expected[name] != there[name]]  # fmt: skip
-    if wrong or missing - addable:
-        wrong += [f"{name} is missing" for name in missing]
+    if wrong:
         raise RunError(f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
                        "Name another place with --set tables=…, or move the table away.")  # fmt: skip

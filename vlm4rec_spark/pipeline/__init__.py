@@ -122,8 +122,6 @@ class Pipeline(Run):
     def lease(self) -> Iterator[Lease]:
         """Hold the tables, made ready: no other run works on them, and what a killed one left is gone."""
         with Lease(self.tables, self.run_id, self.config.lease_seconds, self.voice.say) as lease:
-            if migrated := self.tables.migrate():
-                self.voice.say(f"migrated from an older release: {', '.join(migrated)}")
             self.tables.clear_staging()
             self.tables.forget()  # another run may have ended while this one waited
             yield lease
