@@ -299,7 +299,6 @@ COLLECTED = {
     "album._titles": "the items that the report shows",
     "album._captions": "the same",
     "album._first_positions": "the same",
-    "variants._vectors": "vectors of the first places of three users' lists, what these hide, and the histories",
     "auditing._samples": "at most evaluate.audit_photos captions of each captioner",
     "auditing._vectors": "vectors of the texts of those captions",
     "collect._metrics": "the figures of the last evaluation, one row each, 20,000 at most",

@@ -9,7 +9,6 @@ import re
 from datetime import UTC, datetime
 from functools import cache
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +19,6 @@ from vlm4rec_spark.report.data import (
     Apart,
     AuditExample,
     Captions,
-    Collapsed,
     Failure,
     Metric,
     Photo,
@@ -32,13 +30,11 @@ from vlm4rec_spark.report.data import (
     SharedPhoto,
     Source,
     User,
-    Variants,
     figures,
 )
 from vlm4rec_spark.report.findings import Finding, findings
 from vlm4rec_spark.report.page import render
 from vlm4rec_spark.report.scores import headline, splits
-from vlm4rec_spark.report.variants import item_scores, ranking
 
 AT = datetime(2026, 11, 24, 9, 12, tzinfo=UTC)
 PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="
@@ -116,43 +112,6 @@ def test_what_shares_a_place_stands_below_it():
     page = full_page()
     assert page.count("<span>shares its place: ") == 3
     assert page.count(", and 2 more</span>") == 1
-
-
-def test_hidden_variants_stand_where_their_scores_put_them():
-    places = [("A", 0.9, ["D", "X"]), ("C", 0.5, []), ("E", 0.4, ["F"]), ("G", 0.3, [])]
-    scores = {"A": 0.900001, "C": 0.5, "D": 0.7000004, "E": 0.4, "F": 0.35, "G": 0.3, "X": 0.5000004}
-    assert ranking(places, scores, 5) == ["A", "D", "C", "X", "E"]  # a tie, to six digits
-    assert ranking(places, scores, 7) == []  # nobody has lost a place: the list is short
-    assert ranking(places, scores | {"A": 0.91}, 4) == []  # that isn't how the list was scored
-    assert ranking(places, {item: score for item, score in scores.items() if item != "F"}, 4) == []
-    assert ranking([*places[2:], *places[:2]], scores, 5) == []  # something else than scores has ordered it
-
-
-def test_scores_are_worked_out_again_by_the_profiles_shape():
-    vectors = {"A": np.array([1.0, 0.0]), "B": np.array([0.0, 1.0]), "C": np.array([0.6, 0.8])}
-    history = [("A", 1.0), ("B", 2.0), ("gone", 9.0)]
-    assert item_scores([0.6, 0.8], history, vectors, "mean") == pytest.approx({"A": 0.6, "B": 0.8, "C": 1.0})
-    assert item_scores([0.6, 0.8], history, vectors, "max_similarity") == {"A": 0.5, "B": 1.0, "C": 0.8}
-
-
-def test_lists_stand_with_and_without_variants():
-    red, twin, blue = (Photo(name, f"{name} mug", PIXEL) for name in ("red", "tw<i>n", "blue"))
-    pair = Collapsed("u<9>", (red, blue), (red, twin), {"tw<i>n": 1})
-    page = render(dataclasses.replace(full(), variants=Variants(97, (pair,))))
-    text = text_of(page[page.index('id="variants"') : page.index('id="metrics"')])
-    assert "97 of 2 lists hide variants" in text
-    assert "u&lt;9&gt; 1 of the first 2 places gained: without collapsing it would go to a variant of what" in text
-    assert "As it is, variants collapsed 1 2 gained The same ranking, variants not collapsed variant of 1" in text
-    upper, lower = page[page.index("As it is") :].split("The same ranking, variants not")
-    marked = r'<li class="marked" title="([^"]*)"'
-    assert re.findall(marked, upper) == ["blue mug"]
-    assert re.findall(marked, lower) == ["tw&lt;i&gt;n mug"]
-
-
-def test_without_variants_there_is_no_frame_for_them():
-    assert "variants collapsed" not in full_page()
-    unknown = text_of(render(dataclasses.replace(full(), variants=Variants(97))))
-    assert "97 of 2 lists hide variants" in unknown and "can't be ranked again" in unknown
 
 
 def calibrated(**details: object) -> str:

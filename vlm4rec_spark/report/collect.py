@@ -5,7 +5,7 @@ Knows tables and limits; knows no HTML. Every choice is by hash or order, so tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from vlm4rec_spark.report.album import Album
 from vlm4rec_spark.report.audit import AuditExamples
 from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
 from vlm4rec_spark.report.exhibits import ChosenApart, ChosenCaptions, ChosenStock, ChosenUsers
-from vlm4rec_spark.report.variants import ChosenVariants
 
 if TYPE_CHECKING:
     from vlm4rec_spark.tables import Tables
@@ -41,13 +40,11 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     stock = ChosenStock(tables, counts["photos"])
     captions = ChosenCaptions(tables, settings.photos, history.get("caption", ()))
     users = ChosenUsers(tables, settings.users)
-    shape, encoder = _said(history, "profiles", "shape") or "mean", _said(history, "embed", "encoder_id")
-    variants = ChosenVariants(tables, shape, encoder)
     evaluated = next(iter(history.get("evaluate", ())), None)
     audit = AuditExamples(evaluated)
     apart = ChosenApart(evaluated)
     by_place = [*stock.places, *captions.places, *audit.places]
-    album = Album(tables, by_place, [*users.items, *variants.items, *apart.items])
+    album = Album(tables, by_place, [*users.items, *apart.items])
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_along_the_way)),
@@ -57,7 +54,6 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         captions=captions.shown(album),
         audit=audit.shown(album),
         users=users.shown(album),
-        variants=variants.shown(album),
         metrics=_metrics(tables, evaluated),
         apart=apart.shown(album),
     )
@@ -99,11 +95,6 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
             )
         )
     return good
-
-
-def _said(history: Mapping[str, Sequence[Run]], stage: str, name: str) -> str:
-    """A detail of the stage's latest run that has it, "" where none does."""
-    return next((run.details[name] for run in history.get(stage, ()) if name in run.details), "")
 
 
 def _along_the_way(run: Run) -> tuple[int, datetime, str]:

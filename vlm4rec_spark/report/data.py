@@ -160,30 +160,6 @@ class User:
 
 
 @dataclass(frozen=True)
-class Collapsed:
-    """The first places of a user's list, and who would stand there if the variants that they hide had their own."""
-
-    user_id: str
-    listed: tuple[Photo, ...]
-    ranked: tuple[Photo, ...]
-    hidden_by: Mapping[str, int]
-    """By item_id of a variant the place on the list, from 1, that hides it."""
-
-    @property
-    def gained(self) -> frozenset[str]:
-        """Items that have a place only because variants have none."""
-        return frozenset(photo.item_id for photo in self.listed) - {photo.item_id for photo in self.ranked}
-
-
-@dataclass(frozen=True)
-class Variants:
-    """How many lists hide variants, and a few of those that hide most."""
-
-    lists: int = 0
-    users: tuple[Collapsed, ...] = ()
-
-
-@dataclass(frozen=True)
 class Metric:
     """One row of the table `metrics`; value is None where the slice has too few users for a number."""
 
@@ -248,7 +224,6 @@ class ReportData:
     captions: Captions = Captions()
     audit: tuple[AuditExample, ...] = ()
     users: tuple[User, ...] = ()
-    variants: Variants = Variants()
     metrics: tuple[Metric, ...] = ()
     apart: tuple[Apart, ...] = ()
 
