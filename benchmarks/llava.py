@@ -55,11 +55,6 @@ class Shapes:
         """Along a tile's side."""
         return self.tile // self.vision["patch_size"]
 
-    @property
-    def photo_tokens(self) -> int:
-        """The small picture's, those of the four tiles, and one at the end of each row."""
-        return 5 * self.patches**2 + 2 * self.patches
-
 
 BIG = Shapes(
     672, 336,
