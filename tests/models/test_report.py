@@ -139,7 +139,6 @@ def test_the_recall_curve_shows_what_was_tried_promised_and_taken():
     )
     exact = calibrated(**found, recall_curve=CURVE | {"taken": None})
     assert ">taken: exact search</text>" in exact and "Taken: exact search. Exact search makes 50." in exact
-    assert ">taken" not in calibrated(**found, recall_curve=CURVE)
 
 
 def test_the_lower_bound_of_each_setting_is_drawn():

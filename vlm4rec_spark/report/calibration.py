@@ -17,8 +17,12 @@ def calibration(run: Run | None) -> Calibration | None:
         promise = float(run.details["recall_promised"])
     except (KeyError, TypeError, ValueError):
         return None
-    # Null is exact search; runs of older releases don't say.
+    # Null is exact search.
     taken = [each for each in tried if [each.leaves, each.candidates] == told.get("taken")]
-    return Calibration(tried, promise, exact if isinstance(exact, int | float) else None,
-                       "taken" in told and told["taken"] is None, taken[0] if taken else None,
-                       run.details.get("k", "k"))  # fmt: skip
+    return Calibration(
+        tried,
+        promise,
+        exact if isinstance(exact, int | float) else None,
+        taken[0] if taken else None,
+        run.details.get("k", "k"),
+    )

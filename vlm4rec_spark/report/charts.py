@@ -150,7 +150,7 @@ def recall_curve(found: Calibration) -> str:
         if found.exact:
             axes.plot([found.exact], [1], "D", color=INK, markerfacecolor="white", markersize=6, label="exact search")
         place = (found.taken.per_second, found.taken.recall) if found.taken else (found.exact or 0, 1)
-        if found.taken or (found.took_exact and found.exact):
+        if found.taken or found.exact:
             words = f"{found.taken.leaves:,} leaves" if found.taken else "exact search"
             axes.plot([place[0]], [place[1]], "o", color=ACCENT, markerfacecolor="none", markersize=13,
                       markeredgewidth=1.8, label=f"taken: {words}")  # fmt: skip

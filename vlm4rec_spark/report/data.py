@@ -202,12 +202,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What recommend tried before it took a search; `exact`: lists a second of exact search, `k`: of the recall."""
+    """What recommend tried before it took a search. `exact`: lists a second of exact search. `k`: of the recall.
+
+    `taken`: None for exact search."""
 
     tried: tuple[Setting, ...]
     promise: float
     exact: float | None
-    took_exact: bool
     taken: Setting | None
     k: str
 
