@@ -9,11 +9,14 @@ items the nearest has a cosine of about .68 with a user's vector, the hundredth 
 
 Beside this stage at the middle size, on the same vectors and cores, in the same run: one Python process that reads the
 same Parquet files, searches by ScaNN with its own reordering and as much effort, excludes in numpy and writes Parquet
-(raw); the same stage under a rule that leaves 1 % of the items, with variants and caps, with diversity, and in a night
-after which a fiftieth of the users and one in 500 items are others; numpy's exact search; faiss, searching alone;
-Spark's ALS with given factors of rank 64, and crossJoin with vector_inner_product. Slow sides are timed on a sample of
-users, which the table says. max_similarity merges the items' neighbours; how long searching these took stands in a row
-of its own. faiss: pip install faiss-cpu.
+(raw); the same stage under a rule that leaves 1 % of the items, with variants and caps, and with diversity; numpy's
+exact search; faiss, searching alone; Spark's ALS with given factors of rank 64, and crossJoin with
+vector_inner_product. Slow sides are timed on a sample of users, which the table says. max_similarity merges the items'
+neighbours; how long searching these took stands in a row of its own. faiss: pip install faiss-cpu.
+
+Churn: one new item in 500 is added to the middle catalogue, and no user changes. `churn` is the share of users whose
+list differs other than by new items that entered it. Its index rests on the earlier one, as the index stage builds it.
+`churn_rebuilt` is the same with an index built anew. Items and scores are compared as the table holds them.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -37,7 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from memory import peaks
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from rich.console import Console
 from rich.table import Table
@@ -45,17 +49,22 @@ from rich.table import Table
 from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
+from vlm4rec_spark.models.calibration import Calibration
 from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.offer import Offer
 from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.pipeline import Pipeline, Voice
 from vlm4rec_spark.session import session
 from vlm4rec_spark.stages import index, neighbours, recommend
+from vlm4rec_spark.stages.index import IndexSettings
 
 DIMENSION, SEEN, K, PROMISE = 384, 20, 10, 0.95
 FAMILIES, KIND = 40, 50
 ROUNDS = 3
 RANK = 64
+NEW_SHARE = 1 / 500
+"""Of the items, so many more come before churn is measured."""
+REBUILD_SHARE = IndexSettings().rebuild_share
 SAMPLE = {"numpy": 1_000, "faiss Flat": 1_000, "faiss": 20_000, "als": 2_000, "crossJoin": 10, "max_similarity": 20_000}
 # Both compilers, unlike our local default, which starts quicker: Spark's ALS multiplies in the JVM.
 JVM = "spark.conf={spark.driver.extraJavaOptions: -XX:ReservedCodeCacheSize=256m -Xss4m}"
@@ -65,17 +74,40 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def catalogue(items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors, float32 (items, DIMENSION), and the kind of each item."""
-    rng, kinds = np.random.default_rng(0), max(20, items // KIND)
+@dataclass(frozen=True)
+class Catalogue:
+    """Unit vectors, float32 (items, DIMENSION), the kind of each item, and the same of the items that come later."""
+
+    vectors: np.ndarray
+    kinds: np.ndarray
+    new_vectors: np.ndarray
+    new_kinds: np.ndarray
+
+
+def catalogue(items: int) -> Catalogue:
+    rng = np.random.default_rng(0)
+    kinds = max(20, items // KIND)
     families = rng.normal(size=(FAMILIES, DIMENSION)).astype(np.float32)
-    centres = 0.8 * families[rng.integers(FAMILIES, size=kinds)] + rng.normal(size=(kinds, DIMENSION))
-    kind = rng.integers(kinds, size=items)
-    vectors = np.empty((items, DIMENSION), np.float32)
-    for start in range(0, items, 50_000):
-        part = kind[start : start + 50_000]
-        vectors[start : start + len(part)] = unit(centres[part] + 0.9 * rng.normal(size=(len(part), DIMENSION)))
-    return vectors, kind
+    centres = 0.8 * families[rng.integers(FAMILIES, size=kinds)]
+    centres = centres + rng.normal(size=(kinds, DIMENSION))
+    item_kinds = rng.integers(kinds, size=items)
+    vectors = around(centres, item_kinds, rng)
+    new_kinds = rng.integers(kinds, size=max(1, round(items * NEW_SHARE)))
+    return Catalogue(vectors, item_kinds, around(centres, new_kinds, rng), new_kinds)
+
+
+def around(centres: np.ndarray, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A unit vector near the centre of each of the kinds, float32 (items, DIMENSION)."""
+    vectors = np.empty((len(kinds), DIMENSION), np.float32)
+    for start in range(0, len(kinds), 50_000):
+        part = kinds[start : start + 50_000]
+        noise = 0.9 * rng.normal(size=(len(part), DIMENSION))
+        vectors[start : start + len(part)] = unit(centres[part] + noise)
+    return vectors
+
+
+def texts(kinds: np.ndarray) -> list[str]:
+    return [f"thing of kind{kind}" for kind in kinds]
 
 
 def histories(kind: np.ndarray, users: int) -> np.ndarray:
@@ -159,27 +191,34 @@ class Shop:
 
     def __init__(self, folder: Path, items: int, users: int, pipeline: Pipeline, say: Callable[[str], None]):
         self.folder, self.items, self.users, self.pipeline = folder, items, users, pipeline
-        self.vectors, kind = catalogue(items)
-        self.met = histories(kind, users)
-        tables = pipeline.tables
-        aside = folder / "rows"
-        aside.mkdir()
-        write_profiles(aside, self.vectors, self.met)
-        tables.append(schemas.PROFILES, pipeline.spark.read.parquet(str(aside)).select(*schemas.PROFILES.columns))
-        shutil.rmtree(aside)
-        self.table = tables.place(schemas.PROFILES)
+        self.catalogue = catalogue(items)
+        self.vectors = self.catalogue.vectors
+        self.met = histories(self.catalogue.kinds, users)
+        self.append_profiles()
+        self.table = pipeline.tables.place(schemas.PROFILES)
         started = time.monotonic()
-        texts = [f"thing of kind{k}" for k in kind]
         self.index = folder / "index" / f"of-{items}"
-        Searcher.build(self.index, self.index.name, names(items).tolist(), self.vectors, texts, 1)
+        Searcher.build(self.index, self.index.name, names(items).tolist(), self.vectors, texts(self.catalogue.kinds), 1)
         say(f"{items:,} items: index built in {time.monotonic() - started:.0f} s")
         started = time.monotonic()
-        sample = tables.read(schemas.PROFILES).orderBy(F.xxhash64("user_id")).limit(1_000)
+        sample = self.profiles().orderBy(F.xxhash64("user_id")).limit(1_000)
         searcher = Searcher.open(self.index, verify=False)
         self.sample = sample.select("embedding", "history", "seen").toArrow()
-        self.measured = recommend.calibrate(searcher, self.sample, Offer(np.ones(items, np.int64)), K, PROMISE)
-        say(f"{items:,} items: calibrated in {time.monotonic() - started:.0f} s: "
-            f"{self.measured.words(searcher.manifest['leaves'])}, recall {self.measured.recall:.4f}")  # fmt: skip
+        self.measured = self.calibrate(searcher)
+        words = self.measured.words(searcher.manifest["leaves"])
+        seconds = time.monotonic() - started
+        say(f"{items:,} items: calibrated in {seconds:.0f} s: {words}, recall {self.measured.recall:.4f}")
+
+    def append_profiles(self) -> None:
+        parquet = self.folder / "rows"
+        parquet.mkdir()
+        write_profiles(parquet, self.vectors, self.met)
+        rows = self.pipeline.spark.read.parquet(str(parquet)).select(*schemas.PROFILES.columns)
+        self.pipeline.tables.append(schemas.PROFILES, rows)
+        shutil.rmtree(parquet)
+
+    def calibrate(self, searcher: Searcher) -> Calibration:
+        return recommend.calibrate(searcher, self.sample, recommend.without(searcher, []), K, PROMISE)
 
     def profiles(self, users: int | None = None) -> DataFrame:
         rows = self.pipeline.tables.read(schemas.PROFILES)
@@ -195,42 +234,70 @@ class Shop:
         seconds = time.monotonic() - started
         return recommend.Matching("max_similarity", neighbours=index.ship(spark, made, most, Neighbours.open)), seconds
 
-    def ours(
-        self, why: bool, matching: recommend.Matching = recommend.CONTENT, users: int | None = None,
+    def time_pass(
+        self,
+        why: bool,
+        matching: recommend.Matching = recommend.CONTENT,
+        users: int | None = None,
         offer: Offer | None = None,
-    ) -> float:  # fmt: skip
+    ) -> float:
         """Seconds of the pass, from one Delta table to the other."""
         started = time.monotonic()
-        lists = self._lists(recommend.made_of(self.profiles(users)), offer or self.offer(), matching, why)
-        self.pipeline.tables.replace(schemas.RECOMMENDATIONS, lists)
-        return time.monotonic() - started
-
-    def night(self) -> tuple[float, int]:
-        """Seconds of a run after which a fiftieth of the users and one in 500 items are others, and its lists."""
-        started, tables = time.monotonic(), self.pipeline.tables
-        news = np.random.default_rng(5).random(self.items) < 0.002
-        profiles = recommend.made_of(self.profiles())
-        other = F.when(F.xxhash64("user_id") % 50 == 0, 1).otherwise(0)
-        profiles = profiles.withColumn("made_of", F.col("made_of").bitwiseXOR(other.cast("bigint")))
-        profiles = profiles.join(recommend.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
-        made = tables.staged(
-            schemas.RECOMMENDATIONS, self._lists(profiles, self.offer(), recommend.CONTENT, False, news)
+        offer = offer or self.offer()
+        opens = self.ship(self.index)
+        lists = recommend.recommend(
+            self.profiles(users), opens, offer, K, self.measured.effort, matching, why
         )
-        tables.revise(schemas.RECOMMENDATIONS, made.select("user_id"), made)
-        seconds, lists = time.monotonic() - started, made.count()
-        tables.unstage(schemas.RECOMMENDATIONS)
-        return seconds, lists
+        stamped = lists.select(
+            "*", F.lit("run").alias("run_id"), F.current_timestamp().alias("generated_at")
+        )
+        self.pipeline.tables.replace(schemas.RECOMMENDATIONS, stamped)
+        return time.monotonic() - started
 
     def offer(self, **settings: object) -> Offer:
         return Offer(np.ones(self.items, np.int64), **settings)
 
-    def _lists(
-        self, profiles: DataFrame, offer: Offer, matching: recommend.Matching, why: bool,
-        news: np.ndarray | None = None,
-    ) -> DataFrame:  # fmt: skip
-        opens = index.ship(self.pipeline.spark, self.index, self.pipeline.config.index.broadcast_gb, Searcher.open)
-        lists = recommend.recommend(profiles, opens, offer, K, self.measured.effort, matching, why, news)
-        return lists.select("*", F.lit("run").alias("run_id"), F.current_timestamp().alias("generated_at"))
+    def ship(self, folder: Path) -> Callable[[], Searcher]:
+        broadcast_gb = self.pipeline.config.index.broadcast_gb
+        return index.ship(self.pipeline.spark, folder, broadcast_gb, Searcher.open)
+
+    def churn(self, rebuild_share: float) -> float:
+        """Share of the lists in the table that change when the new items come, other than by these.
+
+        The new index rests on the old one if `rebuild_share` allows it. The search is calibrated again, as in a run.
+        """
+        folder = self.index_with_new_items(rebuild_share)
+        searcher = Searcher.open(folder, verify=False)
+        lists = recommend.recommend(
+            self.profiles(),
+            self.ship(folder),
+            recommend.without(searcher, []),
+            K,
+            self.calibrate(searcher).effort,
+            why=False,
+        )
+        before = self.pipeline.tables.read(schemas.RECOMMENDATIONS)
+        before = before.select("user_id", F.col("items").alias("before"))
+        joined = before.join(lists, on="user_id", how="left")
+        differs = list_differs(F.col("before"), F.col("items"), f"i{self.items:07d}")
+        return joined.agg(F.avg(differs.cast("double"))).collect()[0][0]
+
+    def index_with_new_items(self, rebuild_share: float) -> Path:
+        """Build the index of the old and the new items, as the index stage does."""
+        vectors = np.concatenate([self.vectors, self.catalogue.new_vectors])
+        item_texts = texts(np.concatenate([self.catalogue.kinds, self.catalogue.new_kinds]))
+        rows = pa.table(
+            {
+                "item_id": names(len(vectors)),
+                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIMENSION),
+                "text_sha256": item_texts,
+                "text": item_texts,
+            }
+        )
+        base = Searcher.open(self.index, verify=False)
+        return index.build(
+            rows, "title", "none", self.folder / "index", 1, base, rebuild_share
+        )
 
     def recall(self) -> float:
         """Of the lists in the table, on a thousand users that the calibration hasn't seen but by chance."""
@@ -351,103 +418,221 @@ class Shop:
         return rate
 
 
+def list_differs(before: Column, after: Column, first_new: str) -> Column:
+    """Whether a list differs from the one before, other than by items from the id `first_new` on that entered it.
+
+    What is left of the list without new items must be the beginning of the one before, with the same scores. A list
+    that is missing or became shorter differs.
+    """
+
+    def places(items: Column) -> Column:
+        return F.transform(items, lambda item: F.struct(item["item_id"], item["score"]))
+
+    old = F.filter(after, lambda item: item["item_id"] < first_new)
+    same = places(F.slice(before, F.lit(1), F.size(old))).eqNullSafe(places(old))
+    shorter = F.size(after) < F.size(before)
+    return after.isNull() | shorter | ~same
+
+
+class Results:
+    """The table for people, whose rows are also printed as they come."""
+
+    def __init__(self) -> None:
+        self.console = Console(width=110)
+        title = f"Top {K} out of so many items, {SEEN} seen items each"
+        self.table = Table(title=title, title_justify="left")
+        for name in ("side", "items", "users", "users/s", "recall", "memory"):
+            self.table.add_column(name, justify="left" if name in ("side", "memory") else "right")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, style="dim")
+
+    def add(
+        self,
+        side: str,
+        items: int,
+        users: int,
+        rate: float,
+        recall: float | None = None,
+        memory: str = "",
+    ) -> None:
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
+        recall_text = "-" if recall is None else f"{recall:.4f}"
+        self.table.add_row(side, f"{items:,}", f"{users:,}", speed, recall_text, memory)
+        self.say(f"{side}, {items:,} items: {speed}/s")
+
+    def add_share(self, side: str, items: int, users: int, share: float) -> None:
+        """A row whose value is a share of the users and no speed."""
+        self.table.add_row(side, f"{items:,}", f"{users:,}", f"{share:.2%}", "-", "")
+        self.say(f"{side}, {items:,} items: {share:.2%}")
+
+
+def measure_pass(shop: Shop, results: Results) -> dict[str, float]:
+    """Speed, memory and recall of the pass."""
+    with peaks() as peak:
+        rate = shop.users / shop.time_pass(why=False)
+    memory = f"driver and JVM {peak['driver_gb']:.1f} GB, worker {peak['worker_gb']:.1f} GB"
+    recall = shop.recall()
+    results.add("this stage", shop.items, shop.users, rate, recall, memory)
+    return {
+        "users_per_s": rate,
+        "recall": round(recall, 4),
+        "driver_gb": round(peak["driver_gb"], 2),
+        "worker_gb": round(peak["worker_gb"], 2),
+    }
+
+
+def compare_raw(shop: Shop, results: Results) -> dict[str, float]:
+    """The pass without and with reasons, against one process without Spark: the median of several rounds of each."""
+    run_raw = shop.raw()
+    rounds = []
+    memory = []
+    for _ in range(ROUNDS):  # in turn, so that a busy minute of the machine slows all of them
+        raw_s, raw_gb = run_raw()
+        rounds.append((raw_s, shop.time_pass(why=False), shop.time_pass(why=True)))
+        memory.append(raw_gb)
+        results.say(
+            f"raw {raw_s:.1f} s, this stage {rounds[-1][1]:.1f} s, with why {rounds[-1][2]:.1f} s"
+        )
+    raw_s, plain_s, why_s = (median(seconds) for seconds in zip(*rounds, strict=True))
+    raw_gb = max(memory)
+    rate = shop.users / plain_s
+    results.add(f"the same, median of {ROUNDS}", shop.items, shop.users, rate)
+    results.add("this stage, with why", shop.items, shop.users, shop.users / why_s)
+    raw_rate = shop.users / raw_s
+    results.add(
+        "raw: one process, no Spark", shop.items, shop.users, raw_rate, None, f"{raw_gb:.1f} GB"
+    )
+    return {
+        "users_per_s": rate,
+        "vs_raw": round(rate / raw_rate, 2),
+        "why_share": round(1 - plain_s / why_s, 3),
+        "raw_gb": round(raw_gb, 2),
+    }
+
+
+def measure_rules(shop: Shop, plain_s: float, results: Results) -> dict[str, float]:
+    """What rules, shared places and diversity cost: times `plain_s`, the seconds of the pass without any."""
+    one_percent = np.random.default_rng(6).random(shop.items) < 0.01
+    pairs = np.arange(shop.items) // 2
+    brands = np.random.default_rng(7).integers(shop.items // 100, size=shop.items)
+    offers = {
+        "rule_cost": ("a rule that leaves 1 %", Offer(one_percent.astype(np.int64))),
+        "variants_caps_cost": (
+            "pairs of variants, 2 of a brand",
+            shop.offer(variants=pairs, caps=[(brands, 2)]),
+        ),
+        "diversity_cost": ("diversity .3", shop.offer(diversity=0.3)),
+    }
+    costs = {}
+    for key, (side, offer) in offers.items():
+        seconds = shop.time_pass(False, offer=offer)
+        results.add(f"this stage, {side}", shop.items, shop.users, shop.users / seconds)
+        costs[key] = round(seconds / plain_s, 2)
+    return costs
+
+
+def measure_churn(shop: Shop, results: Results) -> dict[str, float]:
+    """Lists that change though nothing about their users did; see `Shop.churn`."""
+    shop.time_pass(why=False)
+    figures = {}
+    for key, side, rebuild_share in (
+        ("churn", "changed lists, index on the earlier one", REBUILD_SHARE),
+        ("churn_rebuilt", "changed lists, index built anew", 0.0),
+    ):
+        share = shop.churn(rebuild_share)
+        results.add_share(side, shop.items, shop.users, share)
+        figures[key] = round(share, 5)
+    return figures
+
+
+def measure_max_similarity(shop: Shop, results: Results) -> dict[str, float]:
+    """The neighbours that max_similarity needs, and its pass against that of the mean, both of a few users."""
+    users = min(shop.users, SAMPLE["max_similarity"])
+    matching, neighbours_s = shop.max_similarity()
+    items_per_s = shop.items / neighbours_s
+    results.add(
+        "each item's neighbours, searched once: items/s", shop.items, shop.items, items_per_s
+    )
+    mean_s = shop.time_pass(False, users=users)
+    max_similarity_s = shop.time_pass(False, matching, users)
+    results.add("this stage, max_similarity", shop.items, users, users / max_similarity_s)
+    return {
+        "maxsim_cost": round(max_similarity_s / mean_s, 1),
+        "neighbours_s": round(neighbours_s),
+    }
+
+
+def compare_others(shop: Shop, rate: float, results: Results) -> dict[str, float]:
+    """numpy, faiss, ALS and crossJoin on a few users each, against the `rate` of the pass in users/s."""
+    users = np.arange(SAMPLE["numpy"])
+    started = time.monotonic()
+    shop.exact(users)
+    exact_rate = len(users) / (time.monotonic() - started)
+    results.add("numpy, exact", shop.items, len(users), exact_rate, 1.0)
+    for name, (faiss_rate, queries, recall) in shop.faiss().items():
+        results.add(f"{name}, search alone", shop.items, queries, faiss_rate, recall)
+    als_rate = shop.als()
+    results.add(f"Spark ALS, rank {RANK}", shop.items, SAMPLE["als"], als_rate)
+    cross_join_rate = shop.cross_join()
+    side = "crossJoin, vector_inner_product"
+    results.add(side, shop.items, SAMPLE["crossJoin"], cross_join_rate)
+    return {"vs_exact_200k": round(rate / exact_rate, 1), "vs_als": round(rate / als_rate, 1)}
+
+
+def compare_all(shop: Shop, results: Results) -> dict[str, float]:
+    """All that is measured at the middle size only."""
+    figures = compare_raw(shop, results)
+    rate = figures["users_per_s"]
+    figures |= measure_rules(shop, shop.users / rate, results)
+    figures |= measure_churn(shop, results)
+    figures |= measure_max_similarity(shop, results)
+    return figures | compare_others(shop, rate, results)
+
+
+def measure(
+    spark: SparkSession, folder: Path, sizes: list[int], users: int, results: Results
+) -> dict[str, float]:
+    """The figures of the last line: those of the middle size, and how costs grow from the first to the last size."""
+    figures: dict[str, float] = {}
+    rates = {}
+    voice = Voice(
+        enter=lambda *_: None, say=results.console.print, watch=lambda *_: nullcontext()
+    )
+    for items in sizes:
+        shop_folder = folder / str(items)
+        shop_folder.mkdir()
+        pipeline = Pipeline(spark, load([], [f"tables={shop_folder / 'tables'}"]), voice)
+        shop = Shop(shop_folder, items, users, pipeline, results.say)
+        if items == sizes[0]:
+            shop.time_pass(why=True)  # Spark's first query takes seconds more
+        measured = measure_pass(shop, results)
+        rates[items] = measured["users_per_s"]
+        if items == sizes[1]:
+            figures = measured | compare_all(shop, results)
+    figures["users_per_s"] = round(figures["users_per_s"])
+    figures["cost_growth"] = round(rates[sizes[0]] / rates[sizes[2]], 2)
+    return figures
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--users", type=int, default=200_000)
-    options.add_argument("--items", type=int, nargs=3, default=[20_000, 200_000, 1_000_000])
-    options.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.raw:
-        by_raw(given.raw)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--users", type=int, default=200_000)
+    parser.add_argument("--items", type=int, nargs=3, default=[20_000, 200_000, 1_000_000])
+    parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.raw:
+        by_raw(options.raw)
         return
-    console = Console(width=110)
-
-    def say(line: str) -> None:
-        console.print(line, style="dim")
-
     quiet()
-    table = Table(title=f"Top {K} out of so many items, {SEEN} seen items each", title_justify="left")
-    for name in ("side", "items", "users", "users/s", "recall", "memory"):
-        table.add_column(name, justify="left" if name in ("side", "memory") else "right")
-
-    def told(side: str, items: int, users: int, rate: float, recall: float | None = None, memory: str = "") -> None:
-        cells = f"{items:,}", f"{users:,}", f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
-        table.add_row(side, *cells, "-" if recall is None else f"{recall:.4f}", memory)
-        say(f"{side}, {items:,} items: {cells[2]}/s")
-
-    rates, line = {}, {}
-    with tempfile.TemporaryDirectory() as temporary:
+    results = Results()
+    with tempfile.TemporaryDirectory() as folder:
         spark = session(load([], [JVM]).spark)
         spark.sparkContext.setLogLevel("FATAL")
-        voice = Voice(enter=lambda *_: None, say=console.print, watch=lambda *_: nullcontext())
-        middle = given.items[1]
-        for items in given.items:
-            folder = Path(temporary) / str(items)
-            folder.mkdir()
-            pipeline = Pipeline(spark, load([], [f"tables={folder / 'tables'}"]), voice)
-            shop = Shop(folder, items, given.users, pipeline, say)
-            if items == given.items[0]:
-                shop.ours(why=True)  # Spark's first query takes seconds more
-            with peaks() as peak:
-                rates[items] = given.users / shop.ours(why=False)
-            held = f"driver and JVM {peak['driver_gb']:.1f} GB, worker {peak['worker_gb']:.1f} GB"
-            recall = shop.recall()
-            told("this stage", items, given.users, rates[items], recall, held)
-            if items != middle:
-                continue
-            line |= {"recall": round(recall, 4), "driver_gb": round(peak["driver_gb"], 2),
-                     "worker_gb": round(peak["worker_gb"], 2)}  # fmt: skip
-            raw, rounds = shop.raw(), []
-            for _ in range(ROUNDS):  # in turn, so that a busy minute of the machine is everybody's
-                seconds, gb = raw()
-                rounds.append((seconds, shop.ours(why=False), shop.ours(why=True)))
-                say(f"raw {seconds:.1f} s, this stage {rounds[-1][1]:.1f} s, with why {rounds[-1][2]:.1f} s")
-            seconds, bare, reasoned = (median(column) for column in zip(*rounds, strict=True))
-            rates[items], with_why = given.users / bare, given.users / reasoned
-            told(f"the same, median of {ROUNDS}", items, given.users, rates[items])
-            told("this stage, with why", items, given.users, with_why)
-            one = np.random.default_rng(6).random(items) < 0.01
-            pairs, brands = np.arange(items) // 2, np.random.default_rng(7).integers(items // 100, size=items)
-            told_of = {
-                "a rule that leaves 1 %": Offer(one.astype(np.int64)),
-                "pairs of variants, 2 of a brand": shop.offer(variants=pairs, caps=[(brands, 2)]),
-                "diversity .3": shop.offer(diversity=0.3),
-            }  # fmt: skip
-            costs = {name: shop.ours(False, offer=offer) for name, offer in told_of.items()}
-            for name, took in costs.items():
-                told(f"this stage, {name}", items, given.users, given.users / took)
-            shop.ours(why=False)
-            night, again = shop.night()
-            told(f"a night after which {again:,} lists are others", items, given.users, given.users / night)
-            rule, shared, diverse = (round(took / bare, 2) for took in costs.values())
-            line |= {"rule_cost": rule, "variants_caps_cost": shared, "diversity_cost": diverse,
-                     "night_cost": round(night / bare, 2), "night_lists": again}  # fmt: skip
-            told("raw: one process, no Spark", items, given.users, given.users / seconds, None, f"{gb:.1f} GB")
-            few = min(given.users, SAMPLE["max_similarity"])
-            matching, neighbours_s = shop.max_similarity()
-            told("each item's neighbours, searched once: items/s", items, items, items / neighbours_s)
-            plain, several = shop.ours(False, users=few), shop.ours(False, matching, few)
-            told("this stage, max_similarity", items, few, few / several)
-            started, some = time.monotonic(), np.arange(SAMPLE["numpy"])
-            shop.exact(some)
-            exact = len(some) / (time.monotonic() - started)
-            told("numpy, exact", items, len(some), exact, 1.0)
-            for name, (rate, users, found) in shop.faiss().items():
-                told(f"{name}, search alone", items, users, rate, found)
-            als = shop.als()
-            told(f"Spark ALS, rank {RANK}", items, SAMPLE["als"], als)
-            told("crossJoin, vector_inner_product", items, SAMPLE["crossJoin"], shop.cross_join())
-            line |= {
-                "vs_raw": round(rates[items] * seconds / given.users, 2),
-                "vs_exact_200k": round(rates[items] / exact, 1), "vs_als": round(rates[items] / als, 1),
-                "why_share": round(1 - with_why / rates[items], 3), "maxsim_cost": round(several / plain, 1),
-                "neighbours_s": round(neighbours_s), "raw_gb": round(gb, 2),
-            }  # fmt: skip
+        figures = measure(spark, Path(folder), options.items, options.users, results)
         spark.stop()
-    console.print(table)
-    smallest, _, largest = given.items
-    print(json.dumps({"users_per_s": round(rates[middle]), **line,
-                      "cost_growth": round(rates[smallest] / rates[largest], 2)}))  # fmt: skip
+    results.console.print(results.table)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ ROWS: dict[schemas.Table, list] = {
         ("ann", "caption", [("mug-red", 4.25), ("hat-red", 0.5)], ["hat-red", "mug-red", "o'brien"], None, 3, MONDAY)
     ],
     schemas.RECOMMENDATIONS: [
-        ("ann", [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])], 5, INDEX, "r1", MONDAY, 1),
-        ("cid", [("hat-red", 0.5, None, [], "content", [])], 5, GONE, "r1", MONDAY + timedelta(hours=1), None),
+        ("ann", [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])], 5, INDEX, "r1", MONDAY),
+        ("cid", [("hat-red", 0.5, None, [], "content", [])], 5, GONE, "r1", MONDAY + timedelta(hours=1)),
     ],
     schemas.RUNS: [
         run("ingest", 8), run("ingest", 9, "failed", (0, 1_234_567, 0)), run("embed", 11, "unchanged", (0, 0, 0)),

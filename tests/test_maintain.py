@@ -281,7 +281,7 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("shop")
     made = pipeline(folder, "maintain.index_versions=1")
     item = ("i0", "Mug", None, None, None, None, 1.0, {}, True, None, MONDAY)
-    lists = [("u1", [], 5, "b" * 16, "r1", MONDAY, 1)]
+    lists = [("u1", [], 5, "b" * 16, "r1", MONDAY)]
     runs = [index_run(hour, letter) for hour, letter in enumerate("eabc")] + [index_run(0, "d", "title")]
     for table, content in ((schemas.ITEMS, [item]), (schemas.RUNS, runs), (schemas.RECOMMENDATIONS, lists)):
         made.tables.insert(table, made.spark.createDataFrame(content, table.schema))

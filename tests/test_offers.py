@@ -123,18 +123,22 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
            for u in range(6) for n, kind in enumerate(("view", "purchase", "view"))]  # fmt: skip
     (tmp_path / "log.csv").write_text("user_id,item_id,event_type,event_time\n" + "\n".join(log) + "\n")
     markets = "".join(f"u{u},{'EU' if u % 2 else 'US'},\n" for u in range(5))
-    (tmp_path / "users.csv").write_text(f"user_id,region,consent\n{markets}u5,EU,no\nfresh,EU,yes\n")
+    (tmp_path / "users.csv").write_text(f"user_id,region,consent\n{markets}u5,EU,no\nfresh,EU,yes\npicky,EU,yes\n")
     (tmp_path / "deny.csv").write_text("user_id,item_id\n,i01\nu0,i02\n")
+    allowed = {"u3": range(5, 17), "picky": range(3, 15)}
+    pairs = [f"{user},i{n:02d}" for user, numbers in allowed.items() for n in numbers]
+    (tmp_path / "allow.csv").write_text("user_id,item_id\n" + "\n".join(pairs) + "\n")
     settings = (
         f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=[{tmp_path}/log.csv]",
-        f"ingest.users.path=[{tmp_path}/users.csv]", f"recommend.deny.path=[{tmp_path}/deny.csv]", "recommend.k=6",
-        "representation=title", "recommend.caps={brand: 3}", "recommend.seen_again=[view]",
+        f"ingest.users.path=[{tmp_path}/users.csv]", f"recommend.deny.path=[{tmp_path}/deny.csv]",
+        f"recommend.allow.path=[{tmp_path}/allow.csv]", "recommend.k=6", "representation=title",
+        "recommend.caps={brand: 3}", "recommend.seen_again=[view]",
         "recommend.rules=[{items: price < 25}, {items: price >= 5, users: \"region = 'EU'\"}]",
     )  # fmt: skip
     run = pipeline(tmp_path, *settings)
     run.run(["ingest", "embed", "index", "profiles", "recommend"])
     lists = {row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()}
-    assert set(lists) == {"u0", "u1", "u2", "u3", "u4", "fresh"}  # u5 refused
+    assert set(lists) == {"u0", "u1", "u2", "u3", "u4", "fresh", "picky"}  # u5 refused
     hidden, viewed = 0, 0
     for user in ("u0", "u1", "u2", "u3", "u4"):
         numbers = [int(item["item_id"][1:]) for item in lists[user]]
@@ -166,10 +170,19 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
     fresh = {int(item["item_id"][1:]) for item in lists["fresh"]}
     assert min(fresh) >= 5
     assert max(fresh) < 25
-    # And other lists of the same best items, in an order that isn't that of the scores.
+    for user, numbers in allowed.items():
+        assert {int(item["item_id"][1:]) for item in lists[user]} <= {n for n in numbers if n >= 5}
+    assert len(lists["picky"]) > 1
+    last = lists["fresh"][-1]["item_id"]
+    assert lists["fresh"][0]["item_id"] != last
+    # What is popular is counted anew.
+    with (tmp_path / "log.csv").open("a") as more:
+        more.writelines(f"new{n},{last},view,2025-01-04T00:00:00Z\n" for n in range(9))
+    # Diversity makes other lists of the same best items, in an order that isn't that of the scores.
     run = pipeline(tmp_path, *settings, "recommend.diversity=0.7")
-    run.run(["recommend"])
+    run.run(["ingest", "profiles", "recommend"])
     diverse = {row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()}
+    assert diverse["fresh"][0]["item_id"] == last
     scores = {user: [item["score"] for item in diverse[user]] for user in ("u0", "u1", "u2", "u3", "u4")}
     assert {user: max(mine) for user, mine in scores.items()} == {user: mine[0] for user, mine in scores.items()}
     assert {user: mine[0] for user, mine in scores.items()} == {user: changed[user][0]["score"] for user in scores}

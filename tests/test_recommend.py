@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import functions as F
 
 from vlm4rec_spark import schemas
 from vlm4rec_spark.models.embedder import load_embedder
@@ -233,29 +232,6 @@ def test_calibration_measures_what_it_says(world: World) -> None:
     assert other.recall != easy.recall  # it was measured on these lists and not on those
 
 
-def test_who_has_changed_gets_a_list_and_nobody_else(spark: SparkSession, world: World) -> None:
-    opener, offer = partial(Searcher.open, world.exact), recommend.without(Searcher.open(world.exact), [])
-    profiles = recommend.made_of(world.profiles)
-    force = recommend.recommend(profiles, opener, offer, K, None).persist()
-    assert force.count() == USERS
-    none, some = np.zeros(ITEMS, bool), np.arange(ITEMS) == 399
-
-    def again(changed: str, news: np.ndarray) -> set[str]:
-        other = profiles.withColumn("made_of", F.when(F.expr(changed), 0).otherwise(F.col("made_of")))
-        rows = other.join(recommend.standing(force), on="user_id", how="left")
-        made = recommend.recommend(rows, opener, offer, K, None, news=news).collect()
-        before = {row["user_id"]: row["items"] for row in force.collect()}
-        assert all(row["items"] == before[row["user_id"]] for row in made)
-        return {row["user_id"] for row in made}
-
-    assert again("false", none) == set()
-    assert again("user_id IN ('u03', 'u07')", none) == {"u03", "u07"}
-    assert again("true", none) == {*world.queries}
-    with_it = {row["user_id"] for row in force.collect() if "i399" in str(row["items"])}
-    assert {"u01"} <= with_it <= again("false", some)
-    assert len(again("false", some)) < USERS / 2
-
-
 def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(spark: SparkSession) -> None:
     met = {"a": "ABC", "b": "AB", "c": "AX", "d": "DE", "e": "DE", "new": "", "met": "DX", "unsaid": "A", "gone": "G"}
     events = [(f"{user}{item}", user, item, "view", datetime(2025, 1, 1), datetime(2025, 1, 1).date())
@@ -301,7 +277,6 @@ def test_popular_lists_are_new_to_their_users_and_keep_the_rules(spark: SparkSes
     }  # fmt: skip
     items = [item for row in rows for item in row["items"]]
     assert {(item["source"], item["because_item_id"]) for item in items} == {("popular", None)}
-    assert {row["made_of"] for row in rows} == {None}
 
 
 SCIENTIFIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientific"

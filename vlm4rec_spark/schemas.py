@@ -193,29 +193,10 @@ RECOMMENDATIONS = Table(
     k INT NOT NULL COMMENT 'How many items were asked for',
     index_id STRING NOT NULL COMMENT 'Index that was searched',
     run_id STRING NOT NULL COMMENT 'Run that made the row',
-    generated_at TIMESTAMP NOT NULL COMMENT 'When the row was made',
-    made_of BIGINT COMMENT 'XXH64 of what it was made of besides items; null: popular ones'""",
+    generated_at TIMESTAMP NOT NULL COMMENT 'When the row was made'""",
     key=("user_id",),
     checks=(("at_most_k", "size(items) <= k"),),
     volatile=("index_id", "run_id", "generated_at"),
-)
-
-OFFERED = Table(
-    "offered",
-    "The items as the lists in force know them: the next run sees by it which have changed.",
-    """item_id STRING NOT NULL COMMENT 'Item of the index',
-    made_of BIGINT NOT NULL COMMENT 'Hash of its vector, words, variants and what the rules say of it'""",
-    key=("item_id",),
-)
-
-POPULARITY = Table(
-    "popularity",
-    "What users have met, counted when all lists were last made: for the lists of users without a history.",
-    """segment STRING NOT NULL COMMENT 'Segment of users; empty: all users',
-    item_id STRING NOT NULL COMMENT 'Item',
-    users BIGINT NOT NULL COMMENT 'Users of the segment who have met it',
-    of BIGINT NOT NULL COMMENT 'Users of the segment who have met any item'""",
-    key=("segment", "item_id"),
 )
 
 EXPORT_LONG = Table(
@@ -315,7 +296,6 @@ TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         ITEMS, PHOTOS, INTERACTIONS, USERS, IDENTITIES, CAPTIONS, ITEM_CAPTIONS, EMBEDDINGS, PROFILES, RECOMMENDATIONS,
-        OFFERED, POPULARITY,
         EXPORT_LONG, EXPORT_WIDE, REJECTED, FILES, RUNS, METRICS,
     )
 }  # fmt: skip

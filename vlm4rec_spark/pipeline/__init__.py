@@ -65,7 +65,7 @@ _STAGES = {
     "recommend": Stage(
         listing.recommend,
         (schemas.PROFILES, schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
-        (schemas.RECOMMENDATIONS, schemas.OFFERED, schemas.POPULARITY), listing.beside_lists,
+        (schemas.RECOMMENDATIONS,), listing.beside_lists,
     ),
     "evaluate": Stage(
         judging.evaluate,

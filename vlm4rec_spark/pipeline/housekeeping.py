@@ -69,7 +69,6 @@ def _in_force(run: Run) -> dict[str, str]:
     found: dict[str, str] = {}
     for row in built.orderBy("of").collect():
         found[row["index_id"]] = ", ".join(filter(None, (found.get(row["index_id"]), row["of"])))
-    # Lists that stand name the version that they were made with; what they say holds for the latest one's.
     lists = run.tables.read(schemas.RECOMMENDATIONS).select(F.max_by("index_id", "generated_at").alias("index_id"))
     for row in lists.where("index_id IS NOT NULL").collect():
         found[row["index_id"]] = ", ".join(filter(None, (found.get(row["index_id"]), "the lists")))

@@ -1,15 +1,13 @@
-"""Recommend: everybody's list, by taste or by what is popular, under the shop's rules; and again only where it changes.
+"""Recommend: everybody's list, by taste or by what is popular, under the shop's rules.
 
-Knows which lists have to be made; how one is made is the stages'.
+Knows who gets a list and which tables it comes from. How one list is made is the stages'.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,13 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import __version__, schemas, sources
+from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models import standing
 from vlm4rec_spark.models.calibration import Calibration
 from vlm4rec_spark.models.cooccurrence import Cooccurrence
 from vlm4rec_spark.models.neighbours import Neighbours
-from vlm4rec_spark.models.searcher import EXACT_COST, Effort, Searcher
+from vlm4rec_spark.models.offer import AVAILABLE, Offer
+from vlm4rec_spark.models.searcher import Effort, Searcher
 from vlm4rec_spark.pipeline.matching import index_folder, index_id
 from vlm4rec_spark.pipeline.run import Outcome, Run
 from vlm4rec_spark.sources import Source
@@ -45,134 +43,162 @@ def check(run: Run) -> None:
             sources.read(run.spark, f"recommend.{name}", source)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What the lists are made from.
+
+    `item_rows` are those of `offers.item_rows`, and `offer` is made of them. `refused` holds the user_id of users
+    without consent. `usable` holds the profiles that have a vector and consent, with the user's rules.
+    """
+
+    folder: Path
+    searcher: Searcher
+    users: DataFrame
+    refused: DataFrame
+    item_rows: DataFrame
+    offer: Offer
+    profiles: DataFrame
+    usable: DataFrame
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How the lists of `users` users are searched: the measured calibration, also in words, and the matching.
+
+    `open_searcher` opens the index in a worker.
+    """
+
+    calibration: Calibration
+    words: str
+    users: int
+    matching: ranking.Matching
+    open_searcher: Callable[[], Searcher]
+
+
 def recommend(run: Run, outcome: Outcome) -> None:
-    settings, k, tables = run.config.recommend, run.config.recommend.k, run.tables
-    profiles, folder = run.read(schemas.PROFILES), index_folder(run)
+    """Make everybody's list and replace the table by them, in one transaction."""
+    inputs = _load(run)
+    search = _choose_search(run, inputs)
+    lists = _score(run, inputs, search)
+    with run.voice.watch("recommending", search.users):
+        run.tables.replace(schemas.RECOMMENDATIONS, lists)
+    _count(run, inputs, search, outcome)
+
+
+def _load(run: Run) -> _Inputs:
+    """Raises RunError where a table is missing, or profiles and index are of different representations."""
+    settings = run.config.recommend
+    tables = run.tables
+    profiles = run.read(schemas.PROFILES)
+    folder = index_folder(run)
     searcher = Searcher.open(folder)
     if not profiles.where(F.col("representation") != run.config.representation).isEmpty():
-        raise RunError("recommend: the profiles are of another representation than the index. Run profiles again.")
-    users, items = tables.read(schemas.USERS), _offered_to_all(run, run.read(schemas.ITEMS))
-    offered = offers.item_rows(items, tables.read(schemas.PHOTOS), settings.rules, settings.caps)
-    catalogue = offered.toArrow()
-    offer = offers.offer(catalogue, searcher, settings.variants, settings.caps, settings.alike, settings.least_score,
-                         settings.diversity)  # fmt: skip
-    # Who doesn't agree gets no list.
+        raise RunError(
+            "recommend: the profiles are of another representation than the index. Run profiles again."
+        )
+    users = tables.read(schemas.USERS)
+    items = _offered_to_all(run, run.read(schemas.ITEMS))
+    item_rows = offers.item_rows(items, tables.read(schemas.PHOTOS), settings.rules, settings.caps)
+    offer = offers.offer(
+        item_rows.toArrow(),
+        searcher,
+        settings.variants,
+        settings.caps,
+        settings.alike,
+        settings.least_score,
+        settings.diversity,
+    )
     refused = users.where(~F.col("consent")).select("user_id")
-    with_taste = profiles.where(F.col("embedding").isNotNull()).join(refused, on="user_id", how="left_anti")
-    usable = _for_each(run, with_taste, users)
-    matching, together = _matching(run, profiles, searcher)
-    sample = usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
-    asked = sample.select("embedding", "history", "seen", "rules").toArrow()
-    measured = ranking.calibrate(searcher, asked, offer, k, settings.recall, matching)
-    words = measured.words(searcher.manifest["leaves"])
+    with_vector = profiles.where(F.col("embedding").isNotNull())
+    consenting = with_vector.join(refused, on="user_id", how="left_anti")
+    usable = _for_each(run, consenting, users)
+    return _Inputs(folder, searcher, users, refused, item_rows, offer, profiles, usable)
 
-    marks = standing.marks(searcher, offer, offers.by_position(catalogue, "said", searcher))
-    under = _made_under(run, searcher.base, together)
-    cost = measured.effort.cost(searcher) if measured.effort else EXACT_COST * len(searcher)
-    news, reason, popular_at = _news(run, searcher, marks, under, cost)
-    count = usable.count()
-    which = f"all: {reason}"
-    if news is not None:
-        which = f"those who have changed, or whom one of {int(news.sum()):,} changed items reaches"
-    run.voice.say(f"recommending for {count:,} users ({which}), {words}, recall {measured.recall:.3f} on "
-                  f"{measured.users:,}")  # fmt: skip
-    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Searcher.open)
-    often = news is None and neighbours.pays(asked, count, len(searcher))
-    if often and matching.shape == "max_similarity" and measured.effort:
-        deep = replace(measured.effort, candidates=measured.effort.candidates + offer.first_depth(k) - k)
-        matching = replace(matching, neighbours=_neighbours(run, searcher, opens, deep, asked))
-    beside, theirs = usable, usable.select("user_id")
-    if news is not None:
-        beside = usable.join(ranking.standing(tables.read(schemas.RECOMMENDATIONS)), on="user_id", how="left")
-    lists = ranking.recommend(beside, opens, offer, k, measured.effort, matching, settings.why, news)
+
+def _choose_search(run: Run, inputs: _Inputs) -> _Search:
+    """Choose the cheapest search that keeps the promise on a sample of the profiles, and announce it."""
+    settings = run.config.recommend
+    searcher = inputs.searcher
+    matching = _matching(run, inputs.profiles, searcher)
+    by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
+    sample = by_hash.select("embedding", "history", "seen", "rules").toArrow()
+    calibration = ranking.calibrate(
+        searcher, sample, inputs.offer, settings.k, settings.recall, matching
+    )
+    words = calibration.words(searcher.manifest["leaves"])
+    users = inputs.usable.count()
+    run.voice.say(
+        f"recommending for {users:,} users, {words}, recall {calibration.recall:.3f} on "
+        f"{calibration.users:,}"
+    )
+    open_searcher = indexing.ship(
+        run.spark, inputs.folder, run.config.index.broadcast_gb, Searcher.open
+    )
+    effort = calibration.effort
+    if (
+        effort
+        and matching.shape == "max_similarity"
+        and neighbours.pays(sample, users, len(searcher))
+    ):
+        depth = effort.candidates + inputs.offer.first_depth(settings.k) - settings.k
+        deep = replace(effort, candidates=depth)
+        opens = _neighbours(run, searcher, open_searcher, deep, sample)
+        matching = replace(matching, neighbours=opens)
+    return _Search(calibration, words, users, matching, open_searcher)
+
+
+def _score(run: Run, inputs: _Inputs, search: _Search) -> DataFrame:
+    """Rows of `recommendations`: lists by taste, and by popularity for users without a usable profile."""
+    settings = run.config.recommend
+    lists = ranking.recommend(
+        inputs.usable,
+        search.open_searcher,
+        inputs.offer,
+        settings.k,
+        search.calibration.effort,
+        search.matching,
+        settings.why,
+    )
     if settings.popular:
-        waiting, best = _waiting(run, usable, refused, users, offered, searcher, not popular_at)
-        lists = lists.unionByName(ranking.recommend(waiting, opens, offer, k, None, popular.ByPopularity(best)))
-        theirs = theirs.unionByName(waiting.select("user_id"))
-    lists = lists.select("*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at"))
-    with run.voice.watch("recommending", count):
-        made = _write(run, lists, theirs, news is None)
-    if news is None or news.any() or len(marks) != tables.read(schemas.OFFERED).count():
-        known = pa.table({"item_id": searcher.names, "made_of": marks})
-        tables.replace(schemas.OFFERED, run.spark.createDataFrame(known))
-    there = tables.read(schemas.RECOMMENDATIONS)
-    short, outcome.ok = there.where(F.size("items") < k).count(), there.count()
-    outcome.skipped = profiles.join(there.select("user_id"), on="user_id", how="left_anti").count()
+        waiting, best = _waiting(run, inputs)
+        by_popularity = popular.ByPopularity(best)
+        lists = lists.unionByName(
+            ranking.recommend(
+                waiting, search.open_searcher, inputs.offer, settings.k, None, by_popularity
+            )
+        )
+    return lists.select(
+        "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+    )
+
+
+def _count(run: Run, inputs: _Inputs, search: _Search, outcome: Outcome) -> None:
+    """Fill the outcome from the table as it was written."""
+    settings = run.config.recommend
+    calibration = search.calibration
+    lists = run.tables.read(schemas.RECOMMENDATIONS)
+    without_list = inputs.profiles.join(lists.select("user_id"), on="user_id", how="left_anti")
+    outcome.ok = lists.count()
+    outcome.skipped = without_list.count()
     outcome.details = {
-        "k": str(k), "users": str(count), "popular_lists": str(outcome.ok - count), "short_lists": str(short),
-        "search": words, "recall_promised": str(settings.recall), "recall_measured": f"{measured.recall:.4f}",
-        "recall_low": f"{measured.low:.4f}", "recall_curve": _curve(measured), "index_id": searcher.index_id,
-        "cooccurrence_share": str(run.config.cooccurrence.share), "lists_made": str(made), "full": reason,
-        "popular_at": popular_at or datetime.now(UTC).isoformat(timespec="seconds"), "made_under": under,
-        "version": _version(run),
-    }  # fmt: skip
-
-
-def _write(run: Run, lists: DataFrame, theirs: DataFrame, everybody: bool) -> int:
-    """Write the lists, all or those that may have changed, and say how many; who is not among `theirs` loses theirs."""
-    if everybody:
-        run.tables.replace(schemas.RECOMMENDATIONS, lists)
-        return run.tables.read(schemas.RECOMMENDATIONS).count()
-    staged = run.tables.staged(schemas.RECOMMENDATIONS, lists)
-    there = run.tables.read(schemas.RECOMMENDATIONS).select("user_id")
-    gone = there.join(theirs, on="user_id", how="left_anti")
-    run.tables.revise(schemas.RECOMMENDATIONS, staged.select("user_id").unionByName(gone), staged)
-    made = staged.count()
-    run.tables.unstage(schemas.RECOMMENDATIONS)
-    return made
-
-
-def _news(
-    run: Run, searcher: Searcher, marks: np.ndarray, under: str, cost: float
-) -> tuple[np.ndarray | None, str, str]:
-    """bool (items,), what has changed since the lists in force were made, None where all are to be made anew; why they
-    are, else ""; and when what is popular was last counted, "" where it is to be counted now.
-
-    cost: of a list, in codes that are scored (`Effort.cost`).
-    """
-    last, days = run.last("recommend"), run.config.recommend.full_days
-    if last is None or not run.tables.exists(schemas.OFFERED):
-        return None, "there are no lists yet", ""
-    before = last["details"]
-    if before.get("made_under") != under:
-        return None, "settings have changed or the index was built anew", ""
-    counted = before["popular_at"]
-    if datetime.now(UTC) - datetime.fromisoformat(counted) >= timedelta(days=days):
-        return None, f"as every {days} days", ""
-    if before["version"] != _version(run):  # a run was killed, or somebody else wrote
-        return None, "the lists are not as the last run left them", counted
-    known = run.tables.read(schemas.OFFERED).toArrow()
-    news, gone = standing.changed(searcher, marks, known["item_id"].to_pylist(), known["made_of"].to_numpy())
-    if run.config.recommend.diversity and (gone or news.any()):
-        return None, "items have changed, and any may do for diversity", counted
-    if 2 * EXACT_COST * news.sum() > cost:
-        return None, "so many items have changed", counted
-    return news, "", counted
-
-
-def _made_under(run: Run, base: str, together: str) -> str:
-    """What all lists depend on besides users and items; where it is another, all are made again."""
-    profile = [run.config.profiles.shape, run.config.profiles.tastes]
-    settings = run.config.recommend.model_dump(mode="json", exclude={"allow", "deny", "full_days"})
-    content = [__version__, settings, run.config.cooccurrence.model_dump(mode="json"), *profile,
-               run.config.representation, base, together]  # fmt: skip
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _version(run: Run) -> str:
-    return str(run.tables.versions([schemas.RECOMMENDATIONS]).get("recommendations", ""))
+        "k": str(settings.k),
+        "users": str(search.users),
+        "popular_lists": str(outcome.ok - search.users),
+        "short_lists": str(lists.where(F.size("items") < settings.k).count()),
+        "search": search.words,
+        "recall_promised": str(settings.recall),
+        "recall_measured": f"{calibration.recall:.4f}",
+        "recall_low": f"{calibration.low:.4f}",
+        "recall_curve": _curve(calibration),
+        "index_id": inputs.searcher.index_id,
+        "cooccurrence_share": str(run.config.cooccurrence.share),
+    }
 
 
 def _for_each(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
-    """Rows of user_id and seen with what holds for each: `rules` (bits), `only`, `seen` with all that is kept off, and
-    `made_of`."""
+    """Rows of user_id and seen with each user's `rules` (bits), `only`, and `seen` with all items that are kept off."""
     settings = run.config.recommend
-    everybody, some = offers.applying(users, settings.rules)
-    if some is None:
-        people = people.withColumn("rules", F.lit(everybody).cast("bigint"))
-    else:
-        bits = F.coalesce("rules", F.lit(0)).bitwiseOR(F.lit(everybody).cast("bigint"))
-        people = people.join(some, on="user_id", how="left").withColumn("rules", bits)
+    people = _with_rules(run, people, users)
     if settings.seen_again or settings.repurchase_days:
         kept_off = offers.not_again(run.log(), run.read(schemas.ITEMS), settings.seen_again, settings.repurchase_days)
         people = people.drop("seen").join(kept_off, on="user_id", how="left")
@@ -183,7 +209,17 @@ def _for_each(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
         people = people.withColumn("seen", F.array_sort(more)).drop("denied")
     if settings.allow.path:
         people = people.join(_by_user(run, "allow", settings.allow, "only"), on="user_id", how="left")
-    return ranking.made_of(people)
+    return people
+
+
+def _with_rules(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
+    """The rows with `rules`, the bits of the rules that apply to the user."""
+    everybody, some = offers.applying(users, run.config.recommend.rules)
+    for_all = F.lit(everybody).cast("bigint")
+    if some is None:
+        return people.withColumn("rules", for_all)
+    bits = F.coalesce("rules", F.lit(0)).bitwiseOR(for_all)
+    return people.join(some, on="user_id", how="left").withColumn("rules", bits)
 
 
 def _named(run: Run, key: str, source: Source) -> DataFrame:
@@ -210,50 +246,64 @@ def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
     return items
 
 
-def _waiting(
-    run: Run, usable: DataFrame, refused: DataFrame, users: DataFrame, offered: DataFrame, searcher: Searcher,
-    afresh: bool,
-) -> tuple[DataFrame, popular.Best]:  # fmt: skip
-    """Users, in the log or in `users`, who are no bots and have no usable profile; and what is popular with their like,
-    counted `afresh` or as it was."""
-    log, settings = run.log(), run.config.recommend
+def _waiting(run: Run, inputs: _Inputs) -> tuple[DataFrame, popular.Best]:
+    """Users who get a popular list, and what is popular with their like.
+
+    They are in the log or in `users`, are no bots, agree to lists and have no usable profile.
+    """
+    log = run.log()
+    users = inputs.users
     robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
     people = log.join(robots, on="user_id", how="left_anti")
-    if afresh or not run.tables.exists(schemas.POPULARITY):
-        run.tables.replace(schemas.POPULARITY, popular.counts(people, run.read(schemas.ITEMS), users))
     met = people.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
     waiting = (
-        people.select("user_id").unionByName(users.select("user_id")).distinct()
-        .join(robots, on="user_id", how="left_anti").join(refused, on="user_id", how="left_anti")
-        .join(usable.select("user_id"), on="user_id", how="left_anti")
-        .join(met, on="user_id", how="left").withColumn("seen", F.coalesce("seen", F.array()))
+        people.select("user_id")
+        .unionByName(users.select("user_id"))
+        .distinct()
+        .join(robots, on="user_id", how="left_anti")
+        .join(inputs.refused, on="user_id", how="left_anti")
+        .join(inputs.usable.select("user_id"), on="user_id", how="left_anti")
+        .join(met, on="user_id", how="left")
+        .withColumn("seen", F.coalesce("seen", F.array()))
         .join(users.select("user_id", "segment"), on="user_id", how="left")
-    )  # fmt: skip
-    everybody, some = offers.applying(users, settings.rules)
-    apply = {everybody}
+    )
+    return _for_each(run, waiting, users), _popular(run, people, inputs)
+
+
+def _popular(run: Run, events: DataFrame, inputs: _Inputs) -> popular.Best:
+    """The popular items of each segment, for each combination of rules that applies to a user."""
+    everybody, some = offers.applying(inputs.users, run.config.recommend.rules)
+    combinations = {everybody}
     if some is not None:
-        apply |= {everybody | row["rules"] for row in some.select("rules").distinct().collect()}
-    popularity, best = run.tables.read(schemas.POPULARITY), dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]()
-    for bits in sorted(apply):
-        allowed = offered.where(F.col("allowed").bitwiseAND(F.lit(bits | 1)) == F.lit(bits | 1))
-        best |= popular.placed(popular.best(popularity, allowed).toArrow(), bits, searcher)
-    return _for_each(run, waiting, users).drop("made_of"), best
+        bits = some.select("rules").distinct().collect()
+        combinations |= {everybody | row["rules"] for row in bits}
+    counts = popular.counts(events, run.read(schemas.ITEMS), inputs.users).persist()
+    best: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+    for rules in sorted(combinations):
+        required = F.lit(rules | AVAILABLE)
+        allowed = inputs.item_rows.where(F.col("allowed").bitwiseAND(required) == required)
+        shares = popular.best(counts, allowed).toArrow()
+        best |= popular.placed(shares, rules, inputs.searcher)
+    counts.unpersist()
+    return best
 
 
-def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> tuple[ranking.Matching, str]:
-    """By the profiles' shape, and with the share of co-occurrence that is asked for, counted in the same profiles; and
-    what names that count, "" without."""
+def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
+    """Matching by the profiles' shape, and with co-occurrence counted in the same profiles, where it has a share."""
     settings, profile = run.config.cooccurrence, run.config.profiles
     content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
     if not settings.share:
-        return content, ""
-    run.voice.say(f"counting what is found together, needs up to {len(searcher) * settings.kept * 60 / 1e9:.2f} GB on "
-                  "the driver")  # fmt: skip
-    folder = cooccurrence.build(
-        cooccurrence.pairs(profiles, settings), searcher, Path(run.config.index.folder) / "cooccurrence"
+        return content
+    gigabytes = len(searcher) * settings.kept * 60 / 1e9
+    run.voice.say(
+        f"counting what is found together, needs up to {gigabytes:.2f} GB on the driver"
     )
+    pairs = cooccurrence.pairs(profiles, settings)
+    folder = cooccurrence.build(pairs, searcher, Path(run.config.index.folder) / "cooccurrence")
     opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
-    return replace(content, share=settings.share, position_decay=settings.position_decay, opens=opens), folder.name
+    return replace(
+        content, share=settings.share, position_decay=settings.position_decay, opens=opens
+    )
 
 
 def _neighbours(

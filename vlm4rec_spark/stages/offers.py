@@ -41,15 +41,13 @@ def check(items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mappi
 
 
 def item_rows(items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]) -> DataFrame:
-    """item_id, allowed (bits as in Offer), parent, photo (of the main one), cap_0, cap_1, … and said, a hash of what
-    was said here of the item alone: for the driver."""
+    """item_id, allowed (bits as in Offer), parent, photo (of the main one), cap_0, cap_1, …: for the driver."""
     allowed = F.when(F.col("available"), AVAILABLE).otherwise(0).cast("bigint")
     for number, rule in enumerate(rules):
         allowed = allowed.bitwiseOR(F.when(F.expr(rule.items), F.lit(2 << number)).otherwise(0).cast("bigint"))
     main = photos.where(F.col("position") == 0).select("item_id", F.col("image_sha256").alias("photo"))
     groups = [_group(column).cast("string").alias(f"cap_{number}") for number, column in enumerate(caps)]
-    said = F.xxhash64(allowed, *groups).alias("said")
-    rows = items.select("item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups, said)
+    rows = items.select("item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups)
     return rows.join(main, on="item_id", how="left")
 
 
@@ -67,7 +65,8 @@ def offer(
     """
     place = searcher.positions_of(rows["item_id"].combine_chunks())
     known, place = place >= 0, place[place >= 0]
-    allowed = by_position(rows, "allowed", searcher)
+    allowed = np.zeros(len(searcher), np.int64)
+    allowed[place] = rows["allowed"].to_numpy()[known]
 
     def numbers(name: str) -> np.ndarray:
         codes = rows[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
@@ -80,14 +79,6 @@ def offer(
         same = None  # nobody's variants: lists are simply the best items
     limits = [(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
     return Offer(allowed, same, limits, alike, least, diversity)
-
-
-def by_position(rows: pa.Table, column: str, searcher: Searcher) -> np.ndarray:
-    """int64 (items,), a column of `item_rows` by the positions of an index; 0 of an item that isn't there."""
-    place = searcher.positions_of(rows["item_id"].combine_chunks())
-    found = np.zeros(len(searcher), np.int64)
-    found[place[place >= 0]] = rows[column].to_numpy()[place >= 0]
-    return found
 
 
 def _joined(groups: Sequence[np.ndarray]) -> np.ndarray:

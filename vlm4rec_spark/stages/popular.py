@@ -26,7 +26,10 @@ Best = Mapping[tuple[str, int], tuple[np.ndarray, np.ndarray]]
 
 
 def counts(log: DataFrame, items: DataFrame, users: DataFrame) -> DataFrame:
-    """Rows of `popularity`: how many users of each segment have met each item, and of how many who have met any."""
+    """segment, item_id, users, of: how many users of a segment have met the item, of how many who have met any item.
+
+    Users are counted in their own segment and in ALL.
+    """
     people = log.select("user_id", "item_id").join(items.select("item_id"), on="item_id", how="left_semi").distinct()
     of_whom = people.join(users.select("user_id", "segment"), on="user_id", how="left")
     each = F.explode(F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))).alias("segment")
@@ -39,6 +42,7 @@ def counts(log: DataFrame, items: DataFrame, users: DataFrame) -> DataFrame:
 def best(popularity: DataFrame, offered: DataFrame) -> DataFrame:
     """segment, item_id, share: of the items `offered` (item_id) those that are most popular in each segment.
 
+    popularity: rows of `counts`; they are read several times.
     A share is that of the segment's users who have met the item, smoothed towards that of all users.
     """
     there = popularity.join(offered.select("item_id"), on="item_id", how="left_semi")

@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -23,7 +22,6 @@ from vlm4rec_spark.models.lists import listed
 from vlm4rec_spark.models.neighbours import Neighbours
 from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
 from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.standing import stand
 from vlm4rec_spark.models.tastes import Clusters, Histories, Means, Shape, Tastes
 from vlm4rec_spark.sources import Source
 
@@ -51,7 +49,6 @@ class RecommendSettings(BaseModel):
     diversity: float = Field(0.0, ge=0, lt=1)
     seen_again: tuple[str, ...] = ()
     repurchase_days: dict[str, PositiveInt] = {}
-    full_days: int = Field(7, ge=0)
 
 
 class Matches(Protocol):
@@ -138,69 +135,30 @@ def without(searcher: Searcher, withdrawn: Sequence[str]) -> Offer:
 
 def recommend(
     profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: Offer, k: int, effort: Effort | None,
-    matching: Matches = CONTENT, why: bool = True, news: np.ndarray | None = None,
+    matching: Matches = CONTENT, why: bool = True,
 ) -> DataFrame:  # fmt: skip
-    """user_id, items, k, index_id and made_of of every profile that has a vector, or needs none; items in rank order,
-    with the reason if `why`.
+    """user_id, items, k and index_id of every profile that has a vector, or needs none; items in rank order, with the
+    reason if `why`.
 
-    profiles: as in the table, and of these columns those that there are: `rules` (bits of the rules that apply to the
-    user), `only` (the items that the user may get; null: all), `made_of` (a hash of the row), `segment`. With `news`
-    (bool (items,), those that have changed) the columns of `standing` are there too, and users whose list stands are
-    left out.
+    profiles: as in the table, with these optional columns: `rules` (bits of the rules that apply to the user), `only`
+    (the items that the user may get; null: all), `segment`.
     """
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         for batch in batches:
-            if news is not None and len(batch):
-                batch = batch.filter(pa.array(_again(batch, searcher, offer, matching, news)))
             if len(batch):
                 yield _ranked(batch, searcher, offer, k, effort, matching, why)
 
     rows = profiles.where(F.col("embedding").isNotNull()) if "embedding" in profiles.columns else profiles
     # Histories are most of what goes to Python.
-    spared = () if why or matching.by_history or news is not None else ("history",)
+    spared = () if why or matching.by_history else ("history",)
     return rows.select(*(name for name in _ASKED if name in rows.columns and name not in spared)).mapInArrow(
-        rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING, made_of BIGINT"
+        rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING"
     )
 
 
-_ASKED = ("user_id", "embedding", "seen", "history", "segment", "rules", "only", "made_of", "held", "last", "was")
-
-
-def made_of(profiles: DataFrame) -> DataFrame:
-    """The profiles with a hash of all that a user's list depends on besides the items."""
-    parts = [name for name in ("embedding", "history", "seen", "rules", "only") if name in profiles.columns]
-    return profiles.withColumn("made_of", F.xxhash64(*parts))
-
-
-def standing(recommendations: DataFrame) -> DataFrame:
-    """user_id, held (item_id of all that stands in the list's row), last (score of the last place, null where one is
-    free) and was (made_of) of the lists that there are."""
-    of_it = F.concat("items.item_id", F.flatten("items.collapsed"), F.array_compact("items.because_item_id"))
-    full = F.size("items") == F.col("k")
-    return recommendations.select(
-        "user_id", of_it.alias("held"),
-        F.when(full, F.element_at("items", -1)["score"]).alias("last"), F.col("made_of").alias("was"),
-    )  # fmt: skip
-
-
-def _again(
-    batch: pa.RecordBatch, searcher: Searcher, offer: Offer, matching: Matches, news: np.ndarray
-) -> np.ndarray:
-    """bool (users,): whose list may come out otherwise than it stands."""
-    same = pc.equal(batch.column("made_of"), batch.column("was")).fill_null(False).to_numpy(zero_copy_only=False)
-    if not same.any():
-        return ~same
-    part = batch.filter(pa.array(same))
-    held, history = _positions(part.column("held"), searcher), part.column("history")
-    known = _per_user(searcher.positions_of(history.flatten().field("item_id")), history)
-    both = [np.concatenate([mine, items[items >= 0]]) for mine, items in zip(held, known, strict=True)]
-    last = part.column("last").fill_null(-np.inf).to_numpy()
-    asked = matching.tastes(part, searcher, False)
-    again = ~same
-    again[same] = ~stand(searcher, asked, offer, _rules(part), news, both, last)
-    return again
+_ASKED = ("user_id", "embedding", "seen", "history", "segment", "rules", "only")
 
 
 _ITEM = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
@@ -243,9 +201,8 @@ def _ranked(
             pa.ListArray.from_arrays(pa.array(offsets), items),
             pa.array(np.full(len(batch), k, np.int32)),
             pa.array([searcher.index_id] * len(batch)),
-            batch.column("made_of") if "made_of" in names else pa.nulls(len(batch), pa.int64()),
         ],
-        names=["user_id", "items", "k", "index_id", "made_of"],
+        names=["user_id", "items", "k", "index_id"],
     )
 
 
