@@ -70,8 +70,8 @@ setup(
     package_data={
         "vlm4rec_spark": ["log4j2.properties"],
         "vlm4rec_spark.conf": ["*.yaml"],
-        "vlm4rec_spark.models.captioners": ["packaged/*"],
-        "vlm4rec_spark.models.prompts": ["*.txt"],
+        "vlm4rec_spark.models.captioning.captioner": ["packaged/*"],
+        "vlm4rec_spark.models.captioning.prompts": ["*.txt"],
         "vlm4rec_spark.report": ["templates/*"],
     },
     zip_safe=False,

@@ -30,10 +30,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark.models.captioners import ModelSettings
-from vlm4rec_spark.models.captioners.transformers import load_processor
-from vlm4rec_spark.models.images import decode
-from vlm4rec_spark.models.supervisor import Photo, Supervisor
+from vlm4rec_spark.models.captioning.backends.transformers import load_processor
+from vlm4rec_spark.models.captioning.captioner import ModelSettings
+from vlm4rec_spark.models.captioning.supervisor import Photo, Supervisor
+from vlm4rec_spark.models.photos.decode import decode
 
 GPU = torch.cuda.is_available()
 DEVICE, SHAPES, TOKENS = ("cuda", llava.BIG, 100) if GPU else ("cpu", llava.TINY, 8)

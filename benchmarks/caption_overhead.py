@@ -30,16 +30,16 @@ from memory import peaks
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.demo import catalogue
-from vlm4rec_spark.models.captioners import Request, load_captioner
-from vlm4rec_spark.models.captioners.batches import BatchCaptioner
-from vlm4rec_spark.models.images import PhotoError, decode
-from vlm4rec_spark.models.prompts import load_prompt
+from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
+from vlm4rec_spark.models.captioning.captioner import Request, load_captioner
+from vlm4rec_spark.models.captioning.prompts import load_prompt
+from vlm4rec_spark.models.photos.decode import PhotoError, decode
 from vlm4rec_spark.pipeline import Pipeline, Voice
-from vlm4rec_spark.session import session
+from vlm4rec_spark.spark.session import session
+from vlm4rec_spark.storage import schemas
 
 MODELS = {
     "packaged": ["caption.model.backend=transformers"],

@@ -53,8 +53,8 @@ from transformers import CLIPVisionConfig
 
 from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.demo.drawing import render
-from vlm4rec_spark.models.captioners import ModelSettings, Request, load_captioner
-from vlm4rec_spark.models.captioners.batches import BatchCaptioner
+from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
+from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request, load_captioner
 from vlm4rec_spark.training.network import build
 
 DAFT = "daft==0.7.26"
@@ -135,7 +135,7 @@ def texts(captioner: BatchCaptioner, images: Iterable[Image.Image]) -> list[str 
 
 
 def spark_session(more: Mapping[str, str]) -> Any:
-    from vlm4rec_spark.session import SparkSettings, session
+    from vlm4rec_spark.spark.session import SparkSettings, session
 
     # A task for each file: else Spark puts several together, and the last task runs alone.
     conf = {"spark.sql.files.openCostInBytes": "128m", **more}
@@ -148,8 +148,8 @@ def ours(folder: Path) -> Way:
     from pyspark.sql import functions as F
 
     from vlm4rec_spark.caption.worker import Job, caption_photos
-    from vlm4rec_spark.models.download import HttpSettings
-    from vlm4rec_spark.models.prompts import Prompt
+    from vlm4rec_spark.models.captioning.prompts import Prompt
+    from vlm4rec_spark.models.photos.download import HttpSettings
 
     spark = spark_session({})
     nothing = F.lit(None).cast("string")

@@ -31,11 +31,11 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
 from vlm4rec_spark.demo.drawing import ATTRIBUTES
-from vlm4rec_spark.models.captioners import PACKAGED_MODEL
-from vlm4rec_spark.models.images import PhotoError, decode
-from vlm4rec_spark.models.wording import named, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
+from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
+from vlm4rec_spark.models.photos.decode import PhotoError, decode
 from vlm4rec_spark.pipeline import Pipeline, Voice
-from vlm4rec_spark.session import session
+from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.training.measure import Share, blank, describe, shares
 from vlm4rec_spark.training.teacher import Teacher
 

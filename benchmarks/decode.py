@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark.models.images import decode
+from vlm4rec_spark.models.photos.decode import decode
 
 SIZE = (2_000, 1_500)
 PHOTOS = 8

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm4rec_spark.models.prompts import load_prompt
+from vlm4rec_spark.models.captioning.prompts import load_prompt
 
 PROMPT = load_prompt("describe.1").text
 TEMPLATE = (

@@ -53,7 +53,7 @@ def _now() -> tuple[int, list[int]]:
             words, size, parent = " ".join(one.cmdline()), one.memory_info().rss, one.ppid()
         except psutil.Error:  # it has ended
             continue
-        if "vlm4rec_spark.models.child" in words:
+        if "vlm4rec_spark.models.captioning.child" in words:
             workers[parent] = workers.get(parent, 0) + size
         elif "pyspark.daemon" in words:
             workers[one.pid] = workers.get(one.pid, 0) + size

@@ -36,7 +36,7 @@ from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
 from vlm4rec_spark.pipeline import STAGES, Pipeline, Voice
 from vlm4rec_spark.report import charts
-from vlm4rec_spark.session import session
+from vlm4rec_spark.spark.session import session
 
 EVENTS_PER_USER = 8
 Sizes = tuple[int, int]

@@ -31,13 +31,13 @@ from deltalake import DeltaTable, write_deltalake
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
-from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import Pipeline, Voice
-from vlm4rec_spark.session import session
+from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.stages import index, profiles
+from vlm4rec_spark.storage import schemas
 
 ITEMS, EVENTS, DIMENSION, DAYS = 20_000, 20, 384, 120
 SMALL = 20_000

@@ -46,17 +46,18 @@ from pyspark.sql import functions as F
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
-from vlm4rec_spark.models.calibration import Calibration
-from vlm4rec_spark.models.neighbours import Neighbours
-from vlm4rec_spark.models.offer import Offer
-from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.ranking.calibration import Calibration
+from vlm4rec_spark.models.ranking.list_rules import Offer
 from vlm4rec_spark.pipeline import Pipeline, Voice
-from vlm4rec_spark.session import session
-from vlm4rec_spark.stages import index, neighbours, recommend
+from vlm4rec_spark.spark import neighbors_file
+from vlm4rec_spark.spark.session import session
+from vlm4rec_spark.stages import index, recommend
 from vlm4rec_spark.stages.index import IndexSettings
+from vlm4rec_spark.storage import schemas
 
 DIMENSION, SEEN, K, PROMISE = 384, 20, 10, 0.95
 FAMILIES, KIND = 40, 50
@@ -229,8 +230,8 @@ class Shop:
         started, effort = time.monotonic(), self.measured.effort or Effort(1, K)
         spark, most = self.pipeline.spark, self.pipeline.config.index.broadcast_gb
         opens = index.ship(spark, self.index, most, Searcher.open)
-        deep = Effort(effort.leaves, neighbours.depth(effort.candidates, self.sample, self.items))
-        made = neighbours.build(spark, opens(), opens, deep, self.folder / "neighbours")
+        deep = Effort(effort.leaves, neighbors_file.depth(effort.candidates, self.sample, self.items))
+        made = neighbors_file.build(spark, opens(), opens, deep, self.folder / "neighbours")
         seconds = time.monotonic() - started
         return recommend.Matching("max_similarity", neighbours=index.ship(spark, made, most, Neighbours.open)), seconds
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark.cli import quiet, tuned
+from vlm4rec_spark.cli import quiet, tune_table
 from vlm4rec_spark.config import load
 from vlm4rec_spark.pipeline import Pipeline, Voice
-from vlm4rec_spark.session import session
-from vlm4rec_spark.sources import Source
+from vlm4rec_spark.sources.reader import Source
+from vlm4rec_spark.spark.session import session
+from vlm4rec_spark.storage import schemas
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientific"
 
@@ -99,8 +99,8 @@ def main() -> None:
         pipeline.run(["embed"])
         settings = out / "tuned.yaml"
         found = pipeline.tune(["title"], "ndcg")
-        tuned.write(found, settings)
-        tuned.show(found, console)
+        tune_table.write(found, settings)
+        tune_table.show(found, console)
         everything = evaluated(pipeline)
         arms = "evaluate.arms=[popularity, content, blend]"
         chosen = evaluated(Pipeline(spark, load([settings], [*places, "evaluate.splits=[leave_one_out]", arms]), voice))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vlm4rec_spark.session import SparkSettings, session
+from vlm4rec_spark.spark.session import SparkSettings, session
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

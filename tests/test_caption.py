@@ -25,15 +25,15 @@ from PIL import Image
 from pyspark.sql import functions as F
 from rich.console import Console
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.caption.estimate import Rates
-from vlm4rec_spark.caption.line import Address, Caller, Line
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
+from vlm4rec_spark.caption.progress_channel import Address, Caller, Line
 from vlm4rec_spark.caption.settings import Budget, Prices
 from vlm4rec_spark.cli import main, show
 from vlm4rec_spark.errors import Resumable, RunError, UsageError
-from vlm4rec_spark.models.prompts import load_prompt
-from vlm4rec_spark.sources import Source
+from vlm4rec_spark.models.captioning.prompts import load_prompt
+from vlm4rec_spark.sources.reader import Source
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline

@@ -13,8 +13,8 @@ import yaml
 from py4j.protocol import Py4JError
 from typer import Abort
 
-from vlm4rec_spark.cli import app, log, main
-from vlm4rec_spark.cli.stages import _cell
+from vlm4rec_spark.cli import app, main, reporter
+from vlm4rec_spark.cli.commands import _cell
 from vlm4rec_spark.config import CONF, Config, load
 from vlm4rec_spark.errors import Busy, RunError, UsageError
 
@@ -28,7 +28,7 @@ def no_spark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def session(settings: object) -> None:
         raise AssertionError("this command must be refused before Spark starts")
 
-    monkeypatch.setattr("vlm4rec_spark.cli.stages.session", session)
+    monkeypatch.setattr("vlm4rec_spark.cli.commands.session", session)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(tmp_path)
 
@@ -99,7 +99,7 @@ def test_an_error_inside_is_one_paragraph_and_its_code(
     def fails(*given: object) -> None:
         raise error
 
-    monkeypatch.setattr("vlm4rec_spark.cli.stages.run_stages", fails)
+    monkeypatch.setattr("vlm4rec_spark.cli.commands.run_stages", fails)
     assert refused(capsys, "run") == (code, message)
 
 
@@ -147,9 +147,9 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    log.speak(as_json=True, run_id="r1", stage="embed")
-    log.OURS.info("embed: done", extra={"figures": {"rows_ok": 3}})
-    log.OURS.error("a line\nof [bold]two[/]")
+    reporter.speak(as_json=True, run_id="r1", stage="embed")
+    reporter.OURS.info("embed: done", extra={"figures": {"rows_ok": 3}})
+    reporter.OURS.error("a line\nof [bold]two[/]")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert datetime.fromisoformat(first.pop("at")).utcoffset() == timedelta(0)
     assert first == {"level": "INFO", "run_id": "r1", "stage": "embed", "message": "embed: done", "rows_ok": 3}
@@ -160,7 +160,7 @@ def test_another_run_at_work_is_no_error(capsys: pytest.CaptureFixture[str], mon
     def busy(*_: object) -> None:
         raise Busy("Another run is at work on these tables: run r2.")
 
-    monkeypatch.setattr("vlm4rec_spark.cli.stages.run_stages", busy)
+    monkeypatch.setattr("vlm4rec_spark.cli.commands.run_stages", busy)
     assert main(["run"]) == 0
     assert capsys.readouterr().err == "Another run is at work on these tables: run r2.\n"
 
@@ -181,7 +181,7 @@ def _dying(_: object) -> None:
 def test_a_jvm_that_dies_is_said_and_what_helps(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, session: Callable[[object], None]
 ) -> None:
-    monkeypatch.setattr("vlm4rec_spark.cli.stages.session", session)
+    monkeypatch.setattr("vlm4rec_spark.cli.commands.session", session)
     code, message = refused(capsys, "ingest")
     assert code == 1
     assert message.startswith("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory).")

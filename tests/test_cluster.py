@@ -29,9 +29,10 @@ import pyspark
 import pytest
 from PIL import Image
 
-from vlm4rec_spark import jars, java, schemas
 from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.pipeline import STAGES
+from vlm4rec_spark.spark import jars, java
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark.models.download import HttpSettings
-from vlm4rec_spark.models.embedder import FakeEmbedder
-from vlm4rec_spark.models.images import decode
-from vlm4rec_spark.models.vision import FakeVision
+from vlm4rec_spark.models.encoding.text_encoder import FakeEmbedder
+from vlm4rec_spark.models.encoding.vision_encoder import FakeVision
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.download import HttpSettings
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.stages.embed import EmbedSettings
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

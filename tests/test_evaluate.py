@@ -13,13 +13,13 @@ import pytest
 from pydantic import ValidationError
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.evaluation import als, arms, asof, evaluate, guards, metrics, splits, tune
+from vlm4rec_spark.evaluation import als, arms, evaluate, guards, metrics, point_in_time, splits, tune
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
 from vlm4rec_spark.evaluation.slices import slices
-from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
+from vlm4rec_spark.stages.item_item import CooccurrenceSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -100,7 +100,7 @@ def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession) -> None:
     histories = spark.createDataFrame([(f"u{n}", ["A"]) for n in range(20)], "user_id STRING, seen ARRAY<STRING>")
     ids, none = pd.Index(list("ABCDEF"), dtype=object), np.zeros(6, np.float32)
-    drawn = [{row["user_id"]: row["items"] for row in asof.scored_lists(histories, ids, none, 5, seed).collect()}
+    drawn = [{row["user_id"]: row["items"] for row in point_in_time.scored_lists(histories, ids, none, 5, seed).collect()}
              for seed in (1, 1, 2)]  # fmt: skip
     assert drawn[0] == drawn[1] != drawn[2]
     assert {tuple(sorted(items)) for items in drawn[0].values()} == {tuple("BCDEF")}
@@ -148,21 +148,21 @@ def evaluate_lists(
     spark: SparkSession, tables: evaluate.Tables, names: tuple[str, ...], in_use: InUse = IN_USE, **settings: object
 ) -> dict[str, dict]:
     """The lists of each arm, as they are judged."""
-    found, lists = {}, asof.AsOf.lists
+    found, lists = {}, point_in_time.AsOf.lists
 
-    def caught(world: asof.AsOf, arm: Arm, k: int) -> np.ndarray:
+    def caught(world: point_in_time.AsOf, arm: Arm, k: int) -> np.ndarray:
         top = lists(world, arm, k)
         found[arm.name] = {user: [world.items[item] for item in row if item >= 0]
                            for user, row in zip(world.users["user_id"], top, strict=True)}  # fmt: skip
         return top
 
-    asof.AsOf.lists = caught  # type: ignore[method-assign]
+    point_in_time.AsOf.lists = caught  # type: ignore[method-assign]
     try:
         given = {"k": 1, "also_k": (), **settings}
         chosen = EvaluateSettings(arms=names, control=names[0], splits=("time",), cut=CUT, **given)  # type: ignore[arg-type]
         evaluate.evaluate(spark, tables, chosen, in_use, lambda line: None)
     finally:
-        asof.AsOf.lists = lists  # type: ignore[method-assign]
+        point_in_time.AsOf.lists = lists  # type: ignore[method-assign]
     return found
 
 
@@ -266,8 +266,8 @@ def test_exchanged_labels_fall_to_chance(judged: tuple[list[dict], dict[str, str
 
 def test_a_planted_leak_ends_the_evaluation(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles made of the whole log: the commonest mistake there is."""
-    tables, made = world(spark), asof.profiles.histories
-    monkeypatch.setattr(asof.profiles, "histories", lambda known, *rest: made(tables.interactions, *rest))
+    tables, made = world(spark), point_in_time.profiles.histories
+    monkeypatch.setattr(point_in_time.profiles, "histories", lambda known, *rest: made(tables.interactions, *rest))
     with pytest.raises(RunError, match=r"a leak: 31 of 31 histories of the split time hold what is to be guessed"):
         run(spark, tables, splits=("time",))
 

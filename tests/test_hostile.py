@@ -26,11 +26,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.sources import PhotoSource, Source
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.sources import reader
+from vlm4rec_spark.sources.reader import PhotoSource, Source
 from vlm4rec_spark.stages import embed, index, ingest, profiles, recommend
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -108,7 +109,7 @@ def parsed(
     spark: SparkSession, path: Path, parse: Callable[[DataFrame], DataFrame], format: str = "csv", **source: object
 ) -> list[dict]:
     """Every row that was read, each one taken, a duplicate, or with a reason."""
-    raw = sources.read(spark, "ingest.x", Source(path=(str(path),), format=format, **source))
+    raw = reader.read(spark, "ingest.x", Source(path=(str(path),), format=format, **source))
     # Through Arrow, as in the later stages: it can't hold text that isn't UTF-8, nor Python a time of the year 10000.
     rows = parse(raw).toArrow().to_pylist()
     for row in rows:
@@ -284,7 +285,7 @@ def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, 
 @pytest.mark.parametrize("format", ["csv", "json", "parquet", "delta"])
 def test_a_path_that_leads_nowhere_is_one_line(spark: SparkSession, format: str, path: str) -> None:
     with pytest.raises((RunError, UsageError)) as refused:
-        sources.read(spark, "ingest.items", Source(path=(path,), format=format))
+        reader.read(spark, "ingest.items", Source(path=(path,), format=format))
     (line,) = str(refused.value).splitlines()
     assert line.startswith("ingest.items") and not line.endswith(": ")
 
@@ -311,7 +312,7 @@ def test_photo_names_of_any_kind(spark: SparkSession, tmp_path: Path) -> None:
     # Times that pandas can't hold.
     os.utime(folder / "a#b.jpg", (1e10, 1e10))
     os.utime(folder / "a+b.jpg", (-1e10, -1e10))
-    files = sources.photo_files(spark, PhotoSource(folder=str(folder)))
+    files = reader.photo_files(spark, PhotoSource(folder=str(folder)))
     rows = {row["uri"].rsplit("/", 1)[1]: row["item_id"] for row in files.select("uri", "item_id").collect()}
     assert {name: rows[f"{name}.jpg"] for name in filter(fits, IDS)} == {
         name: name if fits_pattern(name) else None for name in filter(fits, IDS)
@@ -329,12 +330,12 @@ def test_photo_names_of_any_kind(spark: SparkSession, tmp_path: Path) -> None:
 def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path: Path) -> None:
     for position in ("front", "-1", "99999999999", "7"):
         (tmp_path / f"A_{position}.jpg").write_bytes(b"x")
-    files = sources.photo_files(spark, PhotoSource(folder=str(tmp_path), file_name=r"(.+)_(.+)\.jpg"))
+    files = reader.photo_files(spark, PhotoSource(folder=str(tmp_path), file_name=r"(.+)_(.+)\.jpg"))
     rows = ingest.photo_rows(files, spark.createDataFrame([("A",)], "item_id STRING")).collect()
     bad = "the position in the file name is not a number"
     assert Counter((row["position"], row["reason"]) for row in rows) == {(None, bad): 2, (-1, bad): 1, (7, None): 1}
     with pytest.raises(UsageError, match=r"ingest\.photos\.file_name: .*Unknown inline modifier"):
-        sources.photo_files(spark, PhotoSource(folder=str(tmp_path), file_name=r"(?P<item>.+)_(?P<position>.+)"))
+        reader.photo_files(spark, PhotoSource(folder=str(tmp_path), file_name=r"(?P<item>.+)_(?P<position>.+)"))
 
 
 def test_one_long_title_does_not_widen_the_others() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.searcher import Searcher
+from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.stages import index
 
 PROCESSES = multiprocessing.get_context("spawn")

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vlm4rec_spark import schemas, sources
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.sources import Source
+from vlm4rec_spark.sources import reader
+from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.stages import ingest
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -41,7 +42,7 @@ def write(file: Path, text: str, at: int = 1_700_000_000) -> Path:
 
 def items(spark: SparkSession, path: Path, **source: object) -> tuple[dict[str, dict], dict[str, list[str | None]]]:
     """The rows taken by item_id, and the reasons by item_id of those that weren't (None: a repeat, skipped)."""
-    parsed = ingest.parse_items(sources.read(spark, "ingest.items", Source(path=(str(path),), **source))).collect()
+    parsed = ingest.parse_items(reader.read(spark, "ingest.items", Source(path=(str(path),), **source))).collect()
     taken = [row.asDict() for row in parsed if row["reason"] is None and not row["duplicate"]]
     left: dict[str, list[str | None]] = {}
     for row in parsed:
@@ -159,9 +160,9 @@ def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str) -> None:
 def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, tmp_path: Path) -> None:
     file = write(tmp_path / "shop.csv", "sku\nA\n")
     with pytest.raises(UsageError, match="nowhere"):
-        sources.read(spark, "ingest.items", Source(path=(str(tmp_path / "nowhere.csv"),)))
+        reader.read(spark, "ingest.items", Source(path=(str(tmp_path / "nowhere.csv"),)))
     with pytest.raises(UsageError, match=r"title ← name: no such column in the source. It has: sku"):
-        sources.read(spark, "ingest.items", Source(path=(str(file),), columns={"title": "name"}))
+        reader.read(spark, "ingest.items", Source(path=(str(file),), columns={"title": "name"}))
 
 
 def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
         "u1,A,view,yesterday\n"
         "u1,A,view,2099-01-01T00:00:00Z\n",
     )
-    parsed = ingest.parse_interactions(sources.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
+    parsed = ingest.parse_interactions(reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
     rows = parsed.collect()
     assert sorted(row["reason"] for row in rows if row["reason"]) == [
         "event_time is missing", "event_time is not a time", "event_time lies in the future", "event_type is missing",
@@ -204,7 +205,7 @@ def test_given_event_ids_count_once_and_rejected_copies_are_counted(spark: Spark
         "e1,u1,A,view,2025-01-02T10:00:00Z\n"
         "e1,u1,A,view,2025-01-01T10:00:00Z\n" + 3 * "e2,u1,A,view,soon\n",
     )
-    parsed = ingest.parse_interactions(sources.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
+    parsed = ingest.parse_interactions(reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
     assert [(row["event_id"], row["event_time"]) for row in ingest.taken(parsed).collect()] == [("e1", TEN)]
     assert [row["copies"] for row in ingest.rejected(parsed, "interactions").collect()] == [3]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from vlm4rec_spark.errors import Busy, RunError
-from vlm4rec_spark.lease import Lease, _HadoopFiles, _LocalFiles
-from vlm4rec_spark.tables import Tables
+from vlm4rec_spark.storage.lease import Lease, _HadoopFiles, _LocalFiles
+from vlm4rec_spark.storage.tables import Tables
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

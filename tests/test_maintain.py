@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import pytest
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark import tables as delta
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline import housekeeping
-from vlm4rec_spark.schemas import Table
-from vlm4rec_spark.stages.maintain import MaintainSettings, prunable, remove, versions
-from vlm4rec_spark.tables import Tables
+from vlm4rec_spark.pipeline import maintain
+from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import tables as delta
+from vlm4rec_spark.storage.index_versions import MaintainSettings, prunable, remove, versions
+from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage.tables import Tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -321,7 +321,7 @@ def test_maintain_can_be_killed_and_run_twice(
     shop: Pipeline, pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shop.tables.location).parent
-    assert {one.index_id: one.in_force_for for one in housekeeping.indexes(shop)} == {
+    assert {one.index_id: one.in_force_for for one in maintain.indexes(shop)} == {
         "c" * 16: "caption", "d" * 16: "title", "b" * 16: "the lists", "a" * 16: "", "e" * 16: "",
     }  # fmt: skip
     # Both are of killed writes; neither was committed, so that neither is a table.

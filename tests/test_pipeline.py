@@ -24,13 +24,13 @@ import pytest
 from pyspark.sql import functions as F
 from pyspark.sql.classic.dataframe import DataFrame
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.config import load
 from vlm4rec_spark.errors import RunError, UsageError, Vlm4RecError
 from vlm4rec_spark.evaluation import tune
 from vlm4rec_spark.evaluation.metrics import ACCURACY
 from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, SparkSession

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.pipeline import matching
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.pipeline import index
 from vlm4rec_spark.stages import index, profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -177,7 +177,7 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         outcome = run.run(["embed", "index", "profiles"])[-1]
         # Everything made anew, by the stage's own functions.
         whole = profiles.histories(run.log(), run.read(schemas.ITEMS), run.config.profiles)
-        opens = partial(Searcher.open, matching.index_folder(run))
+        opens = partial(Searcher.open, index.index_folder(run))
         anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
         assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
         changed = [] if before is None else run.tables.changed_since(schemas.PROFILES, before).collect()

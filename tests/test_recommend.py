@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark.models.embedder import load_embedder
-from vlm4rec_spark.models.history import HISTORY
-from vlm4rec_spark.models.lists import best
-from vlm4rec_spark.models.neighbours import Neighbours
-from vlm4rec_spark.models.offer import Offer
-from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Means
-from vlm4rec_spark.stages import index, neighbours, popular, recommend
+from vlm4rec_spark.models.encoding.text_encoder import load_embedder
+from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.ranking.history import HISTORY
+from vlm4rec_spark.models.ranking.list_rules import Offer
+from vlm4rec_spark.models.ranking.top_k_lists import best
+from vlm4rec_spark.models.ranking.user_queries import Means
+from vlm4rec_spark.spark import neighbors_file
+from vlm4rec_spark.stages import index, popularity, recommend
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -140,19 +141,19 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     spark: SparkSession, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of 96 items and one Spark job for every two of them; deep enough for most users, not for u00."""
-    monkeypatch.setattr(neighbours, "_ITEMS_AT_ONCE", 96)
+    monkeypatch.setattr(neighbors_file, "_ITEMS_AT_ONCE", 96)
     effort, searcher = Effort(4, 20), Searcher.open(world.scann)
     seen = pa.table({"seen": list(world.seen.values()), "history": [items[:5] for items in world.seen.values()]})
-    depth = neighbours.depth(effort.candidates, seen, ITEMS)
+    depth = neighbors_file.depth(effort.candidates, seen, ITEMS)
     assert depth == 64  # 20 candidates and the 37 items that nine of ten users haven't seen more than
-    assert neighbours.depth(effort.candidates, seen, 50) == 50
-    assert neighbours.pays(seen, 100, ITEMS)
-    assert not neighbours.pays(seen, USERS, ITEMS)
-    monkeypatch.setattr(neighbours, "_DRIVER_BYTES", 2 * 96 * 8 * depth)
+    assert neighbors_file.depth(effort.candidates, seen, 50) == 50
+    assert neighbors_file.pays(seen, 100, ITEMS)
+    assert not neighbors_file.pays(seen, USERS, ITEMS)
+    monkeypatch.setattr(neighbors_file, "_DRIVER_BYTES", 2 * 96 * 8 * depth)
     opener = index.ship(spark, world.scann, 1.0, Searcher.open)
     (tmp_path / "old").mkdir()
     os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
-    folder = neighbours.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
+    folder = neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
     found = Neighbours.open(folder)
@@ -172,10 +173,10 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
 
     # A sound folder is left as it is, a damaged one made again.
     manifest = (folder / "manifest.json").stat()
-    assert neighbours.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
+    assert neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
     assert (folder / "manifest.json").stat() == manifest
     (folder / "cosines.npy").write_bytes(b"damage")
-    assert neighbours.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
+    assert neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
     assert Neighbours.open(folder).positions.tolist() == positions.tolist()
 
 
@@ -242,7 +243,7 @@ def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(sp
         [(user, "club", None, None) for user in ("d", "e", "met", "club")] + [("unsaid", None, None, None)],
         schemas.USERS.schema,
     )
-    counted = popular.counts(log, items, users).persist()
+    counted = popularity.counts(log, items, users).persist()
     rows = {(row["segment"], row["item_id"]): (row["users"], row["of"]) for row in counted.collect()}
     # Seven users have met something that there is: four of them A, three D; three are of the club.
     assert rows["", "A"] == (4, 7)
@@ -251,7 +252,7 @@ def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(sp
     assert rows["club", "E"] == (2, 3)
     assert ("club", "A") not in rows
     offered = items.where("item_id <> 'X'")
-    best = {(row["segment"], row["item_id"]): row["share"] for row in popular.best(counted, offered).collect()}
+    best = {(row["segment"], row["item_id"]): row["share"] for row in popularity.best(counted, offered).collect()}
     assert best["", "A"] == pytest.approx(4 / 7)
     assert best["club", "D"] == pytest.approx((3 + 20 * 3 / 7) / 23)
     assert best["club", "A"] == pytest.approx((0 + 20 * 4 / 7) / 23)
@@ -264,13 +265,13 @@ def test_popular_lists_are_new_to_their_users_and_keep_the_rules(spark: SparkSes
     table = pa.table({"segment": ["", "", "", "club", "club", "club"],
                       "item_id": ["i005", "i009", "lost", "i009", "i005", "i007"],
                       "share": [0.5, 0.25, 0.9, 0.75, 0.5, 0.25]})  # fmt: skip
-    placed = popular.placed(table, 0, searcher) | popular.placed(table.slice(4), 2, searcher)
+    placed = popularity.placed(table, 0, searcher) | popularity.placed(table.slice(4), 2, searcher)
     waiting = spark.createDataFrame(
         [("all", None, 0, []), ("club", "club", 0, ["i009"]), ("other", "x", 0, ["i005"]), ("ruled", "club", 2, [])],
         "user_id STRING, segment STRING, rules BIGINT, seen ARRAY<STRING>",
     )
     offer, opener = Offer(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]), partial(Searcher.open, world.exact)
-    rows = recommend.recommend(waiting, opener, offer, 3, None, popular.ByPopularity(placed)).collect()
+    rows = recommend.recommend(waiting, opener, offer, 3, None, popularity.ByPopularity(placed)).collect()
     assert {row["user_id"]: [(item["item_id"], item["score"]) for item in row["items"]] for row in rows} == {
         "all": [("i005", 0.5), ("i009", 0.25)], "club": [("i005", 0.5), ("i007", 0.25)], "other": [("i009", 0.25)],
         "ruled": [("i005", 0.5), ("i007", 0.25)],

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vlm4rec_spark import jars, java
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.session import SparkSettings, session
+from vlm4rec_spark.spark import jars, java
+from vlm4rec_spark.spark.session import SparkSettings, session
 
 if TYPE_CHECKING:
     import pandas as pd

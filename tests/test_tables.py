@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pytest
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.schemas import Table
-from vlm4rec_spark.tables import CONFLICTS, Tables
+from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage.tables import CONFLICTS, Tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -159,7 +159,7 @@ def test_prepare_leaves_no_trace(tables: Tables) -> None:
 
 
 def test_prepare_refuses_a_table_of_another_layout(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm4rec_spark.tables.TABLES", {"things": THINGS})
+    monkeypatch.setattr("vlm4rec_spark.storage.tables.TABLES", {"things": THINGS})
     place = f"delta.`{things.place(THINGS)}`"
     things.prepare()
     things.spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('vlm4rec.layout' = '4')")
@@ -177,7 +177,7 @@ def test_prepare_refuses_a_table_of_another_layout(things: Tables, monkeypatch: 
 
 def test_a_write_that_another_writer_overtakes_is_done_again(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("vlm4rec_spark.tables._wait", waited.append)
+    monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
     def slowly(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
@@ -197,7 +197,7 @@ def test_a_write_that_another_writer_overtakes_is_done_again(things: Tables, mon
 
 def test_a_writer_that_never_lets_anybody_pass_is_named(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("vlm4rec_spark.tables._wait", waited.append)
+    monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
     def overtaken() -> None:
         raise CONFLICTS[0]("another was quicker")

@@ -17,14 +17,14 @@ from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.report.data import ReportSettings
-from vlm4rec_spark.session import SparkSettings
-from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
+from vlm4rec_spark.spark.session import SparkSettings
 from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.stages.index import IndexSettings
 from vlm4rec_spark.stages.ingest import IngestSettings
-from vlm4rec_spark.stages.maintain import MaintainSettings
+from vlm4rec_spark.stages.item_item import CooccurrenceSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.stages.recommend import RecommendSettings
+from vlm4rec_spark.storage.index_versions import MaintainSettings
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"

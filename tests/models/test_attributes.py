@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlm4rec_spark.models import attributes, quality
-from vlm4rec_spark.models.attributes import Attributes, AttributesError, parse
+from vlm4rec_spark.models.captioning import attributes, caption_checks
+from vlm4rec_spark.models.captioning.attributes import Attributes, AttributesError, parse
 
 BOOT = '{"kind": "ankle boot", "colour": "black", "material": "leather", "use": "walking"}'
 
@@ -67,11 +67,11 @@ def test_the_prompts_words_and_the_schema_name_the_same_attributes() -> None:
 
 def test_an_answer_in_json_is_judged_by_its_text_and_another_by_what_it_is() -> None:
     known = {"kind": "ankle boot", "colour": "black", "material": "leather", "use": "walking"}
-    assert quality.structured(BOOT, "Say it.") == ("ankle boot, black, leather, walking.", known, None)
+    assert caption_checks.structured(BOOT, "Say it.") == ("ankle boot, black, leather, walking.", known, None)
     answers = {
         '{"kind": "boot"}': "too_short", "I'm sorry, I can't help with that.": "refusal", "": "empty_caption",
         "Say it in JSON, please.": "echo", '{"kind": ': "too_short",
         "A pair of boots of black leather": "bad_attributes",
     }  # fmt: skip
-    faults = {answer: quality.structured(answer, "Say it in JSON, please.")[2] for answer in answers}
+    faults = {answer: caption_checks.structured(answer, "Say it in JSON, please.")[2] for answer in answers}
     assert {answer: fault and fault[0] for answer, fault in faults.items()} == answers

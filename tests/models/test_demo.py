@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, draw, parse, sentence
-from vlm4rec_spark.models.images import PhotoError, decode
+from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
 SHIRT = {"kind": "shirt", "colour": "red", "pattern": "striped", "material": "cotton", "style": "sporty"}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm4rec_spark.models.embedder import clean, load_embedder
-from vlm4rec_spark.models.searcher import _telling_words
+from vlm4rec_spark.models.encoding.text_encoder import clean, load_embedder
+from vlm4rec_spark.models.index.searcher import _telling_words
 
 MILLION = 1_000_000
 BITS = (

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.stages import index
 
 ITEMS, DIMENSION, K = 2_000, 32, 10

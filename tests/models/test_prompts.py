@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.models import prompts
-from vlm4rec_spark.models.prompts import Prompt, load_prompt
+from vlm4rec_spark.models.captioning import prompts
+from vlm4rec_spark.models.captioning.prompts import Prompt, load_prompt
 
 
 def test_the_packaged_prompt_is_one_line_under_its_own_name() -> None:

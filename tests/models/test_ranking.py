@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlm4rec_spark.models.ranking import flat_exclusions, top_k
+from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
 
 NAN = float("nan")
 

@@ -12,9 +12,9 @@ from functools import cache
 import pytest
 from PIL import Image
 
-from vlm4rec_spark.models.images import PhotoError
+from vlm4rec_spark.models.photos.decode import PhotoError
 from vlm4rec_spark.report import pictures
-from vlm4rec_spark.report.audit import audits
+from vlm4rec_spark.report.caption_audit_section import audits
 from vlm4rec_spark.report.data import (
     Apart,
     AuditExample,
@@ -32,9 +32,9 @@ from vlm4rec_spark.report.data import (
     User,
     figures,
 )
-from vlm4rec_spark.report.findings import Finding, findings
+from vlm4rec_spark.report.data_quality import Finding, findings
+from vlm4rec_spark.report.metrics_section import headline, splits
 from vlm4rec_spark.report.page import render
-from vlm4rec_spark.report.scores import headline, splits
 
 AT = datetime(2026, 11, 24, 9, 12, tzinfo=UTC)
 PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="

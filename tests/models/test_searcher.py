@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.lists import best
-from vlm4rec_spark.models.offer import Offer
-from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Means
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.ranking.list_rules import Offer
+from vlm4rec_spark.models.ranking.top_k_lists import best
+from vlm4rec_spark.models.ranking.user_queries import Means
 from vlm4rec_spark.stages import index
 from vlm4rec_spark.stages.recommend import calibrate, without
 
@@ -331,7 +331,7 @@ def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch:
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
     excluded = [np.arange(user) for user in range(50)]
     top, scores = best(searcher, means(queries), excluded, everything, K, None)
-    monkeypatch.setattr("vlm4rec_spark.models.tastes._SCORES_AT_ONCE", 7 * ITEMS)
+    monkeypatch.setattr("vlm4rec_spark.models.ranking.user_queries._SCORES_AT_ONCE", 7 * ITEMS)
     again, scores_again = best(searcher, means(queries), excluded, everything, K, None)
     assert (again.tolist(), scores_again.tolist()) == (top.tolist(), scores.tolist())
 

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.captioners import EndpointSettings, ModelSettings
-from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor, last_words
+from vlm4rec_spark.models.captioning.captioner import EndpointSettings, ModelSettings
+from vlm4rec_spark.models.captioning.supervisor import Photo, Result, Supervisor, last_words
 
 
 def photo(colour: str) -> bytes:

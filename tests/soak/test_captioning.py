@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlm4rec_spark import schemas
+from vlm4rec_spark.storage import schemas
 
 pytestmark = pytest.mark.soak
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
 PHOTOS, CHUNK, BATCH, SEED = 8_000, 400, 8, 5
-CHILD = "vlm4rec_spark.models.child"
+CHILD = "vlm4rec_spark.models.captioning.child"
 
 
 class Job:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hostile_photos import GOOD, HOSTILE
 
-from vlm4rec_spark.models.images import PHOTO_ERRORS, PhotoError, decode
+from vlm4rec_spark.models.photos.decode import PHOTO_ERRORS, PhotoError, decode
 
 SECONDS, LONGEST, MEMORY = 600, 20, 3_000_000
 """In all; for one photo, of which a hundred megapixels take the longest; kB that this process may grow by."""

@@ -21,8 +21,8 @@ from pathlib import Path
 import deltalake
 import pytest
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.demo import catalogue
+from vlm4rec_spark.storage import schemas
 
 pytestmark = pytest.mark.soak
 QUICK = {

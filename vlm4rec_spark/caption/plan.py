@@ -14,8 +14,8 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption.settings import CaptionSettings
-from vlm4rec_spark.models.images import PHOTO_ERRORS
-from vlm4rec_spark.models.prompts import Prompt
+from vlm4rec_spark.models.captioning.prompts import Prompt
+from vlm4rec_spark.models.photos.decode import PHOTO_ERRORS
 
 PENDING = ("new", "photo_changed", "prompt_changed", "model_changed", "settings_changed", "retry")
 """Why a photo is captioned; `settings_changed`: other generation or pixel parameters."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vlm4rec_spark.models.captioners import ModelSettings
+from vlm4rec_spark.models.captioning.captioner import ModelSettings
 
 
 class Budget(BaseModel):

@@ -17,12 +17,13 @@ from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.caption.line import Address, Caller
+from vlm4rec_spark.caption.progress_channel import Address, Caller
 from vlm4rec_spark.caption.settings import CaptionSettings
-from vlm4rec_spark.models import attributes, download, places, quality
-from vlm4rec_spark.models.download import HttpSettings
-from vlm4rec_spark.models.prompts import Prompt
-from vlm4rec_spark.models.supervisor import Photo, Result, Supervisor
+from vlm4rec_spark.models.captioning import attributes, caption_checks
+from vlm4rec_spark.models.captioning.prompts import Prompt
+from vlm4rec_spark.models.captioning.supervisor import Photo, Result, Supervisor
+from vlm4rec_spark.models.photos import download, photo_storage
+from vlm4rec_spark.models.photos.download import HttpSettings
 
 RESULT = (
     "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, input_tokens INT, "
@@ -115,8 +116,8 @@ def _with_images(rows: Iterable[dict], http: HttpSettings) -> Iterator[tuple[dic
 def _read(row: dict, http: HttpSettings) -> bytes | Result:
     """The bytes at the photo's place, or why they can't be described."""
     try:
-        return places.read_again(row["uri"], row["image_sha256"], http)
-    except places.ChangedError as changed:
+        return photo_storage.read_again(row["uri"], row["image_sha256"], http)
+    except photo_storage.ChangedError as changed:
         return _lost(row["caption_key"], "changed_since", str(changed))
     except Exception as unreadable:
         return _lost(row["caption_key"], "unreadable", f"the photo can't be read: {unreadable}")
@@ -139,9 +140,9 @@ def row(result: Result, prompt: str, structured: bool = False) -> dict:
     """A row of RESULT without the columns that don't come from the model: the caption, or why there is none."""
     text, known, fault = result.text, None, None
     if text is not None and structured:
-        text, known, fault = quality.structured(text, prompt)
+        text, known, fault = caption_checks.structured(text, prompt)
     elif text is not None:
-        fault = quality.fault(text, prompt)
+        fault = caption_checks.fault(text, prompt)
     refused = fault or result.error_class == "refusal"
     status = "rejected" if refused else "failed" if result.text is None else "ok"
     error_class, error = fault or (result.error_class, result.error)

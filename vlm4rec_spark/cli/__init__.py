@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import typer
 import yaml
 
-from vlm4rec_spark.cli import log
+from vlm4rec_spark.cli import reporter
 from vlm4rec_spark.errors import UsageError, Vlm4RecError, first_words
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ _HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    log.speak(as_json=False)
+    reporter.speak(as_json=False)
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         code = app(args=argv, standalone_mode=False) or 0
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stage_command(name: str) -> Callable[..., None]:
     def command(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
-        from vlm4rec_spark.cli.stages import run_stages
+        from vlm4rec_spark.cli.commands import run_stages
 
         run_stages(name, config or [], set_ or [], debug)
 
@@ -100,7 +100,7 @@ def caption(
     Work is committed in chunks of `caption.chunk_photos`. SIGTERM ends a run after the batches at work, with exit code
     75: run it again and it goes on.
     """
-    from vlm4rec_spark.cli.stages import run_stages
+    from vlm4rec_spark.cli.commands import run_stages
 
     run_stages("caption", config or [], set_ or [], debug, _retry(error_class, retry_failed))
 
@@ -118,7 +118,7 @@ def show_plan(
     Reads no photo's bytes and changes nothing. Speed and tokens are those of the last runs with this model; before
     there are any, what `caption.assumed` says.
     """
-    from vlm4rec_spark.cli.stages import run_plan
+    from vlm4rec_spark.cli.commands import run_plan
 
     run_plan(config or [], set_ or [], debug, as_json, _retry(error_class, retry_failed))
 
@@ -141,7 +141,7 @@ def evaluate(
     `metrics` and in the report. `--json` prints those of this evaluation, or of the last one where nothing has changed
     since: the rows of `metrics`, what each split judged, and the versions of the tables that were read.
     """
-    from vlm4rec_spark.cli.stages import run_evaluate
+    from vlm4rec_spark.cli.commands import run_evaluate
 
     run_evaluate(config or [], set_ or [], debug, as_json)
 
@@ -167,7 +167,7 @@ def import_captions(
     debug: Debug = False,
 ) -> None:
     """Take descriptions from elsewhere in place of the caption stage; run `embed` after it."""
-    from vlm4rec_spark.cli.stages import run_import
+    from vlm4rec_spark.cli.commands import run_import
 
     run_import(path, format, column or [], config or [], set_ or [], debug)
 
@@ -182,7 +182,7 @@ def show_status(config: Files = None, set_: Assignments = None, debug: Debug = F
     The status of a run is *ok*, *unchanged* (nothing that it depends on had changed, so it had nothing to do) or
     *failed*. An index is in force for what was searched with it last.
     """
-    from vlm4rec_spark.cli.stages import run_status
+    from vlm4rec_spark.cli.commands import run_status
 
     run_status(config or [], set_ or [], debug)
 
@@ -206,7 +206,7 @@ def show_one(
     Changes nothing. An id that isn't known ends with code 1 and names the nearest ones. Put `--` before an id that
     begins with a dash.
     """
-    from vlm4rec_spark.cli.stages import run_show
+    from vlm4rec_spark.cli.commands import run_show
 
     run_show(kind, id_, config or [], set_ or [], debug)
 
@@ -231,7 +231,7 @@ def tune(
     The file holds the best settings, and as comments what they reached, with intervals, and what else was tried. An arm
     `content` is defined in it: the best without co-occurrence. Changes no table. Needs what `embed` has made.
     """
-    from vlm4rec_spark.cli.stages import run_tune
+    from vlm4rec_spark.cli.commands import run_tune
 
     run_tune(out, representation or [], metric, config or [], set_ or [], debug)
 
@@ -251,7 +251,7 @@ def maintain(config: Files = None, set_: Assignments = None, debug: Debug = Fals
     Once a week is plenty. Where a run is at work on the tables it ends and does nothing. It can be killed at any moment
     and run twice.
     """
-    from vlm4rec_spark.cli.stages import run_maintain
+    from vlm4rec_spark.cli.commands import run_maintain
 
     run_maintain(config or [], set_ or [], debug)
 
@@ -274,7 +274,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Draw a shop of photos, run every stage on it, and write a report. No cluster, GPU or download needed."""
-    from vlm4rec_spark.cli.stages import run_demo
+    from vlm4rec_spark.cli.commands import run_demo
 
     run_demo(out, seed, items, users, set_ or [], debug)
 
@@ -312,7 +312,7 @@ def train_captioner(
     can be killed at any moment: the same command goes on from the last checkpoint, two minutes back at most. To teach a
     captioner that is good already your own words takes less: --start packaged --seen 50000 --rate 0.00025.
     """
-    from vlm4rec_spark.cli.training import run_training
+    from vlm4rec_spark.cli.train_captioner import run_training
 
     columns = {"photo": photo, "caption": caption, "weight": weight}
     options: dict[str, int | float | bool | str] = {

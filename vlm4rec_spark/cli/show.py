@@ -18,13 +18,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from vlm4rec_spark import schemas
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.ranking import flat_exclusions, top_k
-from vlm4rec_spark.models.searcher import Effort, Searcher
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
 from vlm4rec_spark.pipeline import Pipeline
-from vlm4rec_spark.pipeline.matching import index_folder
-from vlm4rec_spark.tables import Tables
+from vlm4rec_spark.pipeline.index import index_folder
+from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.tables import Tables
 
 _HISTORY = 20
 _NEIGHBOURS = 10

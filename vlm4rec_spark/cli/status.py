@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, housekeeping
+from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, maintain
+from vlm4rec_spark.storage import schemas
 
 
 def show(pipeline: Pipeline, console: Console) -> None:
@@ -79,7 +79,7 @@ def _runs(pipeline: Pipeline) -> Table:
 def _indexes(pipeline: Pipeline) -> Table:
     title = f"Index versions in {pipeline.config.index.folder}"
     grid = _grid(title, ("index", "in force for"), ("written (UTC)", "size"))
-    for index in housekeeping.indexes(pipeline):
+    for index in maintain.indexes(pipeline):
         if index.version is None:
             grid.add_row(index.index_id, index.in_force_for, "[red]gone[/]", "")
             continue

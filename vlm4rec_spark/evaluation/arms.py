@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlm4rec_spark.errors import UsageError, first_words
-from vlm4rec_spark.stages.cooccurrence import CooccurrenceSettings
+from vlm4rec_spark.stages.item_item import CooccurrenceSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
 BASELINES = ("random", "popularity", "als", "cooccurrence")

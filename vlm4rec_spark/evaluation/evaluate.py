@@ -16,10 +16,10 @@ import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.evaluation import arms, guards, scores, splits
+from vlm4rec_spark.evaluation import arms, guards, metric_rows, splits
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
-from vlm4rec_spark.evaluation.asof import AsOf, Tables
 from vlm4rec_spark.evaluation.metrics import hits
+from vlm4rec_spark.evaluation.point_in_time import AsOf, Tables
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.stages import profiles
@@ -115,11 +115,11 @@ def _judge(
     beside = world.in_use.representation if world.in_use.representation in ranked else next(iter(ranked), None)
     known_by, everybody = world.known_by()
     vectors = {name: _of(world, name) for name in ranked}
-    judged = scores.Judged(lists, relevant, items, known_by, everybody, vectors[beside] if beside else None)
+    judged = metric_rows.Judged(lists, relevant, items, known_by, everybody, vectors[beside] if beside else None)
     catalogue = _catalogue(world)
-    found = list(scores.rows(split.name, judged, slices(users, split.cut, known_by, catalogue), settings))
+    found = list(metric_rows.rows(split.name, judged, slices(users, split.cut, known_by, catalogue), settings))
     identical = {name: guards.identical(each) for name, each in vectors.items()}
-    above = [name for name, each in scores.shuffled(judged, settings).items()
+    above = [name for name, each in metric_rows.shuffled(judged, settings).items()
              if guards.above_chance(each, settings.k, items)]  # fmt: skip
     for name, count in identical.items():
         if count > guards.ALARM * items:

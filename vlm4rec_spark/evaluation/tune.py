@@ -17,11 +17,11 @@ from pyspark.sql import SparkSession
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation import splits
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse, changed
-from vlm4rec_spark.evaluation.asof import AsOf
 from vlm4rec_spark.evaluation.evaluate import Tables, candidates, codes, opened, people
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
 from vlm4rec_spark.evaluation.metrics import hits, per_user
-from vlm4rec_spark.models.tastes import Shape
+from vlm4rec_spark.evaluation.point_in_time import AsOf
+from vlm4rec_spark.models.ranking.user_queries import Shape
 
 Metric = Literal["ndcg", "recall"]
 _DECAYS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.65)

@@ -17,15 +17,17 @@ from functools import partial
 from pyspark.sql import Row
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import __version__, schemas, sources
+from vlm4rec_spark import __version__
 from vlm4rec_spark.caption.estimate import Plan
 from vlm4rec_spark.evaluation.tune import Metric, Tuned
-from vlm4rec_spark.lease import Lease
-from vlm4rec_spark.models.prompts import load_prompt
-from vlm4rec_spark.pipeline import captioning, encoding, housekeeping, intake, judging, listing, matching
-from vlm4rec_spark.pipeline.run import Outcome, Run, Voice
-from vlm4rec_spark.schemas import Table
-from vlm4rec_spark.sources import Source
+from vlm4rec_spark.models.captioning.prompts import load_prompt
+from vlm4rec_spark.pipeline import caption, embed, evaluate, index, ingest, maintain, recommend
+from vlm4rec_spark.pipeline.context import Outcome, Run, Voice
+from vlm4rec_spark.sources import reader
+from vlm4rec_spark.sources.reader import Source
+from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.lease import Lease
+from vlm4rec_spark.storage.schemas import Table
 
 __all__ = ["STAGES", "Outcome", "Pipeline", "Voice"]
 
@@ -47,38 +49,38 @@ class Stage:
 _TEXTS = (schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS)
 _STAGES = {
     "ingest": Stage(
-        intake.ingest, (),
+        ingest.ingest, (),
         (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.USERS, schemas.IDENTITIES, schemas.REJECTED,
          schemas.FILES),
-        intake.beside,
+        ingest.beside,
     ),
     "caption": Stage(
-        captioning.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), captioning.beside_captions
+        caption.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), caption.beside_captions
     ),
-    "embed": Stage(encoding.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), encoding.beside_embeddings),
+    "embed": Stage(embed.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), embed.beside_embeddings),
     # Profiles take their vectors from the index artefact, so the index comes first.
-    "index": Stage(matching.index, (*_TEXTS, schemas.EMBEDDINGS), (), matching.beside_index),
+    "index": Stage(index.index, (*_TEXTS, schemas.EMBEDDINGS), (), index.beside_index),
     "profiles": Stage(
-        matching.profiles, (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS), (schemas.PROFILES,),
-        matching.beside_profiles,
+        index.profiles, (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS), (schemas.PROFILES,),
+        index.beside_profiles,
     ),
     "recommend": Stage(
-        listing.recommend,
+        recommend.recommend,
         (schemas.PROFILES, schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
-        (schemas.RECOMMENDATIONS,), listing.beside_lists,
+        (schemas.RECOMMENDATIONS,), recommend.beside_lists,
     ),
     "evaluate": Stage(
-        judging.evaluate,
+        evaluate.evaluate,
         (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS, schemas.EMBEDDINGS, *_TEXTS, schemas.PHOTOS),
-        (schemas.METRICS,), judging.beside_metrics,
+        (schemas.METRICS,), evaluate.beside_metrics,
     ),
     "export": Stage(
-        judging.export, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
+        evaluate.export, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
         lambda run: "",
     ),
     "report": Stage(
-        judging.report, tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS), (),
-        judging.beside_report,
+        evaluate.report, tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS), (),
+        evaluate.beside_report,
     ),
 }  # fmt: skip
 STAGES = tuple(_STAGES)
@@ -113,10 +115,10 @@ class Pipeline(Run):
             self.encoder_id()
             self.vision_id()
         if "recommend" in stages:
-            listing.check(self)
+            recommend.check(self)
         self.tables.prepare()
         if "ingest" in stages and not self._unchanged("ingest"):
-            intake.raw_sources(self)
+            ingest.raw_sources(self)
 
     @contextmanager
     def lease(self) -> Iterator[Lease]:
@@ -129,29 +131,29 @@ class Pipeline(Run):
     def import_captions(self, source: Source) -> Outcome:
         """Take descriptions from elsewhere: rows of item_id and text stand in for the caption stage."""
         self.begin()
-        raw = sources.read(self.spark, "import-captions", source)
+        raw = reader.read(self.spark, "import-captions", source)
         self.tables.prepare()
         with self.lease() as lease:
-            return self._recorded(Outcome("import_captions"), lease, partial(intake.import_captions, raw, self))
+            return self._recorded(Outcome("import_captions"), lease, partial(ingest.import_captions, raw, self))
 
     def plan(self) -> Plan:
         """What the caption stage would do now, and what that costs. Changes nothing and holds nobody up."""
         self.begin()
         self.check(["caption"])
-        return captioning.plan_captions(self)
+        return caption.plan_captions(self)
 
     def tune(self, representations: Sequence[str], metric: Metric) -> Tuned:
         """Settings chosen on a validation cut, of these representations. Changes nothing and holds nobody up."""
         self.begin()
         self.check(["evaluate"])
-        return judging.tune(self, representations, metric)
+        return evaluate.tune(self, representations, metric)
 
     def maintain(self) -> Outcome:
         """Join small files, delete old ones, and clear what killed runs left. Changes no row."""
         self.begin()
-        housekeeping.check(self)
+        maintain.check(self)
         with self.lease() as lease:
-            return self._recorded(Outcome("maintain"), lease, partial(housekeeping.maintain, self))
+            return self._recorded(Outcome("maintain"), lease, partial(maintain.maintain, self))
 
     def _work(self, stage: Stage, last: Row | None, outcome: Outcome) -> None:
         read = self.tables.versions([table for table in stage.reads if table not in stage.writes])

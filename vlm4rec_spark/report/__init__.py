@@ -10,7 +10,7 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.report.data import ReportSettings
 
 if TYPE_CHECKING:
-    from vlm4rec_spark.tables import Tables
+    from vlm4rec_spark.storage.tables import Tables
 
 
 def write(tables: Tables, settings: ReportSettings) -> Path:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark import schemas
-from vlm4rec_spark.report.album import Album
-from vlm4rec_spark.report.audit import AuditExamples
+from vlm4rec_spark.report.caption_audit_section import AuditExamples
 from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
-from vlm4rec_spark.report.exhibits import ChosenApart, ChosenCaptions, ChosenStock, ChosenUsers
+from vlm4rec_spark.report.samples import ChosenApart, ChosenCaptions, ChosenStock, ChosenUsers
+from vlm4rec_spark.report.thumbnails import Album
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
-    from vlm4rec_spark.tables import Tables
+    from vlm4rec_spark.storage.tables import Tables
 
 _ORDER = ("ingest", "import_captions", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export")
 _RUNS_PER_STAGE = 50

@@ -10,11 +10,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from vlm4rec_spark import __version__
-from vlm4rec_spark.report import audit, charts
-from vlm4rec_spark.report.calibration import calibration
+from vlm4rec_spark.report import caption_audit_section, charts
 from vlm4rec_spark.report.data import Metric, Photo, ReportData, arm_name
-from vlm4rec_spark.report.findings import findings
-from vlm4rec_spark.report.scores import headline, splits
+from vlm4rec_spark.report.data_quality import findings
+from vlm4rec_spark.report.metrics_section import headline, splits
+from vlm4rec_spark.report.recall_curve import calibration
 
 _LONG_CAPTION = 140
 """Characters from which captions stand beside their photo instead of under it."""
@@ -34,8 +34,8 @@ def render(data: ReportData) -> str:
         data=data,
         headline=headline(data),
         splits=splits(data),
-        audits=audit.audits(data),
-        trouble=audit.trouble(data),
+        audits=caption_audit_section.audits(data),
+        trouble=caption_audit_section.trouble(data),
         findings=findings(data),
         details={run.stage: run.details for run in data.runs},
         attributes={name: charts.values(counts) for name, counts in data.captions.attributes.items()},

@@ -7,7 +7,7 @@ import warnings
 
 from PIL import Image
 
-from vlm4rec_spark.models.images import MAX_PIXELS, decode
+from vlm4rec_spark.models.photos.decode import MAX_PIXELS, decode
 
 THUMBNAIL_SIDE = 160
 _EXIF_ORIENTATION = 0x0112

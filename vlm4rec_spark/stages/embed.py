@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models import places
-from vlm4rec_spark.models.download import HttpSettings, concurrently
-from vlm4rec_spark.models.embedder import MARKUP, SCRIPT, Embedder, clean, load_embedder
-from vlm4rec_spark.models.images import decode
-from vlm4rec_spark.models.vision import Vision, load_vision
+from vlm4rec_spark.models.encoding.text_encoder import MARKUP, SCRIPT, Embedder, clean, load_embedder
+from vlm4rec_spark.models.encoding.vision_encoder import Vision, load_vision
+from vlm4rec_spark.models.photos import photo_storage
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.download import HttpSettings, concurrently
 
 REPRESENTATIONS = ("title", "caption", "title_caption")
 IMAGE = "image"
@@ -151,7 +151,7 @@ def _looker_udf(
         try:
             data = row["image"]
             if data is None:
-                data = places.read_again(row["uri"], row["text_sha256"], http)
+                data = photo_storage.read_again(row["uri"], row["text_sha256"], http)
             return decode(data, _PHOTO_SIDE)
         except Exception:  # of the photo or of its place; the rows that don't come back are counted as failed
             return None

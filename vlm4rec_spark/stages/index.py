@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.searcher import FORMAT, Searcher
+from vlm4rec_spark.models.index.searcher import FORMAT, Searcher
 
 Artefact = TypeVar("Artefact")
 

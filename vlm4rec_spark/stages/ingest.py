@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models import download, places
-from vlm4rec_spark.models.download import HttpSettings
-from vlm4rec_spark.models.places import Known
-from vlm4rec_spark.sources import PhotoSource, Source, column_named
+from vlm4rec_spark.models.photos import download, photo_storage
+from vlm4rec_spark.models.photos.download import HttpSettings
+from vlm4rec_spark.models.photos.photo_storage import Known
+from vlm4rec_spark.sources.reader import PhotoSource, Source, column_named
 
 
 class IngestSettings(BaseModel):
@@ -275,7 +275,7 @@ def _read_photo(row: dict, http: HttpSettings, keep: bool) -> dict | None:
         for name in ("known_bytes", "known_at", "known_sha256", "modified_at")
     )
     try:
-        found = places.read(row["uri"], http, Known(size, known_at and int(known_at), sha256), listed_at)
+        found = photo_storage.read(row["uri"], http, Known(size, known_at and int(known_at), sha256), listed_at)
     except Exception as unreadable:
         return photo | {"reason": f"the photo can't be read: {unreadable}"}
     if found is None:

@@ -15,10 +15,10 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from vlm4rec_spark.models import history
-from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.models.tastes import Shape
-from vlm4rec_spark.schemas import PROFILES
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.models.ranking import history
+from vlm4rec_spark.models.ranking.user_queries import Shape
+from vlm4rec_spark.storage.schemas import PROFILES
 
 
 class ProfileSettings(BaseModel):

@@ -15,15 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.blend import Blend
-from vlm4rec_spark.models.calibration import Calibration, cheapest
-from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.lists import listed
-from vlm4rec_spark.models.neighbours import Neighbours
-from vlm4rec_spark.models.offer import AVAILABLE, MOST_RULES, Offer, Rule
-from vlm4rec_spark.models.searcher import Effort, Searcher
-from vlm4rec_spark.models.tastes import Clusters, Histories, Means, Shape, Tastes
-from vlm4rec_spark.sources import Source
+from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
+from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.ranking.blend import Blend
+from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MOST_RULES, Offer, Rule
+from vlm4rec_spark.models.ranking.top_k_lists import listed
+from vlm4rec_spark.models.ranking.user_queries import Clusters, Histories, Means, Shape, Tastes
+from vlm4rec_spark.sources.reader import Source
 
 _TERMS = 3
 _PAIRS_AT_ONCE = 4_096

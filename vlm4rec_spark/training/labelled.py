@@ -18,8 +18,8 @@ import pandas as pd
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.models.images import PhotoError, decode
-from vlm4rec_spark.models.wording import sentence, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import sentence, vocabulary
+from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
 _HELD_OUT = 20
 """One photo in so many is for validation."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm4rec_spark.models.captioners import ModelSettings, Request, answers, load_captioner
-from vlm4rec_spark.models.prompts import load_prompt
-from vlm4rec_spark.models.wording import named
+from vlm4rec_spark.models.captioning.caption_template import named
+from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request, answers, load_captioner
+from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.training.labelled import Labelled
 
 _TOGETHER = 64

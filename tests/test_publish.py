@@ -1,0 +1,49 @@
+"""Export: the long and the wide shape, and a change feed that holds nothing but changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm4rec_spark.stages import publish
+from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.tables import Tables
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+ITEM = "STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING>"
+ANN = ("ann", [("A", 0.9, "H"), ("B", 0.5, None)])
+BEN = ("ben", [("C", 0.7, "H")])
+
+
+def lists(spark: SparkSession, *rows: tuple) -> DataFrame:
+    return spark.createDataFrame(list(rows), f"user_id STRING, items ARRAY<{ITEM}>")
+
+
+def titles(spark: SparkSession) -> DataFrame:
+    return spark.createDataFrame([("A", "Chair"), ("C", "Lamp")], "item_id STRING, title STRING")
+
+
+def test_both_shapes(spark: SparkSession) -> None:
+    recommendations = lists(spark, ANN, BEN, ("cat", []))
+    assert sorted(map(tuple, publish.long(recommendations, titles(spark)).collect())) == [
+        ("ann", 1, "A", "Chair", 0.9, "H"), ("ann", 2, "B", None, 0.5, None), ("ben", 1, "C", "Lamp", 0.7, "H"),
+    ]  # fmt: skip
+    assert sorted(map(tuple, publish.wide(recommendations).collect())) == [
+        ("ann", ["A", "B"], [0.9, 0.5]), ("ben", ["C"], [0.7]), ("cat", [], []),
+    ]  # fmt: skip
+
+
+def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path: Path) -> None:
+    tables = Tables(spark, str(tmp_path))
+    for rows in ((ANN, BEN), (ANN, BEN), (("ann", [("A", 0.9, "H"), ("C", 0.6, None)]),)):
+        tables.sync(schemas.EXPORT_LONG, publish.long(lists(spark, *rows), titles(spark)))
+    place = tables.place(schemas.EXPORT_LONG)
+    feed = spark.read.format("delta").options(readChangeFeed=True, startingVersion=0).load(place).collect()
+    first = min(row["_commit_version"] for row in feed)
+    later = [(row["_change_type"], row["user_id"], row["rank"], row["item_id"]) for row in feed
+             if row["_commit_version"] > first]  # fmt: skip
+    assert sorted(later) == [
+        ("delete", "ben", 1, "C"), ("update_postimage", "ann", 2, "C"), ("update_preimage", "ann", 2, "B"),
+    ]  # fmt: skip

@@ -1,0 +1,242 @@
+"""`status` and `show`: what they say of a small shop of literal rows, and that they change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vlm4rec_spark.cli import main, show, status
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.storage import schemas
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.pipeline import Pipeline
+
+INDEX, GONE = "0123456789abcdef", "fedcba9876543210"
+MONDAY = datetime(2025, 3, 3, 12, 30, tzinfo=UTC)
+# A title may hold anything: markup of the terminal's library, line ends, a terminal's commands.
+EVIL = "Mug [red]2[/]\n\x1b[2J"
+ITEMS = {"mug-red": "Mug 1", "mug-blue": EVIL, "hat-red": "Hat 1", "o'brien": "Cap"}
+VECTORS = {"hat-red": (0.6, 0.8), "mug-blue": (0.8, 0.6), "mug-red": (1.0, 0.0)}
+
+
+def run(stage: str, hour: int, run_status: str = "ok", counts: tuple = (3, 2, 1), **details: str) -> dict:
+    rows = dict(zip(("rows_ok", "rows_failed", "rows_skipped"), counts, strict=True))
+    return rows | {"run_id": f"{stage}{hour}", "stage": stage, "status": run_status, "versions": {}, "config": "{}",
+                   "rows_in": sum(counts), "started_at": MONDAY.replace(hour=hour), "seconds": 1.25,
+                   "details": details}  # fmt: skip
+
+
+def photo(item_id: str, position: int, sha: str) -> tuple:
+    return item_id, position, f"s3a://shop/{item_id}.{position}.jpg", b"x", sha * 64, 15_100, MONDAY
+
+
+def caption(key: str, sha: str | None, text: str | None, state: str, error: tuple = (None, None)) -> tuple:
+    model, prompt = ("llava@1", "describe.1") if sha else (None, None)
+    attributes = {"colour": "red"} if state == "ok" else None
+    return (key, sha and sha * 64, prompt, model, text, attributes, None, None, state, *error, 1, MONDAY, "r1")
+
+
+ROWS: dict[schemas.Table, list] = {
+    schemas.ITEMS: [
+        (item, title, "Kintsu", None, None, None, 9.5, {"colour": "red"}, item != "hat-red", None, MONDAY)
+        for item, title in ITEMS.items()
+    ],
+    schemas.PHOTOS: [photo("mug-red", 0, "a"), photo("mug-red", 1, "b"), photo("mug-red", 2, "c")],
+    schemas.CAPTIONS: [
+        caption("k1", "a", "A red mug.", "ok"), caption("k2", "b", None, "failed", ("ImageError", "no image")),
+        caption("k3", None, "A blue mug.", "imported"), caption("old", "a", "An older text.", "ok"),
+    ],
+    schemas.ITEM_CAPTIONS: [("mug-red", 0, "k1"), ("mug-blue", 0, "k3")],
+    schemas.INTERACTIONS: [
+        (f"e{n}", user, "mug-red", "view", MONDAY, MONDAY.date()) for n, user in enumerate(("ann", "bob"))
+    ],
+    schemas.PROFILES: [
+        ("ann", "caption", [("mug-red", 4.25), ("hat-red", 0.5)], ["hat-red", "mug-red", "o'brien"], None, 3, MONDAY)
+    ],
+    schemas.RECOMMENDATIONS: [
+        ("ann", [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])], 5, INDEX, "r1", MONDAY),
+        ("cid", [("hat-red", 0.5, None, [], "content", [])], 5, GONE, "r1", MONDAY + timedelta(hours=1)),
+    ],
+    schemas.RUNS: [
+        run("ingest", 8), run("ingest", 9, "failed", (0, 1_234_567, 0)), run("embed", 11, "unchanged", (0, 0, 0)),
+        run("maintain", 12),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("shop")
+    made = pipeline(folder)
+    built = run("index", 10, index_id=INDEX, representation="caption", folder=str(folder / "index" / INDEX))
+    for table, rows in (ROWS | {schemas.RUNS: [*ROWS[schemas.RUNS], built]}).items():
+        made.tables.replace(table, made.spark.createDataFrame(rows, table.schema))
+    vectors = np.asarray(list(VECTORS.values()), np.float32)
+    Searcher.build(folder / "index" / INDEX, INDEX, list(VECTORS), vectors, ["a", "b", "c"], scann_from=10**6)
+    return made
+
+
+def said(show_it: Callable[..., None], *what: object, width: int = 120) -> str:
+    console = Console(file=StringIO(), width=width)
+    show_it(*what, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def line(text: str, *words: str) -> str:
+    """The first line that holds these words, with single spaces."""
+    lines = [" ".join(one.split()) for one in text.splitlines()]
+    return next((one for one in lines if all(word in one for word in words)), f"no such line in:\n{text}")
+
+
+def files(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in folder.rglob("*")}
+
+
+def test_a_user(shop: Pipeline) -> None:
+    text = said(show.user, shop, "ann")
+    assert line(text, "User") == (
+        "User ann: events that count: 3, the last on 2025-03-03; items seen: 3; compared by caption"
+    )
+    assert line(text, "4.25") == "mug-red Mug 1 4.25 A red mug."
+    assert line(text, "0.50") == "hat-red Hat 1 0.50"
+    assert line(text, "Recommendations") == f"Recommendations of 2025-03-03, made with index {INDEX}"
+    assert line(text, "0.875") == "1 mug-blue Mug [red]2[/] [2J 0.875 mug-red blue, mug"
+    assert "\x1b[2J" not in text
+    # Where the line is short, texts are cut and ids are not.
+    assert line(said(show.user, shop, "ann", width=36), "4.25").startswith("mug-red M")
+
+
+def test_a_user_without_a_list_and_one_whose_profile_is_gone(shop: Pipeline) -> None:
+    text = said(show.user, shop, "bob")
+    assert line(text, "User bob").startswith("User bob: events in the log: 1, but no history")
+    assert line(text, "No recommendations").startswith("No recommendations yet")
+    assert line(said(show.user, shop, "cid"), "0.500") == "1 hat-red Hat 1 0.500 -"
+
+
+def test_an_item(shop: Pipeline) -> None:
+    text = said(show.item, shop, "mug-red")
+    assert line(text, "Item") == "Item mug-red: Mug 1"
+    assert [line(text, name) for name in ("brand", "price", "colour", "available")] == [
+        "brand Kintsu", "price 9.50", "colour red", "available yes",
+    ]  # fmt: skip
+    assert line(text, "Photo 0") == f"Photo 0: s3a://shop/mug-red.0.jpg (15.1 kB, sha256 {'a' * 64})"
+    # The caption in force, not the other one of the same photo.
+    assert line(text, "caption ok") == "caption ok by llava@1, prompt describe.1: A red mug."
+    assert line(text, "in it") == "attributes in it: colour: red"
+    assert line(text, "caption failed") == "caption failed by llava@1, prompt describe.1: ImageError, no image"
+    assert text.index("Photo 2") < text.index("not captioned")
+    assert line(text, "Nearest") == f"Nearest in index {INDEX}"
+    assert line(text, "0.800") == "mug-blue Mug [red]2[/] [2J 0.800 A blue mug."
+    assert text.index("0.800") < text.index("0.600")
+    assert "1.000" not in text
+    assert line(text, "lists") == "On the lists of: 0 of 2 users"
+
+
+def test_items_without_photo_or_vector(shop: Pipeline) -> None:
+    text = said(show.item, shop, "o'brien")
+    assert line(text, "No photo") == "No photo and no caption: its title is compared instead."
+    assert line(text, "No neighbours") == f"No neighbours: the index {INDEX} doesn't hold this item."
+    text = said(show.item, shop, "mug-blue")
+    assert line(text, "Text 0") == "Text 0: imported, without a photo"
+    assert line(text, "caption imported") == "caption imported: A blue mug."
+    assert line(text, "lists") == "On the lists of: 1 of 2 users"
+    assert line(said(show.item, shop, "hat-red"), "available") == "available no: never recommended"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "message"),
+    [
+        ("user", "anna", "There is no user 'anna' in the log. Did you mean 'ann'?"),
+        ("user", "ann' OR '1'='1", 'There is no user "ann\' OR \'1\'=\'1" in the log.'),
+        ("item", "MUG-RAD", "There is no item 'MUG-RAD' in the catalogue. Did you mean 'mug-red'?"),
+        ("item", "%", "There is no item '%' in the catalogue."),
+        ("item", "\x1b[2J", r"There is no item '\x1b[2J' in the catalogue."),
+        ("item", "", "There is no item '' in the catalogue."),
+    ],
+)
+def test_an_id_that_is_not_known(shop: Pipeline, kind: str, wanted: str, message: str) -> None:
+    with pytest.raises(RunError) as refused:
+        said(getattr(show, kind), shop, wanted)
+    assert str(refused.value) == message
+    assert refused.value.exit_code == 1
+
+
+def test_few_ids_are_collected_however_many_there_are(shop: Pipeline) -> None:
+    many = shop.spark.range(100_000).selectExpr("concat('i', id) AS item_id")
+    collected: list[int] = []
+
+    class Counted:
+        """Stands for a DataFrame, and notes how many rows are collected of it."""
+
+        def __init__(self, frame: object):
+            self.frame = frame
+
+        def __getattr__(self, name: str) -> Callable:
+            def call(*given: object) -> object:
+                found = getattr(self.frame, name)(*given)
+                if name == "collect":
+                    collected.append(len(found))
+                    return found
+                return Counted(found)
+
+            return call
+
+    error = show._unknown("item", "i99999x", Counted(many))  # type: ignore[arg-type]
+    assert "Did you mean 'i99999'" in str(error)
+    assert collected == [50]
+
+
+def test_status(shop: Pipeline) -> None:
+    folder = Path(shop.tables.location).parent
+    before = files(folder)
+    text = said(status.show, shop, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert line(text, "Tables at").startswith("Tables at /")
+    words = line(text, "interactions").split()
+    assert (words[0], words[3], words[4]) == ("interactions", "2", "1")
+    assert datetime.fromisoformat(f"{words[1]} {words[2]}+00:00") <= datetime.now(UTC)
+    assert line(text, "metrics") == "metrics not there yet"
+    assert line(text, "ingest") == "ingest 2025-03-03 09:30 failed 0 1,234,567 0 1.2"
+    assert line(text, "embed", "2025") == "embed 2025-03-03 11:30 unchanged 0 0 0 1.2"
+    assert line(text, "profiles not") == "profiles not yet"
+    assert line(text, "maintain") == "maintain 2025-03-03 12:30 ok 3 2 1 1.2"
+    # Another list stands from an older version: what it says holds for the latest one.
+    assert line(text, INDEX).startswith(f"{INDEX} caption 20")
+    assert line(text, GONE) == f"{GONE} the lists gone"
+    assert files(folder) == before
+
+
+def test_nothing_there_yet(
+    shop: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    places = ["--set", f"tables={tmp_path}/nowhere", "--set", f"index.folder={tmp_path}/index"]
+    assert main(["status", *places]) == 0
+    out, err = capsys.readouterr()
+    assert (line(out, "items"), line(out, "ingest"), line(out, "none")) == (
+        "items not there yet", "ingest not yet", "none yet",
+    )  # fmt: skip
+    assert err == ""
+    assert main(["show", "user", "ann", *places]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"Error: The table {tmp_path}/nowhere/interactions isn't there yet. Run the stage")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_passes_an_id_on_as_it_is(shop: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["--set", f"tables={shop.tables.location}", "--set", f"index.folder={shop.config.index.folder}"]
+    assert main(["show", "item", *places, "--", "o'brien"]) == 0
+    assert line(capsys.readouterr().out, "Item") == "Item o'brien: Cap"
+    assert main(["show", "item", "-x", *places]) == 2
+    assert main(["show", "item", *places, "--", "-x"]) == 1
+    assert capsys.readouterr().err.endswith("Error: There is no item '-x' in the catalogue.\n")

@@ -1,0 +1,1 @@
+"""Captioning without Spark: prompts, backends, the process around the model, checks of its answers."""

@@ -1,0 +1,1 @@
+"""One file per captioning backend, behind the protocol of captioner.py."""

@@ -1,0 +1,1 @@
+"""Photos: where they lie, how they are downloaded and decoded."""

@@ -1,0 +1,1 @@
+"""Users' queries, candidates, rules and final lists, in numpy."""

@@ -1,0 +1,340 @@
+"""Recommend: everybody's list, by taste or by what is popular, under the shop's rules.
+
+Knows who gets a list and which tables it comes from. How one list is made is the stages'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
+from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.ranking.calibration import Calibration
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, Offer
+from vlm4rec_spark.pipeline.context import Outcome, Run
+from vlm4rec_spark.pipeline.index import index_folder, index_id
+from vlm4rec_spark.sources import reader
+from vlm4rec_spark.sources.reader import Source
+from vlm4rec_spark.spark import neighbors_file
+from vlm4rec_spark.stages import index as indexing
+from vlm4rec_spark.stages import item_item, popularity, rules
+from vlm4rec_spark.stages import profiles as profiling
+from vlm4rec_spark.stages import recommend as ranking
+from vlm4rec_spark.storage import schemas
+
+_FORALL = "coalesce(user_id, '') = ''"
+
+
+def check(run: Run) -> None:
+    """Raise UsageError for rules that can't be asked of the tables, and for lists of items that aren't there."""
+    settings = run.config.recommend
+    items, users = (run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS))
+    rules.check(items, users, settings.rules, settings.caps)
+    for name, source in (("allow", settings.allow), ("deny", settings.deny)):
+        if source.path:
+            reader.read(run.spark, f"recommend.{name}", source)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the lists are made from.
+
+    `item_rows` are those of `offers.item_rows`, and `offer` is made of them. `refused` holds the user_id of users
+    without consent. `usable` holds the profiles that have a vector and consent, with the user's rules.
+    """
+
+    folder: Path
+    searcher: Searcher
+    users: DataFrame
+    refused: DataFrame
+    item_rows: DataFrame
+    offer: Offer
+    profiles: DataFrame
+    usable: DataFrame
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How the lists of `users` users are searched: the measured calibration, also in words, and the matching.
+
+    `open_searcher` opens the index in a worker.
+    """
+
+    calibration: Calibration
+    words: str
+    users: int
+    matching: ranking.Matching
+    open_searcher: Callable[[], Searcher]
+
+
+def recommend(run: Run, outcome: Outcome) -> None:
+    """Make everybody's list and replace the table by them, in one transaction."""
+    inputs = _load(run)
+    search = _choose_search(run, inputs)
+    lists = _score(run, inputs, search)
+    with run.voice.watch("recommending", search.users):
+        run.tables.replace(schemas.RECOMMENDATIONS, lists)
+    _count(run, inputs, search, outcome)
+
+
+def _load(run: Run) -> _Inputs:
+    """Raises RunError where a table is missing, or profiles and index are of different representations."""
+    settings = run.config.recommend
+    tables = run.tables
+    profiles = run.read(schemas.PROFILES)
+    folder = index_folder(run)
+    searcher = Searcher.open(folder)
+    if not profiles.where(F.col("representation") != run.config.representation).isEmpty():
+        raise RunError(
+            "recommend: the profiles are of another representation than the index. Run profiles again."
+        )
+    users = tables.read(schemas.USERS)
+    items = _offered_to_all(run, run.read(schemas.ITEMS))
+    item_rows = rules.item_rows(items, tables.read(schemas.PHOTOS), settings.rules, settings.caps)
+    offer = rules.offer(
+        item_rows.toArrow(),
+        searcher,
+        settings.variants,
+        settings.caps,
+        settings.alike,
+        settings.least_score,
+        settings.diversity,
+    )
+    refused = users.where(~F.col("consent")).select("user_id")
+    with_vector = profiles.where(F.col("embedding").isNotNull())
+    consenting = with_vector.join(refused, on="user_id", how="left_anti")
+    usable = _for_each(run, consenting, users)
+    return _Inputs(folder, searcher, users, refused, item_rows, offer, profiles, usable)
+
+
+def _choose_search(run: Run, inputs: _Inputs) -> _Search:
+    """Choose the cheapest search that keeps the promise on a sample of the profiles, and announce it."""
+    settings = run.config.recommend
+    searcher = inputs.searcher
+    matching = _matching(run, inputs.profiles, searcher)
+    by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
+    sample = by_hash.select("embedding", "history", "seen", "rules").toArrow()
+    calibration = ranking.calibrate(
+        searcher, sample, inputs.offer, settings.k, settings.recall, matching
+    )
+    words = calibration.words(searcher.manifest["leaves"])
+    users = inputs.usable.count()
+    run.voice.say(
+        f"recommending for {users:,} users, {words}, recall {calibration.recall:.3f} on "
+        f"{calibration.users:,}"
+    )
+    open_searcher = indexing.ship(
+        run.spark, inputs.folder, run.config.index.broadcast_gb, Searcher.open
+    )
+    effort = calibration.effort
+    if (
+        effort
+        and matching.shape == "max_similarity"
+        and neighbors_file.pays(sample, users, len(searcher))
+    ):
+        depth = effort.candidates + inputs.offer.first_depth(settings.k) - settings.k
+        deep = replace(effort, candidates=depth)
+        opens = _neighbours(run, searcher, open_searcher, deep, sample)
+        matching = replace(matching, neighbours=opens)
+    return _Search(calibration, words, users, matching, open_searcher)
+
+
+def _score(run: Run, inputs: _Inputs, search: _Search) -> DataFrame:
+    """Rows of `recommendations`: lists by taste, and by popularity for users without a usable profile."""
+    settings = run.config.recommend
+    lists = ranking.recommend(
+        inputs.usable,
+        search.open_searcher,
+        inputs.offer,
+        settings.k,
+        search.calibration.effort,
+        search.matching,
+        settings.why,
+    )
+    if settings.popular:
+        waiting, best = _waiting(run, inputs)
+        by_popularity = popularity.ByPopularity(best)
+        lists = lists.unionByName(
+            ranking.recommend(
+                waiting, search.open_searcher, inputs.offer, settings.k, None, by_popularity
+            )
+        )
+    return lists.select(
+        "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+    )
+
+
+def _count(run: Run, inputs: _Inputs, search: _Search, outcome: Outcome) -> None:
+    """Fill the outcome from the table as it was written."""
+    settings = run.config.recommend
+    calibration = search.calibration
+    lists = run.tables.read(schemas.RECOMMENDATIONS)
+    without_list = inputs.profiles.join(lists.select("user_id"), on="user_id", how="left_anti")
+    outcome.ok = lists.count()
+    outcome.skipped = without_list.count()
+    outcome.details = {
+        "k": str(settings.k),
+        "users": str(search.users),
+        "popular_lists": str(outcome.ok - search.users),
+        "short_lists": str(lists.where(F.size("items") < settings.k).count()),
+        "search": search.words,
+        "recall_promised": str(settings.recall),
+        "recall_measured": f"{calibration.recall:.4f}",
+        "recall_low": f"{calibration.low:.4f}",
+        "recall_curve": _curve(calibration),
+        "index_id": inputs.searcher.index_id,
+        "cooccurrence_share": str(run.config.cooccurrence.share),
+    }
+
+
+def _for_each(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
+    """Rows of user_id and seen with each user's `rules` (bits), `only`, and `seen` with all items that are kept off."""
+    settings = run.config.recommend
+    people = _with_rules(run, people, users)
+    if settings.seen_again or settings.repurchase_days:
+        kept_off = rules.not_again(run.log(), run.read(schemas.ITEMS), settings.seen_again, settings.repurchase_days)
+        people = people.drop("seen").join(kept_off, on="user_id", how="left")
+        people = people.withColumn("seen", F.coalesce("seen", F.array()))
+    if settings.deny.path:
+        people = people.join(_by_user(run, "deny", settings.deny, "denied"), on="user_id", how="left")
+        more = F.array_union("seen", F.coalesce("denied", F.array()))
+        people = people.withColumn("seen", F.array_sort(more)).drop("denied")
+    if settings.allow.path:
+        people = people.join(_by_user(run, "allow", settings.allow, "only"), on="user_id", how="left")
+    return people
+
+
+def _with_rules(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
+    """The rows with `rules`, the bits of the rules that apply to the user."""
+    everybody, some = rules.applying(users, run.config.recommend.rules)
+    for_all = F.lit(everybody).cast("bigint")
+    if some is None:
+        return people.withColumn("rules", for_all)
+    bits = F.coalesce("rules", F.lit(0)).bitwiseOR(for_all)
+    return people.join(some, on="user_id", how="left").withColumn("rules", bits)
+
+
+def _named(run: Run, key: str, source: Source) -> DataFrame:
+    """user_id, item_id of a list of items."""
+    rows = reader.read(run.spark, f"recommend.{key}", source)
+    return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
+
+
+def _by_user(run: Run, key: str, source: Source, name: str) -> DataFrame:
+    theirs = _named(run, key, source).where(f"NOT {_FORALL}").groupBy("user_id")
+    return theirs.agg(F.array_sort(F.collect_set("item_id")).alias(name))
+
+
+def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
+    """The items; what is denied to all, or isn't among what alone is allowed to all, counts as unavailable."""
+    for key, source, good in (("deny", run.config.recommend.deny, False), ("allow", run.config.recommend.allow, True)):
+        listed = _named(run, key, source).where(_FORALL) if source.path else None
+        if listed is None or listed.isEmpty():
+            continue
+        marked = listed.select("item_id", F.lit(True).alias("listed")).distinct()
+        items = items.join(marked, on="item_id", how="left")
+        right = F.col("listed").isNotNull() if good else F.col("listed").isNull()
+        items = items.withColumn("available", F.col("available") & right).drop("listed")
+    return items
+
+
+def _waiting(run: Run, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
+    """Users who get a popular list, and what is popular with their like.
+
+    They are in the log or in `users`, are no bots, agree to lists and have no usable profile.
+    """
+    log = run.log()
+    users = inputs.users
+    robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
+    people = log.join(robots, on="user_id", how="left_anti")
+    met = people.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
+    waiting = (
+        people.select("user_id")
+        .unionByName(users.select("user_id"))
+        .distinct()
+        .join(robots, on="user_id", how="left_anti")
+        .join(inputs.refused, on="user_id", how="left_anti")
+        .join(inputs.usable.select("user_id"), on="user_id", how="left_anti")
+        .join(met, on="user_id", how="left")
+        .withColumn("seen", F.coalesce("seen", F.array()))
+        .join(users.select("user_id", "segment"), on="user_id", how="left")
+    )
+    return _for_each(run, waiting, users), _popular(run, people, inputs)
+
+
+def _popular(run: Run, events: DataFrame, inputs: _Inputs) -> popularity.Best:
+    """The popular items of each segment, for each combination of rules that applies to a user."""
+    everybody, some = rules.applying(inputs.users, run.config.recommend.rules)
+    combinations = {everybody}
+    if some is not None:
+        bits = some.select("rules").distinct().collect()
+        combinations |= {everybody | row["rules"] for row in bits}
+    counts = popularity.counts(events, run.read(schemas.ITEMS), inputs.users).persist()
+    best: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+    for rules in sorted(combinations):
+        required = F.lit(rules | AVAILABLE)
+        allowed = inputs.item_rows.where(F.col("allowed").bitwiseAND(required) == required)
+        shares = popularity.best(counts, allowed).toArrow()
+        best |= popularity.placed(shares, rules, inputs.searcher)
+    counts.unpersist()
+    return best
+
+
+def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
+    """Matching by the profiles' shape, and with co-occurrence counted in the same profiles, where it has a share."""
+    settings, profile = run.config.cooccurrence, run.config.profiles
+    content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
+    if not settings.share:
+        return content
+    gigabytes = len(searcher) * settings.kept * 60 / 1e9
+    run.voice.say(
+        f"counting what is found together, needs up to {gigabytes:.2f} GB on the driver"
+    )
+    pairs = item_item.pairs(profiles, settings)
+    folder = item_item.build(pairs, searcher, Path(run.config.index.folder) / "cooccurrence")
+    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
+    return replace(
+        content, share=settings.share, position_decay=settings.position_decay, opens=opens
+    )
+
+
+def _neighbours(
+    run: Run, searcher: Searcher, open_searcher: Callable[[], Searcher], effort: Effort, sample: pa.Table
+) -> Callable[[], Neighbours]:
+    """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
+    items, folder = len(searcher), Path(run.config.index.folder) / "neighbours"
+    depth = neighbors_file.depth(effort.candidates, sample, items)
+    run.voice.say(f"searching the {depth} neighbours of each of {items:,} items, needs "
+                  f"{neighbors_file.gigabytes(items, depth):.2f} GB in {folder}")  # fmt: skip
+    made = neighbors_file.build(run.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder)
+    return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbours.open)
+
+
+def _curve(measured: Calibration) -> str:
+    """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search; and
+    what was taken, null for exact search."""
+    tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
+              round(each.per_second)] for each in measured.tried]  # fmt: skip
+    exact, effort = measured.exact_per_second, measured.effort
+    taken = [effort.leaves, effort.candidates] if effort else None
+    return json.dumps({"tried": tried, "exact": round(exact) if exact else None, "taken": taken})
+
+
+def beside_lists(run: Run) -> object:
+    """None where items are named by a list: it may say something else each time."""
+    if run.config.recommend.deny.path or run.config.recommend.allow.path:
+        return None
+    settings = run.config.recommend.model_dump(mode="json")
+    blend = run.config.cooccurrence.model_dump(mode="json")
+    shape = [run.config.profiles.shape, run.config.profiles.tastes]
+    return [settings, blend, *shape, run.config.representation, index_id(run)]

@@ -1,0 +1,1 @@
+"""What comes in: the company's own files and tables as raw rows."""

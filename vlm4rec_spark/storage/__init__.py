@@ -1,0 +1,1 @@
+"""Tables and files: the schemas, the only Delta code, the lease, the folders of the index."""
