@@ -45,10 +45,10 @@ $(STAMP): setup.py constraints.txt
 	fi
 	@echo "Installing packages into $(VENV) (about 3 minutes, 6.5 GB) ..."
 	@$(PIP) --editable '.[local,dev]'
-	@if ! $(BIN)/python -c 'from vlm4rec_spark import java; java.find()' 2>/dev/null; then \
+	@if ! $(BIN)/python -c 'from vlm4rec_spark.spark import java; java.find()' 2>/dev/null; then \
 	  echo "No Java 17 or newer found: installing a Java runtime into $(VENV) (100 MB) ..."; \
 	  $(PIP) --editable '.[java]'; \
 	fi
 	@echo "Starting Spark once, which fetches the Delta jars (10 MB) if they aren't in the home folder yet ..."
-	@$(BIN)/python -m vlm4rec_spark.session
+	@$(BIN)/python -m vlm4rec_spark.spark.session
 	@touch $@

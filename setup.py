@@ -68,9 +68,9 @@ setup(
     packages=[*find_packages(include=["vlm4rec_spark", "vlm4rec_spark.*"]), "vlm4rec_spark.conf"],
     package_dir={"vlm4rec_spark.conf": "conf"},
     package_data={
-        "vlm4rec_spark": ["log4j2.properties"],
+        "vlm4rec_spark.spark": ["log4j2.properties"],
         "vlm4rec_spark.conf": ["*.yaml"],
-        "vlm4rec_spark.models.captioning.captioner": ["packaged/*"],
+        "vlm4rec_spark.models.captioning": ["packaged/*"],
         "vlm4rec_spark.models.captioning.prompts": ["*.txt"],
         "vlm4rec_spark.report": ["templates/*"],
     },

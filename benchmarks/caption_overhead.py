@@ -37,7 +37,7 @@ from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
 from vlm4rec_spark.models.captioning.captioner import Request, load_captioner
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
-from vlm4rec_spark.pipeline import Pipeline, Voice
+from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.storage import schemas
 
@@ -139,7 +139,7 @@ def _many(folder: Path) -> Pipeline:
 def pipeline(settings: Config, like: Pipeline | None = None) -> Pipeline:
     spark = like.spark if like else session(settings.spark)
     spark.sparkContext.setLogLevel("FATAL")
-    return Pipeline(spark, settings, Voice(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext()))
+    return Pipeline(spark, settings, Reporter(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext()))
 
 
 def store(run: Pipeline, photos: int, photo: Callable[[int], bytes]) -> None:

@@ -23,7 +23,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from captioner_data import CLASSES, DATA, SNAPSHOT_KINDS, TEST_SEED, clothing_photos, fashion, renderings, snapshots
+from captioner_data import (
+    CLASSES,
+    DATA,
+    SNAPSHOT_KINDS,
+    TEST_SEED,
+    clothing_photos,
+    fashion,
+    renderings,
+    snapshots,
+)
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +43,7 @@ from vlm4rec_spark.demo.drawing import ATTRIBUTES
 from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
 from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
-from vlm4rec_spark.pipeline import Pipeline, Voice
+from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.training.measure import Share, blank, describe, shares
 from vlm4rec_spark.training.teacher import Teacher
@@ -149,8 +158,8 @@ def staged(model: Path, data: Path, folder: Path) -> float:
     spark = session(config.spark)
     spark.sparkContext.setLogLevel("FATAL")
     outcomes = []
-    voice = Voice(enter=lambda run_id, stage: None, say=lambda text: None, watch=lambda *_: nullcontext())
-    Pipeline(spark, config, voice).run(["ingest", "caption"], outcomes.append)
+    reporter = Reporter(stage=lambda run_id, stage: None, info=lambda text: None, progress=lambda *_: nullcontext())
+    Pipeline(spark, config, reporter).run(["ingest", "caption"], outcomes.append)
     spark.stop()
     return outcomes[-1].ok / outcomes[-1].seconds
 

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
-from vlm4rec_spark.pipeline import STAGES, Pipeline, Voice
+from vlm4rec_spark.pipeline import STAGES, Pipeline, Reporter
 from vlm4rec_spark.report import charts
 from vlm4rec_spark.spark.session import session
 
@@ -83,7 +83,7 @@ def run_one(folder: Path) -> dict[str, dict[str, float]]:
     config = load([], [*places, "caption.model.backend=fake", "spark.driver_memory=6g"])
     spark = session(config.spark)
     spark.sparkContext.setLogLevel("FATAL")
-    silence = Voice(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext())
+    silence = Reporter(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext())
     pipeline = Pipeline(spark, config, silence)
     found = {}
     for stage in STAGES:

@@ -34,7 +34,7 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.pipeline import Pipeline, Voice
+from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.stages import index, profiles
 from vlm4rec_spark.storage import schemas
@@ -128,7 +128,7 @@ class Shop:
         Searcher.build(self.index, "only", ids.tolist(), matrix, [""] * ITEMS, 2**62)
         vectors = pa.table({"item_id": pa.array(ids), "embedding": pa.array(list(matrix))})
         write_deltalake(folder / "vectors", vectors)
-        self.log, self.items = tables.place(schemas.INTERACTIONS), tables.place(schemas.ITEMS)
+        self.log, self.items = tables.name_of(schemas.INTERACTIONS), tables.name_of(schemas.ITEMS)
 
     def ours(self) -> None:
         tables = self.pipeline.tables
@@ -155,7 +155,7 @@ class Shop:
 
     def agree(self) -> None:
         """Ours and numpy's rows are the same, vectors to the sixth digit."""
-        ours = DeltaTable(self.pipeline.tables.place(schemas.PROFILES)).to_pyarrow_table().sort_by("user_id")
+        ours = DeltaTable(self.pipeline.tables.name_of(schemas.PROFILES)).to_pyarrow_table().sort_by("user_id")
         theirs = DeltaTable(str(self.folder / "by_numpy")).to_pyarrow_table().sort_by("user_id")
         assert ours["user_id"].to_pylist() == theirs["user_id"].to_pylist()
         assert pc.all(pc.equal(ours["events"], theirs["events"])).as_py()
@@ -195,11 +195,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         spark = session(load([], []).spark)
         spark.sparkContext.setLogLevel("FATAL")
-        voice = Voice(enter=lambda *_: None, say=console.print, watch=lambda *_: nullcontext())
+        reporter = Reporter(stage=lambda *_: None, info=console.print, progress=lambda *_: nullcontext())
         for users in (small, given.users):
             folder = Path(temporary) / str(users)
             folder.mkdir()
-            shop = Shop(folder, users, matrix, Pipeline(spark, load([], [f"tables={folder / 'tables'}"]), voice))
+            shop = Shop(folder, users, matrix, Pipeline(spark, load([], [f"tables={folder / 'tables'}"]), reporter))
             times = 3 if users == small else 1
             if users == small:
                 shop.ours()

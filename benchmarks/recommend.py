@@ -48,11 +48,11 @@ from rich.table import Table
 
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
-from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.calibration import Calibration
-from vlm4rec_spark.models.ranking.list_rules import Offer
-from vlm4rec_spark.pipeline import Pipeline, Voice
+from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark import neighbors_file
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.stages import index, recommend
@@ -65,7 +65,7 @@ ROUNDS = 3
 RANK = 64
 NEW_SHARE = 1 / 500
 """Of the items, so many more come before churn is measured."""
-REBUILD_SHARE = IndexSettings().rebuild_share
+REBUILD_SHARE = IndexSettings().rebuild_threshold
 SAMPLE = {"numpy": 1_000, "faiss Flat": 1_000, "faiss": 20_000, "als": 2_000, "crossJoin": 10, "max_similarity": 20_000}
 # Both compilers, unlike our local default, which starts quicker: Spark's ALS multiplies in the JVM.
 JVM = "spark.conf={spark.driver.extraJavaOptions: -XX:ReservedCodeCacheSize=256m -Xss4m}"
@@ -196,7 +196,7 @@ class Shop:
         self.vectors = self.catalogue.vectors
         self.met = histories(self.catalogue.kinds, users)
         self.append_profiles()
-        self.table = pipeline.tables.place(schemas.PROFILES)
+        self.table = pipeline.tables.name_of(schemas.PROFILES)
         started = time.monotonic()
         self.index = folder / "index" / f"of-{items}"
         Searcher.build(self.index, self.index.name, names(items).tolist(), self.vectors, texts(self.catalogue.kinds), 1)
@@ -233,14 +233,14 @@ class Shop:
         deep = Effort(effort.leaves, neighbors_file.depth(effort.candidates, self.sample, self.items))
         made = neighbors_file.build(spark, opens(), opens, deep, self.folder / "neighbours")
         seconds = time.monotonic() - started
-        return recommend.Matching("max_similarity", neighbours=index.ship(spark, made, most, Neighbours.open)), seconds
+        return recommend.Matching("max_similarity", neighbors=index.ship(spark, made, most, Neighbors.open)), seconds
 
     def time_pass(
         self,
         why: bool,
         matching: recommend.Matching = recommend.CONTENT,
         users: int | None = None,
-        offer: Offer | None = None,
+        offer: ListRules | None = None,
     ) -> float:
         """Seconds of the pass, from one Delta table to the other."""
         started = time.monotonic()
@@ -255,19 +255,19 @@ class Shop:
         self.pipeline.tables.replace(schemas.RECOMMENDATIONS, stamped)
         return time.monotonic() - started
 
-    def offer(self, **settings: object) -> Offer:
-        return Offer(np.ones(self.items, np.int64), **settings)
+    def offer(self, **settings: object) -> ListRules:
+        return ListRules(np.ones(self.items, np.int64), **settings)
 
     def ship(self, folder: Path) -> Callable[[], Searcher]:
         broadcast_gb = self.pipeline.config.index.broadcast_gb
         return index.ship(self.pipeline.spark, folder, broadcast_gb, Searcher.open)
 
-    def churn(self, rebuild_share: float) -> float:
+    def churn(self, rebuild_threshold: float) -> float:
         """Share of the lists in the table that change when the new items come, other than by these.
 
         The new index rests on the old one if `rebuild_share` allows it. The search is calibrated again, as in a run.
         """
-        folder = self.index_with_new_items(rebuild_share)
+        folder = self.index_with_new_items(rebuild_threshold)
         searcher = Searcher.open(folder, verify=False)
         lists = recommend.recommend(
             self.profiles(),
@@ -283,7 +283,7 @@ class Shop:
         differs = list_differs(F.col("before"), F.col("items"), f"i{self.items:07d}")
         return joined.agg(F.avg(differs.cast("double"))).collect()[0][0]
 
-    def index_with_new_items(self, rebuild_share: float) -> Path:
+    def index_with_new_items(self, rebuild_threshold: float) -> Path:
         """Build the index of the old and the new items, as the index stage does."""
         vectors = np.concatenate([self.vectors, self.catalogue.new_vectors])
         item_texts = texts(np.concatenate([self.catalogue.kinds, self.catalogue.new_kinds]))
@@ -291,13 +291,13 @@ class Shop:
             {
                 "item_id": names(len(vectors)),
                 "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIMENSION),
-                "text_sha256": item_texts,
+                "content_sha256": item_texts,
                 "text": item_texts,
             }
         )
         base = Searcher.open(self.index, verify=False)
         return index.build(
-            rows, "title", "none", self.folder / "index", 1, base, rebuild_share
+            rows, "title", "none", self.folder / "index", 1, base, rebuild_threshold
         )
 
     def recall(self) -> float:
@@ -518,7 +518,7 @@ def measure_rules(shop: Shop, plain_s: float, results: Results) -> dict[str, flo
     pairs = np.arange(shop.items) // 2
     brands = np.random.default_rng(7).integers(shop.items // 100, size=shop.items)
     offers = {
-        "rule_cost": ("a rule that leaves 1 %", Offer(one_percent.astype(np.int64))),
+        "rule_cost": ("a rule that leaves 1 %", ListRules(one_percent.astype(np.int64))),
         "variants_caps_cost": (
             "pairs of variants, 2 of a brand",
             shop.offer(variants=pairs, caps=[(brands, 2)]),
@@ -537,11 +537,11 @@ def measure_churn(shop: Shop, results: Results) -> dict[str, float]:
     """Lists that change though nothing about their users did; see `Shop.churn`."""
     shop.time_pass(why=False)
     figures = {}
-    for key, side, rebuild_share in (
+    for key, side, rebuild_threshold in (
         ("churn", "changed lists, index on the earlier one", REBUILD_SHARE),
         ("churn_rebuilt", "changed lists, index built anew", 0.0),
     ):
-        share = shop.churn(rebuild_share)
+        share = shop.churn(rebuild_threshold)
         results.add_share(side, shop.items, shop.users, share)
         figures[key] = round(share, 5)
     return figures
@@ -597,13 +597,13 @@ def measure(
     """The figures of the last line: those of the middle size, and how costs grow from the first to the last size."""
     figures: dict[str, float] = {}
     rates = {}
-    voice = Voice(
-        enter=lambda *_: None, say=results.console.print, watch=lambda *_: nullcontext()
+    reporter = Reporter(
+        stage=lambda *_: None, info=results.console.print, progress=lambda *_: nullcontext()
     )
     for items in sizes:
         shop_folder = folder / str(items)
         shop_folder.mkdir()
-        pipeline = Pipeline(spark, load([], [f"tables={shop_folder / 'tables'}"]), voice)
+        pipeline = Pipeline(spark, load([], [f"tables={shop_folder / 'tables'}"]), reporter)
         shop = Shop(shop_folder, items, users, pipeline, results.say)
         if items == sizes[0]:
             shop.time_pass(why=True)  # Spark's first query takes seconds more

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from vlm4rec_spark.cli import quiet, tune_table
 from vlm4rec_spark.config import load
-from vlm4rec_spark.pipeline import Pipeline, Voice
+from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.storage import schemas
@@ -91,8 +91,8 @@ def main() -> None:
         spark = session(config.spark)
         spark.sparkContext.setLogLevel("FATAL")
         say = partial(console.print, style="dim")
-        voice = Voice(enter=lambda run_id, stage: None, say=say, watch=lambda *_: nullcontext())
-        pipeline = Pipeline(spark, config, voice)
+        reporter = Reporter(stage=lambda run_id, stage: None, info=say, progress=lambda *_: nullcontext())
+        pipeline = Pipeline(spark, config, reporter)
         pipeline.run(["ingest"])
         texts = str(folder / "qwen25vl3b_captions.csv")
         pipeline.import_captions(Source(path=(texts,), columns={"item_id": "asin", "text": "description"}))
@@ -103,9 +103,9 @@ def main() -> None:
         tune_table.show(found, console)
         everything = evaluated(pipeline)
         arms = "evaluate.arms=[popularity, content, blend]"
-        chosen = evaluated(Pipeline(spark, load([settings], [*places, "evaluate.splits=[leave_one_out]", arms]), voice))
+        chosen = evaluated(Pipeline(spark, load([settings], [*places, "evaluate.splits=[leave_one_out]", arms]), reporter))
         arms = "evaluate.arms=[random, popularity, title, caption, title_caption]"
-        captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), voice))
+        captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), reporter))
         print("".join(line for line in settings.open() if not line.startswith("#")))
         spark.stop()
     show("All items", everything, console)

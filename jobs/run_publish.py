@@ -4,4 +4,4 @@ import sys
 
 from vlm4rec_spark.cli import main
 
-raise SystemExit(main(["export", *sys.argv[1:]]))
+raise SystemExit(main(["publish", *sys.argv[1:]]))

@@ -48,11 +48,11 @@ def spark() -> Iterator[SparkSession]:
 def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
     """A function from a folder and `key=value` settings to a silent pipeline with the fake models of conf/test.yaml."""
     from vlm4rec_spark.config import load
-    from vlm4rec_spark.pipeline import Pipeline, Voice
+    from vlm4rec_spark.pipeline import Pipeline, Reporter
 
     def make(folder: Path, *assignments: str) -> Pipeline:
         places = (f"tables={folder}/tables", f"index.folder={folder}/index", f"report.path={folder}/report.html")
         config = load([Path("test.yaml")], [*places, *assignments])
-        return Pipeline(spark, config, Voice(print, print, lambda *_: nullcontext()))
+        return Pipeline(spark, config, Reporter(print, print, lambda *_: nullcontext()))
 
     return make

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from vlm4rec_spark.caption.estimate import Rates
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
-from vlm4rec_spark.caption.progress_channel import Address, Caller, Line
+from vlm4rec_spark.caption.progress_channel import Address, ProgressClient, ProgressServer
 from vlm4rec_spark.caption.settings import Budget, Prices
 from vlm4rec_spark.cli import main, show
 from vlm4rec_spark.errors import Resumable, RunError, UsageError
@@ -478,9 +478,9 @@ def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
 
 
 def test_the_line_counts_what_tasks_say_and_tells_them_to_stop() -> None:
-    line = Line("127.0.0.1")
+    line = ProgressServer("127.0.0.1")
     try:
-        first, second = Caller(line.address), Caller(line.address)
+        first, second = ProgressClient(line.address), ProgressClient(line.address)
         first.say({"photos": 3, "failed": 1})
         second.say({"photos": 2})
         assert line.counts == {"photos": 5, "failed": 1}
@@ -488,7 +488,7 @@ def test_the_line_counts_what_tasks_say_and_tells_them_to_stop() -> None:
         line.stop = True
         first.flush()
         assert first.stopped
-        stranger = Caller(Address("127.0.0.1", line.address.port, "guessed"))
+        stranger = ProgressClient(Address("127.0.0.1", line.address.port, "guessed"))
         stranger.say({"photos": 1_000})
         assert line.counts["photos"] == 5
         for caller in (first, second, stranger):
@@ -496,15 +496,15 @@ def test_the_line_counts_what_tasks_say_and_tells_them_to_stop() -> None:
     finally:
         line.close()
     # Where nobody listens, work goes on.
-    alone = Caller(line.address)
+    alone = ProgressClient(line.address)
     alone.say({"photos": 1})
     assert not alone.stopped
     alone.close()
 
 
 def test_a_task_whose_line_breaks_leaves_no_socket_open() -> None:
-    line = Line("127.0.0.1")
-    caller = Caller(line.address)
+    line = ProgressServer("127.0.0.1")
+    caller = ProgressClient(line.address)
     wire = caller._socket
     assert wire is not None
     wire.shutdown(socket.SHUT_WR)

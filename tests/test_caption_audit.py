@@ -18,7 +18,7 @@ from vlm4rec_spark.models.captioning.captioner import Request, answers
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.pipeline import caption_audit
-from vlm4rec_spark.pipeline.context import Outcome
+from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def store(run: Pipeline) -> None:
 def describe(run: Pipeline, model: str, at: datetime) -> None:
     """What the caption stage would have made of the photos, in a fraction of its time."""
     prompt, settings = load_prompt("describe.1"), run.config.caption
-    wish = plan.Wish(prompt, settings.model.model_id(), settings)
+    wish = plan.CaptionSpec(prompt, settings.model.model_id(), settings)
     photos = run.tables.read(schemas.PHOTOS)
     wanted = plan.wanted_captions(photos, photos.limit(0), None, wish).collect()
     requests = [Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
@@ -81,7 +81,7 @@ class Audited:
     """What an audit found, by metric, and what it told."""
 
     def __init__(self, run: Pipeline):
-        self.outcome = Outcome("evaluate")
+        self.outcome = StageResult("evaluate")
         self.rows = caption_audit.audit(run, self.outcome)
         self.values = {row["metric"]: row["value"] for row in self.rows}
         self.told: dict[str, Any] = json.loads(self.outcome.details.get("caption_audit", "{}"))

@@ -18,7 +18,7 @@ from vlm4rec_spark.cli.commands import _cell
 from vlm4rec_spark.config import CONF, Config, load
 from vlm4rec_spark.errors import Busy, RunError, UsageError
 
-STAGES = ("ingest", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export", "report", "run")
+STAGES = ("ingest", "caption", "embed", "index", "profiles", "recommend", "publish", "evaluate", "report", "run")
 CONFIGURED = (*STAGES, "import-captions", "plan", "config", "status", "maintain", "tune")
 OTHERS = ("demo", "show", "train-captioner")
 

@@ -234,7 +234,7 @@ def places(out: Path) -> tuple[str, ...]:
 
 def rows(run: Pipeline, table: schemas.Table) -> list[dict]:
     """By a reader that needs no Spark, and no time."""
-    return deltalake.DeltaTable(run.tables.place(table)).to_pyarrow_table().to_pylist()
+    return deltalake.DeltaTable(run.tables.name_of(table)).to_pyarrow_table().to_pylist()
 
 
 def content(run: Pipeline, table: schemas.Table) -> list[str]:
@@ -275,8 +275,8 @@ def test_driver_and_workers_import_what_was_shipped(shop: Shop, tmp_path: Path) 
     # The package was shipped without compiled files, and Python writes one beside the source that it imports.
     for module, places in (("pipeline/__pycache__/run", {"vlm4rec"}),
                            ("models/captioners/__pycache__/fake", {"worker-1/work", "worker-2/work"})):  # fmt: skip
-        compiled = [file.relative_to(folder) for file in folder.rglob(f"vlm4rec_spark/{module}.*.pyc")]
-        assert {"/".join(file.parts[: file.parts.index("vlm4rec_spark")][:2]) for file in compiled} == places
+        torch_compile = [file.relative_to(folder) for file in folder.rglob(f"vlm4rec_spark/{module}.*.pyc")]
+        assert {"/".join(file.parts[: file.parts.index("vlm4rec_spark")][:2]) for file in torch_compile} == places
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
     first.write_text("recommend: {k: 1, recall: 0.5}\nprofiles: {last_n: 7}\n")
     second.write_text("recommend: {k: 2}\n")
     config = load([first, second], ["recommend.recall_sample=3", "profiles.last_n=8", "profiles.last_n=9"])
-    assert config.recommend == RecommendSettings(k=2, recall=0.5, recall_sample=3)
+    assert config.recommend == RecommendSettings(k=2, target_recall=0.5, recall_sample=3)
     assert config.profiles.last_n == 9
     assert load([second, first]).recommend.k == 1
 
@@ -101,7 +101,7 @@ def test_a_config_cannot_be_changed() -> None:
     ("text", "line", "message"),
     [
         ("tables: t\nrecomend:\n  k: 3\n", 2, "'recomend'. Did you mean 'recommend'?"),
-        ("recommend:\n  recal: 0.9\n", 2, "'recommend.recal'. Did you mean 'recommend.recall'?"),
+        ("recommend:\n  recal: 0.9\n", 2, "'recommend.recal'. Did you mean 'recommend.target_recall'?"),
         ("caption:\n  model:\n\n    modle: x\n", 4, "'caption.model.modle'. Did you mean 'caption.model.model'?"),
         ("ingest:\n  items:\n    paths: [a]\n", 3, "'ingest.items.paths'. Did you mean 'ingest.items.path'?"),
     ],
@@ -119,7 +119,7 @@ def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
         ("recommend:\n  k: ten\n", 2, "recommend.k: Input should be a valid integer, unable to parse string as an "
                                       "integer (it is 'ten')."),
         ("recommend:\n  k: 0\n", 2, "recommend.k: Input should be greater than or equal to 1 (it is 0)."),
-        ("recommend:\n  recall: 1.5\n", 2, "recommend.recall: Input should be less than or equal to 1 (it is 1.5)."),
+        ("recommend:\n  recall: 1.5\n", 2, "recommend.target_recall: Input should be less than or equal to 1 (it is 1.5)."),
         ("representation: look\n", 1, "representation: Input should be 'title', 'caption' or 'title_caption' "
                                       "(it is 'look')."),
         ("tables:\n", 1, "tables: Input should be a valid string (it is None)."),

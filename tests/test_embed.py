@@ -86,7 +86,7 @@ def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
     ]
     texts = spark.createDataFrame(
         [(item, "title", text, "0" * 64, False) for item, text in rows],
-        "item_id STRING, representation STRING, text STRING, text_sha256 STRING, fallback BOOLEAN",
+        "item_id STRING, representation STRING, text STRING, content_sha256 STRING, fallback BOOLEAN",
     )
     made = embed.embed(texts.repartition(2), "fake-64@1", FAKE.model_copy(update={"max_words": 3})).collect()
     red, blue = FakeEmbedder().embed(["a red chair", "one blue lamp"])
@@ -131,7 +131,7 @@ def test_main_photos_become_vectors_and_bad_ones_no_row(spark: SparkSession, tmp
 
     wanted = photos.join(pending.select("item_id", "position"), on=["item_id", "position"], how="left_semi")
     settings = EmbedSettings(encoder="fake", vision="fake")
-    made = embed.embed_photos(wanted.withColumnRenamed("image_sha256", "text_sha256"), "v", settings, HttpSettings())
+    made = embed.embed_photos(wanted.withColumnRenamed("image_sha256", "content_sha256"), "v", settings, HttpSettings())
     red_vector, blue_vector = FakeVision().embed([decode(data, 64) for data in (red, blue)])
     vectors = {row["item_id"]: np.float32(row["embedding"]) for row in made.collect()}
     assert set(vectors) == {"kept", "away", "was other"}

@@ -14,10 +14,19 @@ from pydantic import ValidationError
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.evaluation import als, arms, evaluate, guards, metrics, point_in_time, splits, tune
-from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
+from vlm4rec_spark.evaluation import (
+    als,
+    arms,
+    evaluate,
+    guards,
+    metrics,
+    point_in_time,
+    splits,
+    tune,
+)
+from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
 from vlm4rec_spark.evaluation.slices import slices
-from vlm4rec_spark.stages.item_item import CooccurrenceSettings
+from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.storage import schemas
 
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 
 CUT = "2025-05-01"
 PAIRS = 30
-IN_USE = InUse("title", ProfileSettings(), CooccurrenceSettings())
+IN_USE = ServingConfig("title", ProfileSettings(), ItemItemSettings())
 
 
 def log(spark: SparkSession, events: list[tuple[str, str, str]]) -> DataFrame:
@@ -107,7 +116,7 @@ def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession)
     assert len({tuple(items) for items in drawn[0].values()}) > 10
 
 
-def world(spark: SparkSession, shift: int = 0) -> evaluate.Tables:
+def world(spark: SparkSession, shift: int = 0) -> evaluate.EvaluationTables:
     """Thirty users who looked at H and will look at R, which looks the same; with a `shift`, like another's H.
 
     A thirty-first has a history without a vector. Five users have seen four more items, also without one.
@@ -125,7 +134,7 @@ def world(spark: SparkSession, shift: int = 0) -> evaluate.Tables:
     events += [(f"u{n:02d}", item, "2025-01-02") for n in range(5) for item in bare[1:]]
     events += [("u30", "N0", "2025-01-01"), ("u30", "R00", "2025-05-02")]
     items = spark.createDataFrame([(name, True) for name in [*names, *bare]], "item_id STRING, available BOOLEAN")
-    return evaluate.Tables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
+    return evaluate.EvaluationTables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
 
 
 def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) -> None:
@@ -133,8 +142,8 @@ def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkS
     events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(40)]
     events += [(f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-01-02" if n >= 5 else "2025-05-02") for n in range(40)]
     tables = world(spark)
-    tables = evaluate.Tables(log(spark, events), tables.items, tables.embeddings)
-    most = replace(IN_USE, cooccurrence=CooccurrenceSettings(share=0.6))
+    tables = evaluate.EvaluationTables(log(spark, events), tables.items, tables.embeddings)
+    most = replace(IN_USE, item_item=ItemItemSettings(share=0.6))
     lists = evaluate_lists(spark, tables, ("cooccurrence", "blend", "title"), most)
     expected = {f"u{n:02d}": [f"R{n % 5 + 1:02d}"] for n in range(5)}
     assert lists["cooccurrence"] == lists["blend"] == expected
@@ -145,28 +154,28 @@ def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkS
 
 
 def evaluate_lists(
-    spark: SparkSession, tables: evaluate.Tables, names: tuple[str, ...], in_use: InUse = IN_USE, **settings: object
+    spark: SparkSession, tables: evaluate.EvaluationTables, names: tuple[str, ...], in_use: ServingConfig = IN_USE, **settings: object
 ) -> dict[str, dict]:
     """The lists of each arm, as they are judged."""
-    found, lists = {}, point_in_time.AsOf.lists
+    found, lists = {}, point_in_time.PointInTime.lists
 
-    def caught(world: point_in_time.AsOf, arm: Arm, k: int) -> np.ndarray:
+    def caught(world: point_in_time.PointInTime, arm: Arm, k: int) -> np.ndarray:
         top = lists(world, arm, k)
         found[arm.name] = {user: [world.items[item] for item in row if item >= 0]
                            for user, row in zip(world.users["user_id"], top, strict=True)}  # fmt: skip
         return top
 
-    point_in_time.AsOf.lists = caught  # type: ignore[method-assign]
+    point_in_time.PointInTime.lists = caught  # type: ignore[method-assign]
     try:
         given = {"k": 1, "also_k": (), **settings}
         chosen = EvaluateSettings(arms=names, control=names[0], splits=("time",), cut=CUT, **given)  # type: ignore[arg-type]
         evaluate.evaluate(spark, tables, chosen, in_use, lambda line: None)
     finally:
-        point_in_time.AsOf.lists = lists  # type: ignore[method-assign]
+        point_in_time.PointInTime.lists = lists  # type: ignore[method-assign]
     return found
 
 
-def run(spark: SparkSession, tables: evaluate.Tables, **settings: object) -> tuple[list[dict], dict[str, str]]:
+def run(spark: SparkSession, tables: evaluate.EvaluationTables, **settings: object) -> tuple[list[dict], dict[str, str]]:
     chosen = EvaluateSettings(arms=("random", "popularity", "title"), cut=CUT, k=1, **settings)  # type: ignore[arg-type]
     return evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
 
@@ -229,7 +238,7 @@ def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) ->
         events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01")]
     rows = [(name, "title", "test", "-", False, vector.tolist()) for name, vector in zip(names, vectors, strict=True)]
     items = spark.createDataFrame([(name, True) for name in names], "item_id STRING, available BOOLEAN")
-    tables = evaluate.Tables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
+    tables = evaluate.EvaluationTables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
     chosen = EvaluateSettings(arms=("title", "title/max_similarity"), cut=CUT, k=1, splits=("time",), control="title")
     found, _ = evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
     assert value(found, "title")["value"] == 0
@@ -298,7 +307,7 @@ def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
     first, second = splits.of(log(spark, events), settings)
     assert (first.name, first.cut, second.name) == ("replay 1", "2025-01-05 00:00:00", "replay 2")
     assert second.cut == "2025-01-07 18:00:00"  # half of what is left until the last event, at a whole minute
-    names = [{item for _, item in pairs(each)} for each in (first.known, first.hidden, second.known, second.hidden)]
+    names = [{item for _, item in pairs(each)} for each in (first.train, first.test, second.train, second.test)]
     assert names == [{"I1", "I2", "I3", "I4"}, {"I5", "I6", "I7"}, {f"I{n}" for n in range(1, 8)}, {"I8", "I9", "I10"}]
 
 
@@ -306,9 +315,9 @@ def test_validation_looks_at_nothing_of_the_test_part(spark: SparkSession) -> No
     events = [("ann", f"I{day}", f"2025-01-{day:02d} 12:00:00") for day in range(1, 11)]
     settings = EvaluateSettings(splits=("time", "leave_one_out"))
     by_time, one_out = (splits.validation(each, 0.2) for each in splits.of(log(spark, events), settings))
-    assert (by_time.cut, {item for _, item in pairs(by_time.hidden)}) == ("2025-01-07 00:00:00", {"I7", "I8"})
-    assert {item for _, item in pairs(one_out.hidden)} == {"I9"}
-    assert "I10" not in {item for _, item in pairs(one_out.known)}
+    assert (by_time.cut, {item for _, item in pairs(by_time.test)}) == ("2025-01-07 00:00:00", {"I7", "I8"})
+    assert {item for _, item in pairs(one_out.test)} == {"I9"}
+    assert "I10" not in {item for _, item in pairs(one_out.train)}
 
 
 def vectors(name: str, ids: list[str], rows: np.ndarray) -> list[tuple]:
@@ -336,10 +345,10 @@ def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
 
 def test_an_arm_of_ones_own_is_the_lists_in_use_with_something_else(spark: SparkSession) -> None:
     with pytest.raises(ValidationError, match="position_decay"):
-        EvaluateSettings(define={"wrong": {"profiles": {"position_decay": 2}}})
+        EvaluateSettings(custom_arms={"wrong": {"profiles": {"position_decay": 2}}})
     own = {"mine": {"profiles": {"shape": "max_similarity"}, "cooccurrence": {"share": 0.0}}}
-    settings = EvaluateSettings(arms=("mine",), define=own)
-    mine, ours = (arms.resolve(name, settings.define, IN_USE) for name in ("mine", "title/max_similarity"))
+    settings = EvaluateSettings(arms=("mine",), custom_arms=own)
+    mine, ours = (arms.resolve(name, settings.custom_arms, IN_USE) for name in ("mine", "title/max_similarity"))
     assert mine.by == ours.by
     plain = arms.resolve("title/plain_mean", {}, IN_USE).by.profiles
     assert (set(plain.event_weights.values()), plain.half_life_days, plain.position_decay) == ({1.0}, None, 1.0)
@@ -383,8 +392,8 @@ def test_tune_finds_what_was_planted_without_the_test_part(
     chosen, heard = EvaluateSettings(splits=("time",), cut=CUT, test_share=0.3, k=1, also_k=()), []
     found = tune.tune(spark, tables, chosen, IN_USE, ["title"], "ndcg", heard.append)
     assert (found.cut, found.users) == ("2025-02-02 00:00:00", 40)
-    assert (found.best.in_use.cooccurrence.share, found.best.recall) == (0.7, 1.0)
-    assert (found.best_content.in_use.cooccurrence.share, found.best_content.recall) == (0.0, 0.0)
+    assert (found.best.in_use.item_item.share, found.best.recall) == (0.7, 1.0)
+    assert (found.best_content.in_use.item_item.share, found.best_content.recall) == (0.0, 0.0)
     assert len(heard) == len(found.trials) == 3 + 1 + 2 + 4
     again = tune.tune(spark, tables, chosen, IN_USE, ["title"], "ndcg", heard.append)
     same = [[replace(trial, seconds=0) for trial in each.trials] for each in (found, again)]

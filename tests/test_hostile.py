@@ -340,7 +340,7 @@ def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path: Path) -> N
 
 def test_one_long_title_does_not_widen_the_others() -> None:
     batch = pd.DataFrame({"text": [f"chair {n}" for n in range(2_000)] + ["x" * 100_000]})
-    batch[["item_id", "representation", "text_sha256", "fallback"]] = ("A", "title", "", False)
+    batch[["item_id", "representation", "content_sha256", "fallback"]] = ("A", "title", "", False)
     encode = embed._embedder_udf(embed.EmbedSettings(encoder="fake"))
     tracemalloc.start()
     (made,) = encode(iter([batch]))
@@ -357,7 +357,7 @@ def test_one_item_and_no_event_then_one(spark: SparkSession, tmp_path: Path) -> 
     pending = embed.pending_texts(texts, nothing["embeddings"], "fake", 256)
     vectors = embed.embed(pending, "fake", embed.EmbedSettings(encoder="fake"))
     rows = index.index_rows(vectors, texts, "title", "fake").toArrow()
-    built = index.build(rows, "title", "fake", tmp_path, scann_from=20_000)
+    built = index.build(rows, "title", "fake", tmp_path, ann_min_items=20_000)
     open_searcher = index.ship(spark, built, 1.0, Searcher.open)
     usual = profiles.ProfileSettings()
     assert profiles.histories(nothing["interactions"], items, usual).isEmpty()
@@ -418,7 +418,7 @@ def test_all_the_way(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     (ingested,) = run.run(["ingest"])
     imported = run.import_captions(Source(path=(str(tmp_path / "captions.csv"),)))
     assert (imported.ok, imported.failed) == (2, 2)
-    outcomes = run.run(["caption", "embed", "index", "profiles", "recommend", "export", "report"])
+    outcomes = run.run(["caption", "embed", "index", "profiles", "recommend", "publish", "report"])
     assert [outcome.status for outcome in outcomes] == 7 * ["ok"]
 
     def rows(table: schemas.Table) -> list[dict]:

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.stages import index, item_item, recommend
-from vlm4rec_spark.stages.item_item import CooccurrenceSettings
+from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def counted(found: DataFrame) -> dict[str, dict[str, float]]:
 
 
 def test_pairs_by_hand(spark: SparkSession) -> None:
-    plain = CooccurrenceSettings(distance_decay=0.5, popularity_power=0)
+    plain = ItemItemSettings(distance_decay=0.5, popularity_power=0)
     assert counted(item_item.pairs(frame(spark, HISTORIES), plain)) == {
         "A": {"B": 2.0, "C": 0.5, "D": 1.0, "X": 0.5}, "B": {"A": 2.0, "C": 1.0}, "C": {"A": 0.5, "B": 1.0},
         "D": {"A": 1.0, "X": 1.0}, "X": {"A": 0.5, "D": 1.0},
     }  # fmt: skip
-    cosine = CooccurrenceSettings(distance_decay=1, popularity_power=0.5, kept=2)
+    cosine = ItemItemSettings(distance_decay=1, popularity_power=0.5, max_neighbors=2)
     found = counted(item_item.pairs(frame(spark, HISTORIES), cosine))
     assert found["B"] == pytest.approx({"A": 2 / 6**0.5, "C": 1 / 2**0.5})
     assert found["A"] == pytest.approx({"B": 2 / 6**0.5, "C": 1 / 3**0.5})  # C, D and X are alike: the smaller id
@@ -54,7 +54,7 @@ def test_the_bits_do_not_depend_on_how_rows_lie(spark: SparkSession) -> None:
     rng = np.random.default_rng(3)
     histories = {f"u{n}": "".join(rng.permutation(list("ABCDEFGHIJ"))[: rng.integers(1, 9)]) for n in range(80)}
     rows = frame(spark, histories)
-    few, many = (counted(item_item.pairs(rows.repartition(n), CooccurrenceSettings())) for n in (1, 7))
+    few, many = (counted(item_item.pairs(rows.repartition(n), ItemItemSettings())) for n in (1, 7))
     assert few == many
     assert len(few) == 10
 
@@ -64,7 +64,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = np.eye(6, dtype=np.float32)[[0, 1, 2, 3, 4, 4]]
     table = pa.table({
         "item_id": list("ABCDEF"), "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
-        "text_sha256": ["-"] * 6, "text": [""] * 6,
+        "content_sha256": ["-"] * 6, "text": [""] * 6,
     })  # fmt: skip
     return index.build(table, "title", "test", tmp_path_factory.mktemp("index"), 10**6)
 
@@ -77,7 +77,7 @@ def searcher(indexed: Path) -> Searcher:
 def test_a_folder_is_named_by_its_content_and_an_old_one_goes(
     spark: SparkSession, searcher: Searcher, tmp_path: Path
 ) -> None:
-    rows = item_item.pairs(frame(spark, HISTORIES), CooccurrenceSettings())
+    rows = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
     os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
@@ -88,16 +88,16 @@ def test_a_folder_is_named_by_its_content_and_an_old_one_goes(
     assert time.time() - folder.stat().st_mtime < 80_000  # it is in use again
     (folder / "strengths.npy").write_bytes(b"damage")
     assert item_item.build(rows, searcher, tmp_path) == folder
-    found = Cooccurrence.open(folder)
+    found = ItemItemScores.open(folder)
     near = [[searcher.ids[item] for item in row if item >= 0] for row in found.positions]
     assert near == [["B", "D", "C"], ["A", "C"], ["B", "A"], ["A"], [], []]  # X isn't in the index
 
 
 def test_nothing_found_together_is_a_sound_folder(spark: SparkSession, searcher: Searcher, tmp_path: Path) -> None:
-    rows = item_item.pairs(frame(spark, {"eve": "E"}), CooccurrenceSettings())
-    found = Cooccurrence.open(item_item.build(rows, searcher, tmp_path))
+    rows = item_item.pairs(frame(spark, {"eve": "E"}), ItemItemSettings())
+    found = ItemItemScores.open(item_item.build(rows, searcher, tmp_path))
     assert (found.positions == -1).all()
-    assert found.speak_for(np.array([0, 4]), np.ones(2))[0].tolist() == []
+    assert found.scores_for(np.array([0, 4]), np.ones(2))[0].tolist() == []
 
 
 def test_lists_say_which_part_spoke(spark: SparkSession, indexed: Path, searcher: Searcher, tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_lists_say_which_part_spoke(spark: SparkSession, indexed: Path, searcher
         for user, item in (("ann", "B"), ("eve", "E"))
     ]
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema)
-    pairs = item_item.pairs(frame(spark, HISTORIES), CooccurrenceSettings())
+    pairs = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
     folder = item_item.build(pairs, searcher, tmp_path)
-    opens = index.ship(spark, folder, 1.0, Cooccurrence.open)
+    opens = index.ship(spark, folder, 1.0, ItemItemScores.open)
     opener = index.ship(spark, indexed, 1.0, Searcher.open)
     blend = recommend.Matching("mean", 0.4, 1.0, opens)
     rows = recommend.recommend(profiles, opener, recommend.without(opener(), []), 2, None, blend).collect()

@@ -191,24 +191,24 @@ def test_small_files_are_joined_and_replaced_ones_go_after_the_stated_time(
 ) -> None:
     tables, limit = Tables(spark, str(tmp_path)), "spark.databricks.delta.optimize.maxFileSize"
     tables.insert(THINGS, rows(spark, 0))
-    rows(spark, 1).write.format("delta").mode("append").save(tables.place(THINGS))
+    rows(spark, 1).write.format("delta").mode("append").save(tables.name_of(THINGS))
     version, stated = tables.versions([THINGS]), spark.conf.get(limit, None)
     assert tables.optimize(THINGS) == (2, 1)
     assert spark.conf.get(limit, None) == stated
     # A stage that compares versions has nothing to do after it, and the change feed says nothing.
     assert tables.versions([THINGS]) == version
     feed = spark.read.format("delta").options(readChangeFeed=True, startingVersion=version["things"] + 1)
-    assert feed.load(tables.place(THINGS)).count() == 0
+    assert feed.load(tables.name_of(THINGS)).count() == 0
     there = on_disk(tmp_path)
     assert tables.optimize(THINGS) == (1, 1)
     assert on_disk(tmp_path) == there
 
     # With other words than ours somebody chose a retention by hand.
-    tables.spark.sql(f"ALTER TABLE delta.`{tables.place(THINGS)}` SET TBLPROPERTIES "
+    tables.spark.sql(f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
                      "('delta.deletedFileRetentionDuration' = 'interval 20 days')")  # fmt: skip
     assert (in_few_tasks(spark, lambda: tables.vacuum(THINGS, 0)), len(parquet(tables, THINGS))) == (0, 3)
     assert tables.retention(THINGS) == "interval 20 days"
-    tables.spark.sql(f"ALTER TABLE delta.`{tables.place(THINGS)}` SET TBLPROPERTIES "
+    tables.spark.sql(f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
                      "('delta.deletedFileRetentionDuration' = 'interval 200 hours')")  # fmt: skip
     assert (tables.vacuum(THINGS, 0) or 0) > 1000
     assert (tables.retention(THINGS), len(parquet(tables, THINGS))) == ("interval 0 hours", 1)
@@ -218,7 +218,7 @@ def test_small_files_are_joined_and_replaced_ones_go_after_the_stated_time(
 
 def test_tables_in_a_catalog_are_kept_in_order_too(named: Tables) -> None:
     named.insert(THINGS, rows(named.spark, 0))
-    rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.place(THINGS))
+    rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.name_of(THINGS))
     named.staged(THINGS, rows(named.spark, 1))
     assert named.optimize(THINGS) == (2, 1)
     assert (named.vacuum(THINGS, 0) or 0) > 0
@@ -254,10 +254,10 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     tables = Tables(spark, str(tmp_path))
     days = [spark.sql(f"SELECT {n} AS id, date'2025-01-01' + {n} AS day") for n in range(3)]
     tables.insert(log, days[0])
-    days[1].write.format("delta").mode("append").save(tables.place(log))
+    days[1].write.format("delta").mode("append").save(tables.name_of(log))
     assert tables.optimize(log) == (2, 1)
     (first,) = tables.read(log).inputFiles()
-    days[2].write.format("delta").mode("append").save(tables.place(log))
+    days[2].write.format("delta").mode("append").save(tables.name_of(log))
     tables.optimize(log)
     assert first in tables.read(log).inputFiles()
 
@@ -286,7 +286,7 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     for table, content in ((schemas.ITEMS, [item]), (schemas.RUNS, runs), (schemas.RECOMMENDATIONS, lists)):
         made.tables.insert(table, made.spark.createDataFrame(content, table.schema))
     more = made.spark.createDataFrame([("i1", *item[1:])], schemas.ITEMS.schema)
-    more.write.format("delta").mode("append").save(made.tables.place(schemas.ITEMS))
+    more.write.format("delta").mode("append").save(made.tables.name_of(schemas.ITEMS))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)
     return made
@@ -313,7 +313,7 @@ def test_a_wrong_use_is_said_before_anything_is_done(
 
 
 def test_runs_joins_its_many_small_files_itself(shop: Pipeline) -> None:
-    detail = shop.spark.sql(f"DESCRIBE DETAIL delta.`{shop.tables.place(schemas.RUNS)}`").collect()[0]
+    detail = shop.spark.sql(f"DESCRIBE DETAIL delta.`{shop.tables.name_of(schemas.RUNS)}`").collect()[0]
     assert detail["properties"]["delta.autoOptimize.autoCompact"] == "true"
 
 

@@ -29,7 +29,7 @@ from vlm4rec_spark.config import load
 from vlm4rec_spark.errors import RunError, UsageError, Vlm4RecError
 from vlm4rec_spark.evaluation import tune
 from vlm4rec_spark.evaluation.metrics import ACCURACY
-from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline
+from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Shop:
     first: Pipeline | None = None
     collected: dict[str, int] = field(default_factory=dict)
     """Rows that each function of the package brought to the driver, at most."""
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, StageResult] = field(default_factory=dict)
 
     def rows(self, table: schemas.Table) -> list:
         assert self.first is not None
@@ -70,7 +70,7 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
             f"ingest.photos.folder={raw}/photos", f"ingest.users.path=[{raw}/users.csv]",
             f"ingest.identities.path=[{raw}/identities.csv]", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
             "evaluate.splits=[time]", "evaluate.arms=[popularity,caption/max_similarity,blend]", "report.photos=4",
-            "report.users=2", "profiles.shape=max_similarity", f"cooccurrence.share={SHARE}",
+            "report.users=2", "profiles.shape=max_similarity", f"item_item.share={SHARE}",
         ),
     )  # fmt: skip
     made.first = pipeline(folder, *made.settings)
@@ -93,7 +93,7 @@ def _noted(bring: Callable, collected: dict[str, int]) -> Callable:
     return noting
 
 
-def counts(outcome: Outcome) -> tuple[int, int, int]:
+def counts(outcome: StageResult) -> tuple[int, int, int]:
     return outcome.ok, outcome.failed, outcome.skipped
 
 
@@ -343,7 +343,7 @@ def test_the_real_tables_refuse_a_bad_row(shop: Shop) -> None:
     ):
         rows = shop.first.tables.read(table).limit(1).withColumn(column, bad)
         with pytest.raises(Exception, match=refusal):
-            rows.write.format("delta").mode("append").save(shop.first.tables.place(table))
+            rows.write.format("delta").mode("append").save(shop.first.tables.name_of(table))
 
 
 def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
@@ -390,8 +390,8 @@ def test_tune_writes_a_configuration_that_can_be_used(
     comments = [line for line in out.read_text().splitlines() if line.startswith("#")]
     assert sum("<- best" in line for line in comments) in (1, 2)  # the best may be one of content only
     config = load([out])
-    assert (config.representation, set(config.evaluate.define)) == ("title", {"content"})
-    assert config.cooccurrence.share in {0.0, 0.4, 0.45, 0.5, 0.55, 0.6}
+    assert (config.representation, set(config.evaluate.custom_arms)) == ("title", {"content"})
+    assert config.item_item.share in {0.0, 0.4, 0.45, 0.5, 0.55, 0.6}
     assert main(["tune", "--out", str(tmp_path / "gone" / "tuned.yaml"), *told(shop)]) == 2
 
 
@@ -399,7 +399,7 @@ def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Call
     assert shop.first is not None
     before = {table.name: content(shop.first, table) for table in schemas.TABLES.values() if table.name != "runs"}
     # As after a run that was killed before it could record itself.
-    shop.first.spark.sql(f"DELETE FROM delta.`{shop.first.tables.place(schemas.RUNS)}` WHERE stage != 'index'")
+    shop.first.spark.sql(f"DELETE FROM delta.`{shop.first.tables.name_of(schemas.RUNS)}` WHERE stage != 'index'")
     again = pipeline(shop.folder, *shop.settings)
     outcomes = {outcome.stage: outcome for outcome in again.run(STAGES)}
     # No log file and no photo is opened again.

@@ -15,7 +15,7 @@ import pytest
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.pipeline import index
+from vlm4rec_spark.pipeline import index as index_stage
 from vlm4rec_spark.stages import index, profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.storage import schemas
@@ -80,7 +80,7 @@ def test_a_session_counts_once(spark: SparkSession) -> None:
     found = histories(spark, events, ProfileSettings(session_minutes=30, half_life_days=None))
     # Each view but the last is within half an hour of the one before it.
     assert {item["item_id"]: item["weight"] for item in found["ann"]["history"]} == {"A": 1 + 1 + 3, "B": 1}
-    assert histories(spark, events, ProfileSettings(session_minutes=30, least_items=3)) == {}
+    assert histories(spark, events, ProfileSettings(session_minutes=30, min_items=3)) == {}
 
 
 def test_weights_seen_bots_and_unknown_items(spark: SparkSession) -> None:
@@ -129,9 +129,9 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
 ) -> None:
     table = pa.table({
         "item_id": list(vectors), "embedding": pa.array([v.tolist() for v in vectors.values()], pa.list_(pa.float32())),
-        "text_sha256": ["-"] * len(vectors), "text": [""] * len(vectors),
+        "content_sha256": ["-"] * len(vectors), "text": [""] * len(vectors),
     })  # fmt: skip
-    searcher = index.ship(spark, index.build(table, "caption", "test", tmp_path, scann_from=10**6), 1.0, Searcher.open)
+    searcher = index.ship(spark, index.build(table, "caption", "test", tmp_path, ann_min_items=10**6), 1.0, Searcher.open)
     rng = np.random.default_rng(4)
     drawn = {
         f"u{n:02d}": [(f"i{i:02d}", float(w)) for i, w in zip(rng.permutation(40)[: 1 + n % 9], rng.random(9) + 0.1,
@@ -177,7 +177,7 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         outcome = run.run(["embed", "index", "profiles"])[-1]
         # Everything made anew, by the stage's own functions.
         whole = profiles.histories(run.log(), run.read(schemas.ITEMS), run.config.profiles)
-        opens = partial(Searcher.open, index.index_folder(run))
+        opens = partial(Searcher.open, index_stage.index_folder(run))
         anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
         assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
         changed = [] if before is None else run.tables.changed_since(schemas.PROFILES, before).collect()

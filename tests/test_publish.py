@@ -39,7 +39,7 @@ def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path
     tables = Tables(spark, str(tmp_path))
     for rows in ((ANN, BEN), (ANN, BEN), (("ann", [("A", 0.9, "H"), ("C", 0.6, None)]),)):
         tables.sync(schemas.EXPORT_LONG, publish.long(lists(spark, *rows), titles(spark)))
-    place = tables.place(schemas.EXPORT_LONG)
+    place = tables.name_of(schemas.EXPORT_LONG)
     feed = spark.read.format("delta").options(readChangeFeed=True, startingVersion=0).load(place).collect()
     first = min(row["_commit_version"] for row in feed)
     later = [(row["_change_type"], row["user_id"], row["rank"], row["item_id"]) for row in feed

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.models.encoding.text_encoder import load_embedder
-from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.history import HISTORY
-from vlm4rec_spark.models.ranking.list_rules import Offer
-from vlm4rec_spark.models.ranking.top_k_lists import best
-from vlm4rec_spark.models.ranking.user_queries import Means
+from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.top_k_lists import retrieve
+from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 from vlm4rec_spark.spark import neighbors_file
 from vlm4rec_spark.stages import index, popularity, recommend
 from vlm4rec_spark.storage import schemas
@@ -66,7 +66,7 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
     vectors[-1] = vectors[-2]
     table = pa.table({
         "item_id": ids, "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
-        "text_sha256": ["-"] * ITEMS, "text": [f"A {COLOURS[n % 4]} thing, nr{n}." for n in range(ITEMS)],
+        "content_sha256": ["-"] * ITEMS, "text": [f"A {COLOURS[n % 4]} thing, nr{n}." for n in range(ITEMS)],
     })  # fmt: skip
     folder = tmp_path_factory.mktemp("index")
     rows, seen, queries = [], {}, {}
@@ -81,7 +81,7 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
                      datetime(2025, 1, 1)))  # fmt: skip
     rows.append(("nobody", "caption", [("gone", 1.0)], ["gone"], None, 1, datetime(2025, 1, 1)))
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema).repartition(3).persist()
-    exact = index.build(table, "caption", "test", folder, scann_from=10**6)
+    exact = index.build(table, "caption", "test", folder, ann_min_items=10**6)
     return World(ids, vectors, seen, queries, profiles, exact, index.build(table, "caption", "test", folder, 16))
 
 
@@ -156,17 +156,17 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     folder = neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
-    found = Neighbours.open(folder)
+    found = Neighbors.open(folder)
     positions, cosines = searcher.search(searcher.vectors, Effort(effort.leaves, depth))
     assert found.positions.tolist() == positions.tolist()
     there = positions >= 0
     assert not there.all()
     assert found.cosines[there].tolist() == cosines.astype(np.float32)[there].tolist()
-    opens = index.ship(spark, folder, 1.0, Neighbours.open)
+    opens = index.ship(spark, folder, 1.0, Neighbors.open)
     profiles, offer = world.profiles.repartition(1), recommend.without(searcher, WITHDRAWN)
     with_it, without = (
         recommend.recommend(profiles, opener, offer, K, effort, matching).collect()
-        for matching in (recommend.Matching("max_similarity", neighbours=opens), recommend.Matching("max_similarity"))
+        for matching in (recommend.Matching("max_similarity", neighbors=opens), recommend.Matching("max_similarity"))
     )
     assert len(with_it) == USERS
     assert with_it == without
@@ -177,7 +177,7 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     assert (folder / "manifest.json").stat() == manifest
     (folder / "cosines.npy").write_bytes(b"damage")
     assert neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
-    assert Neighbours.open(folder).positions.tolist() == positions.tolist()
+    assert Neighbors.open(folder).positions.tolist() == positions.tolist()
 
 
 def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: SparkSession, world: World) -> None:
@@ -270,7 +270,7 @@ def test_popular_lists_are_new_to_their_users_and_keep_the_rules(spark: SparkSes
         [("all", None, 0, []), ("club", "club", 0, ["i009"]), ("other", "x", 0, ["i005"]), ("ruled", "club", 2, [])],
         "user_id STRING, segment STRING, rules BIGINT, seen ARRAY<STRING>",
     )
-    offer, opener = Offer(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]), partial(Searcher.open, world.exact)
+    offer, opener = ListRules(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]), partial(Searcher.open, world.exact)
     rows = recommend.recommend(waiting, opener, offer, 3, None, popularity.ByPopularity(placed)).collect()
     assert {row["user_id"]: [(item["item_id"], item["score"]) for item in row["items"]] for row in rows} == {
         "all": [("i005", 0.5), ("i009", 0.25)], "club": [("i005", 0.5), ("i007", 0.25)], "other": [("i009", 0.25)],
@@ -301,10 +301,10 @@ def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: 
     everybody = pa.table({"embedding": pa.array(list(means)), "history": history, "seen": pa.array(names)})
     chosen = np.random.default_rng(0).permutation(len(met))
     sample = everybody.take(pa.array(chosen[:1_000]))
-    measured = recommend.calibrate(searcher, sample, Offer(np.ones(len(place), np.int64)), K, 0.98)
+    measured = recommend.calibrate(searcher, sample, ListRules(np.ones(len(place), np.int64)), K, 0.98)
     assert measured.effort is not None
     excluded = [np.unique(items) for items in met]
-    found, _ = best(searcher, Means(means, None), excluded, np.ones(len(place), bool), K, measured.effort)
+    found, _ = retrieve(searcher, MeanQuery(means, None), excluded, np.ones(len(place), bool), K, measured.effort)
     scores = means @ vectors.T
     for user, items in enumerate(excluded):
         scores[user, items] = -np.inf

@@ -132,7 +132,7 @@ def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: P
         f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=[{tmp_path}/log.csv]",
         f"ingest.users.path=[{tmp_path}/users.csv]", f"recommend.deny.path=[{tmp_path}/deny.csv]",
         f"recommend.allow.path=[{tmp_path}/allow.csv]", "recommend.k=6", "representation=title",
-        "recommend.caps={brand: 3}", "recommend.seen_again=[view]",
+        "recommend.caps={brand: 3}", "recommend.repeatable_events=[view]",
         "recommend.rules=[{items: price < 25}, {items: price >= 5, users: \"region = 'EU'\"}]",
     )  # fmt: skip
     run = pipeline(tmp_path, *settings)

@@ -81,7 +81,7 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     for table, rows in (ROWS | {schemas.RUNS: [*ROWS[schemas.RUNS], built]}).items():
         made.tables.replace(table, made.spark.createDataFrame(rows, table.schema))
     vectors = np.asarray(list(VECTORS.values()), np.float32)
-    Searcher.build(folder / "index" / INDEX, INDEX, list(VECTORS), vectors, ["a", "b", "c"], scann_from=10**6)
+    Searcher.build(folder / "index" / INDEX, INDEX, list(VECTORS), vectors, ["a", "b", "c"], ann_min_items=10**6)
     return made
 
 

@@ -58,7 +58,7 @@ def content(tables: Tables) -> dict[str, tuple]:
 
 def changes(tables: Tables, since: int) -> list[tuple[str, str]]:
     """id and kind of every change that the feed holds after version `since`."""
-    feed = tables.spark.read.format("delta").options(readChangeFeed=True, startingVersion=0).load(tables.place(THINGS))
+    feed = tables.spark.read.format("delta").options(readChangeFeed=True, startingVersion=0).load(tables.name_of(THINGS))
     new = feed.where(feed["_commit_version"] > since)
     return sorted((row["id"], row["_change_type"]) for row in new.collect())
 
@@ -69,7 +69,7 @@ def version(tables: Tables) -> int:
 
 
 def test_comments_not_null_and_checks_are_part_of_the_table(things: Tables) -> None:
-    detail = things.spark.sql(f"DESCRIBE DETAIL delta.`{things.place(THINGS)}`").collect()[0]
+    detail = things.spark.sql(f"DESCRIBE DETAIL delta.`{things.name_of(THINGS)}`").collect()[0]
     assert detail["description"] == "Things with a price."
     assert detail["properties"]["delta.constraints.not_free"] == "price > 0"
     field = things.read(THINGS).schema["id"]
@@ -77,7 +77,7 @@ def test_comments_not_null_and_checks_are_part_of_the_table(things: Tables) -> N
     # Not through this package: what any other writer gets.
     for bad, refusal in (((None, 1.0, None, None), "NOT NULL"), (("c", 0.0, None, None), "CHECK constraint not_free")):
         with pytest.raises(Exception, match=refusal):
-            rows(things, bad).write.format("delta").mode("append").save(things.place(THINGS))
+            rows(things, bad).write.format("delta").mode("append").save(things.name_of(THINGS))
     assert things.read(THINGS).count() == 2
 
 
@@ -103,7 +103,7 @@ def test_upsert_touches_only_rows_that_differ(things: Tables) -> None:
         things.upsert(THINGS, new)
     assert changes(things, before) == []
     assert version(things) == before
-    assert things.spark.sql(f"DESCRIBE HISTORY delta.`{things.place(THINGS)}`").head()["version"] == before + 11
+    assert things.spark.sql(f"DESCRIBE HISTORY delta.`{things.name_of(THINGS)}`").head()["version"] == before + 11
 
 
 def test_upsert_sees_a_change_inside_a_map_and_from_null(things: Tables) -> None:
@@ -160,14 +160,14 @@ def test_prepare_leaves_no_trace(tables: Tables) -> None:
 
 def test_prepare_refuses_a_table_of_another_layout(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm4rec_spark.storage.tables.TABLES", {"things": THINGS})
-    place = f"delta.`{things.place(THINGS)}`"
+    place = f"delta.`{things.name_of(THINGS)}`"
     things.prepare()
     things.spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('vlm4rec.layout' = '4')")
     before = version(things)
     with pytest.raises(RunError) as refused:
         things.prepare()
     assert str(refused.value) == (
-        f"The table {things.place(THINGS)} has layout 4; this release reads layout 1 only. Start in a new folder, with "
+        f"The table {things.name_of(THINGS)} has layout 4; this release reads layout 1 only. Start in a new folder, with "
         "--set tables=…. Captions that were paid for can be brought over with `vlm4rec import-captions`."
     )
     assert version(things) == before
@@ -185,7 +185,7 @@ def test_a_write_that_another_writer_overtakes_is_done_again(things: Tables, mon
             yield batch
 
     new = rows(things, ("a", 5.0, None, TUESDAY)).mapInPandas(slowly, THINGS.schema)
-    update = f"UPDATE delta.`{things.place(THINGS)}` SET price = 7.0 WHERE id = 'b'"
+    update = f"UPDATE delta.`{things.name_of(THINGS)}` SET price = 7.0 WHERE id = 'b'"
     other = threading.Timer(1, things.spark.sql, (update,))
     other.start()
     things.upsert(THINGS, new)

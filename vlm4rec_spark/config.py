@@ -21,7 +21,7 @@ from vlm4rec_spark.spark.session import SparkSettings
 from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.stages.index import IndexSettings
 from vlm4rec_spark.stages.ingest import IngestSettings
-from vlm4rec_spark.stages.item_item import CooccurrenceSettings
+from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.stages.recommend import RecommendSettings
 from vlm4rec_spark.storage.index_versions import MaintainSettings
@@ -32,6 +32,22 @@ CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
 _LEVELS = 10
 """More than any key has. A typing error of thousands of dots would otherwise cost memory by its square."""
 
+_RENAMED = {
+    "cooccurrence": "item_item",
+    "caption.model.compiled": "caption.model.torch_compile",
+    "evaluate.define": "evaluate.custom_arms",
+    "index.rebuild_share": "index.rebuild_threshold",
+    "index.scann_from": "index.ann_min_items",
+    "profiles.least_items": "profiles.min_items",
+    "recommend.alike": "recommend.similarity_threshold",
+    "recommend.least_score": "recommend.min_score",
+    "recommend.popular": "recommend.popularity_fallback",
+    "recommend.recall": "recommend.target_recall",
+    "recommend.seen_again": "recommend.repeatable_events",
+    "recommend.why": "recommend.explain",
+}
+"""Keys of releases before 0.9, and what they are called now."""
+
 
 class Config(BaseModel):
     """The whole configuration. Frozen; an unknown key is an error."""
@@ -39,7 +55,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tables: str = Field("tables", min_length=1)
-    log: Literal["words", "json"] = "words"
+    log: Literal["text", "json"] = "text"
     lease_seconds: float = Field(60, ge=1)
     representation: Literal["title", "caption", "title_caption"] = "caption"
     spark: SparkSettings = SparkSettings()
@@ -48,7 +64,7 @@ class Config(BaseModel):
     embed: EmbedSettings = EmbedSettings()
     profiles: ProfileSettings = ProfileSettings()
     index: IndexSettings = IndexSettings()
-    cooccurrence: CooccurrenceSettings = CooccurrenceSettings()
+    item_item: ItemItemSettings = ItemItemSettings()
     recommend: RecommendSettings = RecommendSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
@@ -139,6 +155,8 @@ def _explain(error: Any, places: dict[tuple[str, ...], str]) -> str:
     key = ".".join(path)
     if error["type"] != "extra_forbidden":
         return f"{place}: {key}: {error['msg']} (it is {_shortened(repr(error['input']))})."
+    if key in _RENAMED:
+        return f"{place}: {key} is called {_RENAMED[key]} now."
     known = list(_keys(Config))
     # A right name under a wrong or a missing section is nearer than one that is merely spelt alike.
     same_name = [other for other in known if other.split(".")[-1] == path[-1]]

@@ -227,8 +227,8 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
     else:
         settings = ModelSettings(backend="fake", model="none")
         if model != "fake":
-            folder, compiled = str(request.getfixturevalue(model)), backend == "compiled"
-            settings = ModelSettings(model=folder, max_new_tokens=8, compiled=compiled)
+            folder, torch_compile = str(request.getfixturevalue(model)), backend == "compiled"
+            settings = ModelSettings(model=folder, max_new_tokens=8, torch_compile=torch_compile)
         yield lambda batch_size: load_captioner(settings, batch_size)
 
 

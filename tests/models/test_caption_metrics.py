@@ -11,7 +11,7 @@ from PIL import Image
 from vlm4rec_spark.evaluation import caption_metrics
 from vlm4rec_spark.evaluation.caption_metrics import Figure, Miss
 from vlm4rec_spark.models.photos.decode import decode
-from vlm4rec_spark.models.photos.perturbations import nothing, retaken
+from vlm4rec_spark.models.photos.perturbations import blank_photo, perturbed
 
 COLOURS = ("red", "navy blue", "blue", "green")
 
@@ -122,10 +122,10 @@ def test_a_photo_taken_again_is_mirrored_without_its_margins_and_one_of_nothing_
     photo.paste("red", (0, 0, 100, 100))
     out = io.BytesIO()
     photo.save(out, "PNG")
-    again = decode(retaken(out.getvalue(), 672), 672)
+    again = decode(perturbed(out.getvalue(), 672), 672)
     assert again.size == (188, 94)
     left, right = (again.getpixel((x, 47)) for x in (20, 168))
     assert min(left) > 240 and right[0] > 240 and max(right[1:]) < 20  # type: ignore[arg-type,type-var,index]
-    grey = np.asarray(decode(nothing(), 672), int)
+    grey = np.asarray(decode(blank_photo(), 672), int)
     assert 8 < grey.max() - grey.min() < 40
     assert np.ptp(grey, axis=(1, 2)).max() == 0

@@ -10,7 +10,6 @@ import pytest
 from hostile_photos import BLUE, GOOD, HOSTILE, RED, WHITE, encoded, photo, png_header
 from PIL import Image
 
-from vlm4rec_spark.models.photos import decode
 from vlm4rec_spark.models.photos.decode import PHOTO_ERRORS, PhotoError, decode
 
 

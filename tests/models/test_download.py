@@ -21,7 +21,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm4rec_spark.models.photos import connection, download
-from vlm4rec_spark.models.photos.download import Download, DownloadError, HttpSettings, concurrently, fetch
+from vlm4rec_spark.models.photos.download import (
+    Download,
+    DownloadError,
+    HttpSettings,
+    concurrently,
+    fetch,
+)
 
 ONCE = HttpSettings(private_addresses=True, tries=1, timeout_seconds=5, max_mb=0.1)
 HURRIED = ONCE.model_copy(update={"timeout_seconds": 0.4})

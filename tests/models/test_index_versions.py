@@ -29,13 +29,13 @@ def rows(items: np.ndarray, vectors: np.ndarray, text: str = "") -> pa.Table:
     ids = [f"i{item:05d}" for item in items]
     return pa.table({
         "item_id": ids, "embedding": pa.array(list(vectors), pa.list_(pa.float32())),
-        "text_sha256": [f"{text}{item}" for item in ids], "text": [f"thing {text} {item}" for item in ids],
+        "content_sha256": [f"{text}{item}" for item in ids], "text": [f"thing {text} {item}" for item in ids],
     })  # fmt: skip
 
 
 def built(folder: Path, items: np.ndarray, vectors: np.ndarray, base: Searcher | None = None, share: float = 0.1,
-          scann_from: int = 16) -> Searcher:  # fmt: skip
-    made = index.build(rows(items, vectors), "caption", "test", folder, scann_from, base, share)
+          ann_min_items: int = 16) -> Searcher:  # fmt: skip
+    made = index.build(rows(items, vectors), "caption", "test", folder, ann_min_items, base, share)
     return Searcher.open(made)
 
 
@@ -101,9 +101,9 @@ def test_too_much_news_another_dimension_or_size_builds_anew(first: Searcher, tm
     assert not first.rests([f"i{item:05d}" for item in items], vectors, 16, 0.05)
     assert built(tmp_path, items, vectors, first, share=0.05).base != first.index_id
     assert built(tmp_path, items, unit(vectors[:, :16]), first).base != first.index_id
-    assert built(tmp_path, items, vectors, first, scann_from=10**6).base != first.index_id
-    exact = built(tmp_path, items, vectors, scann_from=10**6)
-    more = built(tmp_path, items[:-1], vectors[:-1], exact, scann_from=10**6)
+    assert built(tmp_path, items, vectors, first, ann_min_items=10**6).base != first.index_id
+    exact = built(tmp_path, items, vectors, ann_min_items=10**6)
+    more = built(tmp_path, items[:-1], vectors[:-1], exact, ann_min_items=10**6)
     assert (more.base, more.approximate) == (exact.index_id, False)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.list_rules import Offer
-from vlm4rec_spark.models.ranking.top_k_lists import listed
-from vlm4rec_spark.models.ranking.user_queries import Means
+from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 
 DIMENSION = 8
 
@@ -20,12 +20,12 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def same_group(offer: Offer, one: int, other: int) -> bool:
+def same_group(offer: ListRules, one: int, other: int) -> bool:
     return offer.variants is not None and offer.variants[one] == offer.variants[other] >= 0
 
 
 def brute_force(
-    vectors: np.ndarray, query: np.ndarray, seen: np.ndarray, offer: Offer, rules: int, k: int
+    vectors: np.ndarray, query: np.ndarray, seen: np.ndarray, offer: ListRules, rules: int, k: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The list, and (place, item) of what was collapsed."""
     scores = np.round(vectors.astype(np.float64) @ query.astype(np.float64), 6)
@@ -34,7 +34,7 @@ def brute_force(
     taken, hidden = [], []
     for item in np.lexsort((np.arange(len(vectors)), -scores)).tolist():
         wanted = rules | 1
-        if len(taken) == k or (offer.least is not None and scores[item] < offer.least):
+        if len(taken) == k or (offer.min_score is not None and scores[item] < offer.min_score):
             break
         if offer.allowed[item] & wanted != wanted or item in seen:
             continue
@@ -42,7 +42,7 @@ def brute_force(
             place
             for place, other in enumerate(taken)
             if same_group(offer, item, other)
-            or (offer.alike is not None and round(float(vectors[item] @ vectors[other]), 6) > offer.alike)
+            or (offer.similarity_threshold is not None and round(float(vectors[item] @ vectors[other]), 6) > offer.similarity_threshold)
         ]
         if twins:
             hidden.append((twins[0], item))
@@ -55,13 +55,13 @@ def brute_force(
 
 
 def diverse(
-    vectors: np.ndarray, scores: list[float], seen: set[int], offer: Offer, wanted: int, k: int
+    vectors: np.ndarray, scores: list[float], seen: set[int], offer: ListRules, wanted: int, k: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """As `brute_force`: out of the 5 k best that there are, else the 20 k best, and so on, always the candidate that
     says most of what isn't said yet."""
     ranked = [item for item in sorted(range(len(scores)), key=lambda item: (-scores[item], item))
               if offer.allowed[item] & wanted == wanted and item not in seen
-              and (offer.least is None or scores[item] >= offer.least)]  # fmt: skip
+              and (offer.min_score is None or scores[item] >= offer.min_score)]  # fmt: skip
     pool = 5 * k
     while True:
         left, taken, hidden = ranked[:pool], list[int](), list[tuple[int, int]]()
@@ -83,7 +83,7 @@ def diverse(
                 if item != chosen
                 and (
                     same_group(offer, item, chosen)
-                    or (offer.alike is not None and round(float(vectors[item] @ vectors[chosen]), 6) > offer.alike)
+                    or (offer.similarity_threshold is not None and round(float(vectors[item] @ vectors[chosen]), 6) > offer.similarity_threshold)
                 )
             ]
             hidden += [(len(taken), item) for item in twins]
@@ -107,7 +107,7 @@ def test_all_together_equal_brute_force(tmp_path: Path) -> None:
         # A rule that leaves few, one that leaves most, and availability.
         shares = ((0, 0.9), (1, 0.1), (2, 0.8))
         allowed = sum((rng.random(items) < share).astype(np.int64) << bit for bit, share in shares)
-        offer = Offer(
+        offer = ListRules(
             allowed,
             rng.integers(-1, 1 + items // 2, items) if rng.random() < 0.7 else None,
             [(rng.integers(-1, 3, items), int(rng.integers(1, 4))) for _ in range(rng.integers(0, 3))],
@@ -117,10 +117,10 @@ def test_all_together_equal_brute_force(tmp_path: Path) -> None:
         )  # fmt: skip
         queries, rules = unit(rng.standard_normal((users, DIMENSION))), rng.choice([0, 2, 4, 6], users)
         seen = [rng.permutation(items)[: rng.integers(0, items + 1) // 3] for _ in range(users)]
-        asked = Means(queries, [np.empty(0, np.int64)] * users)
+        asked = MeanQuery(queries, [np.empty(0, np.int64)] * users)
         only = [rng.permutation(items)[: rng.integers(0, items + 1)] if rng.random() < 0.2 else None
                 for _ in range(users)]  # fmt: skip
-        top, scores, hidden = listed(Searcher.open(folder), asked, seen, offer, rules, k, None, only)
+        top, scores, hidden = recommend_lists(Searcher.open(folder), asked, seen, offer, rules, k, None, only)
         for user in range(users):
             mine = only[user]
             barred = seen[user] if mine is None else np.append(seen[user], np.setdiff1d(np.arange(items), mine))
@@ -142,21 +142,21 @@ def test_an_approximate_search_fills_every_place_that_can_be_filled(
     Searcher.build(tmp_path / "x", "x", [f"{n:04d}" for n in range(items)], vectors, [""] * items, 16)
     # One in a hundred passes the rule; brands of which one may stand there twice.
     allowed = np.ones(items, np.int64) | ((np.arange(items) % 100 == 7).astype(np.int64) << 1)
-    offer = Offer(allowed, np.arange(items) // 4, [(np.arange(items) % 5, 2)], diversity=diversity)
-    rules, asked = np.array([0, 2]), Means(unit(rng.standard_normal((2, DIMENSION))), [np.empty(0, np.int64)] * 2)
-    top, _, _ = listed(Searcher.open(tmp_path / "x"), asked, [np.arange(3)] * 2, offer, rules, k, Effort(leaves, k))
+    offer = ListRules(allowed, np.arange(items) // 4, [(np.arange(items) % 5, 2)], diversity=diversity)
+    rules, asked = np.array([0, 2]), MeanQuery(unit(rng.standard_normal((2, DIMENSION))), [np.empty(0, np.int64)] * 2)
+    top, _, _ = recommend_lists(Searcher.open(tmp_path / "x"), asked, [np.arange(3)] * 2, offer, rules, k, Effort(leaves, k))
     assert sorted(top[1][top[1] >= 0].tolist()) == [7, 107]
     assert (top[0] >= 0).all()
     assert Counter((top[0] % 5).tolist()) == dict.fromkeys(range(5), 2)
     assert len(set((top[0] // 4).tolist())) == k
 
 
-def lists(folder: Path, vectors: np.ndarray, queries: np.ndarray, offer: Offer, k: int) -> list[list[int]]:
+def lists(folder: Path, vectors: np.ndarray, queries: np.ndarray, offer: ListRules, k: int) -> list[list[int]]:
     if not folder.exists():
         Searcher.build(folder, "x", [f"{n:04d}" for n in range(len(vectors))], vectors, [""] * len(vectors), 2**62)
     nothing = [np.empty(0, np.int64)] * len(queries)
-    asked, rules = Means(queries, nothing), np.zeros(len(queries), np.int64)
-    return listed(Searcher.open(folder), asked, nothing, offer, rules, k, None)[0].tolist()
+    asked, rules = MeanQuery(queries, nothing), np.zeros(len(queries), np.int64)
+    return recommend_lists(Searcher.open(folder), asked, nothing, offer, rules, k, None)[0].tolist()
 
 
 def test_diversity_says_what_is_not_said_yet(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_diversity_says_what_is_not_said_yet(tmp_path: Path) -> None:
     query, everything = np.array([[1, 0]], np.float32), np.ones(4, np.int64)
 
     def made(diversity: float) -> list[int]:
-        return lists(tmp_path / "x", vectors, query, Offer(everything, diversity=diversity), 3)[0]
+        return lists(tmp_path / "x", vectors, query, ListRules(everything, diversity=diversity), 3)[0]
 
     assert made(0.0) == [0, 1, 2]
     # .85 x .9336 - .15 x cos 1° = .6436 is more than .85 x .8660 - .15 x cos 50° = .6397, and that than item 2's .6381.
@@ -180,7 +180,7 @@ def test_a_list_is_chosen_out_of_the_best_of_its_user_whoever_is_asked_for_besid
     rng = np.random.default_rng(3)
     vectors, queries = unit(rng.standard_normal((400, DIMENSION))), unit(rng.standard_normal((90, DIMENSION)))
     # Some find their places among the first only when they look deeper, since nearly all items are one's variants.
-    offer = Offer(np.ones(400, np.int64), np.where(np.arange(400) % 9 == 0, -1, 0), diversity=0.4)
+    offer = ListRules(np.ones(400, np.int64), np.where(np.arange(400) % 9 == 0, -1, 0), diversity=0.4)
     together = lists(tmp_path / "x", vectors, queries, offer, 4)
     assert [lists(tmp_path / "x", vectors, query[None], offer, 4)[0] for query in queries] == together
     monkeypatch.setattr("vlm4rec_spark.models.ranking.list_rules._FLOATS_AT_ONCE", 7 * 20 * DIMENSION)

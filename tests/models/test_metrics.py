@@ -14,7 +14,7 @@ from vlm4rec_spark.evaluation.inference import (
     paired_p_values,
     resampled,
 )
-from vlm4rec_spark.evaluation.metrics import ACCURACY, beyond, hits, per_user, together
+from vlm4rec_spark.evaluation.metrics import ACCURACY, beyond_accuracy, hits, per_user, together
 
 ITEMS = "abcdeqxyz"
 LISTS = [["a", "b", "c"], ["d", "e"], [], ["x", "a", "y", "z"]]
@@ -135,7 +135,7 @@ def test_holm_by_hand() -> None:
 def test_beyond_accuracy_by_hand() -> None:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.999, np.sqrt(1 - 0.999**2)]], np.float32)
     top = np.array([[0, 1, 2], [0, 3, -1], [2, -1, -1], [-1, -1, -1]])
-    told = beyond(top, vectors, np.array([8, 4, 0, 1]), 8)
+    told = beyond_accuracy(top, vectors, np.array([8, 4, 0, 1]), 8)
     # Of 8 users all, half, none (counted as half a one) and one know the items: 0, 1, 4 and 3 bits.
     np.testing.assert_allclose(told["novelty"], [5 / 3, 1.5, 4, np.nan])
     np.testing.assert_allclose(told["intra_list_distance"], [(1 + 0.4 + 0.2) / 3, 0.001, np.nan, np.nan], atol=1e-6)

@@ -16,19 +16,19 @@ from vlm4rec_spark.models.photos.decode import PhotoError
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.caption_audit_section import audits
 from vlm4rec_spark.report.data import (
-    Apart,
     AuditExample,
     Captions,
+    DiscordantUser,
     Failure,
     Metric,
-    Photo,
     PhotoStock,
     Recommended,
     Rejection,
     ReportData,
-    Run,
     SharedPhoto,
-    Source,
+    ShownPhoto,
+    SourceSummary,
+    StageRun,
     User,
     figures,
 )
@@ -41,8 +41,8 @@ PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="
 HOSTILE = "<script>alert('title')</script>"
 
 
-def a_run(stage: str, **details: str) -> Run:
-    return Run(stage, "r1", AT, 75.0, rows_in=10, rows_ok=7, rows_failed=1, rows_skipped=2,
+def a_run(stage: str, **details: str) -> StageRun:
+    return StageRun(stage, "r1", AT, 75.0, rows_in=10, rows_ok=7, rows_failed=1, rows_skipped=2,
                versions={"items": 3}, details=details)  # fmt: skip
 
 
@@ -52,9 +52,9 @@ def scores(arm: str, recall: float | None, low: float | None, high: float | None
 
 
 def full() -> ReportData:
-    hostile = Photo("A-1", HOSTILE, PIXEL, caption="a red mug <script>alert('caption')</script> & more")
-    told = Photo("A-2", "Mug 2", PIXEL, caption="mug, red.", attributes={"kind": "mug", "colour": "<b>red"})
-    broken = Photo("B-2", '" onerror="alert(1)', None, "truncated")
+    hostile = ShownPhoto("A-1", HOSTILE, PIXEL, caption="a red mug <script>alert('caption')</script> & more")
+    told = ShownPhoto("A-2", "Mug 2", PIXEL, caption="mug, red.", attributes={"kind": "mug", "colour": "<b>red"})
+    broken = ShownPhoto("B-2", '" onerror="alert(1)', None, "truncated")
     return ReportData(
         counts={"items": 1234, "photos": 5, "interactions": 99, "captions": 4, "recommendations": 2},
         runs=(
@@ -67,7 +67,7 @@ def full() -> ReportData:
             a_run("recommend", k="10", search="ScaNN", recall_promised="0.95", recall_measured="0.983"),
             a_run("evaluate", time='{"cut": "2026-10-20", "users": 1411, "candidates": 571, "left_out_share": 0.048}'),
         ),
-        sources=(Source("interactions", 110, 99, 4, 7, AT),),
+        sources=(SourceSummary("interactions", 110, 99, 4, 7, AT),),
         rejections=(Rejection("interactions", "event_time lies in the future", 4, '{"item_id": "<b>"}'),),
         stock=PhotoStock(5, {"JPEG": 3, "JPEG, CMYK": 1, "GIF, animated": 1}, 1, 2, (SharedPhoto(hostile, "C-3", 2),)),
         captions=Captions(
@@ -256,8 +256,8 @@ def test_what_is_beyond_accuracy_and_what_leaks_is_told():
 
 
 def test_users_whom_one_arm_served_stand_with_photos():
-    red, blue = (Photo(f"{colour}-1", f"{colour} mug", PIXEL) for colour in ("red", "blue"))
-    apart = (Apart("time", "u<7>", "caption", "popularity", 3, red, (blue,)),)
+    red, blue = (ShownPhoto(f"{colour}-1", f"{colour} mug", PIXEL) for colour in ("red", "blue"))
+    apart = (DiscordantUser("time", "u<7>", "caption", "popularity", 3, red, (blue,)),)
     page = render(dataclasses.replace(full(), apart=apart))
     assert "caption had it at rank 3 for u&lt;7&gt;; popularity had nothing, but" in text_of(page)
     assert 'alt="red mug"' in page and 'alt="blue mug"' in page
@@ -312,8 +312,8 @@ def with_audit(**told: object) -> ReportData:
         audited("self_median_rank_chance", 250.5), audited("blank_cosine", 0.9, 0.88, 0.92),
         audited("pair_cosine", 0.5, 0.45, 0.55),
     )  # fmt: skip
-    few = AuditExample(Photo("A-1", HOSTILE, PIXEL, caption="a red mug"), "<script>a bag", 499.5)
-    wrong = AuditExample(Photo("A-2", None, PIXEL, caption="a mug"), attribute="colour", value="<i>red")
+    few = AuditExample(ShownPhoto("A-1", HOSTILE, PIXEL, caption="a red mug"), "<script>a bag", 499.5)
+    wrong = AuditExample(ShownPhoto("A-2", None, PIXEL, caption="a mug"), attribute="colour", value="<i>red")
     return dataclasses.replace(full(), runs=tuple(runs), metrics=(*full().metrics, *figures), audit=(few, wrong))
 
 

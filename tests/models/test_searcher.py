@@ -15,16 +15,16 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.list_rules import Offer
-from vlm4rec_spark.models.ranking.top_k_lists import best
-from vlm4rec_spark.models.ranking.user_queries import Means
+from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.top_k_lists import retrieve
+from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 from vlm4rec_spark.stages import index
 from vlm4rec_spark.stages.recommend import calibrate, without
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
 IDS = [f"i{number:04d}" for number in range(ITEMS)]
 NOBODY = np.empty(0, np.int64)
-ALL = Offer(np.ones(ITEMS, np.int64))
+ALL = ListRules(np.ones(ITEMS, np.int64))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -41,7 +41,7 @@ def clustered(count: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scann") / "v1"
-    Searcher.build(path, "v1", IDS, clustered(ITEMS, seed=1), [""] * ITEMS, scann_from=16)
+    Searcher.build(path, "v1", IDS, clustered(ITEMS, seed=1), [""] * ITEMS, ann_min_items=16)
     return path
 
 
@@ -176,9 +176,9 @@ def test_a_build_that_dies_in_its_last_write_leaves_no_manifest(
 
 
 def test_below_the_size_search_is_exact_and_from_it_on_scann(tmp_path: Path) -> None:
-    for count, scann_from, approximate in ((31, 32, False), (32, 32, True), (15, 1, False), (16, 1, True)):
-        path = tmp_path / f"{count}-{scann_from}"
-        Searcher.build(path, "x", IDS[:count], clustered(count, seed=2), [""] * count, scann_from)
+    for count, ann_min_items, approximate in ((31, 32, False), (32, 32, True), (15, 1, False), (16, 1, True)):
+        path = tmp_path / f"{count}-{ann_min_items}"
+        Searcher.build(path, "x", IDS[:count], clustered(count, seed=2), [""] * count, ann_min_items)
         assert Searcher.open(path).approximate is approximate
 
 
@@ -228,16 +228,16 @@ def test_more_candidates_than_items_are_all_items(searcher: Searcher) -> None:
     assert [sorted(row) for row in found.tolist()] == [list(range(ITEMS))] * 2
 
 
-def means(queries: np.ndarray) -> Means:
-    return Means(queries, [NOBODY] * len(queries))
+def means(queries: np.ndarray) -> MeanQuery:
+    return MeanQuery(queries, [NOBODY] * len(queries))
 
 
 def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
     vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
-    Searcher.build(tmp_path / "x", "x", IDS[:1_000], vectors, [""] * 1_000, scann_from=16)
+    Searcher.build(tmp_path / "x", "x", IDS[:1_000], vectors, [""] * 1_000, ann_min_items=16)
     opened = Searcher.open(tmp_path / "x")
     for effort in (None, Effort(opened.manifest["leaves"], 150)):
-        top, _ = best(opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
+        top, _ = retrieve(opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
         assert top.tolist() == [list(range(10)), list(range(500, 510))]
 
 
@@ -259,7 +259,7 @@ def shaped(shape: str, count: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", ["clustered", "equal", "duplicated", "skewed"])
 def test_every_query_is_answered_whatever_the_catalogue_is_like(tmp_path: Path, shape: str, count: int) -> None:
     vectors, all_of_it = shaped(shape, count), np.ones(count, bool)
-    Searcher.build(tmp_path / "x", "x", IDS[:count], vectors, [""] * count, scann_from=1)
+    Searcher.build(tmp_path / "x", "x", IDS[:count], vectors, [""] * count, ann_min_items=1)
     opened = Searcher.open(tmp_path / "x")
     assert opened.approximate is (count >= 16)
     queries = np.concatenate([clustered(20, seed=18), vectors[:10]])
@@ -267,7 +267,7 @@ def test_every_query_is_answered_whatever_the_catalogue_is_like(tmp_path: Path, 
     truth = np.argsort(-cosines, axis=1, kind="stable")[:, :K]
 
     def lists(effort: Effort | None) -> np.ndarray:
-        top, _ = best(opened, means(queries), [NOBODY] * len(queries), all_of_it, K, effort)
+        top, _ = retrieve(opened, means(queries), [NOBODY] * len(queries), all_of_it, K, effort)
         assert (top[:, : len(truth[0])] >= 0).all()
         assert (top[:, len(truth[0]) :] == -1).all()
         return top[:, : len(truth[0])]
@@ -285,7 +285,7 @@ def test_every_query_is_answered_whatever_the_catalogue_is_like(tmp_path: Path, 
 def test_a_query_that_can_not_be_answered_is_named(searcher: Searcher, effort: Effort | None) -> None:
     def ask(query: np.ndarray) -> np.ndarray:
         queries = np.stack([clustered(1, seed=19)[0, : len(query)], query])
-        return best(searcher, means(queries), [NOBODY] * 2, np.ones(ITEMS, bool), K, effort)[0]
+        return retrieve(searcher, means(queries), [NOBODY] * 2, np.ones(ITEMS, bool), K, effort)[0]
 
     with pytest.raises(RunError, match="A query of 31 dimensions was asked of an index of 32"):
         ask(np.ones(31, np.float32))
@@ -309,7 +309,7 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
     near = [np.append(row, -1) for row in brute_force(queries[:40], 400)]
     left = [np.sort(rng.permutation(ITEMS)[:count]) for count in [4] * 10 + [12] * 10]
     excluded = near + [np.setdiff1d(np.arange(ITEMS), items) for items in left]
-    top, scores = best(searcher, means(queries), excluded, np.ones(ITEMS, bool), K, Effort(1, 100))
+    top, scores = retrieve(searcher, means(queries), excluded, np.ones(ITEMS, bool), K, Effort(1, 100))
     assert (top[:40] >= 0).all()
     assert [np.isin(row[row >= 0], out).any() for row, out in zip(top, excluded, strict=True)] == [False] * 60
     assert [sorted(row[row >= 0]) for row in top[40:50]] == [items.tolist() for items in left[:10]]
@@ -322,7 +322,7 @@ def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
     withdrawn = np.unique(brute_force(queries, 50))
     eligible = without(searcher, [IDS[item] for item in withdrawn] + ["gone"]).eligible(0)
     assert int(eligible.sum()) == ITEMS - len(withdrawn)
-    top, _ = best(searcher, means(queries), [NOBODY] * 30, eligible, K, Effort(1, 100))
+    top, _ = retrieve(searcher, means(queries), [NOBODY] * 30, eligible, K, Effort(1, 100))
     assert (top >= 0).all()
     assert not np.isin(top, withdrawn).any()
 
@@ -330,9 +330,9 @@ def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
 def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
     excluded = [np.arange(user) for user in range(50)]
-    top, scores = best(searcher, means(queries), excluded, everything, K, None)
+    top, scores = retrieve(searcher, means(queries), excluded, everything, K, None)
     monkeypatch.setattr("vlm4rec_spark.models.ranking.user_queries._SCORES_AT_ONCE", 7 * ITEMS)
-    again, scores_again = best(searcher, means(queries), excluded, everything, K, None)
+    again, scores_again = retrieve(searcher, means(queries), excluded, everything, K, None)
     assert (again.tolist(), scores_again.tolist()) == (top.tolist(), scores.tolist())
 
 
@@ -340,7 +340,7 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
     searcher: Searcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
-    exact = [best(searcher, means(queries), [NOBODY] * 50, everything, K, None)]
+    exact = [retrieve(searcher, means(queries), [NOBODY] * 50, everything, K, None)]
     asked = Searcher.exact
     noise = np.random.default_rng(1)
 
@@ -349,7 +349,7 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
         return positions, scores + noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
 
     monkeypatch.setattr(Searcher, "exact", blurred)
-    exact.append(best(searcher, means(queries), [NOBODY] * 50, everything, K, None))
+    exact.append(retrieve(searcher, means(queries), [NOBODY] * 50, everything, K, None))
     assert exact[0][0].tolist() == exact[1][0].tolist()
     assert exact[0][1].tolist() == exact[1][1].tolist()
 
@@ -359,7 +359,7 @@ def test_a_list_does_not_depend_on_who_is_asked_for_beside(searcher: Searcher) -
     queries, everything = clustered(200, seed=16), np.ones(ITEMS, bool)
     near = brute_force(queries, 400)
     few, many = [row[:3] for row in near], [row[: 3 if user < 100 else 400] for user, row in enumerate(near)]
-    lists = [best(searcher, means(queries), excluded, everything, K, Effort(2, K))[0][:100] for excluded in (few, many)]
+    lists = [retrieve(searcher, means(queries), excluded, everything, K, Effort(2, K))[0][:100] for excluded in (few, many)]
     # ScaNN's own scores have ties, of which one or the other is among the first so many.
     same = (lists[0] == lists[1]).all(axis=1)
     assert same.mean() > 0.9
@@ -380,7 +380,7 @@ def test_calibration_holds_its_promise_on_other_users(searcher: Searcher, promis
     assert found.effort is not None
     assert (found.users, promise <= found.low <= found.recall <= 1) == (150, True)
     queries = clustered(150, seed=12)
-    top, _ = best(searcher, means(queries), [NOBODY] * 150, everything, K, found.effort)
+    top, _ = retrieve(searcher, means(queries), [NOBODY] * 150, everything, K, found.effort)
     assert recall(top, brute_force(queries)) >= promise - 0.03
 
 
@@ -394,7 +394,7 @@ def test_calibration_takes_the_cheapest_effort_that_is_enough(searcher: Searcher
 
 def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Path) -> None:
     vectors = pa.array([[1.0, 0.0], [0.0, 1.0]], pa.list_(pa.float32()))
-    columns = {"item_id": ["a", "b"], "embedding": vectors, "text_sha256": ["-", "-"], "text": ["", ""]}
+    columns = {"item_id": ["a", "b"], "embedding": vectors, "content_sha256": ["-", "-"], "text": ["", ""]}
     rows = pa.table(columns)
     folder = index.build(rows, "title", "test", tmp_path, 16)
     before = (folder / "vectors.npy").stat().st_mtime_ns
@@ -407,15 +407,15 @@ def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Pat
 
 def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> None:
     noise = unit(np.random.default_rng(14).standard_normal((72, DIMENSION)))
-    Searcher.build(tmp_path / "x", "x", IDS[:32], noise[:32], [""] * 32, scann_from=16)
-    found = calibrate(Searcher.open(tmp_path / "x"), sample(noise[32:], [[]] * 40), Offer(np.ones(32, int)), 3, 1.0)
+    Searcher.build(tmp_path / "x", "x", IDS[:32], noise[:32], [""] * 32, ann_min_items=16)
+    found = calibrate(Searcher.open(tmp_path / "x"), sample(noise[32:], [[]] * 40), ListRules(np.ones(32, int)), 3, 1.0)
     assert (found.effort, found.recall, found.words(6)) == (None, 1.0, "exact")
 
 
 def test_nothing_to_calibrate_means_exact_search(tmp_path: Path, searcher: Searcher) -> None:
     assert calibrate(searcher, sample(clustered(0, seed=15), []), ALL, K, 0.9).effort is None
     withdrawn = np.zeros(ITEMS, int)
-    assert calibrate(searcher, sample(clustered(3, seed=15), [[]] * 3), Offer(withdrawn), K, 0.9).effort is None
+    assert calibrate(searcher, sample(clustered(3, seed=15), [[]] * 3), ListRules(withdrawn), K, 0.9).effort is None
     exact = Searcher.open(small(tmp_path / "x"))
     queries = np.array([[1, 0]], np.float32)
-    assert calibrate(exact, sample(queries, [[]]), Offer(np.ones(3, np.int64)), K, 0.9).effort is None
+    assert calibrate(exact, sample(queries, [[]]), ListRules(np.ones(3, np.int64)), K, 0.9).effort is None

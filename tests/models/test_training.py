@@ -118,7 +118,7 @@ def test_what_can_not_be_read_is_said(table: Path, tmp_path: Path) -> None:
 # Training
 
 
-PLAN = train.Plan(seen=4 * 6, batch=6, seed=3)
+PLAN = train.TrainingPlan(seen=4 * 6, batch=6, seed=3)
 
 
 class Killed(Exception):
@@ -158,7 +158,7 @@ def test_a_training_that_was_killed_ends_as_it_would_have(
     )
 
     with pytest.raises(UsageError, match=r"checkpoint\.pt: it belongs to a training with other photos or settings"):
-        train.train(photos, tmp_path / "parts", work, train.Plan(seen=30, batch=6), told.append)
+        train.train(photos, tmp_path / "parts", work, train.TrainingPlan(seen=30, batch=6), told.append)
 
 
 def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both_know(
@@ -292,7 +292,7 @@ def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
 
 def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
     made = card.Made("vlm4rec train-captioner x", "`x.parquet`", "CC0.", 1_200, {"html_page": 2},
-                     train.Plan(teacher=True), 90.0, "a GPU")  # fmt: skip
+                     train.TrainingPlan(teacher=True), 90.0, "a GPU")  # fmt: skip
     curve = [train.Point(96, 5.0, {"kind": 0.1}), train.Point(192, 4.0, {"kind": 0.3})]
     card.write(tmp_path, made, {"kind": Share(61, 2, 0.5, 0.25, 0.75)}, curve)
     text = (tmp_path / "README.md").read_text()

@@ -9,12 +9,18 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.blend import Blend
+from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
-from vlm4rec_spark.models.ranking.top_k_lists import best
-from vlm4rec_spark.models.ranking.user_queries import Clusters, Histories, Means, Tastes, nearest
+from vlm4rec_spark.models.ranking.top_k_lists import retrieve
+from vlm4rec_spark.models.ranking.user_queries import (
+    MaxSimilarityQuery,
+    MeanQuery,
+    MultiInterestQuery,
+    Queries,
+    nearest,
+)
 
 ITEMS, DIMENSION, K = 300, 12, 10
 NO_MORE = np.zeros(30, np.int64)
@@ -28,7 +34,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
     folder, ids = tmp_path_factory.mktemp("index") / "tastes", [f"i{n:03d}" for n in range(ITEMS)]
     vectors = unit(np.random.default_rng(5).standard_normal((ITEMS, DIMENSION)))
-    Searcher.build(folder, "tastes", ids, vectors, [""] * ITEMS, scann_from=16)
+    Searcher.build(folder, "tastes", ids, vectors, [""] * ITEMS, ann_min_items=16)
     return Searcher.open(folder)
 
 
@@ -53,8 +59,8 @@ def lists(found: tuple[np.ndarray, np.ndarray], seen: list[np.ndarray]) -> tuple
 
 def test_an_item_scores_its_highest_weighted_similarity(searcher: Searcher) -> None:
     positions, weights = drawn(30)
-    asked = Histories(positions, weights)
-    top, scores = lists(asked.exact(searcher), positions)
+    asked = MaxSimilarityQuery(positions, weights)
+    top, scores = lists(asked.score_all(searcher), positions)
     for user in range(1, 30):
         history = list(zip(positions[user], weights[user], strict=True))
         similar = [max(float(weight * (searcher.vectors[item] @ vector)) for item, weight in history)
@@ -66,8 +72,8 @@ def test_an_item_scores_its_highest_weighted_similarity(searcher: Searcher) -> N
 
 def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
     positions, weights = drawn(30)
-    asked = Histories(positions, weights)
-    top, scores = lists(asked.exact(searcher), positions)
+    asked = MaxSimilarityQuery(positions, weights)
+    top, scores = lists(asked.score_all(searcher), positions)
     found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
     assert found == top
     assert top[0] == [-1] * K  # no history, no list
@@ -77,8 +83,8 @@ def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
 def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
     """The right neighbours in the place of ScaNN's, no more of them than the docstring says."""
     positions, weights = drawn(30)
-    asked = Histories(positions, weights)
-    top, _ = lists(asked.exact(searcher), positions)
+    asked = MaxSimilarityQuery(positions, weights)
+    top, _ = lists(asked.score_all(searcher), positions)
     depth = K + max(map(len, positions))
 
     class Nearest(Searcher):
@@ -96,8 +102,8 @@ def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
 
 def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
     positions = [np.array([item]) for item in range(20)]
-    means: Tastes = Means(searcher.vectors[:20], positions)
-    histories: Tastes = Histories(positions, [np.ones(1, np.float32)] * 20)
+    means: Queries = MeanQuery(searcher.vectors[:20], positions)
+    histories: Queries = MaxSimilarityQuery(positions, [np.ones(1, np.float32)] * 20)
     for tastes in (means, histories):
         assert len(tastes.part(np.array([3, 5]))) == 2
     assert lists(means.exact(searcher), positions)[0] == lists(histories.exact(searcher), positions)[0]
@@ -105,10 +111,10 @@ def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
 
 
 def test_long_histories_are_scored_fewer_at_a_time() -> None:
-    long = Histories([np.arange(100)] * 3, [np.ones(100, np.float32)] * 3)
-    short = Histories([np.arange(1)] * 3, [np.ones(1, np.float32)] * 3)
-    assert long.at_once(10_000) == short.at_once(10_000) // 100
-    assert Histories([np.array([], np.int64)], [np.array([], np.float32)]).at_once(2**30) == 1
+    long = MaxSimilarityQuery([np.arange(100)] * 3, [np.ones(100, np.float32)] * 3)
+    short = MaxSimilarityQuery([np.arange(1)] * 3, [np.ones(1, np.float32)] * 3)
+    assert long.max_users_per_block(10_000) == short.max_users_per_block(10_000) // 100
+    assert MaxSimilarityQuery([np.array([], np.int64)], [np.array([], np.float32)]).max_users_per_block(2**30) == 1
 
 
 def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Searcher) -> None:
@@ -129,29 +135,29 @@ def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
     vectors = unit(np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION)))
     small = bare("abcdef", vectors)
     history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
-    made = Clusters.of([history, history[:0]], [weights, weights[:0]], small, 3)
+    made = MultiInterestQuery.of([history, history[:0]], [weights, weights[:0]], small, 3)
     heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))
     groups = [(3, 4), (0, 1, 2), (5,)]  # in the order of their first items
     expected = unit(np.stack([sum(heavy[item] * vectors[item] for item in group) for group in groups]))
     np.testing.assert_allclose(made._vectors[0], expected, atol=1e-6)
     assert made._weights[0].tolist() == pytest.approx([0.5, 1.0, 0.4])
-    positions, scores = made.exact(small)
+    positions, scores = made.score_all(small)
     np.testing.assert_allclose(scores[0], ((vectors @ expected.T) * [0.5, 1.0, 0.4]).max(axis=1), atol=1e-6)
     assert positions[1].tolist() == [-1] * 6
-    np.testing.assert_allclose(made.part(np.array([0])).scores(small, positions[:1])[0], scores[0], atol=1e-6)
+    np.testing.assert_allclose(made.take(np.array([0])).scores(small, positions[:1])[0], scores[0], atol=1e-6)
 
 
 def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(searcher: Searcher) -> None:
     positions, weights = drawn(30)
-    whole: Tastes = Histories(positions, weights)
-    many: Tastes = Clusters.of(positions, weights, searcher, 20)
+    whole: Queries = MaxSimilarityQuery(positions, weights)
+    many: Queries = MultiInterestQuery.of(positions, weights, searcher, 20)
     assert lists(many.exact(searcher), positions)[0] == lists(whole.exact(searcher), positions)[0]
     found, _ = lists(many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
     assert found == lists(many.exact(searcher), positions)[0]
-    one = Clusters.of(positions[1:], weights[1:], searcher, 1)
+    one = MultiInterestQuery.of(positions[1:], weights[1:], searcher, 1)
     totals = [heavy @ searcher.vectors[mine] for mine, heavy in zip(positions[1:], weights[1:], strict=True)]
-    mean: Tastes = Means(unit(np.stack(totals)), positions[1:])
-    assert lists(one.exact(searcher), positions[1:])[0] == lists(mean.exact(searcher), positions[1:])[0]
+    mean: Queries = MeanQuery(unit(np.stack(totals)), positions[1:])
+    assert lists(one.score_all(searcher), positions[1:])[0] == lists(mean.exact(searcher), positions[1:])[0]
     because, by = many.part(np.array([3, 5])).reasons(searcher, np.array([[7], [-1]]))
     assert because[0, 0] in positions[3]
     assert (because[1, 0], by.any()) == (-1, False)
@@ -161,27 +167,27 @@ def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(sear
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cooccurrence, np.ndarray]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[ItemItemScores, np.ndarray]:
     """Some eight companions of each item but the last ten, and the same as a matrix."""
     rng, dense = np.random.default_rng(7), np.zeros((ITEMS, ITEMS))
     for item in range(ITEMS - 10):
         dense[item, rng.permutation(ITEMS)[: rng.integers(1, 16)]] = rng.random() + 0.01
     first, second = np.nonzero(dense)
     folder = tmp_path_factory.mktemp("together") / "v1"
-    Cooccurrence.build(folder, "tastes", ITEMS, first, second, dense[first, second].astype(np.float32))
-    return Cooccurrence.open(folder), dense
+    ItemItemScores.build(folder, "tastes", ITEMS, first, second, dense[first, second].astype(np.float32))
+    return ItemItemScores.open(folder), dense
 
 
 def blended(
-    together: Cooccurrence, share: float, users: int = 30
-) -> tuple[Blend, list[np.ndarray], list[np.ndarray]]:
+    together: ItemItemScores, share: float, users: int = 30
+) -> tuple[BlendedQuery, list[np.ndarray], list[np.ndarray]]:
     positions, weights = drawn(users)
     positions[1] = np.arange(ITEMS - 3, ITEMS)  # items without companions
     weights[1] = np.ones(3, np.float32)
-    return Blend(Histories(positions, weights), together, share, positions, weights), positions, weights
+    return BlendedQuery(MaxSimilarityQuery(positions, weights), together, share, positions, weights), positions, weights
 
 
-def test_companions_come_back_strongest_first(together: tuple[Cooccurrence, np.ndarray]) -> None:
+def test_companions_come_back_strongest_first(together: tuple[ItemItemScores, np.ndarray]) -> None:
     found, dense = together
     assert found.positions.shape == found.strengths.shape
     for item in (0, 17, ITEMS - 1):
@@ -194,10 +200,10 @@ def test_companions_come_back_strongest_first(together: tuple[Cooccurrence, np.n
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_a_blend_is_the_sum_of_its_parts(
-    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray], share: float
+    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray], share: float
 ) -> None:
     asked, positions, weights = blended(together[0], share)
-    top, scores = lists(asked.exact(searcher), positions)
+    top, scores = lists(asked.score_all(searcher), positions)
     vectors = searcher.vectors.astype(np.float64)
     for user in range(30):
         mine, heavy = positions[user], weights[user].astype(np.float64)
@@ -210,51 +216,51 @@ def test_a_blend_is_the_sum_of_its_parts(
         best = best[:K] if len(mine) else []
         np.testing.assert_allclose(scores[user][: len(best)], [-one for one, _ in best], rtol=0, atol=3e-6)
         assert top[user][len(best) :] == [-1] * (K - len(best))
-    assert top[1] == ([-1] * K if share == 1 else lists(Histories(positions, weights).exact(searcher), positions)[0][1])
+    assert top[1] == ([-1] * K if share == 1 else lists(MaxSimilarityQuery(positions, weights).score_all(searcher), positions)[0][1])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_part_of_the_items_is_scored_as_among_all(
-    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray], share: float
+    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray], share: float
 ) -> None:
     """Each list over a seventh of the items, means, histories and blends: best of that part, whatever the others."""
     asked, positions, weights = blended(together[0], share)
-    means = Means(unit(np.stack([searcher.vectors[mine].sum(axis=0) + 1e-3 for mine in positions])), positions)
+    means = MeanQuery(unit(np.stack([searcher.vectors[mine].sum(axis=0) + 1e-3 for mine in positions])), positions)
     eligible = np.arange(ITEMS) % 7 == 3
-    kinds: list[Tastes] = [asked] if share else [means, Histories(positions, weights)]
+    kinds: list[Queries] = [asked] if share else [means, MaxSimilarityQuery(positions, weights)]
     for tastes in kinds:
-        whole, all_scores = tastes.exact(searcher)
+        whole, all_scores = tastes.score_all(searcher)
         expected = top_k(whole, all_scores, flat_exclusions(positions, ITEMS), eligible, K)
-        part = tastes.exact(searcher, np.flatnonzero(eligible))
+        part = tastes.score_all(searcher, np.flatnonzero(eligible))
         found = top_k(*part, flat_exclusions(positions, ITEMS), eligible, K)
         assert found[0].tolist() == expected[0].tolist()
         np.testing.assert_allclose(found[1], expected[1], atol=2e-6)
         assert (expected[0] >= 0).any()
         for effort in (None, Effort(searcher.manifest["leaves"], ITEMS)):
-            top, _ = best(searcher, tastes, positions, eligible, K, effort)
+            top, _ = retrieve(searcher, tastes, positions, eligible, K, effort)
             assert top.tolist() == expected[0].tolist()
-            nothing, _ = best(searcher, tastes, positions, np.zeros(ITEMS, bool), K, effort)
+            nothing, _ = retrieve(searcher, tastes, positions, np.zeros(ITEMS, bool), K, effort)
             assert (nothing < 0).all()
 
 
 def test_a_blend_by_scann_gives_the_exact_lists(
-    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray]
+    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray]
 ) -> None:
     asked, positions, _ = blended(together[0], 0.4)
-    top, scores = lists(asked.exact(searcher), positions)
+    top, scores = lists(asked.score_all(searcher), positions)
     found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
     assert found == top
     np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
-    assert lists(asked.part(np.array([4, 9])).exact(searcher), [positions[4], positions[9]])[0] == [top[4], top[9]]
+    assert lists(asked.take(np.array([4, 9])).score_all(searcher), [positions[4], positions[9]])[0] == [top[4], top[9]]
 
 
 def test_a_blend_says_which_part_spoke_and_for_which_item(
-    searcher: Searcher, together: tuple[Cooccurrence, np.ndarray]
+    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray]
 ) -> None:
     asked, positions, weights = blended(together[0], 0.5)
-    top, _ = lists(asked.exact(searcher), positions)
+    top, _ = lists(asked.score_all(searcher), positions)
     spoke = set()
-    every_because, every_by = asked.reasons(searcher, np.array(top))
+    every_because, every_by = asked.explain(searcher, np.array(top))
     for user in range(2, 30):
         mine = positions[user]
         for item, reason, found in zip(top[user], every_because[user], every_by[user], strict=True):
@@ -268,7 +274,7 @@ def test_a_blend_says_which_part_spoke_and_for_which_item(
 
 def test_damaged_companions_are_refused(tmp_path: Path) -> None:
     one = np.array([0]), np.array([1]), np.array([0.5], np.float32)
-    Cooccurrence.build(tmp_path / "x", "v", 2, *one)
+    ItemItemScores.build(tmp_path / "x", "v", 2, *one)
     (tmp_path / "x" / "strengths.npy").write_bytes(b"")
     with pytest.raises(RunError, match=r"The cooccurrence folder .* is damaged: strengths\.npy .* Run the recommend"):
-        Cooccurrence.open(tmp_path / "x")
+        ItemItemScores.open(tmp_path / "x")

@@ -36,7 +36,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CaptionPlan:
     """What a run would do, in photos: wanted = reused + kept + given_up + duplicates + to_caption."""
 
     wanted: int
@@ -61,11 +61,11 @@ class Plan:
     rates: Rates
 
 
-def plan(photos: Mapping[str, int], contents: Mapping[str, int], rates: Rates, budget: Budget, prices: Prices) -> Plan:
+def estimate(photos: Mapping[str, int], contents: Mapping[str, int], rates: Rates, budget: Budget, prices: Prices) -> CaptionPlan:
     """From the photos by reason (of `plan.judged`) and the contents to caption by reason (of `plan.queue`)."""
     todo = sum(contents.values())
     now = rates.affordable(todo, budget, prices)
-    return Plan(
+    return CaptionPlan(
         wanted=sum(photos.values()),
         reused=photos.get("reused", 0),
         kept=photos.get("kept", 0),

@@ -22,7 +22,7 @@ PENDING = ("new", "photo_changed", "prompt_changed", "model_changed", "settings_
 
 
 @dataclass(frozen=True)
-class Wish:
+class CaptionSpec:
     """What captions shall be made with, and which failed ones are tried again.
 
     `retry` names an error class, or is "" for all of them; rejected captions count too. None: only where the model
@@ -42,7 +42,7 @@ class Wish:
         return F.lit(True) if self.retry == "" else F.col("error_class") == self.retry
 
 
-def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame | None, wish: Wish) -> DataFrame:
+def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame | None, wish: CaptionSpec) -> DataFrame:
     """item_id, position, image_sha256, prompt and caption_key of every photo that the model shall describe, no bytes.
 
     caption_key = SHA-256 of the photo's bytes, the prompt's text, the model at its revision, and the generation and
@@ -81,14 +81,14 @@ def _asked(photos: DataFrame, items: DataFrame | None, prompt: Prompt) -> DataFr
     return photos.join(fields, on="item_id", how="left").withColumn("prompt", about("fields"))
 
 
-def in_force(item_captions: DataFrame, captions: DataFrame) -> DataFrame:
+def current_captions(item_captions: DataFrame, captions: DataFrame) -> DataFrame:
     """item_id, position and `old` (the caption's key, photo, prompt and model) of each photo that a model described."""
     old = F.struct("caption_key", "image_sha256", "prompt_id", "model").alias("old")
     described = captions.where(F.col("status") == "ok").select("caption_key", old)
     return item_captions.join(described, on="caption_key", how="inner").select("item_id", "position", "old")
 
 
-def judged(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: Wish) -> DataFrame:
+def with_reason(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: CaptionSpec) -> DataFrame:
     """`wanted` with `reason` (one of PENDING, or reused, kept, given_up), `old`, and `attempts` (runs that tried)."""
     done = captions.select("caption_key", "status", "error_class", "attempts")
     failed, old = F.col("status").isin("failed", "rejected"), F.col("old")

@@ -31,7 +31,7 @@ class Address:
     token: str
 
 
-class Line:
+class ProgressServer:
     """The driver's end. `counts` sums up what the tasks have said; set `stop` to end them after their batch."""
 
     def __init__(self, host: str, bind: str = ""):
@@ -72,7 +72,7 @@ class Line:
             self._said.update(said)
 
 
-class Caller:
+class ProgressClient:
     """A task's end. Says once a second what there is to say; silent where the driver can't be reached."""
 
     def __init__(self, address: Address | None):

@@ -11,7 +11,7 @@ from vlm4rec_spark.models.photos import perturbations, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 
 
-def retaken(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame:
+def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame:
     """Rows as `worker.caption_photos` takes them, with another photo in place of each; empty where there is none."""
     return photos.mapInPandas(_retaking_udf(max_side, http), photos.schema)
 
@@ -32,6 +32,6 @@ def _retaken(image: bytes | None, uri: str | None, max_side: int, http: HttpSett
         if image is None and uri:
             found = photo_storage.read(uri, http)
             image = found[0] if found else None
-        return perturbations.retaken(bytes(image or b""), max_side)
+        return perturbations.perturbed(bytes(image or b""), max_side)
     except Exception:  # a place raises whatever it likes, and the caption in force says that the photo was good
         return b""

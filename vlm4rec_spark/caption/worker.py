@@ -17,7 +17,7 @@ from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.caption.progress_channel import Address, Caller
+from vlm4rec_spark.caption.progress_channel import Address, ProgressClient
 from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.models.captioning import attributes, caption_checks
 from vlm4rec_spark.models.captioning.prompts import Prompt
@@ -67,7 +67,7 @@ def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
         rows: dict[str, dict] = {}
         lost: list[Result] = []
-        caller = Caller(job.line)
+        caller = ProgressClient(job.line)
 
         def photos() -> Iterator[Photo]:
             for batch in batches:

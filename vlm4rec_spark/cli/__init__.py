@@ -48,7 +48,7 @@ _HELP = {
     "profiles": "Weigh every user's history and average its vectors.",
     "recommend": "Write the best k items of every user, with the reason for each.",
     "evaluate": "",
-    "export": "Write the tables that marketing systems read.",
+    "publish": "Write the tables that marketing systems read.",
     "report": "Write the HTML report.",
     "run": "Run all stages, from ingest to report.",
 }

@@ -18,7 +18,7 @@ from vlm4rec_spark.cli.reporter import OURS, speak
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
-from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, Voice
+from vlm4rec_spark.pipeline import STAGES, Pipeline, Reporter, StageResult
 from vlm4rec_spark.report.data import figures
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import progress
@@ -154,10 +154,10 @@ def _pipeline(config: Config, debug: bool) -> Iterator[tuple[Pipeline, Console]]
     pipeline = Pipeline(
         spark,
         config,
-        Voice(
-            enter=lambda run_id, stage: speak(config.log == "json", run_id=run_id, stage=stage),
-            say=OURS.info,
-            watch=partial(progress.watch, spark, None if config.log == "json" else console, OURS.info),
+        Reporter(
+            stage=lambda run_id, stage: speak(config.log == "json", run_id=run_id, stage=stage),
+            info=OURS.info,
+            progress=partial(progress.watch, spark, None if config.log == "json" else console, OURS.info),
         ),
     )
     yield pipeline, console
@@ -169,9 +169,9 @@ def _nothing() -> Iterator[None]:
 
 
 def _run(pipeline: Pipeline, stages: Sequence[str], console: Console) -> None:
-    outcomes: list[Outcome] = []
+    outcomes: list[StageResult] = []
 
-    def done(outcome: Outcome) -> None:
+    def done(outcome: StageResult) -> None:
         outcomes.append(outcome)
         _say(outcome)
 
@@ -185,14 +185,14 @@ def _run(pipeline: Pipeline, stages: Sequence[str], console: Console) -> None:
         _headline(pipeline, console)
 
 
-def _say(outcome: Outcome) -> None:
+def _say(outcome: StageResult) -> None:
     figures = {"rows_in": outcome.rows_in, "rows_ok": outcome.ok, "rows_failed": outcome.failed,
                "rows_skipped": outcome.skipped, "seconds": round(outcome.seconds, 1), **outcome.details}  # fmt: skip
     did = "unchanged, nothing to do" if outcome.status == "unchanged" else "done"
     OURS.info("%s: %s, %.1f s", outcome.stage, did, outcome.seconds, extra={"figures": figures})
 
 
-def _show(outcomes: Sequence[Outcome], console: Console) -> None:
+def _show(outcomes: Sequence[StageResult], console: Console) -> None:
     table = Table(title="What was done", title_justify="left")
     table.add_column("stage")
     table.add_column("status")

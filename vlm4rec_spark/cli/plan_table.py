@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark.caption.estimate import Plan
+from vlm4rec_spark.caption.estimate import CaptionPlan
 from vlm4rec_spark.caption.settings import CaptionSettings
 
 
-def show(plan: Plan, settings: CaptionSettings, console: Console) -> None:
+def show(plan: CaptionPlan, settings: CaptionSettings, console: Console) -> None:
     """Photos by what becomes of them, then what that takes."""
     table = Table(title="Photos that shall have a caption", title_justify="left", show_header=False)
     table.add_column()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from vlm4rec_spark.pipeline import STAGES, Outcome, Pipeline, maintain
+from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult, maintain
 from vlm4rec_spark.storage import schemas
 
 
@@ -23,7 +23,7 @@ def show(pipeline: Pipeline, console: Console) -> None:
     console.print(_indexes(pipeline))
 
 
-def show_maintenance(outcome: Outcome, console: Console) -> None:
+def show_maintenance(outcome: StageResult, console: Console) -> None:
     """What housekeeping did, from the figures that it left in `runs`."""
     details = outcome.details
     grid = _grid("What was done", ("table", "retention"), ("files before", "files after", "freed"))

@@ -35,7 +35,7 @@ def run_training(
     speak(False)
     from vlm4rec_spark.training import card, labelled, measure, network, train
 
-    plan, place = train.Plan(**options), work or out.with_name(f"{out.name}-training")  # type: ignore[arg-type]
+    plan, place = train.TrainingPlan(**options), work or out.with_name(f"{out.name}-training")  # type: ignore[arg-type]
     photos = labelled.read(table, columns, named, network.SIDE, place, OURS.info)
     OURS.info("%s photos with %s; left out: %s", f"{len(photos.sentences):,}",
               ", ".join(f"{len(values):,} values of {name}" for name, values in photos.values.items()),

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlm4rec_spark.errors import UsageError, first_words
-from vlm4rec_spark.stages.item_item import CooccurrenceSettings
+from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
 BASELINES = ("random", "popularity", "als", "cooccurrence")
@@ -65,12 +65,12 @@ class Overrides(BaseModel):
 
     representation: str | None = None
     profiles: dict[str, Any] = {}
-    cooccurrence: dict[str, Any] = {}
+    item_item: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _apply(self) -> Overrides:
         ProfileSettings(**self.profiles)
-        CooccurrenceSettings(**self.cooccurrence)
+        ItemItemSettings(**self.item_item)
         return self
 
 
@@ -84,7 +84,7 @@ class EvaluateSettings(BaseModel):
     test_share: float = Field(0.2, gt=0, lt=1)
     replay_cuts: int = Field(3, ge=2, le=50)
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
-    define: dict[str, Overrides] = {}
+    custom_arms: dict[str, Overrides] = {}
     control: str = "popularity"
     popularity_days: int | None = Field(None, ge=1)
     k: int = Field(10, ge=1)
@@ -131,12 +131,12 @@ class EvaluateSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class InUse:
+class ServingConfig:
     """The settings that the lists in use are made with."""
 
     representation: str
     profiles: ProfileSettings
-    cooccurrence: CooccurrenceSettings
+    item_item: ItemItemSettings
 
 
 @dataclass(frozen=True)
@@ -145,20 +145,20 @@ class Arm:
 
     name: str
     ranks: Literal["random", "popularity", "als", "matched"]
-    by: InUse
+    by: ServingConfig
 
 
-def resolve(name: str, define: Mapping[str, Overrides], in_use: InUse) -> Arm:
+def resolve(name: str, define: Mapping[str, Overrides], in_use: ServingConfig) -> Arm:
     """The arm of a name; one that is defined, or a representation, known or not, if it is none of ours."""
     if name in ("random", "popularity", "als"):
         return Arm(name, name, in_use)  # type: ignore[arg-type]
     if name in define:
         own = define[name]
-        return Arm(name, "matched", changed(in_use, own.representation, own.profiles, own.cooccurrence))
+        return Arm(name, "matched", changed(in_use, own.representation, own.profiles, own.item_item))
     if name == "cooccurrence":
-        return Arm(name, "matched", changed(in_use, cooccurrence={"share": 1.0}))
+        return Arm(name, "matched", changed(in_use, item_item={"share": 1.0}))
     if name == BLEND:
-        return Arm(name, "matched", changed(in_use, cooccurrence={"share": in_use.cooccurrence.share or _SHARE}))
+        return Arm(name, "matched", changed(in_use, item_item={"share": in_use.item_item.share or _SHARE}))
     representation, _, shape = name.partition("/")
     shaped = dict(SHAPES[shape or "mean"])
     if "event_weights" in shaped:
@@ -167,26 +167,26 @@ def resolve(name: str, define: Mapping[str, Overrides], in_use: InUse) -> Arm:
 
 
 def changed(
-    in_use: InUse, representation: str | None = None, profiles: Mapping[str, Any] | None = None,
-    cooccurrence: Mapping[str, Any] | None = None,
-) -> InUse:  # fmt: skip
+    in_use: ServingConfig, representation: str | None = None, profiles: Mapping[str, Any] | None = None,
+    item_item: Mapping[str, Any] | None = None,
+) -> ServingConfig:  # fmt: skip
     """The settings with others in their place. Raises UsageError for values that don't go together."""
     try:
-        return InUse(
+        return ServingConfig(
             representation or in_use.representation,
             ProfileSettings(**in_use.profiles.model_dump() | dict(profiles or {})),
-            CooccurrenceSettings(**in_use.cooccurrence.model_dump() | dict(cooccurrence or {})),
+            ItemItemSettings(**in_use.item_item.model_dump() | dict(item_item or {})),
         )
     except ValidationError as wrong:
         raise UsageError(f"an arm's settings don't go together: {first_words(wrong)}") from wrong
 
 
-def vectors_of(representation: str, in_use: InUse) -> set[str]:
+def vectors_of(representation: str, in_use: ServingConfig) -> set[str]:
     """The representations of `embeddings` that this one is made of."""
     return {in_use.representation, IMAGE} if representation in FUSIONS else {representation}
 
 
-def needed(arms: Iterable[Arm], in_use: InUse) -> set[str]:
+def needed(arms: Iterable[Arm], in_use: ServingConfig) -> set[str]:
     """The representations of which the arms need vectors."""
-    return {name for arm in arms if arm.ranks == "matched" and arm.by.cooccurrence.share < 1
+    return {name for arm in arms if arm.ranks == "matched" and arm.by.item_item.share < 1
             for name in vectors_of(arm.by.representation, in_use)}  # fmt: skip

@@ -17,41 +17,41 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation import arms, guards, metric_rows, splits
-from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse
+from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
 from vlm4rec_spark.evaluation.metrics import hits
-from vlm4rec_spark.evaluation.point_in_time import AsOf, Tables
+from vlm4rec_spark.evaluation.point_in_time import EvaluationTables, PointInTime
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.stages import profiles
 
-__all__ = ["Tables", "candidates", "codes", "evaluate", "needed", "opened", "people"]
+__all__ = ["EvaluationTables", "candidates", "codes", "evaluate", "needed", "open_point_in_time", "without_bots"]
 
 _APART = 3
 """Users of each kind whom one arm served and the other didn't, for the report."""
 
 
-def needed(settings: EvaluateSettings, in_use: InUse) -> set[str]:
+def needed(settings: EvaluateSettings, in_use: ServingConfig) -> set[str]:
     """The representations of which the arms need vectors."""
-    return arms.needed([arms.resolve(name, settings.define, in_use) for name in settings.arms], in_use)
+    return arms.needed([arms.resolve(name, settings.custom_arms, in_use) for name in settings.arms], in_use)
 
 
 def evaluate(
-    spark: SparkSession, tables: Tables, settings: EvaluateSettings, in_use: InUse, say: Callable[[str], None],
+    spark: SparkSession, tables: EvaluationTables, settings: EvaluateSettings, in_use: ServingConfig, say: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, str]]:  # fmt: skip
     """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged.
 
     Raises RunError for a leak, UsageError for arms that can't be made.
     """
-    chosen = [arms.resolve(name, settings.define, in_use) for name in settings.arms]
+    chosen = [arms.resolve(name, settings.custom_arms, in_use) for name in settings.arms]
     rows, details = [], {}
-    log = people(tables.interactions, in_use)
+    log = without_bots(tables.interactions, in_use)
     complete = candidates(tables, arms.needed(chosen, in_use)).persist()
     available = tables.items.where("available").count()
     if not complete.count():
         say(f"nothing to judge: no available item has a vector of its own in each of {', '.join(settings.arms)}")
         return [], {}
     for split in splits.of(log, settings):
-        with opened(spark, tables, complete, split, settings, in_use) as world:
+        with open_point_in_time(spark, tables, complete, split, settings, in_use) as world:
             if world is None:
                 say(f"{split.name}: nobody to judge, no user has a new item after {split.cut or 'the first event'}")
                 continue
@@ -63,13 +63,13 @@ def evaluate(
     return rows, details
 
 
-def people(log: DataFrame, in_use: InUse) -> DataFrame:
+def without_bots(log: DataFrame, in_use: ServingConfig) -> DataFrame:
     """The log without bots: their clicks would blur the popularity, and a bot can't be judged."""
     robots = profiles.bots(log, in_use.profiles.bot_events_per_day)
     return log.join(robots, on="user_id", how="left_anti")
 
 
-def candidates(tables: Tables, needed: set[str]) -> DataFrame:
+def candidates(tables: EvaluationTables, needed: set[str]) -> DataFrame:
     """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
     real = tables.embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
     counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
@@ -79,17 +79,17 @@ def candidates(tables: Tables, needed: set[str]) -> DataFrame:
 
 
 @contextmanager
-def opened(
-    spark: SparkSession, tables: Tables, complete: DataFrame, split: Split, settings: EvaluateSettings, in_use: InUse
-) -> Iterator[AsOf | None]:
+def open_point_in_time(
+    spark: SparkSession, tables: EvaluationTables, complete: DataFrame, split: Split, settings: EvaluateSettings, in_use: ServingConfig
+) -> Iterator[PointInTime | None]:
     """What is known at a split's cut, for the users who can be judged; None where there is none of them."""
-    known = split.known.persist()
+    known = split.train.persist()
     order = F.xxhash64("user_id", F.lit(settings.seed))
-    everyone = splits.relevant(known, split.hidden, complete)
+    everyone = splits.relevant(known, split.test, complete)
     judged = everyone.orderBy(order, "user_id").limit(settings.max_users).persist()
     ids = pd.Index(sorted(row["item_id"] for row in complete.collect()), dtype=object)
     with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
-        world = AsOf(spark, tables, complete, ids, known, judged, settings, in_use, Path(folder), split.cut)
+        world = PointInTime(spark, tables, complete, ids, known, judged, settings, in_use, Path(folder), split.cut)
         try:
             yield None if judged.isEmpty() else world
         finally:
@@ -99,7 +99,7 @@ def opened(
 
 
 def _judge(
-    world: AsOf, split: Split, chosen: Sequence[Arm], say: Callable[[str], None]
+    world: PointInTime, split: Split, chosen: Sequence[Arm], say: Callable[[str], None]
 ) -> tuple[list[dict], dict[str, object]]:
     settings, users, items = world.settings, world.users, len(world.items)
     guards.no_leak(split.name, split.cut, users)
@@ -129,7 +129,7 @@ def _judge(
         say(f"{split.name}: {name} finds more of exchanged items than chance does: something leaks")
     facts: dict[str, object] = {
         "cut": split.cut, "users": len(users), "candidates": items, "identical_vectors": identical,
-        "above_chance": above, "apart": _apart(world, lists, relevant, beside),
+        "above_chance": above, "apart": _discordant_users(world, lists, relevant, beside),
     }  # fmt: skip
     return found, facts | ({"settled": world.chosen} if world.chosen else {})
 
@@ -143,12 +143,12 @@ def codes(lists: pd.Series, items: pd.Index) -> np.ndarray:
     return np.sort(codes[place >= 0])
 
 
-def _of(world: AsOf, representation: str) -> np.ndarray:
+def _of(world: PointInTime, representation: str) -> np.ndarray:
     searcher = world.searcher(representation)
     return np.asarray(searcher.vectors[searcher.positions(world.items.tolist())])
 
 
-def _catalogue(world: AsOf) -> pd.DataFrame:
+def _catalogue(world: PointInTime) -> pd.DataFrame:
     """category and first_seen_at of the candidates; null where the table hasn't got them."""
     there = world.tables.items
     names = ("category", "first_seen_at")
@@ -158,10 +158,10 @@ def _catalogue(world: AsOf) -> pd.DataFrame:
     return rows.set_index("item_id").reindex(world.items)
 
 
-def _apart(world: AsOf, lists: dict[str, np.ndarray], relevant: np.ndarray, beside: str | None) -> list[dict]:
+def _discordant_users(world: PointInTime, lists: dict[str, np.ndarray], relevant: np.ndarray, beside: str | None) -> list[dict]:
     """Users for whom the arm of the lists in use found something and the control nothing, and the other way round."""
     settings = world.settings
-    mine = arms.BLEND if world.in_use.cooccurrence.share else world.in_use.representation
+    mine = arms.BLEND if world.in_use.item_item.share else world.in_use.representation
     shape = world.in_use.profiles.shape
     mine = mine if mine == arms.BLEND or shape == "mean" else f"{mine}/{shape}"
     mine = mine if mine in lists else beside or ""

@@ -10,7 +10,7 @@ import numpy as np
 from vlm4rec_spark.evaluation import guards
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.evaluation.inference import ends, holm, paired_p_values, resampled
-from vlm4rec_spark.evaluation.metrics import ACCURACY, beyond, hits, per_user, together
+from vlm4rec_spark.evaluation.metrics import ACCURACY, beyond_accuracy, hits, per_user, together
 from vlm4rec_spark.evaluation.slices import LEAST_USERS, Slice
 
 SLICED = ("recall", "ndcg")
@@ -67,7 +67,7 @@ def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator
             columns |= {(arm, metric, k): each for metric, each in per_user(found, sizes, k).items()}
         if judged.vectors is not None:
             short = top[:, : settings.k]
-            told = beyond(short, judged.vectors, judged.known_by, judged.everybody)
+            told = beyond_accuracy(short, judged.vectors, judged.known_by, judged.everybody)
             columns |= {(arm, metric, settings.k): each for metric, each in told.items()}
     columns |= {(arm, SHUFFLED, settings.k): each for arm, each in shuffled(judged, settings).items()}
     if len(sizes) < LEAST_USERS:

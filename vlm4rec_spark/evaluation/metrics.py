@@ -40,7 +40,7 @@ def per_user(found: np.ndarray, sizes: np.ndarray, k: int) -> dict[str, np.ndarr
     }
 
 
-def beyond(top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: int) -> dict[str, np.ndarray]:
+def beyond_accuracy(top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: int) -> dict[str, np.ndarray]:
     """What a list is like, whatever is relevant, by user; NaN for users without enough of one.
 
     vectors: float32 (items, dimension), unit; users: how many of `everybody` know each item.

@@ -17,10 +17,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation import als, splits
-from vlm4rec_spark.evaluation.arms import FUSIONS, IMAGE, Arm, EvaluateSettings, InUse
-from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
+from vlm4rec_spark.evaluation.arms import FUSIONS, IMAGE, Arm, EvaluateSettings, ServingConfig
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import Offer
+from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
 from vlm4rec_spark.stages import index, item_item, profiles, recommend
 from vlm4rec_spark.stages.profiles import ProfileSettings
@@ -30,7 +30,7 @@ ALONE = ""
 
 
 @dataclass(frozen=True)
-class Tables:
+class EvaluationTables:
     """What an evaluation reads; embeddings hold one encoder per representation."""
 
     interactions: DataFrame
@@ -41,20 +41,20 @@ class Tables:
 
 
 @dataclass
-class AsOf:
+class PointInTime:
     """What is known at a cut. known: its events; judged: user_id, relevant; candidates: item_id, the same of `items`.
 
     Artefacts are built under `folder`, which must outlive the lists.
     """
 
     spark: SparkSession
-    tables: Tables
+    tables: EvaluationTables
     candidates: DataFrame
     items: pd.Index
-    known: DataFrame
-    judged: DataFrame
+    train: DataFrame
+    test_users: DataFrame
     settings: EvaluateSettings
-    in_use: InUse
+    in_use: ServingConfig
     folder: Path
     cut: str | None = None
     chosen: dict[str, object] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class AsOf:
         users, by user_id."""
         if "users" not in self._made:
             seen = self.histories(self.in_use.profiles).select("user_id", "seen", "last_event_at")
-            rows = self.judged.join(seen, on="user_id", how="left").withColumn("segment", F.lit(None).cast("string"))
+            rows = self.test_users.join(seen, on="user_id", how="left").withColumn("segment", F.lit(None).cast("string"))
             if self.tables.users is not None:
                 segments = self.tables.users.select("user_id", "segment")
                 rows = rows.drop("segment").join(segments, on="user_id", how="left")
@@ -90,7 +90,7 @@ class AsOf:
         """Of the judged users, as `profiles.histories` makes them."""
         key = ("histories", settings.model_dump_json(exclude={"shape", "tastes"}))
         if key not in self._made:
-            theirs = self.known.join(self.judged.select("user_id"), on="user_id", how="left_semi")
+            theirs = self.train.join(self.test_users.select("user_id"), on="user_id", how="left_semi")
             self._made[key] = profiles.histories(theirs, self.tables.items, settings).persist()
         return self._made[key]
 
@@ -101,9 +101,9 @@ class AsOf:
     def known_by(self) -> tuple[np.ndarray, int]:
         """How many users know each candidate, int64 (items,), and how many there are."""
         if "known by" not in self._made:
-            counts = self.known.groupBy("item_id").agg(F.countDistinct("user_id").alias("users"))
+            counts = self.train.groupBy("item_id").agg(F.countDistinct("user_id").alias("users"))
             found = self._of_items(counts, "users")
-            self._made["known by"] = found, self.known.select("user_id").distinct().count()
+            self._made["known by"] = found, self.train.select("user_id").distinct().count()
         return self._made["known by"]
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class AsOf:
     def _popularity(self) -> np.ndarray:
         """Events of each candidate, float32 (items,), in the last days before the cut where the settings say so."""
         if "popularity" not in self._made:
-            events = self.known
+            events = self.train
             if days := self.settings.popularity_days:
                 until = F.to_timestamp(F.lit(self.cut)) if self.cut else F.lit(self._last_event())
                 events = events.where(F.col("event_time") >= until - F.make_interval(days=F.lit(days)))
@@ -126,7 +126,7 @@ class AsOf:
         return self._made["popularity"]
 
     def _last_event(self) -> object:
-        return self.known.agg(F.max("event_time")).first()[0]  # type: ignore[index]
+        return self.train.agg(F.max("event_time")).first()[0]  # type: ignore[index]
 
     def _of_items(self, counts: DataFrame, column: str) -> np.ndarray:
         rows = self.candidates.join(counts, on="item_id", how="left").select("item_id", F.coalesce(column, F.lit(0)))
@@ -135,14 +135,14 @@ class AsOf:
 
     def _matched(self, arm: Arm, k: int) -> DataFrame:
         """user_id, items of an arm that matches profiles with items, as recommend does."""
-        share, by = arm.by.cooccurrence.share, arm.by
+        share, by = arm.by.item_item.share, arm.by
         built = self._index(ALONE if share == 1 else by.representation)
         open_searcher = self._shipped(built, Searcher.open)
         matching = recommend.Matching(by.profiles.shape, tastes_per_user=by.profiles.tastes)
         if share:
             counted = self._together(by, built)
-            opens = self._shipped(counted, Cooccurrence.open)
-            matching = replace(matching, share=share, position_decay=by.cooccurrence.position_decay, opens=opens)
+            opens = self._shipped(counted, ItemItemScores.open)
+            matching = replace(matching, share=share, position_decay=by.item_item.position_decay, opens=opens)
         vectors = profiles.with_embedding(self.histories(by.profiles), by.representation, open_searcher)
         lists = recommend.recommend(vectors, open_searcher, self._offer(built), k, None, matching, why=False)
         return lists.select("user_id", F.col("items.item_id").alias("items"))
@@ -153,7 +153,7 @@ class AsOf:
             self._made[key] = index.ship(self.spark, built, float("inf"), opens)
         return self._made[key]
 
-    def _offer(self, built: Path) -> Offer:
+    def _offer(self, built: Path) -> ListRules:
         """The items of the index that are candidates."""
         searcher = Searcher.open(built, verify=False)
         return recommend.without(searcher, list(searcher.ids[self.items.get_indexer(pd.Index(searcher.ids)) < 0]))
@@ -167,31 +167,31 @@ class AsOf:
                 fused = (fused / np.linalg.norm(fused, axis=1, keepdims=True)).astype(np.float32)
                 rows = rows.drop_columns(["embedding", "image"]).append_column("embedding", pa.array(list(fused)))
             # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
-            self._made[key] = index.build(rows, representation or "alone", "evaluate", self.folder, scann_from=2**62)
+            self._made[key] = index.build(rows, representation or "alone", "evaluate", self.folder, ann_min_items=2**62)
         return self._made[key]
 
     def _vectors(self, representation: str) -> DataFrame:
         text = F.lit("").alias("text")
         if representation == ALONE:
             vector = F.array(F.lit(1.0).cast("float")).alias("embedding")
-            return self.candidates.select("item_id", vector, F.lit("").alias("text_sha256"), text)
+            return self.candidates.select("item_id", vector, F.lit("").alias("content_sha256"), text)
         real = self.tables.embeddings.where(~F.col("fallback"))
         own = self.in_use.representation if representation in FUSIONS else representation
-        rows = real.where(F.col("representation") == own).select("item_id", "embedding", "text_sha256", text)
+        rows = real.where(F.col("representation") == own).select("item_id", "embedding", "content_sha256", text)
         if representation in FUSIONS:
             image = real.where(F.col("representation") == IMAGE)
             rows = rows.join(image.select("item_id", F.col("embedding").alias("image")), on="item_id")
         return rows
 
-    def _together(self, by: InUse, built: Path) -> Path:
+    def _together(self, by: ServingConfig, built: Path) -> Path:
         """What everybody's histories hold together, by the positions of an index."""
-        counting = (by.cooccurrence.model_dump_json(include={"distance_decay", "popularity_power", "kept"}),
+        counting = (by.item_item.model_dump_json(include={"distance_decay", "popularity_power", "kept"}),
                     by.profiles.last_n, *by.profiles.event_weights)  # fmt: skip
         key = ("together", counting, built)
         if key not in self._made:
             if ("pairs", counting) not in self._made:
-                everybody = profiles.histories(self.known, self.tables.items, by.profiles)
-                self._made["pairs", counting] = item_item.pairs(everybody, by.cooccurrence).persist()
+                everybody = profiles.histories(self.train, self.tables.items, by.profiles)
+                self._made["pairs", counting] = item_item.pairs(everybody, by.item_item).persist()
             searcher = Searcher.open(built, verify=False)
             self._made[key] = item_item.build(self._made["pairs", counting], searcher, self.folder / "together")
         return self._made[key]
@@ -200,15 +200,15 @@ class AsOf:
         """user_id, items by ALS with the setting that does best where this log is cut once more."""
         weights = dict(self.in_use.profiles.event_weights)
         before = splits.validation(
-            splits.Split("", self.cut, self.known, self.known), self.settings.test_share
+            splits.Split("", self.cut, self.train, self.train), self.settings.test_share
         )
-        hidden = splits.relevant(before.known, before.hidden, self.candidates)
+        hidden = splits.relevant(before.train, before.test, self.candidates)
         order = F.xxhash64("user_id", F.lit(self.settings.seed))
         sample = hidden.orderBy(order, "user_id").limit(_SETTLED_ON).persist()
-        seen = before.known.join(sample.select("user_id"), on="user_id", how="left_semi").groupBy("user_id").agg(
+        seen = before.train.join(sample.select("user_id"), on="user_id", how="left_semi").groupBy("user_id").agg(
             F.collect_set("item_id").alias("seen")
         )  # fmt: skip
-        events = before.known.persist()
+        events = before.train.persist()
         tried = {}
         for setting in als.GRID:
             factors = als.fit(events, weights, self.items, setting, self.settings.seed)
@@ -220,7 +220,7 @@ class AsOf:
         sample.unpersist()
         best = max(als.GRID, key=lambda setting: tried[setting])
         self.chosen["als"] = dict(zip(("rank", "regularisation", "alpha"), best, strict=True))
-        factors = als.fit(self.known, weights, self.items, best, self.settings.seed)
+        factors = als.fit(self.train, weights, self.items, best, self.settings.seed)
         return factored_lists(self.histories(self.in_use.profiles), self.items, factors, k)
 
     def _placed(self, rows: DataFrame, k: int) -> np.ndarray:

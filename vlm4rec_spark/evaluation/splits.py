@@ -17,8 +17,8 @@ class Split:
 
     name: str
     cut: str | None
-    known: DataFrame
-    hidden: DataFrame
+    train: DataFrame
+    test: DataFrame
 
 
 def of(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
@@ -51,9 +51,9 @@ def replay(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
 def validation(split: Split, test_share: float) -> Split:
     """The same kind of split once more, of what is known: what settings may be chosen by."""
     if split.cut is None:
-        return Split(f"{split.name}, validation", None, *leave_one_out(split.known))
-    cut = last_share(split.known, test_share)
-    return Split(f"{split.name}, validation", cut, *time_split(split.known, cut))
+        return Split(f"{split.name}, validation", None, *leave_one_out(split.train))
+    cut = last_share(split.train, test_share)
+    return Split(f"{split.name}, validation", cut, *time_split(split.train, cut))
 
 
 def time_split(interactions: DataFrame, cut: str) -> tuple[DataFrame, DataFrame]:

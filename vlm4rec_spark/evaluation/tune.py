@@ -16,11 +16,17 @@ from pyspark.sql import SparkSession
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation import splits
-from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, InUse, changed
-from vlm4rec_spark.evaluation.evaluate import Tables, candidates, codes, opened, people
+from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig, changed
+from vlm4rec_spark.evaluation.evaluate import (
+    EvaluationTables,
+    candidates,
+    codes,
+    open_point_in_time,
+    without_bots,
+)
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
 from vlm4rec_spark.evaluation.metrics import hits, per_user
-from vlm4rec_spark.evaluation.point_in_time import AsOf
+from vlm4rec_spark.evaluation.point_in_time import PointInTime
 from vlm4rec_spark.models.ranking.user_queries import Shape
 
 Metric = Literal["ndcg", "recall"]
@@ -39,7 +45,7 @@ class Trial:
     """Settings, as overrides by section, and what their lists reached on the validation users at k."""
 
     what: str
-    in_use: InUse
+    in_use: ServingConfig
     recall: float
     ndcg: float
     low: float
@@ -49,7 +55,7 @@ class Trial:
 
     @property
     def blended(self) -> bool:
-        return self.in_use.cooccurrence.share > 0
+        return self.in_use.item_item.share > 0
 
 
 @dataclass
@@ -78,17 +84,17 @@ class Tuned:
 
 
 def tune(
-    spark: SparkSession, tables: Tables, settings: EvaluateSettings, in_use: InUse, representations: Sequence[str],
+    spark: SparkSession, tables: EvaluationTables, settings: EvaluateSettings, in_use: ServingConfig, representations: Sequence[str],
     metric: Metric, say: Callable[[str], None],
 ) -> Tuned:  # fmt: skip
     """Try settings on the validation cut of the first split that `settings` names.
 
     Raises RunError where nobody can be judged there.
     """
-    log = people(tables.interactions, in_use)
+    log = without_bots(tables.interactions, in_use)
     complete = candidates(tables, set(representations)).persist()
     split = splits.validation(next(splits.of(log, settings)), settings.test_share)
-    with opened(spark, tables, complete, split, settings, in_use) as world:
+    with open_point_in_time(spark, tables, complete, split, settings, in_use) as world:
         if world is None:
             raise RunError(f"tune: nobody can be judged on the split {split.name}: no user has a new item after "
                            f"{split.cut or 'the first event'}, or no item a vector in each of "
@@ -100,7 +106,7 @@ def tune(
 
 
 def _search(
-    world: AsOf, tried: Tuned, in_use: InUse, representations: Sequence[str], say: Callable[[str], None]
+    world: PointInTime, tried: Tuned, in_use: ServingConfig, representations: Sequence[str], say: Callable[[str], None]
 ) -> None:
     relevant = codes(world.users["relevant"], world.items)
     sizes = np.bincount(relevant // len(world.items), minlength=len(world.users))
@@ -123,12 +129,12 @@ def _search(
             "left")  # fmt: skip
 
 
-def _trials(tried: Tuned, in_use: InUse, representations: Sequence[str]) -> Iterator[tuple[int, str, InUse]]:
+def _trials(tried: Tuned, in_use: ServingConfig, representations: Sequence[str]) -> Iterator[tuple[int, str, ServingConfig]]:
     """How many more there are about, what is tried, and the settings; each by what the trials so far have found."""
     later = sum(map(len, (_DECAYS, _HALF_LIVES, _LAST, _SHARES, _SPOKEN, _POWERS, _APART))) + 2
 
     def each(what: str, options: Sequence[Any], section: str, left: int, content: bool = True) -> Iterator[
-        tuple[int, str, InUse]
+        tuple[int, str, ServingConfig]
     ]:  # fmt: skip
         base = tried.best_content if content else tried.best
         for place, option in enumerate(options):
@@ -137,7 +143,7 @@ def _trials(tried: Tuned, in_use: InUse, representations: Sequence[str]) -> Iter
             yield left + len(options) - place, said, changed(base.in_use, None, mine, together)
 
     shapes = get_args(Shape)
-    plain = changed(in_use, cooccurrence={"share": 0.0})
+    plain = changed(in_use, item_item={"share": 0.0})
     for place, (name, shape) in enumerate((name, shape) for name in representations for shape in shapes):
         left = later + len(representations) * len(shapes) - place
         yield left, f"{name}, {shape}", changed(plain, name, {"shape": shape})
@@ -160,14 +166,14 @@ def _trials(tried: Tuned, in_use: InUse, representations: Sequence[str]) -> Iter
     yield from each("position_decay", _SPOKEN, "cooccurrence", left := left - len(_SPOKEN), content=False)
     yield from each("popularity_power", _POWERS, "cooccurrence", left := left - len(_POWERS), content=False)
     yield from each("distance_decay", _APART, "cooccurrence", 2, content=False)
-    share = tried.best.in_use.cooccurrence.share
+    share = tried.best.in_use.item_item.share
     near = [round(share + step, 2) for step in (-0.1, -0.05, 0.05, 0.1)]
     yield from each("share", [each for each in near if 0 < each < 1], "cooccurrence", 0, content=False)
 
 
-def overrides(settings: InUse) -> dict[str, Any]:
+def overrides(settings: ServingConfig) -> dict[str, Any]:
     """The settings as a configuration says them."""
     profiles = settings.profiles.model_dump(mode="json", include={
         "shape", "position_decay", "half_life_days", "last_n", "event_weights", "tastes"})  # fmt: skip
-    together = settings.cooccurrence.model_dump(mode="json", exclude={"kept"})
+    together = settings.item_item.model_dump(mode="json", exclude={"kept"})
     return {"representation": settings.representation, "profiles": profiles, "cooccurrence": together}

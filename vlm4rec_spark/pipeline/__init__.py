@@ -18,18 +18,18 @@ from pyspark.sql import Row
 from pyspark.sql import functions as F
 
 from vlm4rec_spark import __version__
-from vlm4rec_spark.caption.estimate import Plan
+from vlm4rec_spark.caption.estimate import CaptionPlan
 from vlm4rec_spark.evaluation.tune import Metric, Tuned
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.pipeline import caption, embed, evaluate, index, ingest, maintain, recommend
-from vlm4rec_spark.pipeline.context import Outcome, Run, Voice
+from vlm4rec_spark.pipeline.context import Reporter, RunContext, StageResult
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.storage import schemas
 from vlm4rec_spark.storage.lease import Lease
 from vlm4rec_spark.storage.schemas import Table
 
-__all__ = ["STAGES", "Outcome", "Pipeline", "Voice"]
+__all__ = ["STAGES", "Pipeline", "Reporter", "StageResult"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Stage:
     tables that it reads and writes, and of `beside`: settings, files and models, as JSON; None when it can't be known.
     """
 
-    work: Callable[[Run, Outcome], None]
+    work: Callable[[RunContext, StageResult], None]
     reads: tuple[Table, ...]
     writes: tuple[Table, ...]
-    beside: Callable[[Run], object]
+    inputs_fingerprint: Callable[[RunContext], object]
 
 
 _TEXTS = (schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS)
@@ -52,45 +52,45 @@ _STAGES = {
         ingest.ingest, (),
         (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.USERS, schemas.IDENTITIES, schemas.REJECTED,
          schemas.FILES),
-        ingest.beside,
+        ingest.ingest_fingerprint,
     ),
     "caption": Stage(
-        caption.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), caption.beside_captions
+        caption.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), caption.caption_fingerprint
     ),
-    "embed": Stage(embed.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), embed.beside_embeddings),
+    "embed": Stage(embed.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), embed.embed_fingerprint),
     # Profiles take their vectors from the index artefact, so the index comes first.
-    "index": Stage(index.index, (*_TEXTS, schemas.EMBEDDINGS), (), index.beside_index),
+    "index": Stage(index.index, (*_TEXTS, schemas.EMBEDDINGS), (), index.index_fingerprint),
     "profiles": Stage(
         index.profiles, (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS), (schemas.PROFILES,),
-        index.beside_profiles,
+        index.profiles_fingerprint,
     ),
     "recommend": Stage(
         recommend.recommend,
         (schemas.PROFILES, schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
-        (schemas.RECOMMENDATIONS,), recommend.beside_lists,
+        (schemas.RECOMMENDATIONS,), recommend.recommend_fingerprint,
+    ),
+    "publish": Stage(
+        evaluate.publish, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
+        lambda run: "",
     ),
     "evaluate": Stage(
         evaluate.evaluate,
         (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS, schemas.EMBEDDINGS, *_TEXTS, schemas.PHOTOS),
-        (schemas.METRICS,), evaluate.beside_metrics,
-    ),
-    "export": Stage(
-        evaluate.export, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
-        lambda run: "",
+        (schemas.METRICS,), evaluate.evaluate_fingerprint,
     ),
     "report": Stage(
         evaluate.report, tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS), (),
-        evaluate.beside_report,
+        evaluate.report_fingerprint,
     ),
 }  # fmt: skip
 STAGES = tuple(_STAGES)
 """In the order of `run`."""
 
 
-class Pipeline(Run):
+class Pipeline(RunContext):
     """Runs stages, each checked before and recorded after, one driver at a time."""
 
-    def run(self, stages: Sequence[str], done: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+    def run(self, stages: Sequence[str], done: Callable[[StageResult], None] = lambda outcome: None) -> list[StageResult]:
         """Check what can be checked before any work, then run the stages in order, each recorded as it ends.
 
         `done` hears of each. Raises Busy when another run is at work on these tables.
@@ -102,7 +102,7 @@ class Pipeline(Run):
             last = self.last_good()
             for stage in stages:
                 work = partial(self._work, _STAGES[stage], last.get(stage))
-                outcomes.append(self._recorded(Outcome(stage), lease, work))
+                outcomes.append(self._recorded(StageResult(stage), lease, work))
                 done(outcomes[-1])
         return outcomes
 
@@ -123,20 +123,20 @@ class Pipeline(Run):
     @contextmanager
     def lease(self) -> Iterator[Lease]:
         """Hold the tables, made ready: no other run works on them, and what a killed one left is gone."""
-        with Lease(self.tables, self.run_id, self.config.lease_seconds, self.voice.say) as lease:
+        with Lease(self.tables, self.run_id, self.config.lease_seconds, self.reporter.info) as lease:
             self.tables.clear_staging()
             self.tables.forget()  # another run may have ended while this one waited
             yield lease
 
-    def import_captions(self, source: Source) -> Outcome:
+    def import_captions(self, source: Source) -> StageResult:
         """Take descriptions from elsewhere: rows of item_id and text stand in for the caption stage."""
         self.begin()
         raw = reader.read(self.spark, "import-captions", source)
         self.tables.prepare()
         with self.lease() as lease:
-            return self._recorded(Outcome("import_captions"), lease, partial(ingest.import_captions, raw, self))
+            return self._recorded(StageResult("import_captions"), lease, partial(ingest.import_captions, raw, self))
 
-    def plan(self) -> Plan:
+    def plan(self) -> CaptionPlan:
         """What the caption stage would do now, and what that costs. Changes nothing and holds nobody up."""
         self.begin()
         self.check(["caption"])
@@ -148,23 +148,23 @@ class Pipeline(Run):
         self.check(["evaluate"])
         return evaluate.tune(self, representations, metric)
 
-    def maintain(self) -> Outcome:
+    def maintain(self) -> StageResult:
         """Join small files, delete old ones, and clear what killed runs left. Changes no row."""
         self.begin()
         maintain.check(self)
         with self.lease() as lease:
-            return self._recorded(Outcome("maintain"), lease, partial(maintain.maintain, self))
+            return self._recorded(StageResult("maintain"), lease, partial(maintain.maintain, self))
 
-    def _work(self, stage: Stage, last: Row | None, outcome: Outcome) -> None:
+    def _work(self, stage: Stage, last: Row | None, outcome: StageResult) -> None:
         read = self.tables.versions([table for table in stage.reads if table not in stage.writes])
         outcome.versions = read | self.tables.versions(stage.writes)
-        outcome.state = _state(outcome.stage, outcome.versions, stage.beside(self))
+        outcome.state = _state(outcome.stage, outcome.versions, stage.inputs_fingerprint(self))
         if last and outcome.state and last["state"] == outcome.state:
             outcome.status, outcome.details = "unchanged", {"unchanged_since": last["run_id"]}
             return
         stage.work(self, outcome)
         # What it depends on besides may be made by the stage itself: the index folder, the report's page.
-        beside = stage.beside(self) if outcome.complete else None
+        beside = stage.inputs_fingerprint(self) if outcome.complete else None
         outcome.state = _state(outcome.stage, read | self.tables.versions(stage.writes), beside)
 
     def _unchanged(self, name: str) -> bool:
@@ -172,7 +172,7 @@ class Pipeline(Run):
         if last is None:
             return False
         versions = self.tables.versions({*stage.reads, *stage.writes})
-        return last["state"] is not None and last["state"] == _state(name, versions, stage.beside(self))
+        return last["state"] is not None and last["state"] == _state(name, versions, stage.inputs_fingerprint(self))
 
     def last_good(self) -> dict[str, Row]:
         """By stage, run_id and state of the last run that had something to do and ended well."""
@@ -180,10 +180,10 @@ class Pipeline(Run):
         last = F.max_by(F.struct("run_id", "state"), F.struct("started_at", "run_id")).alias("last")
         return {row["stage"]: row["last"] for row in good.agg(last).collect()}
 
-    def _recorded(self, outcome: Outcome, lease: Lease, work: Callable[[Outcome], None]) -> Outcome:
+    def _recorded(self, outcome: StageResult, lease: Lease, work: Callable[[StageResult], None]) -> StageResult:
         """Do the work of a stage, or something like one, and record it."""
         started, clock = datetime.now(UTC), time.monotonic()
-        self.voice.enter(self.run_id, outcome.stage)
+        self.reporter.stage(self.run_id, outcome.stage)
         try:
             lease.check()
             work(outcome)
@@ -196,7 +196,7 @@ class Pipeline(Run):
                 self._record(outcome, started)
         return outcome
 
-    def _record(self, outcome: Outcome, started: datetime) -> None:
+    def _record(self, outcome: StageResult, started: datetime) -> None:
         # The section `spark` stays out: its conf may hold a secret.
         config = self.config.model_dump_json(exclude={"spark"})
         row = (

@@ -18,11 +18,11 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption import plan as planning
 from vlm4rec_spark.caption import worker
-from vlm4rec_spark.caption.estimate import Plan, Rates, plan
-from vlm4rec_spark.caption.progress_channel import Line
+from vlm4rec_spark.caption.estimate import CaptionPlan, Rates, estimate
+from vlm4rec_spark.caption.progress_channel import ProgressServer
 from vlm4rec_spark.errors import Resumable, RunError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
-from vlm4rec_spark.pipeline.context import Outcome, Run, one
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.ingest import caption_rows
 from vlm4rec_spark.spark import gpus
 from vlm4rec_spark.storage import schemas
@@ -36,11 +36,11 @@ _AT_ONCE = 2
 class _Task:
     """What there is to do. `judged` and `queue` are persisted, without any photo's bytes."""
 
-    wish: planning.Wish
+    wish: planning.CaptionSpec
     judged: DataFrame
     queue: DataFrame
     imported: DataFrame
-    plan: Plan
+    plan: CaptionPlan
 
 
 @dataclass
@@ -63,18 +63,18 @@ class _Totals:
         return self.failures.total()
 
 
-def plan_captions(run: Run) -> Plan:
+def plan_captions(run: RunContext) -> CaptionPlan:
     """What the caption stage would do now. Reads no photo's bytes and changes nothing."""
     with _task(run) as task:
         return task.plan
 
 
-def caption(run: Run, outcome: Outcome) -> None:
+def caption(run: RunContext, outcome: StageResult) -> None:
     with _task(run) as task:
         _caption(run, outcome, task)
 
 
-def beside_captions(run: Run) -> object:
+def caption_fingerprint(run: RunContext) -> object:
     """None where failed captions are to be tried again: then there is something to do whatever the last run found."""
     if run.retry is not None:
         return None
@@ -84,7 +84,7 @@ def beside_captions(run: Run) -> object:
     return [settings.model_dump(mode="json"), prompt.text, settings.model.model_id(), catalogue]
 
 
-def _caption(run: Run, outcome: Outcome, task: _Task) -> None:
+def _caption(run: RunContext, outcome: StageResult, task: _Task) -> None:
     settings, todo, wish = run.config.caption, task.plan, task.wish
     outcome.details = {
         "model": wish.model_id, "prompt_id": wish.prompt.prompt_id, "photos_wanted": str(todo.wanted),
@@ -94,7 +94,7 @@ def _caption(run: Run, outcome: Outcome, task: _Task) -> None:
     totals, stopped = _Totals(), ""
     if todo.now:
         why = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in todo.reasons.items())
-        run.voice.say(f"captioning {todo.now:,} of {todo.to_caption:,} photos ({why}) with {wish.model_id}")
+        run.reporter.info(f"captioning {todo.now:,} of {todo.to_caption:,} photos ({why}) with {wish.model_id}")
         began = time.monotonic()
         try:
             stopped = _in_chunks(run, task, totals)
@@ -117,21 +117,21 @@ def _caption(run: Run, outcome: Outcome, task: _Task) -> None:
         raise Resumable(f"caption: stopped by {stopped}. {totals.tried:,} photos are done and committed, {left:,} are "
                         "left; run the same command again to go on.")  # fmt: skip
     if left:
-        run.voice.say(f"{left:,} photos are left for the next run")
+        run.reporter.info(f"{left:,} photos are left for the next run")
 
 
 @contextmanager
-def _task(run: Run) -> Iterator[_Task]:
+def _task(run: RunContext) -> Iterator[_Task]:
     settings = run.config.caption
     prompt = load_prompt(settings.prompt, settings.language)
-    wish = planning.Wish(prompt, settings.model.model_id(), settings, run.retry)
+    wish = planning.CaptionSpec(prompt, settings.model.model_id(), settings, run.retry)
     # Frozen, or each commit of a chunk would make the queue anew, without what is done, and with other ranks.
     photos, captions = run.read(schemas.PHOTOS), run.tables.frozen(schemas.CAPTIONS)
     links = run.tables.frozen(schemas.ITEM_CAPTIONS)
     imported = planning.imported_captions(links, captions)
     items = run.read(schemas.ITEMS) if wish.prompt.fields else None
     wanted = planning.wanted_captions(photos, imported, items, wish)
-    judged = planning.judged(wanted, captions, planning.in_force(links, captions), wish).persist()
+    judged = planning.with_reason(wanted, captions, planning.current_captions(links, captions), wish).persist()
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
     rates = _rates(run, wish)
     # Only where not all is done at once does the order matter, and counting the log takes a while.
@@ -141,7 +141,7 @@ def _task(run: Run) -> Iterator[_Task]:
     log = run.tables.read(schemas.INTERACTIONS) if several or budget else None
     queue = planning.queue(judged, log).persist()
     contents = {row["reason"]: row["count"] for row in queue.groupBy("reason").count().collect()}
-    todo = plan(by_reason, contents, rates, settings.budget, settings.prices)
+    todo = estimate(by_reason, contents, rates, settings.budget, settings.prices)
     ordered = planning.in_order(queue, todo.now, max(1, chunk // _AT_ONCE)).persist()
     try:
         yield _Task(wish, judged, ordered, imported, todo)
@@ -150,7 +150,7 @@ def _task(run: Run) -> Iterator[_Task]:
             frame.unpersist()
 
 
-def _rates(run: Run, wish: planning.Wish) -> Rates:
+def _rates(run: RunContext, wish: planning.CaptionSpec) -> Rates:
     """Speed of the last run with this model that had something to do, tokens of its captions; or what is assumed."""
     assumed = wish.settings.assumed
     mine = run.tables.read(schemas.CAPTIONS).where((F.col("model") == wish.model_id) & (F.col("status") == "ok"))
@@ -158,13 +158,13 @@ def _rates(run: Run, wish: planning.Wish) -> Rates:
     asked, said = (
         F.coalesce(F.avg(F.when(this_prompt, F.col(name))), F.avg(name)) for name in ("input_tokens", "output_tokens")
     )
-    tokens = one(mine.agg(asked, said))
+    tokens = first_row(mine.agg(asked, said))
     worked = F.col("rows_ok") + F.col("rows_failed")
     runs = run.tables.read(schemas.RUNS).where(
         (F.col("stage") == "caption") & (F.col("details")["model"] == wish.model_id)
         & (F.col("device_seconds") > 0) & (worked > 0)
     )  # fmt: skip
-    speed = one(runs.agg(F.max_by(worked / F.col("device_seconds"), "started_at")))[0]
+    speed = first_row(runs.agg(F.max_by(worked / F.col("device_seconds"), "started_at")))[0]
     return Rates(
         photos_per_second=speed or assumed.photos_per_second,
         input_tokens=assumed.input_tokens if tokens[0] is None else tokens[0],
@@ -174,7 +174,7 @@ def _rates(run: Run, wish: planning.Wish) -> Rates:
     )
 
 
-def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
+def _in_chunks(run: RunContext, task: _Task, totals: _Totals) -> str:
     """Caption what the plan says, chunk by chunk, and say what has stopped it before the end: nothing, or a signal.
 
     A part is committed while the next one is made. Their tasks come in this order, so that no task waits for the
@@ -184,7 +184,7 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
     rate = _speed(run, task.plan.rates)
     making: deque[Future[tuple[DataFrame, str]]] = deque()
     with _line(run) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
-        with run.voice.watch("captioning photos", todo, lambda: _how_far(line, began)):
+        with run.reporter.progress("captioning photos", todo, lambda: _how_far(line, began)):
             try:
                 while making or (given < todo and not line.stop):
                     while given < todo and len(making) < _AT_ONCE and not line.stop:
@@ -207,18 +207,18 @@ def _in_chunks(run: Run, task: _Task, totals: _Totals) -> str:
         return next(iter(signals), "")
 
 
-def _speed(run: Run, rates: Rates) -> float:
+def _speed(run: RunContext, rates: Rates) -> float:
     """Photos per second of all devices, before any is done."""
     return rates.photos_per_second * gpus.slots(run.spark)
 
 
-def _chunk(run: Run, rate: float) -> int:
+def _chunk(run: RunContext, rate: float) -> int:
     """How many photos make a chunk, at so many photos per second."""
     settings = run.config.caption
     return max(_AT_ONCE, min(settings.chunk_photos, int(rate * 60 * settings.chunk_minutes)))
 
 
-def _make(run: Run, task: _Task, line: Line, ranks: range, place: int) -> tuple[DataFrame, str]:
+def _make(run: RunContext, task: _Task, line: ProgressServer, ranks: range, place: int) -> tuple[DataFrame, str]:
     """The rows of a part of the queue, written aside, and where."""
     settings = run.config.caption
     part = task.queue.where((F.col("rank") >= ranks.start) & (F.col("rank") < ranks.stop))
@@ -232,14 +232,14 @@ def _make(run: Run, task: _Task, line: Line, ranks: range, place: int) -> tuple[
     return run.tables.staged(schemas.CAPTIONS, made, aside), aside
 
 
-def _await(future: Future[tuple[DataFrame, str]], line: Line, share: float) -> None:
+def _await(future: Future[tuple[DataFrame, str]], line: ProgressServer, share: float) -> None:
     while not wait([future], timeout=1).done:
         said = line.counts
         if _too_many(said["failed"], said["photos"], share):
             line.stop = True
 
 
-def _commit(run: Run, task: _Task, made: tuple[DataFrame, str], totals: _Totals) -> None:
+def _commit(run: RunContext, task: _Task, made: tuple[DataFrame, str], totals: _Totals) -> None:
     rows, part = made
     sums = [F.sum(name).alias(name) for name in ("input_tokens", "output_tokens", "seconds", "waited")]
     found = rows.groupBy("status", "error_class").agg(F.count(F.lit(1)).alias("rows"), *sums).collect()
@@ -262,7 +262,7 @@ def _too_many(failed: float, tried: float, share: float) -> bool:
     return failed - 3 * math.sqrt(failed) > share * tried
 
 
-def _how_far(line: Line, began: float) -> tuple[float, str]:
+def _how_far(line: ProgressServer, began: float) -> tuple[float, str]:
     """Photos done, and what there is to say beside their rate."""
     said = line.counts
     worked = said["seconds"] + said["waited"]
@@ -272,7 +272,7 @@ def _how_far(line: Line, began: float) -> tuple[float, str]:
     return said["photos"], ", ".join(filter(None, parts))
 
 
-def _figures(totals: _Totals, seconds: float, run: Run) -> dict[str, str]:
+def _figures(totals: _Totals, seconds: float, run: RunContext) -> dict[str, str]:
     prices = run.config.caption.prices
     worked = totals.seconds + totals.waited
     cost = prices.cost(totals.seconds, totals.input_tokens, totals.output_tokens)
@@ -292,7 +292,7 @@ def _any_again(task: _Task, captions: DataFrame) -> bool:
     return not task.judged.join(failed, on="caption_key", how="left_semi").isEmpty()
 
 
-def _complaint(run: Run, task: _Task, totals: _Totals, left: int) -> str:
+def _complaint(run: RunContext, task: _Task, totals: _Totals, left: int) -> str:
     share = run.config.caption.max_failed_share
     named = ", ".join(f"{name} {count:,}" for name, count in totals.failures.most_common())
     worst = min(totals.failures, key=lambda name: (-totals.failures[name], name))
@@ -308,13 +308,13 @@ def _complaint(run: Run, task: _Task, totals: _Totals, left: int) -> str:
 
 
 @contextmanager
-def _line(run: Run) -> Iterator[Line]:
+def _line(run: RunContext) -> Iterator[ProgressServer]:
     conf = run.spark.conf
     host = conf.get("spark.driver.host", None) or "127.0.0.1"
     try:
-        line = Line(host, conf.get("spark.driver.bindAddress", None) or "")
+        line = ProgressServer(host, conf.get("spark.driver.bindAddress", None) or "")
     except OSError:  # a name that isn't this machine's own, behind some proxy
-        line = Line("127.0.0.1")
+        line = ProgressServer("127.0.0.1")
     try:
         yield line
     finally:
@@ -322,7 +322,7 @@ def _line(run: Run) -> Iterator[Line]:
 
 
 @contextmanager
-def _until_told(line: Line) -> Iterator[list[str]]:
+def _until_told(line: ProgressServer) -> Iterator[list[str]]:
     """While this lasts, SIGTERM ends the captioning after the batches at work; it is named in the list then."""
     heard: list[str] = []
 

@@ -18,7 +18,7 @@ from vlm4rec_spark.evaluation import caption_metrics as figures
 from vlm4rec_spark.evaluation.caption_metrics import Figure
 from vlm4rec_spark.pipeline import caption_audit_questions
 from vlm4rec_spark.pipeline.caption_audit_questions import Asked
-from vlm4rec_spark.pipeline.context import Outcome, Run
+from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.storage import schemas
 
@@ -51,7 +51,7 @@ class _Sample:
         return [(self.earlier[row["image_sha256"]], row) for row in self.rows if row["image_sha256"] in self.earlier]
 
 
-def audit(run: Run, outcome: Outcome) -> list[dict]:
+def audit(run: RunContext, outcome: StageResult) -> list[dict]:
     """Rows of `metrics` without run_id; `outcome.details` gets examples and texts. Nothing without any caption."""
     samples = _samples(run)
     if not samples:
@@ -63,7 +63,7 @@ def audit(run: Run, outcome: Outcome) -> list[dict]:
     rows, told, examples = [], [], []
     for sample in samples:
         found, few = _judge(sample, vectors, run.config.evaluate.seed)
-        run.voice.say(_words(sample, found))
+        run.reporter.info(_words(sample, found))
         rows += [figure.row(sample.arm) for figure in found]
         told.append(_told(sample))
         examples += few
@@ -73,11 +73,11 @@ def audit(run: Run, outcome: Outcome) -> list[dict]:
     return rows
 
 
-def beside(run: Run) -> object:
-    return [run.config.embed.model_dump(mode="json"), caption_audit_questions.beside(run)]
+def caption_audit_fingerprint(run: RunContext) -> object:
+    return [run.config.embed.model_dump(mode="json"), caption_audit_questions.questions_fingerprint(run)]
 
 
-def _samples(run: Run) -> list[_Sample]:
+def _samples(run: RunContext) -> list[_Sample]:
     """Of each captioner as many captions as are to be looked at: the same photos whoever has described them."""
     settings = run.config.evaluate
     if not settings.audit_photos:
@@ -104,7 +104,7 @@ def _samples(run: Run) -> list[_Sample]:
     return samples
 
 
-def _add_earlier(run: Run, samples: Sequence[_Sample]) -> None:
+def _add_earlier(run: RunContext, samples: Sequence[_Sample]) -> None:
     """What the sampled photos were called before: by another model, prompt or setting, and in force nowhere."""
     captions = run.tables.read(schemas.CAPTIONS).where(F.col("status") == "ok")
     old = captions.join(run.tables.read(schemas.ITEM_CAPTIONS), on="caption_key", how="left_anti")
@@ -116,7 +116,7 @@ def _add_earlier(run: Run, samples: Sequence[_Sample]) -> None:
         sample.earlier = {row["image_sha256"]: row for row in mine.where(F.col("nth") == 1).collect()}
 
 
-def _ask(run: Run, outcome: Outcome, samples: Sequence[_Sample]) -> dict[str, str]:
+def _ask(run: RunContext, outcome: StageResult, samples: Sequence[_Sample]) -> dict[str, str]:
     """Ask the captioner again about its sample. What keeps it from answering is said, and costs nothing but figures."""
     if not run.config.evaluate.audit_again:
         return {}
@@ -128,7 +128,7 @@ def _ask(run: Run, outcome: Outcome, samples: Sequence[_Sample]) -> dict[str, st
                 outcome.device_seconds = sample.asked.seconds if sample.asked else None
     except Exception as trouble:  # a model fails in ways of its own, and the lists can be judged without it
         said = first_words(trouble)[:_LONGEST]
-        run.voice.say(f"the captioner couldn't be asked again: {said}")
+        run.reporter.info(f"the captioner couldn't be asked again: {said}")
         outcome.complete = False  # the next run tries it once more
         return {"trouble": said}
     return {}
@@ -143,19 +143,19 @@ def _texts(sample: _Sample) -> Iterable[str]:
         yield from filter(None, [*sample.asked.said.values(), sample.asked.of_nothing])
 
 
-def _vectors(run: Run, texts: Iterable[str]) -> dict[str, np.ndarray]:
+def _vectors(run: RunContext, texts: Iterable[str]) -> dict[str, np.ndarray]:
     """Unit vectors by text, as items get theirs; none for a text that is empty once cleaned."""
     known = dict(enumerate(sorted(texts)))
     rows = [(str(number), "audit", text, "", False) for number, text in known.items()]
     frame = run.spark.createDataFrame(
-        rows, "item_id STRING, representation STRING, text STRING, text_sha256 STRING, fallback BOOLEAN"
+        rows, "item_id STRING, representation STRING, text STRING, content_sha256 STRING, fallback BOOLEAN"
     )
     made = embed.embed(_in_tasks(run, frame, len(rows)), run.encoder_id(), run.config.embed)
     found = made.select("item_id", "embedding").collect()
     return {known[int(row["item_id"])]: np.asarray(row["embedding"], np.float32) for row in found}
 
 
-def _in_tasks(run: Run, rows: DataFrame, count: int) -> DataFrame:
+def _in_tasks(run: RunContext, rows: DataFrame, count: int) -> DataFrame:
     # A task loads the encoder, which takes longer than a few hundred texts.
     return rows.coalesce(max(1, min(run.spark.sparkContext.defaultParallelism, count // 500)))
 

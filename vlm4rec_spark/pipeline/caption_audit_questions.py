@@ -15,11 +15,11 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption import plan as planning
 from vlm4rec_spark.caption import worker
-from vlm4rec_spark.caption.recaption import retaken
+from vlm4rec_spark.caption.recaption import recaption
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos import perturbations
-from vlm4rec_spark.pipeline.context import Run
+from vlm4rec_spark.pipeline.context import RunContext
 from vlm4rec_spark.spark import gpus
 from vlm4rec_spark.storage import schemas
 
@@ -43,14 +43,14 @@ class Asked:
     cost: float = 0.0
 
 
-def ask(run: Run, sampled: Sequence[Row]) -> Asked | None:
+def ask(run: RunContext, sampled: Sequence[Row]) -> Asked | None:
     """Ask about the first `evaluate.audit_again` of those that have the very caption that would be made of them now.
 
     None where there is no such caption. Raises what the model raises where it can't be asked at all.
     """
     settings, http = run.config.caption, run.config.ingest.photos.http
     prompt = load_prompt(settings.prompt, settings.language)
-    wish = planning.Wish(prompt, settings.model.model_id(), settings)
+    wish = planning.CaptionSpec(prompt, settings.model.model_id(), settings)
     among = F.col("item_id").isin([row["item_id"] for row in sampled])
     photos = run.tables.read(schemas.PHOTOS).where(among)
     items = run.read(schemas.ITEMS).where(among) if prompt.fields else None
@@ -66,21 +66,21 @@ def ask(run: Run, sampled: Sequence[Row]) -> Asked | None:
     images = photos.select("item_id", "position", "uri", "image")
     there = run.spark.createDataFrame(rows, _ROW).join(images, on=["item_id", "position"], how="inner")
     columns = ["caption_key", "image_sha256", "uri", "image", "attempts", "prompt", "rank"]
-    again = retaken(there.select(*columns), settings.model.max_side, http)
-    blank, about = perturbations.nothing(), prompt.about({}) if prompt.fields else None
+    again = recaption(there.select(*columns), settings.model.max_side, http)
+    blank, about = perturbations.blank_photo(), prompt.about({}) if prompt.fields else None
     one = (_NOTHING, hashlib.sha256(blank).hexdigest(), None, blank, 0, about, len(chosen))
     tasks = max(1, min(gpus.slots(run.spark), -(-len(chosen) // settings.batch_size)))
     made = worker.caption_photos(
         again.unionByName(run.spark.createDataFrame([one], again.schema)),
         worker.Job(settings, prompt, http, None), tasks, gpus.profile(run.spark),
     )  # fmt: skip
-    run.voice.say(f"asking {wish.model_id} again about {len(chosen):,} photos, slightly changed, and one of nothing")
-    with run.voice.watch("asking the captioner again", len(chosen)):
+    run.reporter.info(f"asking {wish.model_id} again about {len(chosen):,} photos, slightly changed, and one of nothing")
+    with run.reporter.progress("asking the captioner again", len(chosen)):
         answers = {row["caption_key"]: row for row in made.collect()}
     return _asked([row["caption_key"] for row in chosen], answers, run)
 
 
-def _asked(keys: Sequence[str], answers: dict[str, Row], run: Run) -> Asked:
+def _asked(keys: Sequence[str], answers: dict[str, Row], run: RunContext) -> Asked:
     failed = [answers[key]["error_class"] if key in answers else "not_tried" for key in keys
               if key not in answers or answers[key]["caption"] is None]  # fmt: skip
     nothing = answers.get(_NOTHING)
@@ -97,7 +97,7 @@ def _asked(keys: Sequence[str], answers: dict[str, Row], run: Run) -> Asked:
     )
 
 
-def beside(run: Run) -> object:
+def questions_fingerprint(run: RunContext) -> object:
     """What the answers depend on besides the tables; None where nobody is asked."""
     settings = run.config.caption
     if not run.config.evaluate.audit_again:

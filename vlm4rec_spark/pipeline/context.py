@@ -22,7 +22,7 @@ from vlm4rec_spark.storage.tables import Tables
 
 
 @dataclass
-class Outcome:
+class StageResult:
     """What a stage did, as `runs` keeps it; rows in = ok + failed + skipped.
 
     `status` is empty until the stage has ended well, `state` stands for all that its result depends on.
@@ -47,22 +47,22 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Voice:
+class Reporter:
     """How a run speaks: `enter(run_id, stage)`; `say` a line; `watch(label, rows)` a Spark job that takes long.
 
     A third argument to `watch` gives the rows done and what else there is to say; else finished tasks are counted.
     """
 
-    enter: Callable[[str, str], None]
-    say: Callable[[str], None]
-    watch: Callable[..., AbstractContextManager[None]]
+    stage: Callable[[str, str], None]
+    info: Callable[[str], None]
+    progress: Callable[..., AbstractContextManager[None]]
 
 
-class Run:
+class RunContext:
     """Runs of one configuration on one Spark session, one after another."""
 
-    def __init__(self, spark: SparkSession, config: Config, voice: Voice):
-        self.spark, self.config, self.voice = spark, config, voice
+    def __init__(self, spark: SparkSession, config: Config, reporter: Reporter):
+        self.spark, self.config, self.voice = spark, config, reporter
         self.tables = Tables(spark, config.tables)
         self.run_id = ""
         self.retry: str | None = None
@@ -75,12 +75,12 @@ class Run:
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         self.index_folder = None
         self.tables.forget()
-        self.voice.enter(self.run_id, "start")
+        self.reporter.stage(self.run_id, "start")
 
     def read(self, table: Table) -> DataFrame:
         """A table that an earlier stage made. Raises RunError when it isn't there."""
         if not self.tables.exists(table):
-            raise RunError(f"The table {self.tables.place(table)} isn't there yet. Run the stage that makes it, or "
+            raise RunError(f"The table {self.tables.name_of(table)} isn't there yet. Run the stage that makes it, or "
                            "`vlm4rec run` for all.")  # fmt: skip
         return self.tables.read(table)
 
@@ -111,6 +111,6 @@ class Run:
         return vision_encoder.vision_id(settings.vision, settings.vision_revision) if settings.vision else None
 
 
-def one(rows: DataFrame) -> Row:
+def first_row(rows: DataFrame) -> Row:
     """The first row, of rows that are known to have one."""
     return rows.take(1)[0]

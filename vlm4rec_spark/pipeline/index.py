@@ -11,25 +11,25 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.pipeline.context import Outcome, Run, one
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.embed import item_texts
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.storage import schemas
 
 
-def index(run: Run, outcome: Outcome) -> None:
+def index(run: RunContext, outcome: StageResult) -> None:
     settings, encoder = run.config.index, run.encoder_id()
     rows = indexing.index_rows(run.read(schemas.EMBEDDINGS), item_texts(run), run.config.representation, encoder)
     items = rows.count()
     if not items:
         raise RunError(f"index: no item has a {run.config.representation} embedding by {encoder}. Run embed.")
-    dimension = one(rows.select(F.size("embedding")))[0]
+    dimension = first_row(rows.select(F.size("embedding")))[0]
     need = 2 * items * dimension * 4 / 1e9
-    run.voice.say(f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there")
+    run.reporter.info(f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there")
     folder = indexing.build(
-        rows.toArrow(), run.config.representation, encoder, Path(settings.folder), settings.scann_from, _last(run),
-        settings.rebuild_share,
+        rows.toArrow(), run.config.representation, encoder, Path(settings.folder), settings.ann_min_items, _last(run),
+        settings.rebuild_threshold,
     )
     searcher, run.index_folder = Searcher.open(folder), folder
     outcome.ok = items
@@ -42,7 +42,7 @@ def index(run: Run, outcome: Outcome) -> None:
     }  # fmt: skip
 
 
-def _last(run: Run) -> Searcher | None:
+def _last(run: RunContext) -> Searcher | None:
     """The version in force, on which another may rest."""
     try:
         return Searcher.open(index_folder(run))
@@ -50,13 +50,13 @@ def _last(run: Run) -> Searcher | None:
         return None
 
 
-def profiles(run: Run, outcome: Outcome) -> None:
+def profiles(run: RunContext, outcome: StageResult) -> None:
     settings = run.config.profiles
     log, items = run.log(), run.read(schemas.ITEMS)
     touched = _touched(run)
     bots = profiling.bots(log, settings.bot_events_per_day)
     users = log.select("user_id").distinct().count()
-    figures = one(log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1))))
+    figures = first_row(log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1))))
     theirs = log if touched is None else log.join(touched, on="user_id", how="left_semi")
     rows = profiling.histories(theirs, items, settings)
     # Asked of the events and not of the rows: PySpark prints a traceback where it wants no more of a worker's rows.
@@ -67,7 +67,7 @@ def profiles(run: Run, outcome: Outcome) -> None:
     open_searcher = indexing.ship(run.spark, index_folder(run), run.config.index.broadcast_gb, Searcher.open)
     made = profiling.with_embedding(rows, run.config.representation, open_searcher)
     changed = users if touched is None else touched.count()
-    with run.voice.watch("building profiles", changed):
+    with run.reporter.progress("building profiles", changed):
         if touched is None:
             run.tables.replace(schemas.PROFILES, made)
         else:
@@ -84,7 +84,7 @@ def profiles(run: Run, outcome: Outcome) -> None:
     }  # fmt: skip
 
 
-def _touched(run: Run) -> DataFrame | None:
+def _touched(run: RunContext) -> DataFrame | None:
     """user_id of those whose profile may have changed since the last run, persisted; None where that may be anybody.
 
     By the change feeds: users of new events, of events on items that have come, gone or got another vector, and of ids
@@ -128,17 +128,17 @@ def _touched(run: Run) -> DataFrame | None:
     return touched
 
 
-def _made_by(run: Run) -> str:
+def _made_by(run: RunContext) -> str:
     """What profiles depend on besides tables; where it is another, all are made again."""
     content = [run.config.profiles.model_dump(mode="json"), run.config.representation, run.encoder_id()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _profiles_version(run: Run) -> str:
+def _profiles_version(run: RunContext) -> str:
     return str(run.tables.versions([schemas.PROFILES]).get("profiles", ""))
 
 
-def _embeddings_version(run: Run) -> str:
+def _embeddings_version(run: RunContext) -> str:
     """Of the table that the index in force was built from; "" where no run tells."""
     runs = run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))
     ours = runs.where(F.col("details")["index_id"] == Searcher.open(index_folder(run)).index_id)
@@ -146,16 +146,16 @@ def _embeddings_version(run: Run) -> str:
     return str(last[0]) if last and last[0] is not None else ""
 
 
-def beside_index(run: Run) -> object:
+def index_fingerprint(run: RunContext) -> object:
     settings = run.config.index
     return [settings.model_dump(mode="json"), run.config.representation, run.encoder_id(), index_id(run)]
 
 
-def beside_profiles(run: Run) -> object:
+def profiles_fingerprint(run: RunContext) -> object:
     return [run.config.profiles.model_dump(mode="json"), run.config.representation, index_id(run)]
 
 
-def index_id(run: Run) -> str:
+def index_id(run: RunContext) -> str:
     """The index in force; of one that is missing or damaged what is wrong with it, so that nothing rests on it."""
     try:
         return Searcher.open(index_folder(run)).index_id
@@ -163,7 +163,7 @@ def index_id(run: Run) -> str:
         return str(broken)
 
 
-def index_folder(run: Run) -> Path:
+def index_folder(run: RunContext) -> Path:
     """The folder that this run has built, else the one that the last good index run of this representation named."""
     if run.index_folder:
         return run.index_folder

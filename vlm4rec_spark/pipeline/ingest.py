@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline.context import Outcome, Run, one
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.stages import ingest as stage
 from vlm4rec_spark.storage import schemas
@@ -36,7 +36,7 @@ _PEOPLE: dict[str, tuple[Table, Callable[[DataFrame], DataFrame]]] = {
 }
 
 
-def raw_sources(run: Run) -> Raw:
+def raw_sources(run: RunContext) -> Raw:
     """Open every configured source. Raises UsageError when one isn't there or lacks a mapped column."""
     settings, no_files = run.config.ingest, run.spark.createDataFrame([], schemas.FILES.schema)
     if not settings.items.path and not settings.interactions.path:
@@ -76,7 +76,7 @@ def raw_sources(run: Run) -> Raw:
     return Raw(items, events, new, people)
 
 
-def beside(run: Run) -> object:
+def ingest_fingerprint(run: RunContext) -> object:
     """The settings and what the sources' listings say; None where a listing can't tell whether anything changed."""
     settings = run.config.ingest
     logs = {f"ingest.{name}": getattr(settings, name) for name in ("items", "interactions", *_PEOPLE)}
@@ -86,10 +86,10 @@ def beside(run: Run) -> object:
     if settings.photos.folder:
         listed.append(reader.photo_files(run.spark, settings.photos))
     marks = [F.sum(F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")).cast("string"), F.count(F.lit(1))]
-    return [settings.model_dump(mode="json"), *(list(one(files.agg(*marks))) for files in listed)]
+    return [settings.model_dump(mode="json"), *(list(first_row(files.agg(*marks))) for files in listed)]
 
 
-def ingest(run: Run, outcome: Outcome) -> None:
+def ingest(run: RunContext, outcome: StageResult) -> None:
     raw = raw_sources(run)
     items = None if raw.items is None else stage.parse_items(raw.items)
     latest = datetime.now(UTC) + timedelta(days=1)
@@ -111,7 +111,7 @@ def ingest(run: Run, outcome: Outcome) -> None:
     outcome.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(run)
 
 
-def _take(run: Run, items: DataFrame | None, events: DataFrame | None) -> dict[str, dict[str, int]]:
+def _take(run: RunContext, items: DataFrame | None, events: DataFrame | None) -> dict[str, dict[str, int]]:
     """Write what can be taken and what is rejected; rows in, ok, rejected and skipped of each source."""
     counts = {
         name: _counts(rows) for name, rows in (("items", items), ("interactions", events)) if rows is not None
@@ -131,7 +131,7 @@ def _take(run: Run, items: DataFrame | None, events: DataFrame | None) -> dict[s
     return counts
 
 
-def _take_people(run: Run, name: str, raw: DataFrame) -> dict[str, int]:
+def _take_people(run: RunContext, name: str, raw: DataFrame) -> dict[str, int]:
     """Of users or identities as in `_take`; rows that are no longer delivered stay."""
     table, parse = _PEOPLE[name]
     parsed = parse(raw).persist()
@@ -144,7 +144,7 @@ def _take_people(run: Run, name: str, raw: DataFrame) -> dict[str, int]:
 
 
 def _refuse_nonsense(
-    run: Run, items: DataFrame | None, events: DataFrame | None, counts: dict[str, dict[str, int]]
+    run: RunContext, items: DataFrame | None, events: DataFrame | None, counts: dict[str, dict[str, int]]
 ) -> None:
     """Raise RunError, before anything is written, for a catalogue without a usable row or a log of other items."""
     if items is not None and not counts["items"]["ok"]:
@@ -160,7 +160,7 @@ def _refuse_nonsense(
                        "item_id, and ingest.interactions.columns. Nothing was written.")  # fmt: skip
 
 
-def _photos(run: Run, taken: DataFrame | None) -> tuple[int, DataFrame, DataFrame] | None:
+def _photos(run: RunContext, taken: DataFrame | None) -> tuple[int, DataFrame, DataFrame] | None:
     """How many photos the source names, the new or changed ones with their bytes, and the refused ones.
 
     `taken`: the catalogue's rows that were taken, so that of two rows for an item the same one gives the photo.
@@ -185,8 +185,8 @@ def _photos(run: Run, taken: DataFrame | None) -> tuple[int, DataFrame, DataFram
     return rows.count(), read, rows.where(F.col("reason").isNotNull())
 
 
-def _store_photos(run: Run, total: int, photos: DataFrame, refused: DataFrame) -> dict[str, int]:
-    with run.voice.watch("reading photos", total):
+def _store_photos(run: RunContext, total: int, photos: DataFrame, refused: DataFrame) -> dict[str, int]:
+    with run.reporter.progress("reading photos", total):
         read = run.tables.staged(schemas.PHOTOS, photos)
     good = read.where(F.col("reason").isNull())
     run.tables.upsert(schemas.PHOTOS, good)
@@ -205,7 +205,7 @@ def _store_photos(run: Run, total: int, photos: DataFrame, refused: DataFrame) -
     return {"in": total, "ok": taken, "rejected": rejected, "skipped": total - taken - rejected}
 
 
-def import_captions(raw: DataFrame, run: Run, outcome: Outcome) -> None:
+def import_captions(raw: DataFrame, run: RunContext, outcome: StageResult) -> None:
     for needed in ("item_id", "text"):
         if raw.where(F.col("fields")[needed].isNotNull()).isEmpty():
             raise UsageError(f"import-captions: the source has no column {needed} with a value. Name it with "
@@ -214,7 +214,7 @@ def import_captions(raw: DataFrame, run: Run, outcome: Outcome) -> None:
     good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
     total, outcome.failed = good.count(), bad.count()
     if not total:
-        reason = one(bad)["reason"] if outcome.failed else "the source is empty"
+        reason = first_row(bad)["reason"] if outcome.failed else "the source is empty"
         outcome.failed = 0
         raise RunError(f"import-captions: no row could be taken, such as: {reason}. Nothing was written.")
     new = good.select("caption_key", "caption", F.lit("imported").alias("status"), F.lit(1).alias("attempts"))
@@ -230,7 +230,7 @@ def import_captions(raw: DataFrame, run: Run, outcome: Outcome) -> None:
     outcome.details = {"imported": str(total)}
 
 
-def caption_rows(run: Run, rows: DataFrame) -> DataFrame:
+def caption_rows(run: RunContext, rows: DataFrame) -> DataFrame:
     """Rows of `captions`: what `rows` has of its columns, this run and the time, null for the rest."""
     ours = {"captioned_at": F.current_timestamp(), "run_id": F.lit(run.run_id)}
     return rows.select(
@@ -242,7 +242,7 @@ def caption_rows(run: Run, rows: DataFrame) -> DataFrame:
     )  # fmt: skip
 
 
-def _catalogue_gaps(run: Run) -> dict[str, str]:
+def _catalogue_gaps(run: RunContext) -> dict[str, str]:
     items, log = run.tables.read(schemas.ITEMS), run.tables.read(schemas.INTERACTIONS)
     photos = run.tables.read(schemas.PHOTOS)
     return {
@@ -255,5 +255,5 @@ def _catalogue_gaps(run: Run) -> dict[str, str]:
 def _counts(parsed: DataFrame) -> dict[str, int]:
     bad = F.col("reason").isNotNull()
     counted = parsed.agg(F.count(F.lit(1)), F.count_if(bad), F.count_if(F.col("duplicate") & ~bad))
-    total, rejected, duplicate = one(counted)
+    total, rejected, duplicate = first_row(counted)
     return {"in": total, "ok": total - rejected - duplicate, "rejected": rejected, "skipped": duplicate}

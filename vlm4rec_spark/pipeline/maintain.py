@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.pipeline.context import Outcome, Run
+from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.storage import index_versions as stage
 from vlm4rec_spark.storage import schemas
 
@@ -25,7 +25,7 @@ class Index:
     version: stage.Version | None
 
 
-def check(run: Run) -> None:
+def check(run: RunContext) -> None:
     """Raise UsageError for too short a retention, RunError where no table is."""
     run.tables.check_retention(run.config.maintain.retention_hours)
     run.tables.prepare()
@@ -33,7 +33,7 @@ def check(run: Run) -> None:
         raise RunError(f"There are no tables at {run.tables.location} yet. Check --set tables=…, or run the stages.")
 
 
-def maintain(run: Run, outcome: Outcome) -> None:
+def maintain(run: RunContext, outcome: StageResult) -> None:
     """Each table in its own commits, so that a killed run leaves nothing half-done; figures per table to `details`."""
     hours = run.config.maintain.retention_hours
     leftovers = run.tables.clear_leftovers(stage.REST // 3600)
@@ -54,7 +54,7 @@ def maintain(run: Run, outcome: Outcome) -> None:
     outcome.details["bytes_freed"] = str(freed)
 
 
-def indexes(run: Run) -> list[Index]:
+def indexes(run: RunContext) -> list[Index]:
     """Those in force first, then the latest."""
     there = {version.index_id: version for version in stage.versions(Path(run.config.index.folder))}
     force = _in_force(run)
@@ -62,7 +62,7 @@ def indexes(run: Run) -> list[Index]:
     return [Index(index_id, force.get(index_id, ""), there.get(index_id)) for index_id in [*force, *idle]]
 
 
-def _in_force(run: Run) -> dict[str, str]:
+def _in_force(run: RunContext) -> dict[str, str]:
     """By index id what for: of each representation the one that was built last, and what lists were last made with."""
     latest = F.max_by(F.col("details")["index_id"], F.struct("started_at", "run_id"))
     built = _index_runs(run).groupBy(F.col("details")["representation"].alias("of")).agg(latest.alias("index_id"))
@@ -75,7 +75,7 @@ def _in_force(run: Run) -> dict[str, str]:
     return found
 
 
-def _prune(run: Run) -> dict[str, str]:
+def _prune(run: RunContext) -> dict[str, str]:
     settings = run.config.maintain
     last = F.max(F.unix_micros("started_at") / 1e6)
     ids = _index_runs(run).groupBy(F.col("details")["index_id"].alias("index_id")).agg(last.alias("at")).collect()
@@ -91,5 +91,5 @@ def _prune(run: Run) -> dict[str, str]:
     }
 
 
-def _index_runs(run: Run) -> DataFrame:
+def _index_runs(run: RunContext) -> DataFrame:
     return run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))

@@ -16,12 +16,12 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
-from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
+from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.calibration import Calibration
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, Offer
-from vlm4rec_spark.pipeline.context import Outcome, Run
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules
+from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.pipeline.index import index_folder, index_id
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
@@ -35,7 +35,7 @@ from vlm4rec_spark.storage import schemas
 _FORALL = "coalesce(user_id, '') = ''"
 
 
-def check(run: Run) -> None:
+def check(run: RunContext) -> None:
     """Raise UsageError for rules that can't be asked of the tables, and for lists of items that aren't there."""
     settings = run.config.recommend
     items, users = (run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS))
@@ -58,7 +58,7 @@ class _Inputs:
     users: DataFrame
     refused: DataFrame
     item_rows: DataFrame
-    offer: Offer
+    offer: ListRules
     profiles: DataFrame
     usable: DataFrame
 
@@ -77,17 +77,17 @@ class _Search:
     open_searcher: Callable[[], Searcher]
 
 
-def recommend(run: Run, outcome: Outcome) -> None:
+def recommend(run: RunContext, outcome: StageResult) -> None:
     """Make everybody's list and replace the table by them, in one transaction."""
     inputs = _load(run)
     search = _choose_search(run, inputs)
     lists = _score(run, inputs, search)
-    with run.voice.watch("recommending", search.users):
+    with run.reporter.progress("recommending", search.users):
         run.tables.replace(schemas.RECOMMENDATIONS, lists)
     _count(run, inputs, search, outcome)
 
 
-def _load(run: Run) -> _Inputs:
+def _load(run: RunContext) -> _Inputs:
     """Raises RunError where a table is missing, or profiles and index are of different representations."""
     settings = run.config.recommend
     tables = run.tables
@@ -101,13 +101,13 @@ def _load(run: Run) -> _Inputs:
     users = tables.read(schemas.USERS)
     items = _offered_to_all(run, run.read(schemas.ITEMS))
     item_rows = rules.item_rows(items, tables.read(schemas.PHOTOS), settings.rules, settings.caps)
-    offer = rules.offer(
+    offer = rules.list_rules(
         item_rows.toArrow(),
         searcher,
         settings.variants,
         settings.caps,
-        settings.alike,
-        settings.least_score,
+        settings.similarity_threshold,
+        settings.min_score,
         settings.diversity,
     )
     refused = users.where(~F.col("consent")).select("user_id")
@@ -117,7 +117,7 @@ def _load(run: Run) -> _Inputs:
     return _Inputs(folder, searcher, users, refused, item_rows, offer, profiles, usable)
 
 
-def _choose_search(run: Run, inputs: _Inputs) -> _Search:
+def _choose_search(run: RunContext, inputs: _Inputs) -> _Search:
     """Choose the cheapest search that keeps the promise on a sample of the profiles, and announce it."""
     settings = run.config.recommend
     searcher = inputs.searcher
@@ -125,11 +125,11 @@ def _choose_search(run: Run, inputs: _Inputs) -> _Search:
     by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
     sample = by_hash.select("embedding", "history", "seen", "rules").toArrow()
     calibration = ranking.calibrate(
-        searcher, sample, inputs.offer, settings.k, settings.recall, matching
+        searcher, sample, inputs.offer, settings.k, settings.target_recall, matching
     )
     words = calibration.words(searcher.manifest["leaves"])
     users = inputs.usable.count()
-    run.voice.say(
+    run.reporter.info(
         f"recommending for {users:,} users, {words}, recall {calibration.recall:.3f} on "
         f"{calibration.users:,}"
     )
@@ -142,14 +142,14 @@ def _choose_search(run: Run, inputs: _Inputs) -> _Search:
         and matching.shape == "max_similarity"
         and neighbors_file.pays(sample, users, len(searcher))
     ):
-        depth = effort.candidates + inputs.offer.first_depth(settings.k) - settings.k
+        depth = effort.candidates + inputs.offer.initial_depth(settings.k) - settings.k
         deep = replace(effort, candidates=depth)
         opens = _neighbours(run, searcher, open_searcher, deep, sample)
-        matching = replace(matching, neighbours=opens)
+        matching = replace(matching, neighbors=opens)
     return _Search(calibration, words, users, matching, open_searcher)
 
 
-def _score(run: Run, inputs: _Inputs, search: _Search) -> DataFrame:
+def _score(run: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
     """Rows of `recommendations`: lists by taste, and by popularity for users without a usable profile."""
     settings = run.config.recommend
     lists = ranking.recommend(
@@ -159,9 +159,9 @@ def _score(run: Run, inputs: _Inputs, search: _Search) -> DataFrame:
         settings.k,
         search.calibration.effort,
         search.matching,
-        settings.why,
+        settings.explain,
     )
-    if settings.popular:
+    if settings.popularity_fallback:
         waiting, best = _waiting(run, inputs)
         by_popularity = popularity.ByPopularity(best)
         lists = lists.unionByName(
@@ -174,7 +174,7 @@ def _score(run: Run, inputs: _Inputs, search: _Search) -> DataFrame:
     )
 
 
-def _count(run: Run, inputs: _Inputs, search: _Search, outcome: Outcome) -> None:
+def _count(run: RunContext, inputs: _Inputs, search: _Search, outcome: StageResult) -> None:
     """Fill the outcome from the table as it was written."""
     settings = run.config.recommend
     calibration = search.calibration
@@ -188,21 +188,21 @@ def _count(run: Run, inputs: _Inputs, search: _Search, outcome: Outcome) -> None
         "popular_lists": str(outcome.ok - search.users),
         "short_lists": str(lists.where(F.size("items") < settings.k).count()),
         "search": search.words,
-        "recall_promised": str(settings.recall),
+        "recall_promised": str(settings.target_recall),
         "recall_measured": f"{calibration.recall:.4f}",
         "recall_low": f"{calibration.low:.4f}",
         "recall_curve": _curve(calibration),
         "index_id": inputs.searcher.index_id,
-        "cooccurrence_share": str(run.config.cooccurrence.share),
+        "cooccurrence_share": str(run.config.item_item.share),
     }
 
 
-def _for_each(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
+def _for_each(run: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
     """Rows of user_id and seen with each user's `rules` (bits), `only`, and `seen` with all items that are kept off."""
     settings = run.config.recommend
     people = _with_rules(run, people, users)
-    if settings.seen_again or settings.repurchase_days:
-        kept_off = rules.not_again(run.log(), run.read(schemas.ITEMS), settings.seen_again, settings.repurchase_days)
+    if settings.repeatable_events or settings.repurchase_days:
+        kept_off = rules.not_again(run.log(), run.read(schemas.ITEMS), settings.repeatable_events, settings.repurchase_days)
         people = people.drop("seen").join(kept_off, on="user_id", how="left")
         people = people.withColumn("seen", F.coalesce("seen", F.array()))
     if settings.deny.path:
@@ -214,7 +214,7 @@ def _for_each(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
     return people
 
 
-def _with_rules(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
+def _with_rules(run: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
     """The rows with `rules`, the bits of the rules that apply to the user."""
     everybody, some = rules.applying(users, run.config.recommend.rules)
     for_all = F.lit(everybody).cast("bigint")
@@ -224,18 +224,18 @@ def _with_rules(run: Run, people: DataFrame, users: DataFrame) -> DataFrame:
     return people.join(some, on="user_id", how="left").withColumn("rules", bits)
 
 
-def _named(run: Run, key: str, source: Source) -> DataFrame:
+def _named(run: RunContext, key: str, source: Source) -> DataFrame:
     """user_id, item_id of a list of items."""
     rows = reader.read(run.spark, f"recommend.{key}", source)
     return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
 
 
-def _by_user(run: Run, key: str, source: Source, name: str) -> DataFrame:
+def _by_user(run: RunContext, key: str, source: Source, name: str) -> DataFrame:
     theirs = _named(run, key, source).where(f"NOT {_FORALL}").groupBy("user_id")
     return theirs.agg(F.array_sort(F.collect_set("item_id")).alias(name))
 
 
-def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
+def _offered_to_all(run: RunContext, items: DataFrame) -> DataFrame:
     """The items; what is denied to all, or isn't among what alone is allowed to all, counts as unavailable."""
     for key, source, good in (("deny", run.config.recommend.deny, False), ("allow", run.config.recommend.allow, True)):
         listed = _named(run, key, source).where(_FORALL) if source.path else None
@@ -248,7 +248,7 @@ def _offered_to_all(run: Run, items: DataFrame) -> DataFrame:
     return items
 
 
-def _waiting(run: Run, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
+def _waiting(run: RunContext, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
     """Users who get a popular list, and what is popular with their like.
 
     They are in the log or in `users`, are no bots, agree to lists and have no usable profile.
@@ -272,7 +272,7 @@ def _waiting(run: Run, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
     return _for_each(run, waiting, users), _popular(run, people, inputs)
 
 
-def _popular(run: Run, events: DataFrame, inputs: _Inputs) -> popularity.Best:
+def _popular(run: RunContext, events: DataFrame, inputs: _Inputs) -> popularity.Best:
     """The popular items of each segment, for each combination of rules that applies to a user."""
     everybody, some = rules.applying(inputs.users, run.config.recommend.rules)
     combinations = {everybody}
@@ -281,43 +281,43 @@ def _popular(run: Run, events: DataFrame, inputs: _Inputs) -> popularity.Best:
         combinations |= {everybody | row["rules"] for row in bits}
     counts = popularity.counts(events, run.read(schemas.ITEMS), inputs.users).persist()
     best: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
-    for rules in sorted(combinations):
-        required = F.lit(rules | AVAILABLE)
+    for combination in sorted(combinations):
+        required = F.lit(combination | AVAILABLE)
         allowed = inputs.item_rows.where(F.col("allowed").bitwiseAND(required) == required)
         shares = popularity.best(counts, allowed).toArrow()
-        best |= popularity.placed(shares, rules, inputs.searcher)
+        best |= popularity.placed(shares, combination, inputs.searcher)
     counts.unpersist()
     return best
 
 
-def _matching(run: Run, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
+def _matching(run: RunContext, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
     """Matching by the profiles' shape, and with co-occurrence counted in the same profiles, where it has a share."""
-    settings, profile = run.config.cooccurrence, run.config.profiles
+    settings, profile = run.config.item_item, run.config.profiles
     content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
     if not settings.share:
         return content
-    gigabytes = len(searcher) * settings.kept * 60 / 1e9
-    run.voice.say(
+    gigabytes = len(searcher) * settings.max_neighbors * 60 / 1e9
+    run.reporter.info(
         f"counting what is found together, needs up to {gigabytes:.2f} GB on the driver"
     )
     pairs = item_item.pairs(profiles, settings)
     folder = item_item.build(pairs, searcher, Path(run.config.index.folder) / "cooccurrence")
-    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, Cooccurrence.open)
+    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, ItemItemScores.open)
     return replace(
         content, share=settings.share, position_decay=settings.position_decay, opens=opens
     )
 
 
 def _neighbours(
-    run: Run, searcher: Searcher, open_searcher: Callable[[], Searcher], effort: Effort, sample: pa.Table
-) -> Callable[[], Neighbours]:
+    run: RunContext, searcher: Searcher, open_searcher: Callable[[], Searcher], effort: Effort, sample: pa.Table
+) -> Callable[[], Neighbors]:
     """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
     items, folder = len(searcher), Path(run.config.index.folder) / "neighbours"
     depth = neighbors_file.depth(effort.candidates, sample, items)
-    run.voice.say(f"searching the {depth} neighbours of each of {items:,} items, needs "
+    run.reporter.info(f"searching the {depth} neighbours of each of {items:,} items, needs "
                   f"{neighbors_file.gigabytes(items, depth):.2f} GB in {folder}")  # fmt: skip
     made = neighbors_file.build(run.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder)
-    return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbours.open)
+    return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbors.open)
 
 
 def _curve(measured: Calibration) -> str:
@@ -330,11 +330,11 @@ def _curve(measured: Calibration) -> str:
     return json.dumps({"tried": tried, "exact": round(exact) if exact else None, "taken": taken})
 
 
-def beside_lists(run: Run) -> object:
+def recommend_fingerprint(run: RunContext) -> object:
     """None where items are named by a list: it may say something else each time."""
     if run.config.recommend.deny.path or run.config.recommend.allow.path:
         return None
     settings = run.config.recommend.model_dump(mode="json")
-    blend = run.config.cooccurrence.model_dump(mode="json")
+    blend = run.config.item_item.model_dump(mode="json")
     shape = [run.config.profiles.shape, run.config.profiles.tastes]
     return [settings, blend, *shape, run.config.representation, index_id(run)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vlm4rec_spark.report.data import AuditExample, Metric, ReportData, Run, figures
+from vlm4rec_spark.report.data import AuditExample, Metric, ReportData, StageRun, figures
 from vlm4rec_spark.report.thumbnails import Album, Place
 
 SPLIT = "captions"
@@ -16,7 +16,7 @@ _DETAILS = "caption_audit"
 
 
 @dataclass(frozen=True)
-class Line:
+class AuditLine:
     """A figure, as a share unless it is a `number`; `doubtful` where it isn't apart from its control."""
 
     what: str
@@ -34,13 +34,13 @@ class Audit:
 
     model: str
     notes: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[AuditLine, ...]
 
 
 class AuditExamples:
     """The examples of the latest evaluation; each needs its photo."""
 
-    def __init__(self, evaluated: Run | None):
+    def __init__(self, evaluated: StageRun | None):
         few = figures(evaluated.details.get(_DETAILS)).get("examples") if evaluated else None
         self._few = [each for each in few if isinstance(each, dict)] if isinstance(few, list) else []
 
@@ -99,13 +99,13 @@ def _notes(told: Mapping[str, object]) -> Iterator[str]:
         yield f"Earlier captions of these photos are by {'; '.join(map(str, earlier))}."
 
 
-def _lines(by_name: Mapping[str, Metric]) -> Iterator[Line]:
+def _lines(by_name: Mapping[str, Metric]) -> Iterator[AuditLine]:
     def line(name: str, what: str, control: str, good: str, against: str = "", sign: int = 1, number: bool = False
-             ) -> Iterator[Line]:  # fmt: skip
+             ) -> Iterator[AuditLine]:  # fmt: skip
         if name in by_name:
             other = by_name.get(against)
             doubtful = other is not None and not _apart(by_name[name], other, sign)
-            yield Line(what, by_name[name], control if other else "", good, other, number, doubtful)
+            yield AuditLine(what, by_name[name], control if other else "", good, other, number, doubtful)
 
     yield from line("distinct_share", "Distinct captions, of those looked at", "",
                     "near 100 %: photos that share a caption can't be told apart")  # fmt: skip

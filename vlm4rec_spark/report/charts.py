@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm4rec_spark.report.data import Calibration, Metric, Run, arm_name
+from vlm4rec_spark.report.data import Metric, RecallCurve, StageRun, arm_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def multiples(panels: Sequence[Panel], highlight: str) -> str:
     return _svg(draw, width=9.6, height=2.5 * -(-len(panels) // 2), panels=len(panels), columns=2, shared=False)
 
 
-def durations(runs: Sequence[Run]) -> str:
+def durations(runs: Sequence[StageRun]) -> str:
     """Seconds per stage, in the order given, top to bottom."""
 
     def draw(panels: Sequence[Axes]) -> None:
@@ -131,7 +131,7 @@ def durations(runs: Sequence[Run]) -> str:
     return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
 
 
-def recall_curve(found: Calibration) -> str:
+def recall_curve(found: RecallCurve) -> str:
     """Recall against speed: each setting down to its lower bound, one line per number of candidates; and the promise,
     exact search and what was taken."""
 

@@ -13,7 +13,15 @@ from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.report.caption_audit_section import AuditExamples
-from vlm4rec_spark.report.data import Metric, Rejection, ReportData, ReportSettings, Run, Source, figures
+from vlm4rec_spark.report.data import (
+    Metric,
+    Rejection,
+    ReportData,
+    ReportSettings,
+    SourceSummary,
+    StageRun,
+    figures,
+)
 from vlm4rec_spark.report.samples import ChosenApart, ChosenCaptions, ChosenStock, ChosenUsers
 from vlm4rec_spark.report.thumbnails import Album
 from vlm4rec_spark.storage import schemas
@@ -21,7 +29,7 @@ from vlm4rec_spark.storage import schemas
 if TYPE_CHECKING:
     from vlm4rec_spark.storage.tables import Tables
 
-_ORDER = ("ingest", "import_captions", "caption", "embed", "index", "profiles", "recommend", "evaluate", "export")
+_ORDER = ("ingest", "import_captions", "caption", "embed", "index", "profiles", "recommend", "publish", "evaluate")
 _RUNS_PER_STAGE = 50
 _REASONS = 40
 _EXAMPLE_LENGTH = 240
@@ -59,7 +67,7 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     )
 
 
-def _history(tables: Tables) -> dict[str, list[Run]]:
+def _history(tables: Tables) -> dict[str, list[StageRun]]:
     """Each stage's good runs, latest first; the first one says whether a later run failed."""
     nth = F.row_number().over(Window.partitionBy("stage").orderBy(F.desc("started_at"), "run_id"))
     rows = (
@@ -76,7 +84,7 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
         .orderBy("stage", "nth")
         .collect()
     )
-    good: dict[str, list[Run]] = {}
+    good: dict[str, list[StageRun]] = {}
     failed_since: dict[str, datetime] = {}
     for row in rows:
         started_at = datetime.fromtimestamp(row["started"] / 1e6, UTC)
@@ -86,7 +94,7 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
         runs = good.setdefault(row["stage"], [])
         names = ("stage", "run_id", "seconds", "device_seconds", "rows_in", "rows_ok", "rows_failed", "rows_skipped")
         runs.append(
-            Run(
+            StageRun(
                 started_at=started_at,
                 versions=dict(sorted(row["versions"].items())),
                 details=dict(sorted(row["details"].items())),
@@ -97,11 +105,11 @@ def _history(tables: Tables) -> dict[str, list[Run]]:
     return good
 
 
-def _along_the_way(run: Run) -> tuple[int, datetime, str]:
+def _along_the_way(run: StageRun) -> tuple[int, datetime, str]:
     return _ORDER.index(run.stage) if run.stage in _ORDER else len(_ORDER), run.started_at, run.stage
 
 
-def _sources(runs: Sequence[Run]) -> tuple[Source, ...]:
+def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
     """Per source, the last run that took anything of it: one that finds nothing new has nothing to tell."""
     sources = []
     for name in ("items", "photos", "interactions"):
@@ -110,10 +118,10 @@ def _sources(runs: Sequence[Run]) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def _source(name: str, run: Run) -> Source:
+def _source(name: str, run: StageRun) -> SourceSummary:
     counted = figures(run.details[name])
     read, taken, rejected, skipped = (int(str(counted.get(key, 0))) for key in ("in", "ok", "rejected", "skipped"))
-    return Source(name, read, taken, rejected, skipped, run.started_at)
+    return SourceSummary(name, read, taken, rejected, skipped, run.started_at)
 
 
 def _rejections(tables: Tables) -> tuple[Rejection, ...]:
@@ -143,7 +151,7 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def _metrics(tables: Tables, evaluated: Run | None) -> tuple[Metric, ...]:
+def _metrics(tables: Tables, evaluated: StageRun | None) -> tuple[Metric, ...]:
     """The latest evaluation's rows; none without a good run of evaluate."""
     if evaluated is None:
         return ()

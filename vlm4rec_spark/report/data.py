@@ -26,7 +26,7 @@ class ReportSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Run:
+class StageRun:
     """The latest good run of a stage; `failed_since`: a later one that failed."""
 
     stage: str
@@ -44,7 +44,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceSummary:
     """What the last run that took any items, photos or interactions found; read = taken + rejected + skipped."""
 
     name: str
@@ -66,7 +66,7 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Photo:
+class ShownPhoto:
     """An item's photo as a `data:` URI, or what is wrong with it. The caption is what the model said of it."""
 
     item_id: str
@@ -82,7 +82,7 @@ class Photo:
 class Failure:
     """A photo without a caption, and why."""
 
-    photo: Photo
+    photo: ShownPhoto
     error_class: str
     error: str
 
@@ -93,12 +93,12 @@ class Captions:
 
     statuses: Mapping[str, int] = field(default_factory=dict)
     failed_classes: Mapping[str, int] = field(default_factory=dict)
-    samples: tuple[Photo, ...] = ()
+    samples: tuple[ShownPhoto, ...] = ()
     failures: tuple[Failure, ...] = ()
-    worked: Run | None = None
+    worked: StageRun | None = None
     """The last run in which the model had something to do."""
-    shortest: tuple[Photo, ...] = ()
-    longest: tuple[Photo, ...] = ()
+    shortest: tuple[ShownPhoto, ...] = ()
+    longest: tuple[ShownPhoto, ...] = ()
     covered: int = 0
     """Items that have a caption."""
     attributes: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class AuditExample:
     """A photo whose caption is in doubt: described `again` otherwise (None: not at all), its own caption at that rank;
     or its caption doesn't name what the catalogue says."""
 
-    photo: Photo
+    photo: ShownPhoto
     again: str | None = None
     rank: float | None = None
     attribute: str | None = None
@@ -121,7 +121,7 @@ class AuditExample:
 class SharedPhoto:
     """Identical bytes under several items."""
 
-    photo: Photo
+    photo: ShownPhoto
     other_item_id: str
     items: int
 
@@ -141,11 +141,11 @@ class PhotoStock:
 class Recommended:
     """One recommendation, the history item that it is nearest to, and what shares its place."""
 
-    photo: Photo
+    photo: ShownPhoto
     score: float
-    because: Photo | None = None
+    because: ShownPhoto | None = None
     terms: tuple[str, ...] = ()
-    collapsed: tuple[Photo, ...] = ()
+    collapsed: tuple[ShownPhoto, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class User:
     user_id: str
     history_items: int
     events: int
-    history: tuple[Photo, ...]
+    history: tuple[ShownPhoto, ...]
     recommended: tuple[Recommended, ...]
 
 
@@ -177,7 +177,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Apart:
+class DiscordantUser:
     """A user for whom the arm `by` found an item, at this rank, and `not_by` nothing, which recommended others."""
 
     split: str
@@ -185,8 +185,8 @@ class Apart:
     by: str
     not_by: str
     rank: int
-    found: Photo
-    instead: tuple[Photo, ...] = ()
+    found: ShownPhoto
+    instead: tuple[ShownPhoto, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class RecallCurve:
     """What recommend tried before it took a search. `exact`: lists a second of exact search. `k`: of the recall.
 
     `taken`: None for exact search."""
@@ -218,21 +218,21 @@ class ReportData:
     """Everything on the page. `counts`: rows of items, photos, captions, interactions, users with a list."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    runs: tuple[Run, ...] = ()
-    sources: tuple[Source, ...] = ()
+    runs: tuple[StageRun, ...] = ()
+    sources: tuple[SourceSummary, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     stock: PhotoStock = PhotoStock()
     captions: Captions = Captions()
     audit: tuple[AuditExample, ...] = ()
     users: tuple[User, ...] = ()
     metrics: tuple[Metric, ...] = ()
-    apart: tuple[Apart, ...] = ()
+    apart: tuple[DiscordantUser, ...] = ()
 
     @property
     def latest_at(self) -> datetime | None:
         return max((run.started_at for run in self.runs), default=None)
 
-    def run(self, stage: str) -> Run | None:
+    def run(self, stage: str) -> StageRun | None:
         return next((run for run in self.runs if run.stage == stage), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vlm4rec_spark.report.data import ReportData, Run, figures
+from vlm4rec_spark.report.data import ReportData, StageRun, figures
 
 _BROKEN = {
     "empty": "Photos without a single byte",
@@ -110,7 +110,7 @@ def _all_seen(data: ReportData) -> bool:
     return data.stock.looked_at >= data.counts.get("photos", 0)
 
 
-def _details(run: Run | None) -> Mapping[str, str]:
+def _details(run: StageRun | None) -> Mapping[str, str]:
     return run.details if run else {}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlm4rec_spark.report import caption_audit_section, charts
-from vlm4rec_spark.report.data import Apart, Metric, ReportData, arm_name, figures
+from vlm4rec_spark.report.data import DiscordantUser, Metric, ReportData, arm_name, figures
 
 ARMS = ("random", "popularity", "als", "cooccurrence", "title", "caption", "title_caption", "image", "fusion_average",
         "fusion_concat", "content", "blend", "oracle")  # fmt: skip
@@ -47,7 +47,7 @@ class Headline:
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitSection:
     """One split: charts as SVG ("" for none), tables of arm -> column -> Metric, users whom one arm served alone."""
 
     title: str
@@ -59,7 +59,7 @@ class Split:
     by_metric: Mapping[str, Mapping[str, Metric]]
     beyond: Mapping[str, Mapping[str, Metric]]
     other_k: Mapping[str, Mapping[str, Metric]]
-    apart: tuple[Apart, ...]
+    apart: tuple[DiscordantUser, ...]
     highlight: str
     compared: str | None
     """The arm that the others are compared with."""
@@ -90,7 +90,7 @@ def headline(data: ReportData) -> Headline | None:
     return None
 
 
-def splits(data: ReportData) -> list[Split]:
+def splits(data: ReportData) -> list[SplitSection]:
     evaluated = data.run("evaluate")
     return [
         _split(data, name, figures(evaluated.details.get(name)) if evaluated else {}, arm_in_use(data))
@@ -98,7 +98,7 @@ def splits(data: ReportData) -> list[Split]:
     ]
 
 
-def _split(data: ReportData, name: str, facts: Mapping[str, object], highlight: str) -> Split:
+def _split(data: ReportData, name: str, facts: Mapping[str, object], highlight: str) -> SplitSection:
     overall = _of(data.metrics, name)
     k = overall[0].k if overall else 0
     found = {(metric.arm, metric.metric): metric for metric in overall}
@@ -111,7 +111,7 @@ def _split(data: ReportData, name: str, facts: Mapping[str, object], highlight: 
     apart = [(f"{METRICS[metric]}@{k}, less {arm_name(compared or '')}",
               [found.get((arm, f"{metric}_difference")) for arm in others]) for metric in plotted[:2]]  # fmt: skip
     candidates = facts.get("candidates")
-    return Split(
+    return SplitSection(
         title=_SPLITS.get(name, name.capitalize()),
         k=k,
         facts=facts,

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.report import caption_audit_section, charts
-from vlm4rec_spark.report.data import Metric, Photo, ReportData, arm_name
+from vlm4rec_spark.report.data import Metric, ReportData, ShownPhoto, arm_name
 from vlm4rec_spark.report.data_quality import findings
 from vlm4rec_spark.report.metrics_section import headline, splits
 from vlm4rec_spark.report.recall_curve import calibration
@@ -116,7 +116,7 @@ def _audited(metric: Metric, number: bool) -> Markup:
     return Markup('{}<span class="low-high">{}</span>').format(write(metric.value), ends)
 
 
-def _alt(photo: Photo) -> str:
+def _alt(photo: ShownPhoto) -> str:
     return ": ".join(part for part in (photo.title or photo.item_id, photo.caption) if part)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vlm4rec_spark.report.data import Calibration, Run, Setting, figures
+from vlm4rec_spark.report.data import RecallCurve, Setting, StageRun, figures
 
 
-def calibration(run: Run | None) -> Calibration | None:
+def calibration(run: StageRun | None) -> RecallCurve | None:
     """None where nothing was tried, as with a small catalogue, or where the details can't be read."""
     told = figures(run.details.get("recall_curve")) if run else {}
     rows, exact = told.get("tried"), told.get("exact")
@@ -19,7 +19,7 @@ def calibration(run: Run | None) -> Calibration | None:
         return None
     # Null is exact search.
     taken = [each for each in tried if [each.leaves, each.candidates] == told.get("taken")]
-    return Calibration(
+    return RecallCurve(
         tried,
         promise,
         exact if isinstance(exact, int | float) else None,

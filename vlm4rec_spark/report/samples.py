@@ -16,14 +16,14 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.models.captioning.attributes import Attributes
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.data import (
-    Apart,
     Captions,
+    DiscordantUser,
     Failure,
-    Photo,
     PhotoStock,
     Recommended,
-    Run,
     SharedPhoto,
+    ShownPhoto,
+    StageRun,
     User,
     figures,
 )
@@ -92,7 +92,7 @@ class ChosenStock:
 class ChosenCaptions:
     """Captions in force and failures of the model and prompt that ran last; `photos` of them as samples."""
 
-    def __init__(self, tables: Tables, photos: int, runs: Sequence[Run]):
+    def __init__(self, tables: Tables, photos: int, runs: Sequence[StageRun]):
         """`runs` of the caption stage, latest first."""
         captions = tables.read(schemas.CAPTIONS)
         details = runs[0].details if runs else {}
@@ -172,7 +172,7 @@ class ChosenUsers:
 class ChosenApart:
     """Users whom one arm of the evaluation served and the other didn't, as its details name them."""
 
-    def __init__(self, evaluated: Run | None):
+    def __init__(self, evaluated: StageRun | None):
         told = {split: figures(text) for split, text in (evaluated.details if evaluated else {}).items()}
         each = ((split, entry) for split, facts in told.items() for entry in _listed(facts.get("apart")))
         self._few = [(split, entry) for split, entry in each if isinstance(entry, dict)]
@@ -182,9 +182,9 @@ class ChosenApart:
         for _, entry in self._few:
             yield from (entry["item_id"], *entry["instead"])
 
-    def shown(self, album: Album) -> tuple[Apart, ...]:
+    def shown(self, album: Album) -> tuple[DiscordantUser, ...]:
         return tuple(
-            Apart(split, entry["user_id"], entry["by"], entry["not_by"], entry["rank"], album.main(entry["item_id"]),
+            DiscordantUser(split, entry["user_id"], entry["by"], entry["not_by"], entry["rank"], album.main(entry["item_id"]),
                   tuple(album.main(item) for item in entry["instead"]))
             for split, entry in self._few
         )  # fmt: skip
@@ -210,7 +210,7 @@ def _linked(tables: Tables, captions: DataFrame) -> DataFrame:
     )
 
 
-def _captioned(rows: Sequence[Row], album: Album) -> tuple[Photo, ...]:
+def _captioned(rows: Sequence[Row], album: Album) -> tuple[ShownPhoto, ...]:
     return tuple(
         album.photo((row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH], row["attributes"])
         for row in rows

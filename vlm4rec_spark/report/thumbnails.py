@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.photos.decode import PhotoError
 from vlm4rec_spark.report import pictures
-from vlm4rec_spark.report.data import Photo
+from vlm4rec_spark.report.data import ShownPhoto
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ class Album:
         self._captions = _captions(tables, by_item)
         self._thumbs = _thumbs(tables, wanted, ids)
 
-    def photo(self, place: Place, caption: str | None = None, attributes: Mapping[str, str] | None = None) -> Photo:
+    def photo(self, place: Place, caption: str | None = None, attributes: Mapping[str, str] | None = None) -> ShownPhoto:
         """The photo at a place, or what is wrong with it; caption and attributes as given."""
         item, title = place[0], self._titles.get(place[0])
         src, problem = self._thumbs.get(place, (None, "no photo"))
-        return Photo(item, title, src, problem, caption, attributes or {})
+        return ShownPhoto(item, title, src, problem, caption, attributes or {})
 
-    def main(self, item: str) -> Photo:
+    def main(self, item: str) -> ShownPhoto:
         """The first photo of an item, with the item's caption."""
         return self.photo(self._main[item], self._captions.get(item))
 

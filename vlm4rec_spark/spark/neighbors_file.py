@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pyspark.sql import SparkSession
 
 from vlm4rec_spark.models.index import artifact
-from vlm4rec_spark.models.index.neighbors import BYTES, FORMAT, Neighbours
+from vlm4rec_spark.models.index.neighbors import BYTES, FORMAT, Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 
 _ITEMS_AT_ONCE = 1_024
@@ -57,8 +57,8 @@ def build(
     # The index's checksums too: built again of the same vectors, its leaves may hold others.
     content = [FORMAT, searcher.manifest, effort.leaves, effort.candidates]
     target = folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    if not artifact.reused(target, Neighbours.open):
-        Neighbours.write(target, searcher, effort, _searched(spark, len(searcher), open_searcher, effort))
+    if not artifact.reused(target, Neighbors.open):
+        Neighbors.write(target, searcher, effort, _searched(spark, len(searcher), open_searcher, effort))
     return target
 
 

@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.encoding.text_encoder import MARKUP, SCRIPT, Embedder, clean, load_embedder
+from vlm4rec_spark.models.encoding.text_encoder import (
+    MARKUP,
+    SCRIPT,
+    Embedder,
+    clean,
+    load_embedder,
+)
 from vlm4rec_spark.models.encoding.vision_encoder import Vision, load_vision
 from vlm4rec_spark.models.photos import photo_storage
 from vlm4rec_spark.models.photos.decode import decode
@@ -70,12 +76,12 @@ def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) 
 def pending_texts(texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_words: int) -> DataFrame:
     """The texts whose embedding by this encoder is missing or was made from another text."""
     hashed = texts.where(F.col("text").isNotNull()).withColumn(
-        "text_sha256", F.sha2(F.concat_ws("\n", F.lit(str(max_words)), "text"), 256)
+        "content_sha256", F.sha2(F.concat_ws("\n", F.lit(str(max_words)), "text"), 256)
     )
     done = embeddings.where(F.col("encoder_id") == encoder_id)
     return hashed.join(
-        done.select("item_id", "representation", "text_sha256", "fallback"),
-        on=["item_id", "representation", "text_sha256", "fallback"],
+        done.select("item_id", "representation", "content_sha256", "fallback"),
+        on=["item_id", "representation", "content_sha256", "fallback"],
         how="left_anti",
     )
 
@@ -95,8 +101,8 @@ def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFra
     """Rows of `embeddings` for rows of `pending_texts`. A text that is empty once cleaned gives no row."""
     return texts.mapInPandas(
         _embedder_udf(settings),
-        "item_id STRING, representation STRING, text_sha256 STRING, fallback BOOLEAN, embedding ARRAY<FLOAT>",
-    ).select("item_id", "representation", F.lit(encoder_id).alias("encoder_id"), "text_sha256", "fallback", "embedding")
+        "item_id STRING, representation STRING, content_sha256 STRING, fallback BOOLEAN, embedding ARRAY<FLOAT>",
+    ).select("item_id", "representation", F.lit(encoder_id).alias("encoder_id"), "content_sha256", "fallback", "embedding")
 
 
 def _embedder_udf(settings: EmbedSettings) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
@@ -109,7 +115,7 @@ def _embedder_udf(settings: EmbedSettings) -> Callable[[Iterator[pd.DataFrame]],
             # Not np.unique: it gives every text of the batch the width of the longest, and one may have a megabyte.
             places, distinct = pd.factorize(cleaned[cleaned != ""])
             vectors = _embedder(settings).embed(distinct.tolist())
-            rows = batch[["item_id", "representation", "text_sha256", "fallback"]]
+            rows = batch[["item_id", "representation", "content_sha256", "fallback"]]
             yield rows.assign(embedding=list(vectors[places]))
 
     return encode
@@ -123,23 +129,23 @@ def _embedder(settings: EmbedSettings) -> Embedder:
 
 
 def main_photos(photos: DataFrame) -> DataFrame:
-    """item_id, position, text_sha256: each item's first photo, without its bytes; the digest is that of the photo."""
-    first = F.min(F.struct("position", F.col("image_sha256").alias("text_sha256"))).alias("first")
+    """item_id, position, content_sha256: each item's first photo, without its bytes; the digest is that of the photo."""
+    first = F.min(F.struct("position", F.col("image_sha256").alias("content_sha256"))).alias("first")
     return photos.groupBy("item_id").agg(first).select("item_id", "first.*")
 
 
 def pending_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
     """Those of `main_photos` whose embedding by this encoder is missing or was made from another photo."""
     done = embeddings.where((F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id))
-    return photos.join(done.select("item_id", "text_sha256"), on=["item_id", "text_sha256"], how="left_anti")
+    return photos.join(done.select("item_id", "content_sha256"), on=["item_id", "content_sha256"], how="left_anti")
 
 
 def embed_photos(photos: DataFrame, vision_id: str, settings: EmbedSettings, http: HttpSettings) -> DataFrame:
-    """Rows of `embeddings` for photos (item_id, text_sha256, uri, image). One that can't be read gives no row."""
-    return photos.select("item_id", "text_sha256", "uri", "image").mapInPandas(
-        _looker_udf(settings, http), "item_id STRING, text_sha256 STRING, embedding ARRAY<FLOAT>"
+    """Rows of `embeddings` for photos (item_id, content_sha256, uri, image). One that can't be read gives no row."""
+    return photos.select("item_id", "content_sha256", "uri", "image").mapInPandas(
+        _looker_udf(settings, http), "item_id STRING, content_sha256 STRING, embedding ARRAY<FLOAT>"
     ).select(
-        "item_id", F.lit(IMAGE).alias("representation"), F.lit(vision_id).alias("encoder_id"), "text_sha256",
+        "item_id", F.lit(IMAGE).alias("representation"), F.lit(vision_id).alias("encoder_id"), "content_sha256",
         F.lit(False).alias("fallback"), "embedding",
     )  # fmt: skip
 
@@ -151,7 +157,7 @@ def _looker_udf(
         try:
             data = row["image"]
             if data is None:
-                data = photo_storage.read_again(row["uri"], row["text_sha256"], http)
+                data = photo_storage.read_again(row["uri"], row["content_sha256"], http)
             return decode(data, _PHOTO_SIDE)
         except Exception:  # of the photo or of its place; the rows that don't come back are counted as failed
             return None
@@ -161,12 +167,12 @@ def _looker_udf(
             for first in range(0, len(batch), _PHOTOS_AT_ONCE):
                 rows = batch.iloc[first : first + _PHOTOS_AT_ONCE].to_dict("records")
                 read = concurrently(lambda row: (row, image(row)), rows, http.concurrency)
-                seen = [(row["item_id"], row["text_sha256"], photo) for row, photo in read if photo is not None]
+                seen = [(row["item_id"], row["content_sha256"], photo) for row, photo in read if photo is not None]
                 if seen:
                     # They end in any order, and a vector's last digits depend on its batch.
                     items, digests, photos = zip(*sorted(seen, key=lambda each: each[0]), strict=True)
                     vectors = _vision(settings).embed(photos)
-                    yield pd.DataFrame({"item_id": items, "text_sha256": digests, "embedding": list(vectors)})
+                    yield pd.DataFrame({"item_id": items, "content_sha256": digests, "embedding": list(vectors)})
 
     return look
 

@@ -25,7 +25,7 @@ from pyspark.sql import DataFrame, SparkSession
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import FORMAT, Searcher
 
-Artefact = TypeVar("Artefact")
+Artifact = TypeVar("Artifact")
 
 
 class IndexSettings(BaseModel):
@@ -34,26 +34,26 @@ class IndexSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str = "index"
-    scann_from: int = Field(20_000, ge=1)
-    rebuild_share: float = Field(0.1, ge=0, le=1)
+    ann_min_items: int = Field(20_000, ge=1)
+    rebuild_threshold: float = Field(0.1, ge=0, le=1)
     broadcast_gb: float = Field(1.0, gt=0)
 
 
 def index_rows(embeddings: DataFrame, texts: DataFrame, representation: str, encoder_id: str) -> DataFrame:
-    """item_id, embedding, text_sha256 and text of the items to index, sorted by item_id."""
+    """item_id, embedding, content_sha256 and text of the items to index, sorted by item_id."""
     chosen = embeddings.where(
         (embeddings["representation"] == representation) & (embeddings["encoder_id"] == encoder_id)
     )
     text = texts.where(texts["representation"] == representation).select("item_id", "text")
     return (
-        chosen.join(text, on="item_id", how="left").select("item_id", "embedding", "text_sha256", "text")
+        chosen.join(text, on="item_id", how="left").select("item_id", "embedding", "content_sha256", "text")
         .orderBy("item_id")
     )  # fmt: skip
 
 
 def build(
-    rows: pa.Table, representation: str, encoder_id: str, folder: Path, scann_from: int, base: Searcher | None = None,
-    rebuild_share: float = 0.0,
+    rows: pa.Table, representation: str, encoder_id: str, folder: Path, ann_min_items: int, base: Searcher | None = None,
+    rebuild_threshold: float = 0.0,
 ) -> Path:  # fmt: skip
     """Build the artefact of `index_rows` under `folder`, named by its content; a sound one is left as it is.
 
@@ -65,12 +65,12 @@ def build(
     flat = pa.concat_arrays(rows["embedding"].chunks).flatten() if len(ids) else pa.array([], pa.float32())
     vectors = np.asarray(flat, np.float32).reshape(len(ids), -1) if len(ids) else np.empty((0, 1), np.float32)
     # The vectors too: workers keep what they unpacked by this id, and an evaluation's arms have no encoder's name.
-    content = [FORMAT, representation, encoder_id, scann_from, ids, rows["text_sha256"].to_pylist(),
+    content = [FORMAT, representation, encoder_id, ann_min_items, ids, rows["content_sha256"].to_pylist(),
                hashlib.sha256(vectors.tobytes()).hexdigest()]  # fmt: skip
     made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if base and base.manifest["content"] == made_of:
         return base.folder
-    if base and not base.rests(ids, vectors, scann_from, rebuild_share):
+    if base and not base.rests(ids, vectors, ann_min_items, rebuild_threshold):
         base = None
     coded = hashlib.sha256(base.still(ids, vectors).tobytes()).hexdigest() if base else ""
     beside = [made_of, base.base if base else "", coded]
@@ -82,13 +82,13 @@ def build(
     except RunError:  # none, a torn or a damaged one
         shutil.rmtree(target, ignore_errors=True)
     texts = [text or "" for text in rows["text"].to_pylist()]
-    Searcher.build(target, index_id, ids, vectors, texts, scann_from, base, made_of)
+    Searcher.build(target, index_id, ids, vectors, texts, ann_min_items, base, made_of)
     return target
 
 
 def ship(
-    spark: SparkSession, folder: Path, broadcast_gb: float, opens: Callable[[Path], Artefact]
-) -> Callable[[], Artefact]:
+    spark: SparkSession, folder: Path, broadcast_gb: float, opens: Callable[[Path], Artifact]
+) -> Callable[[], Artifact]:
     """A factory that opens the artefact once per worker process.
 
     Where workers are on this machine they open the folder where it is. On a cluster each node gets it once, into its
@@ -114,7 +114,7 @@ _open: dict[str, tuple[str, Any]] = {}
 """Python workers are reused from query to query: of each kind the last artefact stays open, known by its content."""
 
 
-def _opened(name: str, opens: Callable[[Path], Artefact], opener: Callable[[], Artefact]) -> Artefact:
+def _opened(name: str, opens: Callable[[Path], Artifact], opener: Callable[[], Artifact]) -> Artifact:
     kind = opens.__qualname__
     if _open.get(kind, ("",))[0] != name:
         _open.pop(kind, None)
@@ -122,7 +122,7 @@ def _opened(name: str, opens: Callable[[Path], Artefact], opener: Callable[[], A
     return _open[kind][1]
 
 
-def _on_node(name: str, size: int, fetch: Callable[[Path], object], opens: Callable[[Path], Artefact]) -> Artefact:
+def _on_node(name: str, size: int, fetch: Callable[[Path], object], opens: Callable[[Path], Artifact]) -> Artifact:
     """Opens this node's own copy of the artefact, after whoever comes first has fetched it, `size` bytes.
 
     fetch: brings the artefact into a folder, under its name.

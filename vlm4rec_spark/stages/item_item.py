@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.index import artifact
-from vlm4rec_spark.models.index.item_item_scores import FORMAT, Cooccurrence
+from vlm4rec_spark.models.index.item_item_scores import FORMAT, ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 
 _REACH = 20
@@ -21,7 +21,7 @@ _MICRO = 1_000_000
 """Weights are summed as whole millionths, so that the bits don't depend on how rows were partitioned."""
 
 
-class CooccurrenceSettings(BaseModel):
+class ItemItemSettings(BaseModel):
     """How much of an item's score comes from what is found with the history, and how that is counted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,10 +30,10 @@ class CooccurrenceSettings(BaseModel):
     distance_decay: float = Field(0.8, gt=0, le=1)
     popularity_power: float = Field(0.2, ge=0, le=1)
     position_decay: float = Field(0.85, gt=0, le=1)
-    kept: int = Field(100, ge=1)
+    max_neighbors: int = Field(100, ge=1)
 
 
-def pairs(histories: DataFrame, settings: CooccurrenceSettings) -> DataFrame:
+def pairs(histories: DataFrame, settings: ItemItemSettings) -> DataFrame:
     """item_id, other_id, strength: the `kept` items that are found most strongly with each, the strongest first.
 
     Two items of a history count distance_decay for each place that they are apart beyond the first, in both directions.
@@ -63,7 +63,7 @@ def pairs(histories: DataFrame, settings: CooccurrenceSettings) -> DataFrame:
         (F.col("weight") / _MICRO / damped).alias("strength"),
     )  # fmt: skip
     rank = F.row_number().over(Window.partitionBy("item_id").orderBy(F.desc("strength"), "other_id"))
-    return strong.withColumn("rank", rank).where(F.col("rank") <= settings.kept).drop("rank")
+    return strong.withColumn("rank", rank).where(F.col("rank") <= settings.max_neighbors).drop("rank")
 
 
 def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
@@ -81,6 +81,6 @@ def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
     digests = [hashlib.sha256(each.tobytes()).hexdigest() for each in (first, second, strengths)]
     content = [FORMAT, searcher.index_id, *digests]
     target = folder / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    if not artifact.reused(target, Cooccurrence.open):
-        Cooccurrence.build(target, searcher.index_id, len(searcher), first, second, strengths)
+    if not artifact.reused(target, ItemItemScores.open):
+        ItemItemScores.build(target, searcher.index_id, len(searcher), first, second, strengths)
     return target

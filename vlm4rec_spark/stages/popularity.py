@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.popularity_query import Popular
+from vlm4rec_spark.models.ranking.popularity_query import PopularityQuery
 
 ALL = ""
 """The segment of those who are in none, and what everybody has met."""
@@ -85,10 +85,10 @@ class ByPopularity:
     def __init__(self, popular: Best):
         self._popular = popular
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Popular:
+    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> PopularityQuery:
         """Of rows with `segment` (null: none) and `rules`, as `offers.applying` gives them."""
         nothing = np.empty(0, np.int64), np.empty(0)
         wanted = zip(batch.column("segment").to_pylist(), batch.column("rules").to_pylist(), strict=True)
         mine = [self._popular.get((segment or ALL, bits)) or self._popular.get((ALL, bits), nothing)
                 for segment, bits in wanted]  # fmt: skip
-        return Popular([positions for positions, _ in mine], [shares for _, shares in mine])
+        return PopularityQuery([positions for positions, _ in mine], [shares for _, shares in mine])

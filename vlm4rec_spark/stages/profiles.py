@@ -36,7 +36,7 @@ class ProfileSettings(BaseModel):
     tastes: int = Field(3, ge=1, le=20)
     negative_events: tuple[str, ...] = ()
     session_minutes: PositiveFloat | None = None
-    least_items: int = Field(1, ge=1)
+    min_items: int = Field(1, ge=1)
     bot_events_per_day: int = Field(500, ge=1)
 
 
@@ -86,7 +86,7 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
         .withColumn("place", F.row_number().over(in_order))
         .select("user_id", "item_id", "event_time", "weight", "place")
     )
-    numbers = settings.half_life_days, settings.position_decay, settings.last_n, settings.least_items
+    numbers = settings.half_life_days, settings.position_decay, settings.last_n, settings.min_items
 
     def gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for users in history.whole_users(batches):

@@ -15,14 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
-from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
+from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.blend import Blend
+from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MOST_RULES, Offer, Rule
-from vlm4rec_spark.models.ranking.top_k_lists import listed
-from vlm4rec_spark.models.ranking.user_queries import Clusters, Histories, Means, Shape, Tastes
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MOST_RULES, ListRules, Rule
+from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.user_queries import (
+    MaxSimilarityQuery,
+    MeanQuery,
+    MultiInterestQuery,
+    Queries,
+    Shape,
+)
 from vlm4rec_spark.sources.reader import Source
 
 _TERMS = 3
@@ -35,19 +41,19 @@ class RecommendSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     k: int = Field(10, ge=1)
-    recall: float = Field(0.95, gt=0, le=1)
+    target_recall: float = Field(0.95, gt=0, le=1)
     recall_sample: int = Field(1_000, ge=1)
-    why: bool = True
-    popular: bool = True
+    explain: bool = True
+    popularity_fallback: bool = True
     rules: tuple[Rule, ...] = Field((), max_length=MOST_RULES)
     allow: Source = Source()
     deny: Source = Source()
     caps: dict[str, PositiveInt] = {}
     variants: tuple[Literal["parent", "photo"], ...] = ("parent", "photo")
-    alike: float | None = Field(None, ge=0, le=1)
-    least_score: float | None = Field(None, ge=-1, le=1)
+    similarity_threshold: float | None = Field(None, ge=0, le=1)
+    min_score: float | None = Field(None, ge=-1, le=1)
     diversity: float = Field(0.0, ge=0, lt=1)
-    seen_again: tuple[str, ...] = ()
+    repeatable_events: tuple[str, ...] = ()
     repurchase_days: dict[str, PositiveInt] = {}
 
 
@@ -60,7 +66,7 @@ class Matches(Protocol):
     @property
     def by_history(self) -> bool: ...
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes: ...
+    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Queries: ...
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,20 @@ class Matching:
     shape: Shape = "mean"
     share: float = 0.0
     position_decay: float = 1.0
-    opens: Callable[[], Cooccurrence] | None = None
+    opens: Callable[[], ItemItemScores] | None = None
     tastes_per_user: int = 3
-    neighbours: Callable[[], Neighbours] | None = None
+    neighbors: Callable[[], Neighbors] | None = None
 
     @property
     def by_history(self) -> bool:
         return self.shape != "mean" or self.share > 0
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Tastes:
+    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Queries:
         """Of profiles that have a vector; weights are those of `history` over its heaviest. Not `why`: for lists whose
         reasons nobody asks for."""
         blended = self.share > 0 and self.opens is not None
         if self.shape == "mean" and not blended and not why:
-            return Means(_queries(batch.column("embedding")), None)
+            return MeanQuery(_queries(batch.column("embedding")), None)
         history, flat = batch.column("history"), batch.column("history").flatten()
         positions = _per_user(searcher.positions_of(flat.field("item_id")), history)
         known = [mine >= 0 for mine in positions]
@@ -98,23 +104,23 @@ class Matching:
         weights = _per_user(flat.field("weight").to_numpy(zero_copy_only=False), history)
         weights = [mine[there] for mine, there in zip(weights, known, strict=True)]
         weights = [mine / mine.max(initial=1e-300) for mine in weights]
-        content: Tastes = Means(_queries(batch.column("embedding")), positions)
+        content: Queries = MeanQuery(_queries(batch.column("embedding")), positions)
         if self.shape == "max_similarity":
-            near = self.neighbours() if self.neighbours else None
-            content = Histories(positions, [mine.astype(np.float32) for mine in weights], near)
+            near = self.neighbors() if self.neighbors else None
+            content = MaxSimilarityQuery(positions, [mine.astype(np.float32) for mine in weights], near)
         elif self.shape == "multi_taste":
-            content = Clusters.of(positions, weights, searcher, self.tastes_per_user)
+            content = MultiInterestQuery.of(positions, weights, searcher, self.tastes_per_user)
         if not blended or self.opens is None:
             return content
         later = [mine * self.position_decay ** np.arange(len(mine)) for mine in weights]
-        return Blend(content, self.opens(), self.share, positions, later)
+        return BlendedQuery(content, self.opens(), self.share, positions, later)
 
 
 CONTENT = Matching()
 
 
 def calibrate(
-    searcher: Searcher, sample: pa.Table, offer: Offer, k: int, promise: float, matching: Matches = CONTENT
+    searcher: Searcher, sample: pa.Table, offer: ListRules, k: int, promise: float, matching: Matches = CONTENT
 ) -> Calibration:
     """As `models/calibration.py` does, on `sample`: embedding, history and seen of some profiles, and `rules` where
     some apply to some of them."""
@@ -125,16 +131,16 @@ def calibrate(
     return cheapest(searcher, asked, excluded, offer, _rules(batch), k, promise)
 
 
-def without(searcher: Searcher, withdrawn: Sequence[str]) -> Offer:
+def without(searcher: Searcher, withdrawn: Sequence[str]) -> ListRules:
     """All items of the index but these, with no rule and no groups."""
     allowed = np.full(len(searcher), AVAILABLE, np.int64)
     positions = searcher.positions(withdrawn)
     allowed[positions[positions >= 0]] = 0
-    return Offer(allowed)
+    return ListRules(allowed)
 
 
 def recommend(
-    profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: Offer, k: int, effort: Effort | None,
+    profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: ListRules, k: int, effort: Effort | None,
     matching: Matches = CONTENT, why: bool = True,
 ) -> DataFrame:  # fmt: skip
     """user_id, items, k and index_id of every profile that has a vector, or needs none; items in rank order, with the
@@ -166,7 +172,7 @@ _ITEM = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, becaus
 
 
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, offer: Offer, k: int, effort: Effort | None, matching: Matches,
+    batch: pa.RecordBatch, searcher: Searcher, offer: ListRules, k: int, effort: Effort | None, matching: Matches,
     why: bool,
 ) -> pa.RecordBatch:  # fmt: skip
     asked, names = matching.tastes(batch, searcher, why), batch.schema.names
@@ -175,11 +181,11 @@ def _ranked(
         narrowed = batch.column("only").is_valid().to_numpy(zero_copy_only=False)
         mine = _positions(batch.column("only").fill_null([]), searcher)
         only = [items if has else None for items, has in zip(mine, narrowed, strict=True)]
-    top, scores, collapsed = listed(searcher, asked, excluded, offer, _rules(batch), k, effort, only)
+    top, scores, collapsed = recommend_lists(searcher, asked, excluded, offer, _rules(batch), k, effort, only)
     kept = top >= 0
     because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
     if why:
-        because, together = asked.reasons(searcher, top)
+        because, together = asked.explain(searcher, top)
     chosen, reasons, together = top[kept], because[kept], together[kept]
     reason = searcher.names.take(pa.array(reasons, mask=reasons < 0))
     spoke = pa.array(together.astype(np.int8), mask=np.full(len(together), not why))

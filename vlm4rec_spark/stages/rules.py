@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, Offer, Rule
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules, Rule
 
 _MORE = "attributes."
 
@@ -55,10 +55,10 @@ def _group(column: str) -> Column:
     return F.col("attributes")[column.removeprefix(_MORE)] if column.startswith(_MORE) else F.col(column)
 
 
-def offer(
+def list_rules(
     rows: pa.Table, searcher: Searcher, variants: Sequence[str], caps: Mapping[str, int], alike: float | None,
     least: float | None, diversity: float = 0.0,
-) -> Offer:  # fmt: skip
+) -> ListRules:  # fmt: skip
     """The offer of `item_rows`, by the positions of an index; an item of the index that isn't there isn't offered.
 
     variants: of "parent" and "photo" what makes two items variants of each other, also over a third one.
@@ -78,7 +78,7 @@ def offer(
     if same is not None and len(np.unique(same)) == len(same):
         same = None  # nobody's variants: lists are simply the best items
     limits = [(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
-    return Offer(allowed, same, limits, alike, least, diversity)
+    return ListRules(allowed, same, limits, alike, least, diversity)
 
 
 def _joined(groups: Sequence[np.ndarray]) -> np.ndarray:

@@ -161,7 +161,7 @@ EMBEDDINGS = Table(
     """item_id STRING NOT NULL COMMENT 'Item',
     representation STRING NOT NULL COMMENT 'What was encoded: title, caption, title_caption, image',
     encoder_id STRING NOT NULL COMMENT 'Encoder at revision',
-    text_sha256 STRING NOT NULL COMMENT 'SHA-256 of the text that was encoded, or of the photo',
+    content_sha256 STRING NOT NULL COMMENT 'SHA-256 of the text that was encoded, or of the photo',
     fallback BOOLEAN NOT NULL COMMENT 'True: the item has no caption and its title was encoded instead',
     embedding ARRAY<FLOAT> NOT NULL COMMENT 'Unit vector'""",
     key=("item_id", "representation", "encoder_id"),

@@ -93,9 +93,9 @@ class Tables:
             raise RunError(f"tables: there is no schema {self.location}. Create it, or name a folder with a / in it.")
         for table in filter(self.exists, TABLES.values()):
             self._check_layout(table)
-            _check_schema(table, self.read(table).schema, self.place(table))
+            _check_schema(table, self.read(table).schema, self.name_of(table))
 
-    def place(self, table: Table) -> str:
+    def name_of(self, table: Table) -> str:
         return f"{self.location}.{table.name}" if self.named else f"{self.location}/{table.name}"
 
     def folder(self) -> str:
@@ -104,15 +104,15 @@ class Tables:
 
     def exists(self, table: Table) -> bool:
         if self.named:
-            return self.spark.catalog.tableExists(self.place(table))
-        return DeltaTable.isDeltaTable(self.spark, self.place(table))
+            return self.spark.catalog.tableExists(self.name_of(table))
+        return DeltaTable.isDeltaTable(self.spark, self.name_of(table))
 
     def read(self, table: Table, version: int | None = None) -> DataFrame:
         """The table, as of `version` or now; an empty DataFrame when it isn't there yet."""
         if not self.exists(table):
             return self.spark.createDataFrame([], table.schema)
         reader = self.spark.read if version is None else self.spark.read.option("versionAsOf", version)
-        return reader.table(self.place(table)) if self.named else reader.format("delta").load(self.place(table))
+        return reader.table(self.name_of(table)) if self.named else reader.format("delta").load(self.name_of(table))
 
     def frozen(self, table: Table) -> DataFrame:
         """The table as it is now, whatever is written to it later.
@@ -192,7 +192,7 @@ class Tables:
         if self._commits(table)[0]["version"] <= version:
             return self.read(table).limit(0).withColumn("_change_type", F.lit(""))
         feed = self.spark.read.option("readChangeFeed", "true").option("startingVersion", version + 1)
-        return feed.table(self.place(table)) if self.named else feed.format("delta").load(self.place(table))
+        return feed.table(self.name_of(table)) if self.named else feed.format("delta").load(self.name_of(table))
 
     def replace(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows` in one transaction, rewriting all of it."""
@@ -300,18 +300,18 @@ class Tables:
             except CONFLICTS as conflict:
                 if seconds is None:
                     name = type(conflict).__name__
-                    raise RunError(f"Another program keeps writing to {self.place(table)} at the same time ({name}); "
+                    raise RunError(f"Another program keeps writing to {self.name_of(table)} at the same time ({name}); "
                                    "six tries failed. Run again when it is done.") from None  # fmt: skip
                 _wait(seconds)
             except Exception as failed:
                 if "No space left on device" not in str(failed):
                     raise
-                raise RunError(f"The disk that holds {self.place(table)} is full. Nothing of this write counts; make "
+                raise RunError(f"The disk that holds {self.name_of(table)} is full. Nothing of this write counts; make "
                                "room and run again.") from None  # fmt: skip
         raise AssertionError("the last try returns or raises")
 
     def _save(self, writer: DataFrameWriter, table: Table) -> None:
-        writer.saveAsTable(self.place(table)) if self.named else writer.save(self.place(table))
+        writer.saveAsTable(self.name_of(table)) if self.named else writer.save(self.name_of(table))
 
     def _merge(self, table: Table, rows: DataFrame) -> DeltaMergeBuilder:
         return self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
@@ -344,18 +344,18 @@ class Tables:
         layout = self._properties(table).get(_LAYOUT_KEY, str(LAYOUT))
         if layout != str(LAYOUT):
             raise RunError(
-                f"The table {self.place(table)} has layout {layout}; this release reads layout {LAYOUT} only. Start in "
+                f"The table {self.name_of(table)} has layout {layout}; this release reads layout {LAYOUT} only. Start in "
                 "a new folder, with --set tables=…. Captions that were paid for can be brought over with "
                 "`vlm4rec import-captions`."
             )
 
     def _sql_name(self, table: Table) -> str:
-        return self.place(table) if self.named else f"delta.`{self.place(table)}`"
+        return self.name_of(table) if self.named else f"delta.`{self.name_of(table)}`"
 
     def _delta(self, table: Table) -> DeltaTable:
         if self.named:
-            return DeltaTable.forName(self.spark, self.place(table))
-        return DeltaTable.forPath(self.spark, self.place(table))
+            return DeltaTable.forName(self.spark, self.name_of(table))
+        return DeltaTable.forPath(self.spark, self.name_of(table))
 
     def _commits(self, table: Table) -> list[Row]:
         """Latest first: version, `at` in microseconds of the epoch, and whether rows `changed`.

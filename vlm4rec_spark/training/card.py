@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm4rec_spark.training.measure import Share
-    from vlm4rec_spark.training.train import Plan, Point
+    from vlm4rec_spark.training.train import Point, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Made:
     licence: str
     photos: int
     rejected: Mapping[str, int]
-    plan: Plan
+    plan: TrainingPlan
     seconds: float
     device: str
 

@@ -11,7 +11,12 @@ import numpy as np
 from PIL import Image
 
 from vlm4rec_spark.models.captioning.caption_template import named
-from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request, answers, load_captioner
+from vlm4rec_spark.models.captioning.captioner import (
+    ModelSettings,
+    Request,
+    answers,
+    load_captioner,
+)
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.training.labelled import Labelled
 

@@ -36,7 +36,7 @@ _NEW = 10
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How much is looked at, and how.
 
     `seen`: photos, over all; each is looked at several times, never quite the same. `start`: the folder of a captioner
@@ -89,7 +89,7 @@ class _Learner(torch.nn.Module):
 
 
 def train(
-    labelled: Labelled, out: Path, work: Path, plan: Plan, say: Callable[[str], None]
+    labelled: Labelled, out: Path, work: Path, plan: TrainingPlan, say: Callable[[str], None]
 ) -> tuple[list[Point], float]:
     """Train and save into `out`; a checkpoint lies in `work`. Returns the curve, and the seconds that it took.
 
@@ -154,7 +154,7 @@ def _keep(model: Any, before: dict[str, torch.Tensor], new_words: list[int], sha
                 each[new_words] = learnt
 
 
-def _groups(learner: _Learner, plan: Plan) -> list[dict[str, Any]]:
+def _groups(learner: _Learner, plan: TrainingPlan) -> list[dict[str, Any]]:
     """The weights that learn, by rate and decay: what is new beside a captioner to go on from learns faster."""
     new = {id(each) for name, each in learner.named_parameters() if plan.start and not name.startswith("model.")}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -213,7 +213,7 @@ class _Photos:
 
 
 def _step(
-    learner: _Learner, teacher: Teacher | None, data: _Photos, plan: Plan, step: int, device: str
+    learner: _Learner, teacher: Teacher | None, data: _Photos, plan: TrainingPlan, step: int, device: str
 ) -> torch.Tensor:
     # Each step draws from a seed of its own: a training that was stopped goes on as it would have.
     rows = data.draw(plan.batch, np.random.default_rng([plan.seed, step]))
@@ -245,7 +245,7 @@ def _fast(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def _digest(plan: Plan, labelled: Labelled) -> str:
+def _digest(plan: TrainingPlan, labelled: Labelled) -> str:
     """What a checkpoint belongs to."""
     return json.dumps([asdict(plan), len(labelled.sentences), labelled.values], sort_keys=True)
 

@@ -100,7 +100,7 @@ class ModelSettings(BaseModel):
     revision: str = "main"
     max_new_tokens: int = Field(64, ge=1)
     max_side: int = Field(672, ge=16)
-    compiled: bool = False
+    torch_compile: bool = False
     endpoint: EndpointSettings = EndpointSettings()
 
     @model_validator(mode="after")
@@ -151,5 +151,5 @@ def load_captioner(
     from vlm4rec_spark.models.captioning.backends.transformers import TransformersCaptioner
 
     return TransformersCaptioner(
-        settings.source, settings.revision, settings.max_new_tokens, batch_size, settings.compiled
+        settings.source, settings.revision, settings.max_new_tokens, batch_size, settings.torch_compile
     )

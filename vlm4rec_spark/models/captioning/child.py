@@ -20,7 +20,13 @@ from typing import Any
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.captioning.backends.batches import error_class
-from vlm4rec_spark.models.captioning.captioner import Answer, Captioner, ModelSettings, Request, load_captioner
+from vlm4rec_spark.models.captioning.captioner import (
+    Answer,
+    Captioner,
+    ModelSettings,
+    Request,
+    load_captioner,
+)
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
 _PR_SET_PDEATHSIG = 1

@@ -21,7 +21,7 @@ _AGAIN = "Run the recommend stage again."
 
 
 @dataclass(frozen=True)
-class Cooccurrence:
+class ItemItemScores:
     """Both arrays, memory-mapped."""
 
     positions: np.ndarray
@@ -45,12 +45,12 @@ class Cooccurrence:
         artifact.seal(folder, {"format": FORMAT, "index_id": index_id, "items": items, "kept": shape[1]})
 
     @classmethod
-    def open(cls, folder: Path) -> Cooccurrence:
+    def open(cls, folder: Path) -> ItemItemScores:
         """Open the folder. Raises RunError when it is incomplete, damaged or of another format."""
         artifact.manifest("cooccurrence", folder, FORMAT, _AGAIN)
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "strengths")))
 
-    def speak_for(self, history: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores_for(self, history: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The items found with those of a history, by position, and how strongly: float64, the strongest is 1.
 
         An item's strength is the sum over the history of weight times strength; the scale is the user's own, so that

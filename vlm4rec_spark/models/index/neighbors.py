@@ -28,7 +28,7 @@ _AGAIN = "Run the recommend stage again."
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """Both arrays, memory-mapped, of one index; `leaves` were searched for each item."""
 
     positions: np.ndarray
@@ -64,7 +64,7 @@ class Neighbours:
         })  # fmt: skip
 
     @classmethod
-    def open(cls, folder: Path) -> Neighbours:
+    def open(cls, folder: Path) -> Neighbors:
         """Open the folder. Raises RunError when it is incomplete, damaged or of another format."""
         told = artifact.manifest("neighbours", folder, FORMAT, _AGAIN)
         # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
@@ -72,7 +72,7 @@ class Neighbours:
         positions, cosines = map(np.asarray, mapped)
         return cls(positions, cosines, told["index_id"], told["leaves"])
 
-    def found_by(self, searcher: Searcher, effort: Effort) -> bool:
+    def merged_for(self, searcher: Searcher, effort: Effort) -> bool:
         """Whether a search with this effort's leaves finds the same. Raises RunError where the index is another."""
         if self.index_id != searcher.index_id:
             raise RunError(f"The neighbours are those of index {self.index_id}, not of {searcher.index_id}. {_AGAIN}")

@@ -100,7 +100,7 @@ class Searcher:
 
     @staticmethod
     def build(folder: Path, index_id: str, ids: Sequence[str], vectors: np.ndarray, texts: Sequence[str],
-              scann_from: int, base: Searcher | None = None, content: str = "") -> None:  # fmt: skip
+              ann_min_items: int, base: Searcher | None = None, content: str = "") -> None:  # fmt: skip
         """Write the artefact to `folder`. ids must be sorted and distinct; vectors float32 (items, dimension), unit.
 
         ScaNN's codes are built from `scann_from` items on; below it search is exact. With a `base` (see `rests`) its
@@ -121,7 +121,7 @@ class Searcher:
         np.save(folder / "words.npy", words)
         pq.write_table(pa.table({"word": pa.array(vocabulary, pa.string())}), folder / "vocabulary.parquet")
         np.save(folder / "coded.npy", base.still(ids, vectors) if base else np.arange(len(ids)))
-        leaves = base.manifest["leaves"] if base else _leaves(len(ids)) if _large(len(ids), scann_from) else 0
+        leaves = base.manifest["leaves"] if base else _leaves(len(ids)) if _large(len(ids), ann_min_items) else 0
         if leaves and base:
             shutil.copytree(base.folder / "scann", folder / "scann")
         elif leaves:
@@ -153,9 +153,9 @@ class Searcher:
             scann.set_num_threads(int(threads))
         return cls(folder, names, words, vocabulary, vectors, coded, scann, manifest)
 
-    def rests(self, ids: Sequence[str], vectors: np.ndarray, scann_from: int, most: float) -> bool:
+    def rests(self, ids: Sequence[str], vectors: np.ndarray, ann_min_items: int, most: float) -> bool:
         """Whether a version of these items may rest on this one: at most the share `most` came, went or changed."""
-        if vectors.shape[1] != self.vectors.shape[1] or self.approximate != _large(len(ids), scann_from):
+        if vectors.shape[1] != self.vectors.shape[1] or self.approximate != _large(len(ids), ann_min_items):
             return False
         there = int((self.still(ids, vectors) >= 0).sum())
         return len(ids) - there + len(self.coded) - there <= most * len(ids)
@@ -244,8 +244,8 @@ class Searcher:
         return merged
 
 
-def _large(items: int, scann_from: int) -> bool:
-    return items >= max(scann_from, _SCANN_LEAST)
+def _large(items: int, ann_min_items: int) -> bool:
+    return items >= max(ann_min_items, _SCANN_LEAST)
 
 
 def _leaves(items: int) -> int:

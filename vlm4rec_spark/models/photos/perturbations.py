@@ -18,7 +18,7 @@ _DARKEST, _LIGHTEST = 112, 144
 """Further apart than what `images.decode` refuses as blank."""
 
 
-def retaken(data: bytes, max_side: int) -> bytes:
+def perturbed(data: bytes, max_side: int) -> bytes:
     """The photo mirrored, its margins cut, as another JPEG. Raises PhotoError."""
     photo = ImageOps.mirror(decode(data, max_side))
     wide, high = round(photo.width * _CROP), round(photo.height * _CROP)
@@ -27,7 +27,7 @@ def retaken(data: bytes, max_side: int) -> bytes:
     return out.getvalue()
 
 
-def nothing() -> bytes:
+def blank_photo() -> bytes:
     """A grey that grows a little lighter from top to bottom, as a PNG."""
     slope = Image.linear_gradient("L").resize((_SIDE, _SIDE))
     grey = slope.point(lambda shade: _DARKEST + shade * (_LIGHTEST - _DARKEST) // 255)

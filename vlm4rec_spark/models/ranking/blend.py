@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlm4rec_spark.models.index.item_item_scores import Cooccurrence
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.user_queries import Tastes, padded, within
+from vlm4rec_spark.models.ranking.user_queries import Queries, padded, within
 
 
-class Blend:
+class BlendedQuery:
     """Content and co-occurrence: an item scores (1 - share) x its content score + share x how strongly it is found with
     the user's history, the strongest 1. Without anything found the order is that of the content; with a share of 1 only
     what is found is recommended.
     """
 
     def __init__(
-        self, content: Tastes, cooccurrence: Cooccurrence, share: float, positions: Sequence[np.ndarray],
+        self, content: Queries, cooccurrence: ItemItemScores, share: float, positions: Sequence[np.ndarray],
         weights: Sequence[np.ndarray],
     ):  # fmt: skip
         """positions: int64, of each user's items in the index, latest first; weights: of each of them."""
@@ -28,17 +28,17 @@ class Blend:
     def __len__(self) -> int:
         return len(self._content)
 
-    def part(self, users: np.ndarray) -> Blend:
+    def take(self, users: np.ndarray) -> BlendedQuery:
         mine = ([each[user] for user in users] for each in (self._positions, self._weights))
-        return Blend(self._content.part(users), self._cooccurrence, self._share, *mine)
+        return BlendedQuery(self._content.take(users), self._cooccurrence, self._share, *mine)
 
-    def at_once(self, items: int) -> int:
-        return self._content.at_once(items)
+    def max_users_per_block(self, items: int) -> int:
+        return self._content.max_users_per_block(items)
 
-    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         if self._share == 1:
             return padded([within(among, *self._found(user))[1] for user in range(len(self))])
-        positions, scores = self._content.exact(searcher, among)
+        positions, scores = self._content.score_all(searcher, among)
         scores = (1 - self._share) * scores
         for user in range(len(self)):
             columns, (found, strong) = within(among, *self._found(user))
@@ -50,7 +50,7 @@ class Blend:
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best of either part, as many of each as the effort asks for, scored by both."""
         if self._share == 1:
-            return self.exact(searcher)
+            return self.score_all(searcher)
         near, _ = self._content.search(searcher, effort, more)
         wanted = []
         for user in range(len(self)):
@@ -66,9 +66,9 @@ class Blend:
             return found
         return (1 - self._share) * np.nan_to_num(self._content.scores(searcher, positions)) + found
 
-    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Co-occurrence where it makes more of the score; then the item of the history that adds most to it."""
-        because, _ = self._content.reasons(searcher, items)
+        because, _ = self._content.explain(searcher, items)
         strong = self._strengths(range(len(self)), items)
         content = np.nan_to_num(self._content.scores(searcher, items))
         by = (self._share * strong > (1 - self._share) * content) & (strong > 0)
@@ -81,7 +81,7 @@ class Blend:
         return because, by
 
     def _found(self, user: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._cooccurrence.speak_for(self._positions[user], self._weights[user])
+        return self._cooccurrence.scores_for(self._positions[user], self._weights[user])
 
     def _strengths(self, users: Sequence[int] | range, positions: np.ndarray) -> np.ndarray:
         """float64, of the same shape as the positions (users, items)."""

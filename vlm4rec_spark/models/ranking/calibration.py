@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
-from vlm4rec_spark.models.ranking.list_rules import Offer
-from vlm4rec_spark.models.ranking.top_k_lists import listed
-from vlm4rec_spark.models.ranking.user_queries import Tastes
+from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.user_queries import Queries
 
 _CANDIDATES = (1, 2, 4, 8, 16)
 """Times k: candidates that are rescored, beside those that the user may not get."""
@@ -47,7 +47,7 @@ class Calibration:
 
 
 def cheapest(
-    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], offer: Offer, rules: np.ndarray, k: int,
+    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], offer: ListRules, rules: np.ndarray, k: int,
     promise: float,
 ) -> Calibration:  # fmt: skip
     """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise.
@@ -56,15 +56,15 @@ def cheapest(
     none that does is cheaper. Costs are reckoned, not timed, so that the same index and tastes give the same effort.
     """
     started = time.monotonic()
-    bare = Offer(offer.allowed)
-    truth, _, _ = listed(searcher, asked, excluded, bare, rules, k, None)
+    bare = ListRules(offer.allowed)
+    truth, _, _ = recommend_lists(searcher, asked, excluded, bare, rules, k, None)
     exact_per_second = len(asked) / (time.monotonic() - started)
     if (truth < 0).all():
         return Calibration(None, 1.0, 1.0, len(asked))
 
     def measure(effort: Effort) -> Tried:
         started = time.monotonic()
-        found, _, _ = listed(searcher, asked, excluded, bare, rules, k, effort)
+        found, _, _ = recommend_lists(searcher, asked, excluded, bare, rules, k, effort)
         seconds = time.monotonic() - started
         shares = _recall(found, truth)
         low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))

@@ -34,7 +34,7 @@ class Rule(BaseModel):
 
 
 @dataclass(frozen=True)
-class Offer:
+class ListRules:
     """By position in the index. allowed: int64 (items,), bit r + 1 says that the item passes rule r, bit 0 AVAILABLE.
 
     variants: int64 (items,), items of one number take one place, -1: alone. caps: such numbers, and how many of one may
@@ -45,17 +45,17 @@ class Offer:
     allowed: np.ndarray
     variants: np.ndarray | None = None
     caps: Sequence[tuple[np.ndarray, int]] = ()
-    alike: float | None = None
-    least: float | None = None
+    similarity_threshold: float | None = None
+    min_score: float | None = None
     diversity: float = 0.0
 
     @property
-    def plain(self) -> bool:
+    def unrestricted(self) -> bool:
         """Whether a list is simply the best eligible items."""
-        by_score = self.least is None and not self.diversity
-        return self.variants is None and not self.caps and self.alike is None and by_score
+        by_score = self.min_score is None and not self.diversity
+        return self.variants is None and not self.caps and self.similarity_threshold is None and by_score
 
-    def first_depth(self, k: int) -> int:
+    def initial_depth(self, k: int) -> int:
         """How many candidates of each user `places` wants to begin with."""
         return POOL * k if self.diversity else k
 
@@ -64,7 +64,7 @@ class Offer:
         wanted = rules | AVAILABLE
         return (self.allowed & wanted) == wanted
 
-    def places(
+    def select(
         self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of the ranked candidates, positions `top` and their scores (users, depth), get the k places.
@@ -81,8 +81,8 @@ class Offer:
         low = np.zeros(users, bool)
         for rank in range(depth):
             item = top[:, rank]
-            if self.least is not None:
-                low |= (item >= 0) & (scores[:, rank] < self.least)
+            if self.min_score is not None:
+                low |= (item >= 0) & (scores[:, rank] < self.min_score)
             live = (item >= 0) & (count < k) & ~low
             if not live.any():
                 break
@@ -106,11 +106,11 @@ class Offer:
         if self.variants is not None:
             group = self.variants[item]
             same |= (self.variants[taken] == group[:, None]) & (group >= 0)[:, None]
-        if self.alike is not None:
+        if self.similarity_threshold is not None:
             for start in range(0, len(item), 256):  # so many users' vectors at a time stay in the cores' caches
                 part = slice(start, start + 256)
                 cosines = np.matmul(vectors[taken[part]], vectors[item[part], :, None])[:, :, 0]
-                same[part] |= np.round(cosines, SCORE_DIGITS) > self.alike
+                same[part] |= np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
         return same
 
     def _diverse(
@@ -130,8 +130,8 @@ class Offer:
             ranks[part], shared[part] = self._spread(top[part], scores[part], vectors, k)
         hidden, rank = np.nonzero(shared >= 0)
         ended = (ranks[:, -1] >= 0) | (top[:, -1] < 0)
-        if self.least is not None:
-            ended |= scores[:, -1] < self.least
+        if self.min_score is not None:
+            ended |= scores[:, -1] < self.min_score
         return ranks, np.stack([hidden, shared[hidden, rank], top[hidden, rank]], axis=1), ended
 
     def _spread(
@@ -143,7 +143,7 @@ class Offer:
         ranks, shared = np.full((len(top), k), -1, np.int64), np.full(top.shape, -1, np.int64)
         # As far as can be from a list on which nothing is yet.
         closest = np.full(top.shape, -1.0)
-        free = top >= 0 if self.least is None else (top >= 0) & (scores >= self.least)
+        free = top >= 0 if self.min_score is None else (top >= 0) & (scores >= self.min_score)
         variants = np.full(top.shape, -1) if self.variants is None else self.variants[top]
         groups = [(numbers[top], np.zeros(top.shape, np.int64), most) for numbers, most in self.caps]
         for place in range(k):
@@ -162,8 +162,8 @@ class Offer:
             for group, listed, _ in groups:
                 listed += group == group[users, rank][:, None]
             twins = (variants == variants[users, rank][:, None]) & (variants >= 0)
-            if self.alike is not None:
-                twins |= np.round(cosines, SCORE_DIGITS) > self.alike
+            if self.similarity_threshold is not None:
+                twins |= np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
             twins &= free & found[:, None]
             shared[twins], free[twins] = place, False
         return ranks, shared

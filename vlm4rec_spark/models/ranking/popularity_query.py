@@ -12,7 +12,7 @@ from vlm4rec_spark.models.ranking.user_queries import padded, within
 _SCORES_AT_ONCE = 2**22
 
 
-class Popular:
+class PopularityQuery:
     """Of users of whose taste nothing is known: an item scores how popular it is with their like."""
 
     def __init__(self, positions: Sequence[np.ndarray], shares: Sequence[np.ndarray]):
@@ -22,18 +22,18 @@ class Popular:
     def __len__(self) -> int:
         return len(self._positions)
 
-    def part(self, users: np.ndarray) -> Popular:
-        return Popular([self._positions[user] for user in users], [self._shares[user] for user in users])
+    def take(self, users: np.ndarray) -> PopularityQuery:
+        return PopularityQuery([self._positions[user] for user in users], [self._shares[user] for user in users])
 
-    def at_once(self, items: int) -> int:
+    def max_users_per_block(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // max(1, *map(len, self._positions), 1))
 
-    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         return padded([within(among, mine, shares)[1]
                        for mine, shares in zip(self._positions, self._shares, strict=True)])  # fmt: skip
 
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.exact(searcher)
+        return self.score_all(searcher)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.full(positions.shape, np.nan)
@@ -43,5 +43,5 @@ class Popular:
                 found[user] = np.where(mine[place] == positions[user], shares[place], np.nan)
         return found
 
-    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.full(items.shape, -1, np.int64), np.zeros(items.shape, bool)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
-from vlm4rec_spark.models.ranking.list_rules import Offer
+from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import SPARE, flat_exclusions, ordered, top_k
-from vlm4rec_spark.models.ranking.user_queries import Tastes, padded
+from vlm4rec_spark.models.ranking.user_queries import Queries, padded
 
 _USERS_AT_ONCE = 1_024
 _PLACES_AT_ONCE = 2**22
@@ -21,8 +21,8 @@ _DEEP = 64
 """Times k: where so many candidates haven't filled a list, the search is exact."""
 
 
-def best(
-    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], eligible: np.ndarray, k: int, effort: Effort | None
+def retrieve(
+    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], eligible: np.ndarray, k: int, effort: Effort | None
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
 
@@ -36,15 +36,15 @@ def best(
     if effort is not None and EXACT_COST * len(few) < effort.cost(searcher):
         effort = None
     among = few if 2 * len(few) < len(searcher) else None
-    rows = asked.at_once(len(searcher) if among is None else len(few)) if effort is None else _USERS_AT_ONCE
+    rows = asked.max_users_per_block(len(searcher) if among is None else len(few)) if effort is None else _USERS_AT_ONCE
     # Users with as many exclusions stand together: the block's most sets how much is fetched for all of it.
     order = np.argsort([len(positions) for positions in excluded], kind="stable")
     for start in range(0, len(asked), rows):
         users = order[start : start + rows]
-        block, block_excluded = asked.part(users), [excluded[user] for user in users]
+        block, block_excluded = asked.take(users), [excluded[user] for user in users]
         exclusions = flat_exclusions(block_excluded, len(searcher))
         if effort is None:
-            found = block.exact(searcher, among)
+            found = block.score_all(searcher, among)
         else:
             more = np.array([len(positions) for positions in block_excluded], np.int64)
             found = block.search(searcher, effort, more)
@@ -54,14 +54,14 @@ def best(
         top[users], score[users] = ordered(near, scores, k)
     short = np.flatnonzero(top[:, -1] < 0) if k else np.empty(0, np.int64)
     if effort is not None and len(short):
-        top[short], score[short] = best(
-            searcher, asked.part(short), [excluded[user] for user in short], eligible, k, None
+        top[short], score[short] = retrieve(
+            searcher, asked.take(short), [excluded[user] for user in short], eligible, k, None
         )
     return top, score
 
 
-def listed(
-    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], offer: Offer, rules: np.ndarray, k: int,
+def recommend_lists(
+    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], offer: ListRules, rules: np.ndarray, k: int,
     effort: Effort | None, only: Sequence[np.ndarray | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
@@ -75,22 +75,22 @@ def listed(
     narrowed = np.array([only is not None and only[user] is not None for user in range(len(asked))], bool)
 
     def ranked(users: np.ndarray, bits: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        block, mine, eligible = asked.part(users), [excluded[user] for user in users], offer.eligible(bits)
+        block, mine, eligible = asked.take(users), [excluded[user] for user in users], offer.eligible(bits)
         if only is not None and narrowed[users[0]]:
             return _of_these(searcher, block, mine, eligible, depth, [only[user] for user in users])
         deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None
-        return best(searcher, block, mine, eligible, depth, deep)
+        return retrieve(searcher, block, mine, eligible, depth, deep)
 
     for bits, narrow in sorted({*zip(rules.tolist(), narrowed.tolist(), strict=True)}):
-        waiting, depth = np.flatnonzero((rules == bits) & (narrowed == narrow)), offer.first_depth(k)
+        waiting, depth = np.flatnonzero((rules == bits) & (narrowed == narrow)), offer.initial_depth(k)
         while len(waiting):
             left, step = [np.empty(0, np.int64)], max(1, _PLACES_AT_ONCE // depth)
             for users in (waiting[start : start + step] for start in range(0, len(waiting), step)):
                 near, near_scores = ranked(users, bits, depth)
-                if offer.plain:
+                if offer.unrestricted:
                     top[users], scores[users] = near, near_scores
                     continue
-                ranks, twins, ended = offer.places(near, near_scores, searcher.vectors, k)
+                ranks, twins, ended = offer.select(near, near_scores, searcher.vectors, k)
                 ended |= depth >= len(searcher)
                 done = users[ended]
                 there = ranks[ended] >= 0
@@ -104,7 +104,7 @@ def listed(
 
 
 def _of_these(
-    searcher: Searcher, asked: Tastes, excluded: list[np.ndarray], eligible: np.ndarray, k: int,
+    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], eligible: np.ndarray, k: int,
     only: Sequence[np.ndarray | None],
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """As `best`, each user's list out of the items that are theirs alone."""

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from vlm4rec_spark.models.index.neighbors import Neighbours
+from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS
 
@@ -24,20 +24,20 @@ _FLOATS_AT_ONCE = 2**20
 """Vectors that are compared at a time stay in the cores' caches."""
 
 
-class Tastes(Protocol):
+class Queries(Protocol):
     """Of some users, in an order."""
 
     def __len__(self) -> int: ...
 
-    def part(self, users: np.ndarray) -> Tastes:
+    def take(self, users: np.ndarray) -> Queries:
         """Those at the positions `users` (int64)."""
         ...
 
-    def at_once(self, items: int) -> int:
+    def max_users_per_block(self, items: int) -> int:
         """How many users can be scored exactly against so many items in the memory that there is for it."""
         ...
 
-    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Every item, or those at the sorted positions `among`, as a candidate of every user: positions and scores,
         both (users, items)."""
         ...
@@ -53,7 +53,7 @@ class Tastes(Protocol):
         """float64 scores of some items of each user, (users, items), whatever else is scored at the same time."""
         ...
 
-    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each item of each user, positions (users, items), that of the history item that speaks for it most, -1
         without one; and whether it speaks by co-occurrence (bool) rather than by content."""
         ...
@@ -80,7 +80,7 @@ def nearest(
     return because
 
 
-class Means:
+class MeanQuery:
     """One unit vector per user; an item scores its cosine with it."""
 
     def __init__(self, vectors: np.ndarray, histories: Sequence[np.ndarray] | None):
@@ -91,14 +91,14 @@ class Means:
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def part(self, users: np.ndarray) -> Means:
+    def take(self, users: np.ndarray) -> MeanQuery:
         histories = None if self._histories is None else [self._histories[user] for user in users]
-        return Means(self._vectors[users], histories)
+        return MeanQuery(self._vectors[users], histories)
 
-    def at_once(self, items: int) -> int:
+    def max_users_per_block(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // items)
 
-    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         return searcher.exact(self._vectors, among)
 
     def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +114,7 @@ class Means:
                 found[user, part] = searcher.vectors[items[part]].astype(np.float64) @ vector.astype(np.float64)
         return found
 
-    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         none = [np.empty(0, np.int64)] * len(self)
         return nearest(self._histories or none, None, searcher, items), np.zeros(items.shape, bool)
 
@@ -127,11 +127,11 @@ class _Several(ABC):
     def __len__(self) -> int:
         return len(self._weights)
 
-    def at_once(self, items: int) -> int:
+    def max_users_per_block(self, items: int) -> int:
         longest = max((len(weights) for weights in self._weights), default=1)
         return max(1, _SCORES_AT_ONCE // items // max(1, longest))
 
-    def exact(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """No candidates (-1) for a user without a history in this index."""
         distinct, rows = self._asked(searcher)
         items = np.arange(len(searcher)) if among is None else among
@@ -177,30 +177,30 @@ class _Several(ABC):
         """A user's vectors, (vectors, dimension)."""
 
 
-class Histories(_Several):
+class MaxSimilarityQuery(_Several):
     """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
 
     def __init__(
-        self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], neighbours: Neighbours | None = None
+        self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], neighbors: Neighbors | None = None
     ):
         """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1;
         neighbours: spare searches, and change no list."""
-        self._positions, self._weights, self._neighbours = positions, weights, neighbours
+        self._positions, self._weights, self._neighbours = positions, weights, neighbors
 
-    def part(self, users: np.ndarray) -> Histories:
+    def take(self, users: np.ndarray) -> MaxSimilarityQuery:
         positions, weights = ([each[user] for user in users] for each in (self._positions, self._weights))
-        return Histories(positions, weights, self._neighbours)
+        return MaxSimilarityQuery(positions, weights, self._neighbours)
 
-    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
 
     def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Out of the neighbours, where they are deep enough for the user."""
         known, deep = self._neighbours, effort.candidates + more
-        if known is None or not known.found_by(searcher, effort):
+        if known is None or not known.merged_for(searcher, effort):
             return super()._candidates(searcher, effort, more)
         beyond = np.flatnonzero(deep > known.depth)
-        searched = iter(super(Histories, self.part(beyond))._candidates(searcher, effort, more[beyond]))
+        searched = iter(super(MaxSimilarityQuery, self.take(beyond))._candidates(searcher, effort, more[beyond]))
         return [next(searched) if most > known.depth
                 else _merged(known.positions[mine, :most], known.cosines[mine, :most] * weights[:, None])
                 for mine, weights, most in zip(self._positions, self._weights, deep.tolist(), strict=True)]  # fmt: skip
@@ -214,7 +214,7 @@ class Histories(_Several):
         return searcher.vectors[self._positions[user]]
 
 
-class Clusters(_Several):
+class MultiInterestQuery(_Several):
     """A few tastes per user: the history divided into groups of items that are alike, each the mean of its items.
 
     Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020); a taste weighs what its heaviest item does.
@@ -228,16 +228,16 @@ class Clusters(_Several):
     @classmethod
     def of(
         cls, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], searcher: Searcher, most: int
-    ) -> Clusters:
+    ) -> MultiInterestQuery:
         """At most `most` tastes of each user, out of the positions and weights of the history's items."""
         made = [_clusters(searcher.vectors[mine], heavy, most) for mine, heavy in zip(positions, weights, strict=True)]
         return cls([vectors for vectors, _ in made], [heavy for _, heavy in made], positions)
 
-    def part(self, users: np.ndarray) -> Clusters:
+    def take(self, users: np.ndarray) -> MultiInterestQuery:
         mine = ([each[user] for user in users] for each in (self._vectors, self._weights, self._histories))
-        return Clusters(*mine)
+        return MultiInterestQuery(*mine)
 
-    def reasons(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
 
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:

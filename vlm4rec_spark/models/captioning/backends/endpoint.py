@@ -24,7 +24,12 @@ from pydantic import ValidationError
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.captioning.backends.dialects import Anthropic, OpenAI
-from vlm4rec_spark.models.captioning.captioner import LONGEST_WAIT, Answer, EndpointSettings, Request
+from vlm4rec_spark.models.captioning.captioner import (
+    LONGEST_WAIT,
+    Answer,
+    EndpointSettings,
+    Request,
+)
 
 _FIRST_WAIT = 1.0
 """Seconds, at most, before the second try; twice as many before each further one. Five tries take up to 15 s so."""

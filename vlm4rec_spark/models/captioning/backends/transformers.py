@@ -20,7 +20,7 @@ class TransformersCaptioner(BatchCaptioner):
     launch of its kernels, but each new size of batch and prompt is compiled first.
     """
 
-    def __init__(self, source: str, revision: str, max_new_tokens: int, batch_size: int, compiled: bool = False):
+    def __init__(self, source: str, revision: str, max_new_tokens: int, batch_size: int, torch_compile: bool = False):
         super().__init__(batch_size)
         try:
             import torch
@@ -46,7 +46,7 @@ class TransformersCaptioner(BatchCaptioner):
         self.model = model.to(self.device).eval()
         self.max_new_tokens = max_new_tokens
         # transformers compiles by itself where the cache is static and the device gains by it.
-        self.cache = {"cache_implementation": "static"} if compiled else {}
+        self.cache = {"cache_implementation": "static"} if torch_compile else {}
 
     def _bfloat16(self) -> bool:
         return self.device == "mps" or self.torch.cuda.is_bf16_supported(including_emulation=False)
