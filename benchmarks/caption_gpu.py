@@ -50,8 +50,12 @@ def photos(count: int) -> list[bytes]:
 
 
 def prompt(folder: Path) -> str:
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": llava.PROMPT}]}]
-    return load_processor(str(folder), "main")[0].apply_chat_template(chat, add_generation_prompt=True)
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": llava.PROMPT}]}
+    ]
+    return load_processor(str(folder), "main")[0].apply_chat_template(
+        chat, add_generation_prompt=True
+    )
 
 
 def timed(work: Callable[[int], list[int]], count: int, warm: int = WARM) -> dict[str, float]:
@@ -70,9 +74,15 @@ def model(folder: Path) -> dict[str, float]:
     best = llava.ceilings(DEVICE)
     sample = decode(llava.photo(0, SHAPES), SHAPES.photo)
     processor, _ = load_processor(str(folder), "main")
-    tokens = processor(images=[sample], text=[prompt(folder)], return_tensors="pt")["input_ids"].shape[1]
-    return {"rate": llava.roofline(SHAPES, best, tokens, TOKENS, BATCH), "tokens": tokens,
-            "tflops": best.operations / 1e12, "tb": best.bytes / 1e12}  # fmt: skip
+    tokens = processor(images=[sample], text=[prompt(folder)], return_tensors="pt")[
+        "input_ids"
+    ].shape[1]
+    return {
+        "rate": llava.roofline(SHAPES, best, tokens, TOKENS, BATCH),
+        "tokens": tokens,
+        "tflops": best.operations / 1e12,
+        "tb": best.bytes / 1e12,
+    }
 
 
 def raw_vllm(folder: Path, count: int) -> dict[str, float]:
@@ -80,22 +90,39 @@ def raw_vllm(folder: Path, count: int) -> dict[str, float]:
 
     # Without the caches, in which photos that differ would find nothing.
     engine = LLM(
-        str(folder), load_format="safetensors", limit_mm_per_prompt={"image": 1}, enable_prefix_caching=False,
-        mm_processor_cache_gb=0, max_model_len=-1, dtype="auto" if GPU else "float32", enforce_eager=not GPU,
-    )  # fmt: skip
+        str(folder),
+        load_format="safetensors",
+        limit_mm_per_prompt={"image": 1},
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        max_model_len=-1,
+        dtype="auto" if GPU else "float32",
+        enforce_eager=not GPU,
+    )
     images = [decode(data, SHAPES.photo) for data in photos(count)]
     text, sampling = prompt(folder), SamplingParams(temperature=0, max_tokens=TOKENS)
 
     def work(some: int) -> list[int]:
         asked = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images[:some]]
-        return [len(said.outputs[0].token_ids) for said in engine.generate(asked, sampling, use_tqdm=False)]
+        return [
+            len(said.outputs[0].token_ids)
+            for said in engine.generate(asked, sampling, use_tqdm=False)
+        ]
 
     return timed(work, count)
 
 
 def worker(folder: Path, backend: str, count: int) -> dict[str, float]:
-    settings = {"backend": backend, "model": str(folder), "max_new_tokens": TOKENS, "max_side": SHAPES.photo}
-    supervisor, data = Supervisor(ModelSettings.model_validate(settings), BATCH, SECONDS), photos(count)
+    settings = {
+        "backend": backend,
+        "model": str(folder),
+        "max_new_tokens": TOKENS,
+        "max_side": SHAPES.photo,
+    }
+    supervisor, data = (
+        Supervisor(ModelSettings.model_validate(settings), BATCH, SECONDS),
+        photos(count),
+    )
 
     def work(some: int) -> list[int]:
         asked = (Photo(str(number), each, llava.PROMPT) for number, each in enumerate(data[:some]))
@@ -116,14 +143,18 @@ def paper(folder: Path, count: int) -> dict[str, float]:
     processor, _ = load_processor(str(folder), "main")
     processor.tokenizer.padding_side = "left"
     kind = torch.bfloat16 if GPU else torch.float32
-    captioner: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).to(DEVICE).eval()
+    captioner: Any = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).to(DEVICE).eval()
+    )
     images, text = [decode(data, SHAPES.photo) for data in photos(count)], prompt(folder)
 
     def work(some: int) -> list[int]:
         tokens: list[int] = []
         for start in range(0, some, PAPER_BATCH):
             batch = images[start : min(some, start + PAPER_BATCH)]
-            inputs = processor(images=[[image] for image in batch], text=[text] * len(batch), return_tensors="pt")
+            inputs = processor(
+                images=[[image] for image in batch], text=[text] * len(batch), return_tensors="pt"
+            )
             inputs = inputs.to(DEVICE, dtype=kind)
             with torch.inference_mode():
                 said = captioner.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
@@ -144,29 +175,44 @@ def stage(folder: Path, backend: str, count: int) -> dict[str, float]:
     quiet()
     tables = folder.parent / f"tables-{backend}"
     settings = [
-        f"tables={tables}", "spark.master=local[1]", f"caption.model.backend={backend}",
-        f"caption.model.model={folder}", f"caption.model.max_new_tokens={TOKENS}",
-        f"caption.model.max_side={SHAPES.photo}", f"caption.batch_size={BATCH}", f"caption.batch_seconds={SECONDS}",
+        f"tables={tables}",
+        "spark.master=local[1]",
+        f"caption.model.backend={backend}",
+        f"caption.model.model={folder}",
+        f"caption.model.max_new_tokens={TOKENS}",
+        f"caption.model.max_side={SHAPES.photo}",
+        f"caption.batch_size={BATCH}",
+        f"caption.batch_seconds={SECONDS}",
         "caption.max_failed_share=1",  # nonsense may well be rejected
-    ]  # fmt: skip
+    ]
     run = pipeline(load([Path("test.yaml")], settings))
     store(run, count + WARM, lambda number: llava.photo(number, SHAPES))
-    pipeline(load([Path("test.yaml")], [*settings, f"caption.budget.photos={WARM}"]), run).run(["caption"])
+    pipeline(load([Path("test.yaml")], [*settings, f"caption.budget.photos={WARM}"]), run).run(
+        ["caption"]
+    )
     (outcome,) = run.run(["caption"])
     assert outcome.ok + outcome.failed == count
-    return {"rate": count / outcome.seconds, "photos": count, "idle": float(outcome.details["idle_share"])}
+    return {
+        "rate": count / outcome.seconds,
+        "photos": count,
+        "idle": float(outcome.details["idle_share"]),
+    }
 
 
 def measured(name: str, *words: object) -> dict[str, float] | None:
     """What a process of its own has measured, which has given the GPU back; None where it ended with an error."""
     here = Path(__file__).parent
     # Spark's workers come here for the photos.
-    path = os.pathsep.join([str(here.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(here.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     # Raw vLLM's engine, too, starts afresh and not as a copy of a process that has asked for CUDA; and it does without
     # FlashInfer, which would compile a kernel for sampling.
     environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    environment |= {} if GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GB; half of the machine's otherwise
+    environment |= (
+        {} if GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    )  # GB; half of the machine's otherwise
     command = [sys.executable, __file__, "--one", name, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -183,10 +229,18 @@ def measurements(folder: Path, count: int) -> Iterator[tuple[str, str, dict[str,
     """Key, words and figures of each, as they come."""
     some, few = max(BATCH, count // 4), max(PAPER_BATCH, count // 16)
     yield "roofline", f"roofline at batch {BATCH}", measured("model", folder)
-    yield "stage_transformers", f"this, transformers, batch {BATCH}", measured("worker", folder, "transformers", some)
+    yield (
+        "stage_transformers",
+        f"this, transformers, batch {BATCH}",
+        measured("worker", folder, "transformers", some),
+    )
     yield "paper", f"the paper's way: generate, batch {PAPER_BATCH}", measured("paper", folder, few)
     yield "vllm", "raw vLLM", measured("raw_vllm", folder, count) if there("vllm") else None
-    yield "stage_vllm", "this, vLLM", measured("worker", folder, "vllm", count) if there("vllm") else None
+    yield (
+        "stage_vllm",
+        "this, vLLM",
+        measured("worker", folder, "vllm", count) if there("vllm") else None,
+    )
     spark = measured("stage", folder, "vllm", count) if there("vllm", "pyspark") else None
     yield "spark_vllm", "this, vLLM, by Spark", spark
 
@@ -198,11 +252,25 @@ def main() -> None:
     given = options.parse_args()
     if given.one:
         what, folder, *rest = given.one
-        call: Any = {"model": model, "raw_vllm": raw_vllm, "worker": worker, "paper": paper, "stage": stage}[what]
-        print(json.dumps(call(Path(folder), *(int(word) if word.isdigit() else word for word in rest))))
+        call: Any = {
+            "model": model,
+            "raw_vllm": raw_vllm,
+            "worker": worker,
+            "paper": paper,
+            "stage": stage,
+        }[what]
+        print(
+            json.dumps(
+                call(Path(folder), *(int(word) if word.isdigit() else word for word in rest))
+            )
+        )
         return
     gpu = torch.cuda.get_device_name(0) if GPU else None
-    kind = f"{gpu}, LLaVA-NeXT-7B's shapes" if GPU else "No GPU: a tiny model on the CPU, whose figures mean nothing"
+    kind = (
+        f"{gpu}, LLaVA-NeXT-7B's shapes"
+        if GPU
+        else "No GPU: a tiny model on the CPU, whose figures mean nothing"
+    )
     table = Table(title=f"{kind}, {SHAPES.photo} px, {TOKENS} new tokens", title_justify="left")
     for name in ("", "photos", "photos/s", "of the roofline"):
         table.add_column(name, justify="left" if not name else "right")
@@ -213,11 +281,17 @@ def main() -> None:
             told = {name: f"{value:,.5g}" for name, value in (found or {}).items()}
             console.print(f"{words}: {told}")
             share = over(rates[key], rates["roofline"])
-            table.add_row(words, told.get("photos"), told.get("rate", "not measured"), str(share or ""))
+            table.add_row(
+                words, told.get("photos"), told.get("rate", "not measured"), str(share or "")
+            )
     console.print(table)
     ours = rates["stage_vllm"]
     result = {f"vs_{name}": over(ours, rates[name]) for name in ("vllm", "paper", "roofline")}
-    print(json.dumps(result | {"gpu": gpu} | {name: rate and round(rate, 2) for name, rate in rates.items()}))
+    print(
+        json.dumps(
+            result | {"gpu": gpu} | {name: rate and round(rate, 2) for name, rate in rates.items()}
+        )
+    )
 
 
 def over(one: float | None, other: float | None) -> float | None:

@@ -51,7 +51,11 @@ WARM = 64
 
 
 def config(folder: Path, model: str, master: str, *more: str) -> Config:
-    places = [f"tables={folder}/tables", f"index.folder={folder}/index", f"report.path={folder}/report.html"]
+    places = [
+        f"tables={folder}/tables",
+        f"index.folder={folder}/index",
+        f"report.path={folder}/report.html",
+    ]
     return load([Path("test.yaml")], [*places, f"spark.master={master}", *MODELS[model], *more])
 
 
@@ -77,14 +81,20 @@ def numbered(photo: bytes, number: int) -> bytes:
 def loop(folder: Path, model: str, photos: int) -> dict[str, float]:
     """Photos per second of the plain loop."""
     settings = config(folder, model, "local[1]").caption
-    prompt, captioner = load_prompt(settings.prompt).text, load_captioner(settings.model, settings.batch_size)
+    prompt, captioner = (
+        load_prompt(settings.prompt).text,
+        load_captioner(settings.model, settings.batch_size),
+    )
     assert isinstance(captioner, BatchCaptioner)
     some = originals(folder)
     held = [numbered(some[n % len(some)], n) for n in range(photos)]
 
     def batch(data: list[bytes]) -> list[str | None]:
         images = [decode(each, settings.model.max_side) for each in data]
-        return [answer.text for answer in captioner.describe([Request("", image, prompt) for image in images])]
+        return [
+            answer.text
+            for answer in captioner.describe([Request("", image, prompt) for image in images])
+        ]
 
     batch(held[:WARM])
     began, texts = time.perf_counter(), list[str | None]()
@@ -106,8 +116,13 @@ def stage(folder: Path, model: str, master: str, photos: int) -> dict[str, float
     with peaks() as peak:
         (outcome,) = run.run(["caption"])
     assert outcome.ok == photos - WARM * 4
-    return {"rate": outcome.ok / outcome.seconds, "photos": outcome.ok, "idle": float(outcome.details["idle_share"]),
-            "seconds": outcome.seconds, **peak}  # fmt: skip
+    return {
+        "rate": outcome.ok / outcome.seconds,
+        "photos": outcome.ok,
+        "idle": float(outcome.details["idle_share"]),
+        "seconds": outcome.seconds,
+        **peak,
+    }
 
 
 def many_photos(folder: Path, photos: int) -> dict[str, float]:
@@ -127,8 +142,13 @@ def memory(folder: Path, photos: int) -> dict[str, float]:
     with peaks() as peak:
         (outcome,) = run.run(["caption"])
     assert outcome.ok == photos
-    return {"rate": outcome.ok / outcome.seconds, "photos": outcome.ok, "idle": float(outcome.details["idle_share"]),
-            "seconds": outcome.seconds, **peak}  # fmt: skip
+    return {
+        "rate": outcome.ok / outcome.seconds,
+        "photos": outcome.ok,
+        "idle": float(outcome.details["idle_share"]),
+        "seconds": outcome.seconds,
+        **peak,
+    }
 
 
 def _many(folder: Path) -> Pipeline:
@@ -139,7 +159,11 @@ def _many(folder: Path) -> Pipeline:
 def pipeline(settings: Config, like: Pipeline | None = None) -> Pipeline:
     spark = like.spark if like else session(settings.spark)
     spark.sparkContext.setLogLevel("FATAL")
-    return Pipeline(spark, settings, Reporter(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext()))
+    return Pipeline(
+        spark,
+        settings,
+        Reporter(lambda run_id, stage: None, lambda line: None, lambda *_: nullcontext()),
+    )
 
 
 def store(run: Pipeline, photos: int, photo: Callable[[int], bytes]) -> None:
@@ -149,13 +173,21 @@ def store(run: Pipeline, photos: int, photo: Callable[[int], bytes]) -> None:
         for batch in batches:
             for place in range(0, len(batch), 50):
                 images = [photo(int(n)) for n in batch["id"][place : place + 50]]
-                yield pd.DataFrame({
-                    "item_id": [f"item-{n:07d}" for n in batch["id"][place : place + 50]], "position": 0, "uri": None,
-                    "image": images, "image_sha256": [hashlib.sha256(image).hexdigest() for image in images],
-                    "bytes": [len(image) for image in images], "modified_at": pd.NaT,
-                })  # fmt: skip
+                yield pd.DataFrame(
+                    {
+                        "item_id": [f"item-{n:07d}" for n in batch["id"][place : place + 50]],
+                        "position": 0,
+                        "uri": None,
+                        "image": images,
+                        "image_sha256": [hashlib.sha256(image).hexdigest() for image in images],
+                        "bytes": [len(image) for image in images],
+                        "modified_at": pd.NaT,
+                    }
+                )
 
-    made = run.spark.range(0, photos, 1, max(2, photos // 1_000)).mapInPandas(rows, schemas.PHOTOS.schema)
+    made = run.spark.range(0, photos, 1, max(2, photos // 1_000)).mapInPandas(
+        rows, schemas.PHOTOS.schema
+    )
     run.tables.append(schemas.PHOTOS, made)
 
 
@@ -166,7 +198,10 @@ def measured(*words: object) -> list[str]:
 def run(*commands: list[str]) -> list[dict[str, Any]]:
     """What each command measured; they run at the same time, with one torch thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    started = [subprocess.Popen(one, stdout=subprocess.PIPE, text=True, env=environment) for one in commands]
+    started = [
+        subprocess.Popen(one, stdout=subprocess.PIPE, text=True, env=environment)
+        for one in commands
+    ]
     said = [one.communicate()[0] for one in started]
     if any(one.returncode for one in started):
         raise SystemExit("a measurement failed")
@@ -175,18 +210,35 @@ def run(*commands: list[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--seconds", type=float, default=360, help="how long the stage shall take, about")
+    options.add_argument(
+        "--seconds", type=float, default=360, help="how long the stage shall take, about"
+    )
     options.add_argument("--photos", type=int, default=50_000, help="photos of 200 kB")
     options.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.one:
         what, folder, *rest = given.one
-        call: Any = {"loop": loop, "stage": stage, "many_photos": many_photos, "memory": memory}[what]
-        print(json.dumps(call(Path(folder), *(int(word) if word.isdigit() else word for word in rest))))
+        call: Any = {"loop": loop, "stage": stage, "many_photos": many_photos, "memory": memory}[
+            what
+        ]
+        print(
+            json.dumps(
+                call(Path(folder), *(int(word) if word.isdigit() else word for word in rest))
+            )
+        )
         return
     console, result = Console(width=140), dict[str, float]()
     table = Table(title="The caption stage beside a plain loop", title_justify="left")
-    for name in ("model", "", "photos", "photos/s", "of the loop's", "model idle", "worker GB", "driver GB"):
+    for name in (
+        "model",
+        "",
+        "photos",
+        "photos/s",
+        "of the loop's",
+        "model idle",
+        "worker GB",
+        "driver GB",
+    ):
         table.add_column(name, justify="left" if name in ("model", "") else "right")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -196,31 +248,59 @@ def main() -> None:
             many = max(640, int(first["rate"] * 62) // 16 * 16)
             for workers in (1, 2) if model == "packaged" else (1,):
                 # The run that is held to the narrowest bound is the longest: planning and the last commit count.
-                seconds = given.seconds if (model, workers) == ("packaged", 1) else given.seconds * 2 / 3
+                seconds = (
+                    given.seconds if (model, workers) == ("packaged", 1) else given.seconds * 2 / 3
+                )
                 todo = int(first["rate"] * seconds) // 16 * 16
                 loops = [measured("loop", folder, model, many)] * workers
                 before = run(*loops)
-                (ours,) = run(measured("stage", folder / f"{workers}", model, f"local[{workers}]", todo * workers))
+                (ours,) = run(
+                    measured(
+                        "stage", folder / f"{workers}", model, f"local[{workers}]", todo * workers
+                    )
+                )
                 # Around the one that counts; the other is there to look at.
                 after = run(*loops) if workers == 1 else before
                 plain = (sum(one["rate"] for one in before) + sum(one["rate"] for one in after)) / 2
                 share = ours["rate"] / plain
-                table.add_row(model, f"{workers} plain loop{'s' * (workers > 1)}", f"{many:,}", f"{plain:,.1f}")
-                table.add_row(model, f"stage, local[{workers}]", f"{ours['photos']:,}", f"{ours['rate']:,.1f}",
-                              f"{share:.3f}", f"{ours['idle']:.2%}", f"{ours['worker_gb']:.2f}",
-                              f"{ours['driver_gb']:.2f}")  # fmt: skip
+                table.add_row(
+                    model,
+                    f"{workers} plain loop{'s' * (workers > 1)}",
+                    f"{many:,}",
+                    f"{plain:,.1f}",
+                )
+                table.add_row(
+                    model,
+                    f"stage, local[{workers}]",
+                    f"{ours['photos']:,}",
+                    f"{ours['rate']:,.1f}",
+                    f"{share:.3f}",
+                    f"{ours['idle']:.2%}",
+                    f"{ours['worker_gb']:.2f}",
+                    f"{ours['driver_gb']:.2f}",
+                )
                 if workers == 1:
                     result[key] = round(share, 3)
                 if model == "packaged":
                     result["idle_share"] = max(result.get("idle_share", 0), ours["idle"])
         run(measured("many_photos", folder, given.photos))
         (many,) = run(measured("memory", folder, given.photos))
-        table.add_row("quick fake", "stage, local[2], 200 kB", f"{many['photos']:,}",
-                      f"{many['rate']:,.1f}", "", f"{many['idle']:.2%}",
-                      f"{many['worker_gb']:.2f}", f"{many['driver_gb']:.2f}")  # fmt: skip
+        table.add_row(
+            "quick fake",
+            "stage, local[2], 200 kB",
+            f"{many['photos']:,}",
+            f"{many['rate']:,.1f}",
+            "",
+            f"{many['idle']:.2%}",
+            f"{many['worker_gb']:.2f}",
+            f"{many['driver_gb']:.2f}",
+        )
     console.print(table)
     # The fake's process has no model: what it and its worker hold is what is held beyond one.
-    result |= {name: round(many[name.removeprefix("peak_")], 2) for name in ("peak_worker_gb", "peak_driver_gb")}
+    result |= {
+        name: round(many[name.removeprefix("peak_")], 2)
+        for name in ("peak_worker_gb", "peak_driver_gb")
+    }
     print(json.dumps(result))
 
 

@@ -79,10 +79,16 @@ def settings(folder: Path) -> CaptionSettings:
 def write_model(folder: Path) -> None:
     """A light LLaVA: one layer of 192 on either side. Of weights as they are drawn it says one word."""
     tower = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=576, num_hidden_layers=1, num_attention_heads=6, image_size=128,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        image_size=128,
         patch_size=16,
-    )  # fmt: skip
-    model, processor = build(["A thing of wool or cotton, made for long walks and cold days."], tower, TEMPLATE)
+    )
+    model, processor = build(
+        ["A thing of wool or cotton, made for long walks and cold days."], tower, TEMPLATE
+    )
     text = model.config.text_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 192, 576, 1
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 6, 6, 32
@@ -92,7 +98,9 @@ def write_model(folder: Path) -> None:
     for weights in light.parameters():
         weights.data *= 2 if weights.ndim > 1 else 1
     # Some word is always likelier than the end or a full stop: a text of less than three words would be rejected.
-    others = [token for word, token in processor.tokenizer.get_vocab().items() if not word.isalpha()]
+    others = [
+        token for word, token in processor.tokenizer.get_vocab().items() if not word.isalpha()
+    ]
     light.get_output_embeddings().weight.data[others] = 0
     light.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -108,7 +116,9 @@ def draw(file: Path, seeds: range) -> None:
         out = io.BytesIO()
         render(seed)[1].save(out, "JPEG", quality=90)
         images.append(out.getvalue())
-    pq.write_table(pa.table({"key": [str(seed) for seed in seeds], "rank": list(seeds), "image": images}), file)
+    pq.write_table(
+        pa.table({"key": [str(seed) for seed in seeds], "rank": list(seeds), "image": images}), file
+    )
 
 
 def draw_all(folder: Path, first: int, photos: int) -> None:
@@ -117,8 +127,10 @@ def draw_all(folder: Path, first: int, photos: int) -> None:
     tasks = max(CORES, -(-photos // CaptionSettings().photos_per_task))
     edges = [first + photos * task // tasks for task in range(tasks + 1)]
     with ProcessPoolExecutor(CORES) as pool:
-        parts = [pool.submit(draw, folder / f"{first}.parquet", range(first, last))
-                 for first, last in pairwise(edges)]  # fmt: skip
+        parts = [
+            pool.submit(draw, folder / f"{first}.parquet", range(first, last))
+            for first, last in pairwise(edges)
+        ]
         for part in parts:
             part.result()
 
@@ -156,12 +168,21 @@ def ours(folder: Path) -> Way:
 
     def run(photos: Path, out: Path) -> None:
         queue = spark.read.parquet(str(photos)).select(
-            F.col("key").alias("caption_key"), F.col("key").alias("image_sha256"), "image", "rank",
-            F.lit(0).alias("attempts"), nothing.alias("prompt"), nothing.alias("uri"),
-        )  # fmt: skip
+            F.col("key").alias("caption_key"),
+            F.col("key").alias("image_sha256"),
+            "image",
+            "rank",
+            F.lit(0).alias("attempts"),
+            nothing.alias("prompt"),
+            nothing.alias("uri"),
+        )
         tasks = len(list(photos.iterdir()))
-        made = caption_photos(queue, Job(settings(folder), Prompt("", PROMPT), HttpSettings(), None), tasks)
-        made.select(F.col("caption_key").alias("key"), F.col("caption").alias("text")).write.parquet(str(out))
+        made = caption_photos(
+            queue, Job(settings(folder), Prompt("", PROMPT), HttpSettings(), None), tasks
+        )
+        made.select(
+            F.col("caption_key").alias("key"), F.col("caption").alias("text")
+        ).write.parquet(str(out))
 
     return run
 
@@ -173,21 +194,33 @@ def two_udfs(folder: Path) -> Way:
 
     # The first UDF gets what the Parquet reader reads at once, whatever Arrow's limits say (seen in Spark 4.2). And the
     # project's session saves on the JVM's compiler, which shows where Spark copies so many floats.
-    spark = spark_session({"spark.sql.parquet.columnarReaderBatchSize": ROWS,
-                           "spark.sql.execution.arrow.maxRecordsPerBatch": ROWS,
-                           "spark.driver.extraJavaOptions": ""})  # fmt: skip
+    spark = spark_session(
+        {
+            "spark.sql.parquet.columnarReaderBatchSize": ROWS,
+            "spark.sql.execution.arrow.maxRecordsPerBatch": ROWS,
+            "spark.driver.extraJavaOptions": "",
+        }
+    )
 
     @F.pandas_udf("array<float>")  # type: ignore[call-overload]
     def pixels(images: pd.Series) -> pd.Series:
-        decoded = (Image.open(io.BytesIO(image)).convert("RGB").resize((SIDE, SIDE)) for image in images)
+        decoded = (
+            Image.open(io.BytesIO(image)).convert("RGB").resize((SIDE, SIDE)) for image in images
+        )
         return pd.Series([np.asarray(image, np.float32).ravel().tolist() for image in decoded])
 
     def make() -> Any:
         captioner = load(folder)
-        return lambda batch: np.array(texts(captioner, map(Image.fromarray, batch.astype(np.uint8))))
+        return lambda batch: np.array(
+            texts(captioner, map(Image.fromarray, batch.astype(np.uint8)))
+        )
 
-    predict = predict_batch_udf(make, return_type=StringType(), batch_size=settings(folder).batch_size,
-                                input_tensor_shapes=[[SIDE, SIDE, 3]])  # fmt: skip
+    predict = predict_batch_udf(
+        make,
+        return_type=StringType(),
+        batch_size=settings(folder).batch_size,
+        input_tensor_shapes=[[SIDE, SIDE, 3]],
+    )
 
     def run(photos: Path, out: Path) -> None:
         found = spark.read.parquet(str(photos)).withColumn("pixels", pixels("image"))
@@ -204,12 +237,16 @@ def daft(folder: Path) -> Way:
         def __init__(self) -> None:
             self.captioner = load(folder)
 
-        @daft.method.batch(return_dtype=daft.DataType.string(), batch_size=settings(folder).batch_size)
+        @daft.method.batch(
+            return_dtype=daft.DataType.string(), batch_size=settings(folder).batch_size
+        )
         def describe(self, images: daft.Series) -> list[str | None]:
             return texts(self.captioner, map(Image.fromarray, images.to_pylist()))
 
     model = Model()
-    model.describe(daft.Series.from_pylist([]))  # loads it: else two of Daft's threads do so at once, and stumble
+    model.describe(
+        daft.Series.from_pylist([])
+    )  # loads it: else two of Daft's threads do so at once, and stumble
 
     def run(photos: Path, out: Path) -> None:
         found = daft.read_parquet(f"{photos}/*.parquet")
@@ -223,9 +260,20 @@ WAYS: dict[str, Callable[[Path], Way]] = {"ours": ours, "Daft": daft, "two UDFs"
 
 
 def install_daft(folder: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(folder)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--target",
+        str(folder),
+    ]
     if subprocess.run([*pip, DAFT]).returncode:
-        raise SystemExit(f"{DAFT} can't be installed by pip; this benchmark needs a network for it.")
+        raise SystemExit(
+            f"{DAFT} can't be installed by pip; this benchmark needs a network for it."
+        )
 
 
 def measure(way: str, folder: Path, out: Path) -> dict[str, float]:
@@ -234,7 +282,10 @@ def measure(way: str, folder: Path, out: Path) -> dict[str, float]:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, __file__, "--one", way, str(folder), str(out)]
-    process, peak = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment), 0.0
+    process, peak = (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment),
+        0.0,
+    )
     while process.poll() is None:
         peak = max(peak, held_gb(process.pid))
         if peak > MOST_GB:
@@ -269,8 +320,14 @@ def all_runs(folder: Path, photos: int, runs: int) -> dict[str, list[dict[str, f
             found[way].append(measure(way, folder, out))
             texts = answered(out)
             first = first or texts
-            found[way][-1]["same"] = sum(texts.get(key) == text for key, text in first.items()) / photos
-            left = sum((runs - len(done)) * median(one["seconds"] for one in done) for done in found.values() if done)
+            found[way][-1]["same"] = (
+                sum(texts.get(key) == text for key, text in first.items()) / photos
+            )
+            left = sum(
+                (runs - len(done)) * median(one["seconds"] for one in done)
+                for done in found.values()
+                if done
+            )
             say(
                 f"run {run + 1} of {runs}, {way}: {photos / found[way][-1]['seconds']:,.1f} photos/s, "
                 f"{found[way][-1]['peak']:.2f} GB; {left / 60:.0f} min left"
@@ -305,23 +362,45 @@ def main() -> None:
         draw_all(folder / "photos", 0, given.photos)
         draw_all(folder / "warm", given.photos, WARM)
         found = all_runs(folder, given.photos, given.runs)
-    table = Table(title=f"{given.photos:,} photos, {CORES} cores, medians of {given.runs}", title_justify="left")
+    table = Table(
+        title=f"{given.photos:,} photos, {CORES} cores, medians of {given.runs}",
+        title_justify="left",
+    )
     for name in ("", "photos/s", "fewest", "most", "ours is faster by", "peak GB", "same texts"):
         table.add_column(name, justify="right" if name else "left")
-    faster = {way: median(theirs["seconds"] / mine["seconds"] for theirs, mine in zip(done, found["ours"], strict=True))
-              for way, done in found.items()}  # fmt: skip
+    faster = {
+        way: median(
+            theirs["seconds"] / mine["seconds"]
+            for theirs, mine in zip(done, found["ours"], strict=True)
+        )
+        for way, done in found.items()
+    }
     peak = {way: round(median(one["peak"] for one in done), 2) for way, done in found.items()}
     for way, done in found.items():
         rates = sorted(given.photos / one["seconds"] for one in done)
-        table.add_row(way, f"{median(rates):,.1f}", f"{rates[0]:,.1f}", f"{rates[-1]:,.1f}", f"{faster[way]:.2f}",
-                      f"{peak[way]:.2f}", f"{min(one['same'] for one in done):.2%}")  # fmt: skip
+        table.add_row(
+            way,
+            f"{median(rates):,.1f}",
+            f"{rates[0]:,.1f}",
+            f"{rates[-1]:,.1f}",
+            f"{faster[way]:.2f}",
+            f"{peak[way]:.2f}",
+            f"{min(one['same'] for one in done):.2%}",
+        )
     Console(width=120).print(table)
     if min(one["same"] for done in found.values() for one in done) < SAME:
         raise SystemExit("the ways don't say the same, so their speed can't be compared")
-    print(json.dumps({
-        "vs_daft": round(faster["Daft"], 3), "vs_naive": round(faster["two UDFs"], 3), "peak_gb": peak["ours"],
-        "peak_gb_daft": peak["Daft"], "peak_gb_naive": peak["two UDFs"],
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "vs_daft": round(faster["Daft"], 3),
+                "vs_naive": round(faster["two UDFs"], 3),
+                "peak_gb": peak["ours"],
+                "peak_gb_daft": peak["Daft"],
+                "peak_gb_naive": peak["two UDFs"],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -29,60 +29,162 @@ RENDERINGS = 40_000
 WEIGHTS = 1.0, 3.0, 0.3
 
 KINDS = {
-    "Tshirts": "t-shirt", "Kurtas": "kurta", "Kurtis": "kurti", "Tunics": "tunic", "Tops": "top", "Shirts": "shirt",
-    "Watches": "watch", "Handbags": "handbag", "Wallets": "wallet", "Belts": "belt", "Backpacks": "backpack",
-    "Dresses": "dress", "Sarees": "saree", "Sweatshirts": "sweatshirt", "Clutches": "clutch", "Caps": "cap",
-    "Sweaters": "sweater", "Jackets": "jacket", "Ties": "tie", "Innerwear Vests": "undershirt", "Skirts": "skirt",
-    "Scarves": "scarf", "Stoles": "stole", "Free Gifts": "free gift", "Kurta Sets": "kurta set", "Mufflers": "muffler",
-    "Camisoles": "camisole", "Tracksuits": "tracksuit", "Basketballs": "basketball", "Footballs": "football",
-    "Rucksacks": "rucksack", "Wristbands": "wristband", "Umbrellas": "umbrella", "Nehru Jackets": "nehru jacket",
-    "Lounge Tshirts": "lounge t-shirt", "Blazers": "blazer", "Face Moisturisers": "face moisturiser",
-    "Jewellery Set": "jewellery set", "Boxers": "boxer shorts", "Trunk": "trunks", "Shoe Laces": "shoelaces",
-    "Ipad": "tablet computer", "Cushion Covers": "cushion cover", "Shoe Accessories": "shoe accessory",
-}  # fmt: skip
+    "Tshirts": "t-shirt",
+    "Kurtas": "kurta",
+    "Kurtis": "kurti",
+    "Tunics": "tunic",
+    "Tops": "top",
+    "Shirts": "shirt",
+    "Watches": "watch",
+    "Handbags": "handbag",
+    "Wallets": "wallet",
+    "Belts": "belt",
+    "Backpacks": "backpack",
+    "Dresses": "dress",
+    "Sarees": "saree",
+    "Sweatshirts": "sweatshirt",
+    "Clutches": "clutch",
+    "Caps": "cap",
+    "Sweaters": "sweater",
+    "Jackets": "jacket",
+    "Ties": "tie",
+    "Innerwear Vests": "undershirt",
+    "Skirts": "skirt",
+    "Scarves": "scarf",
+    "Stoles": "stole",
+    "Free Gifts": "free gift",
+    "Kurta Sets": "kurta set",
+    "Mufflers": "muffler",
+    "Camisoles": "camisole",
+    "Tracksuits": "tracksuit",
+    "Basketballs": "basketball",
+    "Footballs": "football",
+    "Rucksacks": "rucksack",
+    "Wristbands": "wristband",
+    "Umbrellas": "umbrella",
+    "Nehru Jackets": "nehru jacket",
+    "Lounge Tshirts": "lounge t-shirt",
+    "Blazers": "blazer",
+    "Face Moisturisers": "face moisturiser",
+    "Jewellery Set": "jewellery set",
+    "Boxers": "boxer shorts",
+    "Trunk": "trunks",
+    "Shoe Laces": "shoelaces",
+    "Ipad": "tablet computer",
+    "Cushion Covers": "cushion cover",
+    "Shoe Accessories": "shoe accessory",
+}
 """Article types whose word isn't the type itself in lower case."""
-USES = {"Casual": "everyday use", "Sports": "sports", "Ethnic": "ethnic wear", "Formal": "formal wear",
-        "Smart Casual": "smart casual wear", "Party": "parties", "Travel": "travel", "Home": "the home"}  # fmt: skip
+USES = {
+    "Casual": "everyday use",
+    "Sports": "sports",
+    "Ethnic": "ethnic wear",
+    "Formal": "formal wear",
+    "Smart Casual": "smart casual wear",
+    "Party": "parties",
+    "Travel": "travel",
+    "Home": "the home",
+}
 COLOURS = {"Multi": "multicoloured", "Skin": "skin-coloured"}
-_AUDIENCES = (("boys", r"boys?"), ("girls", r"girls?"), ("women", r"wom[ae]n|ladies"), ("men", r"m[ae]n|gents"),
-              ("men and women", r"unisex"), ("children", r"kids?|children"))  # fmt: skip
+_AUDIENCES = (
+    ("boys", r"boys?"),
+    ("girls", r"girls?"),
+    ("women", r"wom[ae]n|ladies"),
+    ("men", r"m[ae]n|gents"),
+    ("men and women", r"unisex"),
+    ("children", r"kids?|children"),
+)
 SNAPSHOT_KINDS = {
-    "T-Shirt": "t-shirt", "Pants": "pants", "Longsleeve": "long-sleeved shirt", "Shirt": "shirt", "Dress": "dress",
-    "Shoes": "shoes", "Outwear": "outerwear", "Shorts": "shorts", "Hat": "hat", "Skirt": "skirt",
-    "Undershirt": "undershirt", "Polo": "polo shirt", "Blazer": "blazer", "Hoodie": "hoodie", "Body": "bodysuit",
-    "Top": "top", "Blouse": "blouse",
-}  # fmt: skip
+    "T-Shirt": "t-shirt",
+    "Pants": "pants",
+    "Longsleeve": "long-sleeved shirt",
+    "Shirt": "shirt",
+    "Dress": "dress",
+    "Shoes": "shoes",
+    "Outwear": "outerwear",
+    "Shorts": "shorts",
+    "Hat": "hat",
+    "Skirt": "skirt",
+    "Undershirt": "undershirt",
+    "Polo": "polo shirt",
+    "Blazer": "blazer",
+    "Hoodie": "hoodie",
+    "Body": "bodysuit",
+    "Top": "top",
+    "Blouse": "blouse",
+}
 
 CLASSES = {
     "dress": ("dress",),
     "hat": ("hat", "cap"),
     "longsleeve": ("long-sleeved shirt", "sweatshirt", "sweater", "hoodie"),
     "outwear": ("outerwear", "jacket", "blazer", "rain jacket"),
-    "pants": ("pants", "trousers", "jeans", "track pants", "lounge pants", "leggings", "jeggings", "tights", "capris"),
+    "pants": (
+        "pants",
+        "trousers",
+        "jeans",
+        "track pants",
+        "lounge pants",
+        "leggings",
+        "jeggings",
+        "tights",
+        "capris",
+    ),
     "shirt": ("shirt", "blouse"),
-    "shoes": ("shoes", "casual shoes", "sports shoes", "formal shoes", "heels", "flats", "sandals", "sports sandals",
-              "flip flops", "booties"),
+    "shoes": (
+        "shoes",
+        "casual shoes",
+        "sports shoes",
+        "formal shoes",
+        "heels",
+        "flats",
+        "sandals",
+        "sports sandals",
+        "flip flops",
+        "booties",
+    ),
     "shorts": ("shorts", "lounge shorts", "boxer shorts", "trunks"),
     "skirt": ("skirt",),
     "t-shirt": ("t-shirt", "lounge t-shirt"),
-}  # fmt: skip
+}
 """What counts as right for a class of `clothing-photos`, settled before any of them was captioned."""
 
 _PALETTE = (
-    ("black", (24, 24, 26)), ("charcoal", (58, 60, 63)), ("grey", (128, 128, 130)), ("white", (238, 238, 236)),
-    ("beige", (214, 198, 168)), ("brown", (104, 70, 46)), ("brown", (150, 112, 76)), ("red", (178, 28, 38)),
-    ("maroon", (98, 24, 36)), ("pink", (232, 152, 176)), ("pink", (226, 70, 120)), ("orange", (226, 112, 40)),
-    ("yellow", (232, 200, 66)), ("green", (56, 122, 62)), ("green", (26, 70, 54)), ("green", (150, 186, 80)),
-    ("olive", (104, 106, 62)), ("turquoise", (64, 178, 178)), ("blue", (62, 104, 178)), ("blue", (78, 104, 140)),
-    ("blue", (150, 186, 224)), ("navy blue", (32, 40, 74)), ("purple", (110, 62, 138)), ("purple", (92, 40, 74)),
-)  # fmt: skip
+    ("black", (24, 24, 26)),
+    ("charcoal", (58, 60, 63)),
+    ("grey", (128, 128, 130)),
+    ("white", (238, 238, 236)),
+    ("beige", (214, 198, 168)),
+    ("brown", (104, 70, 46)),
+    ("brown", (150, 112, 76)),
+    ("red", (178, 28, 38)),
+    ("maroon", (98, 24, 36)),
+    ("pink", (232, 152, 176)),
+    ("pink", (226, 70, 120)),
+    ("orange", (226, 112, 40)),
+    ("yellow", (232, 200, 66)),
+    ("green", (56, 122, 62)),
+    ("green", (26, 70, 54)),
+    ("green", (150, 186, 80)),
+    ("olive", (104, 106, 62)),
+    ("turquoise", (64, 178, 178)),
+    ("blue", (62, 104, 178)),
+    ("blue", (78, 104, 140)),
+    ("blue", (150, 186, 224)),
+    ("navy blue", (32, 40, 74)),
+    ("purple", (110, 62, 138)),
+    ("purple", (92, 40, 74)),
+)
 """What the colour words of snapshots stand for, sRGB: chosen by eye."""
 
 
 def audience(title: str) -> str | None:
     """Whom a title names first of all: women in "Women's Boyfriend Jeans", and boys in "Kids Boys Shirt"."""
-    found = [(name == "children", match.start(), name) for name, words in _AUDIENCES
-             if (match := re.search(rf"\b({words})('?s)?\b", title.lower()))]  # fmt: skip
+    found = [
+        (name == "children", match.start(), name)
+        for name, words in _AUDIENCES
+        if (match := re.search(rf"\b({words})('?s)?\b", title.lower()))
+    ]
     return min(found)[-1] if found else None
 
 
@@ -95,7 +197,9 @@ def fashion(folder: Path) -> pd.DataFrame:
     rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     rows["gender"] = rows["title"].map(audience)
     rows["kind"] = rows["article_type"].map(lambda kind: KINDS.get(kind, kind.lower()))
-    rows["colour"] = rows["base_colour"].map(lambda name: COLOURS.get(name, str(name).lower()), na_action="ignore")
+    rows["colour"] = rows["base_colour"].map(
+        lambda name: COLOURS.get(name, str(name).lower()), na_action="ignore"
+    )
     rows["use"] = rows["usage"].map(USES, na_action="ignore")
     rows["audience"] = rows["gender"]
     rows["test"] = _chosen(rows)
@@ -130,13 +234,17 @@ def main_colour(photo: bytes) -> str:
     with Image.open(io.BytesIO(photo)) as image:
         small = image.convert("RGB").resize((48, 48), Image.Resampling.BOX)
     # Snapshots are taken in dim rooms: what is lightest in the photo counts as nearly white.
-    exposed = np.asarray(small, float) * (235 / max(60.0, float(np.percentile(small.convert("L"), 97))))
+    exposed = np.asarray(small, float) * (
+        235 / max(60.0, float(np.percentile(small.convert("L"), 97)))
+    )
     small = Image.fromarray(exposed.clip(0, 255).astype(np.uint8)).crop((14, 14, 34, 34))
     reduced = small.quantize(4, method=Image.Quantize.MEDIANCUT, kmeans=4)
     counts = sorted(reduced.getcolors() or [], reverse=True)
     palette = np.array(reduced.getpalette() or [], float).reshape(-1, 3)
     there = _lab(palette[counts[0][1]])
-    return min(_PALETTE, key=lambda each: float(((_lab(np.array(each[1], float)) - there) ** 2).sum()))[0]
+    return min(
+        _PALETTE, key=lambda each: float(((_lab(np.array(each[1], float)) - there) ** 2).sum())
+    )[0]
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -162,7 +270,9 @@ def _drawn(seed: int) -> dict[str, object]:
     return {"image": file.getvalue(), **attributes, "caption": sentence(attributes)}
 
 
-def table(parts: Sequence[str], data: Path, count: int, weights: Sequence[float] = WEIGHTS) -> pd.DataFrame:
+def table(
+    parts: Sequence[str], data: Path, count: int, weights: Sequence[float] = WEIGHTS
+) -> pd.DataFrame:
     """What training sees: photo, caption, weight, and the attributes; of the fashion photos only those not for test.
 
     `weights`: how often a studio photo, a snapshot and a rendering are looked at.
@@ -170,7 +280,11 @@ def table(parts: Sequence[str], data: Path, count: int, weights: Sequence[float]
     made = []
     if "fashion" in parts:
         rows = fashion(data / "fashion")
-        made.append(rows.loc[~rows["test"], ["image", "kind", "colour", "audience", "use"]].assign(weight=weights[0]))
+        made.append(
+            rows.loc[~rows["test"], ["image", "kind", "colour", "audience", "use"]].assign(
+                weight=weights[0]
+            )
+        )
     if "snapshots" in parts:
         rows = snapshots(data / "clothing-labelled")
         made.append(rows[["image", "kind", "colour", "audience"]].assign(weight=weights[1]))
@@ -182,7 +296,12 @@ def table(parts: Sequence[str], data: Path, count: int, weights: Sequence[float]
 def clothing_photos(folder: Path) -> pd.DataFrame:
     """One row per photo of the test-only folder: image, class_name."""
     files = sorted(folder.glob("*/*.*"))
-    return pd.DataFrame({"image": [file.read_bytes() for file in files], "class_name": [f.parent.name for f in files]})
+    return pd.DataFrame(
+        {
+            "image": [file.read_bytes() for file in files],
+            "class_name": [f.parent.name for f in files],
+        }
+    )
 
 
 def main() -> None:
@@ -191,7 +310,13 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=DATA)
     options.add_argument("--renderings", type=int, default=RENDERINGS)
     options.add_argument("--parts", nargs="+", default=["fashion", "snapshots", "renderings"])
-    options.add_argument("--weights", type=float, nargs=3, default=WEIGHTS, metavar=("STUDIO", "SNAPSHOT", "RENDERING"))
+    options.add_argument(
+        "--weights",
+        type=float,
+        nargs=3,
+        default=WEIGHTS,
+        metavar=("STUDIO", "SNAPSHOT", "RENDERING"),
+    )
     given = options.parse_args()
     rows = table(given.parts, given.data, given.renderings, given.weights)
     beside = given.out.with_suffix(".tmp")

@@ -80,7 +80,9 @@ def features(photos: Sequence[bytes], say: Callable[[str], None]) -> torch.Tenso
     """(n, 1280) of EfficientNet-Lite0."""
     teacher, found = Teacher("cpu"), []
     for first in range(0, len(photos), 64):
-        resized = [np.asarray(photo.resize((160, 160))) for photo in pictures(photos[first : first + 64])]
+        resized = [
+            np.asarray(photo.resize((160, 160))) for photo in pictures(photos[first : first + 64])
+        ]
         pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1
         found.append(teacher.features(pixels))
         if first // 64 % 25 == 0:
@@ -106,7 +108,9 @@ def probe(known: torch.Tensor, labels: pd.Series, asked: torch.Tensor, truth: pd
     return float((guessed == truth)[truth.notna()].mean())
 
 
-def studio(model: Path, data: Path, say: Callable[[str], None]) -> tuple[dict[str, Share], dict[str, float]]:
+def studio(
+    model: Path, data: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Share], dict[str, float]]:
     """Shares of the test photos' captions, and the probe's, by attribute."""
     rows = fashion(data / "fashion")
     test, train = rows[rows["test"]], rows[~rows["test"]].sample(PROBED, random_state=SEED)
@@ -114,7 +118,9 @@ def studio(model: Path, data: Path, say: Callable[[str], None]) -> tuple[dict[st
     values = vocabulary(known(row) for row in rows[list(NAMES)].to_dict("records"))
     # A snapshot's word for a kind of clothing is an answer too, a wrong one.
     values["kind"] = sorted({*values["kind"], *SNAPSHOT_KINDS.values()})
-    said = describe(model, [blank(), *pictures(test["image"])], lambda done: say(f"captions: {done:,}"))
+    said = describe(
+        model, [blank(), *pictures(test["image"])], lambda done: say(f"captions: {done:,}")
+    )
     seen, asked = features(train["image"].tolist(), say), features(test["image"].tolist(), say)
     probed = {name: probe(seen, train[name], asked, test[name]) for name in NAMES}
     return shares(said[1:], said[0], truth, values), probed
@@ -124,19 +130,35 @@ def known(row: dict) -> dict[str, str]:
     return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
-def people(model: Path, data: Path, say: Callable[[str], None]) -> tuple[int, float, float, float, float]:
+def people(
+    model: Path, data: Path, say: Callable[[str], None]
+) -> tuple[int, float, float, float, float]:
     """Photos of clothing-photos, and the share of them in which the class is right: of captions, of a blank photo's, of
     the commonest class, and of the probe."""
     rows, train = clothing_photos(data / "clothing-photos"), snapshots(data / "clothing-labelled")
-    words = {"kind": sorted({*SNAPSHOT_KINDS.values(), *(word for each in CLASSES.values() for word in each)})}
+    words = {
+        "kind": sorted(
+            {*SNAPSHOT_KINDS.values(), *(word for each in CLASSES.values() for word in each)}
+        )
+    }
     nothing, *said = describe(model, [blank(), *pictures(rows["image"])])
     kinds = [named(text, words).get("kind") for text in said]
-    right = np.mean([kind in CLASSES[name] for kind, name in zip(kinds, rows["class_name"], strict=True)])
-    unseen = np.mean([named(nothing, words).get("kind") in CLASSES[name] for name in rows["class_name"]])
+    right = np.mean(
+        [kind in CLASSES[name] for kind, name in zip(kinds, rows["class_name"], strict=True)]
+    )
+    unseen = np.mean(
+        [named(nothing, words).get("kind") in CLASSES[name] for name in rows["class_name"]]
+    )
     names = {kind: name for name, each in CLASSES.items() for kind in each}
     seen, asked = features(train["image"].tolist(), say), features(rows["image"].tolist(), say)
     probed = probe(seen, train["kind"].map(names), asked, rows["class_name"])
-    return len(rows), float(right), float(unseen), rows["class_name"].value_counts(normalize=True).iloc[0], probed
+    return (
+        len(rows),
+        float(right),
+        float(unseen),
+        rows["class_name"].value_counts(normalize=True).iloc[0],
+        probed,
+    )
 
 
 def drawn(model: Path) -> dict[str, Share]:
@@ -150,15 +172,23 @@ def staged(model: Path, data: Path, folder: Path) -> float:
     """Photos per second of the caption stage, tables and commits included, on two cores."""
     rows = fashion(data / "fashion").drop_duplicates("image").sample(STAGED, random_state=SEED)
     rows[["item_id", "title", "image"]].to_parquet(folder / "items.parquet")
-    config = load([], [
-        f"tables={folder / 'tables'}", "spark.master=local[2]", "ingest.items.format=parquet",
-        f"ingest.items.path=['{folder / 'items.parquet'}']", "ingest.photos.bytes_column=image",
-        f"caption.model.model={model}",
-    ])  # fmt: skip
+    config = load(
+        [],
+        [
+            f"tables={folder / 'tables'}",
+            "spark.master=local[2]",
+            "ingest.items.format=parquet",
+            f"ingest.items.path=['{folder / 'items.parquet'}']",
+            "ingest.photos.bytes_column=image",
+            f"caption.model.model={model}",
+        ],
+    )
     spark = session(config.spark)
     spark.sparkContext.setLogLevel("FATAL")
     outcomes = []
-    reporter = Reporter(stage=lambda run_id, stage: None, info=lambda text: None, progress=lambda *_: nullcontext())
+    reporter = Reporter(
+        stage=lambda run_id, stage: None, info=lambda text: None, progress=lambda *_: nullcontext()
+    )
     Pipeline(spark, config, reporter).run(["ingest", "caption"], outcomes.append)
     spark.stop()
     return outcomes[-1].ok / outcomes[-1].seconds
@@ -166,7 +196,9 @@ def staged(model: Path, data: Path, folder: Path) -> float:
 
 def first_caption(model: Path) -> float:
     """Seconds from a new process, its imports done, to its first caption."""
-    done = subprocess.run([sys.executable, "-c", FIRST, str(model)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, str(model)], check=True, capture_output=True, text=True
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -174,7 +206,17 @@ def wheel_mb(folder: Path) -> float:
     # Of a copy, since building leaves files behind.
     left = shutil.ignore_patterns(".*", "build", "demo-output", "*.egg-info", "__pycache__")
     copy = shutil.copytree(Path(__file__).resolve().parents[1], folder / "project", ignore=left)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(copy),
+    ]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl")).stat().st_size / 1e6
 
@@ -193,7 +235,15 @@ def main() -> None:
         console.print(f"{time.monotonic() - began:4.0f} s  {text}", style="dim")
 
     table = Table(title="Right, in generated captions", title_justify="left")
-    for name in ("photos", "attribute", "of them", "captions", "blank photo", "commonest", "linear probe"):
+    for name in (
+        "photos",
+        "attribute",
+        "of them",
+        "captions",
+        "blank photo",
+        "commonest",
+        "linear probe",
+    ):
         table.add_column(name, justify="left" if name in ("photos", "attribute") else "right")
 
     def row(photos: str, name: str, count: int, *figures: float) -> None:
@@ -207,8 +257,12 @@ def main() -> None:
     for name, key in NAMES.items():
         share = found[name]
         row("studio", key, share.photos, share.right, share.blank, share.majority, probed[name])
-        result |= {key: round(share.right, 4), f"{key}_blank": round(share.blank, 4),
-                   f"{key}_majority": round(share.majority, 4), f"{key}_probe": round(probed[name], 4)}  # fmt: skip
+        result |= {
+            key: round(share.right, 4),
+            f"{key}_blank": round(share.blank, 4),
+            f"{key}_majority": round(share.majority, 4),
+            f"{key}_probe": round(probed[name], 4),
+        }
     count, *figures = people(given.model, given.data, say)
     row("snapshots", "class", count, *figures)
     for key, figure in zip(("", "_blank", "_majority", "_probe"), figures, strict=True):
@@ -221,8 +275,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         result["wheel_mb"] = round(wheel_mb(Path(place)), 1)
     console.print(table)
-    console.print(f"stage {result['photos_per_s']} photos/s on two cores, first caption of a cold worker after "
-                  f"{result['first_caption_s']} s, wheel {result['wheel_mb']} MB")  # fmt: skip
+    console.print(
+        f"stage {result['photos_per_s']} photos/s on two cores, first caption of a cold worker after "
+        f"{result['first_caption_s']} s, wheel {result['wheel_mb']} MB"
+    )
     print(json.dumps(result))
 
 

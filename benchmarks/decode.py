@@ -37,7 +37,9 @@ def photo(seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     scene = np.full((SIZE[1], SIZE[0], 3), 128, np.float32)
     for octave in range(1, 12):  # to single pixels
-        grain = rng.normal(128, 60, (3 * 2**octave // 4, 2**octave, 3)).clip(0, 255).astype(np.uint8)
+        grain = (
+            rng.normal(128, 60, (3 * 2**octave // 4, 2**octave, 3)).clip(0, 255).astype(np.uint8)
+        )
         scene += (np.asarray(Image.fromarray(grain).resize(SIZE), np.float32) - 128) / octave
     image = Image.fromarray(scene.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
@@ -84,10 +86,14 @@ def measure(photos: Sequence[bytes], seconds: float) -> list[tuple[float, float]
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--seconds", type=float, default=20, help="how long each kind of file is measured")
+    options.add_argument(
+        "--seconds", type=float, default=20, help="how long each kind of file is measured"
+    )
     given = options.parse_args()
     images, result = [photo(seed) for seed in range(PHOTOS)], dict[str, float]()
-    table = Table(title=f"{SIZE[0]:,} × {SIZE[1]:,} pixels to {MAX_SIDE}, one thread", title_justify="left")
+    table = Table(
+        title=f"{SIZE[0]:,} × {SIZE[1]:,} pixels to {MAX_SIDE}, one thread", title_justify="left"
+    )
     for name in ("file", "MB", "photos/s", "plain Pillow", "ratio", "turns"):
         table.add_column(name, justify="left" if name == "file" else "right")
     for kind, key in (("JPEG", "vs_pillow"), ("PNG", "vs_pillow_png")):
@@ -95,8 +101,14 @@ def main() -> None:
         turns = measure(photos, given.seconds)
         mine, theirs = (PHOTOS / median(times) for times in zip(*turns, strict=True))
         result[key] = round(median(other / own for own, other in turns), 2)
-        table.add_row(kind, f"{sum(map(len, photos)) / PHOTOS / 1e6:.1f}", f"{mine:.1f}", f"{theirs:.1f}",
-                      f"{result[key]:.2f}", f"{len(turns)}")  # fmt: skip
+        table.add_row(
+            kind,
+            f"{sum(map(len, photos)) / PHOTOS / 1e6:.1f}",
+            f"{mine:.1f}",
+            f"{theirs:.1f}",
+            f"{result[key]:.2f}",
+            f"{len(turns)}",
+        )
     Console().print(table)
     print(json.dumps(result))
 

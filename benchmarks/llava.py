@@ -35,10 +35,12 @@ TEMPLATE = (
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PUBLISHED = {  # names as in published models, which are what vLLM 0.22 reads
-    "model.vision_tower.": "vision_tower.vision_model.", "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.", "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
     "model.image_newline": "image_newline",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -57,46 +59,86 @@ class Shapes:
 
 
 BIG = Shapes(
-    672, 336,
-    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-     "patch_size": 14},
-    {"vocab_size": 32_064, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768},
-)  # fmt: skip
+    672,
+    336,
+    {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    {
+        "vocab_size": 32_064,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32_768,
+    },
+)
 """llava-hf/llava-v1.6-mistral-7b-hf."""
 TINY = Shapes(
-    112, 56,
-    {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14},
-    {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024},
-)  # fmt: skip
+    112,
+    56,
+    {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+    },
+    {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+    },
+)
 
 
 def write(folder: Path, shapes: Shapes, device: str) -> None:
     """The model and its processor; it never ends a text by itself."""
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**shapes.vision, image_size=shapes.tile, projection_dim=64),
-        text_config=MistralConfig(**shapes.text, sliding_window=None, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-        image_token_index=SPECIAL.index("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
-        image_grid_pinpoints=_pinpoints(shapes), dtype="bfloat16", tie_word_embeddings=False,
+        text_config=MistralConfig(
+            **shapes.text, sliding_window=None, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        ),
+        image_token_index=SPECIAL.index("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=_pinpoints(shapes),
+        dtype="bfloat16",
+        tie_word_embeddings=False,
         architectures=[LlavaNextForConditionalGeneration.__name__],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = LlavaNextForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    model.lm_head.weight.data[config.text_config.eos_token_id] = 0  # some other word is always likelier than nothing
+    model.lm_head.weight.data[config.text_config.eos_token_id] = (
+        0  # some other word is always likelier than nothing
+    )
     model.config.save_pretrained(folder)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.generation_config.save_pretrained(folder)
-    weights = {_published(name): each.cpu().contiguous() for name, each in model.state_dict().items()}
+    weights = {
+        _published(name): each.cpu().contiguous() for name, each in model.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     _processor(shapes).save_pretrained(folder)
 
 
 def _pinpoints(shapes: Shapes) -> list[list[int]]:
-    return [[down * shapes.tile, along * shapes.tile] for down, along in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    return [
+        [down * shapes.tile, along * shapes.tile]
+        for down, along in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    ]
 
 
 def _published(name: str) -> str:
@@ -108,22 +150,38 @@ def _published(name: str) -> str:
 
 def _processor(shapes: Shapes) -> LlavaNextProcessor:
     splitter = pre_tokenizers.Whitespace()
-    words = list(dict.fromkeys(["answer", ":", *(word for word, _ in splitter.pre_tokenize_str(PROMPT))]))
-    words += [f"word{number}" for number in range(shapes.text["vocab_size"] - len(SPECIAL) - len(words))]
-    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
+    words = list(
+        dict.fromkeys(["answer", ":", *(word for word, _ in splitter.pre_tokenize_str(PROMPT))])
+    )
+    words += [
+        f"word{number}" for number in range(shapes.text["vocab_size"] - len(SPECIAL) - len(words))
+    ]
+    core = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(SPECIAL + words)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = splitter
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    )
     images = LlavaNextImageProcessor(
-        size={"shortest_edge": shapes.tile}, crop_size={"height": shapes.tile, "width": shapes.tile},
+        size={"shortest_edge": shapes.tile},
+        crop_size={"height": shapes.tile, "width": shapes.tile},
         image_grid_pinpoints=_pinpoints(shapes),
-    )  # fmt: skip
+    )
     return LlavaNextProcessor(
-        images, tokenizer, patch_size=shapes.vision["patch_size"], vision_feature_select_strategy="default",
-        chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
+        images,
+        tokenizer,
+        patch_size=shapes.vision["patch_size"],
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 
 def photo(number: int, shapes: Shapes) -> bytes:
@@ -168,17 +226,24 @@ def _best(call: Callable[[], object], gpu: bool) -> float:
     return min(seconds)
 
 
-def roofline(shapes: Shapes, best: Ceilings, prompt_tokens: int, new_tokens: int, batch: int) -> float:
+def roofline(
+    shapes: Shapes, best: Ceilings, prompt_tokens: int, new_tokens: int, batch: int
+) -> float:
     """Photos per second where the prefill takes no more than its operations, and decoding no more than its bytes."""
     text, vision = shapes.text, shapes.vision
     kv = text["num_key_value_heads"] * text["hidden_size"] // text["num_attention_heads"]
     attention = 2 * text["hidden_size"] * (text["hidden_size"] + kv)
-    layers = text["num_hidden_layers"] * (attention + 3 * text["hidden_size"] * text["intermediate_size"])
+    layers = text["num_hidden_layers"] * (
+        attention + 3 * text["hidden_size"] * text["intermediate_size"]
+    )
     # Each pair of a token and one before it: a product with its key and one with its value.
     pairs = 2 * text["num_hidden_layers"] * prompt_tokens**2 * text["hidden_size"]
-    tower = vision["num_hidden_layers"] * (4 * vision["hidden_size"] ** 2
-                                           + 2 * vision["hidden_size"] * vision["intermediate_size"])  # fmt: skip
-    prefill = (2 * layers * prompt_tokens + pairs + 2 * tower * 5 * shapes.patches**2) / best.operations
+    tower = vision["num_hidden_layers"] * (
+        4 * vision["hidden_size"] ** 2 + 2 * vision["hidden_size"] * vision["intermediate_size"]
+    )
+    prefill = (
+        2 * layers * prompt_tokens + pairs + 2 * tower * 5 * shapes.patches**2
+    ) / best.operations
     weights = layers + text["vocab_size"] * text["hidden_size"]
     cache = 2 * text["num_hidden_layers"] * kv * (prompt_tokens + new_tokens / 2)
     decode = new_tokens * best.number * (weights / batch + cache) / best.bytes

@@ -47,21 +47,28 @@ def make(folder: Path, items: int, users: int) -> None:
     rng = np.random.default_rng([items, users])
     ids = np.array([f"item-{n:07d}" for n in range(items)])
     colours = rng.integers(0, 256, (items, 3), dtype=np.uint8)
-    columns = {"item_id": ids, "title": [f"Product {n}" for n in range(items)], "photo": [_png(c) for c in colours]}
+    columns = {
+        "item_id": ids,
+        "title": [f"Product {n}" for n in range(items)],
+        "photo": [_png(c) for c in colours],
+    }
     pq.write_table(pa.table(columns), folder / "catalogue.parquet")
     share = 1 / np.arange(1, items + 1)
     edges = np.cumsum(share) / share.sum()
     (folder / "log").mkdir()
     begin = int(datetime(2025, 1, 1, tzinfo=UTC).timestamp())
     for part, first in enumerate(range(0, users * EVENTS_PER_USER, 1_000_000)):
-        places = np.arange(first, min(users * EVENTS_PER_USER, first + 1_000_000)) // EVENTS_PER_USER
+        places = (
+            np.arange(first, min(users * EVENTS_PER_USER, first + 1_000_000)) // EVENTS_PER_USER
+        )
         chosen = np.minimum(np.searchsorted(edges, rng.random(len(places))), items - 1)
         seconds = begin + rng.integers(0, 150 * 86_400, len(places))
         log = {
-            "user_id": np.char.add("user-", places.astype(str)), "item_id": ids[chosen],
+            "user_id": np.char.add("user-", places.astype(str)),
+            "item_id": ids[chosen],
             "event_type": rng.choice(["view", "cart", "purchase"], len(places), p=[0.8, 0.1, 0.1]),
             "event_time": seconds.astype(str),
-        }  # fmt: skip
+        }
         pq.write_table(pa.table(log), folder / "log" / f"{part:04d}.parquet")
 
 
@@ -76,10 +83,16 @@ def _png(colour: np.ndarray) -> bytes:
 def run_one(folder: Path) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of each stage on the shop in `folder`."""
     quiet()
-    places = [f"tables={folder}/tables", f"index.folder={folder}/index", f"report.path={folder}/report.html",
-              f"ingest.items.path=['{folder}/catalogue.parquet']", "ingest.items.format=parquet",
-              "ingest.photos.bytes_column=photo", f"ingest.interactions.path=['{folder}/log']",
-              "ingest.interactions.format=parquet"]  # fmt: skip
+    places = [
+        f"tables={folder}/tables",
+        f"index.folder={folder}/index",
+        f"report.path={folder}/report.html",
+        f"ingest.items.path=['{folder}/catalogue.parquet']",
+        "ingest.items.format=parquet",
+        "ingest.photos.bytes_column=photo",
+        f"ingest.interactions.path=['{folder}/log']",
+        "ingest.interactions.format=parquet",
+    ]
     config = load([], [*places, "caption.model.backend=fake", "spark.driver_memory=6g"])
     spark = session(config.spark)
     spark.sparkContext.setLogLevel("FATAL")
@@ -105,8 +118,13 @@ def show(found: dict[Sizes, dict[str, dict[str, float]]], console: Console) -> N
     for items, users in found:
         table.add_column(f"{items:,} items\n{users:,} users", justify="right")
     for stage in STAGES:
-        table.add_row(stage, *("{seconds:,.1f} ({driver_gb:.1f}, {worker_gb:.1f})".format(**each[stage])
-                               for each in found.values()))  # fmt: skip
+        table.add_row(
+            stage,
+            *(
+                "{seconds:,.1f} ({driver_gb:.1f}, {worker_gb:.1f})".format(**each[stage])
+                for each in found.values()
+            ),
+        )
     console.print(table)
 
 
@@ -114,13 +132,22 @@ def plot(sweeps: dict[str, tuple[list[int], dict[str, list[float]]]], file: Path
     """Seconds per stage over sizes, both logarithmic: a panel for items and one for users, a line for each stage."""
     with matplotlib.rc_context(charts.STYLE | {"figure.facecolor": "white"}):
         figure = Figure(figsize=(4.6 * len(sweeps), 4.2), layout="constrained")
-        for axes, (name, (sizes, by_stage)) in zip(figure.subplots(1, len(sweeps)), sweeps.items(), strict=True):
+        for axes, (name, (sizes, by_stage)) in zip(
+            figure.subplots(1, len(sweeps)), sweeps.items(), strict=True
+        ):
             axes.spines[["top", "right"]].set_visible(False)
             for place, (stage, seconds) in enumerate(by_stage.items()):
                 colour = matplotlib.colormaps["tab10"](place % 10)
                 axes.loglog(sizes, seconds, "o-", color=colour, markersize=3, linewidth=1.2)
-                axes.annotate(stage, (sizes[-1], seconds[-1]), (5, 0), textcoords="offset points", color=colour, size=8,
-                              va="center")  # fmt: skip
+                axes.annotate(
+                    stage,
+                    (sizes[-1], seconds[-1]),
+                    (5, 0),
+                    textcoords="offset points",
+                    color=colour,
+                    size=8,
+                    va="center",
+                )
             axes.set_xlabel(name)
             axes.set_ylabel("seconds")
             axes.margins(x=0.22)
@@ -150,13 +177,19 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[shop] = json.loads(done.stdout.splitlines()[-1])
     show(found, console)
-    by_users = {stage: [found[items[0], many][stage]["seconds"] for many in users] for stage in STAGES}
-    by_items = {stage: [found[many, users[0]][stage]["seconds"] for many in items] for stage in STAGES}
+    by_users = {
+        stage: [found[items[0], many][stage]["seconds"] for many in users] for stage in STAGES
+    }
+    by_items = {
+        stage: [found[many, users[0]][stage]["seconds"] for many in items] for stage in STAGES
+    }
     slopes = Table(title="Slopes", title_justify="left")
     for name in ("stage", "in users", "in items"):
         slopes.add_column(name, justify="left" if name == "stage" else "right")
     for stage in STAGES:
-        slopes.add_row(stage, f"{slope(users, by_users[stage]):.2f}", f"{slope(items, by_items[stage]):.2f}")
+        slopes.add_row(
+            stage, f"{slope(users, by_users[stage]):.2f}", f"{slope(items, by_items[stage]):.2f}"
+        )
     console.print(slopes)
     plot({"users": (users, by_users), "items": (items, by_items)}, given.plot)
     console.print(f"plot: {given.plot}")

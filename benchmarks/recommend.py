@@ -66,7 +66,14 @@ RANK = 64
 NEW_SHARE = 1 / 500
 """Of the items, so many more come before churn is measured."""
 REBUILD_SHARE = IndexSettings().rebuild_threshold
-SAMPLE = {"numpy": 1_000, "faiss Flat": 1_000, "faiss": 20_000, "als": 2_000, "crossJoin": 10, "max_similarity": 20_000}
+SAMPLE = {
+    "numpy": 1_000,
+    "faiss Flat": 1_000,
+    "faiss": 20_000,
+    "als": 2_000,
+    "crossJoin": 10,
+    "max_similarity": 20_000,
+}
 # Both compilers, unlike our local default, which starts quicker: Spark's ALS multiplies in the JVM.
 JVM = "spark.conf={spark.driver.extraJavaOptions: -XX:ReservedCodeCacheSize=256m -Xss4m}"
 
@@ -119,7 +126,9 @@ def histories(kind: np.ndarray, users: int) -> np.ndarray:
     tastes = rng.permutation(kinds)[rng.zipf(1.3, size=(users, 3)) % kinds]
     which = tastes[np.arange(users)[:, None], rng.integers(3, size=(users, SEEN))]
     size = np.maximum(1, starts[which + 1] - starts[which])
-    return order[np.minimum(starts[which] + rng.integers(2**31, size=which.shape) % size, len(kind) - 1)]
+    return order[
+        np.minimum(starts[which] + rng.integers(2**31, size=which.shape) % size, len(kind) - 1)
+    ]
 
 
 def names(items: int) -> np.ndarray:
@@ -135,19 +144,23 @@ def write_profiles(folder: Path, vectors: np.ndarray, met: np.ndarray) -> None:
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in seen])]).astype(np.int32)
         each = np.arange(len(part) + 1, dtype=np.int32)
         weighted = pa.StructArray.from_arrays(
-            [ids.take(pa.array(part.ravel())), pa.array(np.ones(part.size))], names=["item_id", "weight"]
+            [ids.take(pa.array(part.ravel())), pa.array(np.ones(part.size))],
+            names=["item_id", "weight"],
         )
         at = pa.array([datetime(2026, 1, 1, tzinfo=UTC)] * len(part), pa.timestamp("us", "UTC"))
         rows = {
             "user_id": pa.array(np.char.mod("u%07d", np.arange(start, start + len(part)))),
             "representation": pa.array(["title"] * len(part)),
             "history": pa.ListArray.from_arrays(pa.array(each * SEEN), weighted),
-            "seen": pa.ListArray.from_arrays(pa.array(offsets), ids.take(pa.array(np.concatenate(seen)))),
+            "seen": pa.ListArray.from_arrays(
+                pa.array(offsets), ids.take(pa.array(np.concatenate(seen)))
+            ),
             "embedding": pa.ListArray.from_arrays(
                 pa.array(each * DIMENSION), pa.array(unit(vectors[part].mean(axis=1)).ravel())
             ),
-            "events": pa.array(np.full(len(part), SEEN)), "last_event_at": at,
-        }  # fmt: skip
+            "events": pa.array(np.full(len(part), SEEN)),
+            "last_event_at": at,
+        }
         pq.write_table(pa.table(rows), folder / f"{start}.parquet")
 
 
@@ -161,36 +174,56 @@ def by_raw(settings: Path) -> None:
     ids = pq.read_table(Path(told["index"]) / "ids.parquet")["item_id"].combine_chunks()
     place, out, items = {name: n for n, name in enumerate(ids.to_pylist())}, None, len(ids)
     for file in told["files"]:
-        for batch in pq.ParquetFile(file).iter_batches(8_192, columns=["user_id", "embedding", "seen"]):
+        for batch in pq.ParquetFile(file).iter_batches(
+            8_192, columns=["user_id", "embedding", "seen"]
+        ):
             queries = np.asarray(batch.column("embedding").flatten()).reshape(len(batch), -1)
             seen = batch.column("seen")
             named = seen.flatten().dictionary_encode()
-            known = np.array([place.get(name, -1) for name in named.dictionary.to_pylist()])[named.indices.to_numpy()]
+            known = np.array([place.get(name, -1) for name in named.dictionary.to_pylist()])[
+                named.indices.to_numpy()
+            ]
             owner = np.repeat(np.arange(len(batch)), np.asarray(seen.value_lengths()))
             found, scores = searcher.search_batched_parallel(
-                queries, final_num_neighbors=K + SEEN, leaves_to_search=told["leaves"],
+                queries,
+                final_num_neighbors=K + SEEN,
+                leaves_to_search=told["leaves"],
                 pre_reorder_num_neighbors=told["candidates"] + SEEN,
-            )  # fmt: skip
-            out_of = np.isin(np.arange(len(batch))[:, None] * items + found.astype(np.int64), owner * items + known)
+            )
+            out_of = np.isin(
+                np.arange(len(batch))[:, None] * items + found.astype(np.int64),
+                owner * items + known,
+            )
             first = np.argsort(out_of, axis=1, kind="stable")[:, :K]
             top, best = (np.take_along_axis(each, first, 1) for each in (found, scores))
             made = pa.StructArray.from_arrays(
-                [ids.take(pa.array(top.ravel())), pa.array(best.ravel())], names=["item_id", "score"]
+                [ids.take(pa.array(top.ravel())), pa.array(best.ravel())],
+                names=["item_id", "score"],
             )
-            lists = pa.ListArray.from_arrays(pa.array(np.arange(len(batch) + 1, dtype=np.int32) * K), made)
+            lists = pa.ListArray.from_arrays(
+                pa.array(np.arange(len(batch) + 1, dtype=np.int32) * K), made
+            )
             rows = pa.table({"user_id": batch.column("user_id"), "items": lists})
             out = out or pq.ParquetWriter(told["out"], rows.schema)
             out.write_table(rows)
     assert out is not None
     out.close()
-    print(json.dumps({"seconds": time.monotonic() - started,
-                      "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": time.monotonic() - started,
+                "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            }
+        )
+    )
 
 
 class Shop:
     """One catalogue with its index, profiles and exact lists of a sample."""
 
-    def __init__(self, folder: Path, items: int, users: int, pipeline: Pipeline, say: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, items: int, users: int, pipeline: Pipeline, say: Callable[[str], None]
+    ):
         self.folder, self.items, self.users, self.pipeline = folder, items, users, pipeline
         self.catalogue = catalogue(items)
         self.vectors = self.catalogue.vectors
@@ -199,7 +232,14 @@ class Shop:
         self.table = pipeline.tables.name_of(schemas.PROFILES)
         started = time.monotonic()
         self.index = folder / "index" / f"of-{items}"
-        Searcher.build(self.index, self.index.name, names(items).tolist(), self.vectors, texts(self.catalogue.kinds), 1)
+        Searcher.build(
+            self.index,
+            self.index.name,
+            names(items).tolist(),
+            self.vectors,
+            texts(self.catalogue.kinds),
+            1,
+        )
         say(f"{items:,} items: index built in {time.monotonic() - started:.0f} s")
         started = time.monotonic()
         sample = self.profiles().orderBy(F.xxhash64("user_id")).limit(1_000)
@@ -208,7 +248,9 @@ class Shop:
         self.measured = self.calibrate(searcher)
         words = self.measured.words(searcher.manifest["leaves"])
         seconds = time.monotonic() - started
-        say(f"{items:,} items: calibrated in {seconds:.0f} s: {words}, recall {self.measured.recall:.4f}")
+        say(
+            f"{items:,} items: calibrated in {seconds:.0f} s: {words}, recall {self.measured.recall:.4f}"
+        )
 
     def append_profiles(self) -> None:
         parquet = self.folder / "rows"
@@ -219,7 +261,9 @@ class Shop:
         shutil.rmtree(parquet)
 
     def calibrate(self, searcher: Searcher) -> Calibration:
-        return recommend.calibrate(searcher, self.sample, recommend.without(searcher, []), K, PROMISE)
+        return recommend.calibrate(
+            searcher, self.sample, recommend.without(searcher, []), K, PROMISE
+        )
 
     def profiles(self, users: int | None = None) -> DataFrame:
         rows = self.pipeline.tables.read(schemas.PROFILES)
@@ -230,10 +274,14 @@ class Shop:
         started, effort = time.monotonic(), self.measured.effort or Effort(1, K)
         spark, most = self.pipeline.spark, self.pipeline.config.index.broadcast_gb
         opens = index.ship(spark, self.index, most, Searcher.open)
-        deep = Effort(effort.leaves, neighbors_file.depth(effort.candidates, self.sample, self.items))
+        deep = Effort(
+            effort.leaves, neighbors_file.depth(effort.candidates, self.sample, self.items)
+        )
         made = neighbors_file.build(spark, opens(), opens, deep, self.folder / "neighbours")
         seconds = time.monotonic() - started
-        return recommend.Matching("max_similarity", neighbors=index.ship(spark, made, most, Neighbors.open)), seconds
+        return recommend.Matching(
+            "max_similarity", neighbors=index.ship(spark, made, most, Neighbors.open)
+        ), seconds
 
     def time_pass(
         self,
@@ -290,25 +338,37 @@ class Shop:
         rows = pa.table(
             {
                 "item_id": names(len(vectors)),
-                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIMENSION),
+                "embedding": pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.ravel()), DIMENSION
+                ),
                 "content_sha256": item_texts,
                 "text": item_texts,
             }
         )
         base = Searcher.open(self.index, verify=False)
-        return index.build(
-            rows, "title", "none", self.folder / "index", 1, base, rebuild_threshold
-        )
+        return index.build(rows, "title", "none", self.folder / "index", 1, base, rebuild_threshold)
 
     def recall(self) -> float:
         """Of the lists in the table, on a thousand users that the calibration hasn't seen but by chance."""
         users = np.random.default_rng(2).choice(self.users, 1_000, replace=False)
         wanted = [f"u{user:07d}" for user in users]
-        rows = self.pipeline.tables.read(schemas.RECOMMENDATIONS).where(F.col("user_id").isin(wanted))
-        found = {row["user_id"]: [int(item["item_id"][1:]) for item in row["items"]] for row in rows.collect()}
+        rows = self.pipeline.tables.read(schemas.RECOMMENDATIONS).where(
+            F.col("user_id").isin(wanted)
+        )
+        found = {
+            row["user_id"]: [int(item["item_id"][1:]) for item in row["items"]]
+            for row in rows.collect()
+        }
         assert {len(items) for items in found.values()} == {K}
         truth = self.exact(users)
-        return float(np.mean([len({*found[name]} & {*best}) / K for name, best in zip(wanted, truth, strict=True)]))
+        return float(
+            np.mean(
+                [
+                    len({*found[name]} & {*best}) / K
+                    for name, best in zip(wanted, truth, strict=True)
+                ]
+            )
+        )
 
     def exact(self, users: np.ndarray) -> np.ndarray:
         """Plain numpy: all products, -inf where seen, the K best; 64 users at a time."""
@@ -318,7 +378,11 @@ class Shop:
             scores = unit(self.vectors[some].mean(axis=1)) @ self.vectors.T
             np.put_along_axis(scores, some, -np.inf, axis=1)
             best = np.argpartition(-scores, K, axis=1)[:, :K]
-            tops.append(np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), axis=1), 1))
+            tops.append(
+                np.take_along_axis(
+                    best, np.argsort(-np.take_along_axis(scores, best, 1), axis=1), 1
+                )
+            )
         return np.concatenate(tops)
 
     def raw(self) -> Callable[[], tuple[float, float]]:
@@ -330,15 +394,25 @@ class Shop:
         own = self.folder / "raw-scann"
         own.mkdir()
         scann.scann_ops_pybind.builder(self.vectors, K, "dot_product").tree(
-            num_leaves=leaves, num_leaves_to_search=leaves, training_sample_size=min(self.items, 250_000)
+            num_leaves=leaves,
+            num_leaves_to_search=leaves,
+            training_sample_size=min(self.items, 250_000),
         ).score_ah(2, anisotropic_quantization_threshold=0.2).reorder(K + SEEN).build().serialize(
             str(own), relative_path=True
         )
         told = self.folder / "raw.json"
-        told.write_text(json.dumps({
-            "scann": str(own), "index": str(self.index), "files": DeltaTable(self.table).file_uris(),
-            "leaves": effort.leaves, "candidates": effort.candidates, "out": str(self.folder / "raw.parquet"),
-        }))  # fmt: skip
+        told.write_text(
+            json.dumps(
+                {
+                    "scann": str(own),
+                    "index": str(self.index),
+                    "files": DeltaTable(self.table).file_uris(),
+                    "leaves": effort.leaves,
+                    "candidates": effort.candidates,
+                    "out": str(self.folder / "raw.parquet"),
+                }
+            )
+        )
         command = [sys.executable, __file__, "--raw", str(told)]
 
         def run() -> tuple[float, float]:
@@ -363,37 +437,55 @@ class Shop:
         lists = max(64, round(self.items**0.5) * 2)
         name = f"IVF{lists},PQ{DIMENSION // 2}x4fs,RFlat"
         quick = faiss.index_factory(DIMENSION, name, faiss.METRIC_INNER_PRODUCT)
-        quick.train(self.vectors[np.random.default_rng(3).choice(self.items, min(self.items, 40 * lists), False)])
+        quick.train(
+            self.vectors[
+                np.random.default_rng(3).choice(self.items, min(self.items, 40 * lists), False)
+            ]
+        )
         quick.add(self.vectors)
         for probes in (4, 8, 16, 32, 64):
             options = faiss.IndexRefineSearchParameters(
                 k_factor=3, base_index_params=faiss.IVFSearchParameters(nprobe=probes)
             )
             _, some = quick.search(queries[:few], K + SEEN, params=options)
-            recall = float(np.mean([len({*a[:K]} & {*b[:K]}) / K for a, b in zip(some, truth, strict=True)]))
+            recall = float(
+                np.mean([len({*a[:K]} & {*b[:K]}) / K for a, b in zip(some, truth, strict=True)])
+            )
             if recall >= PROMISE:
                 break
         started = time.monotonic()
         quick.search(queries, K + SEEN, params=options)
-        found[f"faiss {name}, {probes} probed"] = len(queries) / (time.monotonic() - started), len(queries), recall
+        found[f"faiss {name}, {probes} probed"] = (
+            len(queries) / (time.monotonic() - started),
+            len(queries),
+            recall,
+        )
         return found
 
     def als(self) -> float:
         """Users/s of recommendForAllUsers with given factors."""
         spark, rng, users = self.pipeline.spark, np.random.default_rng(4), SAMPLE["als"]
         frames = [
-            spark.createDataFrame(pa.table({
-                "id": pa.array(np.arange(count, dtype=np.int32)),
-                "features": pa.array(list(rng.normal(size=(count, RANK)).astype(np.float32))),
-            }))
+            spark.createDataFrame(
+                pa.table(
+                    {
+                        "id": pa.array(np.arange(count, dtype=np.int32)),
+                        "features": pa.array(
+                            list(rng.normal(size=(count, RANK)).astype(np.float32))
+                        ),
+                    }
+                )
+            )
             for count in (users, self.items)
-        ]  # fmt: skip
+        ]
         factors = [frame.persist() for frame in frames]
         for frame in factors:
             frame.count()
         from pyspark.ml.recommendation import ALSModel
 
-        made = spark._jvm.org.apache.spark.ml.recommendation.ALSModel("given", RANK, *(each._jdf for each in factors))
+        made = spark._jvm.org.apache.spark.ml.recommendation.ALSModel(
+            "given", RANK, *(each._jdf for each in factors)
+        )
         model = ALSModel(made.setUserCol("user").setItemCol("item"))
         started = time.monotonic()
         model.recommendForAllUsers(K + SEEN).write.format("noop").mode("overwrite").save()
@@ -405,10 +497,14 @@ class Shop:
     def cross_join(self) -> float:
         """Users/s of Spark SQL's own products."""
         spark, users = self.pipeline.spark, SAMPLE["crossJoin"]
-        items = spark.createDataFrame(pa.table({"item_id": names(self.items), "vector": list(self.vectors)})).persist()
+        items = spark.createDataFrame(
+            pa.table({"item_id": names(self.items), "vector": list(self.vectors)})
+        ).persist()
         items.count()
         score = F.expr("vector_inner_product(embedding, vector)")
-        pairs = self.profiles(users).crossJoin(items).where(~F.array_contains("seen", F.col("item_id")))
+        pairs = (
+            self.profiles(users).crossJoin(items).where(~F.array_contains("seen", F.col("item_id")))
+        )
         rank = F.row_number().over(Window.partitionBy("user_id").orderBy(F.desc("score")))
         scored = pairs.select("user_id", "item_id", score.alias("score"))
         top = scored.withColumn("rank", rank).where(F.col("rank") <= K)

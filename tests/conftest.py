@@ -51,7 +51,11 @@ def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
     from vlm4rec_spark.pipeline import Pipeline, Reporter
 
     def make(folder: Path, *assignments: str) -> Pipeline:
-        places = (f"tables={folder}/tables", f"index.folder={folder}/index", f"report.path={folder}/report.html")
+        places = (
+            f"tables={folder}/tables",
+            f"index.folder={folder}/index",
+            f"report.path={folder}/report.html",
+        )
         config = load([Path("test.yaml")], [*places, *assignments])
         return Pipeline(spark, config, Reporter(print, print, lambda *_: nullcontext()))
 

@@ -23,7 +23,9 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def photo(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
     """Noise: it can't be compressed away, so that a cut file really lacks pixels."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    )
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -110,7 +112,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "bomb-gif": (_bytes_changed(_GIF, 6, struct.pack("<HH", 65_535, 65_535)), "too_large"),
     "bomb-bmp": (_bytes_changed(_BMP, 18, struct.pack("<ii", 100_000, 100_000)), "too_large"),
     "bomb-text": (
-        png_header(64, 48, chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(b" " * 100_000_000))), "too_large",
+        png_header(64, 48, chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(b" " * 100_000_000))),
+        "too_large",
     ),
     # Nothing to see.
     "pixel-gif": (encoded(Image.new("P", (1, 1)), "GIF"), "too_small"),
@@ -122,7 +125,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "transparent": (encoded(Image.new("RGBA", (64, 48), (*RED, 0)), "PNG"), "blank"),
     "grey-16-bits": (encoded(Image.new("I;16", (64, 48), 30_000), "PNG"), "blank"),
     "cyan": (encoded(Image.new("CMYK", (64, 48), (255, 0, 0, 0)), "JPEG"), "blank"),
-}  # fmt: skip
+}
 
 
 def _good() -> dict[str, bytes]:

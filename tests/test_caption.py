@@ -50,18 +50,23 @@ def photo(colour: str) -> bytes:
 RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
-BLUE_TEXT, RED_TEXT = "A thing of red 0, green 0 and blue 7.", "A thing of red 7, green 0 and blue 0."
+BLUE_TEXT, RED_TEXT = (
+    "A thing of red 0, green 0 and blue 7.",
+    "A thing of red 7, green 0 and blue 0.",
+)
 
 
 def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
     """Items and their photos, straight into the tables."""
     spark, now = run.spark, datetime(2025, 1, 1)
     items: list[Any] = [
-        (item, f"Title {item}", None, None, None, None, price, None, True, None, now) for item in [*images, "bare"]
+        (item, f"Title {item}", None, None, None, None, price, None, True, None, now)
+        for item in [*images, "bare"]
     ]
     run.tables.upsert(schemas.ITEMS, spark.createDataFrame(items, schemas.ITEMS.schema))
     rows = [
-        (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None) for item, image in images.items()
+        (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
+        for item, image in images.items()
     ]
     run.tables.upsert(schemas.PHOTOS, spark.createDataFrame(rows, schemas.PHOTOS.schema))
 
@@ -80,7 +85,9 @@ class Counted:
         self.make, self.folder, self.calls, self.requests = make, folder, folder / "calls", requests
 
     def run(self, *settings: str) -> Pipeline:
-        return self.make(self.folder, f"caption.model.model=count={self.calls}{self.requests}", *settings)
+        return self.make(
+            self.folder, f"caption.model.model=count={self.calls}{self.requests}", *settings
+        )
 
     def caption(self, run: Pipeline) -> tuple[int, int, int, int]:
         """Calls of the model, and rows ok, failed and skipped; the plan has said how many photos there are to do."""
@@ -89,7 +96,13 @@ class Counted:
         assert outcome.ok + outcome.failed == planned.now
         skipped = planned.wanted if outcome.status == "unchanged" else outcome.skipped
         assert skipped == planned.wanted - planned.now
-        total = planned.reused + planned.kept + planned.given_up + planned.duplicates + planned.to_caption
+        total = (
+            planned.reused
+            + planned.kept
+            + planned.given_up
+            + planned.duplicates
+            + planned.to_caption
+        )
         assert total == planned.wanted
         return self.count() - before, outcome.ok, outcome.failed, skipped
 
@@ -109,12 +122,18 @@ def test_each_content_is_captioned_once_and_only_what_changed_again(
     # Five photos of four contents: the model sees the two that are photos.
     assert counted.caption(run) == (2, 2, 2, 1)
     assert captions(run) == {
-        "a": GREEN_TEXT, "twin": GREEN_TEXT, "b": "A thing of red 0, green 0 and blue 7.",
-    }  # fmt: skip
+        "a": GREEN_TEXT,
+        "twin": GREEN_TEXT,
+        "b": "A thing of red 0, green 0 and blue 7.",
+    }
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     assert len(rows) == 4
     failed = rows[hashlib.sha256(HTML).hexdigest()]
-    assert (failed["status"], failed["error_class"], failed["caption"]) == ("failed", "html_page", None)
+    assert (failed["status"], failed["error_class"], failed["caption"]) == (
+        "failed",
+        "html_page",
+        None,
+    )
     assert rows[hashlib.sha256(b"").hexdigest()]["error_class"] == "empty"
     assert rows[hashlib.sha256(GREEN).hexdigest()]["prompt_id"] == "describe.1"
 
@@ -124,7 +143,10 @@ def test_each_content_is_captioned_once_and_only_what_changed_again(
     other = counted.run("caption.max_failed_share=0.5", f"caption.prompt={prompt}")
     assert other.plan().reasons == {"new": 2, "prompt_changed": 2}
     assert counted.caption(other) == (2, 2, 2, 1)
-    assert pipeline(tmp_path, "caption.model.model=another").plan().reasons == {"new": 2, "model_changed": 2}
+    assert pipeline(tmp_path, "caption.model.model=another").plan().reasons == {
+        "new": 2,
+        "model_changed": 2,
+    }
     longer = counted.run("caption.model.max_new_tokens=9", f"caption.prompt={prompt}")
     assert longer.plan().reasons == {"new": 2, "settings_changed": 2}
 
@@ -132,7 +154,9 @@ def test_each_content_is_captioned_once_and_only_what_changed_again(
     assert counted.caption(run) == (0, 0, 0, 5)
 
 
-def test_of_500_photos_exactly_what_changed_is_captioned(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_of_500_photos_exactly_what_changed_is_captioned(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
     counted = Counted(pipeline, tmp_path)
     run = counted.run("caption.chunk_photos=300")
     images = {f"i{n:03}": photo(f"#{n % 256:02x}{n // 256:02x}80") for n in range(500)}
@@ -157,7 +181,9 @@ def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(
     run = counted.run()
     store(run, {"a": GREEN, "b": GREY})
     assert counted.caption(run) == (2, 2, 0, 0)
-    other = counted.run("caption.on_change=keep", "caption.model.max_side=99", "caption.max_failed_share=1")
+    other = counted.run(
+        "caption.on_change=keep", "caption.model.max_side=99", "caption.max_failed_share=1"
+    )
     store(other, {"a": GREEN, "b": BLUE, "c": GREY})
     planned = other.plan()
     # A new item is described as the config says, though the old way has a caption of its photo.
@@ -174,9 +200,13 @@ def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(
 def events(run: Pipeline, counts: dict[str, int]) -> None:
     day = datetime(2025, 1, 1)
     rows: list[Any] = [
-        (f"{item}-{n}", "u", item, "view", day, day.date()) for item, count in counts.items() for n in range(count)
+        (f"{item}-{n}", "u", item, "view", day, day.date())
+        for item, count in counts.items()
+        for n in range(count)
     ]
-    run.tables.upsert(schemas.INTERACTIONS, run.spark.createDataFrame(rows, schemas.INTERACTIONS.schema))
+    run.tables.upsert(
+        schemas.INTERACTIONS, run.spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
+    )
 
 
 def test_a_budget_is_spent_on_what_is_wanted_most_night_by_night(
@@ -216,10 +246,17 @@ def test_a_chunk_reads_the_files_of_its_items_and_the_most_wanted_come_first(
     photos = run.tables.read(schemas.PHOTOS)
     assert len(photos.inputFiles()) == 4
     events(run, {"d3": 9, "b1": 8})
-    judged = photos.select("item_id", "position", F.lit("new").alias("reason"), F.lit(0).alias("attempts"),
-                           F.lit(None).cast("string").alias("prompt"), F.col("image_sha256").alias("caption_key")
-                           )  # fmt: skip
-    ordered = in_order(queue(judged, run.tables.read(schemas.INTERACTIONS)), now=15, first=2).persist()
+    judged = photos.select(
+        "item_id",
+        "position",
+        F.lit("new").alias("reason"),
+        F.lit(0).alias("attempts"),
+        F.lit(None).cast("string").alias("prompt"),
+        F.col("image_sha256").alias("caption_key"),
+    )
+    ordered = in_order(
+        queue(judged, run.tables.read(schemas.INTERACTIONS)), now=15, first=2
+    ).persist()
     rows = ordered.orderBy("rank").collect()
     assert [row["rank"] for row in rows] == list(range(15))
     assert [row["tier"] for row in rows] == [0] * 2 + [1] * 4 + [2] * 8 + [3]
@@ -230,7 +267,11 @@ def test_a_chunk_reads_the_files_of_its_items_and_the_most_wanted_come_first(
 
     def read(first: int, last: int) -> tuple[set[str], int]:
         part = with_photos(ordered.where(F.col("rank").between(first, last)), photos)
-        files = {re.search(r"part-\d+-[^/]+$", file)[0] for file in part.inputFiles() if "/photos/" in file}
+        files = {
+            re.search(r"part-\d+-[^/]+$", file)[0]
+            for file in part.inputFiles()
+            if "/photos/" in file
+        }
         return {row["item_id"] for row in part.collect()}, len(files)
 
     assert read(0, 0) == ({"b1"}, 1)
@@ -241,7 +282,10 @@ def test_a_chunk_reads_the_files_of_its_items_and_the_most_wanted_come_first(
 
 
 def test_what_a_budget_buys() -> None:
-    rates, prices = Rates(2.0, 1_000, 100, "assumed", "assumed"), Prices(device_hour=3.6, million_output_tokens=5)
+    rates, prices = (
+        Rates(2.0, 1_000, 100, "assumed", "assumed"),
+        Prices(device_hour=3.6, million_output_tokens=5),
+    )
     assert rates.cost(1_000, prices) == pytest.approx(0.5 + 0.5)
     assert rates.affordable(5_000, Budget(), prices) == 5_000
     assert rates.affordable(5_000, Budget(money=1), prices) == 1_000
@@ -282,12 +326,19 @@ def test_each_of_a_folder_of_hostile_photos_has_its_class_and_every_good_one_its
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     run = pipeline(tmp_path, "caption.max_failed_share=1", "caption.batch_size=4")
-    store(run, {f"bad {name}": data for name, (data, _) in HOSTILE.items()} | {f"good {n}": GOOD[n] for n in GOOD})
+    store(
+        run,
+        {f"bad {name}": data for name, (data, _) in HOSTILE.items()}
+        | {f"good {n}": GOOD[n] for n in GOOD},
+    )
     (outcome,) = run.run(["caption"])
     assert len(HOSTILE) >= 40
     assert (outcome.ok, outcome.failed) == (len(GOOD), len(HOSTILE))
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    found = {name: rows[hashlib.sha256(data).hexdigest()]["error_class"] for name, (data, _) in HOSTILE.items()}
+    found = {
+        name: rows[hashlib.sha256(data).hexdigest()]["error_class"]
+        for name, (data, _) in HOSTILE.items()
+    }
     assert found == {name: error_class for name, (_, error_class) in HOSTILE.items()}
     assert set(captions(run)) == {f"good {name}" for name in GOOD}
 
@@ -303,11 +354,18 @@ def test_a_prompt_with_a_title_is_asked_again_where_the_title_has_changed_and_no
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE})
     # The same photo under two titles is two questions.
     assert counted.caption(run) == (3, 1, 2, 0)
-    errors = {row["error"] for row in run.tables.read(schemas.CAPTIONS).where("status = 'rejected'").collect()}
-    assert errors == {f"the model repeated the prompt: Title {item}: what is it?" for item in ("a", "twin")}
+    errors = {
+        row["error"]
+        for row in run.tables.read(schemas.CAPTIONS).where("status = 'rejected'").collect()
+    }
+    assert errors == {
+        f"the model repeated the prompt: Title {item}: what is it?" for item in ("a", "twin")
+    }
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE}, price=2.0)
     assert counted.caption(run) == (0, 0, 0, 3)
-    items = run.tables.read(schemas.ITEMS).where("item_id = 'b'").withColumn("title", F.lit("Another"))
+    items = (
+        run.tables.read(schemas.ITEMS).where("item_id = 'b'").withColumn("title", F.lit("Another"))
+    )
     run.tables.upsert(schemas.ITEMS, items)
     assert run.plan().reasons == {"prompt_changed": 1}
     assert counted.caption(run) == (1, 1, 0, 2)
@@ -327,7 +385,9 @@ class Describer(BaseHTTPRequestHandler):
         text_said = f"{asked['model']} saw a red of {red // 32}."
         if "response_format" in asked and red // 32:
             keys = asked["response_format"]["json_schema"]["schema"]["required"]
-            text_said = json.dumps(dict.fromkeys(keys, "") | {"kind": "Round tile", "colour": f"red {red // 32}"})
+            text_said = json.dumps(
+                dict.fromkeys(keys, "") | {"kind": "Round tile", "colour": f"red {red // 32}"}
+            )
         content = {"content": text_said}
         message = content if red < 200 else {"refusal": "Not that one."}
         usage = {"prompt_tokens": len(text["text"].split()), "completion_tokens": 7}
@@ -350,9 +410,12 @@ def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_p
     with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         run = pipeline(
-            tmp_path, "caption.model.backend=endpoint", "caption.model.model=gpt", "caption.max_failed_share=0.9",
+            tmp_path,
+            "caption.model.backend=endpoint",
+            "caption.model.model=gpt",
+            "caption.max_failed_share=0.9",
             f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
-        )  # fmt: skip
+        )
         store(run, {"red": RED, "green": GREEN, "grey": GREY, "html": HTML})
         (outcome,) = run.run(["caption"])
         server.shutdown()
@@ -360,7 +423,11 @@ def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_p
     assert captions(run) == {"green": "gpt saw a red of 0.", "grey": "gpt saw a red of 4."}
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     red = rows[hashlib.sha256(RED).hexdigest()]
-    assert (red["status"], red["error_class"], red["model"]) == ("rejected", "refusal", "gpt@endpoint")
+    assert (red["status"], red["error_class"], red["model"]) == (
+        "rejected",
+        "refusal",
+        "gpt@endpoint",
+    )
     assert (rows[hashlib.sha256(GREY).hexdigest()]["output_tokens"], run.plan().reasons) == (7, {})
 
 
@@ -370,10 +437,14 @@ def test_what_a_structured_prompt_is_told_stands_in_columns_in_the_report_and_wh
     with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         run = pipeline(
-            tmp_path, "caption.model.backend=endpoint", "caption.model.model=gpt", "caption.max_failed_share=0.9",
-            f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1", "caption.prompt=structured.1",
+            tmp_path,
+            "caption.model.backend=endpoint",
+            "caption.model.model=gpt",
+            "caption.max_failed_share=0.9",
+            f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
+            "caption.prompt=structured.1",
             f"report.path={tmp_path}/report.html",
-        )  # fmt: skip
+        )
         # The server answers in prose over what has no red in it.
         store(run, {"green": GREEN, "grey": GREY, "twin": GREY})
         (outcome,) = run.run(["caption"])
@@ -381,19 +452,30 @@ def test_what_a_structured_prompt_is_told_stands_in_columns_in_the_report_and_wh
     assert (outcome.ok, outcome.failed) == (1, 1)
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     grey, green = (rows[hashlib.sha256(data).hexdigest()] for data in (GREY, GREEN))
-    assert (grey["caption"], grey["attributes"]) == ("Round tile, red 4.", {"kind": "Round tile", "colour": "red 4"})
-    assert (green["status"], green["error_class"], green["attributes"]) == ("rejected", "bad_attributes", None)
+    assert (grey["caption"], grey["attributes"]) == (
+        "Round tile, red 4.",
+        {"kind": "Round tile", "colour": "red 4"},
+    )
+    assert (green["status"], green["error_class"], green["attributes"]) == (
+        "rejected",
+        "bad_attributes",
+        None,
+    )
     assert green["error"] == "no JSON object: gpt saw a red of 0."
     run.run(["report"])
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<dt>kind</dt><dd>Round tile</dd><dt>colour</dt><dd>red 4</dd>") == 3  # sample, shortest, longest
+    assert (
+        page.count("<dt>kind</dt><dd>Round tile</dd><dt>colour</dt><dd>red 4</dd>") == 3
+    )  # sample, shortest, longest
     assert 'aria-label="kind: round tile 2"' in page
     console = Console(file=io.StringIO(), width=200)
     show.item(run, "twin", console)
     assert "attributes in it: kind: Round tile, colour: red 4" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_photos_that_are_not_kept_are_read_at_their_place(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_photos_that_are_not_kept_are_read_at_their_place(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     images = {"a": GREEN, "b": BLUE, "c": GREEN, "d": GREY}
@@ -405,14 +487,20 @@ def test_photos_that_are_not_kept_are_read_at_their_place(pipeline: Callable[...
         url = f"http://127.0.0.1:{server.server_port}"
         places = [f"a,{folder}/a.png", f"b,{folder}/b.png", f"c,{url}/c.png", f"d,{url}/d.png"]
         (tmp_path / "items.csv").write_text("\n".join(["item_id,photo", *places]))
-        settings = (f"ingest.items.path=[{tmp_path}/items.csv]", "ingest.photos.path_column=photo",
-                    "ingest.photos.http.private_addresses=true", "ingest.photos.http.tries=1",
-                    "caption.max_failed_share=1")  # fmt: skip
+        settings = (
+            f"ingest.items.path=[{tmp_path}/items.csv]",
+            "ingest.photos.path_column=photo",
+            "ingest.photos.http.private_addresses=true",
+            "ingest.photos.http.tries=1",
+            "caption.max_failed_share=1",
+        )
         run = pipeline(tmp_path, *settings, "ingest.photos.keep=false")
         run.run(["ingest"])
         assert [row["image"] for row in run.tables.read(schemas.PHOTOS).collect()] == [None] * 4
         (folder / "c.png").write_bytes(RED)
-        os.utime(folder / "c.png", (time.time() + 100,) * 2)  # a server says what is newer, by the second
+        os.utime(
+            folder / "c.png", (time.time() + 100,) * 2
+        )  # a server says what is newer, by the second
         (folder / "d.png").unlink()
         run.run(["caption"])
 
@@ -424,7 +512,9 @@ def test_photos_that_are_not_kept_are_read_at_their_place(pipeline: Callable[...
         assert captions(run) == {"a": GREEN_TEXT, "b": BLUE_TEXT, "c": GREEN_TEXT}
         assert failures() == {"unreadable": 1}
         (folder / "a.png").write_bytes(BLUE)
-        run.spark.sql(f"DELETE FROM delta.`{tmp_path}/tables/captions` WHERE caption = '{GREEN_TEXT}'")
+        run.spark.sql(
+            f"DELETE FROM delta.`{tmp_path}/tables/captions` WHERE caption = '{GREEN_TEXT}'"
+        )
         run.run(["caption"])
         assert failures() == {"unreadable": 2, "changed_since": 1}
         run.run(["ingest"])
@@ -437,7 +527,9 @@ def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_othe
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     model = "caption.model.model=exit:red+hang:green+eat:blue"
-    run = pipeline(tmp_path, model, "caption.batch_seconds=2", "caption.memory_gb=0.4", "caption.batch_size=8")
+    run = pipeline(
+        tmp_path, model, "caption.batch_seconds=2", "caption.memory_gb=0.4", "caption.batch_size=8"
+    )
     greys = {f"grey{n}": photo(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}") for n in range(37)}
     store(run, {"red": RED, "green": GREEN, "blue": BLUE} | greys)
     # Spark's local mode tries no task twice: one that failed would fail the run.
@@ -445,7 +537,9 @@ def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_othe
     assert (outcome.ok, outcome.failed) == (37, 3)
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     classes = {"red": "model_died", "green": "model_hung", "blue": "out_of_memory"}
-    assert {c: rows[hashlib.sha256(photo(c)).hexdigest()]["error_class"] for c in classes} == classes
+    assert {
+        c: rows[hashlib.sha256(photo(c)).hexdigest()]["error_class"] for c in classes
+    } == classes
     assert set(captions(run)) == set(greys)
 
 
@@ -466,7 +560,9 @@ def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=tell, daemon=True).start()
-    with pytest.raises(Resumable, match=r"stopped by SIGTERM. \d+ photos are done and committed, \d+ are left") as told:
+    with pytest.raises(
+        Resumable, match=r"stopped by SIGTERM. \d+ photos are done and committed, \d+ are left"
+    ) as told:
         run.run(["caption"])
     assert told.value.exit_code == 75
     done = run.tables.read(schemas.CAPTIONS).count()
@@ -514,26 +610,37 @@ def test_a_task_whose_line_breaks_leaves_no_socket_open() -> None:
     line.close()
 
 
-def test_imported_captions_take_the_place_of_the_model(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_imported_captions_take_the_place_of_the_model(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
     file = tmp_path / "captions.csv"
-    file.write_text('sku,text\na,"  A green chair, rather old "\nbare,Seen by nobody\ngone,Lost\nb,\na,A second text\n')
+    file.write_text(
+        'sku,text\na,"  A green chair, rather old "\nbare,Seen by nobody\ngone,Lost\nb,\na,A second text\n'
+    )
     source = Source(path=(str(file),), columns={"item_id": "sku"})
     outcome = run.import_captions(source)
     assert (outcome.ok, outcome.failed, outcome.skipped) == (2, 3, 0)
     assert captions(run) == {"a": "A green chair, rather old", "bare": "Seen by nobody"}
-    refused = {json.loads(row["row"])["sku"]: row["reason"] for row in run.tables.read(schemas.REJECTED).collect()}
+    refused = {
+        json.loads(row["row"])["sku"]: row["reason"]
+        for row in run.tables.read(schemas.REJECTED).collect()
+    }
     assert refused == {
-        "gone": "no such item in the catalogue", "b": "the text is empty", "a": "the item has another text",
-    }  # fmt: skip
+        "gone": "no such item in the catalogue",
+        "b": "the text is empty",
+        "a": "the item has another text",
+    }
 
     # The stage describes what is left, and leaves what was imported alone.
     outcome = run.run(["caption"])[0]
     assert (outcome.ok, outcome.skipped) == (1, 0)
     assert captions(run) == {
-        "a": "A green chair, rather old", "bare": "Seen by nobody", "b": "A thing of red 0, green 0 and blue 7.",
-    }  # fmt: skip
+        "a": "A green chair, rather old",
+        "bare": "Seen by nobody",
+        "b": "A thing of red 0, green 0 and blue 7.",
+    }
     kinds = {row["caption"]: row["status"] for row in run.tables.read(schemas.CAPTIONS).collect()}
     assert set(kinds.values()) == {"imported", "ok"}
 
@@ -543,7 +650,9 @@ def test_imported_captions_take_the_place_of_the_model(pipeline: Callable[..., P
         run.import_captions(Source(path=(str(file),)))
 
 
-def test_too_many_failures_fail_the_run_loudly(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_too_many_failures_fail_the_run_loudly(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
     run = pipeline(tmp_path, "caption.model.model=raise+empty", "caption.max_failed_share=0.5")
     store(run, {"red": RED, "green": GREEN, "blue": BLUE})
     with pytest.raises(RunError, match="caption: 2 of 3 photos failed") as loud:
@@ -552,14 +661,23 @@ def test_too_many_failures_fail_the_run_loudly(pipeline: Callable[..., Pipeline]
     assert "red: the fake was asked to fail on this photo" in str(loud.value)
     rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
     shown = ("status", "error_class", "attempts")
-    assert {colour: tuple(rows[hashlib.sha256(image).hexdigest()][name] for name in shown)
-            for colour, image in (("red", RED), ("green", GREEN), ("blue", BLUE))} == {
-        "red": ("failed", "RuntimeError", 1), "green": ("ok", None, 1), "blue": ("rejected", "empty_caption", 1),
-    }  # fmt: skip
+    assert {
+        colour: tuple(rows[hashlib.sha256(image).hexdigest()][name] for name in shown)
+        for colour, image in (("red", RED), ("green", GREEN), ("blue", BLUE))
+    } == {
+        "red": ("failed", "RuntimeError", 1),
+        "green": ("ok", None, 1),
+        "blue": ("rejected", "empty_caption", 1),
+    }
     # What was paid for is kept.
     assert captions(run) == {"green": GREEN_TEXT}
     (record,) = run.tables.read(schemas.RUNS).collect()
-    assert (record["stage"], record["status"], record["rows_ok"], record["rows_failed"]) == ("caption", "failed", 1, 2)
+    assert (record["stage"], record["status"], record["rows_ok"], record["rows_failed"]) == (
+        "caption",
+        "failed",
+        1,
+        2,
+    )
 
 
 def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
@@ -568,7 +686,10 @@ def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
     counted = Counted(pipeline, tmp_path, "+refuse:green+ms=20")
     run = counted.run("caption.chunk_photos=40", "caption.batch_size=4")
     store(run, {f"i{n:03}": photo(f"#00{n + 40:02x}00") for n in range(200)})
-    with pytest.raises(RunError, match=r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with"):
+    with pytest.raises(
+        RunError,
+        match=r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with",
+    ):
         run.run(["caption"])
     assert counted.count() <= 100
 
@@ -579,18 +700,36 @@ def test_the_plan_is_a_table_for_people_and_json_for_programs(
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "c": GREY})
     events(run, {"b": 1})
-    words = [f"tables={tmp_path}/tables", "caption.prices.device_hour=3600", "caption.budget.money=2"]
+    words = [
+        f"tables={tmp_path}/tables",
+        "caption.prices.device_hour=3600",
+        "caption.budget.money=2",
+    ]
     argv = ["--config", "test.yaml", *(word for setting in words for word in ("--set", setting))]
     capsys.readouterr()
     assert main(["plan", "--json", *argv]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert {name: planned[name] for name in ("wanted", "duplicates", "to_caption", "now", "cost", "reasons")} == {
-        "wanted": 4, "duplicates": 1, "to_caption": 3, "now": 2, "cost": 2.0, "reasons": {"new": 3},
-    }  # fmt: skip
+    assert {
+        name: planned[name]
+        for name in ("wanted", "duplicates", "to_caption", "now", "cost", "reasons")
+    } == {
+        "wanted": 4,
+        "duplicates": 1,
+        "to_caption": 3,
+        "now": 2,
+        "cost": 2.0,
+        "reasons": {"new": 3},
+    }
     assert planned["rates"]["speed"] == "assumed"
     assert main(["plan", *argv]) == 0
     shown = capsys.readouterr().out
-    for line in ("to caption +│ +3", "new +│ +3", "duplicates: .* 1", "within the budget, .* 2", r"cost +│ +2\.00"):
+    for line in (
+        "to caption +│ +3",
+        "new +│ +3",
+        "duplicates: .* 1",
+        "within the budget, .* 2",
+        r"cost +│ +2\.00",
+    ):
         assert re.search(line, shown), line
     assert main(["plan", *argv, "--retry-failed", "refusal"]) == 0
     assert main(["plan", *argv, "refusal"]) == 2

@@ -56,7 +56,9 @@ def store(run: Pipeline) -> None:
         look = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
         items.append((f"i{n:02d}", f"Item {n}", None, None, None, None, 1.0, look, True, None, now))
         image = png(photo(n))
-        photos.append((f"i{n:02d}", 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None))
+        photos.append(
+            (f"i{n:02d}", 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
+        )
     run.tables.upsert(schemas.ITEMS, run.spark.createDataFrame(items, schemas.ITEMS.schema))
     run.tables.upsert(schemas.PHOTOS, run.spark.createDataFrame(photos, schemas.PHOTOS.schema))
 
@@ -67,14 +69,35 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
     wish = plan.CaptionSpec(prompt, settings.model.model_id(), settings)
     photos = run.tables.read(schemas.PHOTOS)
     wanted = plan.wanted_captions(photos, photos.limit(0), None, wish).collect()
-    requests = [Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
-                for row in wanted]  # fmt: skip
+    requests = [
+        Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
+        for row in wanted
+    ]
     texts = answers(FakeCaptioner(model, 16), requests)
-    rows = [(row["caption_key"], row["image_sha256"], prompt.prompt_id, wish.model_id, texts[row["caption_key"]].text,
-             None, 1, 1, "ok", None, None, 1, at, "r") for row in wanted]  # fmt: skip
+    rows = [
+        (
+            row["caption_key"],
+            row["image_sha256"],
+            prompt.prompt_id,
+            wish.model_id,
+            texts[row["caption_key"]].text,
+            None,
+            1,
+            1,
+            "ok",
+            None,
+            None,
+            1,
+            at,
+            "r",
+        )
+        for row in wanted
+    ]
     run.tables.insert(schemas.CAPTIONS, run.spark.createDataFrame(rows, schemas.CAPTIONS.schema))
     links = [(row["item_id"], row["position"], row["caption_key"]) for row in wanted]
-    run.tables.sync(schemas.ITEM_CAPTIONS, run.spark.createDataFrame(links, schemas.ITEM_CAPTIONS.schema))
+    run.tables.sync(
+        schemas.ITEM_CAPTIONS, run.spark.createDataFrame(links, schemas.ITEM_CAPTIONS.schema)
+    )
 
 
 class Audited:
@@ -88,7 +111,9 @@ class Audited:
 
 
 @pytest.fixture(scope="module")
-def audits(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Audited]:
+def audits(
+    pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Audited]:
     """Of no captions, of a captioner that doesn't look, of one that does, and of it where its worker is killed."""
     folder, found = tmp_path_factory.mktemp("audit"), {}
     died = folder / "died"
@@ -118,11 +143,18 @@ def test_a_captioner_that_does_not_look_is_shown_up(audits: dict[str, Audited]) 
     blind = audits["blind"]
     assert {row["arm"] for row in blind.rows} == {MODEL}
     assert blind.values == {
-        "distinct_share": 1 / ITEMS, "distinct_share_all": 1 / ITEMS, "blank_equal": 1,
-        "blank_cosine": pytest.approx(1), "pair_cosine": pytest.approx(1),
-        "self_rank_1": 0, "self_rank_1_chance": 1 / ITEMS, "self_rank_10": 0, "self_rank_10_chance": 10 / ITEMS,
-        "self_median_rank": 20.5, "self_median_rank_chance": 20.5,
-    }  # fmt: skip
+        "distinct_share": 1 / ITEMS,
+        "distinct_share_all": 1 / ITEMS,
+        "blank_equal": 1,
+        "blank_cosine": pytest.approx(1),
+        "pair_cosine": pytest.approx(1),
+        "self_rank_1": 0,
+        "self_rank_1_chance": 1 / ITEMS,
+        "self_rank_10": 0,
+        "self_rank_10_chance": 10 / ITEMS,
+        "self_median_rank": 20.5,
+        "self_median_rank_chance": 20.5,
+    }
     (captioner,) = blind.told["captioners"]
     assert captioner["of_nothing"] == "A nice thing for every home."
     assert (captioner["sampled"], captioner["in_force"], captioner["asked"]) == (ITEMS, ITEMS, 36)
@@ -166,4 +198,8 @@ def test_a_captioner_that_cant_be_asked_costs_only_its_figures(audits: dict[str,
     assert killed.rows == [row for row in seeing.rows if row["metric"] not in asked]
     # Where nothing was asked the examples are those that the catalogue contradicts.
     (wrong,) = killed.told["examples"]
-    assert (wrong["item_id"], wrong["attribute"], wrong["value"]) == (f"i{WRONG:02d}", "green", green(WRONG + 1))
+    assert (wrong["item_id"], wrong["attribute"], wrong["value"]) == (
+        f"i{WRONG:02d}",
+        "green",
+        green(WRONG + 1),
+    )

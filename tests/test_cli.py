@@ -18,7 +18,18 @@ from vlm4rec_spark.cli.commands import _cell
 from vlm4rec_spark.config import CONF, Config, load
 from vlm4rec_spark.errors import Busy, RunError, UsageError
 
-STAGES = ("ingest", "caption", "embed", "index", "profiles", "recommend", "publish", "evaluate", "report", "run")
+STAGES = (
+    "ingest",
+    "caption",
+    "embed",
+    "index",
+    "profiles",
+    "recommend",
+    "publish",
+    "evaluate",
+    "report",
+    "run",
+)
 CONFIGURED = (*STAGES, "import-captions", "plan", "config", "status", "maintain", "tune")
 OTHERS = ("demo", "show", "train-captioner")
 
@@ -38,40 +49,68 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     code = main(list(argv))
     out, err = capsys.readouterr()
     assert (out, list(Path.cwd().iterdir())) == ("", [])
-    assert err.startswith("Error: ") and err.endswith("\n") and "\n\n" not in err and "Traceback" not in err
+    assert (
+        err.startswith("Error: ")
+        and err.endswith("\n")
+        and "\n\n" not in err
+        and "Traceback" not in err
+    )
     return code, err.removeprefix("Error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize("command", STAGES)
-def test_an_unknown_key_is_refused_by_every_stage(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_an_unknown_key_is_refused_by_every_stage(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     assert refused(capsys, command, "--set", "recomend.k=3") == (
-        2, "--set recomend.k=3: unknown key 'recomend'. Did you mean 'recommend'?"
-    )  # fmt: skip
+        2,
+        "--set recomend.k=3: unknown key 'recomend'. Did you mean 'recommend'?",
+    )
 
 
-@pytest.mark.parametrize("argv", [["ingest"], ["run"], ["config"], ["import-captions", "captions.csv"]])
-def test_a_config_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+@pytest.mark.parametrize(
+    "argv", [["ingest"], ["run"], ["config"], ["import-captions", "captions.csv"]]
+)
+def test_a_config_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
     assert refused(capsys, *argv, "--config", "gone.yaml") == (
-        2, f"--config gone.yaml: there is no such file, here or in {CONF}."
-    )  # fmt: skip
+        2,
+        f"--config gone.yaml: there is no such file, here or in {CONF}.",
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["recomend"], "No such command 'recomend'. Did you mean 'recommend', 'embed'? See: vlm4rec --help"),
-        (["run", "--confg", "x"], "No such option: --confg (Possible options: --config) See: vlm4rec --help"),
+        (
+            ["recomend"],
+            "No such command 'recomend'. Did you mean 'recommend', 'embed'? See: vlm4rec --help",
+        ),
+        (
+            ["run", "--confg", "x"],
+            "No such option: --confg (Possible options: --config) See: vlm4rec --help",
+        ),
         (["run", "--config"], "Option '--config' requires an argument. See: vlm4rec --help"),
         (["import-captions"], "Missing argument 'path'. See: vlm4rec --help"),
-        (["demo", "--items", "3"],
-         "Invalid value for '--items': Input should be greater than or equal to 50 See: vlm4rec --help"),
-        (["import-captions", "x", "--column", "text"],
-         "--column text: write it as ours=theirs, such as --column text=description."),
-        (["import-captions", "x", "--format", "xml"], "--format xml: it is csv, json, parquet or delta."),
-        (["config", "--set", "recommend.k"],
-         "--set 'recommend.k': write it as key=value, such as --set recommend.k=20."),
+        (
+            ["demo", "--items", "3"],
+            "Invalid value for '--items': Input should be greater than or equal to 50 See: vlm4rec --help",
+        ),
+        (
+            ["import-captions", "x", "--column", "text"],
+            "--column text: write it as ours=theirs, such as --column text=description.",
+        ),
+        (
+            ["import-captions", "x", "--format", "xml"],
+            "--format xml: it is csv, json, parquet or delta.",
+        ),
+        (
+            ["config", "--set", "recommend.k"],
+            "--set 'recommend.k': write it as key=value, such as --set recommend.k=20.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_use_is_code_two_and_says_what_is_right(
     capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
@@ -85,16 +124,27 @@ def test_wrong_use_is_code_two_and_says_what_is_right(
         (UsageError("No such thing."), 2, "No such thing."),
         (KeyboardInterrupt(), 1, "Interrupted. Run the same command again to go on."),
         (Abort(), 1, "Interrupted. Run the same command again to go on."),
-        (ValueError("first line\n\n  second line"), 1, "ValueError: first line (--debug shows the stack trace.)"),
+        (
+            ValueError("first line\n\n  second line"),
+            1,
+            "ValueError: first line (--debug shows the stack trace.)",
+        ),
         (ValueError(), 1, "ValueError: no message (--debug shows the stack trace.)"),
         (
-            ValueError("Job aborted\n  File x\nvlm4rec_spark.errors.RunError: the photo: is gone\nat java.base"), 1,
+            ValueError(
+                "Job aborted\n  File x\nvlm4rec_spark.errors.RunError: the photo: is gone\nat java.base"
+            ),
+            1,
             "ValueError: the photo: is gone (--debug shows the stack trace.)",
         ),
     ],
-)  # fmt: skip
+)
 def test_an_error_inside_is_one_paragraph_and_its_code(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     def fails(*given: object) -> None:
         raise error
@@ -107,14 +157,21 @@ def test_debug_shows_the_stack_trace(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["run", "--debug", "--set", "x"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last)")
-    assert err.splitlines()[-1] == "Error: --set 'x': write it as key=value, such as --set recommend.k=20."
+    assert (
+        err.splitlines()[-1]
+        == "Error: --set 'x': write it as key=value, such as --set recommend.k=20."
+    )
 
 
-def test_config_prints_yaml_that_loads_back_equal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_config_prints_yaml_that_loads_back_equal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     argv = ["--config", "demo.yaml", "--set", "recommend.k=3", "--set", "evaluate.cut=2025-05-01"]
     assert main(["config", *argv]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert load([tmp_path / "printed.yaml"]) == load([Path("demo.yaml")], ["recommend.k=3", "evaluate.cut=2025-05-01"])
+    assert load([tmp_path / "printed.yaml"]) == load(
+        [Path("demo.yaml")], ["recommend.k=3", "evaluate.cut=2025-05-01"]
+    )
 
 
 def test_config_alone_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,11 +209,19 @@ def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixt
     reporter.OURS.error("a line\nof [bold]two[/]")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert datetime.fromisoformat(first.pop("at")).utcoffset() == timedelta(0)
-    assert first == {"level": "INFO", "run_id": "r1", "stage": "embed", "message": "embed: done", "rows_ok": 3}
+    assert first == {
+        "level": "INFO",
+        "run_id": "r1",
+        "stage": "embed",
+        "message": "embed: done",
+        "rows_ok": 3,
+    }
     assert (second["level"], second["message"]) == ("ERROR", "a line\nof [bold]two[/]")
 
 
-def test_another_run_at_work_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_at_work_is_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def busy(*_: object) -> None:
         raise Busy("Another run is at work on these tables: run r2.")
 
@@ -174,17 +239,23 @@ def _nobody(_: object) -> None:
 
 
 def _dying(_: object) -> None:
-    raise Py4JError("org.apache.spark.sql.functions does not exist in the JVM")  # seen when it was killed
+    raise Py4JError(
+        "org.apache.spark.sql.functions does not exist in the JVM"
+    )  # seen when it was killed
 
 
 @pytest.mark.parametrize("session", [_nobody, _dying])
 def test_a_jvm_that_dies_is_said_and_what_helps(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, session: Callable[[object], None]
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    session: Callable[[object], None],
 ) -> None:
     monkeypatch.setattr("vlm4rec_spark.cli.commands.session", session)
     code, message = refused(capsys, "ingest")
     assert code == 1
-    assert message.startswith("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory).")
+    assert message.startswith(
+        "Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory)."
+    )
 
 
 def test_a_figure_of_the_headline_is_short() -> None:

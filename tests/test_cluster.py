@@ -69,7 +69,9 @@ _WATCHED = 'exec 3<&0; (cat <&3; kill -9 0) & exec "$@" 3<&- </dev/null'
 
 
 @contextmanager
-def started(command: Sequence[str | Path], log: Path, **place: object) -> Iterator[subprocess.Popen]:
+def started(
+    command: Sequence[str | Path], log: Path, **place: object
+) -> Iterator[subprocess.Popen]:
     """A process that writes to `log`, and of which nothing runs afterwards, whatever happens."""
     watched = ["sh", "-c", _WATCHED, "sh", *map(str, command)]
     with log.open("wb") as out:
@@ -104,20 +106,38 @@ class Cluster:
         """Run jobs/`job`.py by spark-submit in client mode; its output and its event log bear its name."""
         log, events = self.folder / f"{job}.log", self.folder / "events" / job
         events.mkdir(parents=True, exist_ok=True)
-        conf = CONF | SECRET_CONF | {"spark.eventLog.dir": events.as_uri(), "spark.executorEnv.PYTHONPATH": "vlm4rec"}
+        conf = (
+            CONF
+            | SECRET_CONF
+            | {"spark.eventLog.dir": events.as_uri(), "spark.executorEnv.PYTHONPATH": "vlm4rec"}
+        )
         delta = jars.find((), Path.home() / ".ivy2.5.2")
         command = [
-            SPARK / "bin" / "spark-submit", "--master", self.master, "--deploy-mode", "client",
-            "--jars", ",".join(map(str, delta)), "--archives", f"{self.folder}/vlm4rec.tar.gz#vlm4rec",
+            SPARK / "bin" / "spark-submit",
+            "--master",
+            self.master,
+            "--deploy-mode",
+            "client",
+            "--jars",
+            ",".join(map(str, delta)),
+            "--archives",
+            f"{self.folder}/vlm4rec.tar.gz#vlm4rec",
             *[part for pair in conf.items() for part in ("--conf", "=".join(pair))],
-            ROOT / "jobs" / f"{job}.py", "--config", "cluster.yaml", "--config", "test.yaml",
-            "--config", self.folder / "secret.yaml",
+            ROOT / "jobs" / f"{job}.py",
+            "--config",
+            "cluster.yaml",
+            "--config",
+            "test.yaml",
+            "--config",
+            self.folder / "secret.yaml",
             *[part for each in assignments for part in ("--set", each)],
-        ]  # fmt: skip
+        ]
         driver = self.folder / "driver"
         driver.mkdir(exist_ok=True)
         own = {"PYTHONPATH": f"{self.folder}/vlm4rec"} | SECRET_VARIABLES
-        with started(command, log, env=self.environment | temporary(driver) | own, cwd=driver) as process:
+        with started(
+            command, log, env=self.environment | temporary(driver) | own, cwd=driver
+        ) as process:
             assert process.wait(1_800) == 0, log.read_text()[-3_000:]
 
     def events(self, job: str, kind: str) -> list[dict]:
@@ -130,38 +150,72 @@ def temporary(folder: Path) -> dict[str, str]:
     """An environment in which Python, Spark and Java keep their temporary files in `folder`."""
     for name in ("tmp", "local"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    options = f"-XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData -Djava.io.tmpdir={folder}/tmp"
-    return {"TMPDIR": f"{folder}/tmp", "SPARK_LOCAL_DIRS": f"{folder}/local", "JAVA_TOOL_OPTIONS": options}
+    options = (
+        f"-XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData -Djava.io.tmpdir={folder}/tmp"
+    )
+    return {
+        "TMPDIR": f"{folder}/tmp",
+        "SPARK_LOCAL_DIRS": f"{folder}/local",
+        "JAVA_TOOL_OPTIONS": options,
+    }
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     # Neither Spark's nor Python's settings of whoever runs the tests.
-    inherited = {name: value for name, value in os.environ.items() if "SPARK" not in name and "PYTHON" not in name}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if "SPARK" not in name and "PYTHON" not in name
+    }
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         home = stack.enter_context(java.home(java.find()))
         environment = inherited | {
-            "JAVA_HOME": str(home), "SPARK_HOME": str(SPARK), "SPARK_LOCAL_IP": "127.0.0.1",
-            "SPARK_DAEMON_MEMORY": "256m", "SPARK_MASTER_OPTS": "-Dspark.master.rest.enabled=false",
+            "JAVA_HOME": str(home),
+            "SPARK_HOME": str(SPARK),
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_DAEMON_MEMORY": "256m",
+            "SPARK_MASTER_OPTS": "-Dspark.master.rest.enabled=false",
             "PYSPARK_PYTHON": str(bare_python(folder / "python")),
-        }  # fmt: skip
+        }
 
-        def start(name: str, kind: str, host: str, *options: str | Path) -> tuple[subprocess.Popen, Path]:
+        def start(
+            name: str, kind: str, host: str, *options: str | Path
+        ) -> tuple[subprocess.Popen, Path]:
             log, own = folder / f"{name}.log", environment | temporary(folder / name)
             own |= gpu(folder / name) if kind == "worker.Worker" else {}
-            command = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", "--host", host,
-                       "--port", "0", "--webui-port", "0", *options]  # fmt: skip
+            command = [
+                SPARK / "bin" / "spark-class",
+                f"org.apache.spark.deploy.{kind}",
+                "--host",
+                host,
+                "--port",
+                "0",
+                "--webui-port",
+                "0",
+                *options,
+            ]
             return stack.enter_context(started(command, log, env=own, cwd=folder / name)), log
 
         master = said(*start("master", "master.Master", "127.0.0.1"), r"spark://127\.0\.0\.1:\d+")
         # Two names of one machine: Spark makes a second copy of a task only on another host.
         workers = [
-            start(name, "worker.Worker", host, "--cores", "1", "--memory", "1g", "--work-dir", folder / name / "work",
-                  master)
+            start(
+                name,
+                "worker.Worker",
+                host,
+                "--cores",
+                "1",
+                "--memory",
+                "1g",
+                "--work-dir",
+                folder / name / "work",
+                master,
+            )
             for name, host in (("worker-1", "127.0.0.1"), ("worker-2", "localhost"))
-        ]  # fmt: skip
+        ]
         pack(folder)
         (folder / "secret.yaml").write_text(json.dumps({"spark": {"conf": SECRET_SETTING}}))
         for worker in workers:
@@ -172,10 +226,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def gpu(folder: Path) -> dict[str, str]:
     """A worker that says that it has one GPU, of which the address is its number and a 4."""
     script = folder / "gpus.sh"
-    script.write_text(f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': [f'{folder.name[-1]}4']})}'\n")
+    script.write_text(
+        f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': [f'{folder.name[-1]}4']})}'\n"
+    )
     script.chmod(0o755)
     options = {"amount": "1", "discoveryScript": script}
-    return {"SPARK_WORKER_OPTS": " ".join(f"-Dspark.worker.resource.gpu.{key}={it}" for key, it in options.items())}
+    return {
+        "SPARK_WORKER_OPTS": " ".join(
+            f"-Dspark.worker.resource.gpu.{key}={it}" for key, it in options.items()
+        )
+    }
 
 
 def bare_python(folder: Path) -> Path:
@@ -194,7 +254,15 @@ def pack(folder: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     # Not compiled: a compiled file then tells where Python imported its source.
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-compile"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-compile",
+    ]
     subprocess.run([*install, "--quiet", "--target", folder / "vlm4rec", source], check=True)
     shutil.make_archive(str(folder / "vlm4rec"), "gztar", folder / "vlm4rec")
 
@@ -214,14 +282,22 @@ def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
     raw = cluster.folder / "raw"
     catalogue.write(raw, items=60, users=60)
     settings = (
-        f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-        f"ingest.photos.folder={raw}/photos", f"ingest.users.path=[{raw}/users.csv]",
-        f"ingest.identities.path=[{raw}/identities.csv]", "recommend.k=5", f"evaluate.cut={catalogue.CUT}",
-        "evaluate.splits=[time]", "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2",
+        f"ingest.items.path=[{raw}/catalogue.csv]",
+        f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
+        f"ingest.photos.folder={raw}/photos",
+        f"ingest.users.path=[{raw}/users.csv]",
+        f"ingest.identities.path=[{raw}/identities.csv]",
+        "recommend.k=5",
+        f"evaluate.cut={catalogue.CUT}",
+        "evaluate.splits=[time]",
+        "evaluate.arms=[popularity,caption]",
+        "report.photos=4",
+        "report.users=2",
         f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled"
         f"+gpus={cluster.folder}/gpus",
-        "caption.photos_per_task=16", "caption.model.max_new_tokens=64",  # conf/cluster.yaml has others
-    )  # fmt: skip
+        "caption.photos_per_task=16",
+        "caption.model.max_new_tokens=64",  # conf/cluster.yaml has others
+    )
     there, here = cluster.folder / "there", pipeline(cluster.folder / "here", *settings)
     cluster.submit("run_pipeline", *places(there), *settings)
     here.run(STAGES, lambda outcome: None)
@@ -273,10 +349,16 @@ def test_driver_and_workers_import_what_was_shipped(shop: Shop, tmp_path: Path) 
     refused = subprocess.run(bare, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "No module named 'vlm4rec_spark'" in refused.stderr
     # The package was shipped without compiled files, and Python writes one beside the source that it imports.
-    for module, places in (("pipeline/__pycache__/run", {"vlm4rec"}),
-                           ("models/captioners/__pycache__/fake", {"worker-1/work", "worker-2/work"})):  # fmt: skip
-        torch_compile = [file.relative_to(folder) for file in folder.rglob(f"vlm4rec_spark/{module}.*.pyc")]
-        assert {"/".join(file.parts[: file.parts.index("vlm4rec_spark")][:2]) for file in torch_compile} == places
+    for module, places in (
+        ("pipeline/__pycache__/run", {"vlm4rec"}),
+        ("models/captioners/__pycache__/fake", {"worker-1/work", "worker-2/work"}),
+    ):
+        torch_compile = [
+            file.relative_to(folder) for file in folder.rglob(f"vlm4rec_spark/{module}.*.pyc")
+        ]
+        assert {
+            "/".join(file.parts[: file.parts.index("vlm4rec_spark")][:2]) for file in torch_compile
+        } == places
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +366,12 @@ def new_captions(shop: Shop) -> list[dict]:
     """An item without a photo gets one, and the caption job runs: the captions that are new."""
     tables, before = shop.there.tables, rows(shop.there, schemas.CAPTIONS)
     photos = tables.read(schemas.PHOTOS)
-    (item, *_) = tables.read(schemas.ITEMS).join(photos, on="item_id", how="left_anti").select("item_id").head()
+    (item, *_) = (
+        tables.read(schemas.ITEMS)
+        .join(photos, on="item_id", how="left_anti")
+        .select("item_id")
+        .head()
+    )
     green, picture = io.BytesIO(), Image.new("RGB", (16, 16), "green")
     picture.putpixel((0, 0), (255, 255, 255))
     picture.save(green, "PNG")
@@ -304,15 +391,23 @@ def test_no_secret_is_left_anywhere(shop: Shop) -> None:
     folder = shop.cluster.folder
     assert len(list(folder.glob("worker-*/work/app-*/*/stderr"))) >= 2
     # Parquet is compressed, so rows are searched too.
-    places = {table.name: str(rows(shop.there, table)).encode() for table in schemas.TABLES.values()}
-    files = (file for file in folder.rglob("*") if file.is_file() and file != folder / "secret.yaml")
+    places = {
+        table.name: str(rows(shop.there, table)).encode() for table in schemas.TABLES.values()
+    }
+    files = (
+        file for file in folder.rglob("*") if file.is_file() and file != folder / "secret.yaml"
+    )
     places |= {str(file): file.read_bytes() for file in files}
     for name, secret in (SECRET_VARIABLES | SECRET_CONF | SECRET_SETTING).items():
-        assert [place for place, written in places.items() if secret.encode() in written] == [], name
+        assert [place for place, written in places.items() if secret.encode() in written] == [], (
+            name
+        )
 
 
 @pytest.mark.soak
-def test_the_stages_own_jobs_make_the_same_tables(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
+def test_the_stages_own_jobs_make_the_same_tables(
+    shop: Shop, pipeline: Callable[..., Pipeline]
+) -> None:
     alone = shop.cluster.folder / "alone"
     for job in (*STAGES, "maintain"):
         shop.cluster.submit(f"run_{job}", *shop.settings, *places(alone))

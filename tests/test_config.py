@@ -22,11 +22,16 @@ def refusal(files: tuple[Path, ...] = (), *assignments: str) -> str:
 def keys(model: BaseModel) -> dict:
     """Every key of the model down to the leaves, as base.yaml would have to name them."""
     values = {name: getattr(model, name) for name in type(model).model_fields}
-    return {name: keys(value) if isinstance(value, BaseModel) else ... for name, value in values.items()}
+    return {
+        name: keys(value) if isinstance(value, BaseModel) else ... for name, value in values.items()
+    }
 
 
 def named(content: dict, shape: dict) -> dict:
-    return {key: named(value, shape[key]) if isinstance(shape[key], dict) else ... for key, value in content.items()}
+    return {
+        key: named(value, shape[key]) if isinstance(shape[key], dict) else ...
+        for key, value in content.items()
+    }
 
 
 @pytest.fixture
@@ -41,7 +46,9 @@ def test_base_yaml_says_the_defaults_and_names_every_key() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in CONF.glob("*.yaml")))
-def test_every_packaged_file_loads_by_its_name(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_packaged_file_loads_by_its_name(
+    file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert load([Path(file)]) == Config.model_validate(_over_base(file))
 
@@ -63,13 +70,17 @@ def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("recommend: {k: 1, recall: 0.5}\nprofiles: {last_n: 7}\n")
     second.write_text("recommend: {k: 2}\n")
-    config = load([first, second], ["recommend.recall_sample=3", "profiles.last_n=8", "profiles.last_n=9"])
+    config = load(
+        [first, second], ["recommend.recall_sample=3", "profiles.last_n=8", "profiles.last_n=9"]
+    )
     assert config.recommend == RecommendSettings(k=2, target_recall=0.5, recall_sample=3)
     assert config.profiles.last_n == 9
     assert load([second, first]).recommend.k == 1
 
 
-def test_a_file_here_comes_before_the_packaged_one_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_here_comes_before_the_packaged_one_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("test.yaml").write_text("recommend: {k: 3}\n")
     config = load([Path("test.yaml")])
@@ -82,8 +93,17 @@ def test_an_empty_file_changes_nothing(yours: Path) -> None:
 
 
 def test_assigned_values_are_yaml() -> None:
-    config = load((), ["evaluate.arms=[title, random]", "profiles.half_life_days=null", "spark.master=null",
-                       "evaluate.cut=2025-05-01", "spark.conf={spark.ui.enabled: 'true'}", "tables=a=b"])  # fmt: skip
+    config = load(
+        (),
+        [
+            "evaluate.arms=[title, random]",
+            "profiles.half_life_days=null",
+            "spark.master=null",
+            "evaluate.cut=2025-05-01",
+            "spark.conf={spark.ui.enabled: 'true'}",
+            "tables=a=b",
+        ],
+    )
     assert config.evaluate.arms == ("title", "random")
     assert config.profiles.half_life_days is None
     assert config.spark.master is None
@@ -101,9 +121,21 @@ def test_a_config_cannot_be_changed() -> None:
     ("text", "line", "message"),
     [
         ("tables: t\nrecomend:\n  k: 3\n", 2, "'recomend'. Did you mean 'recommend'?"),
-        ("recommend:\n  recal: 0.9\n", 2, "'recommend.recal'. Did you mean 'recommend.target_recall'?"),
-        ("caption:\n  model:\n\n    modle: x\n", 4, "'caption.model.modle'. Did you mean 'caption.model.model'?"),
-        ("ingest:\n  items:\n    paths: [a]\n", 3, "'ingest.items.paths'. Did you mean 'ingest.items.path'?"),
+        (
+            "recommend:\n  recal: 0.9\n",
+            2,
+            "'recommend.recal'. Did you mean 'recommend.target_recall'?",
+        ),
+        (
+            "caption:\n  model:\n\n    modle: x\n",
+            4,
+            "'caption.model.modle'. Did you mean 'caption.model.model'?",
+        ),
+        (
+            "ingest:\n  items:\n    paths: [a]\n",
+            3,
+            "'ingest.items.paths'. Did you mean 'ingest.items.path'?",
+        ),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
@@ -116,18 +148,41 @@ def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("recommend:\n  k: ten\n", 2, "recommend.k: Input should be a valid integer, unable to parse string as an "
-                                      "integer (it is 'ten')."),
-        ("recommend:\n  k: 0\n", 2, "recommend.k: Input should be greater than or equal to 1 (it is 0)."),
-        ("recommend:\n  recall: 1.5\n", 2, "recommend.target_recall: Input should be less than or equal to 1 (it is 1.5)."),
-        ("representation: look\n", 1, "representation: Input should be 'title', 'caption' or 'title_caption' "
-                                      "(it is 'look')."),
+        (
+            "recommend:\n  k: ten\n",
+            2,
+            "recommend.k: Input should be a valid integer, unable to parse string as an "
+            "integer (it is 'ten').",
+        ),
+        (
+            "recommend:\n  k: 0\n",
+            2,
+            "recommend.k: Input should be greater than or equal to 1 (it is 0).",
+        ),
+        (
+            "recommend:\n  recall: 1.5\n",
+            2,
+            "recommend.target_recall: Input should be less than or equal to 1 (it is 1.5).",
+        ),
+        (
+            "representation: look\n",
+            1,
+            "representation: Input should be 'title', 'caption' or 'title_caption' (it is 'look').",
+        ),
         ("tables:\n", 1, "tables: Input should be a valid string (it is None)."),
-        ("\nrecommend: 3\n", 2, "recommend: Input should be a valid dictionary or instance of RecommendSettings "
-                                "(it is 3)."),
-        ("evaluate:\n  arms:\n  - title\n  - 5\n", 2, "evaluate.arms.1: Input should be a valid string (it is 5)."),
+        (
+            "\nrecommend: 3\n",
+            2,
+            "recommend: Input should be a valid dictionary or instance of RecommendSettings "
+            "(it is 3).",
+        ),
+        (
+            "evaluate:\n  arms:\n  - title\n  - 5\n",
+            2,
+            "evaluate.arms.1: Input should be a valid string (it is 5).",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_type_or_an_impossible_value_is_said_with_file_and_line(
     yours: Path, text: str, line: int, message: str
 ) -> None:
@@ -146,14 +201,23 @@ def test_every_mistake_has_a_line(yours: Path) -> None:
 
 @pytest.mark.parametrize("assignment", ["recommend.k", "=3", "--k"])
 def test_an_assignment_needs_a_key_and_an_equals_sign(assignment: str) -> None:
-    assert refusal((), assignment) == f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20."
+    assert (
+        refusal((), assignment)
+        == f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20."
+    )
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("recommend.k=-1", "--set recommend.k=-1: recommend.k: Input should be greater than or equal to 1 (it is -1)."),
-        ("recommend.k.x=1", "--set recommend.k.x=1: recommend.k: Input should be a valid integer (it is {'x': 1})."),
+        (
+            "recommend.k=-1",
+            "--set recommend.k=-1: recommend.k: Input should be greater than or equal to 1 (it is -1).",
+        ),
+        (
+            "recommend.k.x=1",
+            "--set recommend.k.x=1: recommend.k: Input should be a valid integer (it is {'x': 1}).",
+        ),
         ("tables=[a", "--set 'tables=[a': the value isn't YAML."),
         ("last_n=3", "--set last_n=3: unknown key 'last_n'. Did you mean 'profiles.last_n'?"),
         ("embed.k=3", "--set embed.k=3: unknown key 'embed.k'. Did you mean 'recommend.k'?"),
@@ -164,7 +228,10 @@ def test_a_wrong_assignment_is_shown_as_it_was_written(assignment: str, message:
 
 
 def test_a_file_that_is_not_there_says_where_it_was_looked_for() -> None:
-    assert refusal((Path("nowhere.yaml"),)) == f"--config nowhere.yaml: there is no such file, here or in {CONF}."
+    assert (
+        refusal((Path("nowhere.yaml"),))
+        == f"--config nowhere.yaml: there is no such file, here or in {CONF}."
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,11 +241,16 @@ def test_a_file_that_is_not_there_says_where_it_was_looked_for() -> None:
         (b"just words", "expected keys and values at the top, found a str."),
         (b"recommend: {k: 1", "can't be read: while parsing a flow mapping"),
         (b"\xff\xfe\x00", "can't be read: 'utf-8' codec can't decode byte 0xff"),
-        (b"k: !!python/object:os.system x", "can't be read: could not determine a constructor for the tag"),
+        (
+            b"k: !!python/object:os.system x",
+            "can't be read: could not determine a constructor for the tag",
+        ),
     ],
     ids=["list", "text", "torn", "binary", "python object"],
 )
-def test_a_file_that_is_no_configuration_is_one_line(yours: Path, data: bytes, message: str) -> None:
+def test_a_file_that_is_no_configuration_is_one_line(
+    yours: Path, data: bytes, message: str
+) -> None:
     yours.write_bytes(data)
     said = refusal((yours,))
     assert said.startswith(f"--config {yours}") and message in said

@@ -40,7 +40,14 @@ IN_USE = ServingConfig("title", ProfileSettings(), ItemItemSettings())
 
 def log(spark: SparkSession, events: list[tuple[str, str, str]]) -> DataFrame:
     rows = [
-        (f"e{n:04d}", user, item, "view", datetime.fromisoformat(at), datetime.fromisoformat(at).date())
+        (
+            f"e{n:04d}",
+            user,
+            item,
+            "view",
+            datetime.fromisoformat(at),
+            datetime.fromisoformat(at).date(),
+        )
         for n, (user, item, at) in enumerate(events)
     ]
     return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
@@ -51,10 +58,14 @@ def pairs(events: DataFrame) -> set[tuple[str, str]]:
 
 
 EVENTS = [
-    ("ann", "A", "2025-04-29"), ("ann", "A", "2025-05-02"), ("ann", "B", "2025-04-30 23:59:59"),
-    ("ann", "C", "2025-05-01 00:00:00"), ("ann", "D", "2025-05-03"), ("ben", "A", "2025-05-01 00:00:01"),
+    ("ann", "A", "2025-04-29"),
+    ("ann", "A", "2025-05-02"),
+    ("ann", "B", "2025-04-30 23:59:59"),
+    ("ann", "C", "2025-05-01 00:00:00"),
+    ("ann", "D", "2025-05-03"),
+    ("ben", "A", "2025-05-01 00:00:01"),
     ("cat", "C", "2025-04-01"),
-]  # fmt: skip
+]
 
 
 def test_time_split_hides_everything_from_the_cut_on(spark: SparkSession) -> None:
@@ -86,7 +97,9 @@ def test_the_cut_is_a_time() -> None:
 
 def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """ranx (Bassani 2022) on random lists, some shorter than k, some with nothing relevant on them."""
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling takes longer than all that is computed here
+    monkeypatch.setenv(
+        "NUMBA_DISABLE_JIT", "1"
+    )  # compiling takes longer than all that is computed here
     import ranx
 
     rng, users, items = np.random.default_rng(14), 300, 60
@@ -95,9 +108,15 @@ def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> 
     wanted = [np.sort(rng.choice(items, rng.integers(1, 15), replace=False)) for _ in range(users)]
     relevant = np.concatenate([user * items + row for user, row in enumerate(wanted)])
     found, sizes = metrics.hits(top, relevant, items), np.array([len(row) for row in wanted])
-    truth = ranx.Qrels({f"u{user}": {f"i{item}": 1 for item in row} for user, row in enumerate(wanted)})
-    lists = ranx.Run({f"u{user}": {f"i{item}": 1 - rank / 100 for rank, item in enumerate(row) if item >= 0}
-                      for user, row in enumerate(top)})  # fmt: skip
+    truth = ranx.Qrels(
+        {f"u{user}": {f"i{item}": 1 for item in row} for user, row in enumerate(wanted)}
+    )
+    lists = ranx.Run(
+        {
+            f"u{user}": {f"i{item}": 1 - rank / 100 for rank, item in enumerate(row) if item >= 0}
+            for user, row in enumerate(top)
+        }
+    )
     for k in (1, 5, 10, 20):
         ours = metrics.per_user(found, sizes, k)
         for name in metrics.ACCURACY:
@@ -107,10 +126,17 @@ def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession) -> None:
-    histories = spark.createDataFrame([(f"u{n}", ["A"]) for n in range(20)], "user_id STRING, seen ARRAY<STRING>")
+    histories = spark.createDataFrame(
+        [(f"u{n}", ["A"]) for n in range(20)], "user_id STRING, seen ARRAY<STRING>"
+    )
     ids, none = pd.Index(list("ABCDEF"), dtype=object), np.zeros(6, np.float32)
-    drawn = [{row["user_id"]: row["items"] for row in point_in_time.scored_lists(histories, ids, none, 5, seed).collect()}
-             for seed in (1, 1, 2)]  # fmt: skip
+    drawn = [
+        {
+            row["user_id"]: row["items"]
+            for row in point_in_time.scored_lists(histories, ids, none, 5, seed).collect()
+        }
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert {tuple(sorted(items)) for items in drawn[0].values()} == {tuple("BCDEF")}
     assert len({tuple(items) for items in drawn[0].values()}) > 10
@@ -133,14 +159,21 @@ def world(spark: SparkSession, shift: int = 0) -> evaluate.EvaluationTables:
     events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01") for n in range(PAIRS)]
     events += [(f"u{n:02d}", item, "2025-01-02") for n in range(5) for item in bare[1:]]
     events += [("u30", "N0", "2025-01-01"), ("u30", "R00", "2025-05-02")]
-    items = spark.createDataFrame([(name, True) for name in [*names, *bare]], "item_id STRING, available BOOLEAN")
-    return evaluate.EvaluationTables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
+    items = spark.createDataFrame(
+        [(name, True) for name in [*names, *bare]], "item_id STRING, available BOOLEAN"
+    )
+    return evaluate.EvaluationTables(
+        log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+    )
 
 
 def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) -> None:
     """Who has H has R of the next number, which looks like something else; u00 to u04 are to be told by the others."""
     events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(40)]
-    events += [(f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-01-02" if n >= 5 else "2025-05-02") for n in range(40)]
+    events += [
+        (f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-01-02" if n >= 5 else "2025-05-02")
+        for n in range(40)
+    ]
     tables = world(spark)
     tables = evaluate.EvaluationTables(log(spark, events), tables.items, tables.embeddings)
     most = replace(IN_USE, item_item=ItemItemSettings(share=0.6))
@@ -154,15 +187,21 @@ def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkS
 
 
 def evaluate_lists(
-    spark: SparkSession, tables: evaluate.EvaluationTables, names: tuple[str, ...], in_use: ServingConfig = IN_USE, **settings: object
+    spark: SparkSession,
+    tables: evaluate.EvaluationTables,
+    names: tuple[str, ...],
+    in_use: ServingConfig = IN_USE,
+    **settings: object,
 ) -> dict[str, dict]:
     """The lists of each arm, as they are judged."""
     found, lists = {}, point_in_time.PointInTime.lists
 
     def caught(world: point_in_time.PointInTime, arm: Arm, k: int) -> np.ndarray:
         top = lists(world, arm, k)
-        found[arm.name] = {user: [world.items[item] for item in row if item >= 0]
-                           for user, row in zip(world.users["user_id"], top, strict=True)}  # fmt: skip
+        found[arm.name] = {
+            user: [world.items[item] for item in row if item >= 0]
+            for user, row in zip(world.users["user_id"], top, strict=True)
+        }
         return top
 
     point_in_time.PointInTime.lists = caught  # type: ignore[method-assign]
@@ -175,7 +214,9 @@ def evaluate_lists(
     return found
 
 
-def run(spark: SparkSession, tables: evaluate.EvaluationTables, **settings: object) -> tuple[list[dict], dict[str, str]]:
+def run(
+    spark: SparkSession, tables: evaluate.EvaluationTables, **settings: object
+) -> tuple[list[dict], dict[str, str]]:
     chosen = EvaluateSettings(arms=("random", "popularity", "title"), cut=CUT, k=1, **settings)  # type: ignore[arg-type]
     return evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
 
@@ -185,13 +226,17 @@ def judged(spark: SparkSession) -> tuple[list[dict], dict[str, str]]:
     return run(spark, world(spark))
 
 
-def value(rows: list[dict], arm: str, split: str = "time", metric: str = "recall", slice_: str = "all") -> dict:
+def value(
+    rows: list[dict], arm: str, split: str = "time", metric: str = "recall", slice_: str = "all"
+) -> dict:
     wanted = (arm, split, metric, slice_, 1)
     (row,) = (r for r in rows if (r["arm"], r["split"], r["metric"], r["slice"], r["k"]) == wanted)
     return row
 
 
-def test_oracle_like_vectors_find_all_but_the_user_without_a_list(judged: tuple[list[dict], dict[str, str]]) -> None:
+def test_oracle_like_vectors_find_all_but_the_user_without_a_list(
+    judged: tuple[list[dict], dict[str, str]],
+) -> None:
     rows, details = judged
     for split in ("time", "leave_one_out"):
         for metric in metrics.ACCURACY:
@@ -205,10 +250,17 @@ def test_oracle_like_vectors_find_all_but_the_user_without_a_list(judged: tuple[
         assert value(rows, "title", split)["p_value"] < 0.01
         assert value(rows, "popularity", split)["p_value"] is None
     time = json.loads(details["time"])
-    assert (time["cut"], time["users"], time["candidates"], time["left_out_share"]) == (CUT, 31, 60, 0.0769)
+    assert (time["cut"], time["users"], time["candidates"], time["left_out_share"]) == (
+        CUT,
+        31,
+        60,
+        0.0769,
+    )
 
 
-def test_a_slice_under_thirty_users_gives_no_number(judged: tuple[list[dict], dict[str, str]]) -> None:
+def test_a_slice_under_thirty_users_gives_no_number(
+    judged: tuple[list[dict], dict[str, str]],
+) -> None:
     for slice_, users in (("history 1-4", 26), ("history 5-19", 5), ("history 20+", 0)):
         row = value(judged[0], "title", slice_=slice_)
         assert (row["users"], row["value"], row["low"], row["high"]) == (users, None, None, None)
@@ -217,8 +269,11 @@ def test_a_slice_under_thirty_users_gives_no_number(judged: tuple[list[dict], di
 def test_segments_are_slices_the_largest_first() -> None:
     segments = ["b"] * 3 + ["a"] * 3 + ["c"] * 4 + [None] + [f"{n:02d}" for n in range(9)]
     users = pd.DataFrame({"seen": [[]] * len(segments), "segment": segments})
-    found = {s.name: int(s.users.sum()) for s in slices(users, None, np.ones(1, int), pd.DataFrame({"category": ["x"]}))
-             if s.name.startswith("segment")}  # fmt: skip
+    found = {
+        s.name: int(s.users.sum())
+        for s in slices(users, None, np.ones(1, int), pd.DataFrame({"category": ["x"]}))
+        if s.name.startswith("segment")
+    }
     largest = {"segment c": 4, "segment a": 3, "segment b": 3}
     assert list(found.items()) == [*largest.items(), *((f"segment {n:02d}", 1) for n in range(5))]
 
@@ -231,26 +286,45 @@ def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) ->
         one, other = side[2 * n], side[2 * n + 1]
         between = (one + other) / np.sqrt(2)
         # Nearer to the mean of both than R is, and further from each of them.
-        looks = {"H": one, "J": other, "R": tilt * side[2 * n - 1] + np.sqrt(1 - tilt**2) * one, "M": between}
+        looks = {
+            "H": one,
+            "J": other,
+            "R": tilt * side[2 * n - 1] + np.sqrt(1 - tilt**2) * one,
+            "M": between,
+        }
         names += [f"{letter}{n:02d}" for letter in looks]
         vectors += looks.values()
         events += [(f"u{n:02d}", f"{letter}{n:02d}", "2025-01-01") for letter in "HJ"]
         events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01")]
-    rows = [(name, "title", "test", "-", False, vector.tolist()) for name, vector in zip(names, vectors, strict=True)]
-    items = spark.createDataFrame([(name, True) for name in names], "item_id STRING, available BOOLEAN")
-    tables = evaluate.EvaluationTables(log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
-    chosen = EvaluateSettings(arms=("title", "title/max_similarity"), cut=CUT, k=1, splits=("time",), control="title")
+    rows = [
+        (name, "title", "test", "-", False, vector.tolist())
+        for name, vector in zip(names, vectors, strict=True)
+    ]
+    items = spark.createDataFrame(
+        [(name, True) for name in names], "item_id STRING, available BOOLEAN"
+    )
+    tables = evaluate.EvaluationTables(
+        log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+    )
+    chosen = EvaluateSettings(
+        arms=("title", "title/max_similarity"), cut=CUT, k=1, splits=("time",), control="title"
+    )
     found, _ = evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
     assert value(found, "title")["value"] == 0
     assert value(found, "title/max_similarity")["value"] == 1
 
 
 def test_a_shape_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"title/sum: after the slash stands a profile shape, mean or plain_mean"):
+    with pytest.raises(
+        ValidationError,
+        match=r"title/sum: after the slash stands a profile shape, mean or plain_mean",
+    ):
         EvaluateSettings(arms=("title", "title/sum"))
 
 
-def test_two_evaluations_are_equal(spark: SparkSession, judged: tuple[list[dict], dict[str, str]]) -> None:
+def test_two_evaluations_are_equal(
+    spark: SparkSession, judged: tuple[list[dict], dict[str, str]]
+) -> None:
     again, _ = run(spark, world(spark), splits=("time",))
     assert again == [row for row in judged[0] if row["split"] == "time"]
 
@@ -264,7 +338,9 @@ def test_other_vectors_under_the_same_name_are_seen(spark: SparkSession, judged:
 def test_exchanged_labels_fall_to_chance(judged: tuple[list[dict], dict[str, str]]) -> None:
     rows, details = judged
     for arm in ("random", "popularity", "title"):
-        assert value(rows, arm, metric="recall_shuffled")["value"] < 0.15  # one of 60 by chance, of 31 users
+        assert (
+            value(rows, arm, metric="recall_shuffled")["value"] < 0.15
+        )  # one of 60 by chance, of 31 users
     assert json.loads(details["time"])["above_chance"] == []
     exchanged = guards.shuffled(np.arange(0, 600, 7), 60, seed=1)
     assert len(np.unique(exchanged)) == len(exchanged)
@@ -273,20 +349,32 @@ def test_exchanged_labels_fall_to_chance(judged: tuple[list[dict], dict[str, str
     assert not guards.above_chance(np.array([1.0] + [0.0] * 59), 1, 60)
 
 
-def test_a_planted_leak_ends_the_evaluation(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_leak_ends_the_evaluation(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Profiles made of the whole log: the commonest mistake there is."""
     tables, made = world(spark), point_in_time.profiles.histories
-    monkeypatch.setattr(point_in_time.profiles, "histories", lambda known, *rest: made(tables.interactions, *rest))
-    with pytest.raises(RunError, match=r"a leak: 31 of 31 histories of the split time hold what is to be guessed"):
+    monkeypatch.setattr(
+        point_in_time.profiles, "histories", lambda known, *rest: made(tables.interactions, *rest)
+    )
+    with pytest.raises(
+        RunError, match=r"a leak: 31 of 31 histories of the split time hold what is to be guessed"
+    ):
         run(spark, tables, splits=("time",))
 
 
 def test_events_after_the_cut_are_a_leak_and_seen_items_no_recommendation() -> None:
-    users = pd.DataFrame({"relevant": [["b"]], "seen": [["a"]], "last_event_at": [datetime(2025, 5, 1)]})
-    with pytest.raises(RunError, match=r"a leak: 1 of 1 histories of the split time hold events from 2025-05-01 on"):
+    users = pd.DataFrame(
+        {"relevant": [["b"]], "seen": [["a"]], "last_event_at": [datetime(2025, 5, 1)]}
+    )
+    with pytest.raises(
+        RunError, match=r"a leak: 1 of 1 histories of the split time hold events from 2025-05-01 on"
+    ):
         guards.no_leak("time", CUT, users)
     guards.no_leak("leave_one_out", None, users)
-    with pytest.raises(RunError, match=r"the arm title recommends 1 items that their users have seen already"):
+    with pytest.raises(
+        RunError, match=r"the arm title recommends 1 items that their users have seen already"
+    ):
         guards.nothing_seen("title", np.array([[3, 1], [2, -1]]), np.array([1, 8]), 5)
     guards.nothing_seen("title", np.array([[3, 0], [2, -1]]), np.array([1, 8]), 5)
 
@@ -295,10 +383,16 @@ def test_identical_vectors_raise_an_alarm(spark: SparkSession) -> None:
     """Texts that lost what told them apart: the paper's own bug."""
     tables, heard = world(spark), []
     same = tables.embeddings.withColumn("embedding", F.array_repeat(F.lit(1.0).cast("float"), 1))
-    chosen = EvaluateSettings(arms=("random", "title"), control="random", splits=("time",), cut=CUT, k=1)
-    _, details = evaluate.evaluate(spark, replace(tables, embeddings=same), chosen, IN_USE, heard.append)
+    chosen = EvaluateSettings(
+        arms=("random", "title"), control="random", splits=("time",), cut=CUT, k=1
+    )
+    _, details = evaluate.evaluate(
+        spark, replace(tables, embeddings=same), chosen, IN_USE, heard.append
+    )
     assert json.loads(details["time"])["identical_vectors"] == {"title": 60}
-    assert any("60 of 60 candidates share their title vector with another" in line for line in heard)
+    assert any(
+        "60 of 60 candidates share their title vector with another" in line for line in heard
+    )
 
 
 def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
@@ -306,22 +400,39 @@ def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
     settings = EvaluateSettings(splits=("replay",), cut="2025-01-05", replay_cuts=2)
     first, second = splits.of(log(spark, events), settings)
     assert (first.name, first.cut, second.name) == ("replay 1", "2025-01-05 00:00:00", "replay 2")
-    assert second.cut == "2025-01-07 18:00:00"  # half of what is left until the last event, at a whole minute
-    names = [{item for _, item in pairs(each)} for each in (first.train, first.test, second.train, second.test)]
-    assert names == [{"I1", "I2", "I3", "I4"}, {"I5", "I6", "I7"}, {f"I{n}" for n in range(1, 8)}, {"I8", "I9", "I10"}]
+    assert (
+        second.cut == "2025-01-07 18:00:00"
+    )  # half of what is left until the last event, at a whole minute
+    names = [
+        {item for _, item in pairs(each)}
+        for each in (first.train, first.test, second.train, second.test)
+    ]
+    assert names == [
+        {"I1", "I2", "I3", "I4"},
+        {"I5", "I6", "I7"},
+        {f"I{n}" for n in range(1, 8)},
+        {"I8", "I9", "I10"},
+    ]
 
 
 def test_validation_looks_at_nothing_of_the_test_part(spark: SparkSession) -> None:
     events = [("ann", f"I{day}", f"2025-01-{day:02d} 12:00:00") for day in range(1, 11)]
     settings = EvaluateSettings(splits=("time", "leave_one_out"))
-    by_time, one_out = (splits.validation(each, 0.2) for each in splits.of(log(spark, events), settings))
-    assert (by_time.cut, {item for _, item in pairs(by_time.test)}) == ("2025-01-07 00:00:00", {"I7", "I8"})
+    by_time, one_out = (
+        splits.validation(each, 0.2) for each in splits.of(log(spark, events), settings)
+    )
+    assert (by_time.cut, {item for _, item in pairs(by_time.test)}) == (
+        "2025-01-07 00:00:00",
+        {"I7", "I8"},
+    )
     assert {item for _, item in pairs(one_out.test)} == {"I9"}
     assert "I10" not in {item for _, item in pairs(one_out.train)}
 
 
 def vectors(name: str, ids: list[str], rows: np.ndarray) -> list[tuple]:
-    return [(item, name, "test", "-", False, row.tolist()) for item, row in zip(ids, rows, strict=True)]
+    return [
+        (item, name, "test", "-", False, row.tolist()) for item, row in zip(ids, rows, strict=True)
+    ]
 
 
 def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
@@ -335,11 +446,17 @@ def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
     both = replace(tables, embeddings=spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
     names = ("title", "image", "fusion_average", "fusion_concat")
     found = evaluate_lists(spark, both, names, k=2)
-    right = {name: np.mean([f"R{n:02d}" in found[name][f"u{n:02d}"] for n in range(PAIRS)]) for name in names}
+    right = {
+        name: np.mean([f"R{n:02d}" in found[name][f"u{n:02d}"] for n in range(PAIRS)])
+        for name in names
+    }
     assert right == {"title": 0.5, "image": 0.5, "fusion_average": 1, "fusion_concat": 1}
     short = [(*row[:5], row[5] if row[1] == "title" else [1.0]) for row in rows]
     other = replace(tables, embeddings=spark.createDataFrame(short, schemas.EMBEDDINGS.schema))
-    with pytest.raises(UsageError, match="fusion_average needs vectors of one length; those of the texts have 30, tho"):
+    with pytest.raises(
+        UsageError,
+        match="fusion_average needs vectors of one length; those of the texts have 30, tho",
+    ):
         evaluate_lists(spark, other, ("fusion_average",))
 
 
@@ -348,23 +465,36 @@ def test_an_arm_of_ones_own_is_the_lists_in_use_with_something_else(spark: Spark
         EvaluateSettings(custom_arms={"wrong": {"profiles": {"position_decay": 2}}})
     own = {"mine": {"profiles": {"shape": "max_similarity"}, "cooccurrence": {"share": 0.0}}}
     settings = EvaluateSettings(arms=("mine",), custom_arms=own)
-    mine, ours = (arms.resolve(name, settings.custom_arms, IN_USE) for name in ("mine", "title/max_similarity"))
+    mine, ours = (
+        arms.resolve(name, settings.custom_arms, IN_USE)
+        for name in ("mine", "title/max_similarity")
+    )
     assert mine.by == ours.by
     plain = arms.resolve("title/plain_mean", {}, IN_USE).by.profiles
-    assert (set(plain.event_weights.values()), plain.half_life_days, plain.position_decay) == ({1.0}, None, 1.0)
+    assert (set(plain.event_weights.values()), plain.half_life_days, plain.position_decay) == (
+        {1.0},
+        None,
+        1.0,
+    )
 
 
-def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_als_learns_who_takes_what_together(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two circles of twenty users, each with eight items of which everybody has had six."""
     rng, events = np.random.default_rng(0), []
     for user in range(40):
         own = [f"{'HR'[user % 2]}{n:02d}" for n in rng.permutation(8)[:7]]
-        events += [(f"u{user:02d}", item, f"2025-01-{day + 1:02d}") for day, item in enumerate(own[:6])]
+        events += [
+            (f"u{user:02d}", item, f"2025-01-{day + 1:02d}") for day, item in enumerate(own[:6])
+        ]
         events.append((f"u{user:02d}", own[6], "2025-05-01"))
     tables = replace(world(spark), interactions=log(spark, events))
     monkeypatch.setattr(als, "GRID", als.GRID[:1])
     found = evaluate_lists(spark, tables, ("random", "als"), k=2)
-    kind = [item[0] == "HR"[int(user[1:]) % 2] for user, items in found["als"].items() for item in items]
+    kind = [
+        item[0] == "HR"[int(user[1:]) % 2] for user, items in found["als"].items() for item in items
+    ]
     assert (len(kind), np.mean(kind)) == (80, 1.0)
     assert found["als"] == evaluate_lists(spark, tables, ("als",), k=2)["als"]
 
@@ -375,7 +505,9 @@ def test_popularity_may_look_at_the_last_days_only(spark: SparkSession) -> None:
     events += [("u40", "H02", "2025-04-29"), ("u40", "R00", "2025-05-02")]
     tables = replace(world(spark), interactions=log(spark, events))
     assert evaluate_lists(spark, tables, ("popularity",))["popularity"] == {"u40": ["H00"]}
-    assert evaluate_lists(spark, tables, ("popularity",), popularity_days=30)["popularity"] == {"u40": ["H01"]}
+    assert evaluate_lists(spark, tables, ("popularity",), popularity_days=30)["popularity"] == {
+        "u40": ["H01"]
+    }
 
 
 def test_tune_finds_what_was_planted_without_the_test_part(
@@ -383,7 +515,10 @@ def test_tune_finds_what_was_planted_without_the_test_part(
 ) -> None:
     """Who has H has R of the next number; the last event, which is for the test, says otherwise."""
     events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(60)]
-    events += [(f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-02-02" if n % 3 else "2025-01-02") for n in range(60)]
+    events += [
+        (f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-02-02" if n % 3 else "2025-01-02")
+        for n in range(60)
+    ]
     events += [(f"u{n:02d}", f"R{n % 5 + 10:02d}", "2025-05-02") for n in range(60)]
     tables = replace(world(spark), interactions=log(spark, events))
     for name in ("_DECAYS", "_HALF_LIVES", "_LAST", "_SPOKEN", "_POWERS", "_APART"):

@@ -68,9 +68,15 @@ def die_copying(temporary: str, folder: Path) -> None:
     index._on_node(folder.name, ENOUGH, partial(half, folder), Path)
 
 
-@pytest.mark.parametrize(("master", "broadcast_gb", "own", "sent"),
-                         [("local[2]", 1e-9, False, 0), ("local[2]", 1.0, False, 0),
-                          ("spark://host:7077", 1e-9, True, 0), ("spark://host:7077", 1.0, True, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("master", "broadcast_gb", "own", "sent"),
+    [
+        ("local[2]", 1e-9, False, 0),
+        ("local[2]", 1.0, False, 0),
+        ("spark://host:7077", 1e-9, True, 0),
+        ("spark://host:7077", 1.0, True, 1),
+    ],
+)
 def test_a_cluster_s_nodes_have_it_themselves_and_one_machine_leaves_it_where_it_is(
     node: Path, shared: Path, master: str, broadcast_gb: float, own: bool, sent: int
 ) -> None:
@@ -95,9 +101,13 @@ def test_a_cluster_s_nodes_have_it_themselves_and_one_machine_leaves_it_where_it
     assert files(opened[0]) == files(shared)
 
 
-def test_of_processes_that_ask_at_the_same_time_one_copies(node: Path, shared: Path, tmp_path: Path) -> None:
+def test_of_processes_that_ask_at_the_same_time_one_copies(
+    node: Path, shared: Path, tmp_path: Path
+) -> None:
     fetch = partial(slowly, shared, tmp_path / "log")
-    with ProcessPoolExecutor(3, PROCESSES, arrive, (str(node.parent), PROCESSES.Barrier(3))) as pool:
+    with ProcessPoolExecutor(
+        3, PROCESSES, arrive, (str(node.parent), PROCESSES.Barrier(3))
+    ) as pool:
         asked = [pool.submit(index._on_node, "v1", ENOUGH, fetch, files) for _ in range(3)]
         assert [one.result() for one in asked] == [files(shared)] * 3
     assert (tmp_path / "log").read_text() == "copied\n"
@@ -128,7 +138,9 @@ def test_without_room_it_says_how_much_is_needed_and_old_ones_make_room(
 
     monkeypatch.setattr(shutil, "disk_usage", room)
     fetch = partial(index._copy, shared)
-    with pytest.raises(RunError, match=rf"needs 4 MB in {node} on .*, where 3 MB are free\. .*TMPDIR"):
+    with pytest.raises(
+        RunError, match=rf"needs 4 MB in {node} on .*, where 3 MB are free\. .*TMPDIR"
+    ):
         index._on_node("v1", 4_000_000, fetch, files)
     assert sorted(file.name for file in node.iterdir()) == ["lock", "young"]
     assert index._on_node("v1", 3_000_000, fetch, files) == files(shared)

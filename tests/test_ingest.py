@@ -40,16 +40,23 @@ def write(file: Path, text: str, at: int = 1_700_000_000) -> Path:
     return file
 
 
-def items(spark: SparkSession, path: Path, **source: object) -> tuple[dict[str, dict], dict[str, list[str | None]]]:
+def items(
+    spark: SparkSession, path: Path, **source: object
+) -> tuple[dict[str, dict], dict[str, list[str | None]]]:
     """The rows taken by item_id, and the reasons by item_id of those that weren't (None: a repeat, skipped)."""
-    parsed = ingest.parse_items(reader.read(spark, "ingest.items", Source(path=(str(path),), **source))).collect()
+    parsed = ingest.parse_items(
+        reader.read(spark, "ingest.items", Source(path=(str(path),), **source))
+    ).collect()
     taken = [row.asDict() for row in parsed if row["reason"] is None and not row["duplicate"]]
     left: dict[str, list[str | None]] = {}
     for row in parsed:
         if row["reason"] is not None or row["duplicate"]:
             left.setdefault(row["item_id"], []).append(row["reason"])
     assert len(taken) + sum(map(len, left.values())) == len(parsed)
-    return {row["item_id"]: {name: row[name] for name in schemas.ITEMS.columns if name in row} for row in taken}, left
+    return {
+        row["item_id"]: {name: row[name] for name in schemas.ITEMS.columns if name in row}
+        for row in taken
+    }, left
 
 
 def test_a_csv_row_in_full(spark: SparkSession, tmp_path: Path) -> None:
@@ -65,11 +72,25 @@ def test_a_csv_row_in_full(spark: SparkSession, tmp_path: Path) -> None:
     assert left == {}
     nothing = {"brand": None, "category": None, "parent_id": None, "region": None}
     assert taken == {
-        "A": {"item_id": "A", "title": 'Chair, "small"\nand red', "price": 12.5, "available": True, **nothing,
-              "attributes": {"colour": "red"}, "first_seen_at": TEN},
-        "B": {"item_id": "B", "title": None, "price": None, "available": True, **nothing, "attributes": {},
-              "first_seen_at": None},
-    }  # fmt: skip
+        "A": {
+            "item_id": "A",
+            "title": 'Chair, "small"\nand red',
+            "price": 12.5,
+            "available": True,
+            **nothing,
+            "attributes": {"colour": "red"},
+            "first_seen_at": TEN,
+        },
+        "B": {
+            "item_id": "B",
+            "title": None,
+            "price": None,
+            "available": True,
+            **nothing,
+            "attributes": {},
+            "first_seen_at": None,
+        },
+    }
 
 
 def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> None:
@@ -102,19 +123,27 @@ def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> N
         "same": [None],
     }
     assert {item: (row["title"], row["available"]) for item, row in taken.items()} == {
-        "good": ("Chair", True), "twice": ("Chair", True), "same": ("Chair", False),
-    }  # fmt: skip
+        "good": ("Chair", True),
+        "twice": ("Chair", True),
+        "same": ("Chair", False),
+    }
 
 
 def test_of_several_files_the_newest_wins(spark: SparkSession, tmp_path: Path) -> None:
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,new\nB,only here\n", at=1_700_000_002)
     write(tmp_path / "shop" / "b.csv.gz", "item_id,title\nA,old\nC,packed\n", at=1_700_000_001)
     taken, left = items(spark, tmp_path / "shop" / "*.csv*")
-    assert {item: row["title"] for item, row in taken.items()} == {"A": "new", "B": "only here", "C": "packed"}
+    assert {item: row["title"] for item, row in taken.items()} == {
+        "A": "new",
+        "B": "only here",
+        "C": "packed",
+    }
     assert left == {"A": [None]}
 
 
-def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSession, tmp_path: Path) -> None:
+def test_files_with_columns_in_another_order_are_not_mixed_up(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,Chair\n")
     write(tmp_path / "shop" / "b.csv", "title,item_id\nTable,B\n")
     with pytest.raises(Exception, match="CSV header does not conform to the schema"):
@@ -130,12 +159,20 @@ def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path) -> N
         '{"item_id": "A", "title": "Chair", "price": 3, "available": false}\n{"item_id": "B", "title\n',
     )
     taken, left = items(spark, file, format="json")
-    assert (taken["A"]["title"], taken["A"]["price"], taken["A"]["available"]) == ("Chair", 3.0, False)
+    assert (taken["A"]["title"], taken["A"]["price"], taken["A"]["available"]) == (
+        "Chair",
+        3.0,
+        False,
+    )
     assert left == {None: ["the row isn't well formed"]}
 
 
-@pytest.mark.parametrize(("name", "text"), [("csv", ""), ("csv", "item_id,title\n"), ("json", ""), ("json", "{\n")])
-def test_a_source_without_a_good_row(spark: SparkSession, tmp_path: Path, name: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"), [("csv", ""), ("csv", "item_id,title\n"), ("json", ""), ("json", "{\n")]
+)
+def test_a_source_without_a_good_row(
+    spark: SparkSession, tmp_path: Path, name: str, text: str
+) -> None:
     taken, left = items(spark, write(tmp_path / f"shop.{name}", text), format=name)
     assert taken == {}
     assert left == ({None: ["the row isn't well formed"]} if text == "{\n" else {})
@@ -152,16 +189,21 @@ def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str) -> None:
     taken, left = items(spark, tmp_path / "shop", format=kind, columns=columns)
     shown = ("price", "available", "first_seen_at", "attributes")
     assert {item: tuple(row[name] for name in shown) for item, row in taken.items()} == {
-        "A": (2.5, False, TEN, {"size": "7"}), "B": (None, True, None, {}),
-    }  # fmt: skip
+        "A": (2.5, False, TEN, {"size": "7"}),
+        "B": (None, True, None, {}),
+    }
     assert left == {}
 
 
-def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_missing_file_and_a_missing_column_are_wrong_use(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     file = write(tmp_path / "shop.csv", "sku\nA\n")
     with pytest.raises(UsageError, match="nowhere"):
         reader.read(spark, "ingest.items", Source(path=(str(tmp_path / "nowhere.csv"),)))
-    with pytest.raises(UsageError, match=r"title ← name: no such column in the source. It has: sku"):
+    with pytest.raises(
+        UsageError, match=r"title ← name: no such column in the source. It has: sku"
+    ):
         reader.read(spark, "ingest.items", Source(path=(str(file),), columns={"title": "name"}))
 
 
@@ -181,15 +223,23 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
         "u1,A,view,yesterday\n"
         "u1,A,view,2099-01-01T00:00:00Z\n",
     )
-    parsed = ingest.parse_interactions(reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
+    parsed = ingest.parse_interactions(
+        reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW
+    )
     rows = parsed.collect()
     assert sorted(row["reason"] for row in rows if row["reason"]) == [
-        "event_time is missing", "event_time is not a time", "event_time lies in the future", "event_type is missing",
-        "item_id is missing", "user_id is missing",
-    ]  # fmt: skip
+        "event_time is missing",
+        "event_time is not a time",
+        "event_time lies in the future",
+        "event_type is missing",
+        "item_id is missing",
+        "user_id is missing",
+    ]
     assert [row["user_id"] for row in rows if row["duplicate"]] == ["u1"]
     taken = ingest.taken(parsed).collect()
-    assert sorted((row["user_id"], row["event_time"]) for row in taken) == [(f"u{n}", TEN) for n in (1, 2, 3, 4)]
+    assert sorted((row["user_id"], row["event_time"]) for row in taken) == [
+        (f"u{n}", TEN) for n in (1, 2, 3, 4)
+    ]
     assert {str(row["event_date"]) for row in taken} == {"2025-01-01"}
     assert len({row["event_id"] for row in taken}) == 4
     refused = ingest.rejected(parsed, "interactions").collect()
@@ -198,22 +248,31 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
     assert (future["user_id"], future["event_time"]) == ("u1", "2099-01-01T00:00:00Z")
 
 
-def test_given_event_ids_count_once_and_rejected_copies_are_counted(spark: SparkSession, tmp_path: Path) -> None:
+def test_given_event_ids_count_once_and_rejected_copies_are_counted(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     file = write(
         tmp_path / "log.csv",
         "event_id,user_id,item_id,event_type,event_time\n"
         "e1,u1,A,view,2025-01-02T10:00:00Z\n"
         "e1,u1,A,view,2025-01-01T10:00:00Z\n" + 3 * "e2,u1,A,view,soon\n",
     )
-    parsed = ingest.parse_interactions(reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW)
-    assert [(row["event_id"], row["event_time"]) for row in ingest.taken(parsed).collect()] == [("e1", TEN)]
+    parsed = ingest.parse_interactions(
+        reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW
+    )
+    assert [(row["event_id"], row["event_time"]) for row in ingest.taken(parsed).collect()] == [
+        ("e1", TEN)
+    ]
     assert [row["copies"] for row in ingest.rejected(parsed, "interactions").collect()] == [3]
 
 
 def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
     rows = run.tables.read(schemas.PHOTOS).collect()
     for row in rows:
-        assert (row["image_sha256"], row["bytes"]) == (hashlib.sha256(row["image"]).hexdigest(), len(row["image"]))
+        assert (row["image_sha256"], row["bytes"]) == (
+            hashlib.sha256(row["image"]).hexdigest(),
+            len(row["image"]),
+        )
     return {(row["item_id"], row["position"]): bytes(row["image"]) for row in rows}
 
 
@@ -225,7 +284,11 @@ def figures(outcome: object, name: str) -> dict[str, int]:
 
 def rejected(run: Pipeline, source: str) -> dict[str, str]:
     """Reason by the raw row's file name or id, for the source."""
-    rows = [row for row in run.tables.read(schemas.REJECTED).collect() if row["source"].startswith(source)]
+    rows = [
+        row
+        for row in run.tables.read(schemas.REJECTED).collect()
+        if row["source"].startswith(source)
+    ]
     return {Path(json.loads(row["row"]).get("uri", "")).name: row["reason"] for row in rows}
 
 
@@ -242,18 +305,28 @@ def test_catalogue_log_and_photo_folder_twice(
 ) -> None:
     monkeypatch.setattr("vlm4rec_spark.stages.ingest._PHOTOS_PER_FILE", 2)
     write(tmp_path / "shop.csv", "item_id,title\nA,Chair\nB,Table\nC,Lamp\n,Nothing\n")
-    write(tmp_path / "log-1.csv", "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\n,A,view,2025-01-01\n"
-          "u1,gone,view,2025-01-01\n")  # fmt: skip
+    write(
+        tmp_path / "log-1.csv",
+        "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\n,A,view,2025-01-01\n"
+        "u1,gone,view,2025-01-01\n",
+    )
     folder = tmp_path / "photos"
     for name, text in (
-        ("A.jpg", "a zero"), ("A.1.jpg", "a one"), ("B.jpg", "b jpg"), ("B.png", "b png"), ("deep +/ü/C.jpg", ""),
-        ("Z.jpg", "z"), ("README", "no"),
-    ):  # fmt: skip
+        ("A.jpg", "a zero"),
+        ("A.1.jpg", "a one"),
+        ("B.jpg", "b jpg"),
+        ("B.png", "b png"),
+        ("deep +/ü/C.jpg", ""),
+        ("Z.jpg", "z"),
+        ("README", "no"),
+    ):
         write(folder / name, text)
     run = pipeline(
-        tmp_path, f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.interactions.path=['{tmp_path}/log-*.csv']",
+        tmp_path,
+        f"ingest.items.path=[{tmp_path}/shop.csv]",
+        f"ingest.interactions.path=['{tmp_path}/log-*.csv']",
         f"ingest.photos.folder={folder}",
-    )  # fmt: skip
+    )
     # These photos would be one task's to write; as many real ones as a file has aren't.
     run.spark.conf.set("spark.sql.files.maxPartitionBytes", "1m")
     try:
@@ -266,7 +339,12 @@ def test_catalogue_log_and_photo_folder_twice(
     assert (first.rows_in, first.ok, first.failed) == (14, 9, 5)
     gaps = {"unknown_item_events": "1", "items_without_photo": "0", "untouched_items": "2"}
     assert {name: first.details[name] for name in gaps} == gaps
-    assert photos(run) == {("A", 0): b"a zero", ("A", 1): b"a one", ("B", 0): b"b jpg", ("C", 0): b""}
+    assert photos(run) == {
+        ("A", 0): b"a zero",
+        ("A", 1): b"a one",
+        ("B", 0): b"b jpg",
+        ("C", 0): b"",
+    }
     assert items_by_file(run) == [{"A"}, {"B", "C"}]  # two photos each
     assert rejected(run, "photos") == {
         "B.png": "the item has another photo at this position",
@@ -277,20 +355,34 @@ def test_catalogue_log_and_photo_folder_twice(
     # Other bytes of the same size and time: if the photo were read again, this would show.
     write(folder / "A.jpg", "A ZERO")
     write(folder / "B.jpg", "B JPG", at=1_700_000_009)
-    write(tmp_path / "log-2.csv", "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\nu2,A,view,2025-01-01\n")
+    write(
+        tmp_path / "log-2.csv",
+        "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\nu2,A,view,2025-01-01\n",
+    )
     again = run.run(["ingest"])[0]
     assert figures(again, "photos") == {"in": 7, "ok": 1, "rejected": 3, "skipped": 3}
-    assert photos(run) == {("A", 0): b"a zero", ("A", 1): b"a one", ("B", 0): b"B JPG", ("C", 0): b""}
+    assert photos(run) == {
+        ("A", 0): b"a zero",
+        ("A", 1): b"a one",
+        ("B", 0): b"B JPG",
+        ("C", 0): b"",
+    }
     # One event of the second file is the first file's, redelivered; the first file itself isn't opened.
     assert figures(again, "interactions") == {"in": 2, "ok": 1, "rejected": 0, "skipped": 1}
 
 
 def test_users_and_who_was_who(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     write(tmp_path / "shop.csv", "item_id,title\nA,Lamp\n")
-    write(tmp_path / "users.csv", "id,segment,consent\nu1,club,Yes\nu2,,\n,club,no\nu3,club,perhaps\nu1,club,Yes\n")
+    write(
+        tmp_path / "users.csv",
+        "id,segment,consent\nu1,club,Yes\nu2,,\n,club,no\nu3,club,perhaps\nu1,club,Yes\n",
+    )
     write(tmp_path / "who.csv", "anonymous_id,user_id\nv1,u1\nv2,u1\nv3,\n,u2\nv2,u2\n")
-    settings = (f"ingest.items.path=[{tmp_path}/shop.csv]", f"ingest.users.path=[{tmp_path}/users.csv]",
-                f"ingest.identities.path=[{tmp_path}/who.csv]")  # fmt: skip
+    settings = (
+        f"ingest.items.path=[{tmp_path}/shop.csv]",
+        f"ingest.users.path=[{tmp_path}/users.csv]",
+        f"ingest.identities.path=[{tmp_path}/who.csv]",
+    )
     run = pipeline(tmp_path, *settings, "ingest.users.columns={user_id: id}")
     first = run.run(["ingest"])[0]
     assert figures(first, "users") == {"in": 5, "ok": 2, "rejected": 2, "skipped": 1}
@@ -300,9 +392,15 @@ def test_users_and_who_was_who(pipeline: Callable[..., Pipeline], tmp_path: Path
     known = run.tables.read(schemas.IDENTITIES).collect()
     assert {row["anonymous_id"]: row["user_id"] for row in known} == {"v1": "u1", "v2": "u1"}
     reasons = {row["reason"] for row in run.tables.read(schemas.REJECTED).collect()}
-    assert reasons == {"user_id is missing", "consent is neither true nor false", "anonymous_id is missing",
-                       "anonymous_id stands twice in one file, with different values"}  # fmt: skip
-    with pytest.raises(UsageError, match=r"ingest.users: the source has no column user_id with a value"):
+    assert reasons == {
+        "user_id is missing",
+        "consent is neither true nor false",
+        "anonymous_id is missing",
+        "anonymous_id stands twice in one file, with different values",
+    }
+    with pytest.raises(
+        UsageError, match=r"ingest.users: the source has no column user_id with a value"
+    ):
         pipeline(tmp_path, *settings).run(["ingest"])
     # Another delivery changes a user, and leaves those alone that it doesn't name.
     write(tmp_path / "users.csv", "id,segment\nu2,new\n", at=1_700_000_009)
@@ -314,18 +412,36 @@ def test_users_and_who_was_who(pipeline: Callable[..., Pipeline], tmp_path: Path
 def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     for name in ("old.jpg", "new.jpg", "b.jpg"):
         write(tmp_path / name, name)
-    write(tmp_path / "1.csv", f"item_id,photo\nA,{tmp_path}/old.jpg\nB,{tmp_path}/b.jpg\n,{tmp_path}/b.jpg\n", at=1)
-    write(tmp_path / "2.csv", f"item_id,photo\nA,{tmp_path}/new.jpg\nC,{tmp_path}/gone.jpg\nD,\n", at=2)
+    write(
+        tmp_path / "1.csv",
+        f"item_id,photo\nA,{tmp_path}/old.jpg\nB,{tmp_path}/b.jpg\n,{tmp_path}/b.jpg\n",
+        at=1,
+    )
+    write(
+        tmp_path / "2.csv",
+        f"item_id,photo\nA,{tmp_path}/new.jpg\nC,{tmp_path}/gone.jpg\nD,\n",
+        at=2,
+    )
     shop = f"ingest.items.path=['{tmp_path}/*.csv']"
     run = pipeline(tmp_path, shop, "ingest.photos.path_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
+    assert figures(run.run(["ingest"])[0], "photos") == {
+        "in": 3,
+        "ok": 2,
+        "rejected": 1,
+        "skipped": 0,
+    }
     assert photos(run) == {("A", 0): b"new.jpg", ("B", 0): b"b.jpg"}
     assert list(rejected(run, "photos")) == ["gone.jpg"]
     assert rejected(run, "photos")["gone.jpg"].startswith("the photo can't be read: ")
 
     write(tmp_path / "b.jpg", "B.JPG")
     write(tmp_path / "new.jpg", "new too", at=1_700_000_009)
-    assert figures(run.run(["ingest"])[0], "photos") == {"in": 3, "ok": 1, "rejected": 1, "skipped": 1}
+    assert figures(run.run(["ingest"])[0], "photos") == {
+        "in": 3,
+        "ok": 1,
+        "rejected": 1,
+        "skipped": 1,
+    }
     assert photos(run) == {("A", 0): b"new too", ("B", 0): b"b.jpg"}
 
     with pytest.raises(UsageError, match="the catalogue has no column 'photos' with a path in it"):
@@ -339,7 +455,9 @@ def test_large_photos_leave_the_worker_in_smaller_parts(monkeypatch: pytest.Monk
     read = [None, *({"item_id": str(n), "image": image} for n, image in enumerate(images)), None]
     parts = list(ingest._in_parts(iter(read)))
     assert [len(part) for part in parts] == [11, 11, 11, 2, 1, 1]
-    assert [item for part in parts for item in part["item_id"]] == [str(n) for n in range(len(sizes))]
+    assert [item for part in parts for item in part["item_id"]] == [
+        str(n) for n in range(len(sizes))
+    ]
     assert [len(part) for part in ingest._in_parts(iter(40 * [{"image": b""}]))] == [32, 8]
 
 
@@ -374,21 +492,47 @@ def test_photos_named_by_urls(pipeline: Callable[..., Pipeline], tmp_path: Path)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         cdn = f"HTTP://ann:s3cret@127.0.0.1:{server.server_port}"
-        photo = {"A": f"{cdn}/a", "B": f"{cdn}/b?sig=s3cret", "C": f"{cdn}/c", "U": f"{cdn}/undated",
-                 "G": f"{cdn}/gone", "H": f"{cdn}/huge", "M": "http://169.254.169.254/meta",
-                 "N": f"zip://x.jpg::{cdn}/n.zip", "F": f"{tmp_path}/file.jpg"}  # fmt: skip
-        write(tmp_path / "shop.csv", "item_id,photo\n" + "".join(f"{item},{uri}\n" for item, uri in photo.items()))
+        photo = {
+            "A": f"{cdn}/a",
+            "B": f"{cdn}/b?sig=s3cret",
+            "C": f"{cdn}/c",
+            "U": f"{cdn}/undated",
+            "G": f"{cdn}/gone",
+            "H": f"{cdn}/huge",
+            "M": "http://169.254.169.254/meta",
+            "N": f"zip://x.jpg::{cdn}/n.zip",
+            "F": f"{tmp_path}/file.jpg",
+        }
+        write(
+            tmp_path / "shop.csv",
+            "item_id,photo\n" + "".join(f"{item},{uri}\n" for item, uri in photo.items()),
+        )
         run = pipeline(
-            tmp_path, f"ingest.items.path=['{tmp_path}/shop.csv']", "ingest.photos.path_column=photo",
-            "ingest.photos.http.private_addresses=true", "ingest.photos.http.max_mb=0.002",
-        )  # fmt: skip
+            tmp_path,
+            f"ingest.items.path=['{tmp_path}/shop.csv']",
+            "ingest.photos.path_column=photo",
+            "ingest.photos.http.private_addresses=true",
+            "ingest.photos.http.max_mb=0.002",
+        )
 
-        assert figures(run.run(["ingest"])[0], "photos") == {"in": 9, "ok": 5, "rejected": 4, "skipped": 0}
+        assert figures(run.run(["ingest"])[0], "photos") == {
+            "in": 9,
+            "ok": 5,
+            "rejected": 4,
+            "skipped": 0,
+        }
         first = photos(run)
-        assert first == {("A", 0): b"photo a", ("B", 0): b"photo b", ("C", 0): b"photo c", ("U", 0): b"photo undated",
-                         ("F", 0): b"a file"}  # fmt: skip
+        assert first == {
+            ("A", 0): b"photo a",
+            ("B", 0): b"photo b",
+            ("C", 0): b"photo c",
+            ("U", 0): b"photo undated",
+            ("F", 0): b"a file",
+        }
         rows = {row["item_id"]: row for row in run.tables.read(schemas.PHOTOS).collect()}
-        assert {item: row["uri"] for item, row in rows.items()} == {item: photo[item] for item in "ABCUF"}
+        assert {item: row["uri"] for item, row in rows.items()} == {
+            item: photo[item] for item in "ABCUF"
+        }
         assert rows["A"]["modified_at"] == datetime(2023, 11, 14, 22, 13, 20)
         assert rejected(run, "photos") == {
             "gone": "the photo can't be read: HTTP 404",
@@ -403,26 +547,43 @@ def test_photos_named_by_urls(pipeline: Callable[..., Pipeline], tmp_path: Path)
         write(folder / "b", "PHOTO B", at=1_700_000_009)
         write(folder / "c", "photo c", at=1_700_000_009)
         sent.clear()
-        assert figures(run.run(["ingest"])[0], "photos") == {"in": 9, "ok": 2, "rejected": 4, "skipped": 3}
+        assert figures(run.run(["ingest"])[0], "photos") == {
+            "in": 9,
+            "ok": 2,
+            "rejected": 4,
+            "skipped": 3,
+        }
         assert photos(run) == first | {("B", 0): b"PHOTO B"}
         assert sorted(sent) == sorted((every | {"/a": 304}).items())
 
         sent.clear()
         written = run.tables.versions([schemas.PHOTOS])
-        assert figures(run.run(["ingest"])[0], "photos") == {"in": 9, "ok": 0, "rejected": 4, "skipped": 5}
+        assert figures(run.run(["ingest"])[0], "photos") == {
+            "in": 9,
+            "ok": 0,
+            "rejected": 4,
+            "skipped": 5,
+        }
         assert sorted(sent) == sorted((every | {"/a": 304, "/b": 304, "/c": 304}).items())
         run.tables.forget()
         assert run.tables.versions([schemas.PHOTOS]) == written
         server.shutdown()
 
 
-def test_photos_in_a_bytes_column(pipeline: Callable[..., Pipeline], spark: SparkSession, tmp_path: Path) -> None:
+def test_photos_in_a_bytes_column(
+    pipeline: Callable[..., Pipeline], spark: SparkSession, tmp_path: Path
+) -> None:
     schema = "item_id STRING, title STRING, photo BINARY"
     rows = [("A", "Chair", b"a"), ("B", "Table", None), (None, "Lamp", b"c")]
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / "shop"))
     source = (f"ingest.items.path=[{tmp_path}/shop]", "ingest.items.format=parquet")
     run = pipeline(tmp_path, *source, "ingest.photos.bytes_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == {"in": 1, "ok": 1, "rejected": 0, "skipped": 0}
+    assert figures(run.run(["ingest"])[0], "photos") == {
+        "in": 1,
+        "ok": 1,
+        "rejected": 0,
+        "skipped": 0,
+    }
     assert photos(run) == {("A", 0): b"a"}
     with pytest.raises(UsageError, match="the catalogue has no binary column 'image'"):
         pipeline(tmp_path, *source, "ingest.photos.bytes_column=image").check(["ingest"])

@@ -41,18 +41,26 @@ def counted(found: DataFrame) -> dict[str, dict[str, float]]:
 def test_pairs_by_hand(spark: SparkSession) -> None:
     plain = ItemItemSettings(distance_decay=0.5, popularity_power=0)
     assert counted(item_item.pairs(frame(spark, HISTORIES), plain)) == {
-        "A": {"B": 2.0, "C": 0.5, "D": 1.0, "X": 0.5}, "B": {"A": 2.0, "C": 1.0}, "C": {"A": 0.5, "B": 1.0},
-        "D": {"A": 1.0, "X": 1.0}, "X": {"A": 0.5, "D": 1.0},
-    }  # fmt: skip
+        "A": {"B": 2.0, "C": 0.5, "D": 1.0, "X": 0.5},
+        "B": {"A": 2.0, "C": 1.0},
+        "C": {"A": 0.5, "B": 1.0},
+        "D": {"A": 1.0, "X": 1.0},
+        "X": {"A": 0.5, "D": 1.0},
+    }
     cosine = ItemItemSettings(distance_decay=1, popularity_power=0.5, max_neighbors=2)
     found = counted(item_item.pairs(frame(spark, HISTORIES), cosine))
     assert found["B"] == pytest.approx({"A": 2 / 6**0.5, "C": 1 / 2**0.5})
-    assert found["A"] == pytest.approx({"B": 2 / 6**0.5, "C": 1 / 3**0.5})  # C, D and X are alike: the smaller id
+    assert found["A"] == pytest.approx(
+        {"B": 2 / 6**0.5, "C": 1 / 3**0.5}
+    )  # C, D and X are alike: the smaller id
 
 
 def test_the_bits_do_not_depend_on_how_rows_lie(spark: SparkSession) -> None:
     rng = np.random.default_rng(3)
-    histories = {f"u{n}": "".join(rng.permutation(list("ABCDEFGHIJ"))[: rng.integers(1, 9)]) for n in range(80)}
+    histories = {
+        f"u{n}": "".join(rng.permutation(list("ABCDEFGHIJ"))[: rng.integers(1, 9)])
+        for n in range(80)
+    }
     rows = frame(spark, histories)
     few, many = (counted(item_item.pairs(rows.repartition(n), ItemItemSettings())) for n in (1, 7))
     assert few == many
@@ -62,10 +70,14 @@ def test_the_bits_do_not_depend_on_how_rows_lie(spark: SparkSession) -> None:
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = np.eye(6, dtype=np.float32)[[0, 1, 2, 3, 4, 4]]
-    table = pa.table({
-        "item_id": list("ABCDEF"), "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
-        "content_sha256": ["-"] * 6, "text": [""] * 6,
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "item_id": list("ABCDEF"),
+            "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
+            "content_sha256": ["-"] * 6,
+            "text": [""] * 6,
+        }
+    )
     return index.build(table, "title", "test", tmp_path_factory.mktemp("index"), 10**6)
 
 
@@ -93,17 +105,29 @@ def test_a_folder_is_named_by_its_content_and_an_old_one_goes(
     assert near == [["B", "D", "C"], ["A", "C"], ["B", "A"], ["A"], [], []]  # X isn't in the index
 
 
-def test_nothing_found_together_is_a_sound_folder(spark: SparkSession, searcher: Searcher, tmp_path: Path) -> None:
+def test_nothing_found_together_is_a_sound_folder(
+    spark: SparkSession, searcher: Searcher, tmp_path: Path
+) -> None:
     rows = item_item.pairs(frame(spark, {"eve": "E"}), ItemItemSettings())
     found = ItemItemScores.open(item_item.build(rows, searcher, tmp_path))
     assert (found.positions == -1).all()
     assert found.scores_for(np.array([0, 4]), np.ones(2))[0].tolist() == []
 
 
-def test_lists_say_which_part_spoke(spark: SparkSession, indexed: Path, searcher: Searcher, tmp_path: Path) -> None:
+def test_lists_say_which_part_spoke(
+    spark: SparkSession, indexed: Path, searcher: Searcher, tmp_path: Path
+) -> None:
     """ann has B, found with A; eve has E, found with nothing, and like F."""
     rows = [
-        (user, "title", [(item, 1.0)], [item], searcher.vectors["ABCDEF".index(item)].tolist(), 1, AT)
+        (
+            user,
+            "title",
+            [(item, 1.0)],
+            [item],
+            searcher.vectors["ABCDEF".index(item)].tolist(),
+            1,
+            AT,
+        )
         for user, item in (("ann", "B"), ("eve", "E"))
     ]
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema)
@@ -112,7 +136,9 @@ def test_lists_say_which_part_spoke(spark: SparkSession, indexed: Path, searcher
     opens = index.ship(spark, folder, 1.0, ItemItemScores.open)
     opener = index.ship(spark, indexed, 1.0, Searcher.open)
     blend = recommend.Matching("mean", 0.4, 1.0, opens)
-    rows = recommend.recommend(profiles, opener, recommend.without(opener(), []), 2, None, blend).collect()
+    rows = recommend.recommend(
+        profiles, opener, recommend.without(opener(), []), 2, None, blend
+    ).collect()
     found = {row["user_id"]: row["items"][0].asDict() for row in rows}
     names = ("item_id", "score", "source", "because_item_id")
     told = {user: tuple(item[name] for name in names) for user, item in found.items()}

@@ -91,16 +91,30 @@ except ImportError:
     found = list(imports(ast.parse(code)))
     assert [one.name for one in found if one.at_load] == ["a.b", "c.d.e", "c.d.f", "i", "m"]
     assert [one.name for one in found if not one.at_load] == ["g.h", "j", "k.l"]
-    assert [Import("a.bc", True).of("a.b"), Import("a.b", True).of("a.b"), Import("a.b.c", True).of("a.b")] == [
-        False, True, True
-    ]  # fmt: skip
+    assert [
+        Import("a.bc", True).of("a.b"),
+        Import("a.b", True).of("a.b"),
+        Import("a.b.c", True).of("a.b"),
+    ] == [False, True, True]
     assert len(PACKAGE) > 40
 
 
 def test_the_numpy_world_never_imports_spark() -> None:
     assert offences("models", "training", "demo", to=("pyspark", "delta")) == []
-    above = ("stages", "caption", "evaluation", "pipeline", "report", "cli", "config", "tables", "sources", "session",
-             "schemas", "progress")  # fmt: skip
+    above = (
+        "stages",
+        "caption",
+        "evaluation",
+        "pipeline",
+        "report",
+        "cli",
+        "config",
+        "tables",
+        "sources",
+        "session",
+        "schemas",
+        "progress",
+    )
     assert offences("models", "training", "demo", to_ours=above) == []
     assert offences("models", to_ours=("demo", "training")) == []
     assert offences("training", to_ours=("demo",)) == []
@@ -109,22 +123,43 @@ def test_the_numpy_world_never_imports_spark() -> None:
 def test_stages_never_import_each_other() -> None:
     for file, found in IMPORTS.items():
         if within(file, *STAGES):
-            own = "caption" if within(file, "caption") else file.removesuffix(".py").replace("/", ".")
+            own = (
+                "caption" if within(file, "caption") else file.removesuffix(".py").replace("/", ".")
+            )
             others = [one.name for one in found if one.of_ours(*STAGES) and not one.of_ours(own)]
             assert others == [], file
 
 
 def test_stages_know_nothing_of_the_wiring() -> None:
-    above = ("evaluation", "pipeline", "report", "cli", "config", "tables", "session", "progress", "demo")
+    above = (
+        "evaluation",
+        "pipeline",
+        "report",
+        "cli",
+        "config",
+        "tables",
+        "session",
+        "progress",
+        "demo",
+    )
     assert offences(*STAGES, to_ours=above) == []
 
 
 def test_heavy_libraries_are_imported_where_they_are_needed() -> None:
     # Training is torch from end to end, and only its own command imports it, when it is called.
-    early = {(file, one.name) for file, found in IMPORTS.items() for one in found if one.of(*HEAVY) and one.at_load}
+    early = {
+        (file, one.name)
+        for file, found in IMPORTS.items()
+        for one in found
+        if one.of(*HEAVY) and one.at_load
+    }
     assert {file for file, _ in early} == {"training/augment.py", "training/train.py"}
-    training = {(file, one.at_load) for file, found in IMPORTS.items() for one in found
-                if one.of_ours("training") and not within(file, "training")}  # fmt: skip
+    training = {
+        (file, one.at_load)
+        for file, found in IMPORTS.items()
+        for one in found
+        if one.of_ours("training") and not within(file, "training")
+    }
     assert training == {("cli/training.py", False)}
     assert {file.split("/")[0] for file in importers(*HEAVY)} <= {"models", "training"}
 
@@ -135,10 +170,13 @@ def test_only_tables_knows_delta() -> None:
 
 def test_only_session_builds_a_session() -> None:
     building = {
-        file for file, tree in PACKAGE.items() for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in ("builder", "getOrCreate")
+        file
+        for file, tree in PACKAGE.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("builder", "getOrCreate")
         and ast.unparse(node).startswith(("SparkSession", "SparkContext", "pyspark"))
-    }  # fmt: skip
+    }
     assert building == {"session.py"}
 
 
@@ -150,24 +188,37 @@ def test_only_the_wiring_sees_several_stages() -> None:
         if len(seen) > 1:
             several.add(file)
     assert [file for file in several if not within(file, *WIRING)] == []
-    assert [file for file in importers(f"{OURS}.stages") if not within(file, "stages", *WIRING)] == []
+    assert [
+        file for file in importers(f"{OURS}.stages") if not within(file, "stages", *WIRING)
+    ] == []
 
 
 def test_evaluation_runs_four_stages_and_is_run_by_the_wiring() -> None:
-    runs = {one.name for file, found in IMPORTS.items() if within(file, "evaluation") for one in found
-            if one.of_ours(*STAGES)}  # fmt: skip
+    runs = {
+        one.name
+        for file, found in IMPORTS.items()
+        if within(file, "evaluation")
+        for one in found
+        if one.of_ours(*STAGES)
+    }
     stages = {".".join(name.split(".")[1:3]) for name in runs}
-    assert stages == {f"stages.{stage}" for stage in ("cooccurrence", "index", "profiles", "recommend")}
+    assert stages == {
+        f"stages.{stage}" for stage in ("cooccurrence", "index", "profiles", "recommend")
+    }
     allowed = ("evaluation", "cli", "pipeline", "config")
     assert [file for file in importers(f"{OURS}.evaluation") if not within(file, *allowed)] == []
 
 
 def test_only_the_command_line_runs_the_pipeline() -> None:
-    assert [file for file in importers(f"{OURS}.pipeline") if not within(file, "pipeline", "cli")] == []
+    assert [
+        file for file in importers(f"{OURS}.pipeline") if not within(file, "pipeline", "cli")
+    ] == []
     assert [file for file in importers(f"{OURS}.cli") if not within(file, "cli")] == []
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "jobs").iterdir() if path.suffix == ".py"))
+@pytest.mark.parametrize(
+    "file", sorted(path.name for path in (ROOT / "jobs").iterdir() if path.suffix == ".py")
+)
 def test_a_job_only_calls_its_command(file: str) -> None:
     text = (ROOT / "jobs" / file).read_text()
     assert len(text.splitlines()) <= 12

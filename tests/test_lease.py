@@ -24,10 +24,18 @@ if TYPE_CHECKING:
 SECONDS = 2.0
 
 
-def lease(folder: Path, run_id: str, seconds: float = SECONDS, cancelled: list | None = None) -> Lease:
-    context = SimpleNamespace(cancelAllJobs=lambda: (cancelled if cancelled is not None else []).append(run_id))
-    tables = SimpleNamespace(folder=lambda: str(folder), location=str(folder), path=None,
-                             spark=SimpleNamespace(sparkContext=context))  # fmt: skip
+def lease(
+    folder: Path, run_id: str, seconds: float = SECONDS, cancelled: list | None = None
+) -> Lease:
+    context = SimpleNamespace(
+        cancelAllJobs=lambda: (cancelled if cancelled is not None else []).append(run_id)
+    )
+    tables = SimpleNamespace(
+        folder=lambda: str(folder),
+        location=str(folder),
+        path=None,
+        spark=SimpleNamespace(sparkContext=context),
+    )
     return Lease(cast(Any, tables), run_id, seconds, print)
 
 
@@ -60,7 +68,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             f"from test_lease import hold; hold(Path({str(tmp_path)!r}), {run_id!r}, {seconds}, {work})"
         )
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True)
+        )
         return started[-1]
 
     yield begin
@@ -102,7 +112,9 @@ def test_of_many_that_start_together_one_works_at_a_time_and_the_others_end_with
     assert sorted(file.name for file in tmp_path.iterdir()) == []
 
 
-def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(tmp_path: Path, start: Start) -> None:
+def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(
+    tmp_path: Path, start: Start
+) -> None:
     killed = start("killed", seconds=60, work=60)
     assert killed.stdout is not None
     assert killed.stdout.readline() == "held\n"
@@ -116,7 +128,9 @@ def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(tmp_
     assert leases(tmp_path) == []
 
 
-def test_a_holder_without_a_sign_of_life_loses_its_lease_and_notices(tmp_path: Path, start: Start) -> None:
+def test_a_holder_without_a_sign_of_life_loses_its_lease_and_notices(
+    tmp_path: Path, start: Start
+) -> None:
     frozen = start("frozen", work=6)
     assert frozen.stdout is not None
     assert frozen.stdout.readline() == "held\n"
@@ -126,7 +140,10 @@ def test_a_holder_without_a_sign_of_life_loses_its_lease_and_notices(tmp_path: P
         frozen.send_signal(signal.SIGCONT)
         out, err = frozen.communicate(timeout=60)
         assert "done" not in out
-        assert "RunError: Another run took over these tables, since this one gave no sign of life for 2 s" in err
+        assert (
+            "RunError: Another run took over these tables, since this one gave no sign of life for 2 s"
+            in err
+        )
         held.check()
 
 
@@ -148,7 +165,9 @@ def test_who_loses_it_stops_its_spark_jobs(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     with (
-        pytest.raises(RunError, match=r"nothing can be written to .* with --set tables=") as refused,
+        pytest.raises(
+            RunError, match=r"nothing can be written to .* with --set tables="
+        ) as refused,
         lease(Path(place.format(tmp=tmp_path)), "one"),
     ):
         pass
@@ -164,15 +183,23 @@ def test_a_user_without_permission_is_told_so() -> None:
         "try: lease(Path('/usr/tables'), 'one').__enter__()\n"
         "except Exception as refused: print(type(refused).__name__, refused)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.startswith("RunError tables: nothing can be written to /usr/tables ([Errno 13] Permission denied")
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.startswith(
+        "RunError tables: nothing can be written to /usr/tables ([Errno 13] Permission denied"
+    )
     assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("by", ["this machine", "Hadoop"])
 def test_files_are_made_once(spark: SparkSession, tmp_path: Path, by: str) -> None:
     folder = tmp_path / "tables"
-    files = _HadoopFiles(Tables(spark, "unused"), folder.as_uri()) if by == "Hadoop" else _LocalFiles(folder)
+    files = (
+        _HadoopFiles(Tables(spark, "unused"), folder.as_uri())
+        if by == "Hadoop"
+        else _LocalFiles(folder)
+    )
     assert files.numbers() == []
     assert [files.create(1, "a"), files.create(1, "b"), files.create(2, "c")] == [True, False, True]
     assert sorted(files.numbers()) == [1, 2]

@@ -60,8 +60,12 @@ def shelf(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def gone(folder: Path, in_force: list[str], named: list[str], keep: int = 1, now: float | None = None) -> list[str]:
-    found = prunable(versions(folder), in_force, dict.fromkeys(named, 0.0), keep, now or time.time())
+def gone(
+    folder: Path, in_force: list[str], named: list[str], keep: int = 1, now: float | None = None
+) -> list[str]:
+    found = prunable(
+        versions(folder), in_force, dict.fromkeys(named, 0.0), keep, now or time.time()
+    )
     return sorted(version.index_id for version in found)
 
 
@@ -101,7 +105,9 @@ def test_a_whole_one_younger_than_a_day_stays(tmp_path: Path) -> None:
 def test_what_is_not_surely_ours_is_not_seen(tmp_path: Path) -> None:
     index(tmp_path, "backup", age=9)  # another name
     index(tmp_path, "A" * 16, age=9)
-    (index(tmp_path, "1" * 16, age=9, whole=False) / "letters.txt").write_text("mine")  # another content
+    (index(tmp_path, "1" * 16, age=9, whole=False) / "letters.txt").write_text(
+        "mine"
+    )  # another content
     (index(tmp_path, "2" * 16, age=9) / "manifest.json").write_text('{"index_id": "other"}')
     (tmp_path / ("2" * 16) / "notes.txt").write_text("mine")
     (tmp_path / ("3" * 16)).symlink_to(index(tmp_path.parent / "elsewhere", "3" * 16, age=9))
@@ -167,14 +173,19 @@ def in_few_tasks(spark: SparkSession, work: Callable[[], int | None]) -> int | N
 def on_disk(*folders: Path) -> dict[str, int]:
     """Every file and its size, but for the note in which VACUUM says when it ran."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return {str(path): path.stat().st_size for path in files if "_last_vacuum_info" not in path.name}
+    return {
+        str(path): path.stat().st_size for path in files if "_last_vacuum_info" not in path.name
+    }
 
 
 @pytest.fixture
 def printed(spark: SparkSession) -> Iterator[Callable[[], str]]:
     """What Delta has printed to the JVM's standard output."""
     jvm: Any = spark._jvm
-    console, kept = getattr(getattr(jvm.scala, "Console$"), "MODULE$"), jvm.java.io.ByteArrayOutputStream()
+    console, kept = (
+        getattr(getattr(jvm.scala, "Console$"), "MODULE$"),
+        jvm.java.io.ByteArrayOutputStream(),
+    )
     before = console.out()
     console.setOutDirect(jvm.java.io.PrintStream(kept))
 
@@ -197,19 +208,28 @@ def test_small_files_are_joined_and_replaced_ones_go_after_the_stated_time(
     assert spark.conf.get(limit, None) == stated
     # A stage that compares versions has nothing to do after it, and the change feed says nothing.
     assert tables.versions([THINGS]) == version
-    feed = spark.read.format("delta").options(readChangeFeed=True, startingVersion=version["things"] + 1)
+    feed = spark.read.format("delta").options(
+        readChangeFeed=True, startingVersion=version["things"] + 1
+    )
     assert feed.load(tables.name_of(THINGS)).count() == 0
     there = on_disk(tmp_path)
     assert tables.optimize(THINGS) == (1, 1)
     assert on_disk(tmp_path) == there
 
     # With other words than ours somebody chose a retention by hand.
-    tables.spark.sql(f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
-                     "('delta.deletedFileRetentionDuration' = 'interval 20 days')")  # fmt: skip
-    assert (in_few_tasks(spark, lambda: tables.vacuum(THINGS, 0)), len(parquet(tables, THINGS))) == (0, 3)
+    tables.spark.sql(
+        f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
+        "('delta.deletedFileRetentionDuration' = 'interval 20 days')"
+    )
+    assert (
+        in_few_tasks(spark, lambda: tables.vacuum(THINGS, 0)),
+        len(parquet(tables, THINGS)),
+    ) == (0, 3)
     assert tables.retention(THINGS) == "interval 20 days"
-    tables.spark.sql(f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
-                     "('delta.deletedFileRetentionDuration' = 'interval 200 hours')")  # fmt: skip
+    tables.spark.sql(
+        f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
+        "('delta.deletedFileRetentionDuration' = 'interval 200 hours')"
+    )
     assert (tables.vacuum(THINGS, 0) or 0) > 1000
     assert (tables.retention(THINGS), len(parquet(tables, THINGS))) == ("interval 0 hours", 1)
     assert content(tables) == [("t0", 0), ("t1", 1)]
@@ -232,10 +252,17 @@ def test_tables_in_a_catalog_are_kept_in_order_too(named: Tables) -> None:
     assert [row["tableName"] for row in there if not row["isTemporary"]] == ["things"]
 
 
-def test_less_than_a_week_is_refused_unless_delta_is_told_not_to_look(spark: SparkSession, tmp_path: Path) -> None:
-    tables, check = Tables(spark, str(tmp_path)), "spark.databricks.delta.retentionDurationCheck.enabled"
+def test_less_than_a_week_is_refused_unless_delta_is_told_not_to_look(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    tables, check = (
+        Tables(spark, str(tmp_path)),
+        "spark.databricks.delta.retentionDurationCheck.enabled",
+    )
     tables.check_retention(168)
-    with pytest.raises(UsageError, match=r"^maintain\.retention_hours: 24 hours are less than Delta's least, 168\."):
+    with pytest.raises(
+        UsageError, match=r"^maintain\.retention_hours: 24 hours are less than Delta's least, 168\."
+    ):
         tables.check_retention(24)
     spark.conf.set(check, "false")
     try:
@@ -262,11 +289,15 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     assert first in tables.read(log).inputFiles()
 
 
-def test_photos_get_small_row_groups(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photos_get_small_row_groups(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert int(delta._HEAVY["parquet.block.size"]) == 32 * 2**20
     monkeypatch.setitem(delta._HEAVY, "parquet.block.size", str(2**20))
     tables = Tables(spark, str(tmp_path))
-    photos = [("i", n, f"{n}.jpg", os.urandom(100_000), f"{n:064}", 100_000, MONDAY) for n in range(40)]
+    photos = [
+        ("i", n, f"{n}.jpg", os.urandom(100_000), f"{n:064}", 100_000, MONDAY) for n in range(40)
+    ]
     frame = spark.createDataFrame(photos, schemas.PHOTOS.schema)
     tables.upsert(schemas.PHOTOS, tables.staged(schemas.PHOTOS, frame))
     for folder in ("photos", "_staging_photos"):
@@ -282,8 +313,14 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     made = pipeline(folder, "maintain.index_versions=1")
     item = ("i0", "Mug", None, None, None, None, 1.0, {}, True, None, MONDAY)
     lists = [("u1", [], 5, "b" * 16, "r1", MONDAY)]
-    runs = [index_run(hour, letter) for hour, letter in enumerate("eabc")] + [index_run(0, "d", "title")]
-    for table, content in ((schemas.ITEMS, [item]), (schemas.RUNS, runs), (schemas.RECOMMENDATIONS, lists)):
+    runs = [index_run(hour, letter) for hour, letter in enumerate("eabc")] + [
+        index_run(0, "d", "title")
+    ]
+    for table, content in (
+        (schemas.ITEMS, [item]),
+        (schemas.RUNS, runs),
+        (schemas.RECOMMENDATIONS, lists),
+    ):
         made.tables.insert(table, made.spark.createDataFrame(content, table.schema))
     more = made.spark.createDataFrame([("i1", *item[1:])], schemas.ITEMS.schema)
     more.write.format("delta").mode("append").save(made.tables.name_of(schemas.ITEMS))
@@ -294,9 +331,19 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
 
 def index_run(hour: int, letter: str, representation: str = "caption") -> tuple:
     details = {"index_id": letter * 16, "representation": representation}
-    known = {"run_id": f"r{letter}", "stage": "index", "status": "ok", "versions": {}, "config": "{}",
-             "started_at": MONDAY.replace(hour=hour), "seconds": 1.0, "details": details}  # fmt: skip
-    return tuple(known.get(name, 0 if name.startswith("rows_") else None) for name in schemas.RUNS.columns)
+    known = {
+        "run_id": f"r{letter}",
+        "stage": "index",
+        "status": "ok",
+        "versions": {},
+        "config": "{}",
+        "started_at": MONDAY.replace(hour=hour),
+        "seconds": 1.0,
+        "details": details,
+    }
+    return tuple(
+        known.get(name, 0 if name.startswith("rows_") else None) for name in schemas.RUNS.columns
+    )
 
 
 def test_a_wrong_use_is_said_before_anything_is_done(
@@ -313,7 +360,9 @@ def test_a_wrong_use_is_said_before_anything_is_done(
 
 
 def test_runs_joins_its_many_small_files_itself(shop: Pipeline) -> None:
-    detail = shop.spark.sql(f"DESCRIBE DETAIL delta.`{shop.tables.name_of(schemas.RUNS)}`").collect()[0]
+    detail = shop.spark.sql(
+        f"DESCRIBE DETAIL delta.`{shop.tables.name_of(schemas.RUNS)}`"
+    ).collect()[0]
     assert detail["properties"]["delta.autoOptimize.autoCompact"] == "true"
 
 
@@ -322,8 +371,12 @@ def test_maintain_can_be_killed_and_run_twice(
 ) -> None:
     folder = Path(shop.tables.location).parent
     assert {one.index_id: one.in_force_for for one in maintain.indexes(shop)} == {
-        "c" * 16: "caption", "d" * 16: "title", "b" * 16: "the lists", "a" * 16: "", "e" * 16: "",
-    }  # fmt: skip
+        "c" * 16: "caption",
+        "d" * 16: "title",
+        "b" * 16: "the lists",
+        "a" * 16: "",
+        "e" * 16: "",
+    }
     # Both are of killed writes; neither was committed, so that neither is a table.
     for name, age in (("_staging_photos", 2), ("_staging_items", 0.5)):
         (folder / "tables" / name).mkdir()
@@ -344,13 +397,20 @@ def test_maintain_can_be_killed_and_run_twice(
     assert (row["status"], row["rows_ok"], row["rows_skipped"]) == ("failed", 1, 1)
     # In force are c, d and b. Of a and e one stays: the run that built a came later.
     assert sorted(path.name for path in (folder / "index").iterdir()) == ids("a", "b", "c", "d")
-    assert [row["details"][name] for name in ("index_removed", "index_kept", "index_bytes_freed")] == [
-        json.dumps(ids("e")), "4", "1032",
-    ]  # fmt: skip
+    assert [
+        row["details"][name] for name in ("index_removed", "index_kept", "index_bytes_freed")
+    ] == [
+        json.dumps(ids("e")),
+        "4",
+        "1032",
+    ]
     assert json.loads(row["details"]["leftovers"]) == ["_staging_photos"]
     assert json.loads(row["details"]["items"]) == {
-        "files_before": 2, "files_after": 1, "bytes_freed": 0, "retention": "interval 168 hours",
-    }  # fmt: skip
+        "files_before": 2,
+        "files_after": 1,
+        "bytes_freed": 0,
+        "retention": "interval 168 hours",
+    }
 
     places = [folder / "index", folder / "tables" / "items", folder / "tables" / "recommendations"]
     before = on_disk(*places)

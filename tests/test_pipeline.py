@@ -66,13 +66,21 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     made = Shop(
         folder,
         (
-            f"ingest.items.path=[{raw}/catalogue.csv]", f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={raw}/photos", f"ingest.users.path=[{raw}/users.csv]",
-            f"ingest.identities.path=[{raw}/identities.csv]", f"recommend.k={K}", f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]", "evaluate.arms=[popularity,caption/max_similarity,blend]", "report.photos=4",
-            "report.users=2", "profiles.shape=max_similarity", f"item_item.share={SHARE}",
+            f"ingest.items.path=[{raw}/catalogue.csv]",
+            f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
+            f"ingest.photos.folder={raw}/photos",
+            f"ingest.users.path=[{raw}/users.csv]",
+            f"ingest.identities.path=[{raw}/identities.csv]",
+            f"recommend.k={K}",
+            f"evaluate.cut={catalogue.CUT}",
+            "evaluate.splits=[time]",
+            "evaluate.arms=[popularity,caption/max_similarity,blend]",
+            "report.photos=4",
+            "report.users=2",
+            "profiles.shape=max_similarity",
+            f"item_item.share={SHARE}",
         ),
-    )  # fmt: skip
+    )
     made.first = pipeline(folder, *made.settings)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("collect", "toPandas", "toArrow"):
@@ -131,10 +139,19 @@ def test_every_user_with_a_history_has_k(shop: Shop) -> None:
     assert shop.outcomes["recommend"].details["popular_lists"] == "2"
     available = {row["item_id"] for row in shop.rows(schemas.ITEMS) if row["available"]}
     seen = {row["user_id"]: set(row["seen"]) for row in shop.rows(schemas.PROFILES)}
-    lists = {row["user_id"]: [item["item_id"] for item in row["items"]] for row in shop.rows(schemas.RECOMMENDATIONS)}
+    lists = {
+        row["user_id"]: [item["item_id"] for item in row["items"]]
+        for row in shop.rows(schemas.RECOMMENDATIONS)
+    }
     assert set(lists) == {*seen, "user-lost", "user-odd"}
-    seen |= {"user-lost": set(), "user-odd": {row["item_id"] for row in shop.rows(schemas.INTERACTIONS)
-                                              if row["user_id"] == "user-odd"}}  # fmt: skip
+    seen |= {
+        "user-lost": set(),
+        "user-odd": {
+            row["item_id"]
+            for row in shop.rows(schemas.INTERACTIONS)
+            if row["user_id"] == "user-odd"
+        },
+    }
     for user, items in lists.items():
         assert len(set(items)) == len(items) == min(K, len(available - seen[user]))
         assert set(items) <= available - seen[user]
@@ -151,13 +168,20 @@ def found_together(histories: dict[str, list]) -> dict[str, dict[str, float]]:
             if other - place <= 20:
                 for one, two in ((place, other), (other, place)):
                     weights[items[one]][items[two]] += 0.8 ** (other - place - 1)
-    return {one: {two: weight / (users[one] * users[two]) ** 0.2 for two, weight in with_it.items()}
-            for one, with_it in weights.items()}  # fmt: skip
+    return {
+        one: {two: weight / (users[one] * users[two]) ** 0.2 for two, weight in with_it.items()}
+        for one, with_it in weights.items()
+    }
 
 
-def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found_together(shop: Shop) -> None:
-    vectors = {row["item_id"]: np.array(row["embedding"]) for row in shop.rows(schemas.EMBEDDINGS)
-               if row["representation"] == "caption"}  # fmt: skip
+def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found_together(
+    shop: Shop,
+) -> None:
+    vectors = {
+        row["item_id"]: np.array(row["embedding"])
+        for row in shop.rows(schemas.EMBEDDINGS)
+        if row["representation"] == "caption"
+    }
     histories = {row["user_id"]: row["history"] for row in shop.rows(schemas.PROFILES)}
     assert max(map(len, histories.values())) > 5
     strengths, spoke = found_together(histories), Counter[str]()
@@ -173,10 +197,15 @@ def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found
         most = max((by.total() for by in found.values()), default=1)
         for item in row["items"]:
             vector = vectors[item["item_id"]]
-            similar = {past["item_id"]: past["weight"] / heaviest * (vectors[past["item_id"]] @ vector)
-                       for past in history}  # fmt: skip
+            similar = {
+                past["item_id"]: past["weight"] / heaviest * (vectors[past["item_id"]] @ vector)
+                for past in history
+            }
             with_it = found[item["item_id"]]
-            parts = {"content": (1 - SHARE) * max(similar.values()), "cooccurrence": SHARE * with_it.total() / most}
+            parts = {
+                "content": (1 - SHARE) * max(similar.values()),
+                "cooccurrence": SHARE * with_it.total() / most,
+            }
             assert item["score"] == pytest.approx(sum(parts.values()), abs=3e-6)
             assert parts[item["source"]] == pytest.approx(max(parts.values()), abs=3e-6)
             by = similar if item["source"] == "content" else with_it
@@ -218,7 +247,11 @@ print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], sco
 
 def test_a_process_without_spark_answers_a_user_with_the_list_of_the_table(shop: Shop) -> None:
     profile = shop.rows(schemas.PROFILES)[0]
-    photos = {row["item_id"]: row["image_sha256"] for row in shop.rows(schemas.PHOTOS) if row["position"] == 0}
+    photos = {
+        row["item_id"]: row["image_sha256"]
+        for row in shop.rows(schemas.PHOTOS)
+        if row["position"] == 0
+    }
     items = {row["item_id"]: row for row in shop.rows(schemas.ITEMS)}
     # Whatever has a parent or a photo in common, over others too, is one group.
     group = {item: number for number, item in enumerate(items)}
@@ -228,23 +261,44 @@ def test_a_process_without_spark_answers_a_user_with_the_list_of_the_table(shop:
             if same_photo or items[one]["parent_id"] == items[other]["parent_id"] is not None:
                 group[one] = group[other] = min(group[one], group[other])
     told = {
-        "history": [(item["item_id"], item["weight"]) for item in profile["history"]], "seen": profile["seen"],
+        "history": [(item["item_id"], item["weight"]) for item in profile["history"]],
+        "seen": profile["seen"],
         "available": [item for item, row in items.items() if row["available"]],
         "variants": [list(group), list(group.values())],
-    }  # fmt: skip
-    (index,) = (path for path in (shop.folder / "index").iterdir() if (path / "vectors.npy").exists())
+    }
+    (index,) = (
+        path for path in (shop.folder / "index").iterdir() if (path / "vectors.npy").exists()
+    )
     (together,) = (shop.folder / "index" / "cooccurrence").iterdir()
-    command = [sys.executable, "-c", WITHOUT_SPARK, str(index), str(together), str(SHARE), str(K), json.dumps(told)]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_SPARK,
+        str(index),
+        str(together),
+        str(SHARE),
+        str(K),
+        json.dumps(told),
+    ]
     said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    (row,) = (row for row in shop.rows(schemas.RECOMMENDATIONS) if row["user_id"] == profile["user_id"])
+    (row,) = (
+        row for row in shop.rows(schemas.RECOMMENDATIONS) if row["user_id"] == profile["user_id"]
+    )
     assert said == [[item["item_id"], item["score"]] for item in row["items"]]
 
 
 def test_metrics_and_exports(shop: Shop) -> None:
-    metrics = {(row["arm"], row["metric"]): row for row in shop.rows(schemas.METRICS)
-               if row["slice"] == "all" and row["split"] == "time" and row["k"] == 10 and row["metric"] in ACCURACY
-               }  # fmt: skip
-    assert set(metrics) == set(itertools.product(("popularity", "caption/max_similarity", "blend"), ACCURACY))
+    metrics = {
+        (row["arm"], row["metric"]): row
+        for row in shop.rows(schemas.METRICS)
+        if row["slice"] == "all"
+        and row["split"] == "time"
+        and row["k"] == 10
+        and row["metric"] in ACCURACY
+    }
+    assert set(metrics) == set(
+        itertools.product(("popularity", "caption/max_similarity", "blend"), ACCURACY)
+    )
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in metrics.values())
     assert len({row["users"] for row in metrics.values()}) == 1
     assert len(shop.rows(schemas.EXPORT_LONG)) == 62 * K
@@ -273,7 +327,9 @@ def test_every_stage_is_recorded(shop: Shop) -> None:
     assert set(runs) == set(STAGES)
     for stage, row in runs.items():
         assert row["status"] == "ok"
-        assert (row["rows_ok"], row["rows_failed"], row["rows_skipped"]) == counts(shop.outcomes[stage])
+        assert (row["rows_ok"], row["rows_failed"], row["rows_skipped"]) == counts(
+            shop.outcomes[stage]
+        )
         assert row["rows_in"] == sum(counts(shop.outcomes[stage]))
     assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions", "photos"}
     assert all(len(row["state"]) == 64 for row in runs.values())
@@ -310,7 +366,9 @@ COLLECTED = {
 
 
 def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop) -> None:
-    many = {name for name, rows in shop.collected.items() if rows > 24}  # reasons, stages, tables, a few exhibits
+    many = {
+        name for name, rows in shop.collected.items() if rows > 24
+    }  # reasons, stages, tables, a few exhibits
     assert many - COLLECTED.keys() == set()
     assert shop.collected["matching.index"] == 60
 
@@ -337,9 +395,24 @@ def _doubled(x: Column) -> Column:
 def test_the_real_tables_refuse_a_bad_row(shop: Shop) -> None:
     assert shop.first is not None
     for table, column, bad, refusal in (
-        (schemas.EMBEDDINGS, "embedding", F.transform("embedding", _doubled), "CHECK constraint unit_length"),
-        (schemas.CAPTIONS, "status", F.lit("perhaps"), "CHECK constraint (status_is_known|caption_or_error)"),
-        (schemas.INTERACTIONS, "user_id", F.lit(None).cast("string"), "NOT NULL|CHECK constraint ids_not_empty"),
+        (
+            schemas.EMBEDDINGS,
+            "embedding",
+            F.transform("embedding", _doubled),
+            "CHECK constraint unit_length",
+        ),
+        (
+            schemas.CAPTIONS,
+            "status",
+            F.lit("perhaps"),
+            "CHECK constraint (status_is_known|caption_or_error)",
+        ),
+        (
+            schemas.INTERACTIONS,
+            "user_id",
+            F.lit(None).cast("string"),
+            "NOT NULL|CHECK constraint ids_not_empty",
+        ),
     ):
         rows = shop.first.tables.read(table).limit(1).withColumn(column, bad)
         with pytest.raises(Exception, match=refusal):
@@ -354,7 +427,9 @@ def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipe
     again.tables.staged(schemas.ITEM_CAPTIONS, again.tables.read(schemas.ITEM_CAPTIONS))
     outcomes = again.run(STAGES)
     assert list((shop.folder / "tables").glob("_*")) == []
-    assert [(outcome.stage, outcome.status) for outcome in outcomes] == [(stage, "unchanged") for stage in STAGES]
+    assert [(outcome.stage, outcome.status) for outcome in outcomes] == [
+        (stage, "unchanged") for stage in STAGES
+    ]
     assert {outcome.details["unchanged_since"] for outcome in outcomes} == {shop.first.run_id}
     after = again.tables.versions(schemas.TABLES.values())
     assert after.pop("runs") == before.pop("runs") + len(STAGES)
@@ -363,11 +438,21 @@ def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipe
 
 def told(shop: Shop) -> list[str]:
     """The shop's settings, as the command line takes them."""
-    places = (f"tables={shop.folder}/tables", f"index.folder={shop.folder}/index", f"report.path={shop.folder}/r.html")
-    return ["--config", "test.yaml", *[part for each in (*places, *shop.settings) for part in ("--set", each)]]
+    places = (
+        f"tables={shop.folder}/tables",
+        f"index.folder={shop.folder}/index",
+        f"report.path={shop.folder}/r.html",
+    )
+    return [
+        "--config",
+        "test.yaml",
+        *[part for each in (*places, *shop.settings) for part in ("--set", each)],
+    ]
 
 
-def test_the_figures_of_an_evaluation_are_printed_as_json(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_figures_of_an_evaluation_are_printed_as_json(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert shop.first is not None
     assert main(["evaluate", "--json", *told(shop)]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -375,7 +460,11 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(shop: Shop, capsys: py
     assert found["versions"] == shop.outcomes["evaluate"].versions
     assert found["details"]["time"]["users"] > 30
     assert len(found["metrics"]) == shop.first.tables.read(schemas.METRICS).count()
-    blend = [row for row in found["metrics"] if (row["arm"], row["metric"], row["k"]) == ("blend", "recall", 20)]
+    blend = [
+        row
+        for row in found["metrics"]
+        if (row["arm"], row["metric"], row["k"]) == ("blend", "recall", 20)
+    ]
     assert [row["slice"] for row in blend] == ["all"]
 
 
@@ -388,28 +477,46 @@ def test_tune_writes_a_configuration_that_can_be_used(
     out = tmp_path / "tuned.yaml"
     assert main(["tune", "--out", str(out), "--representation", "title", *told(shop)]) == 0
     comments = [line for line in out.read_text().splitlines() if line.startswith("#")]
-    assert sum("<- best" in line for line in comments) in (1, 2)  # the best may be one of content only
+    assert sum("<- best" in line for line in comments) in (
+        1,
+        2,
+    )  # the best may be one of content only
     config = load([out])
     assert (config.representation, set(config.evaluate.custom_arms)) == ("title", {"content"})
     assert config.item_item.share in {0.0, 0.4, 0.45, 0.5, 0.55, 0.6}
     assert main(["tune", "--out", str(tmp_path / "gone" / "tuned.yaml"), *told(shop)]) == 2
 
 
-def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
+def test_a_run_that_redoes_everything_changes_nothing(
+    shop: Shop, pipeline: Callable[..., Pipeline]
+) -> None:
     assert shop.first is not None
-    before = {table.name: content(shop.first, table) for table in schemas.TABLES.values() if table.name != "runs"}
+    before = {
+        table.name: content(shop.first, table)
+        for table in schemas.TABLES.values()
+        if table.name != "runs"
+    }
     # As after a run that was killed before it could record itself.
-    shop.first.spark.sql(f"DELETE FROM delta.`{shop.first.tables.name_of(schemas.RUNS)}` WHERE stage != 'index'")
+    shop.first.spark.sql(
+        f"DELETE FROM delta.`{shop.first.tables.name_of(schemas.RUNS)}` WHERE stage != 'index'"
+    )
     again = pipeline(shop.folder, *shop.settings)
     outcomes = {outcome.stage: outcome for outcome in again.run(STAGES)}
     # No log file and no photo is opened again.
     assert "interactions" not in outcomes["ingest"].details
-    assert json.loads(outcomes["ingest"].details["photos"]) == {"in": 62, "ok": 0, "rejected": 0, "skipped": 62}
+    assert json.loads(outcomes["ingest"].details["photos"]) == {
+        "in": 62,
+        "ok": 0,
+        "rejected": 0,
+        "skipped": 62,
+    }
     assert counts(outcomes["caption"]) == (0, 0, 57)
     assert counts(outcomes["embed"]) == (0, 0, 180)
     for table in schemas.TABLES.values():
         if table.name == "metrics":
-            assert content(again, table) == sorted(2 * before[table.name])  # a run's metrics are its own
+            assert content(again, table) == sorted(
+                2 * before[table.name]
+            )  # a run's metrics are its own
         elif table.name != "runs":
             assert content(again, table) == before[table.name], table.name
 
@@ -419,19 +526,33 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_make
 ) -> None:
     assert shop.first is not None
     # The tables are named by a URI here.
-    tables, index, page = f"tables=file://{tmp_path}/tables", f"{tmp_path}/index", f"{tmp_path}/report.html"
+    tables, index, page = (
+        f"tables=file://{tmp_path}/tables",
+        f"{tmp_path}/index",
+        f"{tmp_path}/report.html",
+    )
     settings = (tables, f"index.folder={index}", f"report.path={page}", *shop.settings, QUICK)
-    command = [sys.executable, "-c", "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])", "run"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])",
+        "run",
+    ]
     command += ["--config", "test.yaml", *[part for each in settings for part in ("--set", each)]]
     with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+        driver = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+        )
     # In the middle of a stage: its photos are read, and not yet in their table.
     while not (tmp_path / "tables" / "_staging_photos").exists():
         assert driver.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert [path.name for path in (tmp_path / "tables").glob("_*")] == ["_lease-000001.json", "_staging_photos"]
+    assert [path.name for path in (tmp_path / "tables").glob("_*")] == [
+        "_lease-000001.json",
+        "_staging_photos",
+    ]
 
     stages = [stage for stage in STAGES if stage != "evaluate"]
     again, killed = pipeline(tmp_path, *shop.settings, tables), threading.Event()
@@ -479,15 +600,25 @@ def content(run: Pipeline, table: schemas.Table) -> list[str]:
 FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
     "missing file": (UsageError, "nowhere.csv", ["ingest.items.path=[{tmp}/nowhere.csv]"]),
     "empty catalogue": (RunError, "no usable row", ["ingest.items.path=[{tmp}/empty.csv]"]),
-    "log of other items": (RunError, "no event is about an item", ["ingest.interactions.path=[{tmp}/others.csv]"]),
-    "missing photo folder": (UsageError, "ingest.photos.folder", ["ingest.photos.folder={tmp}/nowhere"]),
+    "log of other items": (
+        RunError,
+        "no event is about an item",
+        ["ingest.interactions.path=[{tmp}/others.csv]"],
+    ),
+    "missing photo folder": (
+        UsageError,
+        "ingest.photos.folder",
+        ["ingest.photos.folder={tmp}/nowhere"],
+    ),
     "missing model": (
-        UsageError, "no model folder", ["caption.model.backend=transformers", "caption.model.model={tmp}/nowhere"]
+        UsageError,
+        "no model folder",
+        ["caption.model.backend=transformers", "caption.model.model={tmp}/nowhere"],
     ),
     "missing encoder": (UsageError, "no model folder", ["embed.encoder={tmp}/nowhere"]),
     "table of another schema": (RunError, "bytes is missing", ["tables={tmp}/other"]),
     "no permission": (RunError, "nothing can be written to", ["tables=/proc/nowhere/tables"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -495,16 +626,18 @@ def test_what_goes_wrong_is_said_in_one_paragraph_and_changes_no_table(
     spark: SparkSession, shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, fault: str
 ) -> None:
     (tmp_path / "empty.csv").write_text("item_id,title\n")
-    (tmp_path / "others.csv").write_text("user_id,item_id,event_type,event_time\nann,gone,view,2025-01-01\n")
+    (tmp_path / "others.csv").write_text(
+        "user_id,item_id,event_type,event_time\nann,gone,view,2025-01-01\n"
+    )
     if fault == "table of another schema":
         spark.sql("SELECT 'x' AS uri").write.format("delta").save(str(tmp_path / "other" / "files"))
     kind, said, settings = FAULTS[fault]
     places = [tmp_path / "other", shop.folder / "tables"]
     before = [sorted(place.rglob("*")) for place in places]
     with pytest.raises(kind, match=said) as raised:
-        pipeline(shop.folder, *shop.settings, *[each.format(tmp=tmp_path) for each in settings]).run(
-            STAGES, lambda outcome: None
-        )
+        pipeline(
+            shop.folder, *shop.settings, *[each.format(tmp=tmp_path) for each in settings]
+        ).run(STAGES, lambda outcome: None)
     assert raised.value.exit_code == (2 if kind is UsageError else 1)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 600

@@ -28,11 +28,15 @@ def titles(spark: SparkSession) -> DataFrame:
 def test_both_shapes(spark: SparkSession) -> None:
     recommendations = lists(spark, ANN, BEN, ("cat", []))
     assert sorted(map(tuple, publish.long(recommendations, titles(spark)).collect())) == [
-        ("ann", 1, "A", "Chair", 0.9, "H"), ("ann", 2, "B", None, 0.5, None), ("ben", 1, "C", "Lamp", 0.7, "H"),
-    ]  # fmt: skip
+        ("ann", 1, "A", "Chair", 0.9, "H"),
+        ("ann", 2, "B", None, 0.5, None),
+        ("ben", 1, "C", "Lamp", 0.7, "H"),
+    ]
     assert sorted(map(tuple, publish.wide(recommendations).collect())) == [
-        ("ann", ["A", "B"], [0.9, 0.5]), ("ben", ["C"], [0.7]), ("cat", [], []),
-    ]  # fmt: skip
+        ("ann", ["A", "B"], [0.9, 0.5]),
+        ("ben", ["C"], [0.7]),
+        ("cat", [], []),
+    ]
 
 
 def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path: Path) -> None:
@@ -40,10 +44,20 @@ def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path
     for rows in ((ANN, BEN), (ANN, BEN), (("ann", [("A", 0.9, "H"), ("C", 0.6, None)]),)):
         tables.sync(schemas.EXPORT_LONG, publish.long(lists(spark, *rows), titles(spark)))
     place = tables.name_of(schemas.EXPORT_LONG)
-    feed = spark.read.format("delta").options(readChangeFeed=True, startingVersion=0).load(place).collect()
+    feed = (
+        spark.read.format("delta")
+        .options(readChangeFeed=True, startingVersion=0)
+        .load(place)
+        .collect()
+    )
     first = min(row["_commit_version"] for row in feed)
-    later = [(row["_change_type"], row["user_id"], row["rank"], row["item_id"]) for row in feed
-             if row["_commit_version"] > first]  # fmt: skip
+    later = [
+        (row["_change_type"], row["user_id"], row["rank"], row["item_id"])
+        for row in feed
+        if row["_commit_version"] > first
+    ]
     assert sorted(later) == [
-        ("delete", "ben", 1, "C"), ("update_postimage", "ann", 2, "C"), ("update_preimage", "ann", 2, "B"),
-    ]  # fmt: skip
+        ("delete", "ben", 1, "C"),
+        ("update_postimage", "ann", 2, "C"),
+        ("update_preimage", "ann", 2, "B"),
+    ]

@@ -32,13 +32,24 @@ def test_the_worked_example_gives_every_user_two_items(
     # The JVM of these tests was started in another folder, where Spark would look for relative paths.
     settings = Path("shop.yaml").read_text()
     for name in ("items.csv", "events.csv", "photos\n"):
-        settings = settings.replace(f" {name}", f" {tmp_path}/{name}").replace(f"[{name}", f"[{tmp_path}/{name}")
+        settings = settings.replace(f" {name}", f" {tmp_path}/{name}").replace(
+            f"[{name}", f"[{tmp_path}/{name}"
+        )
     Path("shop.yaml").write_text(settings)
     Path("photos").mkdir()
     for number, line in enumerate(example("items.csv").splitlines()[1:]):
         item = line.split(",")[0]
-        kind, colour = ("cushion" if item.startswith("mug") else item.split("-")[0]), item.split("-")[1]
-        look = {"kind": kind, "colour": colour, "pattern": "plain", "material": "cotton", "style": "classic"}
+        kind, colour = (
+            ("cushion" if item.startswith("mug") else item.split("-")[0]),
+            item.split("-")[1],
+        )
+        look = {
+            "kind": kind,
+            "colour": colour,
+            "pattern": "plain",
+            "material": "cotton",
+            "style": "classic",
+        }
         draw(look, np.random.default_rng(number)).save(f"photos/{item}.jpg")
     (command,) = example("command").splitlines()
 
@@ -54,8 +65,16 @@ def test_the_worked_example_gives_every_user_two_items(
 
 def test_the_tree_names_every_module() -> None:
     tree = README.split("## The tree")[1].split("```")[1]
-    package = [path for path in (ROOT / "vlm4rec_spark").iterdir() if path.name not in ("__init__.py", "__pycache__")]
-    named = {path.name + ("/" if path.is_dir() else "") for path in package if path.is_dir() or path.suffix == ".py"}
+    package = [
+        path
+        for path in (ROOT / "vlm4rec_spark").iterdir()
+        if path.name not in ("__init__.py", "__pycache__")
+    ]
+    named = {
+        path.name + ("/" if path.is_dir() else "")
+        for path in package
+        if path.is_dir() or path.suffix == ".py"
+    }
     assert named == set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
     folders = {"jobs/", "conf/", "vlm4rec_spark/", "tests/", "benchmarks/"}
     assert folders == set(re.findall(r"^(\S+)", tree, re.MULTILINE))

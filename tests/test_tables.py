@@ -44,7 +44,9 @@ def tables(spark: SparkSession, tmp_path: Path) -> Tables:
 @pytest.fixture
 def things(tables: Tables) -> Tables:
     """Table `things` with a and b, as of Monday."""
-    tables.insert(THINGS, rows(tables, ("a", 1.0, {"x": "1", "y": "2"}, MONDAY), ("b", 2.0, None, MONDAY)))
+    tables.insert(
+        THINGS, rows(tables, ("a", 1.0, {"x": "1", "y": "2"}, MONDAY), ("b", 2.0, None, MONDAY))
+    )
     return tables
 
 
@@ -53,12 +55,18 @@ def rows(tables: Tables, *values: tuple) -> DataFrame:
 
 
 def content(tables: Tables) -> dict[str, tuple]:
-    return {row["id"]: (row["price"], row["tags"], row["at"]) for row in tables.read(THINGS).collect()}
+    return {
+        row["id"]: (row["price"], row["tags"], row["at"]) for row in tables.read(THINGS).collect()
+    }
 
 
 def changes(tables: Tables, since: int) -> list[tuple[str, str]]:
     """id and kind of every change that the feed holds after version `since`."""
-    feed = tables.spark.read.format("delta").options(readChangeFeed=True, startingVersion=0).load(tables.name_of(THINGS))
+    feed = (
+        tables.spark.read.format("delta")
+        .options(readChangeFeed=True, startingVersion=0)
+        .load(tables.name_of(THINGS))
+    )
     new = feed.where(feed["_commit_version"] > since)
     return sorted((row["id"], row["_change_type"]) for row in new.collect())
 
@@ -75,7 +83,10 @@ def test_comments_not_null_and_checks_are_part_of_the_table(things: Tables) -> N
     field = things.read(THINGS).schema["id"]
     assert field.metadata["comment"] == "Id of the thing"
     # Not through this package: what any other writer gets.
-    for bad, refusal in (((None, 1.0, None, None), "NOT NULL"), (("c", 0.0, None, None), "CHECK constraint not_free")):
+    for bad, refusal in (
+        ((None, 1.0, None, None), "NOT NULL"),
+        (("c", 0.0, None, None), "CHECK constraint not_free"),
+    ):
         with pytest.raises(Exception, match=refusal):
             rows(things, bad).write.format("delta").mode("append").save(things.name_of(THINGS))
     assert things.read(THINGS).count() == 2
@@ -86,16 +97,27 @@ def test_insert_adds_only_new_keys(things: Tables) -> None:
     assert things.insert(THINGS, again) == 1
     assert things.insert(THINGS, again) == 0
     assert content(things) == {
-        "a": (1.0, {"x": "1", "y": "2"}, MONDAY), "b": (2.0, None, MONDAY), "c": (3.0, None, TUESDAY),
-    }  # fmt: skip
+        "a": (1.0, {"x": "1", "y": "2"}, MONDAY),
+        "b": (2.0, None, MONDAY),
+        "c": (3.0, None, TUESDAY),
+    }
 
 
 def test_upsert_touches_only_rows_that_differ(things: Tables) -> None:
     # a differs in the volatile time and in the order of its map, which is to say not at all.
-    new = rows(things, ("a", 1.0, {"y": "2", "x": "1"}, TUESDAY), ("b", 2.5, None, TUESDAY), ("c", 3.0, None, TUESDAY))
+    new = rows(
+        things,
+        ("a", 1.0, {"y": "2", "x": "1"}, TUESDAY),
+        ("b", 2.5, None, TUESDAY),
+        ("c", 3.0, None, TUESDAY),
+    )
     before = version(things)
     things.upsert(THINGS, new)
-    assert changes(things, before) == [("b", "update_postimage"), ("b", "update_preimage"), ("c", "insert")]
+    assert changes(things, before) == [
+        ("b", "update_postimage"),
+        ("b", "update_preimage"),
+        ("c", "insert"),
+    ]
     assert content(things)["a"] == (1.0, {"x": "1", "y": "2"}, MONDAY)
     assert content(things)["b"] == (2.5, None, TUESDAY)
     before = version(things)
@@ -103,12 +125,17 @@ def test_upsert_touches_only_rows_that_differ(things: Tables) -> None:
         things.upsert(THINGS, new)
     assert changes(things, before) == []
     assert version(things) == before
-    assert things.spark.sql(f"DESCRIBE HISTORY delta.`{things.name_of(THINGS)}`").head()["version"] == before + 11
+    assert (
+        things.spark.sql(f"DESCRIBE HISTORY delta.`{things.name_of(THINGS)}`").head()["version"]
+        == before + 11
+    )
 
 
 def test_upsert_sees_a_change_inside_a_map_and_from_null(things: Tables) -> None:
     before = version(things)
-    things.upsert(THINGS, rows(things, ("a", 1.0, {"x": "1", "y": "3"}, MONDAY), ("b", 2.0, {}, MONDAY)))
+    things.upsert(
+        THINGS, rows(things, ("a", 1.0, {"x": "1", "y": "3"}, MONDAY), ("b", 2.0, {}, MONDAY))
+    )
     assert {item for item, _ in changes(things, before)} == {"a", "b"}
 
 
@@ -144,7 +171,9 @@ def test_read_as_of_pending_and_a_table_that_is_not_there(tables: Tables) -> Non
 
 def test_prepare_refuses_a_table_of_another_schema(spark: SparkSession, tables: Tables) -> None:
     place = Path(tables.location)
-    spark.sql("SELECT 'a' AS item_id, '1' AS price").write.format("delta").save(str(place / "items"))
+    spark.sql("SELECT 'a' AS item_id, '1' AS price").write.format("delta").save(
+        str(place / "items")
+    )
     before = sorted(place.rglob("*"))
     with pytest.raises(RunError, match="price is string, expected double") as refused:
         tables.prepare()
@@ -158,7 +187,9 @@ def test_prepare_leaves_no_trace(tables: Tables) -> None:
     assert not Path(tables.location).exists()
 
 
-def test_prepare_refuses_a_table_of_another_layout(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_refuses_a_table_of_another_layout(
+    things: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vlm4rec_spark.storage.tables.TABLES", {"things": THINGS})
     place = f"delta.`{things.name_of(THINGS)}`"
     things.prepare()
@@ -175,7 +206,9 @@ def test_prepare_refuses_a_table_of_another_layout(things: Tables, monkeypatch: 
     things.prepare()
 
 
-def test_a_write_that_another_writer_overtakes_is_done_again(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_another_writer_overtakes_is_done_again(
+    things: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
@@ -195,14 +228,18 @@ def test_a_write_that_another_writer_overtakes_is_done_again(things: Tables, mon
     assert content(things) == {"a": (5.0, None, TUESDAY), "b": (7.0, None, MONDAY)}
 
 
-def test_a_writer_that_never_lets_anybody_pass_is_named(things: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_never_lets_anybody_pass_is_named(
+    things: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
     def overtaken() -> None:
         raise CONFLICTS[0]("another was quicker")
 
-    with pytest.raises(RunError, match=r"keeps writing to .*things at the same time \(ConcurrentAppendException\)"):
+    with pytest.raises(
+        RunError, match=r"keeps writing to .*things at the same time \(ConcurrentAppendException\)"
+    ):
         things._commit(THINGS, overtaken)
     assert waited == sorted(waited)
     assert len(waited) == 5
@@ -220,14 +257,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small disk can be mounted by root only")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_and_what_was_there_stays(spark: SparkSession, small_disk: Path) -> None:
+def test_a_full_disk_is_said_and_what_was_there_stays(
+    spark: SparkSession, small_disk: Path
+) -> None:
     tables = Tables(spark, str(small_disk / "tables"))
     tables.insert(THINGS, rows(tables, ("a", 1.0, None, MONDAY)))
     huge = rows(tables, ("b", 2.0, {"x": secrets.token_hex(2_000_000)}, MONDAY))
@@ -251,7 +292,9 @@ def named(spark: SparkSession) -> Iterator[Tables]:
 
 def test_tables_named_by_catalog_and_schema(named: Tables) -> None:
     named.prepare()
-    assert named.insert(THINGS, rows(named, ("a", 1.0, None, MONDAY), ("b", 2.0, None, MONDAY))) == 2
+    assert (
+        named.insert(THINGS, rows(named, ("a", 1.0, None, MONDAY), ("b", 2.0, None, MONDAY))) == 2
+    )
     assert named.insert(THINGS, rows(named, ("a", 1.0, None, MONDAY))) == 0
     named.upsert(THINGS, named.staged(THINGS, rows(named, ("b", 2.5, None, MONDAY))))
     named.unstage(THINGS)

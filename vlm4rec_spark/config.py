@@ -84,7 +84,9 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
-            raise UsageError(f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20.")
+            raise UsageError(
+                f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20."
+            )
         path = tuple(key.strip().split(".", _LEVELS))
         # The keys above too: a value may stand where a section was, and the other way round.
         places |= {path[:n]: f"--set {assignment}" for n in range(1, len(path) + 1)}
@@ -92,7 +94,9 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as wrong:
-        raise UsageError("\n".join(_on_one_line(_explain(error, places)) for error in wrong.errors())) from None
+        raise UsageError(
+            "\n".join(_on_one_line(_explain(error, places)) for error in wrong.errors())
+        ) from None
 
 
 def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
@@ -105,15 +109,21 @@ def _read(file: Path, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
         raise UsageError(f"--config {file}: there is no such file, here or in {CONF}.") from None
     # Not only YAMLError: PyYAML lets through what its constructors raise, as for 2025-02-30 or !!bool x.
     except Exception as broken:
-        raise UsageError(f"--config {file} can't be read: {' '.join(str(broken).split())}") from None
+        raise UsageError(
+            f"--config {file} can't be read: {' '.join(str(broken).split())}"
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"--config {file}: expected keys and values at the top, found a {type(content).__name__}.")
+        raise UsageError(
+            f"--config {file}: expected keys and values at the top, found a {type(content).__name__}."
+        )
     return content
 
 
-def _note_places(node: Any, path: tuple[str, ...], file: Path, places: dict[tuple[str, ...], str]) -> None:
+def _note_places(
+    node: Any, path: tuple[str, ...], file: Path, places: dict[tuple[str, ...], str]
+) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             places[*path, str(key.value)] = f"{file}, line {key.start_mark.line + 1}"
@@ -135,7 +145,9 @@ def _value(assignment: str, text: str) -> Any:
     except yaml.YAMLError:
         raise UsageError(f"--set {assignment!r}: the value isn't YAML.") from None
     except Exception as wrong:
-        raise UsageError(f"--set {assignment!r}: the value can't be read: {' '.join(str(wrong).split())}") from None
+        raise UsageError(
+            f"--set {assignment!r}: the value can't be read: {' '.join(str(wrong).split())}"
+        ) from None
 
 
 def _assign(into: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

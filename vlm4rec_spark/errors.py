@@ -37,5 +37,11 @@ def first_words(error: BaseException) -> str:
     inner = [line for line in lines if line.startswith(("vlm4rec_spark.errors.", "vlm4rec_spark."))]
     # Py4J begins with the name of what was called, and says on the next line what happened.
     called = len(lines) > 1 and lines[0].startswith("An error occurred while calling")
-    said = inner[-1].split(": ", 1)[-1] if inner else lines[called].lstrip(": ") if lines else "no message"
+    said = (
+        inner[-1].split(": ", 1)[-1]
+        if inner
+        else lines[called].lstrip(": ")
+        if lines
+        else "no message"
+    )
     return f"{type(error).__name__}: {said[:600]}"

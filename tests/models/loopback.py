@@ -50,7 +50,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, dialect: str):
         super().__init__(("127.0.0.1", 0), Handler)
         self.dialect, self.seen, self.released = dialect, list[Seen](), threading.Event()
-        self.script: Callable[[int, Seen], Reply] = lambda number, seen: Reply(said(self.dialect, "A grey thing."))
+        self.script: Callable[[int, Seen], Reply] = lambda number, seen: Reply(
+            said(self.dialect, "A grey thing.")
+        )
         self.lock, self.busy, self.most = threading.Lock(), 0, 0
 
     @property
@@ -70,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            seen = Seen(time.monotonic(), self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+            seen = Seen(
+                time.monotonic(), self.path, {k.lower(): v for k, v in self.headers.items()}, body
+            )
             server.seen.append(seen)
             number, server.busy = len(server.seen) - 1, server.busy + 1
             server.most = max(server.most, server.busy)
@@ -83,7 +87,10 @@ class Handler(BaseHTTPRequestHandler):
                 server.busy -= 1
         data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         self.send_response(reply.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | reply.headers
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+        } | reply.headers
         for name, value in headers.items():
             self.send_header(name, value)
         if reply.cut is not None:
@@ -100,15 +107,29 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def said(dialect: str, content: Any, end: str | None = None, tokens: tuple[int, int] = (100, 20), **more: Any) -> Any:
+def said(
+    dialect: str,
+    content: Any,
+    end: str | None = None,
+    tokens: tuple[int, int] = (100, 20),
+    **more: Any,
+) -> Any:
     """A reply of the dialect with this content: a text, or whatever stands in its place."""
     if dialect == "openai":
         usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
         message = {"role": "assistant", "content": content} | more
-        return {"choices": [{"index": 0, "message": message, "finish_reason": end or "stop"}], "usage": usage}
+        return {
+            "choices": [{"index": 0, "message": message, "finish_reason": end or "stop"}],
+            "usage": usage,
+        }
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     usage = {"input_tokens": tokens[0], "output_tokens": tokens[1]}
-    return {"type": "message", "content": blocks, "stop_reason": end or "end_turn", "usage": usage} | more
+    return {
+        "type": "message",
+        "content": blocks,
+        "stop_reason": end or "end_turn",
+        "usage": usage,
+    } | more
 
 
 @contextmanager

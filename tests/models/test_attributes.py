@@ -25,8 +25,11 @@ def test_an_object_is_taken_whatever_stands_around_it(answer: str) -> None:
     found = parse(answer)
     assert found == Attributes(kind="ankle boot", colour="black", material="leather", use="walking")
     assert list(found.known.items()) == [
-        ("kind", "ankle boot"), ("colour", "black"), ("material", "leather"), ("use", "walking"),
-    ]  # fmt: skip
+        ("kind", "ankle boot"),
+        ("colour", "black"),
+        ("material", "leather"),
+        ("use", "walking"),
+    ]
     assert found.text == "ankle boot, black, leather, walking."
 
 
@@ -41,11 +44,17 @@ def test_a_value_is_a_phrase() -> None:
     [
         ("", "no JSON object: "),
         ("A red shoe.", "no JSON object: A red shoe."),
-        ('{"kind": "shoe", "colour": "dark', 'the JSON ends early (see caption.model.max_new_tokens): {"kind": "sh'),
+        (
+            '{"kind": "shoe", "colour": "dark',
+            'the JSON ends early (see caption.model.max_new_tokens): {"kind": "sh',
+        ),
         ("{kind: shoe}", "Invalid JSON: key must be a string"),
         ('{"colour": "red"}', "kind: Field required: "),
         ('{"kind": "unknown"}', "kind: it is empty: "),
-        ('{"kind": "shoe", "colour": {"r": 1}}', "colour: Value error, a text, or a list of texts, was asked for: "),
+        (
+            '{"kind": "shoe", "colour": {"r": 1}}',
+            "colour: Value error, a text, or a list of texts, was asked for: ",
+        ),
         ('{"kind": 3}', "kind: Value error, a text"),
         ("{} and {}", "Invalid JSON: trailing characters"),
         ('{"kind":' * 5_000 + "}" * 5_000, "Invalid JSON: recursion limit exceeded"),
@@ -59,7 +68,11 @@ def test_what_is_no_such_object_is_refused_and_says_why(answer: str, why: str) -
 
 
 def test_the_prompts_words_and_the_schema_name_the_same_attributes() -> None:
-    assert list(attributes.SCHEMA["properties"]) == attributes.SCHEMA["required"] == list(Attributes.model_fields)
+    assert (
+        list(attributes.SCHEMA["properties"])
+        == attributes.SCHEMA["required"]
+        == list(Attributes.model_fields)
+    )
     assert attributes.NAMED.startswith('"kind" (what it is), "colour" (its main colours), ')
     full = dict.fromkeys(Attributes.model_fields, "x")
     assert Attributes(**full).text == "x, x, x, x, x, x, x."
@@ -67,11 +80,21 @@ def test_the_prompts_words_and_the_schema_name_the_same_attributes() -> None:
 
 def test_an_answer_in_json_is_judged_by_its_text_and_another_by_what_it_is() -> None:
     known = {"kind": "ankle boot", "colour": "black", "material": "leather", "use": "walking"}
-    assert caption_checks.structured(BOOT, "Say it.") == ("ankle boot, black, leather, walking.", known, None)
+    assert caption_checks.structured(BOOT, "Say it.") == (
+        "ankle boot, black, leather, walking.",
+        known,
+        None,
+    )
     answers = {
-        '{"kind": "boot"}': "too_short", "I'm sorry, I can't help with that.": "refusal", "": "empty_caption",
-        "Say it in JSON, please.": "echo", '{"kind": ': "too_short",
+        '{"kind": "boot"}': "too_short",
+        "I'm sorry, I can't help with that.": "refusal",
+        "": "empty_caption",
+        "Say it in JSON, please.": "echo",
+        '{"kind": ': "too_short",
         "A pair of boots of black leather": "bad_attributes",
-    }  # fmt: skip
-    faults = {answer: caption_checks.structured(answer, "Say it in JSON, please.")[2] for answer in answers}
+    }
+    faults = {
+        answer: caption_checks.structured(answer, "Say it in JSON, please.")[2]
+        for answer in answers
+    }
     assert {answer: fault and fault[0] for answer, fault in faults.items()} == answers

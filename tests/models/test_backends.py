@@ -46,7 +46,9 @@ from vlm4rec_spark.training.network import build
 FRESH_SEED = 3_000_000
 """Neither the training, nor its held-out renderings, nor the shop come near these seeds."""
 PROMPT = load_prompt("describe.1").text
-RED, GREEN, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200)))
+RED, GREEN, BLUE = (
+    Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+)
 BLANK = Image.new("RGB", (SIZE, SIZE), (160, 160, 160))
 
 
@@ -74,16 +76,23 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "untrained"
     torch.manual_seed(0)
     tower = transformers.CLIPVisionConfig(
-        hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6, image_size=128,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        image_size=128,
         patch_size=16,
-    )  # fmt: skip
+    )
     model, processor = build([*PROMPTS, *NONSENSE], tower, ASKING)
     _nonsense(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     # As published models name them, and as vLLM reads them; newer transformers read both and write the shorter name.
     weights = load_file(folder / "model.safetensors")
-    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in weights.items()}
+    renamed = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): each
+        for name, each in weights.items()
+    }
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -110,27 +119,54 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<|im_end|>", unk_token="<unk>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
         additional_special_tokens=[ends[1], *seen],
-    )  # fmt: skip
+    )
     processor = transformers.Qwen2_5_VLProcessor(
-        transformers.Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=112 * 112),
-        tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE,
-    )  # fmt: skip
+        transformers.Qwen2VLImageProcessor(
+            patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=112 * 112
+        ),
+        tokenizer,
+        transformers.Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )
     config = transformers.Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(vocabulary), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "vocab_size": len(vocabulary),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
             # Heads of 32 are the smallest that vLLM has kernels for on a CPU.
-            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0},
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [4, 6, 6],
+                "rope_theta": 10_000.0,
+            },
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
         },
         vision_config={
-            "depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 64,
-            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1],
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "intermediate_size": 64,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
         },
-        image_token_id=4, video_token_id=5, vision_start_token_id=6, vision_end_token_id=7,
-    )  # fmt: skip
+        image_token_id=4,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
     torch.manual_seed(0)
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.repetition_penalty = 1.3  # the published models have one too
@@ -141,15 +177,23 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def requests(photos: Sequence[Image.Image], prompts: Sequence[str]) -> list[Request]:
-    return [Request(str(n), photo, prompt) for n, (photo, prompt) in enumerate(zip(photos, prompts, strict=True))]
+    return [
+        Request(str(n), photo, prompt)
+        for n, (photo, prompt) in enumerate(zip(photos, prompts, strict=True))
+    ]
 
 
-def captions(captioner: Captioner, photos: Sequence[Image.Image], batch: int, prompt: str = PROMPT) -> list[str]:
+def captions(
+    captioner: Captioner, photos: Sequence[Image.Image], batch: int, prompt: str = PROMPT
+) -> list[str]:
     """One after another in batches of this size, whatever size the captioner was made for."""
     found: list[str] = []
     for start in range(0, len(photos), batch):
         part = photos[start : start + batch]
-        found += [answer.text or "" for answer in answers(captioner, requests(part, [prompt] * len(part))).values()]
+        found += [
+            answer.text or ""
+            for answer in answers(captioner, requests(part, [prompt] * len(part))).values()
+        ]
     return found
 
 
@@ -166,7 +210,10 @@ PHOTOS = [
     Image.fromarray(np.random.default_rng(n).integers(0, 256 - 40 * n, (*size, 3), np.uint8))
     for n, size in enumerate(SIZES)
 ]
-PROMPTS = ["Describe it.", "A thing of red wool made for long walks and cold days, or of blue cotton?"] * 3
+PROMPTS = [
+    "Describe it.",
+    "A thing of red wool made for long walks and cold days, or of blue cotton?",
+] * 3
 
 Load = Callable[[int], Captioner]
 NO_VLLM = "vLLM isn't installed: it needs an environment of its own (constraints-vllm.txt)"
@@ -181,7 +228,13 @@ def _describe(number: int, seen: Seen) -> Reply:
     photo = Image.open(io.BytesIO(base64.b64decode(seen.jpeg.rpartition(",")[2])))
     prompt = seen.parts[1]["text"]
     text = f"A thing of {photo.size}, {photo.resize((1, 1)).getpixel((0, 0))}, {prompt[:8]}"
-    return Reply(said("openai" if "image_url" in seen.parts[0] else "anthropic", text, tokens=(len(prompt.split()), 8)))
+    return Reply(
+        said(
+            "openai" if "image_url" in seen.parts[0] else "anthropic",
+            text,
+            tokens=(len(prompt.split()), 8),
+        )
+    )
 
 
 @contextmanager
@@ -193,7 +246,9 @@ def endpoint(dialect: str) -> Iterator[Load]:
         server.script = _describe
         asked = {"dialect": dialect, "url": server.url}
         yield lambda batch_size: load_captioner(
-            ModelSettings.model_validate({"backend": "endpoint", "endpoint": asked | {"concurrency": batch_size}})
+            ModelSettings.model_validate(
+                {"backend": "endpoint", "endpoint": asked | {"concurrency": batch_size}}
+            )
         )
 
 
@@ -201,17 +256,27 @@ def endpoint(dialect: str) -> Iterator[Load]:
 def vllm(folder: Path) -> Iterator[Load]:
     """It has no batches, and takes a minute to load."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; on a CPU it takes half of the machine's otherwise
-        captioner = load_captioner(ModelSettings(backend="vllm", model=str(folder), max_new_tokens=8))
+        environment.setenv(
+            "VLLM_CPU_KVCACHE_SPACE", "1"
+        )  # GB; on a CPU it takes half of the machine's otherwise
+        captioner = load_captioner(
+            ModelSettings(backend="vllm", model=str(folder), max_new_tokens=8)
+        )
     assert isinstance(captioner, VllmCaptioner)
     yield lambda batch_size: captioner
     captioner.close()
 
 
 BACKENDS = [
-    "fake", "llava", "qwen", "compiled qwen", "endpoint openai", "endpoint anthropic",
-    pytest.param("vllm llava", marks=VLLM), pytest.param("vllm qwen", marks=VLLM),
-]  # fmt: skip
+    "fake",
+    "llava",
+    "qwen",
+    "compiled qwen",
+    "endpoint openai",
+    "endpoint anthropic",
+    pytest.param("vllm llava", marks=VLLM),
+    pytest.param("vllm qwen", marks=VLLM),
+]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -260,7 +325,9 @@ def test_each_request_has_one_answer_and_its_work_is_announced(load: Load) -> No
 
 
 def test_tokens_are_counted_and_answers_stop_at_the_bound(load: Load) -> None:
-    short, long = answers(load(2), requests([PHOTOS[0]] * 2, ["Say.", "Say it all once more."])).values()
+    short, long = answers(
+        load(2), requests([PHOTOS[0]] * 2, ["Say.", "Say it all once more."])
+    ).values()
     assert long.input_tokens - short.input_tokens == 4  # padding isn't counted
     assert 1 <= short.output_tokens <= 10
     assert short.text == " ".join((short.text or "").split())
@@ -268,7 +335,10 @@ def test_tokens_are_counted_and_answers_stop_at_the_bound(load: Load) -> None:
 
 @pytest.mark.parametrize(
     ("load", "model"),
-    [pytest.param("vllm llava", "llava", marks=VLLM), pytest.param("vllm qwen", "qwen", marks=VLLM)],
+    [
+        pytest.param("vllm llava", "llava", marks=VLLM),
+        pytest.param("vllm qwen", "qwen", marks=VLLM),
+    ],
     indirect=["load"],
 )
 def test_vllm_says_what_transformers_says_and_refuses_what_is_too_long(
@@ -284,9 +354,13 @@ def test_vllm_says_what_transformers_says_and_refuses_what_is_too_long(
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason=NO_VLLM)
-def test_vllms_engine_ends_when_the_process_before_it_is_killed(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_engine_ends_when_the_process_before_it_is_killed(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    supervisor = Supervisor(ModelSettings(backend="vllm", model=str(llava), max_new_tokens=8), 16, 600)
+    supervisor = Supervisor(
+        ModelSettings(backend="vllm", model=str(llava), max_new_tokens=8), 16, 600
+    )
     jpeg = io.BytesIO()
     PHOTOS[0].save(jpeg, "JPEG")
     (result,) = supervisor.caption([Photo("one", jpeg.getvalue(), PROMPTS[0])])
@@ -300,13 +374,17 @@ def test_vllms_engine_ends_when_the_process_before_it_is_killed(llava: Path, mon
 
 
 def test_vllm_is_refused_the_packaged_model() -> None:
-    with pytest.raises(ValueError, match="vLLM doesn't read the packaged model's weights: name another model"):
+    with pytest.raises(
+        ValueError, match="vLLM doesn't read the packaged model's weights: name another model"
+    ):
         ModelSettings(backend="vllm")
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("vllm")), reason="vLLM is installed")
 def test_without_vllm_its_backend_says_how_to_install_it(llava: Path) -> None:
-    with pytest.raises(UsageError, match=r"No module named 'vllm'.*pip install .*vllm.* -c constraints-vllm\.txt"):
+    with pytest.raises(
+        UsageError, match=r"No module named 'vllm'.*pip install .*vllm.* -c constraints-vllm\.txt"
+    ):
         load_captioner(ModelSettings(backend="vllm", model=str(llava)))
 
 
@@ -359,8 +437,12 @@ def test_what_a_batch_fails_on_is_found_one_by_one_and_costs_no_other() -> None:
     captioner = Sized(4, bad=11)
     found = answers(captioner, wide(11, 10, 10, 10, 10))
     assert {key: answer.error_class for key, answer in found.items()} == {
-        "0": "ValueError", "1": None, "2": None, "3": None, "4": None,
-    }  # fmt: skip
+        "0": "ValueError",
+        "1": None,
+        "2": None,
+        "3": None,
+        "4": None,
+    }
     assert found["0"].error == "a width that it can't take"
     assert [len(batch) for batch in captioner.batches] == [4, 1, 1, 1, 1, 1]
 
@@ -377,30 +459,49 @@ def faked(faults: str, photos: Sequence[Image.Image], prompt: str = "Say it.") -
 
 
 def test_the_fake_says_the_mean_colour() -> None:
-    assert list(answers(fake("demo"), requests([RED, BLUE], ["Say it.", "And this one?"])).values()) == [
+    assert list(
+        answers(fake("demo"), requests([RED, BLUE], ["Say it.", "And this one?"])).values()
+    ) == [
         Answer("0", "A thing of red 6, green 0 and blue 0.", 2, 10),
         Answer("1", "A thing of red 0, green 0 and blue 6.", 3, 10),
     ]
 
 
 def test_the_fake_says_it_in_json_where_that_is_asked_for() -> None:
-    captioner = load_captioner(ModelSettings(backend="fake", model="empty:blue"), json_schema=SCHEMA)
-    asked = [answer.text or "" for answer in answers(captioner, requests([RED, BLUE], ["Say it."] * 2)).values()]
-    assert parse_attributes(asked[0]).known == {"kind": "thing", "colour": "red 6, green 0 and blue 0"}
+    captioner = load_captioner(
+        ModelSettings(backend="fake", model="empty:blue"), json_schema=SCHEMA
+    )
+    asked = [
+        answer.text or ""
+        for answer in answers(captioner, requests([RED, BLUE], ["Say it."] * 2)).values()
+    ]
+    assert parse_attributes(asked[0]).known == {
+        "kind": "thing",
+        "colour": "red 6, green 0 and blue 0",
+    }
     assert asked[1] == ""
 
 
 def test_the_fake_fails_on_request_and_only_then() -> None:
     failed, fine = faked("raise", [RED, GREEN])
     assert (failed.text, failed.error_class, failed.error) == (
-        None, "RuntimeError", "the fake was asked to fail on this photo",
-    )  # fmt: skip
+        None,
+        "RuntimeError",
+        "the fake was asked to fail on this photo",
+    )
     assert fine.text == "A thing of red 0, green 6 and blue 0."
-    assert [answer.error_class for answer in faked("raise:green", [RED, GREEN])] == [None, "RuntimeError"]
+    assert [answer.error_class for answer in faked("raise:green", [RED, GREEN])] == [
+        None,
+        "RuntimeError",
+    ]
     assert faked("raise", [GREEN, BLUE]) == faked("demo", [GREEN, BLUE])
-    assert captions(fake("raise+empty"), [GREEN, BLUE], 2) == ["A thing of red 0, green 6 and blue 0.", ""]
+    assert captions(fake("raise+empty"), [GREEN, BLUE], 2) == [
+        "A thing of red 0, green 6 and blue 0.",
+        "",
+    ]
     asked = [
-        answer.text or "" for answer in faked("echo:green+refuse:blue+loop:red", [GREEN, BLUE, RED], "Say it now.")
+        answer.text or ""
+        for answer in faked("echo:green+refuse:blue+loop:red", [GREEN, BLUE, RED], "Say it now.")
     ]
     assert [text[:12] for text in asked] == ["Say it now.", "I'm sorry, I", "A thing of r"]
     assert len(asked[2]) == 9 * len("A thing of red 6, green 0 and blue 0.")
@@ -440,7 +541,10 @@ def test_the_id_changes_with_the_weights_and_the_template_and_not_with_the_card_
 
 
 def test_the_id_does_not_depend_on_what_runs_the_model(llava: Path) -> None:
-    assert ModelSettings(backend="vllm", model=str(llava)).model_id() == ModelSettings(model=str(llava)).model_id()
+    assert (
+        ModelSettings(backend="vllm", model=str(llava)).model_id()
+        == ModelSettings(model=str(llava)).model_id()
+    )
 
 
 def test_a_folder_that_is_not_there_names_the_key_and_the_remedy(tmp_path: Path) -> None:
@@ -453,7 +557,9 @@ def test_a_folder_that_is_not_there_names_the_key_and_the_remedy(tmp_path: Path)
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
-    with pytest.raises(UsageError, match=r"^caption\.model\.model: the folder .* holds no \.safetensors file\."):
+    with pytest.raises(
+        UsageError, match=r"^caption\.model\.model: the folder .* holds no \.safetensors file\."
+    ):
         ModelSettings(model=str(tmp_path)).model_id()
 
 
@@ -474,7 +580,9 @@ def test_pickled_weights_beside_others_are_not_loaded(llava: Path, tmp_path: Pat
 
 
 def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card() -> None:
-    assert 0 < sum(file.stat().st_size for file in PACKAGED_MODEL.glob("*.safetensors")) <= 25_000_000
+    assert (
+        0 < sum(file.stat().st_size for file in PACKAGED_MODEL.glob("*.safetensors")) <= 25_000_000
+    )
     words = set((PACKAGED_MODEL / "README.md").read_text().lower().split())
     assert {"kind", "colour", "pattern", "material", "audience", "seed", "licence"} <= words
 
@@ -483,7 +591,9 @@ def test_captions_come_from_the_photos() -> None:
     truth, _ = fresh()
     found = [parse(text) for text in described()]
     for name in ATTRIBUTES:
-        right = np.mean([seen.get(name) == true[name] for seen, true in zip(found, truth, strict=True)])
+        right = np.mean(
+            [seen.get(name) == true[name] for seen, true in zip(found, truth, strict=True)]
+        )
         assert right >= 0.95, f"{name}: {right:.2f}"
 
 
@@ -491,7 +601,10 @@ def test_a_blank_photo_tells_the_model_nothing() -> None:
     truth, _ = fresh()
     blank = parse(captions(packaged(), [BLANK], 1)[0])
     # Chance is .125, .125, .2 and .25.
-    right = [[blank.get(name) == true[name] for true in truth] for name in ("kind", "colour", "pattern", "material")]
+    right = [
+        [blank.get(name) == true[name] for true in truth]
+        for name in ("kind", "colour", "pattern", "material")
+    ]
     assert np.mean(right) < 0.35
 
 
@@ -503,5 +616,8 @@ def test_a_caption_does_not_depend_on_its_batch() -> None:
 
 def test_no_prompt_leads_the_packaged_model_astray() -> None:
     photos = fresh()[1][:16]
-    assert captions(packaged(), photos, 16, "Is this a red striped cotton shirt in a sporty style?") == described()[:16]
+    assert (
+        captions(packaged(), photos, 16, "Is this a red striped cotton shirt in a sporty style?")
+        == described()[:16]
+    )
     assert captions(packaged(), photos, 16, "Say <image> or nothing. " * 40) == described()[:16]

@@ -29,15 +29,23 @@ def test_a_description_passes(caption: str) -> None:
 @pytest.mark.parametrize(
     ("caption", "error_class"),
     [
-        ("", "empty_caption"), (" \n", "empty_caption"), ("...", "empty_caption"),
-        ("Shirt.", "too_short"), ("Red shirt", "too_short"),
-        ("I'm sorry, but I can't help with that.", "refusal"), ("I\u2019m sorry, no.", "refusal"),
-        ("As an AI, I do not see photos.", "refusal"), ("Unfortunately, I am unable to view it.", "refusal"),
-        (PROMPT, "echo"), ("Describe the product in this photo for somebody.", "echo"),
-        ("a red shirt " * 12, "repetition"), ("shirt " * 20, "repetition"), ("椅子" * 20, "repetition"),
+        ("", "empty_caption"),
+        (" \n", "empty_caption"),
+        ("...", "empty_caption"),
+        ("Shirt.", "too_short"),
+        ("Red shirt", "too_short"),
+        ("I'm sorry, but I can't help with that.", "refusal"),
+        ("I\u2019m sorry, no.", "refusal"),
+        ("As an AI, I do not see photos.", "refusal"),
+        ("Unfortunately, I am unable to view it.", "refusal"),
+        (PROMPT, "echo"),
+        ("Describe the product in this photo for somebody.", "echo"),
+        ("a red shirt " * 12, "repetition"),
+        ("shirt " * 20, "repetition"),
+        ("椅子" * 20, "repetition"),
         ("A blue bag with a strap. " * 6, "repetition"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_description_is_rejected_with_a_reason(caption: str, error_class: str) -> None:
     found = fault(caption, PROMPT)
     assert found is not None

@@ -42,30 +42,49 @@ def catalogue() -> tuple[list[str], list[dict[str, str | None]]]:
     colours = [COLOURS[n % 4] for n in range(40)]
     seen = ["red" if n % 4 == 3 and n >= 8 else colour for n, colour in enumerate(colours)]
     rows: list[dict[str, str | None]] = [
-        {"colour": colour.upper(), "code": f"K{n}", "kind": "mug", "season": None, "size": "9 cm" if n % 2 else "8 cm"}
+        {
+            "colour": colour.upper(),
+            "code": f"K{n}",
+            "kind": "mug",
+            "season": None,
+            "size": "9 cm" if n % 2 else "8 cm",
+        }
         for n, colour in enumerate(colours)
     ]
-    return [f"A {colour} mug, {number} of {seen.count(colour)}." for number, colour in enumerate(seen)], rows
+    return [
+        f"A {colour} mug, {number} of {seen.count(colour)}." for number, colour in enumerate(seen)
+    ], rows
 
 
 def test_agreement_is_the_share_whose_caption_names_the_catalogues_value() -> None:
     figures, misses = caption_metrics.agreement(*catalogue(), seed=0)
     # One kind, as many codes as items and sizes that no caption names: nothing can be said of them.
-    assert [figure.metric for figure in figures] == ["agreement/colour", "agreement_shuffled/colour"]
+    assert [figure.metric for figure in figures] == [
+        "agreement/colour",
+        "agreement_shuffled/colour",
+    ]
     # The navy blue ones aren't blue ones: the longest phrase counts.
     assert (figures[0].value, figures[0].items) == (pytest.approx(32 / 40), 40)
     assert figures[0].low < figures[0].value < figures[0].high  # type: ignore[operator]
     assert misses == [Miss(place, "colour", "green") for place in range(11, 40, 4)]
 
 
-def test_shuffled_captions_agree_as_chance_would_have_it_and_so_do_captions_that_name_everything() -> None:
+def test_shuffled_captions_agree_as_chance_would_have_it_and_so_do_captions_that_name_everything() -> (
+    None
+):
     rows = [{"colour": COLOURS[n % 4]} for n in range(400)]
     right = [f"A {row['colour']} mug." for row in rows]
     found, _ = caption_metrics.agreement(right, rows, seed=0)
     assert value(found, "agreement/colour") == 1
     assert value(found, "agreement_shuffled/colour") == pytest.approx(0.25, abs=0.06)
-    found, misses = caption_metrics.agreement(["It may be red, green, blue or navy blue."] * 400, rows, seed=0)
-    assert (value(found, "agreement/colour"), value(found, "agreement_shuffled/colour"), misses) == (1, 1, [])
+    found, misses = caption_metrics.agreement(
+        ["It may be red, green, blue or navy blue."] * 400, rows, seed=0
+    )
+    assert (
+        value(found, "agreement/colour"),
+        value(found, "agreement_shuffled/colour"),
+        misses,
+    ) == (1, 1, [])
 
 
 def test_an_attribute_of_few_items_gives_no_number() -> None:
@@ -76,14 +95,27 @@ def test_an_attribute_of_few_items_gives_no_number() -> None:
 
 
 def test_misses_are_spread_over_attributes_and_items() -> None:
-    found = [Miss(0, "a", "x"), Miss(1, "a", "x"), Miss(2, "a", "x"), Miss(0, "b", "y"), Miss(3, "b", "y")]
-    assert caption_metrics.spread(found, 3) == [Miss(0, "a", "x"), Miss(1, "a", "x"), Miss(3, "b", "y")]
+    found = [
+        Miss(0, "a", "x"),
+        Miss(1, "a", "x"),
+        Miss(2, "a", "x"),
+        Miss(0, "b", "y"),
+        Miss(3, "b", "y"),
+    ]
+    assert caption_metrics.spread(found, 3) == [
+        Miss(0, "a", "x"),
+        Miss(1, "a", "x"),
+        Miss(3, "b", "y"),
+    ]
 
 
 def test_drift_counts_texts_that_have_changed() -> None:
     before, now = ["A red mug."] * 40, ["A red mug."] * 30 + ["A crimson mug."] * 10
     found = caption_metrics.drift(before, now, np.array([1.0] * 30 + [0.6] * 10), seed=0)
-    assert (value(found, "drift_changed"), value(found, "drift_cosine")) == (0.25, pytest.approx(0.9))
+    assert (value(found, "drift_changed"), value(found, "drift_cosine")) == (
+        0.25,
+        pytest.approx(0.9),
+    )
     assert caption_metrics.drift([], [], np.zeros(0), 0) == []
     assert value(caption_metrics.drift(before[:5], now[:5], np.ones(5), 0), "drift_changed") is None
 
@@ -101,23 +133,35 @@ def test_one_caption_for_all_is_shown_up_by_every_figure() -> None:
     found = caption_metrics.blank(captions, vectors, "A nice thing.", vectors[0], seed=0)
     assert value(found, "blank_equal") == 1
     assert value(found, "blank_cosine") == value(found, "pair_cosine") == pytest.approx(1)
-    found = caption_metrics.retrieval(caption_metrics.ranks(vectors, vectors, np.arange(40)), 40, seed=0)
+    found = caption_metrics.retrieval(
+        caption_metrics.ranks(vectors, vectors, np.arange(40)), 40, seed=0
+    )
     assert value(found, "self_median_rank") == value(found, "self_median_rank_chance") == 20.5
     assert value(found, "self_rank_1") == value(found, "self_rank_10") == 0
 
 
 def test_captions_of_their_own_are_found_first() -> None:
     vectors = np.eye(40, dtype=np.float32)
-    found = caption_metrics.retrieval(caption_metrics.ranks(vectors, vectors, np.arange(40)), 40, seed=0)
-    assert [value(found, name) for name in ("self_rank_1", "self_rank_10", "self_median_rank")] == [1, 1, 1]
+    found = caption_metrics.retrieval(
+        caption_metrics.ranks(vectors, vectors, np.arange(40)), 40, seed=0
+    )
+    assert [value(found, name) for name in ("self_rank_1", "self_rank_10", "self_median_rank")] == [
+        1,
+        1,
+        1,
+    ]
     assert value(found, "self_rank_1_chance") == 1 / 40
     assert value(found, "self_rank_10_chance") == 10 / 40
-    found = caption_metrics.blank([f"Thing {n}." for n in range(40)], vectors, "A grey wall.", np.zeros(40, np.float32), 0)
+    found = caption_metrics.blank(
+        [f"Thing {n}." for n in range(40)], vectors, "A grey wall.", np.zeros(40, np.float32), 0
+    )
     assert [figure.value for figure in found] == [0, 0, 0]
     assert caption_metrics.retrieval(np.zeros(0), 40, seed=0) == []
 
 
-def test_a_photo_taken_again_is_mirrored_without_its_margins_and_one_of_nothing_can_be_shown() -> None:
+def test_a_photo_taken_again_is_mirrored_without_its_margins_and_one_of_nothing_can_be_shown() -> (
+    None
+):
     photo = Image.new("RGB", (200, 100), "white")
     photo.paste("red", (0, 0, 100, 100))
     out = io.BytesIO()

@@ -28,17 +28,23 @@ VALUES = {
     ],
 )
 def test_each_kind_has_its_wording(attributes: dict[str, str], said: str) -> None:
-    assert sentence(attributes | {"colour": "navy blue", "audience": "men", "use": "everyday use"}) == said
+    assert (
+        sentence(attributes | {"colour": "navy blue", "audience": "men", "use": "everyday use"})
+        == said
+    )
 
 
 def test_what_is_not_known_is_not_said() -> None:
     assert sentence({"kind": "dress"}) == "A dress."
     assert sentence({"kind": "dress", "colour": "", "pattern": "  "}) == "A dress."
     assert sentence({"colour": "orange"}) == "This is an orange product."
-    assert sentence({"kind": "dress", "pattern": "striped", "material": "cotton", "style": "rustic"}) == (
-        "A striped cotton dress, in a rustic style."
+    assert sentence(
+        {"kind": "dress", "pattern": "striped", "material": "cotton", "style": "rustic"}
+    ) == ("A striped cotton dress, in a rustic style.")
+    assert (
+        sentence({"kind": "dress", "season": "summer\n and spring"})
+        == "A dress, season summer and spring."
     )
-    assert sentence({"kind": "dress", "season": "summer\n and spring"}) == "A dress, season summer and spring."
 
 
 def test_a_sentence_names_what_it_was_made_of() -> None:
@@ -53,8 +59,14 @@ def test_a_sentence_names_what_it_was_made_of() -> None:
 
 def test_the_longest_phrase_counts_and_its_words_are_used_up() -> None:
     values = {"kind": ["sports shoes", "dress"], "use": ["sports"], "colour": ["blue", "navy blue"]}
-    assert named("Navy blue sports shoes.", values) == {"colour": "navy blue", "kind": "sports shoes"}
-    assert named("Sports shoes for sports, not a dress.", values) == {"kind": "sports shoes", "use": "sports"}
+    assert named("Navy blue sports shoes.", values) == {
+        "colour": "navy blue",
+        "kind": "sports shoes",
+    }
+    assert named("Sports shoes for sports, not a dress.", values) == {
+        "kind": "sports shoes",
+        "use": "sports",
+    }
     # Whole words only, and hyphens belong to them.
     assert named("A bluegreen address of t-shirts", values | {"top": ["shirts"]}) == {}
     assert named("", values) == {}

@@ -83,7 +83,9 @@ def test_a_hundred_megapixels_may_be_declared() -> None:
     assert refusal(png_header(10_000, 10_000))[0] == "truncated"
 
 
-def halves(left: object, right: object, mode: str = "RGB", size: tuple[int, int] = (16, 8)) -> Image.Image:
+def halves(
+    left: object, right: object, mode: str = "RGB", size: tuple[int, int] = (16, 8)
+) -> Image.Image:
     image = Image.new(mode, size, left)  # type: ignore[arg-type]
     image.paste(right, (size[0] // 2, 0, *size))  # type: ignore[arg-type]
     return image
@@ -144,9 +146,15 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
 
 
 def test_sixteen_bits_keep_their_shades() -> None:
-    grey = Image.fromarray(np.repeat(np.array([[0, 128 * 257, 65_535]], np.uint16), 8, axis=0).repeat(8, axis=1))
+    grey = Image.fromarray(
+        np.repeat(np.array([[0, 128 * 257, 65_535]], np.uint16), 8, axis=0).repeat(8, axis=1)
+    )
     image = decode(encoded(grey, "PNG"), 224)
-    assert [image.getpixel((4 + 8 * part, 4)) for part in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+    assert [image.getpixel((4 + 8 * part, 4)) for part in range(3)] == [
+        (0,) * 3,
+        (128,) * 3,
+        (255,) * 3,
+    ]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
@@ -158,7 +166,13 @@ def test_every_mode_ends_as_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "small"), [((400, 200), (100, 50)), ((200, 400), (50, 100)), ((30, 20), (30, 20)), ((5_000, 8), (100, 1))]
+    ("size", "small"),
+    [
+        ((400, 200), (100, 50)),
+        ((200, 400), (50, 100)),
+        ((30, 20), (30, 20)),
+        ((5_000, 8), (100, 1)),
+    ],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_longer_side_is_bounded_and_nothing_is_enlarged(
@@ -182,5 +196,6 @@ def test_heic_takes_its_extra_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert refusal(data.getvalue()[:300])[0] == "truncated"
     monkeypatch.setattr(decode, "_heif", lambda: ())
     assert refusal(data.getvalue()) == (
-        "unsupported", "a HEIC photo, which needs: pip install 'vlm4rec_spark[heic]'",
-    )  # fmt: skip
+        "unsupported",
+        "a HEIC photo, which needs: pip install 'vlm4rec_spark[heic]'",
+    )

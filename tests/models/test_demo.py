@@ -15,7 +15,13 @@ from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, draw, parse, sentence
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
-SHIRT = {"kind": "shirt", "colour": "red", "pattern": "striped", "material": "cotton", "style": "sporty"}
+SHIRT = {
+    "kind": "shirt",
+    "colour": "red",
+    "pattern": "striped",
+    "material": "cotton",
+    "style": "sporty",
+}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -24,7 +30,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_a_sentence_names_every_attribute():
-    assert sentence(SHIRT) == "A red striped cotton shirt in a sporty style, for training and weekends."
+    assert (
+        sentence(SHIRT)
+        == "A red striped cotton shirt in a sporty style, for training and weekends."
+    )
     for name, values in ATTRIBUTES.items():
         for value in values:
             assert parse(sentence(SHIRT | {name: value})) == SHIRT | {name: value}
@@ -52,7 +61,9 @@ def test_the_same_seed_writes_the_same_shop(tmp_path):
 def test_titles_brands_and_categories_say_nothing_about_the_look(tmp_path):
     catalogue.write(tmp_path, items=40, users=12)
     rows = pd.read_csv(tmp_path / "catalogue.csv", dtype=str, keep_default_na=False)
-    assert [parse(" ".join(row)) for row in rows[["title", "brand", "category"]].to_numpy()] == [{}] * len(rows)
+    assert [parse(" ".join(row)) for row in rows[["title", "brand", "category"]].to_numpy()] == [
+        {}
+    ] * len(rows)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +89,12 @@ def test_photos_have_the_dirt_of_real_folders(shop: Path) -> None:
     assert errors == {"truncated": 2, "empty": 1, "html_page": 2}
     odd = (("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGB"), "animated", "rotated")
     assert {kind: kinds[kind] for kind in odd} == {
-        ("JPEG", "CMYK"): 2, ("PNG", "RGBA"): 2, ("WEBP", "RGB"): 1, "animated": 2, "rotated": 2,
-    }  # fmt: skip
+        ("JPEG", "CMYK"): 2,
+        ("PNG", "RGBA"): 2,
+        ("WEBP", "RGB"): 1,
+        "animated": 2,
+        "rotated": 2,
+    }
     assert upright == {(SIZE, SIZE)}
     identical = Counter(sha256(file.read_bytes()).hexdigest() for file in files)
     assert sorted(count for count in identical.values() if count > 1) == [2, 3]
@@ -94,10 +109,19 @@ def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path) -> None:
 
 def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path) -> None:
     rows = pd.read_csv(shop / "catalogue.csv", dtype=str, keep_default_na=False)
-    assert (len(rows), int(rows.duplicated().sum()), int((rows["item_id"] == "").sum())) == (64, 1, 1)
+    assert (len(rows), int(rows.duplicated().sum()), int((rows["item_id"] == "").sum())) == (
+        64,
+        1,
+        1,
+    )
     assert set(rows["item_id"]) > {"SKU-BAD01", "SKU-BAD02"}
-    log = pd.concat(pd.read_csv(file, dtype=str, keep_default_na=False) for file in sorted(shop.glob("events-*.gz")))
-    assert sorted(file.name[7:14] for file in shop.glob("events-*.gz")) == [f"2025-0{month}" for month in range(1, 6)]
+    log = pd.concat(
+        pd.read_csv(file, dtype=str, keep_default_na=False)
+        for file in sorted(shop.glob("events-*.gz"))
+    )
+    assert sorted(file.name[7:14] for file in shop.glob("events-*.gz")) == [
+        f"2025-0{month}" for month in range(1, 6)
+    ]
     assert set(log["event_type"]) == {"view", "cart", "purchase", "scroll"}
     missing = {name: int((log[name] == "").sum()) for name in ("user_id", "item_id")}
     assert missing == {"user_id": 12, "item_id": 12}

@@ -104,7 +104,10 @@ def says(status: int, body: bytes = b"", /, length: int | None = None, **headers
 
     def respond(handler: Handler) -> None:
         handler.send_response_only(status)
-        for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
+        for name, value in {
+            "Content-Length": str(len(body) if length is None else length),
+            **headers,
+        }.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
         handler.wfile.write(body)
@@ -153,7 +156,9 @@ def refusal(url: str, limits: HttpSettings = ONCE) -> str:
 
 
 def test_the_bytes_and_the_times_arrive(server: Server) -> None:
-    server.routes["/a%20b/%C3%BC.jpg"] = says(200, b"photo", Last_Modified=NOON_TEXT, Date=NOON_TEXT)
+    server.routes["/a%20b/%C3%BC.jpg"] = says(
+        200, b"photo", Last_Modified=NOON_TEXT, Date=NOON_TEXT
+    )
     assert fetch(f" {server.url}/a b/ü.jpg?w=1&x=a%2Fb ", ONCE) == Download(b"photo", NOON, NOON)
     ((path, headers),) = server.asked
     assert path == "/a%20b/%C3%BC.jpg?w=1&x=a%2Fb"
@@ -191,7 +196,9 @@ def test_what_may_pass_is_tried_again_after_growing_pauses(server: Server) -> No
     server.routes["/a"] = [says(500), lambda handler: None, says(200, b"photo")]
     answer = fetch(f"{server.url}/a", HttpSettings(private_addresses=True))
     assert answer is not None and answer.image == b"photo"
-    first, second = (after - before for before, after in zip(server.times, server.times[1:], strict=False))
+    first, second = (
+        after - before for before, after in zip(server.times, server.times[1:], strict=False)
+    )
     assert 0.5 <= first < 1.3
     assert 1.0 <= second < 2.3
 
@@ -202,8 +209,10 @@ def test_tries_come_to_an_end(server: Server) -> None:
     assert len(server.asked) == 4
 
 
-@pytest.mark.parametrize(("asked", "least", "most"), [("0", 0, 0.4), (NOON_TEXT, 0, 0.4), ("soon", 0.5, 1.4),
-                                                      ("9999", 0.15, 0.45)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [("0", 0, 0.4), (NOON_TEXT, 0, 0.4), ("soon", 0.5, 1.4), ("9999", 0.15, 0.45)],
+)
 def test_the_server_says_how_long_to_wait(
     server: Server, monkeypatch: pytest.MonkeyPatch, asked: str, least: float, most: float
 ) -> None:
@@ -268,12 +277,22 @@ def test_broken_connections(server: Server) -> None:
         "/ssh": writes(b"SSH-2.0-OpenSSH_9.2\r\n"),
         "/noise": says(200, b"noise", Content_Encoding="gzip"),
     }
-    assert [refusal(f"{server.url}/{path}") for path in ("half", "chunk", "gzip")] == 3 * ["the answer ends early"]
-    assert refusal(f"{server.url}/nothing") == "the connection failed: Remote end closed connection without response"
-    assert [refusal(f"{server.url}/{path}") for path in ("ssh", "noise")] == 2 * ["the answer isn't HTTP"]
+    assert [refusal(f"{server.url}/{path}") for path in ("half", "chunk", "gzip")] == 3 * [
+        "the answer ends early"
+    ]
+    assert (
+        refusal(f"{server.url}/nothing")
+        == "the connection failed: Remote end closed connection without response"
+    )
+    assert [refusal(f"{server.url}/{path}") for path in ("ssh", "noise")] == 2 * [
+        "the answer isn't HTTP"
+    ]
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        assert refusal("http://{}:{}/".format(*closed.getsockname())) == "the connection failed: Connection refused"
+        assert (
+            refusal("http://{}:{}/".format(*closed.getsockname()))
+            == "the connection failed: Connection refused"
+        )
 
 
 def test_nothing_larger_than_the_cap_is_taken(server: Server) -> None:
@@ -297,8 +316,12 @@ def test_nothing_larger_than_the_cap_is_taken(server: Server) -> None:
         assert answer is not None and answer.image == bytes(100_000)
 
 
-@pytest.mark.parametrize(("coding", "pack"), [("GZip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)])
-def test_packed_bodies_are_unpacked(server: Server, coding: str, pack: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    ("coding", "pack"), [("GZip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)]
+)
+def test_packed_bodies_are_unpacked(
+    server: Server, coding: str, pack: Callable[[bytes], bytes]
+) -> None:
     server.routes["/a"] = says(200, pack(b"photo"), Content_Encoding=coding)
     answer = fetch(f"{server.url}/a", ONCE)
     assert answer is not None and answer.image == b"photo"
@@ -317,9 +340,14 @@ def test_redirects_are_followed_to_another_port(server: Server) -> None:
         answer = fetch(server.url.replace("//", "//ann:pass%20word@") + "/a", ONCE)
         other.shutdown()
     assert answer is not None and answer.image == b"photo"
-    assert server.asked[0][1]["Authorization"] == "Basic " + base64.b64encode(b"ann:pass word").decode()
+    assert (
+        server.asked[0][1]["Authorization"]
+        == "Basic " + base64.b64encode(b"ann:pass word").decode()
+    )
     assert [path for path, _ in other.asked] == ["/b", "/c"]
-    assert [headers["Host"] for _, headers in other.asked] == 2 * [other.url.removeprefix("http://")]
+    assert [headers["Host"] for _, headers in other.asked] == 2 * [
+        other.url.removeprefix("http://")
+    ]
     assert all("Authorization" not in headers for _, headers in other.asked)
 
 
@@ -341,7 +369,9 @@ def test_every_redirect_is_checked(server: Server, place: str, message: str) -> 
 def test_a_redirect_to_a_private_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing outside this machine can be reached here: the first hop has to pass for a public one.
     true_fault = connection.fault
-    monkeypatch.setattr(connection, "fault", lambda ip: None if ip == "127.0.0.1" else true_fault(ip))
+    monkeypatch.setattr(
+        connection, "fault", lambda ip: None if ip == "127.0.0.1" else true_fault(ip)
+    )
     server.routes["/a"] = says(302, Location="http://10.0.0.1/")
     limits = ONCE.model_copy(update={"private_addresses": False})
     allow = "; allow it by ingest.photos.http.private_addresses"
@@ -357,47 +387,94 @@ def test_a_redirect_loop_ends(server: Server) -> None:
 @pytest.mark.parametrize(
     ("host", "address"),
     [
-        ("127.0.0.1", "127.0.0.1"), ("localhost", None), ("[::1]", "::1"), ("2130706433", "127.0.0.1"),
-        ("0x7f.1", "127.0.0.1"), ("0177.0.0.1", "127.0.0.1"), ("[::ffff:127.0.0.1]", "::ffff:127.0.0.1"),
-        ("LOCALHOST", None), ("ann:x@127.0.0.1", "127.0.0.1"), ("１２７.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", None),
+        ("[::1]", "::1"),
+        ("2130706433", "127.0.0.1"),
+        ("0x7f.1", "127.0.0.1"),
+        ("0177.0.0.1", "127.0.0.1"),
+        ("[::ffff:127.0.0.1]", "::ffff:127.0.0.1"),
+        ("LOCALHOST", None),
+        ("ann:x@127.0.0.1", "127.0.0.1"),
+        ("１２７.0.0.1", "127.0.0.1"),
     ],
-)  # fmt: skip
+)
 def test_this_machine_is_refused_by_every_name(host: str, address: str | None) -> None:
     found = refusal(f"http://{host}:9/", HttpSettings())
     named = re.escape(address) if address else r"127\.0\.0\.1|::1"
     allow = "; allow it by ingest.photos.http.private_addresses"
-    assert re.fullmatch(rf"the address is this machine's own \(({named})\){re.escape(allow)}", found)
+    assert re.fullmatch(
+        rf"the address is this machine's own \(({named})\){re.escape(allow)}", found
+    )
 
 
 @pytest.mark.parametrize(
     ("address", "fault"),
     [
-        *[(public, None) for public in ("93.184.216.34", "2606:2800:21f::1", "64:ff9b::5db8:d822", "2002:5db8:d822::1",
-                                        "::ffff:93.184.216.34")],
-        *[(private, ("private", True)) for private in (
-            "10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "fd00::1", "fec0::1", "::ffff:10.0.0.1",
-            "64:ff9b::a00:1", "2002:a00:1::1", "198.18.0.1", "2001:db8::1", "2001:0:a00:1::")],
-        *[(own, ("this machine's own", True)) for own in ("127.0.0.1", "127.9.9.9", "::1", "64:ff9b::7f00:1")],
-        *[(local, ("link-local", False)) for local in ("169.254.169.254", "fe80::1", "fe80::1%eth0",
-                                                       "::ffff:169.254.169.254")],
+        *[
+            (public, None)
+            for public in (
+                "93.184.216.34",
+                "2606:2800:21f::1",
+                "64:ff9b::5db8:d822",
+                "2002:5db8:d822::1",
+                "::ffff:93.184.216.34",
+            )
+        ],
+        *[
+            (private, ("private", True))
+            for private in (
+                "10.0.0.1",
+                "172.16.0.1",
+                "192.168.1.1",
+                "100.64.0.1",
+                "fd00::1",
+                "fec0::1",
+                "::ffff:10.0.0.1",
+                "64:ff9b::a00:1",
+                "2002:a00:1::1",
+                "198.18.0.1",
+                "2001:db8::1",
+                "2001:0:a00:1::",
+            )
+        ],
+        *[
+            (own, ("this machine's own", True))
+            for own in ("127.0.0.1", "127.9.9.9", "::1", "64:ff9b::7f00:1")
+        ],
+        *[
+            (local, ("link-local", False))
+            for local in ("169.254.169.254", "fe80::1", "fe80::1%eth0", "::ffff:169.254.169.254")
+        ],
         *[(many, ("for many hosts", False)) for many in ("224.0.0.1", "ff02::1")],
         *[(unset, ("no host's", False)) for unset in ("0.0.0.0", "::", "::ffff:0.0.0.0")],
         *[(kept, ("reserved", False)) for kept in ("240.0.0.1", "255.255.255.255", "::127.0.0.1")],
-        *[(cloud, ("the cloud platform's own", False)) for cloud in ("168.63.129.16", "100.100.100.200",
-                                                                     "fd00:ec2::254", "::ffff:100.100.100.200")],
+        *[
+            (cloud, ("the cloud platform's own", False))
+            for cloud in (
+                "168.63.129.16",
+                "100.100.100.200",
+                "fd00:ec2::254",
+                "::ffff:100.100.100.200",
+            )
+        ],
     ],
-)  # fmt: skip
+)
 def test_which_addresses_are_refused(address: str, fault: tuple[str, bool] | None) -> None:
     assert connection.fault(address) == fault
 
 
 def answers(*addresses: str) -> Callable[..., list[tuple]]:
-    return lambda host, port, type: [(socket.AF_INET, type, 6, "", (address, port)) for address in addresses]
+    return lambda host, port, type: [
+        (socket.AF_INET, type, 6, "", (address, port)) for address in addresses
+    ]
 
 
 def test_one_private_address_among_public_ones_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", answers("93.184.216.34", "10.0.0.1"))
-    assert refusal("http://cdn.example/", HttpSettings()).startswith("the address is private (10.0.0.1)")
+    assert refusal("http://cdn.example/", HttpSettings()).startswith(
+        "the address is private (10.0.0.1)"
+    )
 
 
 def test_the_name_is_looked_up_once_and_the_next_address_is_tried(
@@ -421,7 +498,11 @@ def test_the_host_is_named_without_login_and_without_the_usual_port(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Port 80 of this machine isn't ours, so the look-up leads to another one.
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, type: answers("127.0.0.1")(host, ports[port], type))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, port, type: answers("127.0.0.1")(host, ports[port], type),
+    )
     ports = {80: server.server_port}
     server.routes["/"] = says(200, b"photo")
     assert fetch("http://ann:word@CDN.example", ONCE) is not None
@@ -445,7 +526,9 @@ def test_a_host_that_is_not_known_is_final_and_a_name_server_that_is_away_is_not
 
 
 @pytest.fixture
-def secure_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, list]]:
+def secure_server(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Server, list]]:
     """A server with a certificate for localhost, which is trusted here; and the names that it was asked for."""
     (tmp_path / "identity.pem").write_text(IDENTITY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -467,9 +550,13 @@ def test_https_checks_the_certificate_against_the_name_though_it_connects_to_an_
     answer = fetch(f"https://localhost:{server.server_port}/a", ONCE)
     assert answer is not None and answer.image == b"photo"
     assert names == ["localhost"]
-    assert refusal(f"https://localhost:{server.server_port}/drip", HURRIED) == "no answer within 0.4 s"
+    assert (
+        refusal(f"https://localhost:{server.server_port}/drip", HURRIED) == "no answer within 0.4 s"
+    )
     names.clear()
-    wrong = refusal(f"https://127.0.0.1:{server.server_port}/a", HttpSettings(private_addresses=True))
+    wrong = refusal(
+        f"https://127.0.0.1:{server.server_port}/a", HttpSettings(private_addresses=True)
+    )
     assert names == [None]  # one try: it won't be another certificate a second later
     assert wrong.startswith("the certificate isn't accepted: IP address mismatch")
     monkeypatch.delenv("SSL_CERT_FILE")
@@ -481,17 +568,31 @@ def test_https_checks_the_certificate_against_the_name_though_it_connects_to_an_
 
 def test_no_message_holds_a_password_or_a_signature(server: Server) -> None:
     server.routes |= {
-        "/404": says(404), "/500": says(500), "/stall": stalls, "/echo": echoes, "/nothing": lambda handler: None,
-        "/loop": says(302, Location="/loop?sig=s3cret"), "/out": says(302, Location="ftp://ann:s3cret@h/?sig=s3cret"),
-        "/local": says(302, Location="http://ann:s3cret@169.254.169.254/s3cret"), "/half": says(200, b"half", length=9),
+        "/404": says(404),
+        "/500": says(500),
+        "/stall": stalls,
+        "/echo": echoes,
+        "/nothing": lambda handler: None,
+        "/loop": says(302, Location="/loop?sig=s3cret"),
+        "/out": says(302, Location="ftp://ann:s3cret@h/?sig=s3cret"),
+        "/local": says(302, Location="http://ann:s3cret@169.254.169.254/s3cret"),
+        "/half": says(200, b"half", length=9),
         "/broken": says(302, Location="http://ann:s3cret@[oops/?sig=s3cret"),
-    }  # fmt: skip
+    }
     login = server.url.replace("//", "//ann:s3cret@")
     urls = [f"{login}{path}?X-Amz-Signature=s3cret&x=a b" for path in server.routes]
-    urls += ["http://ann:s3cret@/", "http://ann:s3cret", "http://ann:s3cret@[", "http://h:s3cret/", "http:s3cret",
-             "http://ann:s3cret@\u2100.example/", "http://" + 70 * "s3cret" + "/", "http://127.0.0.1:1/?s3cret=\ud800",
-             "https://ann:s3cret@127.0.0.1:1/s3cret",
-             f"https://ann:s3cret@127.0.0.1:{server.server_port}/s3cret"]  # fmt: skip
+    urls += [
+        "http://ann:s3cret@/",
+        "http://ann:s3cret",
+        "http://ann:s3cret@[",
+        "http://h:s3cret/",
+        "http:s3cret",
+        "http://ann:s3cret@\u2100.example/",
+        "http://" + 70 * "s3cret" + "/",
+        "http://127.0.0.1:1/?s3cret=\ud800",
+        "https://ann:s3cret@127.0.0.1:1/s3cret",
+        f"https://ann:s3cret@127.0.0.1:{server.server_port}/s3cret",
+    ]
     for url in urls:
         with pytest.raises(DownloadError) as refused:
             fetch(url, HURRIED)

@@ -65,8 +65,12 @@ def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     made = list[EndpointCaptioner]()
 
     def captioner(json_schema: dict[str, Any] | None = None, **options: Any) -> EndpointCaptioner:
-        settings = EndpointSettings.model_validate({"dialect": server.dialect, "url": server.url} | options)
-        model = ModelSettings(backend="endpoint", model="eyes-1", max_new_tokens=40, endpoint=settings)
+        settings = EndpointSettings.model_validate(
+            {"dialect": server.dialect, "url": server.url} | options
+        )
+        model = ModelSettings(
+            backend="endpoint", model="eyes-1", max_new_tokens=40, endpoint=settings
+        )
         one = load_captioner(model, json_schema=json_schema)
         assert isinstance(one, EndpointCaptioner)
         made.append(one)
@@ -107,7 +111,9 @@ def test_the_photo_the_prompt_and_the_bounds_arrive(server: Server, make: Make) 
     answers = answered(make(), [Request("a", two, "What is it?\nIn 5 words – “please”.")])
     assert answers == {"a": Answer("a", "A grey thing.", 100, 20)}
     (seen,) = server.seen
-    image = Image.open(io.BytesIO(base64.b64decode(seen.jpeg.removeprefix("data:image/jpeg;base64,"))))
+    image = Image.open(
+        io.BytesIO(base64.b64decode(seen.jpeg.removeprefix("data:image/jpeg;base64,")))
+    )
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (60, 40))
     for place, colour in (((10, 20), (250, 10, 10)), ((50, 20), (10, 10, 250))):
         assert image.getpixel(place) == pytest.approx(colour, abs=4)
@@ -123,7 +129,10 @@ def test_the_photo_the_prompt_and_the_bounds_arrive(server: Server, make: Make) 
         assert bounds == {"model": "eyes-1", "max_tokens": 40}
         assert seen.path == "/v1/messages"
         source = {key: value for key, value in seen.parts[0]["source"].items() if key != "data"}
-        assert (seen.parts[0]["type"], source) == ("image", {"type": "base64", "media_type": "image/jpeg"})
+        assert (seen.parts[0]["type"], source) == (
+            "image",
+            {"type": "base64", "media_type": "image/jpeg"},
+        )
 
 
 def test_the_kind_of_json_is_told_in_the_dialects_words(server: Server, make: Make) -> None:
@@ -133,13 +142,16 @@ def test_the_kind_of_json_is_told_in_the_dialects_words(server: Server, make: Ma
     (seen,) = server.seen
     if server.dialect == "openai":
         assert seen.body["response_format"] == {
-            "type": "json_schema", "json_schema": {"name": "attributes", "schema": schema, "strict": True}
-        }  # fmt: skip
+            "type": "json_schema",
+            "json_schema": {"name": "attributes", "schema": schema, "strict": True},
+        }
     else:
         assert seen.body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
 
 
-def test_every_request_has_its_own_answer_and_so_many_are_on_their_way(server: Server, make: Make) -> None:
+def test_every_request_has_its_own_answer_and_so_many_are_on_their_way(
+    server: Server, make: Make
+) -> None:
     together = threading.Barrier(4)
 
     def script(number: int, seen: Seen) -> Reply:
@@ -174,21 +186,36 @@ def test_step_does_not_wait_for_the_slow_ones(server: Server, make: Make) -> Non
     assert [answer.key for answer in captioner.step()] == ["photo-0"]
 
 
-PARTS = [{"type": "text", "text": "A red "}, {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "shoe."}]
+PARTS = [
+    {"type": "text", "text": "A red "},
+    {"type": "thinking", "thinking": "Hm."},
+    {"type": "text", "text": "shoe."},
+]
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [("", ""), ([], ""), (PARTS, "A red shoe."), ("Grün – 靴 \N{SHOPPING BAGS}", "Grün – 靴 \N{SHOPPING BAGS}")],
+    [
+        ("", ""),
+        ([], ""),
+        (PARTS, "A red shoe."),
+        ("Grün – 靴 \N{SHOPPING BAGS}", "Grün – 靴 \N{SHOPPING BAGS}"),
+    ],
 )
-def test_an_answer_may_be_empty_or_come_in_parts(server: Server, make: Make, content: Any, text: str) -> None:
+def test_an_answer_may_be_empty_or_come_in_parts(
+    server: Server, make: Make, content: Any, text: str
+) -> None:
     server.script = lambda *_: Reply(said(server.dialect, content))
     assert one(make()) == Answer("photo-0", text, 100, 20)
 
 
-@pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {}}], ids=["missing", "null", "empty"])
+@pytest.mark.parametrize(
+    "usage", [{}, {"usage": None}, {"usage": {}}], ids=["missing", "null", "empty"]
+)
 def test_usage_may_be_missing(server: Server, make: Make, usage: dict[str, Any]) -> None:
-    reply = {key: value for key, value in said(server.dialect, "A shoe.").items() if key != "usage"} | usage
+    reply = {
+        key: value for key, value in said(server.dialect, "A shoe.").items() if key != "usage"
+    } | usage
     server.script = lambda *_: Reply(reply)
     assert one(make()) == Answer("photo-0", "A shoe.", 0, 0)
 
@@ -200,23 +227,33 @@ LIES = {
     "empty": (b"", "Invalid JSON"),
     "truncated": (b'{"choices": [{"message": {"content": "A sh', "Invalid JSON"),
     "no text in utf-8": (b'{"content": "\xff\xfe"}', "Invalid JSON"),
-    "half a sign": (b'{"content": [{"text": "\\ud800"}], "choices": [{"message": {"content": "\\ud800"}}]}', "Invalid"),
+    "half a sign": (
+        b'{"content": [{"text": "\\ud800"}], "choices": [{"message": {"content": "\\ud800"}}]}',
+        "Invalid",
+    ),
     "a list": ([], "should be an object"),
     "no choices": ({"choices": [], "content": None}, "should"),
     "neither": ({"id": "1"}, "Field required"),
     "a number": ({"choices": [{"message": {"content": 5}}], "content": 5}, "should be a valid"),
     "parts of another type": (
-        {"choices": [{"message": {"content": [{"text": 5}]}}], "content": [{"text": 5}]}, "should be a valid string",
+        {"choices": [{"message": {"content": [{"text": 5}]}}], "content": [{"text": 5}]},
+        "should be a valid string",
     ),
     "tokens that no table holds": (
-        {"choices": [{"message": {}}], "content": [], "usage": {"prompt_tokens": 10**20, "input_tokens": -1}},
+        {
+            "choices": [{"message": {}}],
+            "content": [],
+            "usage": {"prompt_tokens": 10**20, "input_tokens": -1},
+        },
         "should be",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("body", "words"), LIES.values(), ids=LIES)
-def test_a_lie_is_a_bad_answer_and_not_asked_for_again(server: Server, make: Make, body: Any, words: str) -> None:
+def test_a_lie_is_a_bad_answer_and_not_asked_for_again(
+    server: Server, make: Make, body: Any, words: str
+) -> None:
     kind = "text/html" if body == LIES["html"][0] else "application/json"
     server.script = lambda *_: Reply(body, headers={"Content-Type": kind})
     answer = one(make())
@@ -226,15 +263,23 @@ def test_a_lie_is_a_bad_answer_and_not_asked_for_again(server: Server, make: Mak
 
 def test_a_tools_call_is_no_text(server: Server, make: Make) -> None:
     openai = said("openai", None, "tool_calls", tool_calls=[CALL])
-    server.script = lambda *_: Reply(openai if server.dialect == "openai" else said("anthropic", [CALL], "tool_use"))
+    server.script = lambda *_: Reply(
+        openai if server.dialect == "openai" else said("anthropic", [CALL], "tool_use")
+    )
     answer = one(make())
-    assert (answer.error_class, answer.input_tokens, answer.output_tokens) == ("bad_answer", 100, 20)
+    assert (answer.error_class, answer.input_tokens, answer.output_tokens) == (
+        "bad_answer",
+        100,
+        20,
+    )
     end = "tool_calls" if server.dialect == "openai" else "tool_use"
     assert answer.error == f"there is no text; it ended by {end}"
 
 
 @pytest.mark.parametrize("status", [400, 409, 413, 422])
-def test_what_is_wrong_with_a_request_is_not_asked_again(server: Server, make: Make, status: int) -> None:
+def test_what_is_wrong_with_a_request_is_not_asked_again(
+    server: Server, make: Make, status: int
+) -> None:
     server.script = lambda *_: Reply(refused("image  too\n large", code=7), status)
     answer = one(make())
     assert (answer.text, answer.error_class, len(server.seen)) == (None, "bad_request", 1)
@@ -243,8 +288,16 @@ def test_what_is_wrong_with_a_request_is_not_asked_again(server: Server, make: M
 
 
 REFUSALS = [
-    ("openai", Reply(said("openai", None, refusal="I'd rather not.")), "the model refused: I'd rather not."),
-    ("openai", Reply(said("openai", "A per", "content_filter")), "the model refused: content_filter"),
+    (
+        "openai",
+        Reply(said("openai", None, refusal="I'd rather not.")),
+        "the model refused: I'd rather not.",
+    ),
+    (
+        "openai",
+        Reply(said("openai", "A per", "content_filter")),
+        "the model refused: content_filter",
+    ),
     ("openai", Reply(refused("no", code="content_filter"), 400), "status 400: "),
     ("openai", Reply(refused("no", code="content_policy_violation"), 400), "status 400: "),
     ("anthropic", Reply(said("anthropic", [], "refusal")), "the model refused: refusal"),
@@ -253,7 +306,9 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("dialect", "reply", "words"), REFUSALS)
-def test_a_refusal_has_a_class_of_its_own(server: Server, make: Make, reply: Reply, words: str) -> None:
+def test_a_refusal_has_a_class_of_its_own(
+    server: Server, make: Make, reply: Reply, words: str
+) -> None:
     server.script = lambda *_: reply
     answer = one(make())
     assert (answer.text, answer.error_class, len(server.seen)) == (None, "refusal", 1)
@@ -263,7 +318,11 @@ def test_a_refusal_has_a_class_of_its_own(server: Server, make: Make, reply: Rep
 
 TROUBLES = {
     "500": (Reply(b"oops", 500), "server_error", "status 500: oops (3 tries)"),
-    "502": (Reply(b"<html>Bad gateway</html>", 502), "server_error", "status 502: <html>Bad gateway</html> (3 tries)"),
+    "502": (
+        Reply(b"<html>Bad gateway</html>", 502),
+        "server_error",
+        "status 502: <html>Bad gateway</html> (3 tries)",
+    ),
     "503": (Reply(b"soon", 503), "server_error", "status 503: soon (3 tries)"),
     "529": (Reply(b"overloaded", 529), "throttled", "status 529: overloaded (3 tries)"),
     "429": (Reply(b"slowly", 429), "throttled", "status 429: slowly (3 tries)"),
@@ -289,9 +348,13 @@ def test_a_server_in_trouble_is_tried_again_until_it_recovers(
 
 
 @pytest.mark.parametrize(
-    "hangs", [Reply(b"", stalls=True), Reply(b"{}" * 50, trickles=True)], ids=["silent", "drop by drop"]
+    "hangs",
+    [Reply(b"", stalls=True), Reply(b"{}" * 50, trickles=True)],
+    ids=["silent", "drop by drop"],
 )
-def test_a_server_that_hangs_costs_its_time_and_no_more(server: Server, make: Make, hangs: Reply) -> None:
+def test_a_server_that_hangs_costs_its_time_and_no_more(
+    server: Server, make: Make, hangs: Reply
+) -> None:
     server.script = lambda *_: hangs
     began = time.monotonic()
     answer = one(make(timeout_seconds=0.25, tries=2))
@@ -355,16 +418,25 @@ def test_retry_after_may_be_a_date(server: Server, make: Make) -> None:
 @openai_only
 @pytest.mark.parametrize(
     "value",
-    ["3600", "inf", "nan", "-5", "soon", "", "Mon, 01 Jan 2001 00:00:00 -0000", "Mon, 01 Jan 2399 00:00:00 GMT",
-     "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"],
-)  # fmt: skip
+    [
+        "3600",
+        "inf",
+        "nan",
+        "-5",
+        "soon",
+        "",
+        "Mon, 01 Jan 2001 00:00:00 -0000",
+        "Mon, 01 Jan 2399 00:00:00 GMT",
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+    ],
+)
 def test_an_odd_retry_after_is_capped_or_passed_over(
     server: Server, make: Make, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LONGEST_WAIT", 0.05)
-    server.script = lambda number, _: Reply(said("openai", "Done."), 200) if number else Reply(
-        b"", 429, {"Retry-After": value}
-    )  # fmt: skip
+    server.script = lambda number, _: (
+        Reply(said("openai", "Done."), 200) if number else Reply(b"", 429, {"Retry-After": value})
+    )
     began = time.monotonic()
     assert one(make(tries=2)).text == "Done."
     assert time.monotonic() - began < 5
@@ -396,7 +468,9 @@ def test_without_retry_after_waits_double_with_full_jitter_and_hold_the_others(
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_what_is_wrong_for_every_photo_ends_the_run(server: Server, make: Make, status: int) -> None:
+def test_what_is_wrong_for_every_photo_ends_the_run(
+    server: Server, make: Make, status: int
+) -> None:
     server.script = lambda *_: Reply(refused("no such thing"), status)
     captioner = make()
     for request in photos(3):
@@ -412,7 +486,9 @@ def test_what_is_wrong_for_every_photo_ends_the_run(server: Server, make: Make, 
 
 @openai_only
 def test_an_account_without_credit_ends_the_run(server: Server, make: Make) -> None:
-    server.script = lambda *_: Reply(refused("You exceeded your quota", code="insufficient_quota"), 429)
+    server.script = lambda *_: Reply(
+        refused("You exceeded your quota", code="insufficient_quota"), 429
+    )
     captioner = make()
     captioner.add(photos(1)[0])
     with pytest.raises(RunError, match="You exceeded your quota"):
@@ -424,7 +500,9 @@ def echo(seen: Seen, status: int, before: int = 0) -> Reply:
     return Reply(b"x" * before + seen.headers["authorization"].encode(), status)
 
 
-@pytest.mark.parametrize("before", [0, 180, 465], ids=["at once", "where a body is cut", "where an error is cut"])
+@pytest.mark.parametrize(
+    "before", [0, 180, 465], ids=["at once", "where a body is cut", "where an error is cut"]
+)
 def test_a_key_that_the_server_sends_back_is_in_no_error(
     server: Server, make: Make, before: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -446,8 +524,13 @@ def test_an_error_is_cut(server: Server, make: Make) -> None:
     assert one(make()).error == "status 400: " + "x" * 488
 
 
-def test_a_key_that_the_server_sends_back_is_in_no_caption_and_no_failure(server: Server, make: Make) -> None:
-    replies = [Reply(said(server.dialect, f"A {KEY} shoe.")), Reply(said(server.dialect, 5, note=f"Bearer {KEY}"))]
+def test_a_key_that_the_server_sends_back_is_in_no_caption_and_no_failure(
+    server: Server, make: Make
+) -> None:
+    replies = [
+        Reply(said(server.dialect, f"A {KEY} shoe.")),
+        Reply(said(server.dialect, 5, note=f"Bearer {KEY}")),
+    ]
     server.script = lambda number, seen: [*replies, echo(seen, 401)][number]
     captioner = make(tries=1)
     assert one(captioner).text == "A *** shoe."
@@ -458,9 +541,13 @@ def test_a_key_that_the_server_sends_back_is_in_no_caption_and_no_failure(server
     assert KEY[:8] not in str(failure.value)
 
 
-def test_a_short_key_is_no_secret_to_a_caption(server: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_key_is_no_secret_to_a_caption(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLES[server.dialect], "shoe")
-    server.script = lambda number, _: Reply(said(server.dialect, "A shoe.")) if number else Reply(b"no shoe", 400)
+    server.script = lambda number, _: (
+        Reply(said(server.dialect, "A shoe.")) if number else Reply(b"no shoe", 400)
+    )
     captioner = make()
     assert one(captioner).error == "status 400: no ***"
     assert one(captioner).text == "A shoe."
@@ -489,24 +576,35 @@ def test_a_key_that_no_header_can_hold_is_not_repeated(
     with pytest.raises(UsageError) as failure:
         make()
     variable = VARIABLES[server.dialect]
-    assert str(failure.value) == f"The environment variable {variable} holds characters that no key has."
+    assert (
+        str(failure.value)
+        == f"The environment variable {variable} holds characters that no key has."
+    )
 
 
-def test_a_missing_client_is_said_with_its_command(server: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_client_is_said_with_its_command(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, server.dialect, None)
-    with pytest.raises(UsageError, match=rf"{server.dialect}.* pip install 'vlm4rec_spark\[endpoint\]'$"):
+    with pytest.raises(
+        UsageError, match=rf"{server.dialect}.* pip install 'vlm4rec_spark\[endpoint\]'$"
+    ):
         make()
 
 
 @openai_only
-def test_what_a_reasoning_model_refuses_is_left_out_from_then_on(server: Server, make: Make) -> None:
+def test_what_a_reasoning_model_refuses_is_left_out_from_then_on(
+    server: Server, make: Make
+) -> None:
     def script(number: int, seen: Seen) -> Reply:
         if "max_tokens" in seen.body:
             return Reply(refused("Use it", param="max_tokens", code="unsupported_parameter"), 400)
         if "temperature" in seen.body:
             return Reply(refused("Only 1", param="temperature", code="unsupported_value"), 400)
         if "response_format" in seen.body:
-            return Reply(refused("No schema", param="response_format", code="unsupported_value"), 400)
+            return Reply(
+                refused("No schema", param="response_format", code="unsupported_value"), 400
+            )
         return Reply(said("openai", "A shoe."))
 
     server.script = script
@@ -516,17 +614,24 @@ def test_what_a_reasoning_model_refuses_is_left_out_from_then_on(server: Server,
     assert one(captioner).text == "A shoe."
     assert len(server.seen) == asked + 1
     assert {key: value for key, value in server.seen[-1].body.items() if key != "messages"} == {
-        "model": "eyes-1", "max_completion_tokens": 40
-    }  # fmt: skip
+        "model": "eyes-1",
+        "max_completion_tokens": 40,
+    }
 
 
 @openai_only
 @pytest.mark.parametrize(
     "error",
-    [{"param": "temperature", "code": "invalid_value"}, {"param": "messages", "code": "unsupported_value"},
-     {"param": ["temperature"], "code": "unsupported_value"}, {"param": "temperature", "code": {"a": 1}}],
-)  # fmt: skip
-def test_no_other_complaint_changes_what_is_asked(server: Server, make: Make, error: dict[str, Any]) -> None:
+    [
+        {"param": "temperature", "code": "invalid_value"},
+        {"param": "messages", "code": "unsupported_value"},
+        {"param": ["temperature"], "code": "unsupported_value"},
+        {"param": "temperature", "code": {"a": 1}},
+    ],
+)
+def test_no_other_complaint_changes_what_is_asked(
+    server: Server, make: Make, error: dict[str, Any]
+) -> None:
     server.script = lambda *_: Reply(refused("no", **error), 400)
     captioner = make()
     assert [one(captioner).error_class for _ in range(2)] == ["bad_request"] * 2
@@ -534,7 +639,9 @@ def test_no_other_complaint_changes_what_is_asked(server: Server, make: Make, er
 
 
 @openai_only
-def test_the_minutes_tokens_pace_the_requests(server: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_minutes_tokens_pace_the_requests(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_MINUTE", 0.4)
     monkeypatch.setattr(module, "_FIRST_ESTIMATE", 120)
     # 120 tokens each, of 250: two at once, and the next two when the minute of the first ones is over.
@@ -545,7 +652,9 @@ def test_the_minutes_tokens_pace_the_requests(server: Server, make: Make, monkey
 
 
 @openai_only
-def test_what_answers_cost_corrects_the_estimate(server: Server, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_answers_cost_corrects_the_estimate(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Cheaper than thought: the first one goes alone, and then all of them fit into the minute.
     began = time.monotonic()
     assert len(answered(make(tokens_per_minute=1_500), photos(10))) == 10
@@ -563,7 +672,9 @@ def test_what_answers_cost_corrects_the_estimate(server: Server, make: Make, mon
 
 @openai_only
 def test_a_process_ends_though_the_server_hangs(server: Server, make: Make) -> None:
-    server.script = lambda _, seen: Reply(said("openai", "Done."), stalls=seen.parts[1]["text"] != "Say a.")
+    server.script = lambda _, seen: Reply(
+        said("openai", "Done."), stalls=seen.parts[1]["text"] != "Say a."
+    )
     code = f"""
 from PIL import Image
 from vlm4rec_spark.models.captioners import EndpointSettings, Request
@@ -576,7 +687,9 @@ for key in ("a", "b"):
 print(captioner.step()[0].text)
 captioner.add(Request("c", Image.new("RGB", (8, 8)), "Say c."))
 """
-    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert (ended.stdout, ended.stderr, ended.returncode) == ("Done.\n", "", 0)
 
 
@@ -586,16 +699,28 @@ def test_a_models_id_is_its_name_and_nothing_of_the_server() -> None:
 
     assert named(model="gpt-9") == "gpt-9@endpoint"
     assert named(model="/not/there", revision="b7") == "/not/there@endpoint@b7"
-    other = EndpointSettings(dialect="anthropic", url="http://a:1/v1", concurrency=2, timeout_seconds=1, tries=1)
+    other = EndpointSettings(
+        dialect="anthropic", url="http://a:1/v1", concurrency=2, timeout_seconds=1, tries=1
+    )
     assert named(model="gpt-9", endpoint=other) == "gpt-9@endpoint"
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"url": "ftp://a"}, {"url": "http://me:secret@a/v1"}, {"url": "http://a/v1?key=secret"}, {"concurrency": 0},
-     {"concurrency": 1_001}, {"tries": 0}, {"tries": 21}, {"timeout_seconds": 0}, {"tokens_per_minute": 0},
-     {"dialect": "gemini"}, {"key": KEY}],
-)  # fmt: skip
+    [
+        {"url": "ftp://a"},
+        {"url": "http://me:secret@a/v1"},
+        {"url": "http://a/v1?key=secret"},
+        {"concurrency": 0},
+        {"concurrency": 1_001},
+        {"tries": 0},
+        {"tries": 21},
+        {"timeout_seconds": 0},
+        {"tokens_per_minute": 0},
+        {"dialect": "gemini"},
+        {"key": KEY},
+    ],
+)
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EndpointSettings.model_validate(settings)

@@ -15,7 +15,11 @@ from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
 
 hostile = settings(
-    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
@@ -32,19 +36,62 @@ def paths(model: type[BaseModel]) -> list[tuple[str, ...]]:
 PATHS = paths(Config)
 # What PyYAML makes something of, or fails to.
 SCALARS = (
-    "2025-02-30", "2025-01-01", "0x_", "0b_", "1:99", "9" * 5_000, "1e400", ".nan", "-.inf", "~", "=", "<<", "!!bool x",
-    "!!int x", "!!float x", "!!timestamp x", "!!binary é", "!!omap 3", "!!set {a}", "!!python/object:os.system x", "*a",
-    "&a [*a]", "&a {a: *a}", "[a", "{a: 1, a: 2}", "{? [a] : b}", "{? {a: b} : c}", "{<<: 3}", "---\n---\n",
-    '"\\ud800"', '"\\0"', "a\nb", "\x1b[31m", "\u2028x", "(a{99999999999999})(b)", "(" * 300, "[" * 300, "{a: " * 300,
-    "'; DROP TABLE items; --", "../../etc/passwd",
-)  # fmt: skip
+    "2025-02-30",
+    "2025-01-01",
+    "0x_",
+    "0b_",
+    "1:99",
+    "9" * 5_000,
+    "1e400",
+    ".nan",
+    "-.inf",
+    "~",
+    "=",
+    "<<",
+    "!!bool x",
+    "!!int x",
+    "!!float x",
+    "!!timestamp x",
+    "!!binary é",
+    "!!omap 3",
+    "!!set {a}",
+    "!!python/object:os.system x",
+    "*a",
+    "&a [*a]",
+    "&a {a: *a}",
+    "[a",
+    "{a: 1, a: 2}",
+    "{? [a] : b}",
+    "{? {a: b} : c}",
+    "{<<: 3}",
+    "---\n---\n",
+    '"\\ud800"',
+    '"\\0"',
+    "a\nb",
+    "\x1b[31m",
+    "\u2028x",
+    "(a{99999999999999})(b)",
+    "(" * 300,
+    "[" * 300,
+    "{a: " * 300,
+    "'; DROP TABLE items; --",
+    "../../etc/passwd",
+)
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10), st.sampled_from(SCALARS), st.dates()
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=10),
+    st.sampled_from(SCALARS),
+    st.dates(),
 )
 names = st.sampled_from(sorted({part for path in PATHS for part in path})) | st.text(max_size=5)
 trees = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4), max_leaves=12
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=12,
 )
 
 
@@ -78,15 +125,39 @@ def test_any_tree(yours: Path, content: Any) -> None:
 
 @hostile
 @given(path=st.sampled_from(PATHS), value=st.sampled_from(SCALARS))
-def test_any_key_with_what_yaml_makes_something_of(yours: Path, path: tuple[str, ...], value: str) -> None:
+def test_any_key_with_what_yaml_makes_something_of(
+    yours: Path, path: tuple[str, ...], value: str
+) -> None:
     shown = outcome([], [f"{'.'.join(path)}={value}"])
     assert isinstance(shown, Config) or len(shown) == 1
-    yours.write_text("".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(path))[:-1] + f" {value}\n")
+    yours.write_text(
+        "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(path))[:-1] + f" {value}\n"
+    )
     outcome([yours], [])
 
 
-bits = (b"a", b"recommend", b"k", b": ", b"\n", b"  ", b"- ", b"&x ", b"*x", b"[", b"]", b"{", b"}", b", ", b"<<",
-        b"!!", b"|", b"%", b"\xff", b"1")  # fmt: skip
+bits = (
+    b"a",
+    b"recommend",
+    b"k",
+    b": ",
+    b"\n",
+    b"  ",
+    b"- ",
+    b"&x ",
+    b"*x",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b", ",
+    b"<<",
+    b"!!",
+    b"|",
+    b"%",
+    b"\xff",
+    b"1",
+)
 
 
 @hostile

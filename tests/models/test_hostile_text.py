@@ -12,9 +12,23 @@ from vlm4rec_spark.models.index.searcher import _telling_words
 
 MILLION = 1_000_000
 BITS = (
-    "<", ">", "<script", "</script>", "<style>", "<!--", "&", "&#", "&#x", "&lt;", ";", "0", "99999999", " ", "\x00",
+    "<",
+    ">",
+    "<script",
+    "</script>",
+    "<style>",
+    "<!--",
+    "&",
+    "&#",
+    "&#x",
+    "&lt;",
+    ";",
+    "0",
+    "99999999",
+    " ",
+    "\x00",
     "a",
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -30,10 +44,19 @@ def test_any_text_comes_out_printable_and_short(text: str, max_words: int) -> No
 @pytest.mark.parametrize(
     ("bit", "times"),
     [
-        ("<", MILLION), ("<a ", MILLION), ("<script", 100_000), ("<script></script ", 100_000), ("<!--", MILLION),
-        ("&", MILLION), ("&#9", MILLION), ("x", MILLION), ("word ", MILLION), ("\u0301", MILLION), ("\x00", MILLION),
+        ("<", MILLION),
+        ("<a ", MILLION),
+        ("<script", 100_000),
+        ("<script></script ", 100_000),
+        ("<!--", MILLION),
+        ("&", MILLION),
+        ("&#9", MILLION),
+        ("x", MILLION),
+        ("word ", MILLION),
+        ("\u0301", MILLION),
+        ("\x00", MILLION),
     ],
-)  # fmt: skip
+)
 def test_a_text_of_a_million_characters(bit: str, times: int) -> None:
     cleaned = clean(bit * times, 256)
     assert len(cleaned.split()) <= 256

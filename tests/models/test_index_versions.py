@@ -21,20 +21,32 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def vectors_of(items: np.ndarray, seed: int = 1) -> np.ndarray:
     """The item's own unit vector, whatever others there are, near one of 40 centres."""
     centres = np.random.default_rng(0).standard_normal((40, DIMENSION))
-    drawn = np.stack([np.random.default_rng((seed, int(item))).standard_normal(DIMENSION) for item in items])
+    drawn = np.stack(
+        [np.random.default_rng((seed, int(item))).standard_normal(DIMENSION) for item in items]
+    )
     return unit(centres[items % 40] + 0.4 * drawn)
 
 
 def rows(items: np.ndarray, vectors: np.ndarray, text: str = "") -> pa.Table:
     ids = [f"i{item:05d}" for item in items]
-    return pa.table({
-        "item_id": ids, "embedding": pa.array(list(vectors), pa.list_(pa.float32())),
-        "content_sha256": [f"{text}{item}" for item in ids], "text": [f"thing {text} {item}" for item in ids],
-    })  # fmt: skip
+    return pa.table(
+        {
+            "item_id": ids,
+            "embedding": pa.array(list(vectors), pa.list_(pa.float32())),
+            "content_sha256": [f"{text}{item}" for item in ids],
+            "text": [f"thing {text} {item}" for item in ids],
+        }
+    )
 
 
-def built(folder: Path, items: np.ndarray, vectors: np.ndarray, base: Searcher | None = None, share: float = 0.1,
-          ann_min_items: int = 16) -> Searcher:  # fmt: skip
+def built(
+    folder: Path,
+    items: np.ndarray,
+    vectors: np.ndarray,
+    base: Searcher | None = None,
+    share: float = 0.1,
+    ann_min_items: int = 16,
+) -> Searcher:
     made = index.build(rows(items, vectors), "caption", "test", folder, ann_min_items, base, share)
     return Searcher.open(made)
 
@@ -65,11 +77,18 @@ def test_items_that_came_and_changed_are_found_and_those_that_went_are_not(first
     queries = vectors_of(np.arange(200), seed=5)
     truth = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :K]
     found, scores = second.search(queries, Effort(second.manifest["leaves"], 400))
-    top = np.take_along_axis(found, np.argsort(-np.where(found >= 0, scores, -9), axis=1, kind="stable")[:, :K], 1)
-    shares = [len({*mine} & {*theirs}) / K for mine, theirs in zip(top.tolist(), truth.tolist(), strict=True)]
+    top = np.take_along_axis(
+        found, np.argsort(-np.where(found >= 0, scores, -9), axis=1, kind="stable")[:, :K], 1
+    )
+    shares = [
+        len({*mine} & {*theirs}) / K
+        for mine, theirs in zip(top.tolist(), truth.tolist(), strict=True)
+    ]
     assert np.mean(shares) > 0.999
     there = found >= 0
-    assert np.allclose(scores[there], np.einsum("qd,qcd->qc", queries, vectors[found])[there], atol=1e-6)
+    assert np.allclose(
+        scores[there], np.einsum("qd,qcd->qc", queries, vectors[found])[there], atol=1e-6
+    )
     assert all(len({*row}) == len(row) for row in (mine[mine >= 0].tolist() for mine in found))
     # What a smaller search finds are the first of a larger one's, whoever is asked for beside.
     few, _ = second.search(queries, Effort(second.manifest["leaves"], 50))
@@ -83,7 +102,10 @@ def test_a_version_that_rests_on_one_that_rests_on_a_base(first: Searcher) -> No
     folder = first.folder.parent
     items, vectors = later(3)
     second = built(folder, items, vectors, first)
-    last = np.append(items[30:], 9_999), np.append(vectors[30:], vectors_of(np.array([9_999])), axis=0)
+    last = (
+        np.append(items[30:], 9_999),
+        np.append(vectors[30:], vectors_of(np.array([9_999])), axis=0),
+    )
     third = built(folder, *last, second)
     assert third.base == first.index_id != second.index_id != third.index_id
     assert third.index_id == built(folder, *last, first).index_id
@@ -93,10 +115,14 @@ def test_a_version_that_rests_on_one_that_rests_on_a_base(first: Searcher) -> No
     back = built(folder, items, vectors_of(items), second)
     queries = vectors_of(items)[back.fresh]
     found, _ = back.search(queries, Effort(1, 5))
-    assert [row[row >= 0][0] for row in found] == back.fresh.tolist()  # before it may stand its code, which is gone
+    assert [
+        row[row >= 0][0] for row in found
+    ] == back.fresh.tolist()  # before it may stand its code, which is gone
 
 
-def test_too_much_news_another_dimension_or_size_builds_anew(first: Searcher, tmp_path: Path) -> None:
+def test_too_much_news_another_dimension_or_size_builds_anew(
+    first: Searcher, tmp_path: Path
+) -> None:
     items, vectors = later(3)
     assert not first.rests([f"i{item:05d}" for item in items], vectors, 16, 0.05)
     assert built(tmp_path, items, vectors, first, share=0.05).base != first.index_id
@@ -110,7 +136,9 @@ def test_too_much_news_another_dimension_or_size_builds_anew(first: Searcher, tm
 def test_words_keep_the_weights_of_the_base(tmp_path: Path) -> None:
     """red is rarer than blue at first and not afterwards; a word that the base doesn't know is the rarest."""
     vectors = np.eye(5, dtype=np.float32)
-    Searcher.build(tmp_path / "1", "1", list("abc"), vectors[:3], ["red shoe", "blue shoe", "blue shoe"], 99)
+    Searcher.build(
+        tmp_path / "1", "1", list("abc"), vectors[:3], ["red shoe", "blue shoe", "blue shoe"], 99
+    )
     base = Searcher.open(tmp_path / "1")
     texts = ["red shoe", "red shoe", "red shoe linen", "red blue linen cork", "shoe"]
     Searcher.build(tmp_path / "2", "2", list("abcde"), vectors, texts, 99, base)
@@ -118,11 +146,16 @@ def test_words_keep_the_weights_of_the_base(tmp_path: Path) -> None:
 
     def words(folder: str) -> list[list[str]]:
         opened = Searcher.open(tmp_path / folder)
-        return [[opened.vocabulary[word].as_py() for word in row if word >= 0] for row in opened.words.tolist()]
+        return [
+            [opened.vocabulary[word].as_py() for word in row if word >= 0]
+            for row in opened.words.tolist()
+        ]
 
     assert words("2")[2:4] == [["linen", "red", "shoe"], ["cork", "linen", "red", "blue"]]
     assert words("new")[3] == ["blue", "cork", "linen", "red"]
     again = Searcher.open(tmp_path / "2")
-    Searcher.build(tmp_path / "3", "3", list("ab"), vectors[:2], ["red cork", "blue shoe"], 99, again)
+    Searcher.build(
+        tmp_path / "3", "3", list("ab"), vectors[:2], ["red cork", "blue shoe"], 99, again
+    )
     assert words("3") == [["cork", "red"], ["blue", "shoe"]]
     assert Searcher.open(tmp_path / "3").base == "1"

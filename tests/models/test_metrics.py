@@ -23,11 +23,17 @@ FOUND = [[True, False, True], [False] * 3, [False] * 3, [False, True, False]]
 
 
 def placed(lists: list[list[str]], length: int) -> np.ndarray:
-    return np.array([[*(ITEMS.index(item) for item in row), *[-1] * length][:length] for row in lists])
+    return np.array(
+        [[*(ITEMS.index(item) for item in row), *[-1] * length][:length] for row in lists]
+    )
 
 
 def codes(wanted: list[list[str]]) -> np.ndarray:
-    return np.array(sorted(user * len(ITEMS) + ITEMS.index(item) for user, row in enumerate(wanted) for item in row))
+    return np.array(
+        sorted(
+            user * len(ITEMS) + ITEMS.index(item) for user, row in enumerate(wanted) for item in row
+        )
+    )
 
 
 def test_hits_mark_relevant_ranks_and_short_lists_miss_at_their_end() -> None:
@@ -61,7 +67,9 @@ def test_the_interval_is_the_textbooks_for_a_mean() -> None:
     values = np.random.default_rng(0).normal(0.4, 0.1, 400)
     low, high = bootstrap_interval(values, seed=1)
     assert low < values.mean() < high
-    assert (low, high) == pytest.approx((values.mean() - 1.96 * 0.1 / 20, values.mean() + 1.96 * 0.1 / 20), abs=0.0015)
+    assert (low, high) == pytest.approx(
+        (values.mean() - 1.96 * 0.1 / 20, values.mean() + 1.96 * 0.1 / 20), abs=0.0015
+    )
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_mean() -> None:
@@ -83,7 +91,9 @@ def test_equal_values_have_an_interval_without_width() -> None:
 def test_a_clear_difference_has_a_small_p_value() -> None:
     rng = np.random.default_rng(7)
     control = rng.random(200)
-    assert paired_p_value(control + rng.normal(0.1, 0.1, 200), control, seed=0) == pytest.approx(1 / 2_001)
+    assert paired_p_value(control + rng.normal(0.1, 0.1, 200), control, seed=0) == pytest.approx(
+        1 / 2_001
+    )
 
 
 def test_no_difference_has_a_p_value_of_one() -> None:
@@ -113,7 +123,9 @@ def test_p_values_of_noise_are_evenly_spread() -> None:
 
 def test_a_resample_is_of_users_and_the_same_for_every_column() -> None:
     values = np.random.default_rng(11).random((40, 1))
-    means = resampled(np.hstack([values, values + 1, np.where(values > 0.5, values, np.nan)]), seed=12)
+    means = resampled(
+        np.hstack([values, values + 1, np.where(values > 0.5, values, np.nan)]), seed=12
+    )
     assert means.shape == (SAMPLES, 3)
     np.testing.assert_allclose(means[:, 1] - means[:, 0], 1)
     assert ends(means)[:, 2].min() > 0.5  # who has no value isn't counted as 0
@@ -138,7 +150,9 @@ def test_beyond_accuracy_by_hand() -> None:
     told = beyond_accuracy(top, vectors, np.array([8, 4, 0, 1]), 8)
     # Of 8 users all, half, none (counted as half a one) and one know the items: 0, 1, 4 and 3 bits.
     np.testing.assert_allclose(told["novelty"], [5 / 3, 1.5, 4, np.nan])
-    np.testing.assert_allclose(told["intra_list_distance"], [(1 + 0.4 + 0.2) / 3, 0.001, np.nan, np.nan], atol=1e-6)
+    np.testing.assert_allclose(
+        told["intra_list_distance"], [(1 + 0.4 + 0.2) / 3, 0.001, np.nan, np.nan], atol=1e-6
+    )
     np.testing.assert_allclose(told["near_duplicate_share"], [0, 0.5, np.nan, np.nan])
 
 

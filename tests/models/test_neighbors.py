@@ -25,7 +25,14 @@ EFFORT = Effort(2, 20)
 def index(folder: Path, seed: int) -> Searcher:
     vectors = np.random.default_rng(seed).standard_normal((ITEMS, DIMENSION)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    Searcher.build(folder, folder.name, [f"i{n:04d}" for n in range(ITEMS)], vectors, [""] * ITEMS, ann_min_items=16)
+    Searcher.build(
+        folder,
+        folder.name,
+        [f"i{n:04d}" for n in range(ITEMS)],
+        vectors,
+        [""] * ITEMS,
+        ann_min_items=16,
+    )
     return Searcher.open(folder)
 
 
@@ -39,7 +46,9 @@ def made(searcher: Searcher, tmp_path: Path) -> Callable[..., Neighbors]:
     """Neighbours as deep as is asked for, written in parts of 4,000 items and opened again."""
 
     def make(depth: int) -> Neighbors:
-        Neighbors.write(tmp_path / "near", searcher, Effort(EFFORT.leaves, depth), parts(searcher, depth))
+        Neighbors.write(
+            tmp_path / "near", searcher, Effort(EFFORT.leaves, depth), parts(searcher, depth)
+        )
         return Neighbors.open(tmp_path / "near")
 
     return make
@@ -55,11 +64,16 @@ def world() -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Histories of up to 20 items, weights of which the heaviest is 1, and exclusions: of most the history, of some two
     hundred items besides, of one all but three. The first user has no history."""
     rng = np.random.default_rng(6)
-    positions = [rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64) for user in range(USERS)]
+    positions = [
+        rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64)
+        for user in range(USERS)
+    ]
     weights = [rng.random(len(mine)) + 0.05 for mine in positions]
     weights = [(mine / mine.max(initial=0.01)).astype(np.float32) for mine in weights]
-    excluded = [np.union1d(mine, rng.permutation(ITEMS)[:200]) if user % 7 == 3 else mine
-                for user, mine in enumerate(positions)]  # fmt: skip
+    excluded = [
+        np.union1d(mine, rng.permutation(ITEMS)[:200]) if user % 7 == 3 else mine
+        for user, mine in enumerate(positions)
+    ]
     excluded[5] = np.arange(3, ITEMS)
     return positions, weights, excluded
 
@@ -74,13 +88,17 @@ class Counting(Searcher):
         return super().search(queries, effort)
 
 
-def lists(searcher: Searcher, asked: Queries, excluded: list[np.ndarray], effort: Effort = EFFORT) -> tuple[list, list]:
+def lists(
+    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], effort: Effort = EFFORT
+) -> tuple[list, list]:
     top, scores = retrieve(searcher, asked, excluded, np.ones(ITEMS, bool), K, effort)
     return top.tolist(), np.nan_to_num(scores, nan=-9).tolist()
 
 
 @pytest.mark.parametrize("depth", [1, 21, 32, 64, 500])
-def test_lists_are_those_of_searching(searcher: Searcher, made: Callable[..., Neighbors], depth: int) -> None:
+def test_lists_are_those_of_searching(
+    searcher: Searcher, made: Callable[..., Neighbors], depth: int
+) -> None:
     positions, weights, excluded = world()
     known = made(depth)
     assert known.depth == depth
@@ -97,7 +115,9 @@ def test_lists_are_those_of_searching(searcher: Searcher, made: Callable[..., Ne
         assert alone == ([expected[0][user]], [expected[1][user]])
 
 
-def test_nothing_is_searched_where_the_neighbours_do(searcher: Searcher, made: Callable[..., Neighbors]) -> None:
+def test_nothing_is_searched_where_the_neighbours_do(
+    searcher: Searcher, made: Callable[..., Neighbors]
+) -> None:
     positions, weights, _ = world()
     once = Counting.open(searcher.folder)
     known = made(EFFORT.candidates + 20)
@@ -119,13 +139,19 @@ def test_an_item_is_its_own_neighbour_and_a_short_answer_is_padded(
     there = known.positions >= 0
     assert not there[:, -1].any()
     rows, columns = np.nonzero(there)
-    cosines = (searcher.vectors[rows] * searcher.vectors[known.positions[rows, columns]]).sum(axis=1)
+    cosines = (searcher.vectors[rows] * searcher.vectors[known.positions[rows, columns]]).sum(
+        axis=1
+    )
     np.testing.assert_allclose(known.cosines[rows, columns], cosines, atol=1e-6)
     # Nobody has seen anything: the history's items are on the lists, best of all.
     positions, weights = [own[:1], own[1::-1]], [np.ones(1, np.float32), np.float32([0.4, 1])]
     nobody = [np.empty(0, np.int64)] * 2
-    found = lists(searcher, MaxSimilarityQuery(positions, weights, known), nobody, Effort(EFFORT.leaves, 300))
-    assert found == lists(searcher, MaxSimilarityQuery(positions, weights), nobody, Effort(EFFORT.leaves, 300))
+    found = lists(
+        searcher, MaxSimilarityQuery(positions, weights, known), nobody, Effort(EFFORT.leaves, 300)
+    )
+    assert found == lists(
+        searcher, MaxSimilarityQuery(positions, weights), nobody, Effort(EFFORT.leaves, 300)
+    )
     assert [row[0] for row in found[0]] == [own[0]] * 2
 
 
@@ -139,8 +165,13 @@ def test_a_blend_is_the_same_over_neighbours(
     strengths = rng.random(len(first)).astype(np.float32)
     ItemItemScores.build(tmp_path / "together", "ours", ITEMS, first, second, strengths)
     together = ItemItemScores.open(tmp_path / "together")
-    bare, known = MaxSimilarityQuery(positions, weights), MaxSimilarityQuery(positions, weights, made(depth))
-    with_it, without = (BlendedQuery(content, together, 0.4, positions, weights) for content in (known, bare))
+    bare, known = (
+        MaxSimilarityQuery(positions, weights),
+        MaxSimilarityQuery(positions, weights, made(depth)),
+    )
+    with_it, without = (
+        BlendedQuery(content, together, 0.4, positions, weights) for content in (known, bare)
+    )
     assert lists(searcher, with_it, excluded) == lists(searcher, without, excluded)
 
 
@@ -150,11 +181,16 @@ def test_a_torn_damaged_or_foreign_folder_is_refused_by_name(
     positions, weights, excluded = world()
     known, folder = made(8), tmp_path / "near"
     other = index(tmp_path / "theirs", 6)
-    with pytest.raises(RunError, match=r"neighbours are those of index ours, not of theirs\. Run the recommend"):
+    with pytest.raises(
+        RunError, match=r"neighbours are those of index ours, not of theirs\. Run the recommend"
+    ):
         lists(other, MaxSimilarityQuery(positions, weights, known), excluded)
 
     def refused(words: str) -> None:
-        with pytest.raises(RunError, match=f"The neighbours folder {folder} {words}.* Run the recommend stage again"):
+        with pytest.raises(
+            RunError,
+            match=f"The neighbours folder {folder} {words}.* Run the recommend stage again",
+        ):
             Neighbors.open(folder)
 
     manifest = json.loads((folder / "manifest.json").read_text())

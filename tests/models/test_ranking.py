@@ -11,11 +11,19 @@ NAN = float("nan")
 
 
 def reference(
-    positions: np.ndarray, scores: np.ndarray, excluded: list[np.ndarray], eligible: np.ndarray, k: int
+    positions: np.ndarray,
+    scores: np.ndarray,
+    excluded: list[np.ndarray],
+    eligible: np.ndarray,
+    k: int,
 ) -> tuple[list[list[int]], list[list[float]]]:
     tops, bests = [], []
     for found, score, out in zip(positions.tolist(), scores.tolist(), excluded, strict=True):
-        rows = [(p, s) for p, s in zip(found, score, strict=True) if p >= 0 and eligible[p] and p not in out.tolist()]
+        rows = [
+            (p, s)
+            for p, s in zip(found, score, strict=True)
+            if p >= 0 and eligible[p] and p not in out.tolist()
+        ]
         rows = sorted(rows, key=lambda row: (-row[1], row[0]))[:k]
         rows += [(-1, NAN)] * (k - len(rows))
         tops.append([p for p, _ in rows])
@@ -28,10 +36,14 @@ def test_equals_the_reference() -> None:
         rng = np.random.default_rng(seed)
         users, items, k = rng.integers(1, 7), rng.integers(1, 30), int(rng.integers(1, 40))
         width = rng.integers(1, items + 1)
-        positions = np.stack([rng.permutation(items)[:width] for _ in range(users)]).astype(np.int64)
+        positions = np.stack([rng.permutation(items)[:width] for _ in range(users)]).astype(
+            np.int64
+        )
         positions[rng.random(positions.shape) < 0.15] = -1
         # Quarters, from -1 to 1: many ties, many negative scores.
-        scores = np.where(positions < 0, NAN, rng.integers(-4, 5, positions.shape) / 4).astype(np.float32)
+        scores = np.where(positions < 0, NAN, rng.integers(-4, 5, positions.shape) / 4).astype(
+            np.float32
+        )
         excluded = [rng.integers(-1, items, rng.integers(0, items + 1)) for _ in range(users)]
         eligible = rng.random(items) < rng.choice([0.2, 0.9, 1.0])
         top, best = top_k(positions, scores, flat_exclusions(excluded, items), eligible, k)
@@ -56,7 +68,9 @@ def test_a_difference_past_six_digits_is_a_tie() -> None:
 
 def test_a_negative_score_stands_before_an_excluded_positive_one() -> None:
     exclusions = flat_exclusions([np.array([0])], 3)
-    top, _ = top_k(np.array([[0, 1, 2]]), np.array([[0.9, -0.9, -1.0]]), exclusions, np.ones(3, bool), 2)
+    top, _ = top_k(
+        np.array([[0, 1, 2]]), np.array([[0.9, -0.9, -1.0]]), exclusions, np.ones(3, bool), 2
+    )
     assert top.tolist() == [[1, 2]]
 
 
@@ -71,7 +85,11 @@ def test_everything_excluded_or_ineligible_leaves_an_empty_list() -> None:
 def test_one_users_exclusions_are_not_the_next_ones() -> None:
     positions, scores = np.array([[0, 1, 2]] * 3), np.array([[0.3, 0.2, 0.1]] * 3)
     exclusions = flat_exclusions([np.array([2]), np.array([], int), np.array([0])], 3)
-    assert top_k(positions, scores, exclusions, np.ones(3, bool), 2)[0].tolist() == [[0, 1], [0, 1], [1, 2]]
+    assert top_k(positions, scores, exclusions, np.ones(3, bool), 2)[0].tolist() == [
+        [0, 1],
+        [0, 1],
+        [1, 2],
+    ]
 
 
 def test_scores_keep_their_order_in_a_catalogue_of_millions() -> None:

@@ -35,7 +35,9 @@ def clustered(count: int, seed: int) -> np.ndarray:
     """Unit vectors around 40 fixed centres, as items of 40 kinds lie."""
     centres = np.random.default_rng(0).standard_normal((40, DIMENSION))
     rng = np.random.default_rng(seed)
-    return unit(centres[rng.integers(40, size=count)] + 0.4 * rng.standard_normal((count, DIMENSION)))
+    return unit(
+        centres[rng.integers(40, size=count)] + 0.4 * rng.standard_normal((count, DIMENSION))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +54,25 @@ def searcher(folder: Path) -> Searcher:
 
 def small(path: Path, **changes: object) -> Path:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
-    given = {"ids": ["a", "b", "ç/3"], "vectors": vectors, "texts": ["", "", ""], "scann_from": 16} | changes
+    given = {
+        "ids": ["a", "b", "ç/3"],
+        "vectors": vectors,
+        "texts": ["", "", ""],
+        "scann_from": 16,
+    } | changes
     Searcher.build(path, "small", **given)
     return path
 
 
 def recall(found: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.mean([len(set(f) & set(t)) / len(t) for f, t in zip(found.tolist(), truth.tolist(), strict=True)]))
+    return float(
+        np.mean(
+            [
+                len(set(f) & set(t)) / len(t)
+                for f, t in zip(found.tolist(), truth.tolist(), strict=True)
+            ]
+        )
+    )
 
 
 def brute_force(queries: np.ndarray, k: int = K) -> np.ndarray:
@@ -87,18 +101,28 @@ def test_positions_of_unknown_missing_and_repeated_ids(tmp_path: Path) -> None:
 def test_telling_words_are_rarest_first_without_short_and_stop_words(tmp_path: Path) -> None:
     texts = ["A red cup with the handle", "A red hat, RED as it is", "Rouge café no 5 red"]
     opened = Searcher.open(small(tmp_path / "x", texts=texts))
-    assert [[opened.vocabulary[word].as_py() for word in row if word >= 0] for row in opened.words.tolist()] == [
-        ["cup", "handle", "red"], ["hat", "red"], ["café", "rouge", "red"]
-    ]  # fmt: skip
+    assert [
+        [opened.vocabulary[word].as_py() for word in row if word >= 0]
+        for row in opened.words.tolist()
+    ] == [["cup", "handle", "red"], ["hat", "red"], ["café", "rouge", "red"]]
 
 
 @pytest.mark.parametrize(
     "vectors",
-    [[[1, 0], [0, 0]], [[1, 0], [float("nan"), 1]], [[1, 0], [float("inf"), 0]], [[1, 0], [0, 1.1]]],
+    [
+        [[1, 0], [0, 0]],
+        [[1, 0], [float("nan"), 1]],
+        [[1, 0], [float("inf"), 0]],
+        [[1, 0], [0, 1.1]],
+    ],
     ids=["zero", "nan", "infinite", "unscaled"],
 )
-def test_bad_vectors_are_refused_and_leave_no_folder(tmp_path: Path, vectors: list[list[float]]) -> None:
-    with pytest.raises(RunError, match=r"1 of 2 embeddings are not unit vectors \(zero, .* such as that of 'b'\."):
+def test_bad_vectors_are_refused_and_leave_no_folder(
+    tmp_path: Path, vectors: list[list[float]]
+) -> None:
+    with pytest.raises(
+        RunError, match=r"1 of 2 embeddings are not unit vectors \(zero, .* such as that of 'b'\."
+    ):
         small(tmp_path / "x", ids=["a", "b"], vectors=np.array(vectors, np.float32), texts=["", ""])
     assert not (tmp_path / "x").exists()
 
@@ -135,16 +159,31 @@ def flip_a_byte(file: Path) -> None:
         (tear_manifest, "is incomplete"),
         (lambda path: (path / "manifest.json").write_text("[1]"), "is incomplete"),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"), "is incomplete"),
-        (lambda path: rewrite_manifest(path, lambda was: was | {"format": 4}), "has format 4; this .* reads 3"),
+        (
+            lambda path: rewrite_manifest(path, lambda was: was | {"format": 4}),
+            "has format 4; this .* reads 3",
+        ),
         (lambda path: (path / "vectors.npy").unlink(), "is damaged: vectors.npy"),
         (lambda path: flip_a_byte(path / "vectors.npy"), "is damaged: vectors.npy"),
         (lambda path: flip_a_byte(path / "ids.parquet"), "is damaged: ids.parquet"),
         (lambda path: (path / "vectors.npy").write_bytes(b""), "is damaged: vectors.npy"),
     ],
-    ids=["no folder", "no manifest", "torn manifest", "other json", "not text", "later format", "no vectors",
-         "flipped vectors", "flipped ids", "empty vectors"],
-)  # fmt: skip
-def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    ids=[
+        "no folder",
+        "no manifest",
+        "torn manifest",
+        "other json",
+        "not text",
+        "later format",
+        "no vectors",
+        "flipped vectors",
+        "flipped ids",
+        "empty vectors",
+    ],
+)
+def test_a_damaged_folder_is_refused(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     path = small(tmp_path / "x")
     damage(path)
     with pytest.raises(RunError, match=f"{message}.* Run the index stage again.$"):
@@ -176,9 +215,16 @@ def test_a_build_that_dies_in_its_last_write_leaves_no_manifest(
 
 
 def test_below_the_size_search_is_exact_and_from_it_on_scann(tmp_path: Path) -> None:
-    for count, ann_min_items, approximate in ((31, 32, False), (32, 32, True), (15, 1, False), (16, 1, True)):
+    for count, ann_min_items, approximate in (
+        (31, 32, False),
+        (32, 32, True),
+        (15, 1, False),
+        (16, 1, True),
+    ):
         path = tmp_path / f"{count}-{ann_min_items}"
-        Searcher.build(path, "x", IDS[:count], clustered(count, seed=2), [""] * count, ann_min_items)
+        Searcher.build(
+            path, "x", IDS[:count], clustered(count, seed=2), [""] * count, ann_min_items
+        )
         assert Searcher.open(path).approximate is approximate
 
 
@@ -237,7 +283,9 @@ def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
     Searcher.build(tmp_path / "x", "x", IDS[:1_000], vectors, [""] * 1_000, ann_min_items=16)
     opened = Searcher.open(tmp_path / "x")
     for effort in (None, Effort(opened.manifest["leaves"], 150)):
-        top, _ = retrieve(opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort)
+        top, _ = retrieve(
+            opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort
+        )
         assert top.tolist() == [list(range(10)), list(range(500, 510))]
 
 
@@ -252,12 +300,16 @@ def shaped(shape: str, count: int) -> np.ndarray:
         return few[rng.integers(7, size=count)]
     # Nineteen of twenty lie together.
     near = few[0] + 0.02 * rng.standard_normal((count, DIMENSION))
-    return unit(np.where(rng.random((count, 1)) < 0.95, near, rng.standard_normal((count, DIMENSION))))
+    return unit(
+        np.where(rng.random((count, 1)) < 0.95, near, rng.standard_normal((count, DIMENSION)))
+    )
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 1_000])
 @pytest.mark.parametrize("shape", ["clustered", "equal", "duplicated", "skewed"])
-def test_every_query_is_answered_whatever_the_catalogue_is_like(tmp_path: Path, shape: str, count: int) -> None:
+def test_every_query_is_answered_whatever_the_catalogue_is_like(
+    tmp_path: Path, shape: str, count: int
+) -> None:
     vectors, all_of_it = shaped(shape, count), np.ones(count, bool)
     Searcher.build(tmp_path / "x", "x", IDS[:count], vectors, [""] * count, ann_min_items=1)
     opened = Searcher.open(tmp_path / "x")
@@ -282,7 +334,9 @@ def test_every_query_is_answered_whatever_the_catalogue_is_like(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("effort", [None, Effort(45, 100)], ids=["exact", "scann"])
-def test_a_query_that_can_not_be_answered_is_named(searcher: Searcher, effort: Effort | None) -> None:
+def test_a_query_that_can_not_be_answered_is_named(
+    searcher: Searcher, effort: Effort | None
+) -> None:
     def ask(query: np.ndarray) -> np.ndarray:
         queries = np.stack([clustered(1, seed=19)[0, : len(query)], query])
         return retrieve(searcher, means(queries), [NOBODY] * 2, np.ones(ITEMS, bool), K, effort)[0]
@@ -309,9 +363,13 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
     near = [np.append(row, -1) for row in brute_force(queries[:40], 400)]
     left = [np.sort(rng.permutation(ITEMS)[:count]) for count in [4] * 10 + [12] * 10]
     excluded = near + [np.setdiff1d(np.arange(ITEMS), items) for items in left]
-    top, scores = retrieve(searcher, means(queries), excluded, np.ones(ITEMS, bool), K, Effort(1, 100))
+    top, scores = retrieve(
+        searcher, means(queries), excluded, np.ones(ITEMS, bool), K, Effort(1, 100)
+    )
     assert (top[:40] >= 0).all()
-    assert [np.isin(row[row >= 0], out).any() for row, out in zip(top, excluded, strict=True)] == [False] * 60
+    assert [np.isin(row[row >= 0], out).any() for row, out in zip(top, excluded, strict=True)] == [
+        False
+    ] * 60
     assert [sorted(row[row >= 0]) for row in top[40:50]] == [items.tolist() for items in left[:10]]
     assert ((top[50:] >= 0).sum(axis=1) == 10).all()
     assert (np.isnan(scores) == (top < 0)).all()
@@ -327,7 +385,9 @@ def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
     assert not np.isin(top, withdrawn).any()
 
 
-def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_lists_do_not_depend_on_the_block(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
     excluded = [np.arange(user) for user in range(50)]
     top, scores = retrieve(searcher, means(queries), excluded, everything, K, None)
@@ -344,7 +404,9 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
     asked = Searcher.exact
     noise = np.random.default_rng(1)
 
-    def blurred(self: Searcher, queries: np.ndarray, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def blurred(
+        self: Searcher, queries: np.ndarray, among: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         positions, scores = asked(self, queries, among)
         return positions, scores + noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
 
@@ -358,18 +420,30 @@ def test_a_list_does_not_depend_on_who_is_asked_for_beside(searcher: Searcher) -
     """Else recall would hang on how users were divided, and the calibration's sample would tell of its own only."""
     queries, everything = clustered(200, seed=16), np.ones(ITEMS, bool)
     near = brute_force(queries, 400)
-    few, many = [row[:3] for row in near], [row[: 3 if user < 100 else 400] for user, row in enumerate(near)]
-    lists = [retrieve(searcher, means(queries), excluded, everything, K, Effort(2, K))[0][:100] for excluded in (few, many)]
+    few, many = (
+        [row[:3] for row in near],
+        [row[: 3 if user < 100 else 400] for user, row in enumerate(near)],
+    )
+    lists = [
+        retrieve(searcher, means(queries), excluded, everything, K, Effort(2, K))[0][:100]
+        for excluded in (few, many)
+    ]
     # ScaNN's own scores have ties, of which one or the other is among the first so many.
     same = (lists[0] == lists[1]).all(axis=1)
     assert same.mean() > 0.9
-    assert recall(lists[0], brute_force(queries[:100], K + 3)[:, 3:]) < 0.95  # more candidates would have found more
+    assert (
+        recall(lists[0], brute_force(queries[:100], K + 3)[:, 3:]) < 0.95
+    )  # more candidates would have found more
 
 
 def sample(queries: np.ndarray, seen: list[list[str]]) -> pa.Table:
-    history = pa.array([[]] * len(queries), pa.list_(pa.struct({"item_id": pa.string(), "weight": pa.float64()})))
+    history = pa.array(
+        [[]] * len(queries), pa.list_(pa.struct({"item_id": pa.string(), "weight": pa.float64()}))
+    )
     embedding = pa.array(queries.tolist(), pa.list_(pa.float32()))
-    return pa.table({"embedding": embedding, "history": history, "seen": pa.array(seen, pa.list_(pa.string()))})
+    return pa.table(
+        {"embedding": embedding, "history": history, "seen": pa.array(seen, pa.list_(pa.string()))}
+    )
 
 
 @pytest.mark.parametrize("promise", [0.6, 0.95])
@@ -394,7 +468,12 @@ def test_calibration_takes_the_cheapest_effort_that_is_enough(searcher: Searcher
 
 def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Path) -> None:
     vectors = pa.array([[1.0, 0.0], [0.0, 1.0]], pa.list_(pa.float32()))
-    columns = {"item_id": ["a", "b"], "embedding": vectors, "content_sha256": ["-", "-"], "text": ["", ""]}
+    columns = {
+        "item_id": ["a", "b"],
+        "embedding": vectors,
+        "content_sha256": ["-", "-"],
+        "text": ["", ""],
+    }
     rows = pa.table(columns)
     folder = index.build(rows, "title", "test", tmp_path, 16)
     before = (folder / "vectors.npy").stat().st_mtime_ns
@@ -408,14 +487,28 @@ def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Pat
 def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> None:
     noise = unit(np.random.default_rng(14).standard_normal((72, DIMENSION)))
     Searcher.build(tmp_path / "x", "x", IDS[:32], noise[:32], [""] * 32, ann_min_items=16)
-    found = calibrate(Searcher.open(tmp_path / "x"), sample(noise[32:], [[]] * 40), ListRules(np.ones(32, int)), 3, 1.0)
+    found = calibrate(
+        Searcher.open(tmp_path / "x"),
+        sample(noise[32:], [[]] * 40),
+        ListRules(np.ones(32, int)),
+        3,
+        1.0,
+    )
     assert (found.effort, found.recall, found.words(6)) == (None, 1.0, "exact")
 
 
 def test_nothing_to_calibrate_means_exact_search(tmp_path: Path, searcher: Searcher) -> None:
     assert calibrate(searcher, sample(clustered(0, seed=15), []), ALL, K, 0.9).effort is None
     withdrawn = np.zeros(ITEMS, int)
-    assert calibrate(searcher, sample(clustered(3, seed=15), [[]] * 3), ListRules(withdrawn), K, 0.9).effort is None
+    assert (
+        calibrate(
+            searcher, sample(clustered(3, seed=15), [[]] * 3), ListRules(withdrawn), K, 0.9
+        ).effort
+        is None
+    )
     exact = Searcher.open(small(tmp_path / "x"))
     queries = np.array([[1, 0]], np.float32)
-    assert calibrate(exact, sample(queries, [[]]), ListRules(np.ones(3, np.int64)), K, 0.9).effort is None
+    assert (
+        calibrate(exact, sample(queries, [[]]), ListRules(np.ones(3, np.int64)), K, 0.9).effort
+        is None
+    )

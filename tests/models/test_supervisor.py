@@ -40,8 +40,12 @@ def supervised() -> Iterator[type[Supervisor]]:
     made = []
 
     class Made(Supervisor):
-        def __init__(self, requests: str, batch_size: int = 4, seconds: float = 20, memory: int | None = None):
-            super().__init__(ModelSettings(backend="fake", model=requests), batch_size, seconds, memory)
+        def __init__(
+            self, requests: str, batch_size: int = 4, seconds: float = 20, memory: int | None = None
+        ):
+            super().__init__(
+                ModelSettings(backend="fake", model=requests), batch_size, seconds, memory
+            )
             made.append(self)
 
     yield Made
@@ -51,9 +55,14 @@ def supervised() -> Iterator[type[Supervisor]]:
 
 def captioned(supervisor: Supervisor, *images: bytes) -> dict[str, str]:
     """By the photo's place its text, or its error class; each place once."""
-    results = list(supervisor.caption(Photo(str(n), image, "Say it.") for n, image in enumerate(images)))
+    results = list(
+        supervisor.caption(Photo(str(n), image, "Say it.") for n, image in enumerate(images))
+    )
     assert sorted(result.key for result in results) == sorted(str(n) for n in range(len(images)))
-    return {result.key: result.error_class or result.text.removesuffix(".").split()[-1] for result in results}  # type: ignore[union-attr]
+    return {
+        result.key: result.error_class or result.text.removesuffix(".").split()[-1]
+        for result in results
+    }  # type: ignore[union-attr]
 
 
 def calls(file: Path) -> int:
@@ -61,7 +70,9 @@ def calls(file: Path) -> int:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_every_photo_has_one_result_whatever_the_batch(supervised: type[Supervisor], batch_size: int) -> None:
+def test_every_photo_has_one_result_whatever_the_batch(
+    supervised: type[Supervisor], batch_size: int
+) -> None:
     run = supervised("none", batch_size)
     images = [GREY, b"", b"<html>", GREY[:-30], *[DARKER, GREY] * 10]
     expected = {"0": "4", "1": "empty", "2": "html_page", "3": "truncated"}
@@ -75,13 +86,20 @@ def test_every_photo_has_one_result_whatever_the_batch(supervised: type[Supervis
 
 @pytest.mark.parametrize(
     ("fault", "error_class"),
-    [("raise", "RuntimeError"), ("exit", "model_died"), ("hang", "model_hung"), ("eat", "out_of_memory")],
+    [
+        ("raise", "RuntimeError"),
+        ("exit", "model_died"),
+        ("hang", "model_hung"),
+        ("eat", "out_of_memory"),
+    ],
 )
 def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
     supervised: type[Supervisor], tmp_path: Path, fault: str, error_class: str
 ) -> None:
     count = tmp_path / "calls"
-    run = supervised(f"{fault}:red+count={count}", 4, seconds=1.5 if fault == "hang" else 20, memory=400_000_000)
+    run = supervised(
+        f"{fault}:red+count={count}", 4, seconds=1.5 if fault == "hang" else 20, memory=400_000_000
+    )
     images = [GREY] * 5 + [RED] + [GREY] * 10
     assert captioned(run, *images) == {str(n): error_class if n == 5 else "4" for n in range(16)}
     # The killer's batch is asked for again, photo by photo, and nothing else.
@@ -90,11 +108,17 @@ def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
 
 def test_two_killers_in_one_batch_are_both_found(supervised: type[Supervisor]) -> None:
     assert captioned(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == {
-        "0": "model_died", "1": "4", "2": "model_died", "3": "4", "4": "4",
-    }  # fmt: skip
+        "0": "model_died",
+        "1": "4",
+        "2": "model_died",
+        "3": "4",
+        "4": "4",
+    }
 
 
-def test_two_killers_of_two_kinds_in_one_batch_each_have_their_own_class(supervised: type[Supervisor]) -> None:
+def test_two_killers_of_two_kinds_in_one_batch_each_have_their_own_class(
+    supervised: type[Supervisor],
+) -> None:
     run = supervised("exit:red+hang:green", 16, seconds=1)
     assert captioned(run, RED, GREEN, *[GREY] * 6) == {"0": "model_died", "1": "model_hung"} | {
         str(n): "4" for n in range(2, 8)
@@ -126,7 +150,9 @@ def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> N
     assert result.error == "no answer within 1 s; the process was ended"
 
 
-def test_a_child_that_somebody_kills_loses_nothing(supervised: type[Supervisor], tmp_path: Path) -> None:
+def test_a_child_that_somebody_kills_loses_nothing(
+    supervised: type[Supervisor], tmp_path: Path
+) -> None:
     count = tmp_path / "calls"
     run = supervised(f"ms=50+count={count}")
     results: list[Result] = []
@@ -149,19 +175,25 @@ def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[S
 
 
 def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]) -> None:
-    results = list(supervised("exit:red", 1).caption(Photo(str(n), RED, "Say it.") for n in range(40)))
+    results = list(
+        supervised("exit:red", 1).caption(Photo(str(n), RED, "Say it.") for n in range(40))
+    )
     assert 1 <= len(results) <= 10
     assert {result.error_class for result in results} == {"model_died"}
 
 
 def test_stop_ends_after_the_batches_that_were_begun(supervised: type[Supervisor]) -> None:
     run, done = supervised("none"), list[Result]()
-    for result in run.caption((Photo(str(n), GREY, "Say it.") for n in range(100)), stop=lambda: len(done) >= 10):
+    for result in run.caption(
+        (Photo(str(n), GREY, "Say it.") for n in range(100)), stop=lambda: len(done) >= 10
+    ):
         done.append(result)
     assert 10 <= len(done) <= 20
 
 
-def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(supervised: type[Supervisor]) -> None:
+def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(
+    supervised: type[Supervisor],
+) -> None:
     run = supervised("none")
     first = run.caption(Photo(str(n), GREY, "Say it.") for n in range(20))
     next(first)
@@ -169,7 +201,9 @@ def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(supervised: type[
     assert captioned(run, DARKER, GREY) == {"0": "2", "1": "4"}
 
 
-def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-no-such-key")
 
     class Stranger(BaseHTTPRequestHandler):
@@ -184,7 +218,9 @@ def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_words(monkeypatch
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = EndpointSettings(url=f"http://127.0.0.1:{server.server_port}/v1")
         run = Supervisor(ModelSettings(backend="endpoint", model="gpt", endpoint=endpoint), 4, 20)
-        with pytest.raises(RunError, match=r"^The captioner can't go on: .* the model gpt: status 401"):
+        with pytest.raises(
+            RunError, match=r"^The captioner can't go on: .* the model gpt: status 401"
+        ):
             list(run.caption(Photo(str(n), GREY, "Say it.") for n in range(40)))
         server.shutdown()
     assert run.pid is None
@@ -229,7 +265,9 @@ def photos():
 list(run.caption(photos()))
 """
     code = code.replace("RED", repr(RED)).replace("4, 600", "1, 600")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         time.sleep(0.5)  # it hangs over the photo
@@ -242,7 +280,9 @@ list(run.caption(photos()))
     assert alive == []
 
 
-def test_time_that_the_model_waits_is_told_from_time_that_it_works(supervised: type[Supervisor]) -> None:
+def test_time_that_the_model_waits_is_told_from_time_that_it_works(
+    supervised: type[Supervisor],
+) -> None:
     def slow() -> Iterator[Photo]:
         for n in range(4):
             time.sleep(0.1)
@@ -253,7 +293,9 @@ def test_time_that_the_model_waits_is_told_from_time_that_it_works(supervised: t
     assert sum(result.waited for result in results) > 0.1
 
 
-def test_photos_that_are_long_in_coming_are_not_the_models_fault(supervised: type[Supervisor]) -> None:
+def test_photos_that_are_long_in_coming_are_not_the_models_fault(
+    supervised: type[Supervisor],
+) -> None:
     def slow() -> Iterator[Photo]:
         for n in range(4):
             yield Photo(str(n), GREY, "Say it.")

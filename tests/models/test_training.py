@@ -29,7 +29,9 @@ GOOD = 120
 def photo(number: int, colour: str) -> bytes:
     rng = np.random.default_rng(number)
     pixels = np.full((40, 30, 3), 250, np.uint8)
-    pixels[8:32, 6:24] = np.clip(np.array(COLOURS[colour]) + rng.integers(-20, 20, (24, 18, 1)), 0, 255)
+    pixels[8:32, 6:24] = np.clip(
+        np.array(COLOURS[colour]) + rng.integers(-20, 20, (24, 18, 1)), 0, 255
+    )
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -67,10 +69,14 @@ Read = Callable[[], labelled.Labelled]
 @pytest.fixture(scope="module")
 def read(table: Path) -> Read:
     attributes = {"kind": "category", "colour": "shade"}
-    return lambda: labelled.read(table, COLUMNS, attributes, network.SIDE, table.parent / "work", lambda text: None)
+    return lambda: labelled.read(
+        table, COLUMNS, attributes, network.SIDE, table.parent / "work", lambda text: None
+    )
 
 
-def test_a_table_becomes_photos_words_and_labels(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_becomes_photos_words_and_labels(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = read()
     assert found.photos.shape == (GOOD + 1, 3, 128, 128)
     assert found.photos[3, :, 64, 64].argmax() == 0  # red
@@ -78,7 +84,12 @@ def test_a_table_becomes_photos_words_and_labels(read: Read, monkeypatch: pytest
     assert found.values == {"kind": ["casual shoes", "hat"], "colour": ["blue", "green", "red"]}
     assert found.labels["kind"][:3].tolist() == [0, 1, 0]
     assert found.labels["colour"][:4].tolist() == [2, -1, 0, 2]
-    assert found.sentences[:4] == ["A hat of my own.", "This is a hat.", "Casual shoes in blue.", "This is a red hat."]
+    assert found.sentences[:4] == [
+        "A hat of my own.",
+        "This is a hat.",
+        "Casual shoes in blue.",
+        "This is a red hat.",
+    ]
     assert found.weights[:2].tolist() == [7.0, 1.0]
     assert 0 < found.held_out.sum() < GOOD / 5
     assert found.held_out[5] == found.held_out[GOOD]  # a photo and its copy are on one side
@@ -94,7 +105,9 @@ def test_a_csv_may_name_photos_by_their_path(tmp_path: Path) -> None:
     lines = [f"files/{number}.png,hat" for number in range(100)] + ["files/gone.png,hat"]
     (tmp_path / "photos.csv").write_text("\n".join(["file,kind", *lines]))
     columns = COLUMNS | {"photo": "file"}
-    found = labelled.read(tmp_path / "photos.csv", columns, {"kind": "kind"}, 32, tmp_path / "work", lambda text: None)
+    found = labelled.read(
+        tmp_path / "photos.csv", columns, {"kind": "kind"}, 32, tmp_path / "work", lambda text: None
+    )
     assert (len(found.sentences), found.rejected) == (100, {"unreadable": 1})
     assert found.photos[0, :, 16, 16].argmax() == 1
 
@@ -105,13 +118,19 @@ def test_what_can_not_be_read_is_said(table: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match=r"gone\.parquet: there is no such table"):
         asked(tmp_path / "gone.parquet", {"kind": "category"})
-    with pytest.raises(UsageError, match=r"it has no column group; it has photo, category, shade, weight, caption\."):
+    with pytest.raises(
+        UsageError,
+        match=r"it has no column group; it has photo, category, shade, weight, caption\.",
+    ):
         asked(table, {"kind": "group"})
     (tmp_path / "text.parquet").write_text("no table")
     with pytest.raises(UsageError, match=r"text\.parquet: it can't be read as Parquet"):
         asked(tmp_path / "text.parquet", {"kind": "category"})
     rows().iloc[-9:].to_parquet(tmp_path / "few.parquet")
-    with pytest.raises(RunError, match=r"5 of 9 photos can be learnt from, at least 100 are needed\. Left out: .*html"):
+    with pytest.raises(
+        RunError,
+        match=r"5 of 9 photos can be learnt from, at least 100 are needed\. Left out: .*html",
+    ):
         asked(tmp_path / "few.parquet", {"kind": "category"})
 
 
@@ -148,7 +167,9 @@ def test_a_training_that_was_killed_ends_as_it_would_have(
         train.train(photos, tmp_path / "parts", work, PLAN, told.append)
     train.train(photos, tmp_path / "parts", work, PLAN, told.append)
     assert "going on from step 2 of 4" in told
-    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    whole, parts = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
     assert whole == parts
 
     # The ordinary backend loads it, and says words that it was taught.
@@ -157,8 +178,12 @@ def test_a_training_that_was_killed_ends_as_it_would_have(
         " ".join(photos.sentences).lower().replace(".", "").replace(",", "").split()
     )
 
-    with pytest.raises(UsageError, match=r"checkpoint\.pt: it belongs to a training with other photos or settings"):
-        train.train(photos, tmp_path / "parts", work, train.TrainingPlan(seen=30, batch=6), told.append)
+    with pytest.raises(
+        UsageError, match=r"checkpoint\.pt: it belongs to a training with other photos or settings"
+    ):
+        train.train(
+            photos, tmp_path / "parts", work, train.TrainingPlan(seen=30, batch=6), told.append
+        )
 
 
 def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both_know(
@@ -175,7 +200,10 @@ def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both
     untaught = model.get_input_embeddings().weight.detach().clone()
     network.inherit(model, processor, tmp_path / "first")
     theirs, ours = (each.get_input_embeddings().weight for each in (before, model))
-    words = AutoProcessor.from_pretrained(tmp_path / "first").tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+    words = (
+        AutoProcessor.from_pretrained(tmp_path / "first").tokenizer.get_vocab(),
+        processor.tokenizer.get_vocab(),
+    )
     assert torch.equal(ours[words[1]["red"]], theirs[words[0]["red"]])
     assert torch.equal(ours[words[1]["bonnet"]], untaught[words[1]["bonnet"]])
     taken, given = (each.model.vision_tower.state_dict() for each in (model, before))
@@ -184,17 +212,25 @@ def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both
     plan = replace(PLAN, start=str(tmp_path / "first"), mirrored=0.5, seen=12)
     (tmp_path / "work").mkdir()
     train.train(other, tmp_path / "second", tmp_path / "work", plan, lambda text: None)
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
     same = {name for name, each in first.items() if torch.equal(each, second[name])}
     early = {name for name in same if ".layers.0." in name and "vision_tower" in name}
     assert len(early) > 10
     assert not any("multi_modal_projector" in name for name in same)
 
     (tmp_path / "again").mkdir()
-    train.train(other, tmp_path / "third", tmp_path / "again", replace(plan, kept=0.5), lambda text: None)
+    train.train(
+        other, tmp_path / "third", tmp_path / "again", replace(plan, kept=0.5), lambda text: None
+    )
     third = load_file(tmp_path / "third" / "model.safetensors")
-    projector = next(name for name in first if "multi_modal_projector" in name and name.endswith("weight"))
-    torch.testing.assert_close(third[projector], (first[projector] + second[projector]) / 2, atol=1e-3, rtol=0)
+    projector = next(
+        name for name in first if "multi_modal_projector" in name and name.endswith("weight")
+    )
+    torch.testing.assert_close(
+        third[projector], (first[projector] + second[projector]) / 2, atol=1e-3, rtol=0
+    )
     learnt = next(name for name in first if name.endswith("embed_tokens.weight"))
     bonnet = words[1]["bonnet"]
     torch.testing.assert_close(third[learnt][bonnet], second[learnt][bonnet], atol=1e-3, rtol=0)
@@ -202,24 +238,52 @@ def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both
 
 @pytest.mark.parametrize(
     ("folder", "said"),
-    [("gone", "--start gone: there is no captioner"), ("none", "no captioner can be read from it"),
-     ("other", "its captioner is of another shape than those that are trained here")],
-)  # fmt: skip
+    [
+        ("gone", "--start gone: there is no captioner"),
+        ("none", "no captioner can be read from it"),
+        ("other", "its captioner is of another shape than those that are trained here"),
+    ],
+)
 def test_only_a_captioner_of_this_kind_can_be_started_from(
-    read: Read, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str, said: str
+    read: Read,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    said: str,
 ) -> None:
     start = tmp_path / folder
     if folder == "none":
         start.mkdir()
         (start / "config.json").write_text("{}")
     if folder == "other":
-        small = SwinConfig(image_size=64, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4)
+        small = SwinConfig(
+            image_size=64,
+            patch_size=4,
+            embed_dim=24,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+        )
         model, processor = network.build(read().sentences, small)
         model.save_pretrained(start)
         processor.save_pretrained(start)
     given = folder if folder == "gone" else str(start)
-    assert main(["train-captioner", str(table), "--out", str(tmp_path / "out"), "--attribute", "kind=category",
-                 "--start", given]) == 2  # fmt: skip
+    assert (
+        main(
+            [
+                "train-captioner",
+                str(table),
+                "--out",
+                str(tmp_path / "out"),
+                "--attribute",
+                "kind=category",
+                "--start",
+                given,
+            ]
+        )
+        == 2
+    )
     assert said in " ".join(capsys.readouterr().err.split())
 
 
@@ -237,8 +301,12 @@ def test_photos_are_drawn_by_weight_and_never_those_held_out(read: Read) -> None
 
 
 def test_changed_photos_depend_on_the_seed_and_stay_photos() -> None:
-    photos = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    first, again, other = (augment.augment(photos, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    photos = torch.randint(
+        0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    first, again, other = (
+        augment.augment(photos, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert first.shape == photos.shape
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -247,13 +315,19 @@ def test_changed_photos_depend_on_the_seed_and_stay_photos() -> None:
 
 
 def test_a_share_of_the_photos_is_mirrored_at_most() -> None:
-    photos = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    photos = torch.randint(
+        0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     changed = augment.augment(photos, torch.Generator().manual_seed(1), mirrored=0.5)
     as_it_is, turned = augment.plain(photos), augment.plain(photos.flip(-1))
-    untouched = [torch.equal(new, old) or torch.equal(new, other)
-                 for new, old, other in zip(changed, as_it_is, turned, strict=True)]  # fmt: skip
+    untouched = [
+        torch.equal(new, old) or torch.equal(new, other)
+        for new, old, other in zip(changed, as_it_is, turned, strict=True)
+    ]
     assert untouched == [True] * 4 + [False] * 4
-    assert 0 < sum(torch.equal(new, old) for new, old in zip(changed[:4], as_it_is, strict=False)) < 4
+    assert (
+        0 < sum(torch.equal(new, old) for new, old in zip(changed[:4], as_it_is, strict=False)) < 4
+    )
     whole = augment.augment(photos, torch.Generator().manual_seed(1), mirrored=1.0)
     assert whole.shape == photos.shape
 
@@ -283,7 +357,12 @@ def test_the_teacher_sees_each_photo_alone() -> None:
 def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
     values = {"kind": ["hat", "shoes"], "colour": ["red", "blue"]}
     captions = ["A red hat.", "A blue hat.", "Red shoes.", "Nothing."]
-    truth = [{"kind": "hat", "colour": "red"}, {"kind": "hat", "colour": "red"}, {"kind": "hat"}, {"kind": "shoes"}]
+    truth = [
+        {"kind": "hat", "colour": "red"},
+        {"kind": "hat", "colour": "red"},
+        {"kind": "hat"},
+        {"kind": "shoes"},
+    ]
     assert measure.shares(captions, "A blue hat.", truth, values) == {
         "kind": Share(photos=4, values=2, right=0.5, blank=0.75, majority=0.75),
         "colour": Share(photos=2, values=2, right=0.5, blank=0.0, majority=1.0),
@@ -291,13 +370,27 @@ def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
 
 
 def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
-    made = card.Made("vlm4rec train-captioner x", "`x.parquet`", "CC0.", 1_200, {"html_page": 2},
-                     train.TrainingPlan(teacher=True), 90.0, "a GPU")  # fmt: skip
+    made = card.Made(
+        "vlm4rec train-captioner x",
+        "`x.parquet`",
+        "CC0.",
+        1_200,
+        {"html_page": 2},
+        train.TrainingPlan(teacher=True),
+        90.0,
+        "a GPU",
+    )
     curve = [train.Point(96, 5.0, {"kind": 0.1}), train.Point(192, 4.0, {"kind": 0.3})]
     card.write(tmp_path, made, {"kind": Share(61, 2, 0.5, 0.25, 0.75)}, curve)
     text = (tmp_path / "README.md").read_text()
-    for words in ("`vlm4rec train-captioner x`", "1,200 photos; left out: 2 html page.", "seed 0; 1.5 minutes on a GPU",
-                  "| kind | 2 | 61 | 0.500 | 0.250 | 0.750 |", "## Licence\n\nCC0.", "EfficientNet-Lite0"):  # fmt: skip
+    for words in (
+        "`vlm4rec train-captioner x`",
+        "1,200 photos; left out: 2 html page.",
+        "seed 0; 1.5 minutes on a GPU",
+        "| kind | 2 | 61 | 0.500 | 0.250 | 0.750 |",
+        "## Licence\n\nCC0.",
+        "EfficientNet-Lite0",
+    ):
         assert words in text
     with Image.open(tmp_path / "curve.png") as curve_there:
         assert curve_there.width > 600
@@ -324,15 +417,36 @@ def test_a_folder_of_other_things_is_left_alone(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "letter.txt").write_text("Dear")
-    assert main(["train-captioner", str(table), "--out", str(tmp_path), "--attribute", "kind=category"]) == 2
+    assert (
+        main(
+            ["train-captioner", str(table), "--out", str(tmp_path), "--attribute", "kind=category"]
+        )
+        == 2
+    )
     assert "it holds something that isn't a model" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path: Path) -> None:
-    command = ["train-captioner", str(table), "--out", str(tmp_path / "mine"), "--attribute", "kind=category",
-               "--seen", "24", "--batch", "12", "--licence", "Ours."]  # fmt: skip
+    command = [
+        "train-captioner",
+        str(table),
+        "--out",
+        str(tmp_path / "mine"),
+        "--attribute",
+        "kind=category",
+        "--seen",
+        "24",
+        "--batch",
+        "12",
+        "--licence",
+        "Ours.",
+    ]
     assert main(command) == 0
     text = (tmp_path / "mine" / "README.md").read_text()
     assert "--attribute kind=category --seen 24 --batch 12 --rate 0.001 --seed 0`" in text
     assert "| kind | 2 |" in text
-    assert {file.name for file in (tmp_path / "mine").iterdir()} >= {"model.safetensors", "curve.png", "config.json"}
+    assert {file.name for file in (tmp_path / "mine").iterdir()} >= {
+        "model.safetensors",
+        "curve.png",
+        "config.json",
+    }

@@ -41,13 +41,18 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 def bare(ids: str, vectors: np.ndarray) -> Searcher:
     """An item for each letter, without words, searched exactly."""
     words, none = np.empty((len(ids), 0), np.int32), pa.array([], pa.string())
-    return Searcher(Path(), pa.array(list(ids)), words, none, vectors, np.arange(len(ids)), None, {})
+    return Searcher(
+        Path(), pa.array(list(ids)), words, none, vectors, np.arange(len(ids)), None, {}
+    )
 
 
 def drawn(users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Histories of up to 20 items, the first of none at all, and weights of which the heaviest is 1."""
     rng = np.random.default_rng(6)
-    positions = [rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64) for user in range(users)]
+    positions = [
+        rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64)
+        for user in range(users)
+    ]
     weights = [rng.random(len(mine)) + 0.05 for mine in positions]
     return positions, [(mine / mine.max(initial=0.01)).astype(np.float32) for mine in weights]
 
@@ -63,18 +68,28 @@ def test_an_item_scores_its_highest_weighted_similarity(searcher: Searcher) -> N
     top, scores = lists(asked.score_all(searcher), positions)
     for user in range(1, 30):
         history = list(zip(positions[user], weights[user], strict=True))
-        similar = [max(float(weight * (searcher.vectors[item] @ vector)) for item, weight in history)
-                   for vector in searcher.vectors]  # fmt: skip
-        best = sorted((-round(one, 6), item) for item, one in enumerate(similar) if item not in positions[user])[:K]
+        similar = [
+            max(float(weight * (searcher.vectors[item] @ vector)) for item, weight in history)
+            for vector in searcher.vectors
+        ]
+        best = sorted(
+            (-round(one, 6), item)
+            for item, one in enumerate(similar)
+            if item not in positions[user]
+        )[:K]
         np.testing.assert_allclose(scores[user], [-score for score, _ in best], rtol=0, atol=2e-6)
-        assert len({*top[user]} & {item for _, item in best}) >= K - 1  # two may be alike to six digits
+        assert (
+            len({*top[user]} & {item for _, item in best}) >= K - 1
+        )  # two may be alike to six digits
 
 
 def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
     positions, weights = drawn(30)
     asked = MaxSimilarityQuery(positions, weights)
     top, scores = lists(asked.score_all(searcher), positions)
-    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
+    found, approximate = lists(
+        asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
+    )
     assert found == top
     assert top[0] == [-1] * K  # no history, no list
     np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
@@ -106,7 +121,9 @@ def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
     histories: Queries = MaxSimilarityQuery(positions, [np.ones(1, np.float32)] * 20)
     for tastes in (means, histories):
         assert len(tastes.part(np.array([3, 5]))) == 2
-    assert lists(means.exact(searcher), positions)[0] == lists(histories.exact(searcher), positions)[0]
+    assert (
+        lists(means.exact(searcher), positions)[0] == lists(histories.exact(searcher), positions)[0]
+    )
     assert means.at_once(ITEMS) == histories.at_once(ITEMS)
 
 
@@ -114,13 +131,21 @@ def test_long_histories_are_scored_fewer_at_a_time() -> None:
     long = MaxSimilarityQuery([np.arange(100)] * 3, [np.ones(100, np.float32)] * 3)
     short = MaxSimilarityQuery([np.arange(1)] * 3, [np.ones(1, np.float32)] * 3)
     assert long.max_users_per_block(10_000) == short.max_users_per_block(10_000) // 100
-    assert MaxSimilarityQuery([np.array([], np.int64)], [np.array([], np.float32)]).max_users_per_block(2**30) == 1
+    assert (
+        MaxSimilarityQuery(
+            [np.array([], np.int64)], [np.array([], np.float32)]
+        ).max_users_per_block(2**30)
+        == 1
+    )
 
 
 def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Searcher) -> None:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
     small = bare("abcde", vectors)
-    histories, items = [np.array([1, 0, 4]), np.array([], int), np.array([2])], np.array([[2, 3, 1]] * 2 + [[0, -1, 2]])
+    histories, items = (
+        [np.array([1, 0, 4]), np.array([], int), np.array([2])],
+        np.array([[2, 3, 1]] * 2 + [[0, -1, 2]]),
+    )
     none = [[-1, -1, -1], [2, -1, 2]]
     assert nearest(histories, None, small, items).tolist() == [[1, 0, 1], *none]
     # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
@@ -132,32 +157,50 @@ def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
     """Two bundles of near twins and a loner make three tastes, each as heavy as its heaviest item."""
     rng = np.random.default_rng(9)
     centres = unit(np.eye(3, DIMENSION))
-    vectors = unit(np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION)))
+    vectors = unit(
+        np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION))
+    )
     small = bare("abcdef", vectors)
     history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
     made = MultiInterestQuery.of([history, history[:0]], [weights, weights[:0]], small, 3)
     heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))
     groups = [(3, 4), (0, 1, 2), (5,)]  # in the order of their first items
-    expected = unit(np.stack([sum(heavy[item] * vectors[item] for item in group) for group in groups]))
+    expected = unit(
+        np.stack([sum(heavy[item] * vectors[item] for item in group) for group in groups])
+    )
     np.testing.assert_allclose(made._vectors[0], expected, atol=1e-6)
     assert made._weights[0].tolist() == pytest.approx([0.5, 1.0, 0.4])
     positions, scores = made.score_all(small)
-    np.testing.assert_allclose(scores[0], ((vectors @ expected.T) * [0.5, 1.0, 0.4]).max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(
+        scores[0], ((vectors @ expected.T) * [0.5, 1.0, 0.4]).max(axis=1), atol=1e-6
+    )
     assert positions[1].tolist() == [-1] * 6
-    np.testing.assert_allclose(made.take(np.array([0])).scores(small, positions[:1])[0], scores[0], atol=1e-6)
+    np.testing.assert_allclose(
+        made.take(np.array([0])).scores(small, positions[:1])[0], scores[0], atol=1e-6
+    )
 
 
-def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(searcher: Searcher) -> None:
+def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(
+    searcher: Searcher,
+) -> None:
     positions, weights = drawn(30)
     whole: Queries = MaxSimilarityQuery(positions, weights)
     many: Queries = MultiInterestQuery.of(positions, weights, searcher, 20)
     assert lists(many.exact(searcher), positions)[0] == lists(whole.exact(searcher), positions)[0]
-    found, _ = lists(many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
+    found, _ = lists(
+        many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
+    )
     assert found == lists(many.exact(searcher), positions)[0]
     one = MultiInterestQuery.of(positions[1:], weights[1:], searcher, 1)
-    totals = [heavy @ searcher.vectors[mine] for mine, heavy in zip(positions[1:], weights[1:], strict=True)]
+    totals = [
+        heavy @ searcher.vectors[mine]
+        for mine, heavy in zip(positions[1:], weights[1:], strict=True)
+    ]
     mean: Queries = MeanQuery(unit(np.stack(totals)), positions[1:])
-    assert lists(one.score_all(searcher), positions[1:])[0] == lists(mean.exact(searcher), positions[1:])[0]
+    assert (
+        lists(one.score_all(searcher), positions[1:])[0]
+        == lists(mean.exact(searcher), positions[1:])[0]
+    )
     because, by = many.part(np.array([3, 5])).reasons(searcher, np.array([[7], [-1]]))
     assert because[0, 0] in positions[3]
     assert (because[1, 0], by.any()) == (-1, False)
@@ -174,7 +217,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[ItemItemScores, 
         dense[item, rng.permutation(ITEMS)[: rng.integers(1, 16)]] = rng.random() + 0.01
     first, second = np.nonzero(dense)
     folder = tmp_path_factory.mktemp("together") / "v1"
-    ItemItemScores.build(folder, "tastes", ITEMS, first, second, dense[first, second].astype(np.float32))
+    ItemItemScores.build(
+        folder, "tastes", ITEMS, first, second, dense[first, second].astype(np.float32)
+    )
     return ItemItemScores.open(folder), dense
 
 
@@ -184,7 +229,11 @@ def blended(
     positions, weights = drawn(users)
     positions[1] = np.arange(ITEMS - 3, ITEMS)  # items without companions
     weights[1] = np.ones(3, np.float32)
-    return BlendedQuery(MaxSimilarityQuery(positions, weights), together, share, positions, weights), positions, weights
+    return (
+        BlendedQuery(MaxSimilarityQuery(positions, weights), together, share, positions, weights),
+        positions,
+        weights,
+    )
 
 
 def test_companions_come_back_strongest_first(together: tuple[ItemItemScores, np.ndarray]) -> None:
@@ -212,11 +261,19 @@ def test_a_blend_is_the_sum_of_its_parts(
         content = (vectors @ vectors[mine].T * heavy).max(axis=1) if len(mine) else np.zeros(ITEMS)
         expected = share * found + (1 - share) * content
         out = {*mine.tolist(), *(np.flatnonzero(found == 0).tolist() if share == 1 else ())}
-        best = sorted((-round(one, 6), item) for item, one in enumerate(expected) if item not in out)
+        best = sorted(
+            (-round(one, 6), item) for item, one in enumerate(expected) if item not in out
+        )
         best = best[:K] if len(mine) else []
-        np.testing.assert_allclose(scores[user][: len(best)], [-one for one, _ in best], rtol=0, atol=3e-6)
+        np.testing.assert_allclose(
+            scores[user][: len(best)], [-one for one, _ in best], rtol=0, atol=3e-6
+        )
         assert top[user][len(best) :] == [-1] * (K - len(best))
-    assert top[1] == ([-1] * K if share == 1 else lists(MaxSimilarityQuery(positions, weights).score_all(searcher), positions)[0][1])
+    assert top[1] == (
+        [-1] * K
+        if share == 1
+        else lists(MaxSimilarityQuery(positions, weights).score_all(searcher), positions)[0][1]
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -225,7 +282,9 @@ def test_a_part_of_the_items_is_scored_as_among_all(
 ) -> None:
     """Each list over a seventh of the items, means, histories and blends: best of that part, whatever the others."""
     asked, positions, weights = blended(together[0], share)
-    means = MeanQuery(unit(np.stack([searcher.vectors[mine].sum(axis=0) + 1e-3 for mine in positions])), positions)
+    means = MeanQuery(
+        unit(np.stack([searcher.vectors[mine].sum(axis=0) + 1e-3 for mine in positions])), positions
+    )
     eligible = np.arange(ITEMS) % 7 == 3
     kinds: list[Queries] = [asked] if share else [means, MaxSimilarityQuery(positions, weights)]
     for tastes in kinds:
@@ -248,10 +307,14 @@ def test_a_blend_by_scann_gives_the_exact_lists(
 ) -> None:
     asked, positions, _ = blended(together[0], 0.4)
     top, scores = lists(asked.score_all(searcher), positions)
-    found, approximate = lists(asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions)
+    found, approximate = lists(
+        asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
+    )
     assert found == top
     np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
-    assert lists(asked.take(np.array([4, 9])).score_all(searcher), [positions[4], positions[9]])[0] == [top[4], top[9]]
+    assert lists(asked.take(np.array([4, 9])).score_all(searcher), [positions[4], positions[9]])[
+        0
+    ] == [top[4], top[9]]
 
 
 def test_a_blend_says_which_part_spoke_and_for_which_item(
@@ -264,7 +327,11 @@ def test_a_blend_says_which_part_spoke_and_for_which_item(
     for user in range(2, 30):
         mine = positions[user]
         for item, reason, found in zip(top[user], every_because[user], every_by[user], strict=True):
-            speaks = together[1][mine, item] if found else searcher.vectors[mine] @ searcher.vectors[item]
+            speaks = (
+                together[1][mine, item]
+                if found
+                else searcher.vectors[mine] @ searcher.vectors[item]
+            )
             adds = weights[user] * speaks
             assert adds[mine.tolist().index(reason)] == pytest.approx(adds.max(), abs=2e-6)
             assert not found or together[1][mine, item].any()
@@ -276,5 +343,8 @@ def test_damaged_companions_are_refused(tmp_path: Path) -> None:
     one = np.array([0]), np.array([1]), np.array([0.5], np.float32)
     ItemItemScores.build(tmp_path / "x", "v", 2, *one)
     (tmp_path / "x" / "strengths.npy").write_bytes(b"")
-    with pytest.raises(RunError, match=r"The cooccurrence folder .* is damaged: strengths\.npy .* Run the recommend"):
+    with pytest.raises(
+        RunError,
+        match=r"The cooccurrence folder .* is damaged: strengths\.npy .* Run the recommend",
+    ):
         ItemItemScores.open(tmp_path / "x")

@@ -22,25 +22,46 @@ from vlm4rec_spark.demo.drawing import draw
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.encoding.vision_encoder import Vision, load_vision, vision_id
 
-SHIRT = {"kind": "shirt", "colour": "red", "pattern": "striped", "material": "cotton", "style": "sporty"}
+SHIRT = {
+    "kind": "shirt",
+    "colour": "red",
+    "pattern": "striped",
+    "material": "cotton",
+    "style": "sporty",
+}
 
 
 def drawn(seed: int, **other: str) -> Image.Image:
     return draw(SHIRT | other, np.random.default_rng(seed))
 
 
-PHOTOS = [drawn(1), drawn(2), drawn(3, kind="lamp", colour="blue", pattern="plain"), Image.new("RGB", (40, 90))]
+PHOTOS = [
+    drawn(1),
+    drawn(2),
+    drawn(3, kind="lamp", colour="blue", pattern="plain"),
+    Image.new("RGB", (40, 90)),
+]
 
 
 def model_folder(name: str, folder: Path) -> str:
     """A small model of random weights of a kind that people name, or the name of one that is packaged."""
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "image_size": 32, "patch_size": 8}  # fmt: skip
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     torch.manual_seed(0)
     if name == "clip":
         words = small | {"vocab_size": 50, "max_position_embeddings": 16}
-        CLIPModel(CLIPConfig(vision_config=small, text_config=words, projection_dim=24)).save_pretrained(folder)
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+        CLIPModel(
+            CLIPConfig(vision_config=small, text_config=words, projection_dim=24)
+        ).save_pretrained(folder)
+        CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ).save_pretrained(folder)
     elif name == "vit":
         ViTModel(ViTConfig(**small)).save_pretrained(folder)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -74,12 +95,16 @@ def test_the_packaged_one_sees_what_is_alike() -> None:
 
 def test_more_photos_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm4rec_spark.models.encoding.vision_encoder._TOGETHER", 3)
-    np.testing.assert_allclose(packaged().embed(PHOTOS * 2)[4:], packaged().embed(PHOTOS), atol=1e-5)
+    np.testing.assert_allclose(
+        packaged().embed(PHOTOS * 2)[4:], packaged().embed(PHOTOS), atol=1e-5
+    )
 
 
 def test_ids_name_the_encoder_and_a_wrong_one_is_said_early(tmp_path: Path) -> None:
     assert vision_id("fake", "main") == "fake-4x4@1"
     name, _, digest = vision_id("packaged", "main").partition("@")
     assert (name, len(digest)) == ("packaged", 12)
-    with pytest.raises(UsageError, match=rf"^embed\.vision: there is no model folder {tmp_path}/gone\."):
+    with pytest.raises(
+        UsageError, match=rf"^embed\.vision: there is no model folder {tmp_path}/gone\."
+    ):
         vision_id(str(tmp_path / "gone"), "main")

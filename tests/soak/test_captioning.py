@@ -38,25 +38,39 @@ class Job:
     def __init__(self, folder: Path):
         self.folder, self.started = folder, list[psutil.Popen]()
         png = (f"{n % 256:02x}{n // 256:02x}60" for n in range(PHOTOS))
-        rows = {"item_id": [f"i{n:05}" for n in range(PHOTOS)], "photo": [picture(colour) for colour in png]}
+        rows = {
+            "item_id": [f"i{n:05}" for n in range(PHOTOS)],
+            "photo": [picture(colour) for colour in png],
+        }
         pq.write_table(pa.table(rows), folder / "shop.parquet")
 
     def start(self, place: str, command: str = "caption") -> psutil.Popen:
         out = self.folder / place
         # 120 ms a call of 8: some minutes of two models, so that twenty drivers can be killed before all is done.
         settings = (
-            f"tables={out}", f"ingest.items.path=[{self.folder}/shop.parquet]", "ingest.items.format=parquet",
-            "ingest.photos.bytes_column=photo", f"caption.model.model=ms=120+count={self.folder}/calls-{place}",
-            f"caption.batch_size={BATCH}", f"caption.chunk_photos={CHUNK}", "spark.master=local[2]",
+            f"tables={out}",
+            f"ingest.items.path=[{self.folder}/shop.parquet]",
+            "ingest.items.format=parquet",
+            "ingest.photos.bytes_column=photo",
+            f"caption.model.model=ms=120+count={self.folder}/calls-{place}",
+            f"caption.batch_size={BATCH}",
+            f"caption.chunk_photos={CHUNK}",
+            "spark.master=local[2]",
             f"spark.conf={json.dumps({'spark.sql.shuffle.partitions': '2'})}",
-        )  # fmt: skip
+        )
         words = [sys.executable, "-c", RUN, command, "--config", "test.yaml"]
         words += [word for setting in settings for word in ("--set", setting)]
         with (self.folder / f"log-{place}").open("ab") as log:
             self.started.append(
-                psutil.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                             cwd=self.folder)
-            )  # fmt: skip
+                psutil.Popen(
+                    words,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    cwd=self.folder,
+                )
+            )
         return self.started[-1]
 
     def calls(self, place: str) -> int:
@@ -65,14 +79,26 @@ class Job:
 
     def captions(self, place: str) -> dict[str, list[str]]:
         """captions and item_captions, without what differs from run to run: the fake's file is part of its name."""
-        links = deltalake.DeltaTable(str(self.folder / place / "item_captions")).to_pyarrow_table().to_pylist()
-        made = deltalake.DeltaTable(str(self.folder / place / "captions")).to_pyarrow_table().to_pylist()
+        links = (
+            deltalake.DeltaTable(str(self.folder / place / "item_captions"))
+            .to_pyarrow_table()
+            .to_pylist()
+        )
+        made = (
+            deltalake.DeltaTable(str(self.folder / place / "captions"))
+            .to_pyarrow_table()
+            .to_pylist()
+        )
         texts = {row["caption_key"]: row for row in made}
         assert len(texts) == len(made) == PHOTOS
         left_out = {"caption_key", "model", *schemas.CAPTIONS.volatile}
         return {
-            "captions": sorted(str({k: v for k, v in row.items() if k not in left_out}) for row in made),
-            "item_captions": sorted(f"{row['item_id']} {texts[row['caption_key']]['caption']}" for row in links),
+            "captions": sorted(
+                str({k: v for k, v in row.items() if k not in left_out}) for row in made
+            ),
+            "item_captions": sorted(
+                f"{row['item_id']} {texts[row['caption_key']]['caption']}" for row in links
+            ),
         }
 
     def log(self, place: str) -> str:
@@ -132,7 +158,9 @@ def called(process: psutil.Popen, word: str) -> list[psutil.Process]:
     return found
 
 
-def test_captions_are_the_same_after_twenty_killed_drivers(job: Job, undisturbed: dict[str, list[str]]) -> None:
+def test_captions_are_the_same_after_twenty_killed_drivers(
+    job: Job, undisturbed: dict[str, list[str]]
+) -> None:
     expected, kills = undisturbed, 20
     assert job.start("drivers", "ingest").wait(600) == 0, job.log("drivers")
     rng, done = random.Random(SEED), 0
@@ -160,7 +188,9 @@ def test_captions_are_the_same_after_twenty_killed_drivers(job: Job, undisturbed
     print(f"{done} driver kills, {job.calls('drivers') - PHOTOS} calls too many")
 
 
-def test_captions_are_the_same_after_ten_killed_children(job: Job, undisturbed: dict[str, list[str]]) -> None:
+def test_captions_are_the_same_after_ten_killed_children(
+    job: Job, undisturbed: dict[str, list[str]]
+) -> None:
     expected, kills, done = undisturbed, 10, 0
     assert job.start("children", "ingest").wait(600) == 0, job.log("children")
     rng, process = random.Random(SEED), job.start("children")

@@ -18,7 +18,11 @@ SECONDS, LONGEST, MEMORY = 600, 20, 3_000_000
 @pytest.mark.soak
 def test_no_damage_crashes_the_decoder() -> None:
     seeds = [*GOOD.values(), *(data for data, _ in HOSTILE.values() if data)]
-    before, ends, number = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic() + SECONDS, 0
+    before, ends, number = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        time.monotonic() + SECONDS,
+        0,
+    )
     outcomes: dict[str, int] = {}
     while time.monotonic() < ends:
         rng = np.random.default_rng(number)
@@ -28,7 +32,9 @@ def test_no_damage_crashes_the_decoder() -> None:
             match rng.integers(5):
                 case 0:
                     flipped = 1 << int(rng.integers(8))
-                    damaged[start : start + 1] = bytes(byte ^ flipped for byte in damaged[start : start + 1])
+                    damaged[start : start + 1] = bytes(
+                        byte ^ flipped for byte in damaged[start : start + 1]
+                    )
                 case 1:  # the sizes stand near the beginning
                     start = int(rng.integers(min(len(damaged), 64) + 1))
                     damaged[start : start + 4] = rng.bytes(4)

@@ -26,10 +26,13 @@ from vlm4rec_spark.storage import schemas
 
 pytestmark = pytest.mark.soak
 QUICK = {
-    "spark.sql.shuffle.partitions": "1", "spark.default.parallelism": "1", "spark.sql.adaptive.enabled": "false",
-    "spark.databricks.delta.snapshotPartitions": "1", "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.shuffle.partitions": "1",
+    "spark.default.parallelism": "1",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-}  # fmt: skip
+}
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
 SEED = 4
 
@@ -44,22 +47,38 @@ class Shop:
     def start(self, place: str, *more: str) -> subprocess.Popen:
         out = self.folder / place
         settings = (
-            f"tables={out}/tables", f"index.folder={out}/index", f"report.path={out}/report.html",
-            f"ingest.items.path=[{self.raw}/catalogue.csv]", f"ingest.interactions.path=['{self.raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={self.raw}/photos", f"ingest.users.path=[{self.raw}/users.csv]",
-            f"ingest.identities.path=[{self.raw}/identities.csv]", f"evaluate.cut={catalogue.CUT}",
+            f"tables={out}/tables",
+            f"index.folder={out}/index",
+            f"report.path={out}/report.html",
+            f"ingest.items.path=[{self.raw}/catalogue.csv]",
+            f"ingest.interactions.path=['{self.raw}/events-*.csv.gz']",
+            f"ingest.photos.folder={self.raw}/photos",
+            f"ingest.users.path=[{self.raw}/users.csv]",
+            f"ingest.identities.path=[{self.raw}/identities.csv]",
+            f"evaluate.cut={catalogue.CUT}",
             "evaluate.splits=[time]",
-            "evaluate.arms=[popularity,caption]", "report.photos=4", "report.users=2", "recommend.k=5",
+            "evaluate.arms=[popularity,caption]",
+            "report.photos=4",
+            "report.users=2",
+            "recommend.k=5",
             # A task that fails is tried again only where the master says so.
-            "spark.master=local[2,4]", f"spark.conf={json.dumps(QUICK)}", *more,
-        )  # fmt: skip
+            "spark.master=local[2,4]",
+            f"spark.conf={json.dumps(QUICK)}",
+            *more,
+        )
         command = [sys.executable, "-c", RUN, "run", "--config", "test.yaml"]
         command += [word for setting in settings for word in ("--set", setting)]
         with (self.folder / f"log-{place}").open("ab") as log:
             self.started.append(
-                subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                                 cwd=self.folder)
-            )  # fmt: skip
+                subprocess.Popen(
+                    command,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    cwd=self.folder,
+                )
+            )
         return self.started[-1]
 
     def log(self, place: str) -> str:
@@ -148,7 +167,11 @@ def parent(pid: int) -> int:
 def left_behind() -> set[Path]:
     """What Spark and this package have in the folder for temporary files, other runs' included."""
     place = Path(tempfile.gettempdir())
-    return {path for name in ("vlm4rec-*-*", "spark-*", "blockmgr-*", "snappy-*") for path in place.glob(name)}
+    return {
+        path
+        for name in ("vlm4rec-*-*", "spark-*", "blockmgr-*", "snappy-*")
+        for path in place.glob(name)
+    }
 
 
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
@@ -188,7 +211,9 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
             done += min(1, kill_workers(process))
         code = process.wait(600)
         # Killed four times, a task fails its run: it is started again, like any other.
-        assert code == 0 or shop.start(f"{place}-{tries}").wait(600) == 0, shop.log(f"{place}-{tries}")
+        assert code == 0 or shop.start(f"{place}-{tries}").wait(600) == 0, shop.log(
+            f"{place}-{tries}"
+        )
         assert contents(shop.folder / f"{place}-{tries}") == expected
     assert tries <= kills
 

@@ -61,7 +61,13 @@ class CaptionPlan:
     rates: Rates
 
 
-def estimate(photos: Mapping[str, int], contents: Mapping[str, int], rates: Rates, budget: Budget, prices: Prices) -> CaptionPlan:
+def estimate(
+    photos: Mapping[str, int],
+    contents: Mapping[str, int],
+    rates: Rates,
+    budget: Budget,
+    prices: Prices,
+) -> CaptionPlan:
     """From the photos by reason (of `plan.judged`) and the contents to caption by reason (of `plan.queue`)."""
     todo = sum(contents.values())
     now = rates.affordable(todo, budget, prices)

@@ -42,7 +42,9 @@ class CaptionSpec:
         return F.lit(True) if self.retry == "" else F.col("error_class") == self.retry
 
 
-def wanted_captions(photos: DataFrame, imported: DataFrame, items: DataFrame | None, wish: CaptionSpec) -> DataFrame:
+def wanted_captions(
+    photos: DataFrame, imported: DataFrame, items: DataFrame | None, wish: CaptionSpec
+) -> DataFrame:
     """item_id, position, image_sha256, prompt and caption_key of every photo that the model shall describe, no bytes.
 
     caption_key = SHA-256 of the photo's bytes, the prompt's text, the model at its revision, and the generation and
@@ -85,10 +87,14 @@ def current_captions(item_captions: DataFrame, captions: DataFrame) -> DataFrame
     """item_id, position and `old` (the caption's key, photo, prompt and model) of each photo that a model described."""
     old = F.struct("caption_key", "image_sha256", "prompt_id", "model").alias("old")
     described = captions.where(F.col("status") == "ok").select("caption_key", old)
-    return item_captions.join(described, on="caption_key", how="inner").select("item_id", "position", "old")
+    return item_captions.join(described, on="caption_key", how="inner").select(
+        "item_id", "position", "old"
+    )
 
 
-def with_reason(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: CaptionSpec) -> DataFrame:
+def with_reason(
+    wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wish: CaptionSpec
+) -> DataFrame:
     """`wanted` with `reason` (one of PENDING, or reused, kept, given_up), `old`, and `attempts` (runs that tried)."""
     done = captions.select("caption_key", "status", "error_class", "attempts")
     failed, old = F.col("status").isin("failed", "rejected"), F.col("old")
@@ -107,9 +113,17 @@ def with_reason(wanted: DataFrame, captions: DataFrame, in_force: DataFrame, wis
     return (
         wanted.join(done, on="caption_key", how="left")
         .join(in_force, on=["item_id", "position"], how="left")
-        .select("item_id", "position", "image_sha256", "prompt", "caption_key", reason.alias("reason"), "old",
-                F.coalesce("attempts", F.lit(0)).alias("attempts"))
-    )  # fmt: skip
+        .select(
+            "item_id",
+            "position",
+            "image_sha256",
+            "prompt",
+            "caption_key",
+            reason.alias("reason"),
+            "old",
+            F.coalesce("attempts", F.lit(0)).alias("attempts"),
+        )
+    )
 
 
 def queue(judged: DataFrame, interactions: DataFrame | None) -> DataFrame:
@@ -148,9 +162,15 @@ def with_photos(part: DataFrame, photos: DataFrame) -> DataFrame:
 
     Reads the files and row groups that may hold an item between the first and the last one, in each tier.
     """
-    ends = part.groupBy("tier").agg(F.min("item_id").alias("first"), F.max("item_id").alias("last")).collect()
+    ends = (
+        part.groupBy("tier")
+        .agg(F.min("item_id").alias("first"), F.max("item_id").alias("last"))
+        .collect()
+    )
     among = [F.col("item_id").between(tier["first"], tier["last"]) for tier in ends]
-    images = photos.select("item_id", "position", "uri", "image_sha256", "image").where(reduce(Column.__or__, among))
+    images = photos.select("item_id", "position", "uri", "image_sha256", "image").where(
+        reduce(Column.__or__, among)
+    )
     return part.join(images, on=["item_id", "position"], how="inner")
 
 
@@ -162,7 +182,9 @@ def item_captions(judged: DataFrame, captions: DataFrame, imported: DataFrame) -
     done = captions.where(F.col("status") == "ok").select("caption_key", F.lit(True).alias("done"))
     same_photo = F.col("old")["image_sha256"] == F.col("image_sha256")
     key = F.when(F.col("done"), F.col("caption_key")).when(same_photo, F.col("old")["caption_key"])
-    made = judged.join(done, on="caption_key", how="left").select("item_id", "position", key.alias("caption_key"))
+    made = judged.join(done, on="caption_key", how="left").select(
+        "item_id", "position", key.alias("caption_key")
+    )
     return made.where(F.col("caption_key").isNotNull()).unionByName(
         imported.select("item_id", "position", "caption_key")
     )
@@ -191,7 +213,9 @@ def import_rows(raw: DataFrame, items: DataFrame) -> DataFrame:
         "caption",
         "source",
         "row",
-        F.sha2(F.to_json(F.array(F.lit("imported"), "item_id", "caption")), 256).alias("caption_key"),
+        F.sha2(F.to_json(F.array(F.lit("imported"), "item_id", "caption")), 256).alias(
+            "caption_key"
+        ),
         F.when(F.coalesce(F.col("item_id"), F.lit("")) == "", "item_id is missing")
         .when(F.col("known").isNull(), "no such item in the catalogue")
         .when(empty, "the text is empty")

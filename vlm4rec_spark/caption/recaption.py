@@ -16,10 +16,15 @@ def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame
     return photos.mapInPandas(_retaking_udf(max_side, http), photos.schema)
 
 
-def _retaking_udf(max_side: int, http: HttpSettings) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
+def _retaking_udf(
+    max_side: int, http: HttpSettings
+) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     def retake(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
-            images = [_retaken(*pair, max_side, http) for pair in zip(batch["image"], batch["uri"], strict=True)]
+            images = [
+                _retaken(*pair, max_side, http)
+                for pair in zip(batch["image"], batch["uri"], strict=True)
+            ]
             # Without its place, or the worker would look there for what is empty here.
             yield batch.assign(image=images, uri=None)
 
@@ -33,5 +38,7 @@ def _retaken(image: bytes | None, uri: str | None, max_side: int, http: HttpSett
             found = photo_storage.read(uri, http)
             image = found[0] if found else None
         return perturbations.perturbed(bytes(image or b""), max_side)
-    except Exception:  # a place raises whatever it likes, and the caption in force says that the photo was good
+    except (
+        Exception
+    ):  # a place raises whatever it likes, and the caption in force says that the photo was good
         return b""

@@ -49,7 +49,9 @@ class Job:
     """To the driver."""
 
 
-def caption_photos(photos: DataFrame, job: Job, tasks: int, profile: ResourceProfile | None = None) -> DataFrame:
+def caption_photos(
+    photos: DataFrame, job: Job, tasks: int, profile: ResourceProfile | None = None
+) -> DataFrame:
     """Caption every row (caption_key, image_sha256, uri, image, attempts, prompt, rank) once: a row each as in RESULT.
 
     `profile` is what each of so many `tasks` claims.
@@ -71,7 +73,10 @@ def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
 
         def photos() -> Iterator[Photo]:
             for batch in batches:
-                records = ({**row, "prompt": row["prompt"] or job.prompt.text} for row in batch.to_dict("records"))
+                records = (
+                    {**row, "prompt": row["prompt"] or job.prompt.text}
+                    for row in batch.to_dict("records")
+                )
                 for row, image in _with_images(records, job.http):
                     rows[row["caption_key"]] = row
                     if isinstance(image, Result):
@@ -147,17 +152,31 @@ def row(result: Result, prompt: str, structured: bool = False) -> dict:
     status = "rejected" if refused else "failed" if result.text is None else "ok"
     error_class, error = fault or (result.error_class, result.error)
     return {
-        "caption_key": result.key, "caption": text if status == "ok" else None,
+        "caption_key": result.key,
+        "caption": text if status == "ok" else None,
         "attributes": known if status == "ok" else None,
-        "input_tokens": result.input_tokens, "output_tokens": result.output_tokens, "status": status,
-        "error_class": error_class, "error": error[:1_000] if error else error, "seconds": result.seconds,
+        "input_tokens": result.input_tokens,
+        "output_tokens": result.output_tokens,
+        "status": status,
+        "error_class": error_class,
+        "error": error[:1_000] if error else error,
+        "seconds": result.seconds,
         "waited": result.waited,
-    }  # fmt: skip
+    }
 
 
 def _figures(row: dict) -> dict[str, float]:
-    counts = {"photos": 1, "tokens": row["output_tokens"] or 0, "seconds": row["seconds"], "waited": row["waited"]}
-    return counts if row["status"] == "ok" else counts | {"failed": 1, f"failed {row['error_class']}": 1}
+    counts = {
+        "photos": 1,
+        "tokens": row["output_tokens"] or 0,
+        "seconds": row["seconds"],
+        "waited": row["waited"],
+    }
+    return (
+        counts
+        if row["status"] == "ok"
+        else counts | {"failed": 1, f"failed {row['error_class']}": 1}
+    )
 
 
 def _gpu() -> str | None:
@@ -168,8 +187,14 @@ def _gpu() -> str | None:
 
 
 def _supervisor(settings: CaptionSettings, gpu: str | None, structured: bool) -> Supervisor:
-    made_by = (settings.model.model_dump(), settings.batch_size, settings.batch_seconds, settings.memory_gb, gpu,
-               structured)  # fmt: skip
+    made_by = (
+        settings.model.model_dump(),
+        settings.batch_size,
+        settings.batch_seconds,
+        settings.memory_gb,
+        gpu,
+        structured,
+    )
     key = json.dumps(made_by)
     if key not in _running:
         for other in _running.values():  # one model at a time: two wouldn't fit a GPU
@@ -177,9 +202,13 @@ def _supervisor(settings: CaptionSettings, gpu: str | None, structured: bool) ->
         _running.clear()
         memory = int(settings.memory_gb * 1e9) if settings.memory_gb else None
         _running[key] = Supervisor(
-            settings.model, settings.batch_size, settings.batch_seconds, memory, gpu,
+            settings.model,
+            settings.batch_size,
+            settings.batch_seconds,
+            memory,
+            gpu,
             attributes.SCHEMA if structured else None,
-        )  # fmt: skip
+        )
     return _running[key]
 
 

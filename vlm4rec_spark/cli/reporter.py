@@ -44,5 +44,11 @@ class _Lines(logging.StreamHandler):
     def format(self, record: LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         figures = getattr(record, "figures", {})
-        line = {"at": at, "level": record.levelname, **self._context, "message": record.getMessage(), **figures}
+        line = {
+            "at": at,
+            "level": record.levelname,
+            **self._context,
+            "message": record.getMessage(),
+            **figures,
+        }
         return json.dumps(line, ensure_ascii=False)

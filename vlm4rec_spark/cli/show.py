@@ -35,17 +35,30 @@ _NEAR = 50
 def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     """Raises RunError for a user whom neither the log nor any list knows."""
     tables = pipeline.tables
-    known = _first(tables.read(schemas.IDENTITIES).where(F.col("anonymous_id") == F.lit(user_id)).select("user_id"))
+    known = _first(
+        tables.read(schemas.IDENTITIES)
+        .where(F.col("anonymous_id") == F.lit(user_id))
+        .select("user_id")
+    )
     if known is not None:
         console.print(_line(user_id, f"turned out to be {known['user_id']}"))
         user_id = known["user_id"]
     mine = F.col("user_id") == F.lit(user_id)
     profile = _first(
-        tables.read(schemas.PROFILES).where(mine)
-        .select("representation", "history", "events", F.size("seen").alias("seen"), _micros("last_event_at"))
-    )  # fmt: skip
+        tables.read(schemas.PROFILES)
+        .where(mine)
+        .select(
+            "representation",
+            "history",
+            "events",
+            F.size("seen").alias("seen"),
+            _micros("last_event_at"),
+        )
+    )
     lists = _first(
-        tables.read(schemas.RECOMMENDATIONS).where(mine).select("items", "k", "index_id", _micros("generated_at"))
+        tables.read(schemas.RECOMMENDATIONS)
+        .where(mine)
+        .select("items", "k", "index_id", _micros("generated_at"))
     )
     log = pipeline.log() if profile is None else None
     events = 0 if log is None else log.where(mine).count()
@@ -58,7 +71,9 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     if history:
         console.print(_history(history, texts))
     if lists is None:
-        console.print("No recommendations yet: a list needs a history with a vector. See: vlm4rec recommend --help")
+        console.print(
+            "No recommendations yet: a list needs a history with a vector. See: vlm4rec recommend --help"
+        )
     else:
         console.print(_recommendations(lists, texts))
 
@@ -67,7 +82,11 @@ def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
     """Raises RunError for an item that isn't in the catalogue."""
     tables, mine = pipeline.tables, F.col("item_id") == F.lit(item_id)
     items = pipeline.read(schemas.ITEMS)
-    found = _first(items.where(mine).withColumns({"first": _micros("first_seen_at"), "at": _micros("updated_at")}))
+    found = _first(
+        items.where(mine).withColumns(
+            {"first": _micros("first_seen_at"), "at": _micros("updated_at")}
+        )
+    )
     if found is None:
         raise _unknown("item", item_id, items.select("item_id"))
     console.print(_line(f"Item {item_id}", found["title"] or "(no title)"))
@@ -82,7 +101,9 @@ def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
 def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
     """Says which known ids are nearest: of the fifty that begin alike and differ least, by Spark's count of edits."""
     column, typed = F.lower(f"{kind}_id"), wanted.lower()
-    alike = ids.where(column.startswith(typed[:1])).orderBy(F.levenshtein(column, F.lit(typed)), f"{kind}_id")
+    alike = ids.where(column.startswith(typed[:1])).orderBy(
+        F.levenshtein(column, F.lit(typed)), f"{kind}_id"
+    )
     near = {row[0].lower(): row[0] for row in alike.limit(_NEAR).collect()}
     best = [repr(near[match]) for match in difflib.get_close_matches(typed, near, n=3)]
     hint = f" Did you mean {', '.join(best)}?" if best else ""
@@ -92,10 +113,14 @@ def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
 
 def _known_of(profile: Row | None, events: int) -> str:
     if profile is None:
-        return (f"events in the log: {events:,}, but no history: none of them counts, the user is taken for a bot, or "
-                "profiles hasn't run since")  # fmt: skip
-    return (f"events that count: {profile['events']:,}, the last on {_day(profile['last_event_at'])}; items seen: "
-            f"{profile['seen']:,}; compared by {profile['representation']}")  # fmt: skip
+        return (
+            f"events in the log: {events:,}, but no history: none of them counts, the user is taken for a bot, or "
+            "profiles hasn't run since"
+        )
+    return (
+        f"events that count: {profile['events']:,}, the last on {_day(profile['last_event_at'])}; items seen: "
+        f"{profile['seen']:,}; compared by {profile['representation']}"
+    )
 
 
 def _history(history: list[Row], texts: dict[str, tuple[str, str]]) -> Table:
@@ -114,19 +139,30 @@ def _recommendations(lists: Row, texts: dict[str, tuple[str, str]]) -> Table:
     for rank, row in enumerate(lists["items"], start=1):
         name, _ = texts.get(row["item_id"], ("", ""))
         words = ", ".join(row["because_terms"] or [])
-        grid.add_row(str(rank), _plain(row["item_id"]), _plain(name), f"{row['score']:.3f}",
-                     _plain(row["because_item_id"] or "-"), _plain(words))  # fmt: skip
+        grid.add_row(
+            str(rank),
+            _plain(row["item_id"]),
+            _plain(name),
+            f"{row['score']:.3f}",
+            _plain(row["because_item_id"] or "-"),
+            _plain(words),
+        )
     return grid
 
 
 def _facts(found: Row) -> Table:
     price = "" if found["price"] is None else f"{found['price']:,.2f}"
     known = {
-        "brand": found["brand"], "category": found["category"], "parent": found["parent_id"],
-        "region": found["region"], "price": price, **(found["attributes"] or {}),
+        "brand": found["brand"],
+        "category": found["category"],
+        "parent": found["parent_id"],
+        "region": found["region"],
+        "price": price,
+        **(found["attributes"] or {}),
         "available": "yes" if found["available"] else "no: never recommended",
-        "first seen": found["first"] and _day(found["first"]), "last changed": _day(found["at"]),
-    }  # fmt: skip
+        "first seen": found["first"] and _day(found["first"]),
+        "last changed": _day(found["at"]),
+    }
     grid = Table.grid(padding=(0, 2))
     for name, value in known.items():
         if value:
@@ -136,18 +172,30 @@ def _facts(found: Row) -> Table:
 
 def _print_photos(tables: Tables, mine: Column, console: Console) -> None:
     """Each photo with the caption that is in force, else with what the latest try came to."""
-    photos = {row["position"]: row for row in tables.read(schemas.PHOTOS).where(mine).drop("image").collect()}
-    keys = {row["position"]: row["caption_key"] for row in tables.read(schemas.ITEM_CAPTIONS).where(mine).collect()}
+    photos = {
+        row["position"]: row
+        for row in tables.read(schemas.PHOTOS).where(mine).drop("image").collect()
+    }
+    keys = {
+        row["position"]: row["caption_key"]
+        for row in tables.read(schemas.ITEM_CAPTIONS).where(mine).collect()
+    }
     captions = tables.read(schemas.CAPTIONS)
     of_photos = F.col("image_sha256").isin([row["image_sha256"] for row in photos.values()])
-    tries = captions.where(of_photos | F.col("caption_key").isin(list(keys.values()))).orderBy("captioned_at").collect()
+    tries = (
+        captions.where(of_photos | F.col("caption_key").isin(list(keys.values())))
+        .orderBy("captioned_at")
+        .collect()
+    )
     for position in sorted(photos.keys() | keys.keys()):
         photo = photos.get(position)
         if photo is None:
             label, place = f"Text {position}", "imported, without a photo"
         else:
             label, size = f"Photo {position}", decimal(photo["bytes"])
-            place = f"{photo['uri'] or 'from the catalogue'} ({size}, sha256 {photo['image_sha256']})"
+            place = (
+                f"{photo['uri'] or 'from the catalogue'} ({size}, sha256 {photo['image_sha256']})"
+            )
         console.print(_line(label, place), soft_wrap=True)
         linked = [each for each in tries if each["caption_key"] == keys.get(position)]
         alike = [each for each in tries if photo and each["image_sha256"] == photo["image_sha256"]]
@@ -165,7 +213,9 @@ def _caption(made: list[Row]) -> list[Text]:
     said = row["caption"] if row["caption"] is not None else f"{row['error_class']}, {row['error']}"
     lines = [_line(f"caption {row['status']}{by}", said)]
     if row["attributes"]:
-        lines.append(_line("attributes in it", ", ".join(f"{k}: {v}" for k, v in row["attributes"].items())))
+        lines.append(
+            _line("attributes in it", ", ".join(f"{k}: {v}" for k, v in row["attributes"].items()))
+        )
     return lines
 
 
@@ -178,7 +228,9 @@ def _print_neighbours(pipeline: Pipeline, item_id: str, console: Console) -> Non
         return
     position = searcher.positions([item_id])
     if position[0] < 0:
-        console.print(_line("No neighbours", f"the index {searcher.index_id} doesn't hold this item."))
+        console.print(
+            _line("No neighbours", f"the index {searcher.index_id} doesn't hold this item.")
+        )
         return
     query = np.asarray(searcher.vectors[position])
     # Half of the leaves: one query is cheap, and a person wants the true neighbours.
@@ -186,7 +238,11 @@ def _print_neighbours(pipeline: Pipeline, item_id: str, console: Console) -> Non
     found = searcher.search(query, effort) if searcher.approximate else searcher.exact(query)
     itself = flat_exclusions([position], len(searcher))
     top, scores = top_k(*found, itself, np.ones(len(searcher), bool), _NEIGHBOURS)
-    near = [(str(searcher.ids[at]), score) for at, score in zip(top[0], scores[0], strict=True) if at >= 0]
+    near = [
+        (str(searcher.ids[at]), score)
+        for at, score in zip(top[0], scores[0], strict=True)
+        if at >= 0
+    ]
     texts = _texts(pipeline.tables, {name for name, _ in near})
     grid = _grid(f"Nearest in index {searcher.index_id}", ("item", "title", "cosine", "caption"))
     for name, score in near:
@@ -198,11 +254,21 @@ def _print_neighbours(pipeline: Pipeline, item_id: str, console: Console) -> Non
 def _texts(tables: Tables, item_ids: Collection[str]) -> dict[str, tuple[str, str]]:
     """Title and caption of the main photo of these items; empty where there is none."""
     chosen = F.col("item_id").isin(list(item_ids))
-    linked = tables.read(schemas.ITEM_CAPTIONS).where(chosen).groupBy("item_id").agg(
-        F.min_by("caption_key", "position").alias("caption_key")
-    )  # fmt: skip
-    captions = linked.join(tables.read(schemas.CAPTIONS).select("caption_key", "caption"), "caption_key", "inner")
-    rows = tables.read(schemas.ITEMS).where(chosen).select("item_id", "title").join(captions, "item_id", "left")
+    linked = (
+        tables.read(schemas.ITEM_CAPTIONS)
+        .where(chosen)
+        .groupBy("item_id")
+        .agg(F.min_by("caption_key", "position").alias("caption_key"))
+    )
+    captions = linked.join(
+        tables.read(schemas.CAPTIONS).select("caption_key", "caption"), "caption_key", "inner"
+    )
+    rows = (
+        tables.read(schemas.ITEMS)
+        .where(chosen)
+        .select("item_id", "title")
+        .join(captions, "item_id", "left")
+    )
     return {row["item_id"]: (row["title"] or "", row["caption"] or "") for row in rows.collect()}
 
 
@@ -221,13 +287,19 @@ def _day(micros: int) -> str:
 
 def _grid(title: str, columns: Collection[str]) -> Table:
     """A table whose texts share the width that ids and figures leave, and are cut to it; an id never is."""
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, expand=True)
+    grid = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, expand=True
+    )
     shares = {"title": 2, "caption": 4, "shared words": 3}
     for name in columns:
         if name in shares:
             grid.add_column(name, no_wrap=True, overflow="ellipsis", ratio=shares[name])
         else:
-            grid.add_column(name, justify="right" if name in ("weight", "score", "cosine") else "left", overflow="fold")
+            grid.add_column(
+                name,
+                justify="right" if name in ("weight", "score", "cosine") else "left",
+                overflow="fold",
+            )
     return grid
 
 

@@ -31,15 +31,25 @@ def show_maintenance(outcome: StageResult, console: Console) -> None:
         if name in details:
             did = json.loads(details[name])
             kept = did["retention"].removeprefix("interval ")
-            grid.add_row(name, kept, f"{did['files_before']:,}", f"{did['files_after']:,}", _size(did["bytes_freed"]))
+            grid.add_row(
+                name,
+                kept,
+                f"{did['files_before']:,}",
+                f"{did['files_after']:,}",
+                _size(did["bytes_freed"]),
+            )
     console.print(grid)
     removed = json.loads(details["index_removed"])
     console.print(
         f"index versions: {len(removed)} removed ({_size(int(details['index_bytes_freed']))}), "
-        f"{details['index_kept']} kept", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{details['index_kept']} kept",
+        highlight=False,
+        soft_wrap=True,
+    )
     if leftovers := json.loads(details["leftovers"]):
-        console.print(f"left by killed runs, removed: {', '.join(leftovers)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"left by killed runs, removed: {', '.join(leftovers)}", highlight=False, soft_wrap=True
+        )
 
 
 def _tables(pipeline: Pipeline) -> Table:
@@ -51,16 +61,26 @@ def _tables(pipeline: Pipeline) -> Table:
             grid.add_row(table.name, "not there yet", style="dim")
             continue
         rows = pipeline.tables.read(table).count()
-        grid.add_row(table.name, _time(found.changed_at), f"{rows:,}", str(found.version), _size(found.bytes),
-                     _size(found.on_disk))  # fmt: skip
+        grid.add_row(
+            table.name,
+            _time(found.changed_at),
+            f"{rows:,}",
+            str(found.version),
+            _size(found.bytes),
+            _size(found.on_disk),
+        )
     return grid
 
 
 def _runs(pipeline: Pipeline) -> Table:
     """The newest run of each stage, in the order of the stages."""
-    grid = _grid("Last runs", ("stage", "started (UTC)", "status"), ("ok", "failed", "skipped", "seconds"))
+    grid = _grid(
+        "Last runs", ("stage", "started (UTC)", "status"), ("ok", "failed", "skipped", "seconds")
+    )
     names = ("status", "rows_ok", "rows_failed", "rows_skipped", "seconds")
-    newest = F.max_by(F.struct(F.unix_micros("started_at").alias("at"), *names), F.struct("started_at", "run_id"))
+    newest = F.max_by(
+        F.struct(F.unix_micros("started_at").alias("at"), *names), F.struct("started_at", "run_id")
+    )
     found = pipeline.tables.read(schemas.RUNS).groupBy("stage").agg(newest.alias("run")).collect()
     runs = {row["stage"]: row["run"] for row in found}
     for stage in [*STAGES, *sorted(runs.keys() - set(STAGES))]:
@@ -71,8 +91,13 @@ def _runs(pipeline: Pipeline) -> Table:
         at = _time(datetime.fromtimestamp(run["at"] / 1e6, UTC))
         counts = (f"{run[name]:,}" for name in names[1:4])
         style = {"failed": "red", "unchanged": "dim"}.get(run["status"], "")
-        grid.add_row(stage, at, f"[{style}]{run['status']}[/]" if style else run["status"], *counts,
-                     f"{run['seconds']:.1f}")  # fmt: skip
+        grid.add_row(
+            stage,
+            at,
+            f"[{style}]{run['status']}[/]" if style else run["status"],
+            *counts,
+            f"{run['seconds']:.1f}",
+        )
     return grid
 
 
@@ -84,8 +109,13 @@ def _indexes(pipeline: Pipeline) -> Table:
             grid.add_row(index.index_id, index.in_force_for, "[red]gone[/]", "")
             continue
         at = _time(datetime.fromtimestamp(index.version.written, UTC))
-        grid.add_row(index.index_id, index.in_force_for or "-", at if index.version.whole else "half-built",
-                     _size(index.version.bytes), style="" if index.in_force_for else "dim")  # fmt: skip
+        grid.add_row(
+            index.index_id,
+            index.in_force_for or "-",
+            at if index.version.whole else "half-built",
+            _size(index.version.bytes),
+            style="" if index.in_force_for else "dim",
+        )
     if not grid.rows:
         grid.add_row("none yet", style="dim")
     return grid

@@ -57,7 +57,10 @@ def sentence(attributes: Mapping[str, str]) -> str:
 def parse(caption: str) -> dict[str, str]:
     """The attributes that a caption names, the first value of each; an attribute that it doesn't name is missing."""
     words = re.findall(r"[a-z]+", caption.lower())
-    found = {name: next((word for word in words if word in values), None) for name, values in ATTRIBUTES.items()}
+    found = {
+        name: next((word for word in words if word in values), None)
+        for name, values in ATTRIBUTES.items()
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -100,7 +103,9 @@ def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image
     ImageDraw.Draw(fabric).polygon(camera.pixels(shape.outline), fill=255)
     cover = np.asarray(fabric.reduce(2), dtype=np.float32)[..., None] / 255
 
-    colour = np.array(_COLOURS[attributes["colour"]], np.float32) + rng.uniform(-12, 12, size=3).astype(np.float32)
+    colour = np.array(_COLOURS[attributes["colour"]], np.float32) + rng.uniform(
+        -12, 12, size=3
+    ).astype(np.float32)
     second = pattern(attributes["pattern"], u, v, rng)[..., None]
     shade, gloss = material(attributes["material"], u, v, rng)
     side = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
@@ -110,7 +115,9 @@ def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image
     scene = background(x, y, rng) * (1 - _shadow(fabric, rng))
     scene = _inked(scene, lambda picture: _fixtures(picture, shape, camera, colour))
     scene = scene * (1 - cover) + surface * cover
-    scene = _inked(scene, lambda picture: _finish(picture, fabric, attributes["style"], shape, camera))
+    scene = _inked(
+        scene, lambda picture: _finish(picture, fabric, attributes["style"], shape, camera)
+    )
     tint = rng.uniform(0.86, 1.1) * (1 + rng.uniform(-0.04, 0.04, size=3))
     noise = rng.integers(-5, 6, size=(SIZE, SIZE, 1), dtype=np.int8)
     return Image.fromarray(_bytes(scene * np.float32(tint) + noise))
@@ -130,11 +137,15 @@ def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """How dark the product's shadow makes each point of the place: shape (SIZE, SIZE, 1), 0 to 1."""
     small = fabric.reduce(8).filter(ImageFilter.GaussianBlur(2))
     shift = rng.integers(-2, 3), rng.integers(1, 4)
-    soft = ImageChops.offset(small, int(shift[0]), int(shift[1])).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    soft = ImageChops.offset(small, int(shift[0]), int(shift[1])).resize(
+        (SIZE, SIZE), Image.Resampling.BILINEAR
+    )
     return np.asarray(soft, dtype=np.float32)[..., None] * np.float32(rng.uniform(0.25, 0.5) / 255)
 
 
-def _fixtures(picture: Image.Image, shape: Shape, camera: _Camera, colour: np.ndarray) -> Image.Image:
+def _fixtures(
+    picture: Image.Image, shape: Shape, camera: _Camera, colour: np.ndarray
+) -> Image.Image:
     """The parts behind the fabric: legs and stands of wood, and a handle in a darker shade of the product's colour."""
     pen = ImageDraw.Draw(picture)
     for part in shape.behind:
@@ -145,7 +156,9 @@ def _fixtures(picture: Image.Image, shape: Shape, camera: _Camera, colour: np.nd
     return picture
 
 
-def _finish(picture: Image.Image, fabric: Image.Image, style: str, shape: Shape, camera: _Camera) -> Image.Image:
+def _finish(
+    picture: Image.Image, fabric: Image.Image, style: str, shape: Shape, camera: _Camera
+) -> Image.Image:
     """Seams, then the style's decoration."""
     pen = ImageDraw.Draw(picture)
     for seam in shape.seams:

@@ -33,7 +33,9 @@ class Shape:
         if not offset:
             return points
         direction = np.roll(points, -1, axis=0) - np.roll(points, 1, axis=0)
-        normal = np.column_stack([-direction[:, 1], direction[:, 0]])  # outlines run clockwise on the screen
+        normal = np.column_stack(
+            [-direction[:, 1], direction[:, 0]]
+        )  # outlines run clockwise on the screen
         return points + offset * normal / np.maximum(np.hypot(*normal.T), 1e-9)[:, None]
 
 
@@ -52,9 +54,13 @@ def _rounded(corners: Points, times: int = 2) -> Points:
     return corners
 
 
-def _arc(centre: tuple[float, float], radii: tuple[float, float], start: float, stop: float) -> Points:
+def _arc(
+    centre: tuple[float, float], radii: tuple[float, float], start: float, stop: float
+) -> Points:
     angle = np.radians(np.linspace(start, stop, 24))
-    return np.column_stack([centre[0] + radii[0] * np.cos(angle), centre[1] + radii[1] * np.sin(angle)])
+    return np.column_stack(
+        [centre[0] + radii[0] * np.cos(angle), centre[1] + radii[1] * np.sin(angle)]
+    )
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> Points:
@@ -76,23 +82,35 @@ def _cushion() -> Points:
 @cache
 def shapes() -> dict[str, Shape]:
     """All kinds by name."""
-    shirt = _mirrored((0.2, -0.78), (0.5, -0.82), (1.0, -0.3), (0.76, -0.02), (0.54, -0.22), (0.56, 0.9))
+    shirt = _mirrored(
+        (0.2, -0.78), (0.5, -0.82), (1.0, -0.3), (0.76, -0.02), (0.54, -0.22), (0.56, 0.9)
+    )
     shirt = np.vstack([_arc((0, -0.82), (0.22, 0.24), 170, 10), shirt])
-    dress = _mirrored((0.26, -0.95), (0.44, -0.9), (0.42, -0.5), (0.3, -0.12), (0.6, 0.45), (0.84, 0.95))
+    dress = _mirrored(
+        (0.26, -0.95), (0.44, -0.9), (0.42, -0.5), (0.3, -0.12), (0.6, 0.45), (0.84, 0.95)
+    )
     dress = np.vstack([_arc((0, -0.92), (0.24, 0.3), 170, 10), dress])
     trousers = _mirrored((0.5, -0.95), (0.56, -0.4), (0.66, 0.95), (0.14, 0.95), (0.03, -0.2))
     bag = _mirrored((0.62, -0.32), (0.9, 0.82), (0.8, 0.92))
-    hat = np.vstack([_arc((0, -0.05), (0.56, 0.72), 180, 360), _arc((0, 0.38), (1.0, 0.34), -52, 232)])
+    hat = np.vstack(
+        [_arc((0, -0.05), (0.56, 0.72), 180, 360), _arc((0, 0.38), (1.0, 0.34), -52, 232)]
+    )
     lamp = _mirrored((0.38, -0.95), (0.82, 0.16))
     armchair = _mirrored((0.34, -0.9), (0.62, -0.78), (0.66, -0.16), (0.92, -0.14), (0.96, 0.68))
     return {
         "shirt": Shape(
-            _rounded(shirt, 1), (0.26, -0.2), (_line((0.5, -0.8), (0.54, -0.2)), _line((-0.5, -0.8), (-0.54, -0.2)))
+            _rounded(shirt, 1),
+            (0.26, -0.2),
+            (_line((0.5, -0.8), (0.54, -0.2)), _line((-0.5, -0.8), (-0.54, -0.2))),
         ),
         "dress": Shape(
             _rounded(dress, 1),
             (0.0, -0.1),
-            (_line((-0.3, -0.12), (0.3, -0.12)), _line((-0.1, 0.1), (-0.28, 0.9)), _line((0.1, 0.1), (0.28, 0.9))),
+            (
+                _line((-0.3, -0.12), (0.3, -0.12)),
+                _line((-0.1, 0.1), (-0.28, 0.9)),
+                _line((0.1, 0.1), (0.28, 0.9)),
+            ),
         ),
         "trousers": Shape(
             _rounded(trousers, 1),
@@ -108,12 +126,18 @@ def shapes() -> dict[str, Shape]:
         "hat": Shape(hat, (0.1, -0.2), (_arc((0, 0.1), (0.57, 0.14), 170, 10),)),
         "cushion": Shape(_cushion(), (0.3, 0.3)),
         "lamp": Shape(
-            _rounded(lamp, 1), (0.0, -0.3), behind=(_box(-0.06, 0.1, 0.06, 0.86), _arc((0, 0.9), (0.42, 0.12), 0, 360))
+            _rounded(lamp, 1),
+            (0.0, -0.3),
+            behind=(_box(-0.06, 0.1, 0.06, 0.86), _arc((0, 0.9), (0.42, 0.12), 0, 360)),
         ),
         "armchair": Shape(
             _rounded(armchair),
             (0.0, -0.5),
-            (_line((-0.64, -0.1), (-0.6, 0.66)), _line((0.64, -0.1), (0.6, 0.66)), _line((-0.62, 0.16), (0.62, 0.16))),
+            (
+                _line((-0.64, -0.1), (-0.6, 0.66)),
+                _line((0.64, -0.1), (0.6, 0.66)),
+                _line((-0.62, 0.16), (0.62, 0.16)),
+            ),
             behind=(_box(-0.86, 0.5, -0.72, 0.95), _box(0.72, 0.5, 0.86, 0.95)),
         ),
     }

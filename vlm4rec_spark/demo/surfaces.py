@@ -37,7 +37,9 @@ def pattern(name: str, u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
             return (bands[0] + bands[1]) / 2
         case "dotted":
             row = np.rint(v / period)
-            return _step(period * 0.27 - np.hypot(_saw(u + row * period / 2, period), _saw(v, period)))
+            return _step(
+                period * 0.27 - np.hypot(_saw(u + row * period / 2, period), _saw(v, period))
+            )
         case "zigzag":
             return _step(period * 0.2 - _saw(v + _saw(u, period * 1.1), period))
     raise ValueError(f"no pattern named {name!r}")

@@ -20,7 +20,9 @@ _LACE, _ROSE, _HEART = (255, 246, 248), (236, 92, 140), (250, 214, 90)
 _LINEN, _THREAD = (206, 176, 132), (92, 60, 34)
 
 
-def trim(style: str, picture: Image.Image, fabric: Image.Image, shape: Shape, place: Place) -> Image.Image:
+def trim(
+    style: str, picture: Image.Image, fabric: Image.Image, shape: Shape, place: Place
+) -> Image.Image:
     """The picture with the style's decoration; `fabric` is the mask of the product, of the picture's size."""
     if style == "sporty":
         banded = picture.copy()
@@ -31,15 +33,23 @@ def trim(style: str, picture: Image.Image, fabric: Image.Image, shape: Shape, pl
     return picture
 
 
-def _disc(pen: ImageDraw.ImageDraw, place: Place, centre: Points, radius: float, fill: tuple, edge: tuple) -> None:
+def _disc(
+    pen: ImageDraw.ImageDraw, place: Place, centre: Points, radius: float, fill: tuple, edge: tuple
+) -> None:
     angle = np.linspace(0, 2 * np.pi, 14, endpoint=False)
-    pen.polygon(place(centre + radius * np.column_stack([np.cos(angle), np.sin(angle)])), fill=fill, outline=edge)
+    pen.polygon(
+        place(centre + radius * np.column_stack([np.cos(angle), np.sin(angle)])),
+        fill=fill,
+        outline=edge,
+    )
 
 
 def _bands(pen: ImageDraw.ImageDraw, emblem: Points, place: Place) -> None:
     """A white, black and white band from edge to edge, slanting through the emblem's place."""
     for half_width, fill in ((0.2, (252, 252, 252)), (0.08, (16, 16, 20))):
-        corners = np.array([(-half_width - 0.55, 2.0), (half_width - 0.55, 2.0), (half_width + 0.55, -2.0)])
+        corners = np.array(
+            [(-half_width - 0.55, 2.0), (half_width - 0.55, 2.0), (half_width + 0.55, -2.0)]
+        )
         corners = np.vstack([corners, [(-half_width + 0.55, -2.0)]])
         pen.polygon(place(emblem + corners), fill=fill)
 
@@ -59,7 +69,14 @@ def _lace(pen: ImageDraw.ImageDraw, shape: Shape, place: Place) -> None:
         _disc(pen, place, point, 0.075, _LACE, (226, 190, 204))
     centre = np.array(shape.emblem)
     for angle in np.linspace(0, 2 * np.pi, 5, endpoint=False):
-        _disc(pen, place, centre + 0.14 * np.array([np.sin(angle), -np.cos(angle)]), 0.12, _ROSE, _LACE)
+        _disc(
+            pen,
+            place,
+            centre + 0.14 * np.array([np.sin(angle), -np.cos(angle)]),
+            0.12,
+            _ROSE,
+            _LACE,
+        )
     _disc(pen, place, centre, 0.08, _HEART, _LACE)
 
 

@@ -27,18 +27,26 @@ class Factors:
 
 
 def fit(
-    events: DataFrame, weights: dict[str, float], items: pd.Index, setting: tuple[float, ...], seed: int
+    events: DataFrame,
+    weights: dict[str, float],
+    items: pd.Index,
+    setting: tuple[float, ...],
+    seed: int,
 ) -> Factors:
     """Factors of the users and items of the events that count. items: the candidates' ids, sorted."""
     from pyspark.ml.feature import StringIndexer
     from pyspark.ml.recommendation import ALS
 
     rank, regularisation, alpha = setting
-    weight = F.create_map(*[F.lit(part) for pair in weights.items() for part in pair])[F.col("event_type")]
+    weight = F.create_map(*[F.lit(part) for pair in weights.items() for part in pair])[
+        F.col("event_type")
+    ]
     counted = (
-        events.withColumn("weight", weight).where(F.col("weight").isNotNull())
-        .groupBy("user_id", "item_id").agg(F.sum("weight").alias("weight"))
-    )  # fmt: skip
+        events.withColumn("weight", weight)
+        .where(F.col("weight").isNotNull())
+        .groupBy("user_id", "item_id")
+        .agg(F.sum("weight").alias("weight"))
+    )
     # In the order of the ids, that the same log gets the same numbers, and ALS the same start.
     indexer = StringIndexer(
         inputCols=["user_id", "item_id"], outputCols=["user", "item"], stringOrderType="alphabetAsc"
@@ -49,17 +57,30 @@ def fit(
     )
     blocks = max(2, min(10, events.sparkSession.sparkContext.defaultParallelism))
     model = ALS(
-        rank=int(rank), maxIter=_ITERATIONS, regParam=regularisation, alpha=alpha, implicitPrefs=True, seed=seed,
-        numUserBlocks=blocks, numItemBlocks=blocks,
-        userCol="user", itemCol="item", ratingCol="weight",
-    ).fit(rows.orderBy("user", "item"))  # fmt: skip
+        rank=int(rank),
+        maxIter=_ITERATIONS,
+        regParam=regularisation,
+        alpha=alpha,
+        implicitPrefs=True,
+        seed=seed,
+        numUserBlocks=blocks,
+        numItemBlocks=blocks,
+        userCol="user",
+        itemCol="item",
+        ratingCol="weight",
+    ).fit(rows.orderBy("user", "item"))
     of_items = cast(pd.DataFrame, model.itemFactors.toPandas())
     vectors = np.zeros((len(items), int(rank)), np.float32)
     place = items.get_indexer(pd.Index(np.asarray(names[1], object)[of_items["id"].to_numpy()]))
     there = place >= 0
     vectors[place[there]] = np.stack(of_items["features"].tolist())[there]
     spark = events.sparkSession
-    users = spark.createDataFrame(pd.DataFrame({"id": np.arange(len(names[0])), "user_id": list(names[0])}))
+    users = spark.createDataFrame(
+        pd.DataFrame({"id": np.arange(len(names[0])), "user_id": list(names[0])})
+    )
     return Factors(
-        model.userFactors.join(users, on="id").select("user_id", F.col("features").alias("factors")), vectors
+        model.userFactors.join(users, on="id").select(
+            "user_id", F.col("features").alias("factors")
+        ),
+        vectors,
     )

@@ -41,8 +41,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def _average(text: np.ndarray, image: np.ndarray) -> np.ndarray:
     if text.shape[1] != image.shape[1]:
-        raise UsageError(f"evaluate.arms: fusion_average needs vectors of one length; those of the texts have "
-                         f"{text.shape[1]}, those of the photos {image.shape[1]}. Take fusion_concat.")  # fmt: skip
+        raise UsageError(
+            f"evaluate.arms: fusion_average needs vectors of one length; those of the texts have "
+            f"{text.shape[1]}, those of the photos {image.shape[1]}. Take fusion_concat."
+        )
     return text + image
 
 
@@ -107,14 +109,18 @@ class EvaluateSettings(BaseModel):
     def _shaped(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
             if "/" in arm and arm.partition("/")[2] not in SHAPES:
-                raise ValueError(f"{arm}: after the slash stands a profile shape, {' or '.join(SHAPES)}")
+                raise ValueError(
+                    f"{arm}: after the slash stands a profile shape, {' or '.join(SHAPES)}"
+                )
         return tuple(dict.fromkeys(arms))
 
     @field_validator("splits")
     @classmethod
     def _known(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := set(splits) - {"time", "leave_one_out", "replay"}:
-            raise ValueError(f"{', '.join(sorted(unknown))}: a split is time, leave_one_out or replay")
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: a split is time, leave_one_out or replay"
+            )
         return splits
 
     @field_validator("also_k")
@@ -154,22 +160,30 @@ def resolve(name: str, define: Mapping[str, Overrides], in_use: ServingConfig) -
         return Arm(name, name, in_use)  # type: ignore[arg-type]
     if name in define:
         own = define[name]
-        return Arm(name, "matched", changed(in_use, own.representation, own.profiles, own.item_item))
+        return Arm(
+            name, "matched", changed(in_use, own.representation, own.profiles, own.item_item)
+        )
     if name == "cooccurrence":
         return Arm(name, "matched", changed(in_use, item_item={"share": 1.0}))
     if name == BLEND:
-        return Arm(name, "matched", changed(in_use, item_item={"share": in_use.item_item.share or _SHARE}))
+        return Arm(
+            name, "matched", changed(in_use, item_item={"share": in_use.item_item.share or _SHARE})
+        )
     representation, _, shape = name.partition("/")
     shaped = dict(SHAPES[shape or "mean"])
     if "event_weights" in shaped:
-        shaped["event_weights"] = dict.fromkeys(in_use.profiles.event_weights, shaped["event_weights"])
+        shaped["event_weights"] = dict.fromkeys(
+            in_use.profiles.event_weights, shaped["event_weights"]
+        )
     return Arm(name, "matched", changed(in_use, representation, shaped, {"share": 0.0}))
 
 
 def changed(
-    in_use: ServingConfig, representation: str | None = None, profiles: Mapping[str, Any] | None = None,
+    in_use: ServingConfig,
+    representation: str | None = None,
+    profiles: Mapping[str, Any] | None = None,
     item_item: Mapping[str, Any] | None = None,
-) -> ServingConfig:  # fmt: skip
+) -> ServingConfig:
     """The settings with others in their place. Raises UsageError for values that don't go together."""
     try:
         return ServingConfig(
@@ -188,5 +202,9 @@ def vectors_of(representation: str, in_use: ServingConfig) -> set[str]:
 
 def needed(arms: Iterable[Arm], in_use: ServingConfig) -> set[str]:
     """The representations of which the arms need vectors."""
-    return {name for arm in arms if arm.ranks == "matched" and arm.by.item_item.share < 1
-            for name in vectors_of(arm.by.representation, in_use)}  # fmt: skip
+    return {
+        name
+        for arm in arms
+        if arm.ranks == "matched" and arm.by.item_item.share < 1
+        for name in vectors_of(arm.by.representation, in_use)
+    }

@@ -36,9 +36,18 @@ class Figure:
 
     def row(self, arm: str) -> dict:
         return {
-            "split": SPLIT, "arm": arm, "metric": self.metric, "k": self.k, "slice": "all", "value": self.value,
-            "low": self.low, "high": self.high, "users": self.items, "control": None, "p_value": None,
-        }  # fmt: skip
+            "split": SPLIT,
+            "arm": arm,
+            "metric": self.metric,
+            "k": self.k,
+            "slice": "all",
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "users": self.items,
+            "control": None,
+            "p_value": None,
+        }
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,18 @@ def agreement(
             continue
         right = [value in said[place] for place, value in judged]
         figures.append(mean(f"agreement/{name}", right, seed))
-        figures.append(mean(f"agreement_shuffled/{name}", [value in said[others[at]] for at, value in judged], seed))
-        misses += [Miss(place, name, value) for (place, value), hit in zip(judged, right, strict=True) if not hit]
+        figures.append(
+            mean(
+                f"agreement_shuffled/{name}",
+                [value in said[others[at]] for at, value in judged],
+                seed,
+            )
+        )
+        misses += [
+            Miss(place, name, value)
+            for (place, value), hit in zip(judged, right, strict=True)
+            if not hit
+        ]
     return figures, misses
 
 
@@ -117,7 +136,9 @@ def spread(misses: Sequence[Miss], most: int) -> list[Miss]:
     return list(by_item.values())[:most]
 
 
-def drift(before: Sequence[str], now: Sequence[str], cosines: np.ndarray, seed: int) -> list[Figure]:
+def drift(
+    before: Sequence[str], now: Sequence[str], cosines: np.ndarray, seed: int
+) -> list[Figure]:
     """How many captions aren't what they were, and how near they are to it; none where no photo had another."""
     if not now:
         return []
@@ -125,7 +146,9 @@ def drift(before: Sequence[str], now: Sequence[str], cosines: np.ndarray, seed: 
     return [mean("drift_changed", changed, seed), mean("drift_cosine", cosines, seed)]
 
 
-def blank(captions: Sequence[str], vectors: np.ndarray, text: str, vector: np.ndarray, seed: int) -> list[Figure]:
+def blank(
+    captions: Sequence[str], vectors: np.ndarray, text: str, vector: np.ndarray, seed: int
+) -> list[Figure]:
     """Captions beside what is said of a photo that shows nothing: as near to it as to each other, they show nothing."""
     figures = [
         mean("blank_equal", [caption == text for caption in captions], seed),
@@ -159,9 +182,10 @@ def retrieval(found: np.ndarray, captions: int, seed: int) -> list[Figure]:
         figures.append(Figure(f"self_rank_{k}_chance", min(1.0, k / captions), len(found), k=k))
     median = float(np.median(found)) if len(found) >= LEAST_ITEMS else None
     return [
-        *figures, Figure("self_median_rank", median, len(found)),
+        *figures,
+        Figure("self_median_rank", median, len(found)),
         Figure("self_median_rank_chance", (captions + 1) / 2, len(found)),
-    ]  # fmt: skip
+    ]
 
 
 def _plain(text: str) -> str:

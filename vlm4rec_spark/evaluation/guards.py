@@ -19,23 +19,32 @@ _CHANCE = 3.3
 
 def no_leak(split: str, cut: str | None, users: pd.DataFrame) -> None:
     """users: user_id, relevant, seen, last_event_at. Raises RunError where a history holds what is to be guessed."""
-    both = [bool(set(one) & set(seen)) for one, seen in zip(users["relevant"], users["seen"], strict=True)
-            if seen is not None]  # fmt: skip
+    both = [
+        bool(set(one) & set(seen))
+        for one, seen in zip(users["relevant"], users["seen"], strict=True)
+        if seen is not None
+    ]
     if any(both):
-        raise RunError(f"evaluate: a leak: {sum(both):,} of {len(users):,} histories of the split {split} hold what is "
-                       "to be guessed. Nothing was written.")  # fmt: skip
+        raise RunError(
+            f"evaluate: a leak: {sum(both):,} of {len(users):,} histories of the split {split} hold what is "
+            "to be guessed. Nothing was written."
+        )
     if cut is not None:
         late = (pd.to_datetime(users["last_event_at"]) >= pd.Timestamp(cut)).sum()
         if late:
-            raise RunError(f"evaluate: a leak: {late:,} of {len(users):,} histories of the split {split} hold events "
-                           f"from {cut} on, which are to be guessed. Nothing was written.")  # fmt: skip
+            raise RunError(
+                f"evaluate: a leak: {late:,} of {len(users):,} histories of the split {split} hold events "
+                f"from {cut} on, which are to be guessed. Nothing was written."
+            )
 
 
 def nothing_seen(arm: str, top: np.ndarray, seen: np.ndarray, items: int) -> None:
     """Raises RunError where a list holds an item that the user has met. seen: sorted codes, as in `metrics`."""
     if again := int(hits(top, seen, items).sum()):
-        raise RunError(f"evaluate: the arm {arm} recommends {again:,} items that their users have seen already, which "
-                       "other arms may not. Nothing was written.")  # fmt: skip
+        raise RunError(
+            f"evaluate: the arm {arm} recommends {again:,} items that their users have seen already, which "
+            "other arms may not. Nothing was written."
+        )
 
 
 def shuffled(relevant: np.ndarray, items: int, seed: int) -> np.ndarray:

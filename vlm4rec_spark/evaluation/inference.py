@@ -34,8 +34,14 @@ def resampled(values: np.ndarray, seed: int) -> np.ndarray:
     # A hundred resamples at a time: memory stays at 100 x users.
     for _ in range(SAMPLES // _AT_ONCE):
         drawn = rng.integers(0, users, (_AT_ONCE, users)) + np.arange(_AT_ONCE)[:, None] * users
-        times = np.bincount(drawn.ravel(), minlength=_AT_ONCE * users).reshape(_AT_ONCE, users).astype(np.float64)
-        parts.append(times @ filled / (users if whole else np.maximum(times @ known.astype(np.float64), 1.0)))
+        times = (
+            np.bincount(drawn.ravel(), minlength=_AT_ONCE * users)
+            .reshape(_AT_ONCE, users)
+            .astype(np.float64)
+        )
+        parts.append(
+            times @ filled / (users if whole else np.maximum(times @ known.astype(np.float64), 1.0))
+        )
     return np.concatenate(parts)
 
 

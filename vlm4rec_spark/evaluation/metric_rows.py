@@ -42,10 +42,14 @@ class Judged:
     def sizes(self, relevant: np.ndarray | None = None) -> np.ndarray:
         """How many items are relevant to each user."""
         users = len(next(iter(self.lists.values())))
-        return np.bincount((self.relevant if relevant is None else relevant) // self.items, minlength=users)
+        return np.bincount(
+            (self.relevant if relevant is None else relevant) // self.items, minlength=users
+        )
 
 
-def rows(split: str, judged: Judged, slices: Iterable[Slice], settings: EvaluateSettings) -> Iterator[dict]:
+def rows(
+    split: str, judged: Judged, slices: Iterable[Slice], settings: EvaluateSettings
+) -> Iterator[dict]:
     """Rows of `metrics` without run_id; a user counts 0 where a list finds nothing."""
     yield from _overall(split, judged, settings)
     for each in slices:
@@ -64,12 +68,16 @@ def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator
     for arm, top in judged.lists.items():
         found = judged.found(arm)
         for k in settings.lengths:
-            columns |= {(arm, metric, k): each for metric, each in per_user(found, sizes, k).items()}
+            columns |= {
+                (arm, metric, k): each for metric, each in per_user(found, sizes, k).items()
+            }
         if judged.vectors is not None:
             short = top[:, : settings.k]
             told = beyond_accuracy(short, judged.vectors, judged.known_by, judged.everybody)
             columns |= {(arm, metric, settings.k): each for metric, each in told.items()}
-    columns |= {(arm, SHUFFLED, settings.k): each for arm, each in shuffled(judged, settings).items()}
+    columns |= {
+        (arm, SHUFFLED, settings.k): each for arm, each in shuffled(judged, settings).items()
+    }
     if len(sizes) < LEAST_USERS:
         yield from (_row(split, key, len(sizes)) for key in columns)
         return
@@ -85,14 +93,19 @@ def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator
             continue
         row = _row(split, key, int((~np.isnan(values[:, n])).sum()))
         row |= {"value": float(value[n]), "low": float(low[n]), "high": float(high[n])}
-        yield row | ({"control": settings.control, "p_value": p_values[key]} if key in p_values else {})
+        yield row | (
+            {"control": settings.control, "p_value": p_values[key]} if key in p_values else {}
+        )
     for arm, metric, k in p_values:
         mine, theirs = place[arm, metric, k], place[settings.control, metric, k]
         first, last = ends(means[:, [mine]] - means[:, [theirs]])[:, 0]
         yield _row(split, (arm, metric + DIFFERENCE, k), len(values)) | {
-            "value": float(value[mine] - value[theirs]), "low": float(first), "high": float(last),
-            "control": settings.control, "p_value": p_values[arm, metric, k],
-        }  # fmt: skip
+            "value": float(value[mine] - value[theirs]),
+            "low": float(first),
+            "high": float(last),
+            "control": settings.control,
+            "p_value": p_values[arm, metric, k],
+        }
     for arm, top in judged.lists.items():
         for metric, figure in together(top[:, : settings.k], judged.items).items():
             yield _row(split, (arm, metric, settings.k), len(sizes)) | {"value": figure}
@@ -121,7 +134,10 @@ def _sliced(split: str, judged: Judged, part: Slice, settings: EvaluateSettings)
         relevant = relevant[part.items[relevant % judged.items]]
     sizes = judged.sizes(relevant)
     members = part.users & (sizes > 0)
-    users, keys = int(members.sum()), [(arm, metric, settings.k) for arm in judged.lists for metric in SLICED]
+    users, keys = (
+        int(members.sum()),
+        [(arm, metric, settings.k) for arm in judged.lists for metric in SLICED],
+    )
     if users < LEAST_USERS:
         yield from (_row(split, key, users, part.name) for key in keys)
         return
@@ -134,12 +150,25 @@ def _sliced(split: str, judged: Judged, part: Slice, settings: EvaluateSettings)
     low, high = ends(resampled(values, settings.seed))
     for n, key in enumerate(keys):
         row = _row(split, key, users, part.name)
-        yield row | {"value": float(values[:, n].mean()), "low": float(low[n]), "high": float(high[n])}
+        yield row | {
+            "value": float(values[:, n].mean()),
+            "low": float(low[n]),
+            "high": float(high[n]),
+        }
 
 
 def _row(split: str, key: _Key, users: int, slice_: str = "all") -> dict:
     arm, metric, k = key
     return {
-        "split": split, "arm": arm, "metric": metric, "k": k, "slice": slice_, "users": users, "value": None,
-        "low": None, "high": None, "control": None, "p_value": None,
-    }  # fmt: skip
+        "split": split,
+        "arm": arm,
+        "metric": metric,
+        "k": k,
+        "slice": slice_,
+        "users": users,
+        "value": None,
+        "low": None,
+        "high": None,
+        "control": None,
+        "p_value": None,
+    }

@@ -31,7 +31,9 @@ def per_user(found: np.ndarray, sizes: np.ndarray, k: int) -> dict[str, np.ndarr
     found = found[:, :k]
     ranks = np.arange(1, found.shape[1] + 1)
     discount = 1 / np.log2(ranks + 1)
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])[np.minimum(sizes, k)]
+    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])[
+        np.minimum(sizes, k)
+    ]
     return {
         "recall": found.sum(axis=1) / sizes,
         "ndcg": found @ discount / ideal,
@@ -40,7 +42,9 @@ def per_user(found: np.ndarray, sizes: np.ndarray, k: int) -> dict[str, np.ndarr
     }
 
 
-def beyond_accuracy(top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: int) -> dict[str, np.ndarray]:
+def beyond_accuracy(
+    top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: int
+) -> dict[str, np.ndarray]:
     """What a list is like, whatever is relevant, by user; NaN for users without enough of one.
 
     vectors: float32 (items, dimension), unit; users: how many of `everybody` know each item.
@@ -62,7 +66,9 @@ def beyond_accuracy(top: np.ndarray, vectors: np.ndarray, users: np.ndarray, eve
         pairs = np.tril(here[:, :, None] & here[:, None, :], -1)
         count, items = pairs.sum(axis=(1, 2)), here.sum(axis=1)
         some = count > 0
-        distance[start : start + 1_024][some] = 1 - np.where(pairs, cosine, 0).sum(axis=(1, 2))[some] / count[some]
+        distance[start : start + 1_024][some] = (
+            1 - np.where(pairs, cosine, 0).sum(axis=(1, 2))[some] / count[some]
+        )
         near = (pairs & (cosine >= NEAR_DUPLICATE)).any(axis=2).sum(axis=1)
         twins[start : start + 1_024][some] = near[some] / items[some]
     return {"novelty": novelty, "intra_list_distance": distance, "near_duplicate_share": twins}

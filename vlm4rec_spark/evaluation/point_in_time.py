@@ -69,7 +69,9 @@ class PointInTime:
             rows = self._by_factors(k)
         else:
             seed = self.settings.seed if arm.ranks == "random" else None
-            rows = scored_lists(self.histories(self.in_use.profiles), self.items, self._popularity, k, seed)
+            rows = scored_lists(
+                self.histories(self.in_use.profiles), self.items, self._popularity, k, seed
+            )
         return self._placed(rows, k)
 
     @property
@@ -78,7 +80,9 @@ class PointInTime:
         users, by user_id."""
         if "users" not in self._made:
             seen = self.histories(self.in_use.profiles).select("user_id", "seen", "last_event_at")
-            rows = self.test_users.join(seen, on="user_id", how="left").withColumn("segment", F.lit(None).cast("string"))
+            rows = self.test_users.join(seen, on="user_id", how="left").withColumn(
+                "segment", F.lit(None).cast("string")
+            )
             if self.tables.users is not None:
                 segments = self.tables.users.select("user_id", "segment")
                 rows = rows.drop("segment").join(segments, on="user_id", how="left")
@@ -90,7 +94,9 @@ class PointInTime:
         """Of the judged users, as `profiles.histories` makes them."""
         key = ("histories", settings.model_dump_json(exclude={"shape", "tastes"}))
         if key not in self._made:
-            theirs = self.train.join(self.test_users.select("user_id"), on="user_id", how="left_semi")
+            theirs = self.train.join(
+                self.test_users.select("user_id"), on="user_id", how="left_semi"
+            )
             self._made[key] = profiles.histories(theirs, self.tables.items, settings).persist()
         return self._made[key]
 
@@ -120,7 +126,9 @@ class PointInTime:
             events = self.train
             if days := self.settings.popularity_days:
                 until = F.to_timestamp(F.lit(self.cut)) if self.cut else F.lit(self._last_event())
-                events = events.where(F.col("event_time") >= until - F.make_interval(days=F.lit(days)))
+                events = events.where(
+                    F.col("event_time") >= until - F.make_interval(days=F.lit(days))
+                )
             counts = events.groupBy("item_id").agg(F.count(F.lit(1)).alias("events"))
             self._made["popularity"] = self._of_items(counts, "events").astype(np.float32)
         return self._made["popularity"]
@@ -129,7 +137,9 @@ class PointInTime:
         return self.train.agg(F.max("event_time")).first()[0]  # type: ignore[index]
 
     def _of_items(self, counts: DataFrame, column: str) -> np.ndarray:
-        rows = self.candidates.join(counts, on="item_id", how="left").select("item_id", F.coalesce(column, F.lit(0)))
+        rows = self.candidates.join(counts, on="item_id", how="left").select(
+            "item_id", F.coalesce(column, F.lit(0))
+        )
         found = cast(pd.DataFrame, rows.toDF("item_id", column).toPandas())
         return found.set_index("item_id")[column].reindex(self.items).to_numpy()
 
@@ -142,9 +152,15 @@ class PointInTime:
         if share:
             counted = self._together(by, built)
             opens = self._shipped(counted, ItemItemScores.open)
-            matching = replace(matching, share=share, position_decay=by.item_item.position_decay, opens=opens)
-        vectors = profiles.with_embedding(self.histories(by.profiles), by.representation, open_searcher)
-        lists = recommend.recommend(vectors, open_searcher, self._offer(built), k, None, matching, why=False)
+            matching = replace(
+                matching, share=share, position_decay=by.item_item.position_decay, opens=opens
+            )
+        vectors = profiles.with_embedding(
+            self.histories(by.profiles), by.representation, open_searcher
+        )
+        lists = recommend.recommend(
+            vectors, open_searcher, self._offer(built), k, None, matching, why=False
+        )
         return lists.select("user_id", F.col("items.item_id").alias("items"))
 
     def _shipped(self, built: Path, opens: Callable[[Path], Any]) -> Callable[[], Any]:
@@ -156,44 +172,63 @@ class PointInTime:
     def _offer(self, built: Path) -> ListRules:
         """The items of the index that are candidates."""
         searcher = Searcher.open(built, verify=False)
-        return recommend.without(searcher, list(searcher.ids[self.items.get_indexer(pd.Index(searcher.ids)) < 0]))
+        return recommend.without(
+            searcher, list(searcher.ids[self.items.get_indexer(pd.Index(searcher.ids)) < 0])
+        )
 
     def _index(self, representation: str) -> Path:
         key = ("index", representation)
         if key not in self._made:
             rows = self._vectors(representation).toArrow().sort_by("item_id")
             if representation in FUSIONS:
-                fused = FUSIONS[representation](*(_matrix(rows[name]) for name in ("embedding", "image")))
+                fused = FUSIONS[representation](
+                    *(_matrix(rows[name]) for name in ("embedding", "image"))
+                )
                 fused = (fused / np.linalg.norm(fused, axis=1, keepdims=True)).astype(np.float32)
-                rows = rows.drop_columns(["embedding", "image"]).append_column("embedding", pa.array(list(fused)))
+                rows = rows.drop_columns(["embedding", "image"]).append_column(
+                    "embedding", pa.array(list(fused))
+                )
             # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
-            self._made[key] = index.build(rows, representation or "alone", "evaluate", self.folder, ann_min_items=2**62)
+            self._made[key] = index.build(
+                rows, representation or "alone", "evaluate", self.folder, ann_min_items=2**62
+            )
         return self._made[key]
 
     def _vectors(self, representation: str) -> DataFrame:
         text = F.lit("").alias("text")
         if representation == ALONE:
             vector = F.array(F.lit(1.0).cast("float")).alias("embedding")
-            return self.candidates.select("item_id", vector, F.lit("").alias("content_sha256"), text)
+            return self.candidates.select(
+                "item_id", vector, F.lit("").alias("content_sha256"), text
+            )
         real = self.tables.embeddings.where(~F.col("fallback"))
         own = self.in_use.representation if representation in FUSIONS else representation
-        rows = real.where(F.col("representation") == own).select("item_id", "embedding", "content_sha256", text)
+        rows = real.where(F.col("representation") == own).select(
+            "item_id", "embedding", "content_sha256", text
+        )
         if representation in FUSIONS:
             image = real.where(F.col("representation") == IMAGE)
-            rows = rows.join(image.select("item_id", F.col("embedding").alias("image")), on="item_id")
+            rows = rows.join(
+                image.select("item_id", F.col("embedding").alias("image")), on="item_id"
+            )
         return rows
 
     def _together(self, by: ServingConfig, built: Path) -> Path:
         """What everybody's histories hold together, by the positions of an index."""
-        counting = (by.item_item.model_dump_json(include={"distance_decay", "popularity_power", "kept"}),
-                    by.profiles.last_n, *by.profiles.event_weights)  # fmt: skip
+        counting = (
+            by.item_item.model_dump_json(include={"distance_decay", "popularity_power", "kept"}),
+            by.profiles.last_n,
+            *by.profiles.event_weights,
+        )
         key = ("together", counting, built)
         if key not in self._made:
             if ("pairs", counting) not in self._made:
                 everybody = profiles.histories(self.train, self.tables.items, by.profiles)
                 self._made["pairs", counting] = item_item.pairs(everybody, by.item_item).persist()
             searcher = Searcher.open(built, verify=False)
-            self._made[key] = item_item.build(self._made["pairs", counting], searcher, self.folder / "together")
+            self._made[key] = item_item.build(
+                self._made["pairs", counting], searcher, self.folder / "together"
+            )
         return self._made[key]
 
     def _by_factors(self, k: int) -> DataFrame:
@@ -205,9 +240,11 @@ class PointInTime:
         hidden = splits.relevant(before.train, before.test, self.candidates)
         order = F.xxhash64("user_id", F.lit(self.settings.seed))
         sample = hidden.orderBy(order, "user_id").limit(_SETTLED_ON).persist()
-        seen = before.train.join(sample.select("user_id"), on="user_id", how="left_semi").groupBy("user_id").agg(
-            F.collect_set("item_id").alias("seen")
-        )  # fmt: skip
+        seen = (
+            before.train.join(sample.select("user_id"), on="user_id", how="left_semi")
+            .groupBy("user_id")
+            .agg(F.collect_set("item_id").alias("seen"))
+        )
         events = before.train.persist()
         tried = {}
         for setting in als.GRID:
@@ -215,7 +252,10 @@ class PointInTime:
             lists = factored_lists(seen, self.items, factors, k)
             joined = sample.join(lists, on="user_id", how="left")
             found = F.size(F.array_intersect("items", "relevant")) / F.size("relevant")
-            tried[setting] = joined.agg(F.avg(F.when(F.col("items").isNull(), 0.0).otherwise(found))).first()[0] or 0.0  # type: ignore[index]
+            tried[setting] = (
+                joined.agg(F.avg(F.when(F.col("items").isNull(), 0.0).otherwise(found))).first()[0]
+                or 0.0
+            )  # type: ignore[index]
         events.unpersist()
         sample.unpersist()
         best = max(als.GRID, key=lambda setting: tried[setting])
@@ -225,8 +265,14 @@ class PointInTime:
 
     def _placed(self, rows: DataFrame, k: int) -> np.ndarray:
         table = rows.select("user_id", "items").toArrow()
-        users = pd.Index(self.users["user_id"]).get_indexer(pd.Index(table["user_id"].to_pylist(), dtype=object))
-        lists = pa.concat_arrays(table["items"].chunks) if len(table) else pa.array([], pa.list_(pa.string()))
+        users = pd.Index(self.users["user_id"]).get_indexer(
+            pd.Index(table["user_id"].to_pylist(), dtype=object)
+        )
+        lists = (
+            pa.concat_arrays(table["items"].chunks)
+            if len(table)
+            else pa.array([], pa.list_(pa.string()))
+        )
         lengths = np.asarray(lists.value_lengths().fill_null(0), np.int64)
         flat = self.items.get_indexer(pd.Index(lists.flatten().to_pylist(), dtype=object))
         top = np.full((len(self.users), k), -1, np.int64)
@@ -260,17 +306,23 @@ def scored_lists(
     return _ranked(histories.select("user_id", "seen"), items, score, k)
 
 
-def factored_lists(histories: DataFrame, items: pd.Index, factors: als.Factors, k: int) -> DataFrame:
+def factored_lists(
+    histories: DataFrame, items: pd.Index, factors: als.Factors, k: int
+) -> DataFrame:
     """user_id, items: the k best by the products of factors; none for a user that ALS doesn't know."""
     vectors = factors.items
 
     def score(batch: pd.DataFrame) -> np.ndarray:
         return np.stack(batch["factors"].tolist()).astype(np.float32) @ vectors.T
 
-    return _ranked(histories.select("user_id", "seen").join(factors.users, on="user_id"), items, score, k)
+    return _ranked(
+        histories.select("user_id", "seen").join(factors.users, on="user_id"), items, score, k
+    )
 
 
-def _ranked(rows: DataFrame, items: pd.Index, score: Callable[[pd.DataFrame], np.ndarray], k: int) -> DataFrame:
+def _ranked(
+    rows: DataFrame, items: pd.Index, score: Callable[[pd.DataFrame], np.ndarray], k: int
+) -> DataFrame:
     ids = items.to_numpy(object)
 
     def rank(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -279,13 +331,21 @@ def _ranked(rows: DataFrame, items: pd.Index, score: Callable[[pd.DataFrame], np
             for start in range(0, len(batch), 256):
                 part = batch.iloc[start : start + 256]
                 scores = score(part)
-                seen = [positions.get_indexer(pd.Index(items, dtype=object)) for items in part["seen"]]
+                seen = [
+                    positions.get_indexer(pd.Index(items, dtype=object)) for items in part["seen"]
+                ]
                 top, _ = top_k(
-                    np.broadcast_to(everything, scores.shape), scores, flat_exclusions(seen, len(ids)),
-                    np.ones(len(ids), bool), k,
-                )  # fmt: skip
+                    np.broadcast_to(everything, scores.shape),
+                    scores,
+                    flat_exclusions(seen, len(ids)),
+                    np.ones(len(ids), bool),
+                    k,
+                )
                 yield pd.DataFrame(
-                    {"user_id": part["user_id"].to_numpy(), "items": [list(ids[row[row >= 0]]) for row in top]}
+                    {
+                        "user_id": part["user_id"].to_numpy(),
+                        "items": [list(ids[row[row >= 0]]) for row in top],
+                    }
                 )
 
     return rows.mapInPandas(rank, "user_id STRING, items ARRAY<STRING>")

@@ -11,7 +11,11 @@ import pandas as pd
 LEAST_USERS = 30
 """A slice of fewer users gives no number: its interval would be wider than any difference."""
 _HISTORIES = (("history 1-4", 1, 4), ("history 5-19", 5, 19), ("history 20+", 20, 10**9))
-_RECENCIES = (("last seen 0-7 days", 0, 7), ("last seen 8-30 days", 8, 30), ("last seen 31+ days", 31, 10**9))
+_RECENCIES = (
+    ("last seen 0-7 days", 0, 7),
+    ("last seen 8-30 days", 8, 30),
+    ("last seen 31+ days", 31, 10**9),
+)
 _LARGEST = 8
 """Categories and segments of which each is a slice."""
 _DECILES = 10
@@ -36,7 +40,10 @@ def slices(
     for name, least, most in _HISTORIES:
         yield Slice(name, (seen >= least) & (seen <= most))
     if cut is not None:
-        days = ((pd.Timestamp(cut) - pd.to_datetime(users["last_event_at"])).dt.total_seconds() // 86_400).to_numpy()
+        days = (
+            (pd.Timestamp(cut) - pd.to_datetime(users["last_event_at"])).dt.total_seconds()
+            // 86_400
+        ).to_numpy()
         for name, least, most in _RECENCIES:
             yield Slice(name, (days >= least) & (days <= most))
     for segment in _largest(users["segment"]):
@@ -48,9 +55,15 @@ def slices(
     # Ties by position, that each tenth has as many candidates.
     order = np.argsort(np.argsort(known_by, kind="stable"), kind="stable")
     for decile in range(_DECILES):
-        yield Slice(f"popularity {decile + 1} of {_DECILES}", everyone, order * _DECILES // len(order) == decile)
+        yield Slice(
+            f"popularity {decile + 1} of {_DECILES}",
+            everyone,
+            order * _DECILES // len(order) == decile,
+        )
     for category in _largest(catalogue["category"]):
-        yield Slice(f"category {category}", everyone, (catalogue["category"] == category).to_numpy())
+        yield Slice(
+            f"category {category}", everyone, (catalogue["category"] == category).to_numpy()
+        )
 
 
 def _largest(names: pd.Series) -> pd.Index:

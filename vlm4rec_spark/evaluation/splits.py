@@ -39,11 +39,17 @@ def replay(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
     end = log.agg(F.unix_micros(F.max("event_time"))).first()[0] + 1  # type: ignore[index]
     start = log.sparkSession.range(1).select(F.unix_micros(F.to_timestamp(F.lit(first)))).first()[0]  # type: ignore[index]
     # At whole minutes, that their names can be read.
-    edges = [start + (end - start) * part // settings.replay_cuts // 60_000_000 * 60_000_000
-             for part in range(settings.replay_cuts)]  # fmt: skip
+    edges = [
+        start + (end - start) * part // settings.replay_cuts // 60_000_000 * 60_000_000
+        for part in range(settings.replay_cuts)
+    ]
     for number, (at, until) in enumerate(zip(edges, [*edges[1:], end], strict=True)):
         micros = F.unix_micros("event_time")
-        moment = log.sparkSession.range(1).select(F.timestamp_micros(F.lit(at)).cast("string")).first()[0]  # type: ignore[index]
+        moment = (
+            log.sparkSession.range(1)
+            .select(F.timestamp_micros(F.lit(at)).cast("string"))
+            .first()[0]
+        )  # type: ignore[index]
         known, hidden = log.where(micros < at), log.where((micros >= at) & (micros < until))
         yield Split(f"replay {number + 1}", str(moment), known, hidden)
 
@@ -59,7 +65,9 @@ def validation(split: Split, test_share: float) -> Split:
 def time_split(interactions: DataFrame, cut: str) -> tuple[DataFrame, DataFrame]:
     """Events before the cut, and those from it on."""
     at = F.to_timestamp(F.lit(cut))
-    return interactions.where(F.col("event_time") < at), interactions.where(F.col("event_time") >= at)
+    return interactions.where(F.col("event_time") < at), interactions.where(
+        F.col("event_time") >= at
+    )
 
 
 def leave_one_out(interactions: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -91,9 +99,14 @@ def relevant(known: DataFrame, hidden: DataFrame, candidates: DataFrame) -> Data
     Users without such an item, or without a known event on any item, can't be judged and are left out.
     """
     new = (
-        hidden.select("user_id", "item_id").distinct()
-        .join(known.select("user_id", "item_id").distinct(), on=["user_id", "item_id"], how="left_anti")
+        hidden.select("user_id", "item_id")
+        .distinct()
+        .join(
+            known.select("user_id", "item_id").distinct(),
+            on=["user_id", "item_id"],
+            how="left_anti",
+        )
         .join(candidates.select("item_id"), on="item_id", how="left_semi")
         .join(known.select("user_id").distinct(), on="user_id", how="left_semi")
-    )  # fmt: skip
+    )
     return new.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("relevant"))

@@ -20,12 +20,18 @@ def pinned_id(key: str, name: str, revision: str) -> str:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
-            raise UsageError(f"{key}: there is no model folder {name}. Give a folder that exists or a hub name.")
+            raise UsageError(
+                f"{key}: there is no model folder {name}. Give a folder that exists or a hub name."
+            )
         return f"{name}@{_commit(key, name, revision)}"
     if not any(folder.rglob("*.safetensors")):
-        raise UsageError(f"{key}: the folder {name} holds no .safetensors file. Other weight formats aren't loaded.")
+        raise UsageError(
+            f"{key}: the folder {name} holds no .safetensors file. Other weight formats aren't loaded."
+        )
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in _FOR_PEOPLE):
+    for file in sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.suffix not in _FOR_PEOPLE
+    ):
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

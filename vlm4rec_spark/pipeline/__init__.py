@@ -49,40 +49,75 @@ class Stage:
 _TEXTS = (schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS)
 _STAGES = {
     "ingest": Stage(
-        ingest.ingest, (),
-        (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.USERS, schemas.IDENTITIES, schemas.REJECTED,
-         schemas.FILES),
+        ingest.ingest,
+        (),
+        (
+            schemas.ITEMS,
+            schemas.PHOTOS,
+            schemas.INTERACTIONS,
+            schemas.USERS,
+            schemas.IDENTITIES,
+            schemas.REJECTED,
+            schemas.FILES,
+        ),
         ingest.ingest_fingerprint,
     ),
     "caption": Stage(
-        caption.caption, (schemas.PHOTOS,), (schemas.CAPTIONS, schemas.ITEM_CAPTIONS), caption.caption_fingerprint
+        caption.caption,
+        (schemas.PHOTOS,),
+        (schemas.CAPTIONS, schemas.ITEM_CAPTIONS),
+        caption.caption_fingerprint,
     ),
-    "embed": Stage(embed.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), embed.embed_fingerprint),
+    "embed": Stage(
+        embed.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), embed.embed_fingerprint
+    ),
     # Profiles take their vectors from the index artefact, so the index comes first.
     "index": Stage(index.index, (*_TEXTS, schemas.EMBEDDINGS), (), index.index_fingerprint),
     "profiles": Stage(
-        index.profiles, (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS), (schemas.PROFILES,),
+        index.profiles,
+        (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS),
+        (schemas.PROFILES,),
         index.profiles_fingerprint,
     ),
     "recommend": Stage(
         recommend.recommend,
-        (schemas.PROFILES, schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS),
-        (schemas.RECOMMENDATIONS,), recommend.recommend_fingerprint,
+        (
+            schemas.PROFILES,
+            schemas.ITEMS,
+            schemas.PHOTOS,
+            schemas.INTERACTIONS,
+            schemas.IDENTITIES,
+            schemas.USERS,
+        ),
+        (schemas.RECOMMENDATIONS,),
+        recommend.recommend_fingerprint,
     ),
     "publish": Stage(
-        evaluate.publish, (schemas.RECOMMENDATIONS, schemas.ITEMS), (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
+        evaluate.publish,
+        (schemas.RECOMMENDATIONS, schemas.ITEMS),
+        (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
         lambda run: "",
     ),
     "evaluate": Stage(
         evaluate.evaluate,
-        (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.USERS, schemas.EMBEDDINGS, *_TEXTS, schemas.PHOTOS),
-        (schemas.METRICS,), evaluate.evaluate_fingerprint,
+        (
+            schemas.INTERACTIONS,
+            schemas.IDENTITIES,
+            schemas.USERS,
+            schemas.EMBEDDINGS,
+            *_TEXTS,
+            schemas.PHOTOS,
+        ),
+        (schemas.METRICS,),
+        evaluate.evaluate_fingerprint,
     ),
     "report": Stage(
-        evaluate.report, tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS), (),
+        evaluate.report,
+        tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS),
+        (),
         evaluate.report_fingerprint,
     ),
-}  # fmt: skip
+}
 STAGES = tuple(_STAGES)
 """In the order of `run`."""
 
@@ -90,7 +125,9 @@ STAGES = tuple(_STAGES)
 class Pipeline(RunContext):
     """Runs stages, each checked before and recorded after, one driver at a time."""
 
-    def run(self, stages: Sequence[str], done: Callable[[StageResult], None] = lambda outcome: None) -> list[StageResult]:
+    def run(
+        self, stages: Sequence[str], done: Callable[[StageResult], None] = lambda outcome: None
+    ) -> list[StageResult]:
         """Check what can be checked before any work, then run the stages in order, each recorded as it ends.
 
         `done` hears of each. Raises Busy when another run is at work on these tables.
@@ -123,7 +160,9 @@ class Pipeline(RunContext):
     @contextmanager
     def lease(self) -> Iterator[Lease]:
         """Hold the tables, made ready: no other run works on them, and what a killed one left is gone."""
-        with Lease(self.tables, self.run_id, self.config.lease_seconds, self.reporter.info) as lease:
+        with Lease(
+            self.tables, self.run_id, self.config.lease_seconds, self.reporter.info
+        ) as lease:
             self.tables.clear_staging()
             self.tables.forget()  # another run may have ended while this one waited
             yield lease
@@ -134,7 +173,9 @@ class Pipeline(RunContext):
         raw = reader.read(self.spark, "import-captions", source)
         self.tables.prepare()
         with self.lease() as lease:
-            return self._recorded(StageResult("import_captions"), lease, partial(ingest.import_captions, raw, self))
+            return self._recorded(
+                StageResult("import_captions"), lease, partial(ingest.import_captions, raw, self)
+            )
 
     def plan(self) -> CaptionPlan:
         """What the caption stage would do now, and what that costs. Changes nothing and holds nobody up."""
@@ -172,7 +213,9 @@ class Pipeline(RunContext):
         if last is None:
             return False
         versions = self.tables.versions({*stage.reads, *stage.writes})
-        return last["state"] is not None and last["state"] == _state(name, versions, stage.inputs_fingerprint(self))
+        return last["state"] is not None and last["state"] == _state(
+            name, versions, stage.inputs_fingerprint(self)
+        )
 
     def last_good(self) -> dict[str, Row]:
         """By stage, run_id and state of the last run that had something to do and ended well."""
@@ -180,7 +223,9 @@ class Pipeline(RunContext):
         last = F.max_by(F.struct("run_id", "state"), F.struct("started_at", "run_id")).alias("last")
         return {row["stage"]: row["last"] for row in good.agg(last).collect()}
 
-    def _recorded(self, outcome: StageResult, lease: Lease, work: Callable[[StageResult], None]) -> StageResult:
+    def _recorded(
+        self, outcome: StageResult, lease: Lease, work: Callable[[StageResult], None]
+    ) -> StageResult:
         """Do the work of a stage, or something like one, and record it."""
         started, clock = datetime.now(UTC), time.monotonic()
         self.reporter.stage(self.run_id, outcome.stage)
@@ -200,10 +245,21 @@ class Pipeline(RunContext):
         # The section `spark` stays out: its conf may hold a secret.
         config = self.config.model_dump_json(exclude={"spark"})
         row = (
-            self.run_id, outcome.stage, outcome.status or "failed", outcome.rows_in, outcome.ok, outcome.failed,
-            outcome.skipped, outcome.versions, config, started, outcome.seconds, outcome.device_seconds,
-            outcome.details, outcome.state if outcome.status else None,
-        )  # fmt: skip
+            self.run_id,
+            outcome.stage,
+            outcome.status or "failed",
+            outcome.rows_in,
+            outcome.ok,
+            outcome.failed,
+            outcome.skipped,
+            outcome.versions,
+            config,
+            started,
+            outcome.seconds,
+            outcome.device_seconds,
+            outcome.details,
+            outcome.state if outcome.status else None,
+        )
         self.tables.append(schemas.RUNS, self.spark.createDataFrame([row], schemas.RUNS.schema))
 
 

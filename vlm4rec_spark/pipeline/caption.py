@@ -87,14 +87,22 @@ def caption_fingerprint(run: RunContext) -> object:
 def _caption(run: RunContext, outcome: StageResult, task: _Task) -> None:
     settings, todo, wish = run.config.caption, task.plan, task.wish
     outcome.details = {
-        "model": wish.model_id, "prompt_id": wish.prompt.prompt_id, "photos_wanted": str(todo.wanted),
-        "reused": str(todo.reused + todo.kept), "duplicates": str(todo.duplicates), "given_up": str(todo.given_up),
+        "model": wish.model_id,
+        "prompt_id": wish.prompt.prompt_id,
+        "photos_wanted": str(todo.wanted),
+        "reused": str(todo.reused + todo.kept),
+        "duplicates": str(todo.duplicates),
+        "given_up": str(todo.given_up),
         "reasons": json.dumps(todo.reasons),
-    }  # fmt: skip
+    }
     totals, stopped = _Totals(), ""
     if todo.now:
-        why = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in todo.reasons.items())
-        run.reporter.info(f"captioning {todo.now:,} of {todo.to_caption:,} photos ({why}) with {wish.model_id}")
+        why = ", ".join(
+            f"{reason.replace('_', ' ')} {count:,}" for reason, count in todo.reasons.items()
+        )
+        run.reporter.info(
+            f"captioning {todo.now:,} of {todo.to_caption:,} photos ({why}) with {wish.model_id}"
+        )
         began = time.monotonic()
         try:
             stopped = _in_chunks(run, task, totals)
@@ -109,13 +117,19 @@ def _caption(run: RunContext, outcome: StageResult, task: _Task) -> None:
     left = todo.to_caption - totals.tried
     outcome.details |= {"failures": json.dumps(totals.failures), "left": str(left)}
     captions = run.tables.read(schemas.CAPTIONS)
-    run.tables.sync(schemas.ITEM_CAPTIONS, planning.item_captions(task.judged, captions, task.imported))
-    outcome.complete = not left and run.retry is None and not (totals.failed and _any_again(task, captions))
+    run.tables.sync(
+        schemas.ITEM_CAPTIONS, planning.item_captions(task.judged, captions, task.imported)
+    )
+    outcome.complete = (
+        not left and run.retry is None and not (totals.failed and _any_again(task, captions))
+    )
     if totals.failed > settings.max_failed_share * totals.tried:
         raise RunError(_complaint(run, task, totals, left))
     if stopped:
-        raise Resumable(f"caption: stopped by {stopped}. {totals.tried:,} photos are done and committed, {left:,} are "
-                        "left; run the same command again to go on.")  # fmt: skip
+        raise Resumable(
+            f"caption: stopped by {stopped}. {totals.tried:,} photos are done and committed, {left:,} are "
+            "left; run the same command again to go on."
+        )
     if left:
         run.reporter.info(f"{left:,} photos are left for the next run")
 
@@ -131,7 +145,9 @@ def _task(run: RunContext) -> Iterator[_Task]:
     imported = planning.imported_captions(links, captions)
     items = run.read(schemas.ITEMS) if wish.prompt.fields else None
     wanted = planning.wanted_captions(photos, imported, items, wish)
-    judged = planning.with_reason(wanted, captions, planning.current_captions(links, captions), wish).persist()
+    judged = planning.with_reason(
+        wanted, captions, planning.current_captions(links, captions), wish
+    ).persist()
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
     rates = _rates(run, wish)
     # Only where not all is done at once does the order matter, and counting the log takes a while.
@@ -153,17 +169,22 @@ def _task(run: RunContext) -> Iterator[_Task]:
 def _rates(run: RunContext, wish: planning.CaptionSpec) -> Rates:
     """Speed of the last run with this model that had something to do, tokens of its captions; or what is assumed."""
     assumed = wish.settings.assumed
-    mine = run.tables.read(schemas.CAPTIONS).where((F.col("model") == wish.model_id) & (F.col("status") == "ok"))
+    mine = run.tables.read(schemas.CAPTIONS).where(
+        (F.col("model") == wish.model_id) & (F.col("status") == "ok")
+    )
     this_prompt = F.col("prompt_id") == wish.prompt.prompt_id
     asked, said = (
-        F.coalesce(F.avg(F.when(this_prompt, F.col(name))), F.avg(name)) for name in ("input_tokens", "output_tokens")
+        F.coalesce(F.avg(F.when(this_prompt, F.col(name))), F.avg(name))
+        for name in ("input_tokens", "output_tokens")
     )
     tokens = first_row(mine.agg(asked, said))
     worked = F.col("rows_ok") + F.col("rows_failed")
     runs = run.tables.read(schemas.RUNS).where(
-        (F.col("stage") == "caption") & (F.col("details")["model"] == wish.model_id)
-        & (F.col("device_seconds") > 0) & (worked > 0)
-    )  # fmt: skip
+        (F.col("stage") == "caption")
+        & (F.col("details")["model"] == wish.model_id)
+        & (F.col("device_seconds") > 0)
+        & (worked > 0)
+    )
     speed = first_row(runs.agg(F.max_by(worked / F.col("device_seconds"), "started_at")))[0]
     return Rates(
         photos_per_second=speed or assumed.photos_per_second,
@@ -218,13 +239,18 @@ def _chunk(run: RunContext, rate: float) -> int:
     return max(_AT_ONCE, min(settings.chunk_photos, int(rate * 60 * settings.chunk_minutes)))
 
 
-def _make(run: RunContext, task: _Task, line: ProgressServer, ranks: range, place: int) -> tuple[DataFrame, str]:
+def _make(
+    run: RunContext, task: _Task, line: ProgressServer, ranks: range, place: int
+) -> tuple[DataFrame, str]:
     """The rows of a part of the queue, written aside, and where."""
     settings = run.config.caption
     part = task.queue.where((F.col("rank") >= ranks.start) & (F.col("rank") < ranks.stop))
     slots = gpus.slots(run.spark)
     # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
-    tasks = max(min(slots, -(-len(ranks) // settings.batch_size)), -(-len(ranks) // settings.photos_per_task))
+    tasks = max(
+        min(slots, -(-len(ranks) // settings.batch_size)),
+        -(-len(ranks) // settings.photos_per_task),
+    )
     photos = planning.with_photos(part, run.read(schemas.PHOTOS))
     job = worker.Job(settings, task.wish.prompt, run.config.ingest.photos.http, line.address)
     made = worker.caption_photos(photos, job, tasks, gpus.profile(run.spark))
@@ -241,11 +267,21 @@ def _await(future: Future[tuple[DataFrame, str]], line: ProgressServer, share: f
 
 def _commit(run: RunContext, task: _Task, made: tuple[DataFrame, str], totals: _Totals) -> None:
     rows, part = made
-    sums = [F.sum(name).alias(name) for name in ("input_tokens", "output_tokens", "seconds", "waited")]
-    found = rows.groupBy("status", "error_class").agg(F.count(F.lit(1)).alias("rows"), *sums).collect()
+    sums = [
+        F.sum(name).alias(name) for name in ("input_tokens", "output_tokens", "seconds", "waited")
+    ]
+    found = (
+        rows.groupBy("status", "error_class").agg(F.count(F.lit(1)).alias("rows"), *sums).collect()
+    )
     wish = task.wish
-    named = rows.withColumns({"prompt_id": F.lit(wish.prompt.prompt_id), "model": F.lit(wish.model_id)})
-    run.tables.insert(schemas.CAPTIONS, caption_rows(run, named), instead_of="old.status IN ('failed', 'rejected')")
+    named = rows.withColumns(
+        {"prompt_id": F.lit(wish.prompt.prompt_id), "model": F.lit(wish.model_id)}
+    )
+    run.tables.insert(
+        schemas.CAPTIONS,
+        caption_rows(run, named),
+        instead_of="old.status IN ('failed', 'rejected')",
+    )
     run.tables.unstage(schemas.CAPTIONS, part)
     for row in found:
         totals.statuses[row["status"]] += row["rows"]
@@ -266,9 +302,15 @@ def _how_far(line: ProgressServer, began: float) -> tuple[float, str]:
     """Photos done, and what there is to say beside their rate."""
     said = line.counts
     worked = said["seconds"] + said["waited"]
-    parts = [f"{said['tokens'] / (time.monotonic() - began):,.0f} tokens/s",
-             f"model idle {said['waited'] / worked:.1%}" if worked else ""]  # fmt: skip
-    parts += [f"{name.removeprefix('failed ')} {count:,}" for name, count in said.items() if name.startswith("failed ")]
+    parts = [
+        f"{said['tokens'] / (time.monotonic() - began):,.0f} tokens/s",
+        f"model idle {said['waited'] / worked:.1%}" if worked else "",
+    ]
+    parts += [
+        f"{name.removeprefix('failed ')} {count:,}"
+        for name, count in said.items()
+        if name.startswith("failed ")
+    ]
     return said["photos"], ", ".join(filter(None, parts))
 
 
@@ -288,7 +330,9 @@ def _figures(totals: _Totals, seconds: float, run: RunContext) -> dict[str, str]
 
 def _any_again(task: _Task, captions: DataFrame) -> bool:
     """Whether the next run has failures to try again."""
-    failed = captions.where(F.col("status").isin("failed", "rejected") & task.wish.again()).select("caption_key")
+    failed = captions.where(F.col("status").isin("failed", "rejected") & task.wish.again()).select(
+        "caption_key"
+    )
     return not task.judged.join(failed, on="caption_key", how="left_semi").isEmpty()
 
 
@@ -300,11 +344,15 @@ def _complaint(run: RunContext, task: _Task, totals: _Totals, left: int) -> str:
         (F.col("run_id") == run.run_id) & (F.col("error_class") == worst)
     )
     some = bad.join(task.queue, on="caption_key", how="inner").orderBy("rank").limit(_EXAMPLES)
-    examples = "; ".join(f"{row['item_id']}: {' '.join(row['error'].split())[:160]}" for row in some.collect())
+    examples = "; ".join(
+        f"{row['item_id']}: {' '.join(row['error'].split())[:160]}" for row in some.collect()
+    )
     rest = f" Stopped with {left:,} photos to go." if left else ""
-    return (f"caption: {totals.failed:,} of {totals.tried:,} photos failed ({named}), more than "
-            f"caption.max_failed_share = {share}. Such as {examples}.{rest} Their errors are in the table "
-            "captions.")  # fmt: skip
+    return (
+        f"caption: {totals.failed:,} of {totals.tried:,} photos failed ({named}), more than "
+        f"caption.max_failed_share = {share}. Such as {examples}.{rest} Their errors are in the table "
+        "captions."
+    )
 
 
 @contextmanager

@@ -48,7 +48,11 @@ class _Sample:
     @property
     def drifted(self) -> list[tuple[Row, Row]]:
         """Captions that a photo had before, with those that it has now."""
-        return [(self.earlier[row["image_sha256"]], row) for row in self.rows if row["image_sha256"] in self.earlier]
+        return [
+            (self.earlier[row["image_sha256"]], row)
+            for row in self.rows
+            if row["image_sha256"] in self.earlier
+        ]
 
 
 def audit(run: RunContext, outcome: StageResult) -> list[dict]:
@@ -74,7 +78,10 @@ def audit(run: RunContext, outcome: StageResult) -> list[dict]:
 
 
 def caption_audit_fingerprint(run: RunContext) -> object:
-    return [run.config.embed.model_dump(mode="json"), caption_audit_questions.questions_fingerprint(run)]
+    return [
+        run.config.embed.model_dump(mode="json"),
+        caption_audit_questions.questions_fingerprint(run),
+    ]
 
 
 def _samples(run: RunContext) -> list[_Sample]:
@@ -82,12 +89,18 @@ def _samples(run: RunContext) -> list[_Sample]:
     settings = run.config.evaluate
     if not settings.audit_photos:
         return []
-    links = run.tables.read(schemas.ITEM_CAPTIONS).groupBy("caption_key").agg(
-        F.min(F.struct("item_id", "position")).alias("place")
-    )  # fmt: skip
+    links = (
+        run.tables.read(schemas.ITEM_CAPTIONS)
+        .groupBy("caption_key")
+        .agg(F.min(F.struct("item_id", "position")).alias("place"))
+    )
     captions = run.tables.read(schemas.CAPTIONS).where(F.col("caption").isNotNull())
     in_force = captions.join(links, on="caption_key", how="inner").select(
-        "caption_key", "place.*", "image_sha256", "caption", F.coalesce("model", F.lit(IMPORTED)).alias("arm")
+        "caption_key",
+        "place.*",
+        "image_sha256",
+        "caption",
+        F.coalesce("model", F.lit(IMPORTED)).alias("arm"),
     )
     # By 64 bits of its hash a text is known well enough, and a shuffle of hashes is a light one.
     texts = F.countDistinct(F.xxhash64("caption")).alias("texts")
@@ -108,12 +121,17 @@ def _add_earlier(run: RunContext, samples: Sequence[_Sample]) -> None:
     """What the sampled photos were called before: by another model, prompt or setting, and in force nowhere."""
     captions = run.tables.read(schemas.CAPTIONS).where(F.col("status") == "ok")
     old = captions.join(run.tables.read(schemas.ITEM_CAPTIONS), on="caption_key", how="left_anti")
-    latest = F.row_number().over(Window.partitionBy("image_sha256").orderBy(F.desc("captioned_at"), "caption_key"))
+    latest = F.row_number().over(
+        Window.partitionBy("image_sha256").orderBy(F.desc("captioned_at"), "caption_key")
+    )
     for sample in samples:
         photos = [row["image_sha256"] for row in sample.rows if row["image_sha256"]]
-        mine = old.where(F.col("image_sha256").isin(photos)).select("image_sha256", "caption", "model", "prompt_id",
-                                                                    latest.alias("nth"))  # fmt: skip
-        sample.earlier = {row["image_sha256"]: row for row in mine.where(F.col("nth") == 1).collect()}
+        mine = old.where(F.col("image_sha256").isin(photos)).select(
+            "image_sha256", "caption", "model", "prompt_id", latest.alias("nth")
+        )
+        sample.earlier = {
+            row["image_sha256"]: row for row in mine.where(F.col("nth") == 1).collect()
+        }
 
 
 def _ask(run: RunContext, outcome: StageResult, samples: Sequence[_Sample]) -> dict[str, str]:
@@ -126,7 +144,9 @@ def _ask(run: RunContext, outcome: StageResult, samples: Sequence[_Sample]) -> d
             if sample.arm == mine:
                 sample.asked = caption_audit_questions.ask(run, sample.rows)
                 outcome.device_seconds = sample.asked.seconds if sample.asked else None
-    except Exception as trouble:  # a model fails in ways of its own, and the lists can be judged without it
+    except (
+        Exception
+    ) as trouble:  # a model fails in ways of its own, and the lists can be judged without it
         said = first_words(trouble)[:_LONGEST]
         run.reporter.info(f"the captioner couldn't be asked again: {said}")
         outcome.complete = False  # the next run tries it once more
@@ -148,7 +168,8 @@ def _vectors(run: RunContext, texts: Iterable[str]) -> dict[str, np.ndarray]:
     known = dict(enumerate(sorted(texts)))
     rows = [(str(number), "audit", text, "", False) for number, text in known.items()]
     frame = run.spark.createDataFrame(
-        rows, "item_id STRING, representation STRING, text STRING, content_sha256 STRING, fallback BOOLEAN"
+        rows,
+        "item_id STRING, representation STRING, text STRING, content_sha256 STRING, fallback BOOLEAN",
     )
     made = embed.embed(_in_tasks(run, frame, len(rows)), run.encoder_id(), run.config.embed)
     found = made.select("item_id", "embedding").collect()
@@ -160,20 +181,26 @@ def _in_tasks(run: RunContext, rows: DataFrame, count: int) -> DataFrame:
     return rows.coalesce(max(1, min(run.spark.sparkContext.defaultParallelism, count // 500)))
 
 
-def _judge(sample: _Sample, vectors: Mapping[str, np.ndarray], seed: int) -> tuple[list[Figure], list[dict]]:
+def _judge(
+    sample: _Sample, vectors: Mapping[str, np.ndarray], seed: int
+) -> tuple[list[Figure], list[dict]]:
     """The figures of a captioner, and examples of what is worst."""
     captions = sample.captions
     catalogue = [{"category": row["category"], **(row["attributes"] or {})} for row in sample.rows]
-    found = [figures.distinct("distinct_share", len(set(captions)), len(captions)),
-             figures.distinct("distinct_share_all", sample.texts, sample.in_force)]  # fmt: skip
+    found = [
+        figures.distinct("distinct_share", len(set(captions)), len(captions)),
+        figures.distinct("distinct_share_all", sample.texts, sample.in_force),
+    ]
     agreeing, misses = figures.agreement(captions, catalogue, seed)
     pairs = sample.drifted
     before, now = ([pair[at]["caption"] for pair in pairs] for at in (0, 1))
     cosines = (_stacked(before, vectors) * _stacked(now, vectors)).sum(axis=1)
     found += [*agreeing, *figures.drift(before, now, cosines, seed)]
     if sample.asked is None:
-        return found, [_example(sample, miss.place) | {"attribute": miss.attribute, "value": miss.value}
-                       for miss in figures.spread(misses, _EXAMPLES)]  # fmt: skip
+        return found, [
+            _example(sample, miss.place) | {"attribute": miss.attribute, "value": miss.value}
+            for miss in figures.spread(misses, _EXAMPLES)
+        ]
     more, examples = _judge_again(sample, sample.asked, vectors, seed)
     return found + more, examples
 
@@ -193,40 +220,60 @@ def _judge_again(
     ranks[[text is None for text in said]] = len(captions)
     found += figures.retrieval(ranks, len(captions), seed)
     worst = [at for at in np.argsort(-ranks, kind="stable")[:_EXAMPLES] if ranks[at] > 1]
-    return found, [_example(sample, places[at]) | {"again": said[at] and said[at][:_LONGEST], "rank": float(ranks[at])}
-                   for at in worst]  # fmt: skip
+    return found, [
+        _example(sample, places[at])
+        | {"again": said[at] and said[at][:_LONGEST], "rank": float(ranks[at])}
+        for at in worst
+    ]
 
 
 def _stacked(texts: Sequence[str], vectors: Mapping[str, np.ndarray]) -> np.ndarray:
     """(texts, dimension); zeros, which are near nothing, for a text without a vector."""
     none = np.zeros_like(next(iter(vectors.values()), np.zeros(1, np.float32)))
-    return np.array([vectors.get(text, none) for text in texts], np.float32).reshape(len(texts), len(none))
+    return np.array([vectors.get(text, none) for text in texts], np.float32).reshape(
+        len(texts), len(none)
+    )
 
 
 def _example(sample: _Sample, place: int) -> dict:
     row = sample.rows[place]
-    return {"model": sample.arm, "item_id": row["item_id"], "position": row["position"],
-            "caption": row["caption"][:_LONGEST]}  # fmt: skip
+    return {
+        "model": sample.arm,
+        "item_id": row["item_id"],
+        "position": row["position"],
+        "caption": row["caption"][:_LONGEST],
+    }
 
 
 def _told(sample: _Sample) -> dict:
     """What there is to say of a captioner's sample beside the figures."""
     told: dict = {"model": sample.arm, "in_force": sample.in_force, "sampled": len(sample.rows)}
     if sample.earlier:
-        told["earlier"] = sorted({f"{row['model']}, {row['prompt_id']}" for row in sample.earlier.values()})[:_ARMS]
+        told["earlier"] = sorted(
+            {f"{row['model']}, {row['prompt_id']}" for row in sample.earlier.values()}
+        )[:_ARMS]
     if asked := sample.asked:
-        told |= {"asked": len(asked.said), "failures": dict(sorted(asked.failures.items())),
-                 "of_nothing": (asked.of_nothing or "")[:_LONGEST], "refused": asked.refused[:_LONGEST],
-                 "cost": round(asked.cost, 6)}  # fmt: skip
+        told |= {
+            "asked": len(asked.said),
+            "failures": dict(sorted(asked.failures.items())),
+            "of_nothing": (asked.of_nothing or "")[:_LONGEST],
+            "refused": asked.refused[:_LONGEST],
+            "cost": round(asked.cost, 6),
+        }
     return told
 
 
 def _words(sample: _Sample, found: Sequence[Figure]) -> str:
     by_metric = {figure.metric: figure.value for figure in found}
-    parts = [f"{by_metric['distinct_share_all']:.1%} of {sample.in_force:,} captions are distinct"
-             if by_metric["distinct_share_all"] is not None else f"{sample.in_force} captions, too few for figures"]
+    parts = [
+        f"{by_metric['distinct_share_all']:.1%} of {sample.in_force:,} captions are distinct"
+        if by_metric["distinct_share_all"] is not None
+        else f"{sample.in_force} captions, too few for figures"
+    ]
     if by_metric.get("self_rank_10") is not None:
         parts.append(f"{by_metric['self_rank_10']:.1%} of photos find theirs again")
     if sample.asked and sample.asked.failures:
-        parts.append(f"{sample.asked.failures.total()} of {len(sample.asked.said)} gave no caption when asked again")
+        parts.append(
+            f"{sample.asked.failures.total()} of {len(sample.asked.said)} gave no caption when asked again"
+        )
     return f"captions by {sample.arm}: {', '.join(parts)}"

@@ -56,15 +56,29 @@ def ask(run: RunContext, sampled: Sequence[Row]) -> Asked | None:
     items = run.read(schemas.ITEMS).where(among) if prompt.fields else None
     keys = [row["caption_key"] for row in sampled]
     # The key holds the photo, the prompt, the model and its settings: another one's captions have other keys.
-    wanted = planning.wanted_captions(photos, photos.limit(0), items, wish).where(F.col("caption_key").isin(keys))
+    wanted = planning.wanted_captions(photos, photos.limit(0), items, wish).where(
+        F.col("caption_key").isin(keys)
+    )
     found = {row["caption_key"]: row for row in sorted(wanted.collect(), reverse=True)}
     chosen = [found[key] for key in keys if key in found][: run.config.evaluate.audit_again]
     if not chosen:
         return None
-    rows = [(row["caption_key"], row["item_id"], row["position"], row["image_sha256"], row["prompt"], 0, rank)
-            for rank, row in enumerate(chosen)]  # fmt: skip
+    rows = [
+        (
+            row["caption_key"],
+            row["item_id"],
+            row["position"],
+            row["image_sha256"],
+            row["prompt"],
+            0,
+            rank,
+        )
+        for rank, row in enumerate(chosen)
+    ]
     images = photos.select("item_id", "position", "uri", "image")
-    there = run.spark.createDataFrame(rows, _ROW).join(images, on=["item_id", "position"], how="inner")
+    there = run.spark.createDataFrame(rows, _ROW).join(
+        images, on=["item_id", "position"], how="inner"
+    )
     columns = ["caption_key", "image_sha256", "uri", "image", "attempts", "prompt", "rank"]
     again = recaption(there.select(*columns), settings.model.max_side, http)
     blank, about = perturbations.blank_photo(), prompt.about({}) if prompt.fields else None
@@ -72,20 +86,28 @@ def ask(run: RunContext, sampled: Sequence[Row]) -> Asked | None:
     tasks = max(1, min(gpus.slots(run.spark), -(-len(chosen) // settings.batch_size)))
     made = worker.caption_photos(
         again.unionByName(run.spark.createDataFrame([one], again.schema)),
-        worker.Job(settings, prompt, http, None), tasks, gpus.profile(run.spark),
-    )  # fmt: skip
-    run.reporter.info(f"asking {wish.model_id} again about {len(chosen):,} photos, slightly changed, and one of nothing")
+        worker.Job(settings, prompt, http, None),
+        tasks,
+        gpus.profile(run.spark),
+    )
+    run.reporter.info(
+        f"asking {wish.model_id} again about {len(chosen):,} photos, slightly changed, and one of nothing"
+    )
     with run.reporter.progress("asking the captioner again", len(chosen)):
         answers = {row["caption_key"]: row for row in made.collect()}
     return _asked([row["caption_key"] for row in chosen], answers, run)
 
 
 def _asked(keys: Sequence[str], answers: dict[str, Row], run: RunContext) -> Asked:
-    failed = [answers[key]["error_class"] if key in answers else "not_tried" for key in keys
-              if key not in answers or answers[key]["caption"] is None]  # fmt: skip
+    failed = [
+        answers[key]["error_class"] if key in answers else "not_tried"
+        for key in keys
+        if key not in answers or answers[key]["caption"] is None
+    ]
     nothing = answers.get(_NOTHING)
     seconds, asked, said = (
-        sum(row[name] or 0 for row in answers.values()) for name in ("seconds", "input_tokens", "output_tokens")
+        sum(row[name] or 0 for row in answers.values())
+        for name in ("seconds", "input_tokens", "output_tokens")
     )
     return Asked(
         said={key: answers[key]["caption"] if key in answers else None for key in keys},

@@ -62,7 +62,7 @@ class RunContext:
     """Runs of one configuration on one Spark session, one after another."""
 
     def __init__(self, spark: SparkSession, config: Config, reporter: Reporter):
-        self.spark, self.config, self.voice = spark, config, reporter
+        self.spark, self.config, self.reporter = spark, config, reporter
         self.tables = Tables(spark, config.tables)
         self.run_id = ""
         self.retry: str | None = None
@@ -80,13 +80,17 @@ class RunContext:
     def read(self, table: Table) -> DataFrame:
         """A table that an earlier stage made. Raises RunError when it isn't there."""
         if not self.tables.exists(table):
-            raise RunError(f"The table {self.tables.name_of(table)} isn't there yet. Run the stage that makes it, or "
-                           "`vlm4rec run` for all.")  # fmt: skip
+            raise RunError(
+                f"The table {self.tables.name_of(table)} isn't there yet. Run the stage that makes it, or "
+                "`vlm4rec run` for all."
+            )
         return self.tables.read(table)
 
     def last(self, stage: str) -> Row | None:
         """The last run of the stage that had something to do and ended well."""
-        good = self.tables.read(schemas.RUNS).where((F.col("stage") == stage) & (F.col("status") == "ok"))
+        good = self.tables.read(schemas.RUNS).where(
+            (F.col("stage") == stage) & (F.col("status") == "ok")
+        )
         return good.orderBy(F.desc("started_at")).first()
 
     def log(self) -> DataFrame:
@@ -108,7 +112,11 @@ class RunContext:
     def vision_id(self) -> str | None:
         """None where no photos are embedded."""
         settings = self.config.embed
-        return vision_encoder.vision_id(settings.vision, settings.vision_revision) if settings.vision else None
+        return (
+            vision_encoder.vision_id(settings.vision, settings.vision_revision)
+            if settings.vision
+            else None
+        )
 
 
 def first_row(rows: DataFrame) -> Row:

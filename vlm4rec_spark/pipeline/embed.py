@@ -29,17 +29,27 @@ def embed(run: RunContext, outcome: StageResult) -> None:
     outcome.failed = todo - outcome.ok
     outcome.skipped = total - todo
     unseen = _embed_photos(run, outcome)
-    mine = run.tables.read(schemas.EMBEDDINGS).where(F.col("encoder_id").isin(encoder, run.vision_id() or encoder))
-    figures = mine.groupBy("representation").agg(
-        F.count(F.lit(1)).alias("rows"),
-        F.countDistinct(F.xxhash64("embedding")).alias("distinct"),
-        F.count_if("fallback").alias("fallback"),
-    ).collect()  # fmt: skip
+    mine = run.tables.read(schemas.EMBEDDINGS).where(
+        F.col("encoder_id").isin(encoder, run.vision_id() or encoder)
+    )
+    figures = (
+        mine.groupBy("representation")
+        .agg(
+            F.count(F.lit(1)).alias("rows"),
+            F.countDistinct(F.xxhash64("embedding")).alias("distinct"),
+            F.count_if("fallback").alias("fallback"),
+        )
+        .collect()
+    )
     identical = {row["representation"]: row["rows"] - row["distinct"] for row in figures}
     fallback = next((row["fallback"] for row in figures if row["representation"] == "caption"), 0)
     untidy = first_row(stage.untidy(texts, settings.max_words)).asDict()
-    outcome.details = {"encoder_id": encoder, "identical_vectors": json.dumps(identical), "fallback": str(fallback),
-                       "untidy": json.dumps(untidy)}  # fmt: skip
+    outcome.details = {
+        "encoder_id": encoder,
+        "identical_vectors": json.dumps(identical),
+        "fallback": str(fallback),
+        "untidy": json.dumps(untidy),
+    }
     if vision := run.vision_id():
         outcome.details |= {"vision_id": vision, "photos_unseen": str(unseen)}
 
@@ -55,10 +65,16 @@ def _embed_photos(run: RunContext, outcome: StageResult) -> int:
     total, todo, made = main.count(), pending.count(), 0
     if todo:
         run.reporter.info(f"embedding {todo:,} photos with {vision}")
-        there = photos.join(pending.drop("content_sha256"), on=["item_id", "position"], how="left_semi")
-        cut = there.withColumnRenamed("image_sha256", "content_sha256").repartition(max(2, -(-todo // 1_000)))
+        there = photos.join(
+            pending.drop("content_sha256"), on=["item_id", "position"], how="left_semi"
+        )
+        cut = there.withColumnRenamed("image_sha256", "content_sha256").repartition(
+            max(2, -(-todo // 1_000))
+        )
         with run.reporter.progress("embedding photos", todo):
-            rows = run.tables.staged(schemas.EMBEDDINGS, stage.embed_photos(cut, vision, run.config.embed, http))
+            rows = run.tables.staged(
+                schemas.EMBEDDINGS, stage.embed_photos(cut, vision, run.config.embed, http)
+            )
         made = rows.count()
         run.tables.upsert(schemas.EMBEDDINGS, rows)
         run.tables.unstage(schemas.EMBEDDINGS)
@@ -76,5 +92,7 @@ def embed_fingerprint(run: RunContext) -> object:
 def item_texts(run: RunContext) -> DataFrame:
     """Every item's text in every representation, from the tables as they are."""
     return stage.item_texts(
-        run.read(schemas.ITEMS), run.tables.read(schemas.ITEM_CAPTIONS), run.tables.read(schemas.CAPTIONS)
+        run.read(schemas.ITEMS),
+        run.tables.read(schemas.ITEM_CAPTIONS),
+        run.tables.read(schemas.CAPTIONS),
     )

@@ -22,7 +22,9 @@ from vlm4rec_spark.stages import publish as shapes
 from vlm4rec_spark.storage import schemas
 
 
-def tables(run: RunContext, settings: EvaluateSettings, in_use: ServingConfig) -> evaluation.EvaluationTables:
+def tables(
+    run: RunContext, settings: EvaluateSettings, in_use: ServingConfig
+) -> evaluation.EvaluationTables:
     """What the arms of the settings are judged by. Raises RunError for an arm that nothing is known of."""
     encoder = run.encoder_id()
     stored, representation = run.read(schemas.EMBEDDINGS), F.col("representation")
@@ -33,11 +35,15 @@ def tables(run: RunContext, settings: EvaluateSettings, in_use: ServingConfig) -
     there = stored.where(by.isNull() | (F.col("encoder_id") == by))
     known = {row["representation"] for row in there.select("representation").distinct().collect()}
     if unknown := evaluation.needed(settings, in_use) - known:
-        raise RunError(f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
-                       f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of evaluate.custom_arms nor a "
-                       f"representation of the table embeddings ({', '.join(sorted(known))}). "
-                       "For image set embed.vision and run embed.")  # fmt: skip
-    return evaluation.EvaluationTables(run.log(), run.read(schemas.ITEMS), there, run.tables.read(schemas.USERS))
+        raise RunError(
+            f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
+            f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of evaluate.custom_arms nor a "
+            f"representation of the table embeddings ({', '.join(sorted(known))}). "
+            "For image set embed.vision and run embed."
+        )
+    return evaluation.EvaluationTables(
+        run.log(), run.read(schemas.ITEMS), there, run.tables.read(schemas.USERS)
+    )
 
 
 def in_use(run: RunContext) -> ServingConfig:
@@ -50,19 +56,28 @@ def evaluate(run: RunContext, outcome: StageResult) -> None:
     rows, outcome.details = evaluation.evaluate(run.spark, read, settings, used, run.reporter.info)
     outcome.ok = sum(json.loads(split)["users"] for split in outcome.details.values())
     rows += caption_audit.audit(run, outcome)
-    frame = run.spark.createDataFrame([row | {"run_id": run.run_id} for row in rows], schemas.METRICS.schema)
+    frame = run.spark.createDataFrame(
+        [row | {"run_id": run.run_id} for row in rows], schemas.METRICS.schema
+    )
     run.tables.insert(schemas.METRICS, frame)
 
 
 def tune(run: RunContext, representations: Sequence[str], metric: tuning.Metric) -> tuning.Tuned:
     settings = run.config.evaluate.model_copy(update={"arms": tuple(representations)})
     read = tables(run, settings, in_use(run))
-    return tuning.tune(run.spark, read, settings, in_use(run), representations, metric, run.reporter.info)
+    return tuning.tune(
+        run.spark, read, settings, in_use(run), representations, metric, run.reporter.info
+    )
 
 
 def evaluate_fingerprint(run: RunContext) -> object:
     settings = (run.config.evaluate, run.config.profiles, run.config.item_item)
-    described = [run.config.representation, run.encoder_id(), run.vision_id(), caption_audit.caption_audit_fingerprint(run)]
+    described = [
+        run.config.representation,
+        run.encoder_id(),
+        run.vision_id(),
+        caption_audit.caption_audit_fingerprint(run),
+    ]
     return [*(each.model_dump(mode="json") for each in settings), *described]
 
 
@@ -79,7 +94,9 @@ def report(run: RunContext, outcome: StageResult) -> None:
 
 def report_fingerprint(run: RunContext) -> object:
     """Which runs the page tells of, and the page that is there."""
-    told = run.tables.read(schemas.RUNS).where((F.col("status") != "unchanged") & (F.col("stage") != "report"))
+    told = run.tables.read(schemas.RUNS).where(
+        (F.col("status") != "unchanged") & (F.col("stage") != "report")
+    )
     latest = first_row(told.agg(F.count(F.lit(1)), F.max(F.unix_micros("started_at"))))
     path = Path(run.config.report.path)
     page_there = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"

@@ -46,18 +46,27 @@ def raw_sources(run: RunContext) -> Raw:
     items = reader.read(run.spark, "ingest.items", settings.items) if settings.items.path else None
     column = settings.photos.bytes_column
     if column and items is not None and column not in items.columns:
-        raise UsageError(f"ingest.photos.bytes_column: the catalogue has no binary column {column!r}.")
+        raise UsageError(
+            f"ingest.photos.bytes_column: the catalogue has no binary column {column!r}."
+        )
     column = settings.photos.path_column
     if column and items is not None and items.where(F.col("fields")[column].isNotNull()).isEmpty():
-        raise UsageError(f"ingest.photos.path_column: the catalogue has no column {column!r} with a path in it.")
+        raise UsageError(
+            f"ingest.photos.path_column: the catalogue has no column {column!r} with a path in it."
+        )
     log = settings.interactions
-    people = {name: reader.read(run.spark, f"ingest.{name}", source)
-              for name in _PEOPLE if (source := getattr(settings, name)).path}  # fmt: skip
+    people = {
+        name: reader.read(run.spark, f"ingest.{name}", source)
+        for name in _PEOPLE
+        if (source := getattr(settings, name)).path
+    }
     for name, rows in people.items():
         (key,) = _PEOPLE[name][0].key
         if rows.where(F.col("fields")[key].isNotNull()).isEmpty():
-            raise UsageError(f"ingest.{name}: the source has no column {key} with a value. Name it in "
-                             f"ingest.{name}.columns.")  # fmt: skip
+            raise UsageError(
+                f"ingest.{name}: the source has no column {key} with a value. Name it in "
+                f"ingest.{name}.columns."
+            )
     if not log.path:
         return Raw(items, None, no_files, people)
     if log.format == "delta":
@@ -79,14 +88,22 @@ def raw_sources(run: RunContext) -> Raw:
 def ingest_fingerprint(run: RunContext) -> object:
     """The settings and what the sources' listings say; None where a listing can't tell whether anything changed."""
     settings = run.config.ingest
-    logs = {f"ingest.{name}": getattr(settings, name) for name in ("items", "interactions", *_PEOPLE)}
+    logs = {
+        f"ingest.{name}": getattr(settings, name) for name in ("items", "interactions", *_PEOPLE)
+    }
     if settings.photos.path_column or any(source.format == "delta" for source in logs.values()):
         return None
     listed = [reader.listing(run.spark, key, source) for key, source in logs.items() if source.path]
     if settings.photos.folder:
         listed.append(reader.photo_files(run.spark, settings.photos))
-    marks = [F.sum(F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")).cast("string"), F.count(F.lit(1))]
-    return [settings.model_dump(mode="json"), *(list(first_row(files.agg(*marks))) for files in listed)]
+    marks = [
+        F.sum(F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")).cast("string"),
+        F.count(F.lit(1)),
+    ]
+    return [
+        settings.model_dump(mode="json"),
+        *(list(first_row(files.agg(*marks))) for files in listed),
+    ]
 
 
 def ingest(run: RunContext, outcome: StageResult) -> None:
@@ -108,17 +125,25 @@ def ingest(run: RunContext, outcome: StageResult) -> None:
     outcome.ok = sum(each["ok"] for each in counts.values())
     outcome.failed = sum(each["rejected"] for each in counts.values())
     outcome.skipped = sum(each["skipped"] for each in counts.values())
-    outcome.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(run)
+    outcome.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(
+        run
+    )
 
 
-def _take(run: RunContext, items: DataFrame | None, events: DataFrame | None) -> dict[str, dict[str, int]]:
+def _take(
+    run: RunContext, items: DataFrame | None, events: DataFrame | None
+) -> dict[str, dict[str, int]]:
     """Write what can be taken and what is rejected; rows in, ok, rejected and skipped of each source."""
     counts = {
-        name: _counts(rows) for name, rows in (("items", items), ("interactions", events)) if rows is not None
-    }  # fmt: skip
+        name: _counts(rows)
+        for name, rows in (("items", items), ("interactions", events))
+        if rows is not None
+    }
     _refuse_nonsense(run, items, events, counts)
     if items is not None:
-        run.tables.upsert(schemas.ITEMS, stage.taken(items).withColumn("updated_at", F.current_timestamp()))
+        run.tables.upsert(
+            schemas.ITEMS, stage.taken(items).withColumn("updated_at", F.current_timestamp())
+        )
         run.reject(stage.rejected(items, "items"))
     if events is not None:
         added = run.tables.insert(schemas.INTERACTIONS, stage.taken(events))
@@ -144,20 +169,27 @@ def _take_people(run: RunContext, name: str, raw: DataFrame) -> dict[str, int]:
 
 
 def _refuse_nonsense(
-    run: RunContext, items: DataFrame | None, events: DataFrame | None, counts: dict[str, dict[str, int]]
+    run: RunContext,
+    items: DataFrame | None,
+    events: DataFrame | None,
+    counts: dict[str, dict[str, int]],
 ) -> None:
     """Raise RunError, before anything is written, for a catalogue without a usable row or a log of other items."""
     if items is not None and not counts["items"]["ok"]:
-        raise RunError(f"ingest.items: the catalogue has no usable row ({counts['items']['rejected']} rejected). "
-                       "Nothing was written.")  # fmt: skip
+        raise RunError(
+            f"ingest.items: the catalogue has no usable row ({counts['items']['rejected']} rejected). "
+            "Nothing was written."
+        )
     if events is None or not counts["interactions"]["ok"]:
         return
     known = run.tables.read(schemas.ITEMS).select("item_id")
     if items is not None:
         known = known.union(stage.taken(items).select("item_id"))
     if stage.taken(events).join(known, on="item_id", how="left_semi").isEmpty():
-        raise RunError("ingest.interactions: no event is about an item of the catalogue. Check that both use the same "
-                       "item_id, and ingest.interactions.columns. Nothing was written.")  # fmt: skip
+        raise RunError(
+            "ingest.interactions: no event is about an item of the catalogue. Check that both use the same "
+            "item_id, and ingest.interactions.columns. Nothing was written."
+        )
 
 
 def _photos(run: RunContext, taken: DataFrame | None) -> tuple[int, DataFrame, DataFrame] | None:
@@ -185,7 +217,9 @@ def _photos(run: RunContext, taken: DataFrame | None) -> tuple[int, DataFrame, D
     return rows.count(), read, rows.where(F.col("reason").isNotNull())
 
 
-def _store_photos(run: RunContext, total: int, photos: DataFrame, refused: DataFrame) -> dict[str, int]:
+def _store_photos(
+    run: RunContext, total: int, photos: DataFrame, refused: DataFrame
+) -> dict[str, int]:
     with run.reporter.progress("reading photos", total):
         read = run.tables.staged(schemas.PHOTOS, photos)
     good = read.where(F.col("reason").isNull())
@@ -208,25 +242,34 @@ def _store_photos(run: RunContext, total: int, photos: DataFrame, refused: DataF
 def import_captions(raw: DataFrame, run: RunContext, outcome: StageResult) -> None:
     for needed in ("item_id", "text"):
         if raw.where(F.col("fields")[needed].isNotNull()).isEmpty():
-            raise UsageError(f"import-captions: the source has no column {needed} with a value. Name it with "
-                             f"--column {needed}=NAME.")  # fmt: skip
+            raise UsageError(
+                f"import-captions: the source has no column {needed} with a value. Name it with "
+                f"--column {needed}=NAME."
+            )
     rows = plan.import_rows(raw, run.read(schemas.ITEMS))
     good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
     total, outcome.failed = good.count(), bad.count()
     if not total:
         reason = first_row(bad)["reason"] if outcome.failed else "the source is empty"
         outcome.failed = 0
-        raise RunError(f"import-captions: no row could be taken, such as: {reason}. Nothing was written.")
-    new = good.select("caption_key", "caption", F.lit("imported").alias("status"), F.lit(1).alias("attempts"))
+        raise RunError(
+            f"import-captions: no row could be taken, such as: {reason}. Nothing was written."
+        )
+    new = good.select(
+        "caption_key", "caption", F.lit("imported").alias("status"), F.lit(1).alias("attempts")
+    )
     outcome.ok = run.tables.insert(schemas.CAPTIONS, caption_rows(run, new))
     outcome.skipped = total - outcome.ok
     mine = good.select("item_id", F.lit(0).alias("position"), "caption_key")
-    others = run.tables.read(schemas.ITEM_CAPTIONS).join(mine.select("item_id"), on="item_id", how="left_anti")
+    others = run.tables.read(schemas.ITEM_CAPTIONS).join(
+        mine.select("item_id"), on="item_id", how="left_anti"
+    )
     run.tables.sync(schemas.ITEM_CAPTIONS, mine.unionByName(others))
     run.reject(
-        bad.groupBy(F.concat(F.lit("captions "), "source").alias("source"), "row")
-        .agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies"))
-    )  # fmt: skip
+        bad.groupBy(F.concat(F.lit("captions "), "source").alias("source"), "row").agg(
+            F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies")
+        )
+    )
     outcome.details = {"imported": str(total)}
 
 
@@ -236,10 +279,11 @@ def caption_rows(run: RunContext, rows: DataFrame) -> DataFrame:
     return rows.select(
         *[
             ours.get(field.name, F.col(field.name) if field.name in rows.columns else F.lit(None))
-            .cast(field.dataType).alias(field.name)
+            .cast(field.dataType)
+            .alias(field.name)
             for field in schemas.CAPTIONS.schema
         ]
-    )  # fmt: skip
+    )
 
 
 def _catalogue_gaps(run: RunContext) -> dict[str, str]:
@@ -256,4 +300,9 @@ def _counts(parsed: DataFrame) -> dict[str, int]:
     bad = F.col("reason").isNotNull()
     counted = parsed.agg(F.count(F.lit(1)), F.count_if(bad), F.count_if(F.col("duplicate") & ~bad))
     total, rejected, duplicate = first_row(counted)
-    return {"in": total, "ok": total - rejected - duplicate, "rejected": rejected, "skipped": duplicate}
+    return {
+        "in": total,
+        "ok": total - rejected - duplicate,
+        "rejected": rejected,
+        "skipped": duplicate,
+    }

@@ -30,23 +30,31 @@ def check(run: RunContext) -> None:
     run.tables.check_retention(run.config.maintain.retention_hours)
     run.tables.prepare()
     if not any(map(run.tables.exists, schemas.TABLES.values())):
-        raise RunError(f"There are no tables at {run.tables.location} yet. Check --set tables=…, or run the stages.")
+        raise RunError(
+            f"There are no tables at {run.tables.location} yet. Check --set tables=…, or run the stages."
+        )
 
 
 def maintain(run: RunContext, outcome: StageResult) -> None:
     """Each table in its own commits, so that a killed run leaves nothing half-done; figures per table to `details`."""
     hours = run.config.maintain.retention_hours
     leftovers = run.tables.clear_leftovers(stage.REST // 3600)
-    outcome.details = {"retention_hours": str(hours), "leftovers": json.dumps(leftovers)} | _prune(run)
+    outcome.details = {"retention_hours": str(hours), "leftovers": json.dumps(leftovers)} | _prune(
+        run
+    )
     freed = 0
     for table in filter(run.tables.exists, schemas.TABLES.values()):
         before, after = run.tables.optimize(table)
         bytes_freed = run.tables.vacuum(table, hours)
         freed += bytes_freed or 0
         outcome.details[table.name] = json.dumps(
-            {"files_before": before, "files_after": after, "bytes_freed": bytes_freed,
-             "retention": run.tables.retention(table)}
-        )  # fmt: skip
+            {
+                "files_before": before,
+                "files_after": after,
+                "bytes_freed": bytes_freed,
+                "retention": run.tables.retention(table),
+            }
+        )
         if (before, bytes_freed) == (after, 0):
             outcome.skipped += 1
         else:
@@ -59,17 +67,26 @@ def indexes(run: RunContext) -> list[Index]:
     there = {version.index_id: version for version in stage.versions(Path(run.config.index.folder))}
     force = _in_force(run)
     idle = sorted(there.keys() - force.keys(), key=lambda index_id: -there[index_id].written)
-    return [Index(index_id, force.get(index_id, ""), there.get(index_id)) for index_id in [*force, *idle]]
+    return [
+        Index(index_id, force.get(index_id, ""), there.get(index_id))
+        for index_id in [*force, *idle]
+    ]
 
 
 def _in_force(run: RunContext) -> dict[str, str]:
     """By index id what for: of each representation the one that was built last, and what lists were last made with."""
     latest = F.max_by(F.col("details")["index_id"], F.struct("started_at", "run_id"))
-    built = _index_runs(run).groupBy(F.col("details")["representation"].alias("of")).agg(latest.alias("index_id"))
+    built = (
+        _index_runs(run)
+        .groupBy(F.col("details")["representation"].alias("of"))
+        .agg(latest.alias("index_id"))
+    )
     found: dict[str, str] = {}
     for row in built.orderBy("of").collect():
         found[row["index_id"]] = ", ".join(filter(None, (found.get(row["index_id"]), row["of"])))
-    lists = run.tables.read(schemas.RECOMMENDATIONS).select(F.max_by("index_id", "generated_at").alias("index_id"))
+    lists = run.tables.read(schemas.RECOMMENDATIONS).select(
+        F.max_by("index_id", "generated_at").alias("index_id")
+    )
     for row in lists.where("index_id IS NOT NULL").collect():
         found[row["index_id"]] = ", ".join(filter(None, (found.get(row["index_id"]), "the lists")))
     return found
@@ -78,7 +95,12 @@ def _in_force(run: RunContext) -> dict[str, str]:
 def _prune(run: RunContext) -> dict[str, str]:
     settings = run.config.maintain
     last = F.max(F.unix_micros("started_at") / 1e6)
-    ids = _index_runs(run).groupBy(F.col("details")["index_id"].alias("index_id")).agg(last.alias("at")).collect()
+    ids = (
+        _index_runs(run)
+        .groupBy(F.col("details")["index_id"].alias("index_id"))
+        .agg(last.alias("at"))
+        .collect()
+    )
     there = stage.versions(Path(run.config.index.folder))
     named = {row["index_id"]: row["at"] for row in ids}
     removed = stage.prunable(there, _in_force(run), named, settings.index_versions, time.time())
@@ -92,4 +114,6 @@ def _prune(run: RunContext) -> dict[str, str]:
 
 
 def _index_runs(run: RunContext) -> DataFrame:
-    return run.tables.read(schemas.RUNS).where((F.col("stage") == "index") & (F.col("status") == "ok"))
+    return run.tables.read(schemas.RUNS).where(
+        (F.col("stage") == "index") & (F.col("status") == "ok")
+    )

@@ -38,7 +38,9 @@ _FORALL = "coalesce(user_id, '') = ''"
 def check(run: RunContext) -> None:
     """Raise UsageError for rules that can't be asked of the tables, and for lists of items that aren't there."""
     settings = run.config.recommend
-    items, users = (run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS))
+    items, users = (
+        run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)
+    )
     rules.check(items, users, settings.rules, settings.caps)
     for name, source in (("allow", settings.allow), ("deny", settings.deny)):
         if source.path:
@@ -202,15 +204,21 @@ def _for_each(run: RunContext, people: DataFrame, users: DataFrame) -> DataFrame
     settings = run.config.recommend
     people = _with_rules(run, people, users)
     if settings.repeatable_events or settings.repurchase_days:
-        kept_off = rules.not_again(run.log(), run.read(schemas.ITEMS), settings.repeatable_events, settings.repurchase_days)
+        kept_off = rules.not_again(
+            run.log(), run.read(schemas.ITEMS), settings.repeatable_events, settings.repurchase_days
+        )
         people = people.drop("seen").join(kept_off, on="user_id", how="left")
         people = people.withColumn("seen", F.coalesce("seen", F.array()))
     if settings.deny.path:
-        people = people.join(_by_user(run, "deny", settings.deny, "denied"), on="user_id", how="left")
+        people = people.join(
+            _by_user(run, "deny", settings.deny, "denied"), on="user_id", how="left"
+        )
         more = F.array_union("seen", F.coalesce("denied", F.array()))
         people = people.withColumn("seen", F.array_sort(more)).drop("denied")
     if settings.allow.path:
-        people = people.join(_by_user(run, "allow", settings.allow, "only"), on="user_id", how="left")
+        people = people.join(
+            _by_user(run, "allow", settings.allow, "only"), on="user_id", how="left"
+        )
     return people
 
 
@@ -237,7 +245,10 @@ def _by_user(run: RunContext, key: str, source: Source, name: str) -> DataFrame:
 
 def _offered_to_all(run: RunContext, items: DataFrame) -> DataFrame:
     """The items; what is denied to all, or isn't among what alone is allowed to all, counts as unavailable."""
-    for key, source, good in (("deny", run.config.recommend.deny, False), ("allow", run.config.recommend.allow, True)):
+    for key, source, good in (
+        ("deny", run.config.recommend.deny, False),
+        ("allow", run.config.recommend.allow, True),
+    ):
         listed = _named(run, key, source).where(_FORALL) if source.path else None
         if listed is None or listed.isEmpty():
             continue
@@ -309,22 +320,38 @@ def _matching(run: RunContext, profiles: DataFrame, searcher: Searcher) -> ranki
 
 
 def _neighbours(
-    run: RunContext, searcher: Searcher, open_searcher: Callable[[], Searcher], effort: Effort, sample: pa.Table
+    run: RunContext,
+    searcher: Searcher,
+    open_searcher: Callable[[], Searcher],
+    effort: Effort,
+    sample: pa.Table,
 ) -> Callable[[], Neighbors]:
     """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
     items, folder = len(searcher), Path(run.config.index.folder) / "neighbours"
     depth = neighbors_file.depth(effort.candidates, sample, items)
-    run.reporter.info(f"searching the {depth} neighbours of each of {items:,} items, needs "
-                  f"{neighbors_file.gigabytes(items, depth):.2f} GB in {folder}")  # fmt: skip
-    made = neighbors_file.build(run.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder)
+    run.reporter.info(
+        f"searching the {depth} neighbours of each of {items:,} items, needs "
+        f"{neighbors_file.gigabytes(items, depth):.2f} GB in {folder}"
+    )
+    made = neighbors_file.build(
+        run.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder
+    )
     return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbors.open)
 
 
 def _curve(measured: Calibration) -> str:
     """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search; and
     what was taken, null for exact search."""
-    tried = [[each.effort.leaves, each.effort.candidates, round(each.recall, 4), round(each.low, 4),
-              round(each.per_second)] for each in measured.tried]  # fmt: skip
+    tried = [
+        [
+            each.effort.leaves,
+            each.effort.candidates,
+            round(each.recall, 4),
+            round(each.low, 4),
+            round(each.per_second),
+        ]
+        for each in measured.tried
+    ]
     exact, effort = measured.exact_per_second, measured.effort
     taken = [effort.leaves, effort.candidates] if effort else None
     return json.dumps({"tried": tried, "exact": round(exact) if exact else None, "taken": taken})

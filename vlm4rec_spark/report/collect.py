@@ -29,7 +29,17 @@ from vlm4rec_spark.storage import schemas
 if TYPE_CHECKING:
     from vlm4rec_spark.storage.tables import Tables
 
-_ORDER = ("ingest", "import_captions", "caption", "embed", "index", "profiles", "recommend", "publish", "evaluate")
+_ORDER = (
+    "ingest",
+    "import_captions",
+    "caption",
+    "embed",
+    "index",
+    "profiles",
+    "recommend",
+    "publish",
+    "evaluate",
+)
 _RUNS_PER_STAGE = 50
 _REASONS = 40
 _EXAMPLE_LENGTH = 240
@@ -41,7 +51,13 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     history = _history(tables)
     counts = {
         table.name: tables.read(table).count()
-        for table in (schemas.ITEMS, schemas.PHOTOS, schemas.INTERACTIONS, schemas.CAPTIONS, schemas.RECOMMENDATIONS)
+        for table in (
+            schemas.ITEMS,
+            schemas.PHOTOS,
+            schemas.INTERACTIONS,
+            schemas.CAPTIONS,
+            schemas.RECOMMENDATIONS,
+        )
     }
     # Not its own earlier runs: what it says of the other stages, it can't know of itself.
     runs = [stage_runs[0] for stage, stage_runs in history.items() if stage != "report"]
@@ -92,7 +108,16 @@ def _history(tables: Tables) -> dict[str, list[StageRun]]:
             failed_since.setdefault(row["stage"], started_at)
             continue
         runs = good.setdefault(row["stage"], [])
-        names = ("stage", "run_id", "seconds", "device_seconds", "rows_in", "rows_ok", "rows_failed", "rows_skipped")
+        names = (
+            "stage",
+            "run_id",
+            "seconds",
+            "device_seconds",
+            "rows_in",
+            "rows_ok",
+            "rows_failed",
+            "rows_skipped",
+        )
         runs.append(
             StageRun(
                 started_at=started_at,
@@ -106,7 +131,11 @@ def _history(tables: Tables) -> dict[str, list[StageRun]]:
 
 
 def _along_the_way(run: StageRun) -> tuple[int, datetime, str]:
-    return _ORDER.index(run.stage) if run.stage in _ORDER else len(_ORDER), run.started_at, run.stage
+    return (
+        _ORDER.index(run.stage) if run.stage in _ORDER else len(_ORDER),
+        run.started_at,
+        run.stage,
+    )
 
 
 def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
@@ -120,7 +149,9 @@ def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
 
 def _source(name: str, run: StageRun) -> SourceSummary:
     counted = figures(run.details[name])
-    read, taken, rejected, skipped = (int(str(counted.get(key, 0))) for key in ("in", "ok", "rejected", "skipped"))
+    read, taken, rejected, skipped = (
+        int(str(counted.get(key, 0))) for key in ("in", "ok", "rejected", "skipped")
+    )
     return SourceSummary(name, read, taken, rejected, skipped, run.started_at)
 
 
@@ -136,13 +167,18 @@ def _rejections(tables: Tables) -> tuple[Rejection, ...]:
             F.regexp_replace("row", ',?"_corrupt_record":null', "").alias("row"),
         )
         .groupBy("source", "reason")
-        .agg(F.sum("copies").alias("rows"), F.substring(F.min("row"), 1, _EXAMPLE_LENGTH + 1).alias("example"))
+        .agg(
+            F.sum("copies").alias("rows"),
+            F.substring(F.min("row"), 1, _EXAMPLE_LENGTH + 1).alias("example"),
+        )
         .orderBy("source", F.desc("rows"), "reason")
         .limit(_REASONS)
         .collect()
     )
     return tuple(
-        Rejection(row["source"], row["reason"], row["rows"], _shortened(row["example"], _EXAMPLE_LENGTH))
+        Rejection(
+            row["source"], row["reason"], row["rows"], _shortened(row["example"], _EXAMPLE_LENGTH)
+        )
         for row in rows
     )
 

@@ -61,14 +61,21 @@ def _photos(data: ReportData) -> Iterator[Finding]:
         what = _BROKEN.get(error_class, f"Photos on which the model failed with {error_class}")
         yield Finding(what, count, "no caption; the item goes by its title")
     yield Finding(
-        "Photos whose very bytes another item has too", data.stock.shared_photos,
+        "Photos whose very bytes another item has too",
+        data.stock.shared_photos,
         f"{data.stock.shared_contents:,} distinct, each captioned once",
-    )  # fmt: skip
+    )
     for word, (what, fate) in _KINDS.items():
         count = sum(n for kind, n in data.stock.kinds.items() if word in kind.split(", "))
-        yield Finding(what, count, fate if _all_seen(data) else f"{fate} ({data.stock.looked_at:,} photos looked at)")
+        yield Finding(
+            what,
+            count,
+            fate if _all_seen(data) else f"{fate} ({data.stock.looked_at:,} photos looked at)",
+        )
     details = _details(data.run("ingest"))
-    yield Finding("Items without a photo", _int(details, "items_without_photo"), "go by their title")
+    yield Finding(
+        "Items without a photo", _int(details, "items_without_photo"), "go by their title"
+    )
 
 
 def _log(data: ReportData) -> Iterator[Finding]:
@@ -77,26 +84,47 @@ def _log(data: ReportData) -> Iterator[Finding]:
         yield Finding(what, source.skipped, fate)
     details = _details(data.run("ingest"))
     yield Finding(
-        "Events of items that the catalogue lacks", _int(details, "unknown_item_events"), "kept, but count for nobody"
+        "Events of items that the catalogue lacks",
+        _int(details, "unknown_item_events"),
+        "kept, but count for nobody",
     )
-    yield Finding("Items that nobody touched", _int(details, "untouched_items"), "can be recommended all the same")
+    yield Finding(
+        "Items that nobody touched",
+        _int(details, "untouched_items"),
+        "can be recommended all the same",
+    )
     profiles = _details(data.run("profiles"))
     yield Finding(
-        "Users with more events in a day than a person makes", _int(profiles, "bot_users"),
+        "Users with more events in a day than a person makes",
+        _int(profiles, "bot_users"),
         f"taken for bots; their {_int(profiles, 'bot_events'):,} events count for nothing",
-    )  # fmt: skip
+    )
     yield Finding(
-        "Users without a usable history", _int(profiles, "users_without_history"), "no profile, so no list of their own"
+        "Users without a usable history",
+        _int(profiles, "users_without_history"),
+        "no profile, so no list of their own",
     )
 
 
 def _texts(data: ReportData) -> Iterator[Finding]:
     embed = _details(data.run("embed"))
-    yield Finding("Items without a caption", _int(embed, "fallback"), "their title is encoded instead")
+    yield Finding(
+        "Items without a caption", _int(embed, "fallback"), "their title is encoded instead"
+    )
     untidy = {name: str(count) for name, count in figures(embed.get("untidy")).items()}
-    yield Finding("Titles and captions with page scripts", _int(untidy, "scripts"), "the scripts aren't encoded")
-    yield Finding("Titles and captions with markup", _int(untidy, "markup"), "the markup isn't encoded")
-    yield Finding("Titles and captions that are too long", _int(untidy, "too_long"), "encoded up to embed.max_words")
+    yield Finding(
+        "Titles and captions with page scripts",
+        _int(untidy, "scripts"),
+        "the scripts aren't encoded",
+    )
+    yield Finding(
+        "Titles and captions with markup", _int(untidy, "markup"), "the markup isn't encoded"
+    )
+    yield Finding(
+        "Titles and captions that are too long",
+        _int(untidy, "too_long"),
+        "encoded up to embed.max_words",
+    )
     identical = figures(embed.get("identical_vectors"))
     for representation in sorted(identical):
         yield Finding(

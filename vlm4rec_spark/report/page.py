@@ -24,11 +24,23 @@ def render(data: ReportData) -> str:
     """The page. Titles, captions and ids come from strangers: everything is escaped but the charts."""
     # Without the file ending that Jinja2 goes by, autoescape has to be said.
     pages = Environment(
-        loader=PackageLoader("vlm4rec_spark.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    pages.filters |= {"count": _count, "share": _share, "duration": _duration, "moment": _moment, "size": _size,
-                      "interval": _interval, "alt": _alt, "arm": arm_name, "p_value": _p_value,
-                      "audited": _audited}  # fmt: skip
+        loader=PackageLoader("vlm4rec_spark.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {
+        "count": _count,
+        "share": _share,
+        "duration": _duration,
+        "moment": _moment,
+        "size": _size,
+        "interval": _interval,
+        "alt": _alt,
+        "arm": arm_name,
+        "p_value": _p_value,
+        "audited": _audited,
+    }
     tried = calibration(data.run("recommend"))
     return pages.get_template("report.html.j2").render(
         data=data,
@@ -38,9 +50,12 @@ def render(data: ReportData) -> str:
         trouble=caption_audit_section.trouble(data),
         findings=findings(data),
         details={run.stage: run.details for run in data.runs},
-        attributes={name: charts.values(counts) for name, counts in data.captions.attributes.items()},
+        attributes={
+            name: charts.values(counts) for name, counts in data.captions.attributes.items()
+        },
         durations=charts.durations(data.runs) if data.runs else "",
-        long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0]) > _LONG_CAPTION,
+        long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0])
+        > _LONG_CAPTION,
         columns=lambda table: list(dict.fromkeys(name for row in table.values() for name in row)),
         recall_lost=_recall_lost(data),
         calibration=tried,
@@ -83,7 +98,11 @@ def _duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def _moment(time: object) -> str:
@@ -106,13 +125,19 @@ def _size(number: object) -> str:
 
 
 def _interval(metric: Metric) -> str:
-    return "" if metric.low is None or metric.high is None else f"{metric.low:.3f}–{metric.high:.3f}"
+    return (
+        "" if metric.low is None or metric.high is None else f"{metric.low:.3f}–{metric.high:.3f}"
+    )
 
 
 def _audited(metric: Metric, number: bool) -> Markup:
     """A share or a number, with its interval below."""
     write = _count if number else _share
-    ends = "" if metric.low is None or metric.high is None else f"{write(metric.low)}–{write(metric.high)}"
+    ends = (
+        ""
+        if metric.low is None or metric.high is None
+        else f"{write(metric.low)}–{write(metric.high)}"
+    )
     return Markup('{}<span class="low-high">{}</span>').format(write(metric.value), ends)
 
 

@@ -12,8 +12,10 @@ def calibration(run: StageRun | None) -> RecallCurve | None:
     if not run or not isinstance(rows, list) or not rows:
         return None
     try:
-        tried = tuple(Setting(int(leaves), int(candidates), float(recall), float(low), float(speed))
-                      for leaves, candidates, recall, low, speed in rows)  # fmt: skip
+        tried = tuple(
+            Setting(int(leaves), int(candidates), float(recall), float(low), float(speed))
+            for leaves, candidates, recall, low, speed in rows
+        )
         promise = float(run.details["recall_promised"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -69,7 +69,9 @@ class ChosenStock:
             .where(F.col("items") > 1)
         )
         self._kinds = kinds.orderBy(F.desc("count"), "kind").limit(20).collect()
-        self._total = by_content.agg(F.count(F.lit(1)).alias("contents"), F.sum("photos").alias("photos")).collect()[0]
+        self._total = by_content.agg(
+            F.count(F.lit(1)).alias("contents"), F.sum("photos").alias("photos")
+        ).collect()[0]
         self._few = by_content.orderBy(F.desc("items"), "image_sha256").limit(_SHARED).collect()
 
     @property
@@ -97,7 +99,9 @@ class ChosenCaptions:
         captions = tables.read(schemas.CAPTIONS)
         details = runs[0].details if runs else {}
         if {"model", "prompt_id"} <= details.keys():
-            same = (F.col("model") == details["model"]) & (F.col("prompt_id") == details["prompt_id"])
+            same = (F.col("model") == details["model"]) & (
+                F.col("prompt_id") == details["prompt_id"]
+            )
             captions = captions.where((F.col("status") == "imported") | same)
         self._worked = next((run for run in runs if run.rows_ok + run.rows_failed), None)
         self._statuses = captions.groupBy("status").count().orderBy("status").collect()
@@ -106,9 +110,15 @@ class ChosenCaptions:
         broken = bad.join(place, on="image_sha256", how="inner")
         by_class = broken.groupBy("error_class").count()
         self._classes = by_class.orderBy(F.desc("count"), "error_class").limit(_FAILURES).collect()
-        nth = F.row_number().over(Window.partitionBy("error_class").orderBy("caption_key", "item_id", "position"))
+        nth = F.row_number().over(
+            Window.partitionBy("error_class").orderBy("caption_key", "item_id", "position")
+        )
         few = broken.select("item_id", "position", "error_class", "error", nth.alias("nth"))
-        few = few.where(F.col("nth") <= _FAILURES_PER_CLASS).orderBy("nth", "error_class").limit(_FAILURES)
+        few = (
+            few.where(F.col("nth") <= _FAILURES_PER_CLASS)
+            .orderBy("nth", "error_class")
+            .limit(_FAILURES)
+        )
         self._failed = few.collect()
         linked = _linked(tables, captions)
         self._covered = linked.select("item_id").distinct().count()
@@ -154,7 +164,9 @@ class ChosenUsers:
         for row, items in self._few:
             yield from row["history"]
             for item in items:
-                yield from filter(None, (item["item_id"], item["because_item_id"], *item["collapsed"]))
+                yield from filter(
+                    None, (item["item_id"], item["because_item_id"], *item["collapsed"])
+                )
 
     def shown(self, album: Album) -> tuple[User, ...]:
         return tuple(
@@ -173,8 +185,12 @@ class ChosenApart:
     """Users whom one arm of the evaluation served and the other didn't, as its details name them."""
 
     def __init__(self, evaluated: StageRun | None):
-        told = {split: figures(text) for split, text in (evaluated.details if evaluated else {}).items()}
-        each = ((split, entry) for split, facts in told.items() for entry in _listed(facts.get("apart")))
+        told = {
+            split: figures(text) for split, text in (evaluated.details if evaluated else {}).items()
+        }
+        each = (
+            (split, entry) for split, facts in told.items() for entry in _listed(facts.get("apart"))
+        )
         self._few = [(split, entry) for split, entry in each if isinstance(entry, dict)]
 
     @property
@@ -184,10 +200,17 @@ class ChosenApart:
 
     def shown(self, album: Album) -> tuple[DiscordantUser, ...]:
         return tuple(
-            DiscordantUser(split, entry["user_id"], entry["by"], entry["not_by"], entry["rank"], album.main(entry["item_id"]),
-                  tuple(album.main(item) for item in entry["instead"]))
+            DiscordantUser(
+                split,
+                entry["user_id"],
+                entry["by"],
+                entry["not_by"],
+                entry["rank"],
+                album.main(entry["item_id"]),
+                tuple(album.main(item) for item in entry["instead"]),
+            )
             for split, entry in self._few
-        )  # fmt: skip
+        )
 
 
 def _listed(found: object) -> list[Any]:
@@ -212,7 +235,9 @@ def _linked(tables: Tables, captions: DataFrame) -> DataFrame:
 
 def _captioned(rows: Sequence[Row], album: Album) -> tuple[ShownPhoto, ...]:
     return tuple(
-        album.photo((row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH], row["attributes"])
+        album.photo(
+            (row["item_id"], row["position"]), row["caption"][:CAPTION_LENGTH], row["attributes"]
+        )
         for row in rows
     )
 
@@ -220,27 +245,39 @@ def _captioned(rows: Sequence[Row], album: Album) -> tuple[ShownPhoto, ...]:
 def _commonest_values(linked: DataFrame) -> dict[str, tuple[tuple[str, int], ...]]:
     """Of each attribute the few values that most photos have, in the order in which a prompt names the attributes."""
     said = linked.select(F.explode("attributes").alias("name", "value"))
-    said = said.where(F.col("name").isin(*ATTRIBUTES)).select("name", F.lower("value").alias("value"))
+    said = said.where(F.col("name").isin(*ATTRIBUTES)).select(
+        "name", F.lower("value").alias("value")
+    )
     counts = said.groupBy("name", "value").count()
     nth = F.row_number().over(Window.partitionBy("name").orderBy(F.desc("count"), "value"))
     rows = counts.withColumn("nth", nth).where(F.col("nth") <= _VALUES).orderBy("nth").collect()
-    by_name = {name: tuple((row["value"], row["count"]) for row in rows if row["name"] == name) for name in ATTRIBUTES}
+    by_name = {
+        name: tuple((row["value"], row["count"]) for row in rows if row["name"] == name)
+        for name in ATTRIBUTES
+    }
     return {name: values for name, values in by_name.items() if values}
 
 
 def _extreme(linked: DataFrame, order: Callable[[Column], Column]) -> list[Row]:
     """The few captions in force that come first by their length, each once."""
     once = linked.groupBy("caption_key", "caption").agg(
-        F.min(F.struct("item_id", "position")).alias("place"), F.any_value("attributes").alias("attributes")
+        F.min(F.struct("item_id", "position")).alias("place"),
+        F.any_value("attributes").alias("attributes"),
     )
     few = once.orderBy(order(F.length("caption")), "caption_key").limit(_EXTREMES)
-    return few.select("place.*", "caption", "attributes", F.length("caption").alias("length")).collect()
+    return few.select(
+        "place.*", "caption", "attributes", F.length("caption").alias("length")
+    ).collect()
 
 
 def _some_captioned(linked: DataFrame, photos: int) -> list[Row]:
     """Rows of `_linked` for `photos` captions in force."""
     # Twice as many, since identical photos share a caption and are shown once.
-    few = linked.orderBy(F.xxhash64("caption_key"), "caption_key", "item_id", "position").limit(2 * photos).collect()
+    few = (
+        linked.orderBy(F.xxhash64("caption_key"), "caption_key", "item_id", "position")
+        .limit(2 * photos)
+        .collect()
+    )
     once = {row["caption_key"]: row for row in reversed(few)}
     return list(reversed(once.values()))[:photos]
 
@@ -253,11 +290,19 @@ def _choose_users(tables: Tables, users: int) -> list[tuple[Row, list[Row]]]:
         "events",
         size.alias("history_items"),
         F.slice("history.item_id", 1, _HISTORY).alias("history"),
-        F.when(size.between(*_MODERATE), 0).when(size.between(*_SHORT), 1).otherwise(2).alias("kind"),
+        F.when(size.between(*_MODERATE), 0)
+        .when(size.between(*_SHORT), 1)
+        .otherwise(2)
+        .alias("kind"),
     )
     nth = F.row_number().over(Window.partitionBy("kind").orderBy(F.xxhash64("user_id"), "user_id"))
     # Twice as many, since some may have no list.
-    few = profiles.withColumn("nth", nth).where(F.col("nth") <= 2 * users).orderBy("kind", "nth").collect()
+    few = (
+        profiles.withColumn("nth", nth)
+        .where(F.col("nth") <= 2 * users)
+        .orderBy("kind", "nth")
+        .collect()
+    )
     lists = (
         tables.read(schemas.RECOMMENDATIONS)
         .where(F.col("user_id").isin([row["user_id"] for row in few]) & (F.size("items") > 0))
@@ -265,7 +310,9 @@ def _choose_users(tables: Tables, users: int) -> list[tuple[Row, list[Row]]]:
     )
     items = {row["user_id"]: row["items"] for row in lists.collect()}
     with_list = [row for row in few if row["user_id"] in items]
-    moderate, short, other = ([row for row in with_list if row["kind"] == kind] for kind in (0, 1, 2))
+    moderate, short, other = (
+        [row for row in with_list if row["kind"] == kind] for kind in (0, 1, 2)
+    )
     most = max(1, users - 1)
     best = [*moderate[:most], *short[:1], *moderate[most:], *other, *short[1:]][:users]
     return [(row, items[row["user_id"]]) for row in best]

@@ -41,7 +41,9 @@ class Album:
         self._captions = _captions(tables, by_item)
         self._thumbs = _thumbs(tables, wanted, ids)
 
-    def photo(self, place: Place, caption: str | None = None, attributes: Mapping[str, str] | None = None) -> ShownPhoto:
+    def photo(
+        self, place: Place, caption: str | None = None, attributes: Mapping[str, str] | None = None
+    ) -> ShownPhoto:
         """The photo at a place, or what is wrong with it; caption and attributes as given."""
         item, title = place[0], self._titles.get(place[0])
         src, problem = self._thumbs.get(place, (None, "no photo"))
@@ -55,7 +57,12 @@ class Album:
 def _first_positions(tables: Tables, items: list[str]) -> Mapping[str, int]:
     if not items:
         return {}
-    rows = tables.read(schemas.PHOTOS).where(F.col("item_id").isin(items)).groupBy("item_id").agg(F.min("position"))
+    rows = (
+        tables.read(schemas.PHOTOS)
+        .where(F.col("item_id").isin(items))
+        .groupBy("item_id")
+        .agg(F.min("position"))
+    )
     return {row[0]: row[1] for row in rows.collect()}
 
 
@@ -75,18 +82,27 @@ def _captions(tables: Tables, items: list[str]) -> Mapping[str, str]:
     texts = tables.read(schemas.CAPTIONS).where(F.col("caption").isNotNull())
     caption = F.substring("caption", 1, CAPTION_LENGTH).alias("caption")
     rows = links.join(texts.select("caption_key", caption), on="caption_key", how="inner").collect()
-    return {row["item_id"]: row["caption"] for row in sorted(rows, key=lambda row: row["position"], reverse=True)}
+    return {
+        row["item_id"]: row["caption"]
+        for row in sorted(rows, key=lambda row: row["position"], reverse=True)
+    }
 
 
-def _thumbs(tables: Tables, places: list[Place], items: list[str]) -> Mapping[Place, tuple[str | None, str]]:
+def _thumbs(
+    tables: Tables, places: list[Place], items: list[str]
+) -> Mapping[Place, tuple[str | None, str]]:
     """A `data:` URI, or None and the problem, of each place that has a photo."""
     if not places:
         return {}
     # By item_id too, by which whole files can be skipped.
     key = F.concat_ws("/", "item_id", "position")
-    wanted = F.col("item_id").isin(items) & key.isin([f"{item}/{position}" for item, position in places])
+    wanted = F.col("item_id").isin(items) & key.isin(
+        [f"{item}/{position}" for item, position in places]
+    )
     rows = tables.read(schemas.PHOTOS).where(wanted).select("item_id", "position", "image")
-    made = rows.mapInPandas(_thumbnails, "item_id STRING, position INT, thumb BINARY, problem STRING").collect()
+    made = rows.mapInPandas(
+        _thumbnails, "item_id STRING, position INT, thumb BINARY, problem STRING"
+    ).collect()
     return {(row["item_id"], row["position"]): (_uri(row["thumb"]), row["problem"]) for row in made}
 
 

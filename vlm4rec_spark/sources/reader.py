@@ -49,7 +49,9 @@ class PhotoSource(BaseModel):
     @model_validator(mode="after")
     def _bytes_have_no_other_place(self) -> PhotoSource:
         if self.bytes_column and not self.keep:
-            raise ValueError("keep: photos of a bytes_column lie nowhere else, so they have to be kept")
+            raise ValueError(
+                "keep: photos of a bytes_column lie nowhere else, so they have to be kept"
+            )
         return self
 
     @field_validator("file_name")
@@ -79,20 +81,28 @@ def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
     except AnalysisException as missing:
         raise UsageError(f"{key}.path: {_first_line(missing)}") from None
     except (PySparkException, Py4JJavaError) as broken:
-        raise RunError(f"{key}: the {source.format} source can't be read: {_first_line(broken)}") from None
+        raise RunError(
+            f"{key}: the {source.format} source can't be read: {_first_line(broken)}"
+        ) from None
     _require(key, source, names)
     mapped = set(source.columns.values())
     # Last, so that a name that the config maps wins over a source column that happens to bear it.
-    fields = {name: name for name in names if name not in mapped and not name.startswith("_")} | source.columns
+    fields = {
+        name: name for name in names if name not in mapped and not name.startswith("_")
+    } | source.columns
     binary = [field.name for field in raw.schema if field.dataType.typeName() == "binary"]
     shown = [column_named(name) for name in names if name not in binary]
     pairs = [
-        part for ours, theirs in fields.items() if theirs not in binary
+        part
+        for ours, theirs in fields.items()
+        if theirs not in binary
         # Parquet doesn't promise that its text is UTF-8, and Python can't hold what isn't.
         for part in (F.lit(ours), F.make_valid_utf8(column_named(theirs).cast("string")))
-    ]  # fmt: skip
+    ]
     return raw.select(
-        (F.create_map(*pairs) if pairs else F.lit(None).cast(MapType(StringType(), StringType()))).alias("fields"),
+        (
+            F.create_map(*pairs) if pairs else F.lit(None).cast(MapType(StringType(), StringType()))
+        ).alias("fields"),
         *[column_named(name) for name in binary if name.lower() not in _OURS],
         *_file(raw),
         F.to_json(F.struct(*shown), {"ignoreNullFields": "false"}).alias("row"),
@@ -121,7 +131,9 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
         spark._jvm.java.util.regex.Pattern.compile(photos.file_name)
     except (PySparkException, Py4JJavaError) as wrong:
         raise UsageError(f"ingest.photos.file_name: {_first_line(wrong)}") from None
-    files = _files(spark, "ingest.photos.folder", (photos.folder,)).unionByName(_empty_files(spark, photos.folder))
+    files = _files(spark, "ingest.photos.folder", (photos.folder,)).unionByName(
+        _empty_files(spark, photos.folder)
+    )
     name = F.regexp_extract("uri", "([^/]+)$", 1)
     pattern = f"^{photos.file_name}$"
     fits = name.rlike(pattern)
@@ -129,14 +141,18 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
     return files.select(
         "*",
         F.when(fits, item).alias("item_id"),
-        F.when(fits, F.when(position == "", 0).otherwise(position.try_cast("int"))).alias("position"),
+        F.when(fits, F.when(position == "", 0).otherwise(position.try_cast("int"))).alias(
+            "position"
+        ),
     )
 
 
 def _files(spark: SparkSession, key: str, paths: tuple[str, ...]) -> DataFrame:
     try:
         # Without its content column, this reader only lists: no byte of a file is read.
-        files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(list(paths))
+        files = (
+            spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(list(paths))
+        )
     except AnalysisException as missing:
         raise UsageError(f"{key}: {_first_line(missing)}") from None
     except (PySparkException, Py4JJavaError) as broken:
@@ -151,7 +167,9 @@ def _empty_files(spark: SparkSession, folder: str) -> DataFrame:
     files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(folder)
     # All names stay in the JVM: there may be millions.
     every = spark._jvm.scala.Predef.genericWrapArray(files._jdf.inputFiles()).toSeq()
-    names = spark._jsparkSession.createDataset(every, spark._jvm.org.apache.spark.sql.Encoders.STRING())
+    names = spark._jsparkSession.createDataset(
+        every, spark._jvm.org.apache.spark.sql.Encoders.STRING()
+    )
     # One of the two writes file:/ and the other file:///.
     one_way = F.regexp_replace("value", "^file:/+", "file:/").alias("value")
     there = files.select(F.col("_metadata.file_path").alias("value")).select(one_way)
@@ -169,15 +187,21 @@ def _json_rows(spark: SparkSession, key: str, source: Source) -> DataFrame:
     Spark's own reader looks for columns first, and one line in which a key stands twice, or that nests deep, ends the
     run. Here such a line is a row that isn't well formed.
     """
-    whole = {name.lower(): value for name, value in source.options.items()}.get("multiline", "").lower() == "true"
+    whole = {name.lower(): value for name, value in source.options.items()}.get(
+        "multiline", ""
+    ).lower() == "true"
     read = spark.read.options(**source.options).text(list(source.path), wholetext=whole)
     text = F.btrim("value", F.lit("\ufeff \t\r\n"))
-    array = F.when(text.startswith("["), text).otherwise(F.concat(F.lit("["), F.rtrim(text, F.lit(",")), F.lit("]")))
+    array = F.when(text.startswith("["), text).otherwise(
+        F.concat(F.lit("["), F.rtrim(text, F.lit(",")), F.lit("]"))
+    )
     objects = F.from_json(array, "array<map<string, string>>", source.options)
     once = F.size(F.array_distinct(F.map_keys("object"))) == F.size("object")
-    rows = read.where(text != "").select("value", *_file(read), F.explode_outer(objects).alias("object")).select(
-        "value", "source", "modified_at", F.when(once, F.col("object")).alias("object")
-    )  # fmt: skip
+    rows = (
+        read.where(text != "")
+        .select("value", *_file(read), F.explode_outer(objects).alias("object"))
+        .select("value", "source", "modified_at", F.when(once, F.col("object")).alias("object"))
+    )
     if source.columns:
         names = rows.select(F.explode(F.map_keys("object")).alias("name")).distinct()
         found = names.where(F.col("name").isin(*source.columns.values())).collect()
@@ -185,20 +209,30 @@ def _json_rows(spark: SparkSession, key: str, source: Source) -> DataFrame:
         _require(key, source, sorted({row["name"] for row in (*found, *some)}))
     mapped = [*source.columns.values(), *source.columns]
     others = F.map_filter("object", lambda name, _: ~name.isin(*mapped) & ~name.startswith("_"))
-    pairs = [part for ours, theirs in source.columns.items() for part in (F.lit(ours), F.col("object")[theirs])]
+    pairs = [
+        part
+        for ours, theirs in source.columns.items()
+        for part in (F.lit(ours), F.col("object")[theirs])
+    ]
     return rows.select(
         (F.map_concat(others, F.create_map(*pairs)) if pairs else others).alias("fields"),
         "source",
         "modified_at",
-        F.coalesce(F.to_json("object"), F.to_json(F.struct(F.col("value").alias("_corrupt_record")))).alias("row"),
+        F.coalesce(
+            F.to_json("object"), F.to_json(F.struct(F.col("value").alias("_corrupt_record")))
+        ).alias("row"),
     )
 
 
 def _require(key: str, source: Source, names: list[str]) -> None:
-    absent = [f"{ours} ← {theirs}" for ours, theirs in source.columns.items() if theirs not in names]
+    absent = [
+        f"{ours} ← {theirs}" for ours, theirs in source.columns.items() if theirs not in names
+    ]
     if absent:
         there = ", ".join(names)
-        raise UsageError(f"{key}.columns: {', '.join(absent)}: no such column in the source. It has: {there}.")
+        raise UsageError(
+            f"{key}.columns: {', '.join(absent)}: no such column in the source. It has: {there}."
+        )
 
 
 _OURS = ("fields", "source", "modified_at", "row")
@@ -226,12 +260,15 @@ def _load(spark: SparkSession, source: Source) -> DataFrame:
             options = {"enforceSchema": "false", **options}
         return (
             spark.read.options(**options, columnNameOfCorruptRecord="_corrupt_record")
-            .schema(header.schema.add("_corrupt_record", StringType())).csv(paths)
-        )  # fmt: skip
+            .schema(header.schema.add("_corrupt_record", StringType()))
+            .csv(paths)
+        )
     reader = spark.read.options(**source.options).format(source.format)
     if source.format == "delta":
         if len(paths) != 1:
-            raise UsageError(f"path: a Delta source is one folder or table, and {len(paths)} are named.")
+            raise UsageError(
+                f"path: a Delta source is one folder or table, and {len(paths)} are named."
+            )
         path = paths[0]
         return reader.load(path) if "/" in path else spark.read.table(path)
     return reader.load(paths)
@@ -253,5 +290,8 @@ def _renamed(headerless: DataFrame) -> bool:
 
 def _first_line(error: Exception) -> str:
     java = getattr(error, "java_exception", None)
-    lines = (" ".join(line.split()) for line in str(error if java is None else java.toString()).splitlines())
+    lines = (
+        " ".join(line.split())
+        for line in str(error if java is None else java.toString()).splitlines()
+    )
     return next(filter(None, lines), type(error).__name__)

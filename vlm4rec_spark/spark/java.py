@@ -48,10 +48,14 @@ def find() -> Path:
 def version(java: Path) -> int | None:
     """The major version that `java -version` states, None when it doesn't start or states none."""
     try:
-        stated = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=True).stderr
+        stated = subprocess.run(
+            [java, "-version"], capture_output=True, text=True, timeout=60, check=True
+        ).stderr
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r'version "(?:1\.)?(\d+)', stated)  # "1.8.0_402" is Java 8, "17.0.15" is 17, "22-ea" is 22
+    match = re.search(
+        r'version "(?:1\.)?(\d+)', stated
+    )  # "1.8.0_402" is Java 8, "17.0.15" is 17, "22-ea" is 22
     return int(match[1]) if match else None
 
 

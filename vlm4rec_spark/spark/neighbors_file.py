@@ -46,7 +46,11 @@ def gigabytes(items: int, depth: int) -> float:
 
 
 def build(
-    spark: SparkSession, searcher: Searcher, open_searcher: Callable[[], Searcher], effort: Effort, folder: Path
+    spark: SparkSession,
+    searcher: Searcher,
+    open_searcher: Callable[[], Searcher],
+    effort: Effort,
+    folder: Path,
 ) -> Path:
     """Search every item and write its neighbours under `folder`, named by their content; a sound folder is left as it
     is.
@@ -58,7 +62,9 @@ def build(
     content = [FORMAT, searcher.manifest, effort.leaves, effort.candidates]
     target = folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     if not artifact.reused(target, Neighbors.open):
-        Neighbors.write(target, searcher, effort, _searched(spark, len(searcher), open_searcher, effort))
+        Neighbors.write(
+            target, searcher, effort, _searched(spark, len(searcher), open_searcher, effort)
+        )
     return target
 
 
@@ -83,7 +89,12 @@ def _searched(
     step = at_once * max(1, _DRIVER_BYTES // (BYTES * width * at_once))
     for start in range(0, items, step):
         firsts = spark.range(start, min(start + step, items), at_once)
-        blocks = firsts.mapInArrow(search, "first BIGINT, positions BINARY, cosines BINARY").toArrow()
+        blocks = firsts.mapInArrow(
+            search, "first BIGINT, positions BINARY, cosines BINARY"
+        ).toArrow()
         for first, near, cosines in zip(*blocks.columns, strict=True):
-            block = np.frombuffer(near.as_buffer(), np.int32), np.frombuffer(cosines.as_buffer(), np.float32)
+            block = (
+                np.frombuffer(near.as_buffer(), np.int32),
+                np.frombuffer(cosines.as_buffer(), np.float32),
+            )
             yield first.as_py(), *(each.reshape(-1, width) for each in block)

@@ -22,9 +22,13 @@ HowFar = Callable[[], tuple[float, str]]
 
 @contextmanager
 def watch(
-    spark: SparkSession, console: Console | None, say: Callable[[str], None], label: str, rows: int,
+    spark: SparkSession,
+    console: Console | None,
+    say: Callable[[str], None],
+    label: str,
+    rows: int,
     how_far: HowFar | None = None,
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """While the body's Spark job runs, show `label` and how many of its `rows` are done: finished tasks, or `how_far`.
 
     A bar on a console that is a terminal, else a line now and then.
@@ -32,7 +36,9 @@ def watch(
     stop = threading.Event()
     ask = how_far or (lambda: (rows * _done_share(spark), ""))
     if console is not None and console.is_terminal:
-        thread = threading.Thread(target=_bar, args=(ask, console, f"  {label}", rows, stop), daemon=True)
+        thread = threading.Thread(
+            target=_bar, args=(ask, console, f"  {label}", rows, stop), daemon=True
+        )
     else:
         thread = threading.Thread(target=_lines, args=(ask, say, label, rows, stop), daemon=True)
     thread.start()
@@ -69,7 +75,9 @@ def _bar(ask: HowFar, console: Console, label: str, rows: int, stop: threading.E
             progress.update(task, completed=done, rate=rate)
 
 
-def _lines(ask: HowFar, say: Callable[[str], None], label: str, rows: int, stop: threading.Event) -> None:
+def _lines(
+    ask: HowFar, say: Callable[[str], None], label: str, rows: int, stop: threading.Event
+) -> None:
     started, furthest = time.monotonic(), 0.0
     while not stop.wait(_LINE_SECONDS):
         found, more = ask()

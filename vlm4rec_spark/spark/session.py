@@ -68,7 +68,9 @@ def session(settings: SparkSettings) -> SparkSession:
     try:
         from pyspark.sql import SparkSession
     except ImportError:
-        raise UsageError("Spark isn't installed here. Get it with pip install 'vlm4rec_spark[local]'.") from None
+        raise UsageError(
+            "Spark isn't installed here. Get it with pip install 'vlm4rec_spark[local]'."
+        ) from None
     # spark-submit leaves the port of the JVM that it has started; master and jars can't be chosen any more then.
     running = SparkSession.getActiveSession() is not None or "PYSPARK_GATEWAY_PORT" in os.environ
     jvm: AbstractContextManager[dict[str, Any]] = nullcontext({})
@@ -76,7 +78,11 @@ def session(settings: SparkSettings) -> SparkSession:
         jvm = _own_jvm(settings, settings.master)
     with jvm as conf:
         conf |= _DELTA if settings.delta == "fetch" else {}
-        spark = SparkSession.builder.appName(settings.app_name).config(map=conf | settings.conf).getOrCreate()
+        spark = (
+            SparkSession.builder.appName(settings.app_name)
+            .config(map=conf | settings.conf)
+            .getOrCreate()
+        )
     if running and settings.delta == "fetch":
         _require_delta(spark)
     already = spark.conf.getAll
@@ -90,7 +96,9 @@ def session(settings: SparkSettings) -> SparkSession:
 def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
     """The configuration of a JVM that is ours and, while this lasts, the environment for it to start in."""
     executable = java.find()
-    options = [f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"]
+    options = [
+        f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
+    ]
     conf = {
         "spark.master": master,
         "spark.driver.memory": settings.driver_memory,
@@ -106,13 +114,24 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
             # Level 1: a third off the cold start; the heavy work is in Python. A long session fills its code cache of
             # 48 MB: then the JVM throws compiled code away and compiles it again, without end. Stacks of 4 MB: the long
             # lineage of ALS overflows one of 1.
-            options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=256m", "-Xss4m",
-                        f'"-Djava.io.tmpdir={folder}"']  # fmt: skip
-            conf |= _LOCAL | {"spark.sql.warehouse.dir": f"{folder}/warehouse", "spark.local.dir": f"{folder}/local"}
+            options += [
+                "-XX:TieredStopAtLevel=1",
+                "-XX:ReservedCodeCacheSize=256m",
+                "-Xss4m",
+                f'"-Djava.io.tmpdir={folder}"',
+            ]
+            conf |= _LOCAL | {
+                "spark.sql.warehouse.dir": f"{folder}/warehouse",
+                "spark.local.dir": f"{folder}/local",
+            }
             # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
             # the packages of this very Python. Two heaps of the C library: in the many that it makes else, it keeps a
             # tenth of the JVM's memory.
-            ours = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable, "MALLOC_ARENA_MAX": "2"}
+            ours = {
+                "SPARK_LOCAL_IP": "127.0.0.1",
+                "PYSPARK_PYTHON": sys.executable,
+                "MALLOC_ARENA_MAX": "2",
+            }
             environment |= {name: os.environ.get(name, value) for name, value in ours.items()}
         conf["spark.driver.extraJavaOptions"] = " ".join(options)
         before = {name: os.environ.get(name) for name in environment}
@@ -155,7 +174,9 @@ def _folder() -> Path:
 def _main() -> None:
     """`python -m vlm4rec_spark.session`: proves that Spark starts here, and fetches what it lacks for that."""
     spark = session(SparkSettings(driver_memory="1g"))
-    print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {spark.conf.get('spark.master')}.")
+    print(
+        f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {spark.conf.get('spark.master')}."
+    )
     spark.stop()
 
 

@@ -57,23 +57,31 @@ def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) 
     )
     joined = (
         item_captions.join(captions.select("caption_key", "caption"), on="caption_key", how="inner")
-        .groupBy("item_id").agg(F.array_join(F.array_distinct(ordered), " ").alias("caption"))
-    )  # fmt: skip
+        .groupBy("item_id")
+        .agg(F.array_join(F.array_distinct(ordered), " ").alias("caption"))
+    )
     texts = items.select("item_id", "title").join(joined, on="item_id", how="left")
     bare = F.col("caption").isNull()
     by_name = {
         "title": (F.col("title"), F.lit(False)),
         "caption": (F.coalesce("caption", "title"), bare),
-        "title_caption": (F.when(~bare, F.concat_ws(". ", "title", "caption")).otherwise(F.col("title")), bare),
+        "title_caption": (
+            F.when(~bare, F.concat_ws(". ", "title", "caption")).otherwise(F.col("title")),
+            bare,
+        ),
     }
     kinds = [
-        F.struct(F.lit(name).alias("representation"), text.alias("text"), fallback.alias("fallback"))
+        F.struct(
+            F.lit(name).alias("representation"), text.alias("text"), fallback.alias("fallback")
+        )
         for name, (text, fallback) in by_name.items()
     ]
     return texts.select("item_id", F.inline(F.array(*kinds)))
 
 
-def pending_texts(texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_words: int) -> DataFrame:
+def pending_texts(
+    texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_words: int
+) -> DataFrame:
     """The texts whose embedding by this encoder is missing or was made from another text."""
     hashed = texts.where(F.col("text").isNotNull()).withColumn(
         "content_sha256", F.sha2(F.concat_ws("\n", F.lit(str(max_words)), "text"), 256)
@@ -92,9 +100,10 @@ def untidy(texts: DataFrame, max_words: int) -> DataFrame:
     scripts, markup = (F.col("text").rlike(pattern) for pattern in (SCRIPT, MARKUP))
     words = F.size(F.split(F.trim("text"), r"\s+"))
     return own.agg(
-        F.count_if(scripts).alias("scripts"), F.count_if(markup & ~scripts).alias("markup"),
+        F.count_if(scripts).alias("scripts"),
+        F.count_if(markup & ~scripts).alias("markup"),
         F.count_if(words > max_words).alias("too_long"),
-    )  # fmt: skip
+    )
 
 
 def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFrame:
@@ -102,10 +111,19 @@ def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFra
     return texts.mapInPandas(
         _embedder_udf(settings),
         "item_id STRING, representation STRING, content_sha256 STRING, fallback BOOLEAN, embedding ARRAY<FLOAT>",
-    ).select("item_id", "representation", F.lit(encoder_id).alias("encoder_id"), "content_sha256", "fallback", "embedding")
+    ).select(
+        "item_id",
+        "representation",
+        F.lit(encoder_id).alias("encoder_id"),
+        "content_sha256",
+        "fallback",
+        "embedding",
+    )
 
 
-def _embedder_udf(settings: EmbedSettings) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
+def _embedder_udf(
+    settings: EmbedSettings,
+) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     def encode(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
             cleaned = batch["text"].map(lambda text: clean(text, settings.max_words))
@@ -130,24 +148,39 @@ def _embedder(settings: EmbedSettings) -> Embedder:
 
 def main_photos(photos: DataFrame) -> DataFrame:
     """item_id, position, content_sha256: each item's first photo, without its bytes; the digest is that of the photo."""
-    first = F.min(F.struct("position", F.col("image_sha256").alias("content_sha256"))).alias("first")
+    first = F.min(F.struct("position", F.col("image_sha256").alias("content_sha256"))).alias(
+        "first"
+    )
     return photos.groupBy("item_id").agg(first).select("item_id", "first.*")
 
 
 def pending_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
     """Those of `main_photos` whose embedding by this encoder is missing or was made from another photo."""
     done = embeddings.where((F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id))
-    return photos.join(done.select("item_id", "content_sha256"), on=["item_id", "content_sha256"], how="left_anti")
+    return photos.join(
+        done.select("item_id", "content_sha256"), on=["item_id", "content_sha256"], how="left_anti"
+    )
 
 
-def embed_photos(photos: DataFrame, vision_id: str, settings: EmbedSettings, http: HttpSettings) -> DataFrame:
+def embed_photos(
+    photos: DataFrame, vision_id: str, settings: EmbedSettings, http: HttpSettings
+) -> DataFrame:
     """Rows of `embeddings` for photos (item_id, content_sha256, uri, image). One that can't be read gives no row."""
-    return photos.select("item_id", "content_sha256", "uri", "image").mapInPandas(
-        _looker_udf(settings, http), "item_id STRING, content_sha256 STRING, embedding ARRAY<FLOAT>"
-    ).select(
-        "item_id", F.lit(IMAGE).alias("representation"), F.lit(vision_id).alias("encoder_id"), "content_sha256",
-        F.lit(False).alias("fallback"), "embedding",
-    )  # fmt: skip
+    return (
+        photos.select("item_id", "content_sha256", "uri", "image")
+        .mapInPandas(
+            _looker_udf(settings, http),
+            "item_id STRING, content_sha256 STRING, embedding ARRAY<FLOAT>",
+        )
+        .select(
+            "item_id",
+            F.lit(IMAGE).alias("representation"),
+            F.lit(vision_id).alias("encoder_id"),
+            "content_sha256",
+            F.lit(False).alias("fallback"),
+            "embedding",
+        )
+    )
 
 
 def _looker_udf(
@@ -159,7 +192,9 @@ def _looker_udf(
             if data is None:
                 data = photo_storage.read_again(row["uri"], row["content_sha256"], http)
             return decode(data, _PHOTO_SIDE)
-        except Exception:  # of the photo or of its place; the rows that don't come back are counted as failed
+        except (
+            Exception
+        ):  # of the photo or of its place; the rows that don't come back are counted as failed
             return None
 
     def look(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -167,12 +202,20 @@ def _looker_udf(
             for first in range(0, len(batch), _PHOTOS_AT_ONCE):
                 rows = batch.iloc[first : first + _PHOTOS_AT_ONCE].to_dict("records")
                 read = concurrently(lambda row: (row, image(row)), rows, http.concurrency)
-                seen = [(row["item_id"], row["content_sha256"], photo) for row, photo in read if photo is not None]
+                seen = [
+                    (row["item_id"], row["content_sha256"], photo)
+                    for row, photo in read
+                    if photo is not None
+                ]
                 if seen:
                     # They end in any order, and a vector's last digits depend on its batch.
-                    items, digests, photos = zip(*sorted(seen, key=lambda each: each[0]), strict=True)
+                    items, digests, photos = zip(
+                        *sorted(seen, key=lambda each: each[0]), strict=True
+                    )
                     vectors = _vision(settings).embed(photos)
-                    yield pd.DataFrame({"item_id": items, "content_sha256": digests, "embedding": list(vectors)})
+                    yield pd.DataFrame(
+                        {"item_id": items, "content_sha256": digests, "embedding": list(vectors)}
+                    )
 
     return look
 

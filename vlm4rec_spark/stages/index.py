@@ -39,22 +39,30 @@ class IndexSettings(BaseModel):
     broadcast_gb: float = Field(1.0, gt=0)
 
 
-def index_rows(embeddings: DataFrame, texts: DataFrame, representation: str, encoder_id: str) -> DataFrame:
+def index_rows(
+    embeddings: DataFrame, texts: DataFrame, representation: str, encoder_id: str
+) -> DataFrame:
     """item_id, embedding, content_sha256 and text of the items to index, sorted by item_id."""
     chosen = embeddings.where(
         (embeddings["representation"] == representation) & (embeddings["encoder_id"] == encoder_id)
     )
     text = texts.where(texts["representation"] == representation).select("item_id", "text")
     return (
-        chosen.join(text, on="item_id", how="left").select("item_id", "embedding", "content_sha256", "text")
+        chosen.join(text, on="item_id", how="left")
+        .select("item_id", "embedding", "content_sha256", "text")
         .orderBy("item_id")
-    )  # fmt: skip
+    )
 
 
 def build(
-    rows: pa.Table, representation: str, encoder_id: str, folder: Path, ann_min_items: int, base: Searcher | None = None,
+    rows: pa.Table,
+    representation: str,
+    encoder_id: str,
+    folder: Path,
+    ann_min_items: int,
+    base: Searcher | None = None,
     rebuild_threshold: float = 0.0,
-) -> Path:  # fmt: skip
+) -> Path:
     """Build the artefact of `index_rows` under `folder`, named by its content; a sound one is left as it is.
 
     It rests on the version `base` unless a larger share of the items than `rebuild_share` has come, gone or changed
@@ -62,11 +70,26 @@ def build(
     while ScaNN trains.
     """
     ids = rows["item_id"].to_pylist()
-    flat = pa.concat_arrays(rows["embedding"].chunks).flatten() if len(ids) else pa.array([], pa.float32())
-    vectors = np.asarray(flat, np.float32).reshape(len(ids), -1) if len(ids) else np.empty((0, 1), np.float32)
+    flat = (
+        pa.concat_arrays(rows["embedding"].chunks).flatten()
+        if len(ids)
+        else pa.array([], pa.float32())
+    )
+    vectors = (
+        np.asarray(flat, np.float32).reshape(len(ids), -1)
+        if len(ids)
+        else np.empty((0, 1), np.float32)
+    )
     # The vectors too: workers keep what they unpacked by this id, and an evaluation's arms have no encoder's name.
-    content = [FORMAT, representation, encoder_id, ann_min_items, ids, rows["content_sha256"].to_pylist(),
-               hashlib.sha256(vectors.tobytes()).hexdigest()]  # fmt: skip
+    content = [
+        FORMAT,
+        representation,
+        encoder_id,
+        ann_min_items,
+        ids,
+        rows["content_sha256"].to_pylist(),
+        hashlib.sha256(vectors.tobytes()).hexdigest(),
+    ]
     made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if base and base.manifest["content"] == made_of:
         return base.folder
@@ -114,7 +137,9 @@ _open: dict[str, tuple[str, Any]] = {}
 """Python workers are reused from query to query: of each kind the last artefact stays open, known by its content."""
 
 
-def _opened(name: str, opens: Callable[[Path], Artifact], opener: Callable[[], Artifact]) -> Artifact:
+def _opened(
+    name: str, opens: Callable[[Path], Artifact], opener: Callable[[], Artifact]
+) -> Artifact:
     kind = opens.__qualname__
     if _open.get(kind, ("",))[0] != name:
         _open.pop(kind, None)
@@ -122,7 +147,9 @@ def _opened(name: str, opens: Callable[[Path], Artifact], opener: Callable[[], A
     return _open[kind][1]
 
 
-def _on_node(name: str, size: int, fetch: Callable[[Path], object], opens: Callable[[Path], Artifact]) -> Artifact:
+def _on_node(
+    name: str, size: int, fetch: Callable[[Path], object], opens: Callable[[Path], Artifact]
+) -> Artifact:
     """Opens this node's own copy of the artefact, after whoever comes first has fetched it, `size` bytes.
 
     fetch: brings the artefact into a folder, under its name.
@@ -139,9 +166,11 @@ def _on_node(name: str, size: int, fetch: Callable[[Path], object], opens: Calla
             _remove_old(base)
             free = shutil.disk_usage(base).free
             if free < size:
-                raise RunError(f"The index needs {size / 1e6:,.0f} MB in {base} on {platform.node()}, where "
-                               f"{free / 1e6:,.0f} MB are free. Make room, or name another folder by TMPDIR in the "
-                               "executors' environment.")  # fmt: skip
+                raise RunError(
+                    f"The index needs {size / 1e6:,.0f} MB in {base} on {platform.node()}, where "
+                    f"{free / 1e6:,.0f} MB are free. Make room, or name another folder by TMPDIR in the "
+                    "executors' environment."
+                )
             # The folder appears whole, manifest.json and all: what a killed worker leaves is none.
             with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=base) as aside:
                 fetch(Path(aside))
@@ -158,8 +187,10 @@ def _unpack(broadcast: Any, into: Path) -> None:
 
 def _copy(folder: Path, into: Path) -> None:
     if not folder.is_dir():
-        raise RunError(f"There is no index folder {folder} on {platform.node()}: one above index.broadcast_gb must lie "
-                       "on storage that every node mounts at the same path.")  # fmt: skip
+        raise RunError(
+            f"There is no index folder {folder} on {platform.node()}: one above index.broadcast_gb must lie "
+            "on storage that every node mounts at the same path."
+        )
     shutil.copytree(folder, into / folder.name)
 
 
@@ -170,5 +201,7 @@ def _remove_old(base: Path) -> None:
     """What no job has asked for in a day, and what killed workers left."""
     # An open memory map outlives its file's name, so a job that still reads an old artefact isn't harmed.
     for old in base.iterdir():
-        if old.is_dir() and (old.name.startswith(_ASIDE) or time.time() - old.stat().st_mtime > 86_400):
+        if old.is_dir() and (
+            old.name.startswith(_ASIDE) or time.time() - old.stat().st_mtime > 86_400
+        ):
             shutil.rmtree(old, ignore_errors=True)

@@ -30,7 +30,17 @@ class IngestSettings(BaseModel):
     photos: PhotoSource = PhotoSource()
 
 
-_ITEM_FIELDS = ("item_id", "title", "brand", "category", "parent_id", "region", "price", "available", "first_seen_at")
+_ITEM_FIELDS = (
+    "item_id",
+    "title",
+    "brand",
+    "category",
+    "parent_id",
+    "region",
+    "price",
+    "available",
+    "first_seen_at",
+)
 _TRUE, _FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
@@ -49,16 +59,26 @@ def parse_items(raw: DataFrame) -> DataFrame:
         (_blank(text["item_id"]), "item_id is missing"),
         (_given(text["price"]) & price.isNull(), "price is not a number"),
         (F.isnan(price) | (price < 0) | (price == float("inf")), "price is not a price"),
-        (_given(available) & ~available.isin(*_TRUE, *_FALSE), "available is neither true nor false"),
+        (
+            _given(available) & ~available.isin(*_TRUE, *_FALSE),
+            "available is neither true nor false",
+        ),
         (_given(text["first_seen_at"]) & first_seen_at.isNull(), "first_seen_at is not a time"),
     )
-    extra = F.map_filter("fields", lambda name, value: name.startswith("attributes.") & value.isNotNull())
+    extra = F.map_filter(
+        "fields", lambda name, value: name.startswith("attributes.") & value.isNotNull()
+    )
     rows = raw.select(
         # A binary column that bears the name of one of ours can't be told from it any more.
         *[column_named(name) for name in raw.columns if name.lower() not in _ITEM_FIELDS],
-        *[text[name].alias(name) for name in ("item_id", "title", "brand", "category", "parent_id", "region")],
+        *[
+            text[name].alias(name)
+            for name in ("item_id", "title", "brand", "category", "parent_id", "region")
+        ],
         price.alias("price"),
-        F.transform_keys(extra, lambda name, _: F.substring(name, len("attributes.") + 1, 1_000)).alias("attributes"),
+        F.transform_keys(
+            extra, lambda name, _: F.substring(name, len("attributes.") + 1, 1_000)
+        ).alias("attributes"),
         (~F.coalesce(available.isin(*_FALSE), F.lit(False))).alias("available"),
         first_seen_at.alias("first_seen_at"),
         reason.alias("reason"),
@@ -77,7 +97,9 @@ def parse_users(raw: DataFrame) -> DataFrame:
     )
     said = F.when(_given(consent), consent.isin(*_TRUE)).alias("consent")
     names = [text[name].alias(name) for name in ("user_id", "segment", "region")]
-    return _newest(raw.select("source", "modified_at", "row", *names, said, reason.alias("reason")), "user_id")
+    return _newest(
+        raw.select("source", "modified_at", "row", *names, said, reason.alias("reason")), "user_id"
+    )
 
 
 def parse_identities(raw: DataFrame) -> DataFrame:
@@ -90,13 +112,17 @@ def parse_identities(raw: DataFrame) -> DataFrame:
         (_blank(user), "user_id is missing"),
     )
     names = anonymous.alias("anonymous_id"), user.alias("user_id")
-    return _newest(raw.select("source", "modified_at", "row", *names, reason.alias("reason")), "anonymous_id")
+    return _newest(
+        raw.select("source", "modified_at", "row", *names, reason.alias("reason")), "anonymous_id"
+    )
 
 
 def _newest(rows: DataFrame, key: str) -> DataFrame:
     """Rows with `duplicate`, and a reason for the second of two that contradict each other in one file."""
     good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
-    newest = Window.partitionBy(key).orderBy(F.desc_nulls_last("modified_at"), F.desc("source"), "row")
+    newest = Window.partitionBy(key).orderBy(
+        F.desc_nulls_last("modified_at"), F.desc("source"), "row"
+    )
     ranked = good.select(
         "*",
         F.first("source").over(newest).alias("_source"),
@@ -118,12 +144,21 @@ def parse_interactions(raw: DataFrame, latest: datetime) -> DataFrame:
     event_time is ISO 8601 or seconds or milliseconds since 1970; an event after `latest` is from the future. One from
     before 1970 is taken, however unlikely, as long as every reader can hold its time.
     """
-    text = {name: F.col("fields")[name] for name in ("event_id", "user_id", "item_id", "event_type", "event_time")}
+    text = {
+        name: F.col("fields")[name]
+        for name in ("event_id", "user_id", "item_id", "event_type", "event_time")
+    }
     time = _timestamp(text["event_time"])
-    derived = F.sha2(F.to_json(F.struct(*[text[n] for n in ("user_id", "item_id", "event_type", "event_time")])), 256)
+    derived = F.sha2(
+        F.to_json(F.struct(*[text[n] for n in ("user_id", "item_id", "event_type", "event_time")])),
+        256,
+    )
     reason = _first_of(
         (_corrupt(), "the row isn't well formed"),
-        *[(_blank(text[name]), f"{name} is missing") for name in ("user_id", "item_id", "event_type", "event_time")],
+        *[
+            (_blank(text[name]), f"{name} is missing")
+            for name in ("user_id", "item_id", "event_type", "event_time")
+        ],
         (time.isNull(), "event_time is not a time"),
         (time > F.lit(latest), "event_time lies in the future"),
     )
@@ -139,7 +174,9 @@ def parse_interactions(raw: DataFrame, latest: datetime) -> DataFrame:
         reason.alias("reason"),
     )
     # Any of the rows with one event_id will do, as long as it's always the same.
-    first = Window.partitionBy("event_id", F.col("reason").isNull()).orderBy("event_time", "row", "source")
+    first = Window.partitionBy("event_id", F.col("reason").isNull()).orderBy(
+        "event_time", "row", "source"
+    )
     return rows.withColumn("duplicate", F.col("reason").isNull() & (F.row_number().over(first) > 1))
 
 
@@ -152,25 +189,37 @@ def rejected(parsed: DataFrame, kind: str) -> DataFrame:
     """The bad rows in the shape of the table `rejected`; identical ones together."""
     return (
         parsed.where(F.col("reason").isNotNull())
-        .select(F.concat(F.lit(f"{kind} "), F.coalesce("source", F.lit(""))).alias("source"), "row", "reason")
-        .groupBy("source", "row").agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies"))
-    )  # fmt: skip
+        .select(
+            F.concat(F.lit(f"{kind} "), F.coalesce("source", F.lit(""))).alias("source"),
+            "row",
+            "reason",
+        )
+        .groupBy("source", "row")
+        .agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies"))
+    )
 
 
 def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
     """Photo files (item_id, position, uri, …) with `reason` where a file can't be an item's photo."""
-    known = files.join(items.select("item_id", F.lit(True).alias("known")), on="item_id", how="left")
+    known = files.join(
+        items.select("item_id", F.lit(True).alias("known")), on="item_id", how="left"
+    )
     place = Window.partitionBy("item_id", "position").orderBy("uri")
     reason = _first_of(
         (F.col("item_id").isNull(), "the file name doesn't fit ingest.photos.file_name"),
-        (F.col("position").isNull() | (F.col("position") < 0), "the position in the file name is not a number"),
+        (
+            F.col("position").isNull() | (F.col("position") < 0),
+            "the position in the file name is not a number",
+        ),
         (F.col("known").isNull(), "no such item in the catalogue"),
         (F.row_number().over(place) > 1, "the item has another photo at this position"),
     )
     return known.select("item_id", "position", "uri", reason.alias("reason"))
 
 
-def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame, keep: bool) -> DataFrame:
+def changed_photos(
+    rows: DataFrame, files: DataFrame | None, photos: DataFrame, keep: bool
+) -> DataFrame:
     """The photos to look at, with what `photos` knows of each: known_bytes, known_at, known_sha256. None is opened.
 
     With a listing (`files`: uri, bytes, modified_at) a photo that `photos` holds unchanged is left out; without one,
@@ -181,13 +230,20 @@ def changed_photos(rows: DataFrame, files: DataFrame | None, photos: DataFrame, 
         # By what files say of their nulls: a look at all that isn't null would read every photo.
         bare = photos.where(F.col("image").isNull()).select("item_id", "position")
         photos = photos.join(bare, on=["item_id", "position"], how="left_anti")
-    known = photos.select("item_id", "position", "uri", F.col("bytes").alias("known_bytes"),
-                          F.col("modified_at").alias("known_at"),
-                          F.col("image_sha256").alias("known_sha256"))  # fmt: skip
+    known = photos.select(
+        "item_id",
+        "position",
+        "uri",
+        F.col("bytes").alias("known_bytes"),
+        F.col("modified_at").alias("known_at"),
+        F.col("image_sha256").alias("known_sha256"),
+    )
     rows = rows.join(known, on=["item_id", "position", "uri"], how="left")
     if files is None:
         return rows.withColumn("modified_at", F.lit(None).cast("timestamp"))
-    same = (F.col("bytes") == F.col("known_bytes")) & F.col("modified_at").eqNullSafe(F.col("known_at"))
+    same = (F.col("bytes") == F.col("known_bytes")) & F.col("modified_at").eqNullSafe(
+        F.col("known_at")
+    )
     listed = rows.join(files.select("uri", "bytes", "modified_at"), on="uri", how="inner")
     return listed.where(~F.coalesce(same, F.lit(False)))
 
@@ -203,17 +259,23 @@ def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) 
     # Milliseconds, because pandas has no time before 1678 or after 2261, and a file may claim one.
     times = [F.unix_millis(name).alias(name) for name in ("modified_at", "known_at")]
     named = rows.select("item_id", "position", "uri", "known_bytes", "known_sha256", *times)
-    return named.repartitionByRange(tasks, "item_id", "position").mapInPandas(
-        _photo_reader(settings.http, settings.keep),
-        "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
-        "modified_at BIGINT, reason STRING",
-    ).withColumn("modified_at", F.timestamp_millis("modified_at"))  # fmt: skip
+    return (
+        named.repartitionByRange(tasks, "item_id", "position")
+        .mapInPandas(
+            _photo_reader(settings.http, settings.keep),
+            "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING, bytes BIGINT, "
+            "modified_at BIGINT, reason STRING",
+        )
+        .withColumn("modified_at", F.timestamp_millis("modified_at"))
+    )
 
 
 def photos_named(raw: DataFrame, column: str) -> DataFrame:
     """item_id, position and uri of the photos that a catalogue column names."""
     uri = F.col("fields")[column]
-    rows = raw.select(F.col("fields")["item_id"].alias("item_id"), F.lit(0).alias("position"), uri.alias("uri"))
+    rows = raw.select(
+        F.col("fields")["item_id"].alias("item_id"), F.lit(0).alias("position"), uri.alias("uri")
+    )
     return rows.where(F.coalesce("uri", F.lit("")) != "").distinct()
 
 
@@ -241,7 +303,9 @@ def _photo_reader(http: HttpSettings, keep: bool) -> Callable[[Batches], Batches
             rows = batch.to_dict("records")
             files = (row for row in rows if not download.is_url(row["uri"]))
             urls = (row for row in rows if download.is_url(row["uri"]))
-            downloaded = download.concurrently(lambda row: _read_photo(row, http, keep), urls, http.concurrency)
+            downloaded = download.concurrently(
+                lambda row: _read_photo(row, http, keep), urls, http.concurrency
+            )
             yield from _in_parts(chain((_read_photo(row, http, keep) for row in files), downloaded))
 
     return read
@@ -264,18 +328,31 @@ def _in_parts(photos: Iterator[dict | None]) -> Batches:
 _PHOTOS_PER_FILE = 500
 """100 MB of photos of 200 kB."""
 _PART_BYTES = 64_000_000
-_PHOTO_COLUMNS = ["item_id", "position", "uri", "image", "image_sha256", "bytes", "modified_at", "reason"]
+_PHOTO_COLUMNS = [
+    "item_id",
+    "position",
+    "uri",
+    "image",
+    "image_sha256",
+    "bytes",
+    "modified_at",
+    "reason",
+]
 
 
 def _read_photo(row: dict, http: HttpSettings, keep: bool) -> dict | None:
     """The photo of a row, or None when it is the one that is known."""
-    photo = dict.fromkeys(_PHOTO_COLUMNS) | {name: row[name] for name in ("item_id", "position", "uri")}
+    photo = dict.fromkeys(_PHOTO_COLUMNS) | {
+        name: row[name] for name in ("item_id", "position", "uri")
+    }
     size, known_at, sha256, listed_at = (
         None if pd.isna(row[name]) else row[name]
         for name in ("known_bytes", "known_at", "known_sha256", "modified_at")
     )
     try:
-        found = photo_storage.read(row["uri"], http, Known(size, known_at and int(known_at), sha256), listed_at)
+        found = photo_storage.read(
+            row["uri"], http, Known(size, known_at and int(known_at), sha256), listed_at
+        )
     except Exception as unreadable:
         return photo | {"reason": f"the photo can't be read: {unreadable}"}
     if found is None:
@@ -313,4 +390,6 @@ def _timestamp(text: Column) -> Column:
 
 
 def _first_of(*cases: tuple[Column, str]) -> Column:
-    return F.coalesce(*[F.when(F.coalesce(condition, F.lit(False)), F.lit(reason)) for condition, reason in cases])
+    return F.coalesce(
+        *[F.when(F.coalesce(condition, F.lit(False)), F.lit(reason)) for condition, reason in cases]
+    )

@@ -41,29 +41,55 @@ def pairs(histories: DataFrame, settings: ItemItemSettings) -> DataFrame:
     cosine of item-item filtering (Sarwar et al. 2001), 0 the plain count. `histories`: history, latest first.
     """
     here = F.col("history")
-    each = F.flatten(F.transform(here, lambda one, place: F.transform(
-        F.slice(here, place + 2, _REACH),
-        lambda other, apart: F.struct(
-            one["item_id"].alias("first"), other["item_id"].alias("second"),
-            F.round(F.pow(F.lit(settings.distance_decay), apart) * _MICRO).cast("long").alias("weight"),
-        ),
-    )))  # fmt: skip
-    found = histories.select(F.explode(each).alias("pair")).select("pair.*").groupBy("first", "second").agg(
-        F.sum("weight").alias("weight")
-    )  # fmt: skip
-    other_way = found.select(F.col("second").alias("first"), F.col("first").alias("second"), "weight")
-    together = found.unionByName(other_way).groupBy("first", "second").agg(F.sum("weight").alias("weight"))
-    users = histories.select(F.explode("history.item_id").alias("item_id")).groupBy("item_id").agg(
-        F.count(F.lit(1)).alias("users")
-    )  # fmt: skip
+    each = F.flatten(
+        F.transform(
+            here,
+            lambda one, place: F.transform(
+                F.slice(here, place + 2, _REACH),
+                lambda other, apart: F.struct(
+                    one["item_id"].alias("first"),
+                    other["item_id"].alias("second"),
+                    F.round(F.pow(F.lit(settings.distance_decay), apart) * _MICRO)
+                    .cast("long")
+                    .alias("weight"),
+                ),
+            ),
+        )
+    )
+    found = (
+        histories.select(F.explode(each).alias("pair"))
+        .select("pair.*")
+        .groupBy("first", "second")
+        .agg(F.sum("weight").alias("weight"))
+    )
+    other_way = found.select(
+        F.col("second").alias("first"), F.col("first").alias("second"), "weight"
+    )
+    together = (
+        found.unionByName(other_way).groupBy("first", "second").agg(F.sum("weight").alias("weight"))
+    )
+    users = (
+        histories.select(F.explode("history.item_id").alias("item_id"))
+        .groupBy("item_id")
+        .agg(F.count(F.lit(1)).alias("users"))
+    )
     firsts, seconds = (users.toDF(name, f"{name}_users") for name in ("first", "second"))
     damped = F.pow(F.col("first_users") * F.col("second_users"), F.lit(settings.popularity_power))
-    strong = together.join(firsts, on="first").join(seconds, on="second").select(
-        F.col("first").alias("item_id"), F.col("second").alias("other_id"),
-        (F.col("weight") / _MICRO / damped).alias("strength"),
-    )  # fmt: skip
-    rank = F.row_number().over(Window.partitionBy("item_id").orderBy(F.desc("strength"), "other_id"))
-    return strong.withColumn("rank", rank).where(F.col("rank") <= settings.max_neighbors).drop("rank")
+    strong = (
+        together.join(firsts, on="first")
+        .join(seconds, on="second")
+        .select(
+            F.col("first").alias("item_id"),
+            F.col("second").alias("other_id"),
+            (F.col("weight") / _MICRO / damped).alias("strength"),
+        )
+    )
+    rank = F.row_number().over(
+        Window.partitionBy("item_id").orderBy(F.desc("strength"), "other_id")
+    )
+    return (
+        strong.withColumn("rank", rank).where(F.col("rank") <= settings.max_neighbors).drop("rank")
+    )
 
 
 def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
@@ -73,9 +99,15 @@ def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
     are left out; folders that nobody has used for a day are deleted.
     """
     table = rows.toArrow()
-    first, second = (searcher.positions(table[name].to_pylist()) for name in ("item_id", "other_id"))
+    first, second = (
+        searcher.positions(table[name].to_pylist()) for name in ("item_id", "other_id")
+    )
     known = (first >= 0) & (second >= 0)
-    first, second, strengths = first[known], second[known], table["strength"].to_numpy()[known].astype(np.float32)
+    first, second, strengths = (
+        first[known],
+        second[known],
+        table["strength"].to_numpy()[known].astype(np.float32),
+    )
     order = np.lexsort((second, first))
     first, second, strengths = first[order], second[order], strengths[order]
     digests = [hashlib.sha256(each.tobytes()).hexdigest() for each in (first, second, strengths)]

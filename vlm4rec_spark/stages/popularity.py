@@ -30,13 +30,21 @@ def counts(log: DataFrame, items: DataFrame, users: DataFrame) -> DataFrame:
 
     Users are counted in their own segment and in ALL.
     """
-    people = log.select("user_id", "item_id").join(items.select("item_id"), on="item_id", how="left_semi").distinct()
+    people = (
+        log.select("user_id", "item_id")
+        .join(items.select("item_id"), on="item_id", how="left_semi")
+        .distinct()
+    )
     of_whom = people.join(users.select("user_id", "segment"), on="user_id", how="left")
-    each = F.explode(F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))).alias("segment")
+    each = F.explode(
+        F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))
+    ).alias("segment")
     counted = of_whom.select("user_id", "item_id", each)
     size = counted.groupBy("segment").agg(F.countDistinct("user_id").alias("of"))
     met = counted.groupBy("segment", "item_id").agg(F.count(F.lit(1)).alias("users"))
-    return met.join(F.broadcast(size), on="segment", how="inner").select("segment", "item_id", "users", "of")
+    return met.join(F.broadcast(size), on="segment", how="inner").select(
+        "segment", "item_id", "users", "of"
+    )
 
 
 def best(popularity: DataFrame, offered: DataFrame) -> DataFrame:
@@ -51,18 +59,28 @@ def best(popularity: DataFrame, offered: DataFrame) -> DataFrame:
     most = of_all.orderBy(F.desc("overall"), "item_id").limit(_MOST).select("item_id")
     sizes = popularity.where(F.col("segment") != ALL).select("segment", "of").distinct()
     mine = there.where(F.col("segment") != ALL).select("segment", "item_id", "users")
-    pairs = mine.select("segment", "item_id").unionByName(sizes.select("segment").crossJoin(most)).distinct()
+    pairs = (
+        mine.select("segment", "item_id")
+        .unionByName(sizes.select("segment").crossJoin(most))
+        .distinct()
+    )
     smoothed = (F.coalesce("users", F.lit(0)) + _PRIOR * F.col("overall")) / (F.col("of") + _PRIOR)
     shares = (
-        pairs.join(mine, on=["segment", "item_id"], how="left").join(F.broadcast(sizes), on="segment", how="inner")
-        .join(of_all, on="item_id", how="inner").select("segment", "item_id", smoothed.alias("share"))
-        .unionByName(of_all.select(F.lit(ALL).alias("segment"), "item_id", F.col("overall").alias("share")))
-    )  # fmt: skip
+        pairs.join(mine, on=["segment", "item_id"], how="left")
+        .join(F.broadcast(sizes), on="segment", how="inner")
+        .join(of_all, on="item_id", how="inner")
+        .select("segment", "item_id", smoothed.alias("share"))
+        .unionByName(
+            of_all.select(F.lit(ALL).alias("segment"), "item_id", F.col("overall").alias("share"))
+        )
+    )
     rank = F.row_number().over(Window.partitionBy("segment").orderBy(F.desc("share"), "item_id"))
     return shares.withColumn("rank", rank).where(F.col("rank") <= _MOST).drop("rank")
 
 
-def placed(rows: pa.Table, bits: int, searcher: Searcher) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+def placed(
+    rows: pa.Table, bits: int, searcher: Searcher
+) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """`best` by the positions of an index; items that it doesn't hold are left out."""
     segments = rows["segment"].combine_chunks()
     place, share = searcher.positions_of(rows["item_id"].combine_chunks()), rows["share"].to_numpy()
@@ -85,10 +103,16 @@ class ByPopularity:
     def __init__(self, popular: Best):
         self._popular = popular
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> PopularityQuery:
+    def tastes(
+        self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True
+    ) -> PopularityQuery:
         """Of rows with `segment` (null: none) and `rules`, as `offers.applying` gives them."""
         nothing = np.empty(0, np.int64), np.empty(0)
-        wanted = zip(batch.column("segment").to_pylist(), batch.column("rules").to_pylist(), strict=True)
-        mine = [self._popular.get((segment or ALL, bits)) or self._popular.get((ALL, bits), nothing)
-                for segment, bits in wanted]  # fmt: skip
+        wanted = zip(
+            batch.column("segment").to_pylist(), batch.column("rules").to_pylist(), strict=True
+        )
+        mine = [
+            self._popular.get((segment or ALL, bits)) or self._popular.get((ALL, bits), nothing)
+            for segment, bits in wanted
+        ]
         return PopularityQuery([positions for positions, _ in mine], [shares for _, shares in mine])

@@ -27,8 +27,10 @@ class ProfileSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     event_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {
-        "view": 1.0, "cart": 3.0, "purchase": 5.0,
-    }  # fmt: skip
+        "view": 1.0,
+        "cart": 3.0,
+        "purchase": 5.0,
+    }
     half_life_days: PositiveFloat | None = 60.0
     position_decay: float = Field(1.0, gt=0, le=1)
     last_n: int = Field(50, ge=1)
@@ -42,9 +44,13 @@ class ProfileSettings(BaseModel):
 
 def identified(interactions: DataFrame, identities: DataFrame) -> DataFrame:
     """The events, those of an anonymous id under the user that it belongs to; a user's own id is taken as it is."""
-    known = identities.select(F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("known"))
+    known = identities.select(
+        F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("known")
+    )
     merged = interactions.join(known, on="user_id", how="left")
-    return merged.withColumn("user_id", F.coalesce("known", "user_id")).select(*interactions.columns)
+    return merged.withColumn("user_id", F.coalesce("known", "user_id")).select(
+        *interactions.columns
+    )
 
 
 def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
@@ -54,8 +60,9 @@ def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
     busy = busy.where(F.col("events") > bot_events_per_day).select("user_id")
     daily = (
         interactions.join(busy, on="user_id", how="left_semi")
-        .groupBy("user_id", "event_date").agg(F.count(F.lit(1)).alias("events"))
-    )  # fmt: skip
+        .groupBy("user_id", "event_date")
+        .agg(F.count(F.lit(1)).alias("events"))
+    )
     return daily.where(F.col("events") > bot_events_per_day).select("user_id").distinct()
 
 
@@ -74,8 +81,10 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
         interactions.join(F.broadcast(few), on="user_id", how="left_anti")
         .join(items.select("item_id"), on="item_id", how="left_semi")
         .select("user_id", "item_id", "event_type", "event_time")
-    )  # fmt: skip
-    weights = F.create_map(*[F.lit(part) for pair in settings.event_weights.items() for part in pair])
+    )
+    weights = F.create_map(
+        *[F.lit(part) for pair in settings.event_weights.items() for part in pair]
+    )
     counts = _first_of_session(settings) & _liked(settings)
     # A window, since repartition() is a mere wish: where a join below has divided by user already, Spark 4.2 drops it,
     # and may then drop that join's division too (adaptive execution, local shuffle reads), which tears users apart.
@@ -112,22 +121,35 @@ def _liked(settings: ProfileSettings) -> Column:
     if not settings.negative_events:
         return F.lit(True)
     negative = F.col("event_type").isin(*settings.negative_events)
-    last = F.max(F.when(negative, F.col("event_time"))).over(Window.partitionBy("user_id", "item_id"))
+    last = F.max(F.when(negative, F.col("event_time"))).over(
+        Window.partitionBy("user_id", "item_id")
+    )
     return last.isNull() | (F.col("event_time") > last)
 
 
-def with_embedding(rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]) -> DataFrame:
+def with_embedding(
+    rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]
+) -> DataFrame:
     """Rows of `profiles`: each history with the unit vector of its weighted mean, null when no item has a vector."""
     schema = PROFILES.schema
-    bare = rows.select("user_id", F.lit(representation).alias("representation"), "history", "seen", "events",
-                       "last_event_at")  # fmt: skip
+    bare = rows.select(
+        "user_id",
+        F.lit(representation).alias("representation"),
+        "history",
+        "seen",
+        "events",
+        "last_event_at",
+    )
 
     def mean(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         for batch in batches:
             embedding = _mean_vectors(batch.column("history"), searcher)
             yield pa.RecordBatch.from_arrays(
-                [batch.column(name) if name != "embedding" else embedding for name in schema.fieldNames()],
+                [
+                    batch.column(name) if name != "embedding" else embedding
+                    for name in schema.fieldNames()
+                ],
                 names=schema.fieldNames(),
             )
 
@@ -155,4 +177,6 @@ def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:
     with_vector[users[starts[sound]]] = True
     offsets = np.concatenate([[0], np.cumsum(with_vector)]) * made.shape[1]
     mask = pa.array(~with_vector)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(made.ravel()), mask=mask)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(made.ravel()), mask=mask
+    )

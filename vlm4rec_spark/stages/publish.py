@@ -8,8 +8,14 @@ from pyspark.sql import functions as F
 
 def long(recommendations: DataFrame, items: DataFrame) -> DataFrame:
     """One row per user and rank: the columns of `export_long`."""
-    ranked = recommendations.select("user_id", F.posexplode("items").alias("position", "item")).select(
-        "user_id", (F.col("position") + 1).alias("rank"), "item.item_id", "item.score", "item.because_item_id"
+    ranked = recommendations.select(
+        "user_id", F.posexplode("items").alias("position", "item")
+    ).select(
+        "user_id",
+        (F.col("position") + 1).alias("rank"),
+        "item.item_id",
+        "item.score",
+        "item.because_item_id",
     )
     return ranked.join(items.select("item_id", "title"), on="item_id", how="left").select(
         "user_id", "rank", "item_id", "title", "score", "because_item_id"

@@ -107,7 +107,9 @@ class Matching:
         content: Queries = MeanQuery(_queries(batch.column("embedding")), positions)
         if self.shape == "max_similarity":
             near = self.neighbors() if self.neighbors else None
-            content = MaxSimilarityQuery(positions, [mine.astype(np.float32) for mine in weights], near)
+            content = MaxSimilarityQuery(
+                positions, [mine.astype(np.float32) for mine in weights], near
+            )
         elif self.shape == "multi_taste":
             content = MultiInterestQuery.of(positions, weights, searcher, self.tastes_per_user)
         if not blended or self.opens is None:
@@ -120,7 +122,12 @@ CONTENT = Matching()
 
 
 def calibrate(
-    searcher: Searcher, sample: pa.Table, offer: ListRules, k: int, promise: float, matching: Matches = CONTENT
+    searcher: Searcher,
+    sample: pa.Table,
+    offer: ListRules,
+    k: int,
+    promise: float,
+    matching: Matches = CONTENT,
 ) -> Calibration:
     """As `models/calibration.py` does, on `sample`: embedding, history and seen of some profiles, and `rules` where
     some apply to some of them."""
@@ -140,9 +147,14 @@ def without(searcher: Searcher, withdrawn: Sequence[str]) -> ListRules:
 
 
 def recommend(
-    profiles: DataFrame, open_searcher: Callable[[], Searcher], offer: ListRules, k: int, effort: Effort | None,
-    matching: Matches = CONTENT, why: bool = True,
-) -> DataFrame:  # fmt: skip
+    profiles: DataFrame,
+    open_searcher: Callable[[], Searcher],
+    offer: ListRules,
+    k: int,
+    effort: Effort | None,
+    matching: Matches = CONTENT,
+    why: bool = True,
+) -> DataFrame:
     """user_id, items, k and index_id of every profile that has a vector, or needs none; items in rank order, with the
     reason if `why`.
 
@@ -156,32 +168,45 @@ def recommend(
             if len(batch):
                 yield _ranked(batch, searcher, offer, k, effort, matching, why)
 
-    rows = profiles.where(F.col("embedding").isNotNull()) if "embedding" in profiles.columns else profiles
+    rows = (
+        profiles.where(F.col("embedding").isNotNull())
+        if "embedding" in profiles.columns
+        else profiles
+    )
     # Histories are most of what goes to Python.
     spared = () if why or matching.by_history else ("history",)
-    return rows.select(*(name for name in _ASKED if name in rows.columns and name not in spared)).mapInArrow(
-        rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING"
-    )
+    return rows.select(
+        *(name for name in _ASKED if name in rows.columns and name not in spared)
+    ).mapInArrow(rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING")
 
 
 _ASKED = ("user_id", "embedding", "seen", "history", "segment", "rules", "only")
 
 
-_ITEM = ("STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
-         "source: STRING, collapsed: ARRAY<STRING>>")  # fmt: skip
+_ITEM = (
+    "STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
+    "source: STRING, collapsed: ARRAY<STRING>>"
+)
 
 
 def _ranked(
-    batch: pa.RecordBatch, searcher: Searcher, offer: ListRules, k: int, effort: Effort | None, matching: Matches,
+    batch: pa.RecordBatch,
+    searcher: Searcher,
+    offer: ListRules,
+    k: int,
+    effort: Effort | None,
+    matching: Matches,
     why: bool,
-) -> pa.RecordBatch:  # fmt: skip
+) -> pa.RecordBatch:
     asked, names = matching.tastes(batch, searcher, why), batch.schema.names
     excluded, only = _positions(batch.column("seen"), searcher), None
     if "only" in names and batch.column("only").null_count < len(batch):
         narrowed = batch.column("only").is_valid().to_numpy(zero_copy_only=False)
         mine = _positions(batch.column("only").fill_null([]), searcher)
         only = [items if has else None for items, has in zip(mine, narrowed, strict=True)]
-    top, scores, collapsed = recommend_lists(searcher, asked, excluded, offer, _rules(batch), k, effort, only)
+    top, scores, collapsed = recommend_lists(
+        searcher, asked, excluded, offer, _rules(batch), k, effort, only
+    )
     kept = top >= 0
     because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
     if why:
@@ -230,18 +255,28 @@ def shared_terms(searcher: Searcher, items: np.ndarray, reasons: np.ndarray) -> 
     for start in range(0, len(items), _PAIRS_AT_ONCE):
         part = slice(start, start + _PAIRS_AT_ONCE)
         mine, others = searcher.words[items[part]], searcher.words[reasons[part]]
-        both = (mine[:, :, None] == others[:, None, :]).any(axis=2) & (mine >= 0) & (reasons[part] >= 0)[:, None]
+        both = (
+            (mine[:, :, None] == others[:, None, :]).any(axis=2)
+            & (mine >= 0)
+            & (reasons[part] >= 0)[:, None]
+        )
         place = np.cumsum(both, axis=1) - 1
         rows, columns = np.nonzero(both & (place < _TERMS))
         shared[start + rows, place[rows, columns]] = mine[rows, columns]
         count[part] = both.sum(axis=1).clip(max=_TERMS)
     offsets = pa.array(np.concatenate([[0], np.cumsum(count)]).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, searcher.vocabulary.take(pa.array(shared[shared >= 0])))
+    return pa.ListArray.from_arrays(
+        offsets, searcher.vocabulary.take(pa.array(shared[shared >= 0]))
+    )
 
 
 def _rules(batch: pa.RecordBatch) -> np.ndarray:
     """int64 (users,)."""
-    return batch.column("rules").to_numpy() if "rules" in batch.schema.names else np.zeros(len(batch), np.int64)
+    return (
+        batch.column("rules").to_numpy()
+        if "rules" in batch.schema.names
+        else np.zeros(len(batch), np.int64)
+    )
 
 
 def _queries(embedding: pa.ListArray) -> np.ndarray:

@@ -20,7 +20,9 @@ from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules, Rule
 _MORE = "attributes."
 
 
-def check(items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]) -> None:
+def check(
+    items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
+) -> None:
     """Raise UsageError for a predicate or a column that the tables' columns don't know; reads no row."""
     for number, rule in enumerate(rules):
         for rows, name, predicate in ((items, "items", rule.items), (users, "users", rule.users)):
@@ -30,35 +32,60 @@ def check(items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mappi
                 kind = rows.select(F.expr(predicate)).schema[0].dataType.typeName()
             except AnalysisException as wrong:
                 said = str(wrong).splitlines()[0]
-                raise UsageError(f"recommend.rules[{number}].{name}: {predicate!r} can't be asked of the table {name}: "
-                                 f"{said}") from None  # fmt: skip
+                raise UsageError(
+                    f"recommend.rules[{number}].{name}: {predicate!r} can't be asked of the table {name}: "
+                    f"{said}"
+                ) from None
             if kind != "boolean":
-                raise UsageError(f"recommend.rules[{number}].{name}: {predicate!r} is no condition, it gives a {kind}.")
+                raise UsageError(
+                    f"recommend.rules[{number}].{name}: {predicate!r} is no condition, it gives a {kind}."
+                )
     for column in caps:
         if not column.startswith(_MORE) and column not in items.columns:
-            raise UsageError(f"recommend.caps: the table items has no column {column!r}. It has "
-                             f"{', '.join(items.columns)}; other columns are attributes.NAME.")  # fmt: skip
+            raise UsageError(
+                f"recommend.caps: the table items has no column {column!r}. It has "
+                f"{', '.join(items.columns)}; other columns are attributes.NAME."
+            )
 
 
-def item_rows(items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]) -> DataFrame:
+def item_rows(
+    items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
+) -> DataFrame:
     """item_id, allowed (bits as in Offer), parent, photo (of the main one), cap_0, cap_1, …: for the driver."""
     allowed = F.when(F.col("available"), AVAILABLE).otherwise(0).cast("bigint")
     for number, rule in enumerate(rules):
-        allowed = allowed.bitwiseOR(F.when(F.expr(rule.items), F.lit(2 << number)).otherwise(0).cast("bigint"))
-    main = photos.where(F.col("position") == 0).select("item_id", F.col("image_sha256").alias("photo"))
-    groups = [_group(column).cast("string").alias(f"cap_{number}") for number, column in enumerate(caps)]
-    rows = items.select("item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups)
+        allowed = allowed.bitwiseOR(
+            F.when(F.expr(rule.items), F.lit(2 << number)).otherwise(0).cast("bigint")
+        )
+    main = photos.where(F.col("position") == 0).select(
+        "item_id", F.col("image_sha256").alias("photo")
+    )
+    groups = [
+        _group(column).cast("string").alias(f"cap_{number}") for number, column in enumerate(caps)
+    ]
+    rows = items.select(
+        "item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups
+    )
     return rows.join(main, on="item_id", how="left")
 
 
 def _group(column: str) -> Column:
-    return F.col("attributes")[column.removeprefix(_MORE)] if column.startswith(_MORE) else F.col(column)
+    return (
+        F.col("attributes")[column.removeprefix(_MORE)]
+        if column.startswith(_MORE)
+        else F.col(column)
+    )
 
 
 def list_rules(
-    rows: pa.Table, searcher: Searcher, variants: Sequence[str], caps: Mapping[str, int], alike: float | None,
-    least: float | None, diversity: float = 0.0,
-) -> ListRules:  # fmt: skip
+    rows: pa.Table,
+    searcher: Searcher,
+    variants: Sequence[str],
+    caps: Mapping[str, int],
+    alike: float | None,
+    least: float | None,
+    diversity: float = 0.0,
+) -> ListRules:
     """The offer of `item_rows`, by the positions of an index; an item of the index that isn't there isn't offered.
 
     variants: of "parent" and "photo" what makes two items variants of each other, also over a third one.
@@ -69,7 +96,14 @@ def list_rules(
     allowed[place] = rows["allowed"].to_numpy()[known]
 
     def numbers(name: str) -> np.ndarray:
-        codes = rows[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
+        codes = (
+            rows[name]
+            .combine_chunks()
+            .dictionary_encode()
+            .indices.fill_null(-1)
+            .to_numpy()
+            .astype(np.int64)
+        )
         spread = np.full(len(searcher), -1, np.int64)
         spread[place] = codes[known]
         return spread
@@ -113,7 +147,9 @@ def applying(users: DataFrame, rules: Sequence[Rule]) -> tuple[int, DataFrame | 
     return everybody, users.select("user_id", bits.alias("rules")).where(F.col("rules") != 0)
 
 
-def not_again(log: DataFrame, items: DataFrame, again: Sequence[str], repurchase_days: Mapping[str, int]) -> DataFrame:
+def not_again(
+    log: DataFrame, items: DataFrame, again: Sequence[str], repurchase_days: Mapping[str, int]
+) -> DataFrame:
     """user_id, seen: the items that a user's events keep off the list.
 
     Events of the types `again` keep nothing off; others do so for ever, or where the item's category has a window for

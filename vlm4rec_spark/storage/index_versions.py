@@ -52,7 +52,11 @@ def versions(folder: Path) -> list[Version]:
 
 
 def prunable(
-    there: Collection[Version], in_force: Collection[str], named: Mapping[str, float], keep: int, now: float
+    there: Collection[Version],
+    in_force: Collection[str],
+    named: Mapping[str, float],
+    keep: int,
+    now: float,
 ) -> list[Version]:
     """The versions that may go, at the time `now` in seconds of the epoch.
 
@@ -64,7 +68,9 @@ def prunable(
     half_built = [version for version in idle if not version.whole]
     ours = [version for version in idle if version.whole and version.index_id in named]
     ours.sort(key=lambda version: _last_used(version, named), reverse=True)
-    return [version for version in half_built + ours[keep:] if now - _last_used(version, named) > REST]
+    return [
+        version for version in half_built + ours[keep:] if now - _last_used(version, named) > REST
+    ]
 
 
 def remove(version: Version) -> None:

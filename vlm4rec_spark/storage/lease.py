@@ -36,7 +36,13 @@ class Lease:
     def __init__(self, tables: Tables, run_id: str, seconds: float, say: Callable[[str], None]):
         self._files, self._place = _files(tables), tables.location
         self._spark, self._seconds, self._say = tables.spark, seconds, say
-        self._me = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid(), "since": _now(), "beat": 0}
+        self._me = {
+            "run_id": run_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": _now(),
+            "beat": 0,
+        }
         self._number = 0
         self._ended = threading.Event()
         self.lost = False
@@ -51,13 +57,18 @@ class Lease:
             raise
         except Exception as refused:
             reason = str(getattr(refused, "java_exception", refused)).splitlines()[0]
-            raise RunError(f"tables: nothing can be written to {self._place} ({reason}). Check the path and its "
-                           "permissions, or name another place with --set tables=…") from None  # fmt: skip
+            raise RunError(
+                f"tables: nothing can be written to {self._place} ({reason}). Check the path and its "
+                "permissions, or name another place with --set tables=…"
+            ) from None
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._ended.set()
         if not self.lost:
@@ -66,8 +77,10 @@ class Lease:
     def check(self) -> None:
         """Raise RunError when the lease was lost."""
         if self.lost:
-            raise RunError("Another run took over these tables, since this one gave no sign of life for "
-                           f"{self._seconds:g} s. It stops here; the other goes on.")  # fmt: skip
+            raise RunError(
+                "Another run took over these tables, since this one gave no sign of life for "
+                f"{self._seconds:g} s. It stops here; the other goes on."
+            )
 
     def _taken(self) -> bool:
         """Make the file if nobody has it; False when somebody was quicker."""
@@ -103,8 +116,10 @@ class Lease:
             if now is None:
                 return
             if now != first:
-                raise Busy(f"Another run is at work on these tables: {who}. This one ends here and has changed "
-                           "nothing; start it again when the other is done.")  # fmt: skip
+                raise Busy(
+                    f"Another run is at work on these tables: {who}. This one ends here and has changed "
+                    "nothing; start it again when the other is done."
+                )
         self._say(f"its holder gave no sign of life for {self._seconds:g} s; taking over")
 
     def _beat(self) -> None:
@@ -167,7 +182,11 @@ class _HadoopFiles:
 
     def numbers(self) -> list[int]:
         folder = self._path("")
-        names = [each.getPath().getName() for each in self._fs.listStatus(folder)] if self._fs.exists(folder) else []
+        names = (
+            [each.getPath().getName() for each in self._fs.listStatus(folder)]
+            if self._fs.exists(folder)
+            else []
+        )
         return [int(found[1]) for found in map(_NAME.fullmatch, names) if found]
 
     def create(self, number: int, text: str) -> bool:
@@ -232,7 +251,9 @@ def _died_here(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
         return False
-    if pid == os.getpid():  # it had this process's number before, in a container that was started again
+    if (
+        pid == os.getpid()
+    ):  # it had this process's number before, in a container that was started again
         return True
     try:
         os.kill(pid, 0)

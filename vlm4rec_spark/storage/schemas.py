@@ -59,7 +59,10 @@ ITEMS = Table(
     first_seen_at TIMESTAMP COMMENT 'When the item entered the catalogue; null: always there',
     updated_at TIMESTAMP NOT NULL COMMENT 'When this row last changed'""",
     key=("item_id",),
-    checks=(("item_id_not_empty", "length(item_id) > 0"), ("price_is_a_price", "price IS NULL OR price >= 0")),
+    checks=(
+        ("item_id_not_empty", "length(item_id) > 0"),
+        ("price_is_a_price", "price IS NULL OR price >= 0"),
+    ),
     volatile=("updated_at",),
     feed=True,
 )
@@ -75,7 +78,10 @@ PHOTOS = Table(
     bytes BIGINT NOT NULL COMMENT 'Size of the photo in bytes',
     modified_at TIMESTAMP COMMENT 'Modification time of the file; read again only when uri, bytes or this changed'""",
     key=("item_id", "position"),
-    checks=(("position_from_zero", "position >= 0"), ("sha256_is_hex", "length(image_sha256) = 64")),
+    checks=(
+        ("position_from_zero", "position >= 0"),
+        ("sha256_is_hex", "length(image_sha256) = 64"),
+    ),
     feed=True,
     # A chunk of captioning reads the photos from one item to another.
     cluster=("item_id",),
@@ -94,7 +100,9 @@ INTERACTIONS = Table(
     event_time TIMESTAMP NOT NULL COMMENT 'When it happened, UTC',
     event_date DATE NOT NULL COMMENT 'Date of event_time; files are clustered by it'""",
     key=("event_id",),
-    checks=(("ids_not_empty", "length(user_id) > 0 AND length(item_id) > 0 AND length(event_id) > 0"),),
+    checks=(
+        ("ids_not_empty", "length(user_id) > 0 AND length(item_id) > 0 AND length(event_id) > 0"),
+    ),
     feed=True,
     cluster=("event_date",),
 )
@@ -295,7 +303,21 @@ METRICS = Table(
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
-        ITEMS, PHOTOS, INTERACTIONS, USERS, IDENTITIES, CAPTIONS, ITEM_CAPTIONS, EMBEDDINGS, PROFILES, RECOMMENDATIONS,
-        EXPORT_LONG, EXPORT_WIDE, REJECTED, FILES, RUNS, METRICS,
+        ITEMS,
+        PHOTOS,
+        INTERACTIONS,
+        USERS,
+        IDENTITIES,
+        CAPTIONS,
+        ITEM_CAPTIONS,
+        EMBEDDINGS,
+        PROFILES,
+        RECOMMENDATIONS,
+        EXPORT_LONG,
+        EXPORT_WIDE,
+        REJECTED,
+        FILES,
+        RUNS,
+        METRICS,
     )
-}  # fmt: skip
+}

@@ -26,10 +26,14 @@ from vlm4rec_spark.storage.schemas import LAYOUT, TABLES, Table
 
 T = TypeVar("T")
 CONFLICTS = (
-    exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteDeleteException,
-    exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentTransactionException,
-    exceptions.ConcurrentWriteException, exceptions.MetadataChangedException, exceptions.ProtocolChangedException,
-)  # fmt: skip
+    exceptions.ConcurrentAppendException,
+    exceptions.ConcurrentDeleteDeleteException,
+    exceptions.ConcurrentDeleteReadException,
+    exceptions.ConcurrentTransactionException,
+    exceptions.ConcurrentWriteException,
+    exceptions.MetadataChangedException,
+    exceptions.ProtocolChangedException,
+)
 """What Delta raises when another writer was quicker; nothing was written then."""
 PARTS = ("", "_0", "_1")
 _LAYOUT_KEY = "vlm4rec.layout"
@@ -47,7 +51,9 @@ _OPTIMIZE = {
     "spark.databricks.delta.optimize.minFileSize": str(256 * 1024 * 1024),
     # Ordered files are ordered again with the new ones until they hold this much: at Delta's 100 GB, the whole log.
     # Events come in the order of time, by which they are clustered, so that small lots lie apart anyway.
-    "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(1024 * 1024 * 1024),
+    "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(
+        1024 * 1024 * 1024
+    ),
 }
 _HEAVY = {
     # A reader holds a row group, and a batch of up to 4,096 rows of it. At Parquet's 128 MB, two tasks that read photos
@@ -90,7 +96,9 @@ class Tables:
     def prepare(self) -> None:
         """Check that this release can read every table there. Changes nothing; raises RunError."""
         if self.named and not self.spark.catalog.databaseExists(self.location):
-            raise RunError(f"tables: there is no schema {self.location}. Create it, or name a folder with a / in it.")
+            raise RunError(
+                f"tables: there is no schema {self.location}. Create it, or name a folder with a / in it."
+            )
         for table in filter(self.exists, TABLES.values()):
             self._check_layout(table)
             _check_schema(table, self.read(table).schema, self.name_of(table))
@@ -100,7 +108,11 @@ class Tables:
 
     def folder(self) -> str:
         """The folder of the tables; of named ones the place that the catalog gives to their schema."""
-        return self.spark.catalog.getDatabase(self.location).locationUri if self.named else self.location
+        return (
+            self.spark.catalog.getDatabase(self.location).locationUri
+            if self.named
+            else self.location
+        )
 
     def exists(self, table: Table) -> bool:
         if self.named:
@@ -111,8 +123,14 @@ class Tables:
         """The table, as of `version` or now; an empty DataFrame when it isn't there yet."""
         if not self.exists(table):
             return self.spark.createDataFrame([], table.schema)
-        reader = self.spark.read if version is None else self.spark.read.option("versionAsOf", version)
-        return reader.table(self.name_of(table)) if self.named else reader.format("delta").load(self.name_of(table))
+        reader = (
+            self.spark.read if version is None else self.spark.read.option("versionAsOf", version)
+        )
+        return (
+            reader.table(self.name_of(table))
+            if self.named
+            else reader.format("delta").load(self.name_of(table))
+        )
 
     def frozen(self, table: Table) -> DataFrame:
         """The table as it is now, whatever is written to it later.
@@ -172,27 +190,50 @@ class Tables:
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, touching only what differs, so that the change feed holds only changes."""
         self._create(table)
-        self._commit(table, lambda: self._write_changes(table, self._merge(table, rows))
-                     .whenNotMatchedBySourceDelete().execute())  # fmt: skip
+        self._commit(
+            table,
+            lambda: (
+                self._write_changes(table, self._merge(table, rows))
+                .whenNotMatchedBySourceDelete()
+                .execute()
+            ),
+        )
 
     def revise(self, table: Table, keys: DataFrame, rows: DataFrame) -> None:
         """Make the rows of these keys equal to `rows`, touching only what differs; a key without one loses its row."""
         self._create(table)
         there = rows.select(*table.columns, F.lit(True).alias("_there"))
-        source = keys.select(*table.key).distinct().join(there, on=list(table.key), how="left").alias("new")
+        source = (
+            keys.select(*table.key)
+            .distinct()
+            .join(there, on=list(table.key), how="left")
+            .alias("new")
+        )
         found = self._delta(table).alias("old").merge(source, _same_key(table))
         differs, updates = self._changes(table)
         inserts = updates | {name: f"new.`{name}`" for name in table.key}
-        self._commit(table, lambda: found.whenMatchedDelete(condition="new._there IS NULL")
-                     .whenMatchedUpdate(condition=differs, set=updates)
-                     .whenNotMatchedInsert(condition="new._there", values=inserts).execute())  # fmt: skip
+        self._commit(
+            table,
+            lambda: (
+                found.whenMatchedDelete(condition="new._there IS NULL")
+                .whenMatchedUpdate(condition=differs, set=updates)
+                .whenNotMatchedInsert(condition="new._there", values=inserts)
+                .execute()
+            ),
+        )
 
     def changed_since(self, table: Table, version: int) -> DataFrame:
         """What the change feed says of later versions, if anything: the table's columns, and _change_type."""
         if self._commits(table)[0]["version"] <= version:
             return self.read(table).limit(0).withColumn("_change_type", F.lit(""))
-        feed = self.spark.read.option("readChangeFeed", "true").option("startingVersion", version + 1)
-        return feed.table(self.name_of(table)) if self.named else feed.format("delta").load(self.name_of(table))
+        feed = self.spark.read.option("readChangeFeed", "true").option(
+            "startingVersion", version + 1
+        )
+        return (
+            feed.table(self.name_of(table))
+            if self.named
+            else feed.format("delta").load(self.name_of(table))
+        )
 
     def replace(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows` in one transaction, rewriting all of it."""
@@ -223,7 +264,9 @@ class Tables:
         if self.named:
             self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{place}")
         else:
-            self.filesystem(f"{self.location}/{place}").delete(self.path(f"{self.location}/{place}"), True)
+            self.filesystem(f"{self.location}/{place}").delete(
+                self.path(f"{self.location}/{place}"), True
+            )
 
     def clear_leftovers(self, hours: int) -> list[str]:
         """Remove each `_staging_…` to which nothing was written for `hours`, and name it.
@@ -282,7 +325,9 @@ class Tables:
         wanted, there = f"interval {hours} hours", self.retention(table)
         if there != wanted and _OUR_RETENTION.fullmatch(there):
             # Delta 4.4 ignores the hours that VACUUM is called with; the table's property decides, on time travel too.
-            self.spark.sql(f"ALTER TABLE {self._sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{wanted}')")
+            self.spark.sql(
+                f"ALTER TABLE {self._sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{wanted}')"
+            )
         place = self._delta(table).detail().select("location").collect()[0][0]
         before = self._on_disk(place)
         with self._conf(_VACUUM), self._no_chatter():
@@ -300,21 +345,29 @@ class Tables:
             except CONFLICTS as conflict:
                 if seconds is None:
                     name = type(conflict).__name__
-                    raise RunError(f"Another program keeps writing to {self.name_of(table)} at the same time ({name}); "
-                                   "six tries failed. Run again when it is done.") from None  # fmt: skip
+                    raise RunError(
+                        f"Another program keeps writing to {self.name_of(table)} at the same time ({name}); "
+                        "six tries failed. Run again when it is done."
+                    ) from None
                 _wait(seconds)
             except Exception as failed:
                 if "No space left on device" not in str(failed):
                     raise
-                raise RunError(f"The disk that holds {self.name_of(table)} is full. Nothing of this write counts; make "
-                               "room and run again.") from None  # fmt: skip
+                raise RunError(
+                    f"The disk that holds {self.name_of(table)} is full. Nothing of this write counts; make "
+                    "room and run again."
+                ) from None
         raise AssertionError("the last try returns or raises")
 
     def _save(self, writer: DataFrameWriter, table: Table) -> None:
         writer.saveAsTable(self.name_of(table)) if self.named else writer.save(self.name_of(table))
 
     def _merge(self, table: Table, rows: DataFrame) -> DeltaMergeBuilder:
-        return self._delta(table).alias("old").merge(rows.select(*table.columns).alias("new"), _same_key(table))
+        return (
+            self._delta(table)
+            .alias("old")
+            .merge(rows.select(*table.columns).alias("new"), _same_key(table))
+        )
 
     def _write_changes(self, table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
         differs, updates = self._changes(table)
@@ -322,9 +375,14 @@ class Tables:
 
     def _changes(self, table: Table) -> tuple[str, dict[str, str | Column]]:
         """The condition that a row `new` differs from `old`, and what it then sets."""
-        compared = [field for field in table.schema if field.name not in {*table.key, *table.volatile}]
-        differs = " OR ".join(f"NOT ({_comparable('old', f.name, f.dataType)} <=> "
-                              f"{_comparable('new', f.name, f.dataType)})" for f in compared)  # fmt: skip
+        compared = [
+            field for field in table.schema if field.name not in {*table.key, *table.volatile}
+        ]
+        differs = " OR ".join(
+            f"NOT ({_comparable('old', f.name, f.dataType)} <=> "
+            f"{_comparable('new', f.name, f.dataType)})"
+            for f in compared
+        )
         return differs, {name: f"new.`{name}`" for name in table.columns if name not in table.key}
 
     def _create(self, table: Table) -> None:
@@ -378,7 +436,10 @@ class Tables:
         if self.named:
             found = self.spark.sql(f"SHOW TABLES IN {self.location} LIKE '_staging_*'").collect()
             names = [row["tableName"] for row in found if not row["isTemporary"]]
-            details = {name: self.spark.sql(f"DESCRIBE DETAIL {self.location}.{name}").collect()[0] for name in names}
+            details = {
+                name: self.spark.sql(f"DESCRIBE DETAIL {self.location}.{name}").collect()[0]
+                for name in names
+            }
             return [(name, detail["location"]) for name, detail in details.items()]
         files, folder = self.filesystem(self.location), self.path(self.location)
         entries = files.listStatus(folder) if files.exists(folder) else []
@@ -397,7 +458,9 @@ class Tables:
     def _on_disk(self, place: str) -> int | None:
         try:
             return int(self.filesystem(place).getContentSummary(self.path(place)).getLength())
-        except Exception:  # a catalog may own the folder and let nobody list it; then the size isn't known
+        except (
+            Exception
+        ):  # a catalog may own the folder and let nobody list it; then the size isn't known
             return None
 
     @contextmanager
@@ -418,7 +481,9 @@ class Tables:
         try:
             console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")
             before = console.out()
-            console.setOutDirect(jvm.java.io.PrintStream(jvm.java.io.OutputStream.nullOutputStream()))
+            console.setOutDirect(
+                jvm.java.io.PrintStream(jvm.java.io.OutputStream.nullOutputStream())
+            )
         except Exception:  # a platform may hide the JVM's classes; then it talks
             yield
             return
@@ -432,7 +497,9 @@ class Tables:
         return self.spark._jvm.org.apache.hadoop.fs.Path(uri)
 
     def filesystem(self, uri: str) -> Any:
-        return self.path(uri).getFileSystem(self.spark._jsparkSession.sessionState().newHadoopConf())
+        return self.path(uri).getFileSystem(
+            self.spark._jsparkSession.sessionState().newHadoopConf()
+        )
 
 
 def _wait(seconds: float) -> None:
@@ -470,7 +537,11 @@ def _inserted(result: DataFrame) -> int:
 
 def _comparable(side: str, name: str, kind: DataType) -> str:
     # Spark can't compare maps; sorted entries can be compared.
-    return f"array_sort(map_entries({side}.`{name}`))" if isinstance(kind, MapType) else f"{side}.`{name}`"
+    return (
+        f"array_sort(map_entries({side}.`{name}`))"
+        if isinstance(kind, MapType)
+        else f"{side}.`{name}`"
+    )
 
 
 def _check_schema(table: Table, found: StructType, place: str) -> None:
@@ -478,8 +549,13 @@ def _check_schema(table: Table, found: StructType, place: str) -> None:
     there = {field.name: field.dataType.simpleString() for field in found}
     wrong = [f"{name} isn't known" for name in there.keys() - expected.keys()]
     wrong += [f"{name} is missing" for name in expected.keys() - there.keys()]
-    wrong += [f"{name} is {there[name]}, expected {expected[name]}" for name in expected.keys() & there.keys()
-              if expected[name] != there[name]]  # fmt: skip
+    wrong += [
+        f"{name} is {there[name]}, expected {expected[name]}"
+        for name in expected.keys() & there.keys()
+        if expected[name] != there[name]
+    ]
     if wrong:
-        raise RunError(f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
-                       "Name another place with --set tables=…, or move the table away.")  # fmt: skip
+        raise RunError(
+            f"The table {place} has another schema than this release writes: {'; '.join(sorted(wrong))}. "
+            "Name another place with --set tables=…, or move the table away."
+        )

@@ -21,7 +21,9 @@ def augment(photos: torch.Tensor, chance: torch.Generator, mirrored: float = 0.0
     if mirrored and (gentle := round(len(photos) * mirrored)):
         flip = _rand(photos[:gentle], 1, 1, 1, chance=chance) < 0.5
         first = plain(torch.where(flip, photos[:gentle].flip(-1), photos[:gentle]))
-        return torch.cat([first, augment(photos[gentle:], chance)]) if gentle < len(photos) else first
+        return (
+            torch.cat([first, augment(photos[gentle:], chance)]) if gentle < len(photos) else first
+        )
     pixels = photos.float() / 255
     pixels = _replaced(pixels, chance)
     pixels = _moved(pixels, chance)
@@ -47,7 +49,9 @@ def _replaced(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     slope = torch.linspace(0, 1, pixels.shape[-1], device=pixels.device).view(1, 1, -1, 1)
     flat = first + (second - first) * slope * (_rand(pixels, 1, 1, 1, chance=chance) < 0.5)
     small = functional.interpolate(pixels.roll(1, 0), size=12, mode="bilinear", align_corners=False)
-    blurred = functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    blurred = functional.interpolate(
+        small, size=pixels.shape[-2:], mode="bilinear", align_corners=False
+    )
     other = torch.where(_rand(pixels, 1, 1, 1, chance=chance) < 0.4, blurred, flat)
     # A room's floor or wall has a grain.
     other = other + 0.06 * (torch.rand(pixels.shape, generator=chance, device=pixels.device) - 0.5)
@@ -64,24 +68,36 @@ def _background(pixels: torch.Tensor) -> torch.Tensor:
     for _ in range(_FLOOD_SIDE):
         reached = functional.max_pool2d(reached, 3, 1, 1) * area
     reached = functional.max_pool2d(reached, 3, 1, 1)
-    return light * functional.interpolate(reached, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    return light * functional.interpolate(
+        reached, size=pixels.shape[-2:], mode="bilinear", align_corners=False
+    )
 
 
 def _moved(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     draw = _rand(pixels, 7, chance=chance)
     far = draw[:, 6]  # some photos are hardly moved at all
     angle = (draw[:, 0] - 0.5) * 2 * math.radians(16) * far
-    size = torch.exp((draw[:, 1] - 0.45) * 0.9 * far)  # the window: from two thirds of the photo's side to 1.6
+    size = torch.exp(
+        (draw[:, 1] - 0.45) * 0.9 * far
+    )  # the window: from two thirds of the photo's side to 1.6
     ratio = torch.exp((draw[:, 2] - 0.5) * 0.45 * far)
     mirrored = torch.where(draw[:, 3] < 0.5, -1.0, 1.0)
     wide, high = size * ratio, size / ratio
     # A window smaller than the photo may lie anywhere in it, a larger one round it.
-    move = (draw[:, 4:6] - 0.5) * 2 * ((torch.stack([wide, high], 1) - 1).abs().clamp(max=0.45) + 0.06 * far[:, None])
+    move = (
+        (draw[:, 4:6] - 0.5)
+        * 2
+        * ((torch.stack([wide, high], 1) - 1).abs().clamp(max=0.45) + 0.06 * far[:, None])
+    )
     cos, sin = torch.cos(angle), torch.sin(angle)
-    rows = [torch.stack([mirrored * wide * cos, -high * sin, move[:, 0]], 1),
-            torch.stack([mirrored * wide * sin, high * cos, move[:, 1]], 1)]  # fmt: skip
+    rows = [
+        torch.stack([mirrored * wide * cos, -high * sin, move[:, 0]], 1),
+        torch.stack([mirrored * wide * sin, high * cos, move[:, 1]], 1),
+    ]
     grid = functional.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
-    return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return functional.grid_sample(
+        pixels, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 def _lit(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
@@ -111,5 +127,7 @@ def _hidden(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     high, wide = (side * (0.1 + 0.3 * draw[:, place : place + 1]) for place in (0, 1))
     top, left = draw[:, 2:3] * (side - high), draw[:, 3:4] * (side - wide)
     rows, columns = (line >= top) & (line < top + high), (line >= left) & (line < left + wide)
-    hide = (rows[:, None, :, None] & columns[:, None, None, :]) & (draw[:, 4].view(-1, 1, 1, 1) < 0.25)
+    hide = (rows[:, None, :, None] & columns[:, None, None, :]) & (
+        draw[:, 4].view(-1, 1, 1, 1) < 0.25
+    )
     return torch.where(hide, _rand(pixels, 3, 1, 1, chance=chance), pixels)

@@ -32,17 +32,32 @@ def write(folder: Path, made: Made, found: Mapping[str, Share], curve: Sequence[
         f"| {name} | {each.values:,} | {each.photos:,} | {each.right:.3f} | {each.blank:.3f} | {each.majority:.3f} |"
         for name, each in found.items()
     )
-    left_out = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in made.rejected.items()) or "none"
+    left_out = (
+        ", ".join(
+            f"{count:,} {reason.replace('_', ' ')}" for reason, count in made.rejected.items()
+        )
+        or "none"
+    )
     gone_on = " It went on from a captioner that was trained before." if made.plan.start else ""
     taught = "EfficientNet-Lite0 (ImageNet weights, Apache-2.0) told the tower what to look for while it learnt."
     (folder / "README.md").write_text(
         _TEXT.format(
-            rows=rows, command=made.command, data=made.data, licence=made.licence, photos=made.photos,
-            left_out=left_out, seen=made.plan.seen, batch=made.plan.batch, seed=made.plan.seed,
-            minutes=made.seconds / 60, device=made.device, teacher=taught if made.plan.teacher else "", gone_on=gone_on,
+            rows=rows,
+            command=made.command,
+            data=made.data,
+            licence=made.licence,
+            photos=made.photos,
+            left_out=left_out,
+            seen=made.plan.seen,
+            batch=made.plan.batch,
+            seed=made.plan.seed,
+            minutes=made.seconds / 60,
+            device=made.device,
+            teacher=taught if made.plan.teacher else "",
+            gone_on=gone_on,
         ).replace("\n\n\n", "\n\n"),
         encoding="utf-8",
-    )  # fmt: skip
+    )
     if curve:
         _draw(folder / "curve.png", curve)
 

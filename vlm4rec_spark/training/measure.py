@@ -36,7 +36,9 @@ class Share:
     majority: float
 
 
-def describe(folder: Path, photos: Iterable[Image.Image], say: Callable[[int], None] = lambda done: None) -> list[str]:
+def describe(
+    folder: Path, photos: Iterable[Image.Image], say: Callable[[int], None] = lambda done: None
+) -> list[str]:
     """The captions of the model in `folder`, by the ordinary backend and prompt; `say` is told how many are done."""
     captioner = load_captioner(ModelSettings(model=str(folder)), _TOGETHER)
     prompt, found, batch = load_prompt("describe.1").text, list[str](), list[Request]()
@@ -54,18 +56,32 @@ def _texts(captioner, batch: Sequence[Request]) -> list[str]:  # type: ignore[no
 
 
 def shares(
-    captions: Sequence[str], blank: str, truth: Sequence[Mapping[str, str]], values: Mapping[str, Sequence[str]]
+    captions: Sequence[str],
+    blank: str,
+    truth: Sequence[Mapping[str, str]],
+    values: Mapping[str, Sequence[str]],
 ) -> dict[str, Share]:
     """By attribute, over the photos whose true value is known."""
-    said, nothing, found = [named(caption, values) for caption in captions], named(blank, values), {}
+    said, nothing, found = (
+        [named(caption, values) for caption in captions],
+        named(blank, values),
+        {},
+    )
     for name in values:
-        known = [(told.get(name), true[name]) for told, true in zip(said, truth, strict=True) if true.get(name)]
+        known = [
+            (told.get(name), true[name])
+            for told, true in zip(said, truth, strict=True)
+            if true.get(name)
+        ]
         if known:
             commonest = Counter(true for _, true in known).most_common(1)[0][1]
             found[name] = Share(
-                len(known), len(values[name]), float(np.mean([told == true for told, true in known])),
-                float(np.mean([nothing.get(name) == true for _, true in known])), commonest / len(known),
-            )  # fmt: skip
+                len(known),
+                len(values[name]),
+                float(np.mean([told == true for told, true in known])),
+                float(np.mean([nothing.get(name) == true for _, true in known])),
+                commonest / len(known),
+            )
     return found
 
 
@@ -77,7 +93,17 @@ def held_out(folder: Path, labelled: Labelled, say: Callable[[str], None]) -> di
     """The shares on the photos that the training kept for validation, 2,000 at most."""
     rows = np.flatnonzero(labelled.held_out)[:_MOST]
     pictures = [Image.fromarray(labelled.photos[row].transpose(1, 2, 0)) for row in rows]
-    captions = describe(folder, [blank(), *pictures], lambda done: say(f"described {done:,} of {len(rows):,} photos"))
-    truth = [{name: labelled.values[name][each[row]] for name, each in labelled.labels.items() if each[row] >= 0}
-             for row in rows]  # fmt: skip
+    captions = describe(
+        folder,
+        [blank(), *pictures],
+        lambda done: say(f"described {done:,} of {len(rows):,} photos"),
+    )
+    truth = [
+        {
+            name: labelled.values[name][each[row]]
+            for name, each in labelled.labels.items()
+            if each[row] >= 0
+        }
+        for row in rows
+    ]
     return shares(captions[1:], captions[0], truth, labelled.values)

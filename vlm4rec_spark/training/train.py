@@ -57,7 +57,9 @@ class TrainingPlan:
 
 def device_name() -> str:
     """What the training runs on, for people."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,18 @@ class _Learner(torch.nn.Module):
         super().__init__()
         self.model = model
         width = model.config.vision_config.hidden_size
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(v)) for name, v in labelled.values.items()})
+        self.heads = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(width, len(v)) for name, v in labelled.values.items()}
+        )
         self.as_teacher = torch.nn.Linear(width, WIDTH) if teacher else None
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tower's mean place (n, width), and logits of each word of the sentences (n, words, vocabulary)."""
         llava = self.model.model
         seen = llava.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
-        given = torch.cat([llava.multi_modal_projector(seen), self.model.get_input_embeddings()(ids)], dim=1)
+        given = torch.cat(
+            [llava.multi_modal_projector(seen), self.model.get_input_embeddings()(ids)], dim=1
+        )
         hidden = llava.language_model(inputs_embeds=given).last_hidden_state[:, seen.shape[1] :]
         return seen.mean(1).float(), self.model.lm_head(hidden[:, :-1]).float()
 
@@ -99,14 +105,20 @@ def train(
     torch.manual_seed(plan.seed)
     model, processor = network.build(labelled.sentences)
     new_words = network.inherit(model, processor, Path(plan.start)) if plan.start else []
-    before = {name: each.detach().clone() for name, each in model.named_parameters()} if plan.kept else {}
+    before = (
+        {name: each.detach().clone() for name, each in model.named_parameters()}
+        if plan.kept
+        else {}
+    )
     learner = _Learner(model, labelled, plan.teacher).to(device)
     teacher = Teacher(device) if plan.teacher else None
     groups = _groups(learner, plan)
     optimiser = torch.optim.AdamW(groups, plan.rate, fused=True)
     steps = max(1, plan.seen // plan.batch)
     rates = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=steps, pct_start=_WARM_UP)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rates, total_steps=steps, pct_start=_WARM_UP
+    )
     parts = {"learner": learner, "optimiser": optimiser, "schedule": schedule}
     data = _Photos(labelled, processor, device)
     checkpoint = work / "checkpoint.pt"
@@ -129,12 +141,20 @@ def train(
             if looked:
                 curve.append(Point(done, loss.item(), data.right(learner)))
             left = (steps * plan.batch - done) / rate / 60
-            held = ", ".join(f"{name} {share:.3f}" for name, share in curve[-1].right.items()) if curve else "not yet"
-            say(f"{done:,} of {steps * plan.batch:,} photos seen, {rate:,.0f}/s, {left:.1f} min left; "
-                f"loss {loss.item():.3f}; held out: {held}")  # fmt: skip
+            held = (
+                ", ".join(f"{name} {share:.3f}" for name, share in curve[-1].right.items())
+                if curve
+                else "not yet"
+            )
+            say(
+                f"{done:,} of {steps * plan.batch:,} photos seen, {rate:,.0f}/s, {left:.1f} min left; "
+                f"loss {loss.item():.3f}; held out: {held}"
+            )
             since, spoke = step + 1, time.monotonic()
         if now - saved > _SAVE_SECONDS:
-            _save(checkpoint, parts, step + 1, spent + now - started, curve, _digest(plan, labelled))
+            _save(
+                checkpoint, parts, step + 1, spent + now - started, curve, _digest(plan, labelled)
+            )
             saved = time.monotonic()
     learner.model.eval().cpu()
     _keep(learner.model, before, new_words, plan.kept)
@@ -156,13 +176,23 @@ def _keep(model: Any, before: dict[str, torch.Tensor], new_words: list[int], sha
 
 def _groups(learner: _Learner, plan: TrainingPlan) -> list[dict[str, Any]]:
     """The weights that learn, by rate and decay: what is new beside a captioner to go on from learns faster."""
-    new = {id(each) for name, each in learner.named_parameters() if plan.start and not name.startswith("model.")}
+    new = {
+        id(each)
+        for name, each in learner.named_parameters()
+        if plan.start and not name.startswith("model.")
+    }
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for each in learner.parameters():
         if each.requires_grad:
             groups.setdefault((id(each) in new, each.ndim > 1), []).append(each)
-    return [{"params": found, "lr": plan.rate * (_NEW if fresh else 1), "weight_decay": 0.05 if decayed else 0.0}
-            for (fresh, decayed), found in groups.items()]  # fmt: skip
+    return [
+        {
+            "params": found,
+            "lr": plan.rate * (_NEW if fresh else 1),
+            "weight_decay": 0.05 if decayed else 0.0,
+        }
+        for (fresh, decayed), found in groups.items()
+    ]
 
 
 class _Photos:
@@ -170,19 +200,27 @@ class _Photos:
 
     def __init__(self, labelled: Labelled, processor: Any, device: str):
         self.device, self.all = device, labelled.photos
-        self.photos = torch.from_numpy(np.ascontiguousarray(labelled.photos)).to(device) if device == "cuda" else None
+        self.photos = (
+            torch.from_numpy(np.ascontiguousarray(labelled.photos)).to(device)
+            if device == "cuda"
+            else None
+        )
         said = processor.tokenizer(labelled.sentences, add_special_tokens=False)["input_ids"]
         asked = processor.tokenizer.convert_tokens_to_ids(network.ASKED)
         longest = max(map(len, said))
         rows = [[asked, *words, network.END, *[0] * (longest - len(words))] for words in said]
         self.ids = torch.tensor(rows, device=device)
-        self.labels = {name: torch.from_numpy(each).to(device) for name, each in labelled.labels.items()}
+        self.labels = {
+            name: torch.from_numpy(each).to(device) for name, each in labelled.labels.items()
+        }
         weights = np.where(labelled.held_out, 0, labelled.weights)
         self.chances = np.cumsum(weights) / weights.sum()
         self.held_out = np.flatnonzero(labelled.held_out)[:_VALIDATED]
 
     def draw(self, count: int, chance: np.random.Generator) -> np.ndarray:
-        return np.searchsorted(self.chances, chance.random(count), side="right").clip(max=len(self.all) - 1)
+        return np.searchsorted(self.chances, chance.random(count), side="right").clip(
+            max=len(self.all) - 1
+        )
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:
         if self.photos is not None:
@@ -200,7 +238,9 @@ class _Photos:
         for first in range(0, len(self.held_out), 250):
             rows = self.held_out[first : first + 250]
             with _fast(self.device):
-                seen = learner.model.model.vision_tower(plain(self.pixels(rows)), output_hidden_states=True)
+                seen = learner.model.model.vision_tower(
+                    plain(self.pixels(rows)), output_hidden_states=True
+                )
             pooled.append(seen.hidden_states[-1].mean(1).float())
         learner.train()
         together, found = torch.cat(pooled), {}
@@ -213,7 +253,12 @@ class _Photos:
 
 
 def _step(
-    learner: _Learner, teacher: Teacher | None, data: _Photos, plan: TrainingPlan, step: int, device: str
+    learner: _Learner,
+    teacher: Teacher | None,
+    data: _Photos,
+    plan: TrainingPlan,
+    step: int,
+    device: str,
 ) -> torch.Tensor:
     # Each step draws from a seed of its own: a training that was stopped goes on as it would have.
     rows = data.draw(plan.batch, np.random.default_rng([plan.seed, step]))
@@ -226,7 +271,11 @@ def _step(
         seen, said = learner(pixels, ids)
         taught = teacher.features(pixels) if teacher else None
     words = functional.cross_entropy(
-        said.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0, reduction="sum", label_smoothing=_SMOOTHING / 2
+        said.flatten(0, 1),
+        ids[:, 1:].flatten(),
+        ignore_index=0,
+        reduction="sum",
+        label_smoothing=_SMOOTHING / 2,
     )
     loss = words / plan.batch / 5
     for name, head in learner.heads.items():
@@ -236,7 +285,11 @@ def _step(
                 head(seen), truth, ignore_index=-1, label_smoothing=_SMOOTHING
             )
     if taught is not None and learner.as_teacher is not None:
-        loss = loss + _DISTILLED * (1 - functional.cosine_similarity(learner.as_teacher(seen), taught)).mean()
+        loss = (
+            loss
+            + _DISTILLED
+            * (1 - functional.cosine_similarity(learner.as_teacher(seen), taught)).mean()
+        )
     return loss
 
 
@@ -255,15 +308,33 @@ def _resume(checkpoint: Path, parts: dict[str, Any], digest: str) -> tuple[int, 
         return 0, 0.0, []
     state = torch.load(checkpoint, weights_only=True)
     if state["digest"] != digest:
-        raise UsageError(f"{checkpoint}: it belongs to a training with other photos or settings. Give another --work "
-                         "folder, or delete it.")  # fmt: skip
+        raise UsageError(
+            f"{checkpoint}: it belongs to a training with other photos or settings. Give another --work "
+            "folder, or delete it."
+        )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["spent"], [Point(**point) for point in state["curve"]]
 
 
-def _save(checkpoint: Path, parts: dict[str, Any], step: int, spent: float, curve: list[Point], digest: str) -> None:
+def _save(
+    checkpoint: Path,
+    parts: dict[str, Any],
+    step: int,
+    spent: float,
+    curve: list[Point],
+    digest: str,
+) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
     beside = checkpoint.with_suffix(".tmp")
-    torch.save({**state, "step": step, "spent": spent, "curve": [asdict(p) for p in curve], "digest": digest}, beside)
+    torch.save(
+        {
+            **state,
+            "step": step,
+            "spent": spent,
+            "curve": [asdict(p) for p in curve],
+            "digest": digest,
+        },
+        beside,
+    )
     beside.replace(checkpoint)

@@ -11,7 +11,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 _LONGEST = 100
 """Characters of a value. A phrase is asked for; what is longer is a description that has gone astray."""
-_NOTHING = {"", "unknown", "none", "n/a", "na", "null", "not visible", "not specified", "unspecified", "unclear"}
+_NOTHING = {
+    "",
+    "unknown",
+    "none",
+    "n/a",
+    "na",
+    "null",
+    "not visible",
+    "not specified",
+    "unspecified",
+    "unclear",
+}
 """What models write where they are asked to leave a value empty."""
 
 
@@ -56,12 +67,15 @@ class Attributes(BaseModel):
         return ", ".join(self.known.values()) + "."
 
 
-NAMED = ", ".join(f'"{name}" ({field.description})' for name, field in Attributes.model_fields.items())
+NAMED = ", ".join(
+    f'"{name}" ({field.description})' for name, field in Attributes.model_fields.items()
+)
 """The attributes as a prompt names them."""
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
-        name: {"type": "string", "description": field.description} for name, field in Attributes.model_fields.items()
+        name: {"type": "string", "description": field.description}
+        for name, field in Attributes.model_fields.items()
     },
     # OpenAI and Anthropic take a schema only where it requires every property and allows no other.
     "required": list(Attributes.model_fields),
@@ -76,13 +90,17 @@ def parse(answer: str) -> Attributes:
     if start < 0:
         raise AttributesError(f"no JSON object: {answer[:200]}")
     if end < start:
-        raise AttributesError(f"the JSON ends early (see caption.model.max_new_tokens): {answer[:200]}")
+        raise AttributesError(
+            f"the JSON ends early (see caption.model.max_new_tokens): {answer[:200]}"
+        )
     try:
         found = Attributes.model_validate_json(answer[start : end + 1])
     except ValidationError as wrong:
         first = wrong.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise AttributesError(f"{f'{place}: ' if place else ''}{first['msg']}: {answer[:200]}") from None
+        raise AttributesError(
+            f"{f'{place}: ' if place else ''}{first['msg']}: {answer[:200]}"
+        ) from None
     if not found.kind:
         raise AttributesError(f"kind: it is empty: {answer[:200]}")
     return found

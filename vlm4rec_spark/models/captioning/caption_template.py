@@ -19,22 +19,36 @@ def sentence(attributes: Mapping[str, str]) -> str:
     their names. Which of four wordings is used depends on the kind alone: the words between the attributes then add
     no noise to the sentences' vectors.
     """
-    said = {name: " ".join(value.split()) for name, value in attributes.items() if value and value.strip()}
+    said = {
+        name: " ".join(value.split())
+        for name, value in attributes.items()
+        if value and value.strip()
+    }
     kind = said.get("kind", "product")
     look = " ".join([said[name] for name in _LOOK if name in said and name != "kind"] + [kind])
     plural = kind.endswith("s") and not kind.endswith("ss")
     wording = zlib.crc32(kind.encode()) % 4
     audience = f"for {said['audience']}" if "audience" in said else ""
     style = f"in a {said['style']} style" if "style" in said else ""
-    use, rest = said.get("use", ""), [f"{name} {value}" for name, value in said.items() if name not in _KNOWN]
+    use, rest = (
+        said.get("use", ""),
+        [f"{name} {value}" for name, value in said.items() if name not in _KNOWN],
+    )
     if wording == 0:
-        parts = [" ".join(filter(None, [_noun(look, plural), audience])), style, use and f"for {use}"]
+        parts = [
+            " ".join(filter(None, [_noun(look, plural), audience])),
+            style,
+            use and f"for {use}",
+        ]
     elif wording == 1:
         shown = f"{'these are' if plural else 'this is'} {_noun(look, plural)}"
         parts = [" ".join(filter(None, [shown, audience])), style, use and f"made for {use}"]
     elif wording == 2:
-        coloured = f"{_noun(look.removeprefix(said['colour'] + ' '), plural)} in {said['colour']}" \
-            if "colour" in said else _noun(look, plural)  # fmt: skip
+        coloured = (
+            f"{_noun(look.removeprefix(said['colour'] + ' '), plural)} in {said['colour']}"
+            if "colour" in said
+            else _noun(look, plural)
+        )
         parts = [coloured, audience, style, use and f"good for {use}"]
     else:
         parts = [audience, _noun(look, plural), style, use and f"meant for {use}"]
@@ -63,7 +77,11 @@ def named(text: str, values: Mapping[str, Iterable[str]]) -> dict[str, str]:
     kind "casual shoes" isn't the use "casual". An attribute of which no value stands there is missing.
     """
     phrases = sorted(
-        ((tuple(_WORD.findall(value.lower())), name, value) for name, each in values.items() for value in each),
+        (
+            (tuple(_WORD.findall(value.lower())), name, value)
+            for name, each in values.items()
+            for value in each
+        ),
         key=lambda phrase: -len(phrase[0]),
     )
     by_first: dict[str, list[tuple[tuple[str, ...], str, str]]] = {}

@@ -124,7 +124,9 @@ class ModelSettings(BaseModel):
         if self.backend == "fake":
             return f"fake-{self.model}@1"
         if self.backend == "endpoint":
-            return f"{self.model}@endpoint" + (f"@{self.revision}" if self.revision != "main" else "")
+            return f"{self.model}@endpoint" + (
+                f"@{self.revision}" if self.revision != "main" else ""
+            )
         return pinned_id("caption.model.model", self.source, self.revision)
 
 
@@ -143,13 +145,21 @@ def load_captioner(
     if settings.backend == "endpoint":
         from vlm4rec_spark.models.captioning.backends.endpoint import EndpointCaptioner
 
-        return EndpointCaptioner(settings.model, settings.max_new_tokens, settings.endpoint, json_schema)
+        return EndpointCaptioner(
+            settings.model, settings.max_new_tokens, settings.endpoint, json_schema
+        )
     if settings.backend == "vllm":
         from vlm4rec_spark.models.captioning.backends.vllm import VllmCaptioner
 
-        return VllmCaptioner(settings.source, settings.revision, settings.max_new_tokens, json_schema)
+        return VllmCaptioner(
+            settings.source, settings.revision, settings.max_new_tokens, json_schema
+        )
     from vlm4rec_spark.models.captioning.backends.transformers import TransformersCaptioner
 
     return TransformersCaptioner(
-        settings.source, settings.revision, settings.max_new_tokens, batch_size, settings.torch_compile
+        settings.source,
+        settings.revision,
+        settings.max_new_tokens,
+        batch_size,
+        settings.torch_compile,
     )

@@ -46,13 +46,17 @@ def main(handle: int, parent: int, idle_seconds: float) -> None:
         captioner = load_captioner(settings, hello["batch_size"], hello["json_schema"])
     except Exception as failure:
         shared = error_class(failure) == "out_of_memory" and "CUDA" in str(failure)
-        hint = " Does another task use this GPU? See spark.task.resource.gpu.amount." if shared else ""
+        hint = (
+            " Does another task use this GPU? See spark.task.resource.gpu.amount." if shared else ""
+        )
         wire.send({"cannot": f"be loaded: {type(failure).__name__}: {failure}"[:2_000] + hint})
         return
     wire.send({"at_once": captioner.at_once})
     captioner.begins = lambda keys: wire.send({"at_work": list(keys)})
     intake = _Intake()
-    threading.Thread(target=_decode_ahead, args=(wire, settings.max_side, intake), daemon=True).start()
+    threading.Thread(
+        target=_decode_ahead, args=(wire, settings.max_side, intake), daemon=True
+    ).start()
     try:
         _serve(captioner, intake, wire, idle_seconds)
     except RunError as failure:
@@ -78,12 +82,25 @@ def _serve(captioner: Captioner, intake: _Intake, wire: _Wire, idle_seconds: flo
         worked += time.perf_counter() - taken
         if answers:
             held -= len(answers)
-            wire.send({"answers": [_row(answer) for answer in answers], "seconds": worked, "waited": waited})
+            wire.send(
+                {
+                    "answers": [_row(answer) for answer in answers],
+                    "seconds": worked,
+                    "waited": waited,
+                }
+            )
             worked = waited = 0.0
 
 
 def _row(answer: Answer) -> list[Any]:
-    return [answer.key, answer.text, answer.input_tokens, answer.output_tokens, answer.error_class, answer.error]
+    return [
+        answer.key,
+        answer.text,
+        answer.input_tokens,
+        answer.output_tokens,
+        answer.error_class,
+        answer.error,
+    ]
 
 
 class _Wire:

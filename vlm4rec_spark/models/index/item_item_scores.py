@@ -29,7 +29,12 @@ class ItemItemScores:
 
     @staticmethod
     def build(
-        folder: Path, index_id: str, items: int, first: np.ndarray, second: np.ndarray, strengths: np.ndarray
+        folder: Path,
+        index_id: str,
+        items: int,
+        first: np.ndarray,
+        second: np.ndarray,
+        strengths: np.ndarray,
     ) -> None:
         """Write the folder from rows of (position, position of an item found with it, strength), each pair once."""
         order = np.lexsort((second, -strengths, first))
@@ -42,13 +47,17 @@ class ItemItemScores:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "positions.npy", positions)
         np.save(folder / "strengths.npy", strong)
-        artifact.seal(folder, {"format": FORMAT, "index_id": index_id, "items": items, "kept": shape[1]})
+        artifact.seal(
+            folder, {"format": FORMAT, "index_id": index_id, "items": items, "kept": shape[1]}
+        )
 
     @classmethod
     def open(cls, folder: Path) -> ItemItemScores:
         """Open the folder. Raises RunError when it is incomplete, damaged or of another format."""
         artifact.manifest("cooccurrence", folder, FORMAT, _AGAIN)
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "strengths")))
+        return cls(
+            *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "strengths"))
+        )
 
     def scores_for(self, history: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The items found with those of a history, by position, and how strongly: float64, the strongest is 1.

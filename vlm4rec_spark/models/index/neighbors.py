@@ -42,7 +42,10 @@ class Neighbors:
 
     @staticmethod
     def write(
-        folder: Path, searcher: Searcher, effort: Effort, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]
+        folder: Path,
+        searcher: Searcher,
+        effort: Effort,
+        parts: Iterable[tuple[int, np.ndarray, np.ndarray]],
     ) -> None:
         """Write the folder from parts: the position of the first item, then positions and cosines (items, depth).
 
@@ -58,22 +61,32 @@ class Neighbors:
             positions[first : first + len(near)], cosines[first : first + len(near)] = near, similar
         for whole in (positions, cosines):
             whole.flush()
-        artifact.seal(folder, {
-            "format": FORMAT, "index_id": searcher.index_id, "items": shape[0], "depth": shape[1],
-            "leaves": effort.leaves,
-        })  # fmt: skip
+        artifact.seal(
+            folder,
+            {
+                "format": FORMAT,
+                "index_id": searcher.index_id,
+                "items": shape[0],
+                "depth": shape[1],
+                "leaves": effort.leaves,
+            },
+        )
 
     @classmethod
     def open(cls, folder: Path) -> Neighbors:
         """Open the folder. Raises RunError when it is incomplete, damaged or of another format."""
         told = artifact.manifest("neighbours", folder, FORMAT, _AGAIN)
         # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
-        mapped = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "cosines"))
+        mapped = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "cosines")
+        )
         positions, cosines = map(np.asarray, mapped)
         return cls(positions, cosines, told["index_id"], told["leaves"])
 
     def merged_for(self, searcher: Searcher, effort: Effort) -> bool:
         """Whether a search with this effort's leaves finds the same. Raises RunError where the index is another."""
         if self.index_id != searcher.index_id:
-            raise RunError(f"The neighbours are those of index {self.index_id}, not of {searcher.index_id}. {_AGAIN}")
+            raise RunError(
+                f"The neighbours are those of index {self.index_id}, not of {searcher.index_id}. {_AGAIN}"
+            )
         return self.leaves == effort.leaves

@@ -71,9 +71,16 @@ class Searcher:
     """Cosine search over unit vectors. Open one with `Searcher.open`; it can't be pickled."""
 
     def __init__(
-        self, folder: Path, names: pa.Array, words: np.ndarray, vocabulary: pa.Array, vectors: np.ndarray,
-        coded: np.ndarray, scann: Any, manifest: dict,
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        names: pa.Array,
+        words: np.ndarray,
+        vocabulary: pa.Array,
+        vectors: np.ndarray,
+        coded: np.ndarray,
+        scann: Any,
+        manifest: dict,
+    ):
         self.folder = folder
         self.names, self.words, self.vocabulary = names, words, vocabulary
         self.vectors, self.coded, self.manifest = vectors, coded, manifest
@@ -99,8 +106,16 @@ class Searcher:
         return len(self.ids)
 
     @staticmethod
-    def build(folder: Path, index_id: str, ids: Sequence[str], vectors: np.ndarray, texts: Sequence[str],
-              ann_min_items: int, base: Searcher | None = None, content: str = "") -> None:  # fmt: skip
+    def build(
+        folder: Path,
+        index_id: str,
+        ids: Sequence[str],
+        vectors: np.ndarray,
+        texts: Sequence[str],
+        ann_min_items: int,
+        base: Searcher | None = None,
+        content: str = "",
+    ) -> None:
         """Write the artefact to `folder`. ids must be sorted and distinct; vectors float32 (items, dimension), unit.
 
         ScaNN's codes are built from `scann_from` items on; below it search is exact. With a `base` (see `rests`) its
@@ -111,51 +126,76 @@ class Searcher:
             raise RunError("The index can't be built: no item has an embedding.")
         bad = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) <= 1e-3))
         if len(bad):
-            raise RunError(f"The index can't be built: {len(bad):,} of {len(ids):,} embeddings are not unit vectors "
-                           f"(zero, NaN or unscaled), such as that of {ids[bad[0]]!r}.")  # fmt: skip
+            raise RunError(
+                f"The index can't be built: {len(bad):,} of {len(ids):,} embeddings are not unit vectors "
+                f"(zero, NaN or unscaled), such as that of {ids[bad[0]]!r}."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "vectors.npy", np.ascontiguousarray(vectors, np.float32))
         pq.write_table(pa.table({"item_id": pa.array(ids, pa.string())}), folder / "ids.parquet")
         frozen = base.vocabulary.to_pylist()[-base.manifest["words"] :] if base else []
         words, vocabulary = _telling_words(texts, frozen)
         np.save(folder / "words.npy", words)
-        pq.write_table(pa.table({"word": pa.array(vocabulary, pa.string())}), folder / "vocabulary.parquet")
+        pq.write_table(
+            pa.table({"word": pa.array(vocabulary, pa.string())}), folder / "vocabulary.parquet"
+        )
         np.save(folder / "coded.npy", base.still(ids, vectors) if base else np.arange(len(ids)))
-        leaves = base.manifest["leaves"] if base else _leaves(len(ids)) if _large(len(ids), ann_min_items) else 0
+        leaves = (
+            base.manifest["leaves"]
+            if base
+            else _leaves(len(ids))
+            if _large(len(ids), ann_min_items)
+            else 0
+        )
         if leaves and base:
             shutil.copytree(base.folder / "scann", folder / "scann")
         elif leaves:
             _build_scann(folder / "scann", vectors)
-        artifact.seal(folder, {
-            "format": FORMAT,
-            "index_id": index_id,
-            "base": base.base if base else index_id,
-            "content": content,
-            "items": len(ids),
-            "dimension": int(vectors.shape[1]),
-            "leaves": leaves,
-            "words": len(frozen or vocabulary),
-        })  # fmt: skip
+        artifact.seal(
+            folder,
+            {
+                "format": FORMAT,
+                "index_id": index_id,
+                "base": base.base if base else index_id,
+                "content": content,
+                "items": len(ids),
+                "dimension": int(vectors.shape[1]),
+                "leaves": leaves,
+                "words": len(frozen or vocabulary),
+            },
+        )
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Searcher:
         """Open an artefact. Raises RunError when it is incomplete, damaged or of another format."""
         manifest = artifact.manifest("index", folder, FORMAT, _AGAIN, verify)
-        columns = (pq.read_table(folder / f"{name}.parquet").column(0) for name in ("ids", "vocabulary"))
+        columns = (
+            pq.read_table(folder / f"{name}.parquet").column(0) for name in ("ids", "vocabulary")
+        )
         names, vocabulary = (column.combine_chunks() for column in columns)
         # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
-        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("vectors", "words", "coded"))
+        arrays = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("vectors", "words", "coded")
+        )
         vectors, words, coded = map(np.asarray, arrays)
-        scann = _scann().scann_ops_pybind.load_searcher(str(folder / "scann")) if manifest["leaves"] else None
+        scann = (
+            _scann().scann_ops_pybind.load_searcher(str(folder / "scann"))
+            if manifest["leaves"]
+            else None
+        )
         # In a worker Spark sets this to the task's cores (spark.task.cpus); ScaNN would take all of the machine.
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if scann is not None and threads.isdigit():
             scann.set_num_threads(int(threads))
         return cls(folder, names, words, vocabulary, vectors, coded, scann, manifest)
 
-    def rests(self, ids: Sequence[str], vectors: np.ndarray, ann_min_items: int, most: float) -> bool:
+    def rests(
+        self, ids: Sequence[str], vectors: np.ndarray, ann_min_items: int, most: float
+    ) -> bool:
         """Whether a version of these items may rest on this one: at most the share `most` came, went or changed."""
-        if vectors.shape[1] != self.vectors.shape[1] or self.approximate != _large(len(ids), ann_min_items):
+        if vectors.shape[1] != self.vectors.shape[1] or self.approximate != _large(
+            len(ids), ann_min_items
+        ):
             return False
         there = int((self.still(ids, vectors) >= 0).sum())
         return len(ids) - there + len(self.coded) - there <= most * len(ids)
@@ -178,7 +218,9 @@ class Searcher:
         known = self.positions(named.dictionary.to_pylist())
         return known[named.indices.to_numpy()] if len(known) else np.empty(0, np.int64)
 
-    def exact(self, queries: np.ndarray, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def exact(
+        self, queries: np.ndarray, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Every item, or those at the sorted positions `among`, as a candidate of every query: positions (queries,
         items) and cosines, in index order."""
         self._check(queries)
@@ -203,7 +245,9 @@ class Searcher:
             final_num_neighbors=min(candidates + _TIES, len(self)),
             leaves_to_search=effort.leaves,
         )
-        positions, distances = (found[: len(queries), :candidates] for found in (positions, distances))
+        positions, distances = (
+            found[: len(queries), :candidates] for found in (positions, distances)
+        )
         positions = np.where(np.isnan(distances), -1, self.coded[positions])
         if len(self.fresh):
             positions = self._with_fresh(queries, positions, distances)
@@ -221,14 +265,24 @@ class Searcher:
         """Raises RunError for queries of another dimension, or not finite; of a query of zeros all cosines are 0."""
         dimension = self.vectors.shape[1]
         if queries.shape[1] != dimension:
-            raise RunError(f"A query of {queries.shape[1]} dimensions was asked of an index of {dimension}: they come "
-                           "from two encoders. Run the stages from embed on again.")  # fmt: skip
+            raise RunError(
+                f"A query of {queries.shape[1]} dimensions was asked of an index of {dimension}: they come "
+                "from two encoders. Run the stages from embed on again."
+            )
         if not np.isfinite(queries).all():
-            raise RunError("A query has NaN or infinite numbers. Run the stages from embed on again.")
+            raise RunError(
+                "A query has NaN or infinite numbers. Run the stages from embed on again."
+            )
 
-    def _with_fresh(self, queries: np.ndarray, positions: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    def _with_fresh(
+        self, queries: np.ndarray, positions: np.ndarray, distances: np.ndarray
+    ) -> np.ndarray:
         """Positions, merged with those of the items beside the codes: these by their cosines, the others by ScaNN's."""
-        candidates, fresh, merged = positions.shape[1], self.vectors[self.fresh], np.empty_like(positions)
+        candidates, fresh, merged = (
+            positions.shape[1],
+            self.vectors[self.fresh],
+            np.empty_like(positions),
+        )
         none, everything = np.empty(0, np.int64), np.ones(len(self), bool)
         step = max(1, _SCORES_AT_ONCE // len(fresh))
         for start in range(0, len(queries), step):
@@ -239,7 +293,9 @@ class Searcher:
             both = np.concatenate([positions[part], near], axis=1)
             found = np.concatenate([distances[part], nearness], axis=1)
             # An item that is gone keeps its place (as -1): else a deeper search would find another in it.
-            order = np.argsort(np.where(np.isnan(found), np.inf, -found), axis=1, kind="stable")[:, :candidates]
+            order = np.argsort(np.where(np.isnan(found), np.inf, -found), axis=1, kind="stable")[
+                :, :candidates
+            ]
             merged[part] = np.take_along_axis(both, order, 1)
         return merged
 
@@ -256,12 +312,17 @@ def _leaves(items: int) -> int:
 def _build_scann(folder: Path, vectors: np.ndarray) -> None:
     leaves, sample = _leaves(len(vectors)), min(len(vectors), 250_000)
     searcher = (
-        _scann().scann_ops_pybind.builder(vectors, 10, "dot_product")
-        .tree(num_leaves=leaves, num_leaves_to_search=max(1, leaves // 10), training_sample_size=sample)
+        _scann()
+        .scann_ops_pybind.builder(vectors, 10, "dot_product")
+        .tree(
+            num_leaves=leaves,
+            num_leaves_to_search=max(1, leaves // 10),
+            training_sample_size=sample,
+        )
         # No reorder(): it keeps a second copy of all vectors in the folder; candidates are rescored from vectors.npy.
         .score_ah(2, anisotropic_quantization_threshold=0.2)
         .build()
-    )  # fmt: skip
+    )
     folder.mkdir(exist_ok=True)
     searcher.serialize(str(folder), relative_path=True)
 
@@ -270,22 +331,57 @@ def _scann() -> Any:
     try:
         import scann
     except ImportError as missing:
-        raise UsageError(f"{missing}. An approximate index needs: pip install 'vlm4rec_spark[local]'") from missing
+        raise UsageError(
+            f"{missing}. An approximate index needs: pip install 'vlm4rec_spark[local]'"
+        ) from missing
     return scann
 
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _STOP = frozenset(
-    {"and", "are", "but", "can", "for", "from", "has", "have", "into", "its", "made", "not", "out", "per", "same",
-     "such", "than", "that", "the", "their", "them", "then", "this", "used", "using", "was", "were", "which", "while",
-     "with", "you", "your"}
-)  # fmt: skip
+    {
+        "and",
+        "are",
+        "but",
+        "can",
+        "for",
+        "from",
+        "has",
+        "have",
+        "into",
+        "its",
+        "made",
+        "not",
+        "out",
+        "per",
+        "same",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "this",
+        "used",
+        "using",
+        "was",
+        "were",
+        "which",
+        "while",
+        "with",
+        "you",
+        "your",
+    }
+)
 
 
 _MOST_WORDS = 32
 
 
-def _telling_words(texts: Sequence[str], frozen: Sequence[str] = ()) -> tuple[np.ndarray, list[str]]:
+def _telling_words(
+    texts: Sequence[str], frozen: Sequence[str] = ()
+) -> tuple[np.ndarray, list[str]]:
     """The words of each text by their numbers, and the words; rarest in the catalogue first (inverse document
     frequency), without stop words; of a long text the rarest. Words `frozen` keep their order, after all new ones."""
     words = [set(_WORD.findall(text.lower())) - _STOP for text in texts]

@@ -48,8 +48,13 @@ def fault(address: str) -> tuple[str, bool] | None:
     ip = ip_address(address)
     if isinstance(ip, IPv6Address):
         ip = _inner(ip)
-    for kind, name in (("unspecified", "no host's"), ("loopback", "this machine's own"), ("link_local", "link-local"),
-                       ("multicast", "for many hosts"), ("reserved", "reserved")):  # fmt: skip
+    for kind, name in (
+        ("unspecified", "no host's"),
+        ("loopback", "this machine's own"),
+        ("link_local", "link-local"),
+        ("multicast", "for many hosts"),
+        ("reserved", "reserved"),
+    ):
         if getattr(ip, f"is_{kind}"):
             return name, kind == "loopback"
     if ip in _PLATFORM:

@@ -19,13 +19,32 @@ _FLAT = 8
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "ICO")
 """Photos come in these. Pillow knows forty more, and for one of them, EPS, it starts Ghostscript."""
-_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*", b"\x00\x00\x00\x0cjP  ")
+_BEGINNINGS = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n",
+    b"GIF8",
+    b"RIFF",
+    b"II*\x00",
+    b"MM\x00*",
+    b"\x00\x00\x00\x0cjP  ",
+)
 """What opens with these and can't be identified was a photo once."""
-_HEIC, _AVIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), (b"avif", b"avis")
+_HEIC, _AVIF = (
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+    (b"avif", b"avis"),
+)
 
 PHOTO_ERRORS = (
-    "empty", "not_an_image", "html_page", "svg", "unsupported", "truncated", "too_large", "too_small", "blank",
-)  # fmt: skip
+    "empty",
+    "not_an_image",
+    "html_page",
+    "svg",
+    "unsupported",
+    "truncated",
+    "too_large",
+    "too_small",
+    "blank",
+)
 """The classes: no bytes; bytes of no known kind; a web page or a drawing under a photo's name; a kind that this
 machine can't read; damaged or cut off; more than MAX_PIXELS; a side under MIN_SIDE; one colour all over."""
 
@@ -69,9 +88,13 @@ def decode(data: bytes, max_side: int) -> Image.Image:
 
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise PhotoError("too_large", f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,}")
+        raise PhotoError(
+            "too_large", f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,}"
+        )
     if min(image.size) < MIN_SIDE:
-        raise PhotoError("too_small", f"{image.width} x {image.height} pixels, at least {MIN_SIDE} x {MIN_SIDE}")
+        raise PhotoError(
+            "too_small", f"{image.width} x {image.height} pixels, at least {MIN_SIDE} x {MIN_SIDE}"
+        )
 
 
 def _small(image: Image.Image, max_side: int) -> Image.Image:

@@ -88,7 +88,11 @@ def fetch(url: str, limits: HttpSettings, since: int | None = None) -> Download 
             return _try(url, limits, since)
         except _Passing as failure:
             # Half by chance, so that all those that failed together don't come back together.
-            pause = 2.0 ** (tried - 1) * random.uniform(0.5, 1) if failure.after is None else failure.after
+            pause = (
+                2.0 ** (tried - 1) * random.uniform(0.5, 1)
+                if failure.after is None
+                else failure.after
+            )
             time.sleep(min(pause, LONGEST_WAIT))
     return _try(url, limits, since)
 
@@ -129,7 +133,9 @@ def _try(url: str, limits: HttpSettings, since: int | None) -> Download | None:
     except ssl.SSLCertVerificationError as untrusted:
         raise DownloadError(f"the certificate isn't accepted: {untrusted.verify_message}") from None
     except socket.gaierror as unknown:
-        raise (_Passing if unknown.errno == socket.EAI_AGAIN else DownloadError)("the host isn't known") from None
+        raise (_Passing if unknown.errno == socket.EAI_AGAIN else DownloadError)(
+            "the host isn't known"
+        ) from None
     except OSError as broken:
         raise _Passing(f"the connection failed: {broken.strerror or broken}") from None
     except IncompleteRead:
@@ -152,7 +158,9 @@ def _asked(url: str, private: bool, since: int | None, deadline: float) -> Itera
         raise ValueError
     host, tls = parts.hostname.encode("idna").decode(), parts.scheme == "https"
     port = parts.port or (443 if tls else 80)
-    target = quote(parts.path or "/", safe=_LITERAL) + (f"?{quote(parts.query, safe=_LITERAL)}" if parts.query else "")
+    target = quote(parts.path or "/", safe=_LITERAL) + (
+        f"?{quote(parts.query, safe=_LITERAL)}" if parts.query else ""
+    )
     with connection.connect(host, port, tls, private, deadline) as line:
         request = HTTPConnection(host, port)
         request.sock = line
@@ -188,8 +196,11 @@ def _answer(response: HTTPResponse, limits: HttpSettings, since: int | None) -> 
     if image is None:
         raise DownloadError(f"larger than {limits.max_mb:g} MB")
     answered_at = _time(response.getheader("Date"))
-    return Download(image, _time(response.getheader("Last-Modified")),
-                    int(time.time() * 1_000) if answered_at is None else answered_at)  # fmt: skip
+    return Download(
+        image,
+        _time(response.getheader("Last-Modified")),
+        int(time.time() * 1_000) if answered_at is None else answered_at,
+    )
 
 
 def _body(response: HTTPResponse, most: int) -> bytes | None:

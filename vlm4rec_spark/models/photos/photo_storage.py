@@ -25,13 +25,16 @@ class Known:
 _NOTHING = Known()
 
 
-def read(uri: str, http: HttpSettings, known: Known = _NOTHING, listed_at: int | None = None
-         ) -> tuple[bytes, int] | None:  # fmt: skip
+def read(
+    uri: str, http: HttpSettings, known: Known = _NOTHING, listed_at: int | None = None
+) -> tuple[bytes, int] | None:
     """Bytes and modification time, or None when they are those that are known. Raises whatever the place raises.
 
     `listed_at` is the time of a photo that a listing has found to be changed.
     """
-    return _download(uri, http, known) if download.is_url(uri) else _read_file(uri, known, listed_at)
+    return (
+        _download(uri, http, known) if download.is_url(uri) else _read_file(uri, known, listed_at)
+    )
 
 
 class ChangedError(Exception):
@@ -55,7 +58,9 @@ def _read_file(uri: str, known: Known, listed_at: int | None) -> tuple[bytes, in
         # It would be connected to without a look at where it leads.
         raise ValueError("an http address inside another address")
     # In an address, but not in a file's name, "::" says that one file system lies inside another.
-    files, path = fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
+    files, path = (
+        fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
+    )
     modified_at = listed_at
     if modified_at is None:
         modified_at = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
@@ -73,7 +78,10 @@ def _download(url: str, http: HttpSettings, known: Known) -> tuple[bytes, int] |
     if answer is None:
         return None
     modified_at = answer.last_modified
-    if hashlib.sha256(answer.image).hexdigest() == known.sha256 and modified_at in (None, known.modified_at):
+    if hashlib.sha256(answer.image).hexdigest() == known.sha256 and modified_at in (
+        None,
+        known.modified_at,
+    ):
         return None
     # The same photo with a new time is taken too, or it would be downloaded each night from now on.
     return answer.image, answer.answered_at if modified_at is None else modified_at

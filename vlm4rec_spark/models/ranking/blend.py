@@ -18,9 +18,13 @@ class BlendedQuery:
     """
 
     def __init__(
-        self, content: Queries, cooccurrence: ItemItemScores, share: float, positions: Sequence[np.ndarray],
+        self,
+        content: Queries,
+        cooccurrence: ItemItemScores,
+        share: float,
+        positions: Sequence[np.ndarray],
         weights: Sequence[np.ndarray],
-    ):  # fmt: skip
+    ):
         """positions: int64, of each user's items in the index, latest first; weights: of each of them."""
         self._content, self._cooccurrence, self._share = content, cooccurrence, share
         self._positions, self._weights = positions, weights
@@ -35,7 +39,9 @@ class BlendedQuery:
     def max_users_per_block(self, items: int) -> int:
         return self._content.max_users_per_block(items)
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(
+        self, searcher: Searcher, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self._share == 1:
             return padded([within(among, *self._found(user))[1] for user in range(len(self))])
         positions, scores = self._content.score_all(searcher, among)
@@ -47,7 +53,9 @@ class BlendedQuery:
             scores[user, columns] += self._share * strong.astype(np.float32)
         return positions, scores
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The best of either part, as many of each as the effort asks for, scored by both."""
         if self._share == 1:
             return self.score_all(searcher)
@@ -76,7 +84,9 @@ class BlendedQuery:
             history = self._positions[user]
             near, weighted = self._cooccurrence.positions[history], self._weights[user][:, None]
             each = self._cooccurrence.strengths[history] * weighted
-            adds = np.array([np.where(near == item, each, 0).max(axis=1) for item in items[user, by[user]]])
+            adds = np.array(
+                [np.where(near == item, each, 0).max(axis=1) for item in items[user, by[user]]]
+            )
             because[user, by[user]] = history[adds.argmax(axis=1)]
         return because, by
 

@@ -43,13 +43,20 @@ class Calibration:
     def words(self, leaves: int) -> str:
         if self.effort is None:
             return "exact"
-        return f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
+        return (
+            f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
+        )
 
 
 def cheapest(
-    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], offer: ListRules, rules: np.ndarray, k: int,
+    searcher: Searcher,
+    asked: Queries,
+    excluded: list[np.ndarray],
+    offer: ListRules,
+    rules: np.ndarray,
+    k: int,
     promise: float,
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise.
 
     Recall is that of the best eligible items, before any share a place. Exact search when no effort holds it, or when
@@ -74,7 +81,10 @@ def cheapest(
     chosen, least = None, float(EXACT_COST * len(searcher))
     for candidates in (k * factor for factor in _CANDIDATES):
         leaves = 1
-        while leaves < searcher.manifest["leaves"] and Effort(leaves, candidates).cost(searcher) < least:
+        while (
+            leaves < searcher.manifest["leaves"]
+            and Effort(leaves, candidates).cost(searcher) < least
+        ):
             tried.append(measure(Effort(leaves, candidates)))
             if tried[-1].low >= promise:
                 chosen, least = tried[-1], tried[-1].effort.cost(searcher)
@@ -82,7 +92,9 @@ def cheapest(
     there = len(_recall(truth, truth))
     if chosen is None:
         return Calibration(None, 1.0, 1.0, there, tuple(tried), exact_per_second)
-    return Calibration(chosen.effort, chosen.recall, chosen.low, there, tuple(tried), exact_per_second)
+    return Calibration(
+        chosen.effort, chosen.recall, chosen.low, there, tuple(tried), exact_per_second
+    )
 
 
 def _recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -31,7 +31,11 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
 
 
 def gather(
-    rows: pa.Table, half_life_days: float | None, position_decay: float, last_n: int, least_items: int
+    rows: pa.Table,
+    half_life_days: float | None,
+    position_decay: float,
+    last_n: int,
+    least_items: int,
 ) -> pa.RecordBatch:
     """user_id, history, seen, events, last_event_at of the users that have `least_items` items which count.
 
@@ -67,7 +71,10 @@ def gather(
     kept = (rank < last_n) & np.repeat(enough, held)
     chosen, rank = order[kept], rank[kept]
     history = pa.StructArray.from_arrays(
-        [item.take(pa.array(pair_starts[pairs[chosen]])), pa.array(total[chosen] * position_decay**rank)],
+        [
+            item.take(pa.array(pair_starts[pairs[chosen]])),
+            pa.array(total[chosen] * position_decay**rank),
+        ],
         fields=list(HISTORY.value_type),
     )
     seen_starts = np.searchsorted(pair_starts, user_starts)
@@ -75,7 +82,11 @@ def gather(
     kept_users = holders[enough]
     seen = pa.ListArray.from_arrays(
         _offsets(seen_sizes[kept_users]),
-        item.take(pa.array(pair_starts[np.repeat(np.isin(np.arange(len(user_starts)), kept_users), seen_sizes)])),
+        item.take(
+            pa.array(
+                pair_starts[np.repeat(np.isin(np.arange(len(user_starts)), kept_users), seen_sizes)]
+            )
+        ),
     )
     return pa.RecordBatch.from_arrays(
         [
@@ -93,7 +104,9 @@ def _starts(values: pa.Array) -> np.ndarray:
     """int64 positions where a run of equal values begins."""
     if not len(values):
         return np.empty(0, np.int64)
-    other = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)).to_numpy(zero_copy_only=False)
+    other = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)).to_numpy(
+        zero_copy_only=False
+    )
     return np.concatenate([[0], np.flatnonzero(other) + 1])
 
 

@@ -53,7 +53,12 @@ class ListRules:
     def unrestricted(self) -> bool:
         """Whether a list is simply the best eligible items."""
         by_score = self.min_score is None and not self.diversity
-        return self.variants is None and not self.caps and self.similarity_threshold is None and by_score
+        return (
+            self.variants is None
+            and not self.caps
+            and self.similarity_threshold is None
+            and by_score
+        )
 
     def initial_depth(self, k: int) -> int:
         """How many candidates of each user `places` wants to begin with."""
@@ -107,7 +112,9 @@ class ListRules:
             group = self.variants[item]
             same |= (self.variants[taken] == group[:, None]) & (group >= 0)[:, None]
         if self.similarity_threshold is not None:
-            for start in range(0, len(item), 256):  # so many users' vectors at a time stay in the cores' caches
+            for start in range(
+                0, len(item), 256
+            ):  # so many users' vectors at a time stay in the cores' caches
                 part = slice(start, start + 256)
                 cosines = np.matmul(vectors[taken[part]], vectors[item[part], :, None])[:, :, 0]
                 same[part] |= np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
@@ -145,7 +152,9 @@ class ListRules:
         closest = np.full(top.shape, -1.0)
         free = top >= 0 if self.min_score is None else (top >= 0) & (scores >= self.min_score)
         variants = np.full(top.shape, -1) if self.variants is None else self.variants[top]
-        groups = [(numbers[top], np.zeros(top.shape, np.int64), most) for numbers, most in self.caps]
+        groups = [
+            (numbers[top], np.zeros(top.shape, np.int64), most) for numbers, most in self.caps
+        ]
         for place in range(k):
             allowed = free.copy()
             for group, listed, most in groups:

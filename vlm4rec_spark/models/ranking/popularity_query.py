@@ -23,16 +23,26 @@ class PopularityQuery:
         return len(self._positions)
 
     def take(self, users: np.ndarray) -> PopularityQuery:
-        return PopularityQuery([self._positions[user] for user in users], [self._shares[user] for user in users])
+        return PopularityQuery(
+            [self._positions[user] for user in users], [self._shares[user] for user in users]
+        )
 
     def max_users_per_block(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // max(1, *map(len, self._positions), 1))
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return padded([within(among, mine, shares)[1]
-                       for mine, shares in zip(self._positions, self._shares, strict=True)])  # fmt: skip
+    def score_all(
+        self, searcher: Searcher, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return padded(
+            [
+                within(among, mine, shares)[1]
+                for mine, shares in zip(self._positions, self._shares, strict=True)
+            ]
+        )
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return self.score_all(searcher)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:

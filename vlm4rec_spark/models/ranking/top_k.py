@@ -45,17 +45,29 @@ def top_k(
         found = np.searchsorted(exclusions, codes)
         allowed &= exclusions[np.minimum(found, len(exclusions) - 1)] != codes
     # One integer per candidate that orders by rounded score, then by position: a full order, so the cut is stable.
-    rounded = np.round(np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS).astype(np.int64)
+    rounded = np.round(np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS).astype(
+        np.int64
+    )
     order = np.where(allowed, rounded * items + (items - 1 - positions), -np.iinfo(np.int64).max)
     width = min(k, positions.shape[1])
-    part = np.argpartition(-order, width - 1, axis=1)[:, :width] if width < positions.shape[1] else None
-    chosen = np.broadcast_to(np.arange(positions.shape[1]), positions.shape) if part is None else part
-    chosen = np.take_along_axis(chosen, np.argsort(-np.take_along_axis(order, chosen, 1), axis=1, kind="stable"), 1)
+    part = (
+        np.argpartition(-order, width - 1, axis=1)[:, :width]
+        if width < positions.shape[1]
+        else None
+    )
+    chosen = (
+        np.broadcast_to(np.arange(positions.shape[1]), positions.shape) if part is None else part
+    )
+    chosen = np.take_along_axis(
+        chosen, np.argsort(-np.take_along_axis(order, chosen, 1), axis=1, kind="stable"), 1
+    )
     kept = np.take_along_axis(allowed, chosen, 1)
     top = np.full((users, k), -1, np.int64)
     best = np.full((users, k), np.nan)
     top[:, :width] = np.where(kept, np.take_along_axis(positions, chosen, 1), -1)
-    best[:, :width] = np.where(kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan)
+    best[:, :width] = np.where(
+        kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan
+    )
     return top, best
 
 

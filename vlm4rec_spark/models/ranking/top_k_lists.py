@@ -22,8 +22,13 @@ _DEEP = 64
 
 
 def retrieve(
-    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], eligible: np.ndarray, k: int, effort: Effort | None
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    searcher: Searcher,
+    asked: Queries,
+    excluded: list[np.ndarray],
+    eligible: np.ndarray,
+    k: int,
+    effort: Effort | None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
 
     With an `effort`, as many candidates more are fetched as the user may not get, and users who fall short are searched
@@ -36,7 +41,11 @@ def retrieve(
     if effort is not None and EXACT_COST * len(few) < effort.cost(searcher):
         effort = None
     among = few if 2 * len(few) < len(searcher) else None
-    rows = asked.max_users_per_block(len(searcher) if among is None else len(few)) if effort is None else _USERS_AT_ONCE
+    rows = (
+        asked.max_users_per_block(len(searcher) if among is None else len(few))
+        if effort is None
+        else _USERS_AT_ONCE
+    )
     # Users with as many exclusions stand together: the block's most sets how much is fetched for all of it.
     order = np.argsort([len(positions) for positions in excluded], kind="stable")
     for start in range(0, len(asked), rows):
@@ -61,9 +70,15 @@ def retrieve(
 
 
 def recommend_lists(
-    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], offer: ListRules, rules: np.ndarray, k: int,
-    effort: Effort | None, only: Sequence[np.ndarray | None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    searcher: Searcher,
+    asked: Queries,
+    excluded: list[np.ndarray],
+    offer: ListRules,
+    rules: np.ndarray,
+    k: int,
+    effort: Effort | None,
+    only: Sequence[np.ndarray | None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
     place, position.
 
@@ -72,17 +87,30 @@ def recommend_lists(
     """
     top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
     collapsed = [np.empty((0, 3), np.int64)]
-    narrowed = np.array([only is not None and only[user] is not None for user in range(len(asked))], bool)
+    narrowed = np.array(
+        [only is not None and only[user] is not None for user in range(len(asked))], bool
+    )
 
     def ranked(users: np.ndarray, bits: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        block, mine, eligible = asked.take(users), [excluded[user] for user in users], offer.eligible(bits)
+        block, mine, eligible = (
+            asked.take(users),
+            [excluded[user] for user in users],
+            offer.eligible(bits),
+        )
         if only is not None and narrowed[users[0]]:
             return _of_these(searcher, block, mine, eligible, depth, [only[user] for user in users])
-        deep = Effort(effort.leaves, effort.candidates + depth - k) if effort and depth <= _DEEP * k else None
+        deep = (
+            Effort(effort.leaves, effort.candidates + depth - k)
+            if effort and depth <= _DEEP * k
+            else None
+        )
         return retrieve(searcher, block, mine, eligible, depth, deep)
 
     for bits, narrow in sorted({*zip(rules.tolist(), narrowed.tolist(), strict=True)}):
-        waiting, depth = np.flatnonzero((rules == bits) & (narrowed == narrow)), offer.initial_depth(k)
+        waiting, depth = (
+            np.flatnonzero((rules == bits) & (narrowed == narrow)),
+            offer.initial_depth(k),
+        )
         while len(waiting):
             left, step = [np.empty(0, np.int64)], max(1, _PLACES_AT_ONCE // depth)
             for users in (waiting[start : start + step] for start in range(0, len(waiting), step)):
@@ -95,7 +123,9 @@ def recommend_lists(
                 done = users[ended]
                 there = ranks[ended] >= 0
                 top[done] = np.where(there, np.take_along_axis(near[ended], ranks[ended], 1), -1)
-                scores[done] = np.where(there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan)
+                scores[done] = np.where(
+                    there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan
+                )
                 twins = twins[ended[twins[:, 0]]]
                 collapsed.append(np.column_stack([users[twins[:, 0]], twins[:, 1:]]))
                 left.append(users[~ended])
@@ -104,11 +134,18 @@ def recommend_lists(
 
 
 def _of_these(
-    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], eligible: np.ndarray, k: int,
+    searcher: Searcher,
+    asked: Queries,
+    excluded: list[np.ndarray],
+    eligible: np.ndarray,
+    k: int,
     only: Sequence[np.ndarray | None],
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """As `best`, each user's list out of the items that are theirs alone."""
-    mine = [np.unique(items[items >= 0]) if items is not None else np.empty(0, np.int64) for items in only]
+    mine = [
+        np.unique(items[items >= 0]) if items is not None else np.empty(0, np.int64)
+        for items in only
+    ]
     candidates, _ = padded([(items, np.zeros(len(items))) for items in mine])
     if not candidates.shape[1]:
         return np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)

@@ -37,12 +37,16 @@ class Queries(Protocol):
         """How many users can be scored exactly against so many items in the memory that there is for it."""
         ...
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(
+        self, searcher: Searcher, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Every item, or those at the sorted positions `among`, as a candidate of every user: positions and scores,
         both (users, items)."""
         ...
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Approximate candidates with exact scores, both (users, candidates); a position of -1 is none.
 
         more: int64 (users,), as many candidates each user gets beside the effort's, whoever is asked for besides.
@@ -60,7 +64,10 @@ class Queries(Protocol):
 
 
 def nearest(
-    histories: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None, searcher: Searcher, items: np.ndarray
+    histories: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray] | None,
+    searcher: Searcher,
+    items: np.ndarray,
 ) -> np.ndarray:
     """For each item of each user, (users, items), the item of the user's history of highest (weighted) cosine; ties:
     the earlier one; -1 without any."""
@@ -72,10 +79,14 @@ def nearest(
         for start in range(0, len(alike), step):
             users = alike[start : start + step]
             mine = np.stack([histories[user] for user in users])
-            near = np.matmul(searcher.vectors[items[users]], searcher.vectors[mine].transpose(0, 2, 1))
+            near = np.matmul(
+                searcher.vectors[items[users]], searcher.vectors[mine].transpose(0, 2, 1)
+            )
             if weights is not None:
                 near = near * np.stack([weights[user] for user in users])[:, None, :]
-            because[users] = np.take_along_axis(mine, np.round(near, SCORE_DIGITS).argmax(axis=2), 1)
+            because[users] = np.take_along_axis(
+                mine, np.round(near, SCORE_DIGITS).argmax(axis=2), 1
+            )
     because[items < 0] = -1
     return because
 
@@ -98,10 +109,14 @@ class MeanQuery:
     def max_users_per_block(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // items)
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(
+        self, searcher: Searcher, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         return searcher.exact(self._vectors, among)
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         positions, scores = searcher.search(self._vectors, effort.with_more(more))
         positions[np.arange(positions.shape[1]) >= effort.candidates + more[:, None]] = -1
         return positions, scores
@@ -111,7 +126,9 @@ class MeanQuery:
         for user, (vector, items) in enumerate(zip(self._vectors, positions, strict=True)):
             for start in range(0, len(items), _DEPTH_AT_ONCE):
                 part = slice(start, start + _DEPTH_AT_ONCE)
-                found[user, part] = searcher.vectors[items[part]].astype(np.float64) @ vector.astype(np.float64)
+                found[user, part] = searcher.vectors[items[part]].astype(
+                    np.float64
+                ) @ vector.astype(np.float64)
         return found
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +148,9 @@ class _Several(ABC):
         longest = max((len(weights) for weights in self._weights), default=1)
         return max(1, _SCORES_AT_ONCE // items // max(1, longest))
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(
+        self, searcher: Searcher, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """No candidates (-1) for a user without a history in this index."""
         distinct, rows = self._asked(searcher)
         items = np.arange(len(searcher)) if among is None else among
@@ -144,7 +163,9 @@ class _Several(ABC):
                 scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
         return positions, scores
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The items nearest to each vector, searched once for all who have it, merged for each user.
 
         An item of the exact list is among the k + e nearest of the vector that it scores best with, where e of the
@@ -157,16 +178,22 @@ class _Several(ABC):
         for user, (weights, items) in enumerate(zip(self._weights, positions, strict=True)):
             if len(weights):
                 mine = self._of(user, searcher).astype(np.float64)
-                found[user] = (searcher.vectors[items].astype(np.float64) @ mine.T * weights).max(axis=1)
+                found[user] = (searcher.vectors[items].astype(np.float64) @ mine.T * weights).max(
+                    axis=1
+                )
         return found
 
-    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _candidates(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each user as `_merged`."""
         distinct, rows = self._asked(searcher)
         found, cosines = searcher.search(distinct, effort.with_more(more))
         cosines, deep = cosines.astype(np.float32), effort.candidates + more
-        return [_merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
-                for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)]  # fmt: skip
+        return [
+            _merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
+            for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)
+        ]
 
     @abstractmethod
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -181,29 +208,45 @@ class MaxSimilarityQuery(_Several):
     """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
 
     def __init__(
-        self, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], neighbors: Neighbors | None = None
+        self,
+        positions: Sequence[np.ndarray],
+        weights: Sequence[np.ndarray],
+        neighbors: Neighbors | None = None,
     ):
         """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1;
         neighbours: spare searches, and change no list."""
         self._positions, self._weights, self._neighbours = positions, weights, neighbors
 
     def take(self, users: np.ndarray) -> MaxSimilarityQuery:
-        positions, weights = ([each[user] for user in users] for each in (self._positions, self._weights))
+        positions, weights = (
+            [each[user] for user in users] for each in (self._positions, self._weights)
+        )
         return MaxSimilarityQuery(positions, weights, self._neighbours)
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
 
-    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _candidates(
+        self, searcher: Searcher, effort: Effort, more: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Out of the neighbours, where they are deep enough for the user."""
         known, deep = self._neighbours, effort.candidates + more
         if known is None or not known.merged_for(searcher, effort):
             return super()._candidates(searcher, effort, more)
         beyond = np.flatnonzero(deep > known.depth)
-        searched = iter(super(MaxSimilarityQuery, self.take(beyond))._candidates(searcher, effort, more[beyond]))
-        return [next(searched) if most > known.depth
-                else _merged(known.positions[mine, :most], known.cosines[mine, :most] * weights[:, None])
-                for mine, weights, most in zip(self._positions, self._weights, deep.tolist(), strict=True)]  # fmt: skip
+        searched = iter(
+            super(MaxSimilarityQuery, self.take(beyond))._candidates(searcher, effort, more[beyond])
+        )
+        return [
+            next(searched)
+            if most > known.depth
+            else _merged(
+                known.positions[mine, :most], known.cosines[mine, :most] * weights[:, None]
+            )
+            for mine, weights, most in zip(
+                self._positions, self._weights, deep.tolist(), strict=True
+            )
+        ]
 
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         flat = np.concatenate(self._positions) if len(self) else np.empty(0, np.int64)
@@ -220,21 +263,36 @@ class MultiInterestQuery(_Several):
     Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020); a taste weighs what its heaviest item does.
     """
 
-    def __init__(self, vectors: Sequence[np.ndarray], weights: Sequence[np.ndarray], histories: Sequence[np.ndarray]):
+    def __init__(
+        self,
+        vectors: Sequence[np.ndarray],
+        weights: Sequence[np.ndarray],
+        histories: Sequence[np.ndarray],
+    ):
         """vectors: float32 (tastes, dimension) of each user, unit; weights: of each taste, the heaviest of a user is 1;
         histories: int64 positions of each user's items, for the reasons."""
         self._vectors, self._weights, self._histories = vectors, weights, histories
 
     @classmethod
     def of(
-        cls, positions: Sequence[np.ndarray], weights: Sequence[np.ndarray], searcher: Searcher, most: int
+        cls,
+        positions: Sequence[np.ndarray],
+        weights: Sequence[np.ndarray],
+        searcher: Searcher,
+        most: int,
     ) -> MultiInterestQuery:
         """At most `most` tastes of each user, out of the positions and weights of the history's items."""
-        made = [_clusters(searcher.vectors[mine], heavy, most) for mine, heavy in zip(positions, weights, strict=True)]
+        made = [
+            _clusters(searcher.vectors[mine], heavy, most)
+            for mine, heavy in zip(positions, weights, strict=True)
+        ]
         return cls([vectors for vectors, _ in made], [heavy for _, heavy in made], positions)
 
     def take(self, users: np.ndarray) -> MultiInterestQuery:
-        mine = ([each[user] for user in users] for each in (self._vectors, self._weights, self._histories))
+        mine = (
+            [each[user] for user in users]
+            for each in (self._vectors, self._weights, self._histories)
+        )
         return MultiInterestQuery(*mine)
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -263,7 +321,9 @@ def _clusters(vectors: np.ndarray, weights: np.ndarray, most: int) -> tuple[np.n
         total = weights[members] @ vectors[members].astype(np.float64)
         found.append(total / max(np.linalg.norm(total), 1e-12))
         heavy.append(weights[members].max())
-    return np.asarray(found, np.float32).reshape(-1, vectors.shape[1]), np.asarray(heavy, np.float32)
+    return np.asarray(found, np.float32).reshape(-1, vectors.shape[1]), np.asarray(
+        heavy, np.float32
+    )
 
 
 def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -286,7 +346,10 @@ def within(
 def padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Positions and scores of each user as rows of the same length, -1 and NaN past the last."""
     width = max((len(positions) for positions, _ in lists), default=0)
-    positions, scores = np.full((len(lists), width), -1, np.int64), np.full((len(lists), width), np.nan, np.float32)
+    positions, scores = (
+        np.full((len(lists), width), -1, np.int64),
+        np.full((len(lists), width), np.nan, np.float32),
+    )
     for user, (mine, best) in enumerate(lists):
         positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
     return positions, scores

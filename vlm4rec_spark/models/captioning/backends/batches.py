@@ -46,9 +46,17 @@ class BatchCaptioner(ABC):
                 answers = self.describe(batch)
             except Exception as failure:
                 if len(batch) == 1:
-                    return [Answer(batch[0].key, None, error_class=error_class(failure), error=str(failure))]
+                    return [
+                        Answer(
+                            batch[0].key, None, error_class=error_class(failure), error=str(failure)
+                        )
+                    ]
                 if error_class(failure) == "out_of_memory":
-                    self._held, self._fits, self._went_well = [*batch, *self._held], len(batch) // 2, 0
+                    self._held, self._fits, self._went_well = (
+                        [*batch, *self._held],
+                        len(batch) // 2,
+                        0,
+                    )
                 else:
                     self._alone = batch
             else:
@@ -57,7 +65,10 @@ class BatchCaptioner(ABC):
 
     def _nearest(self) -> list[Request]:
         width, height = self._held[0].image.size
-        away = [abs(request.image.width - width) + abs(request.image.height - height) for request in self._held]
+        away = [
+            abs(request.image.width - width) + abs(request.image.height - height)
+            for request in self._held
+        ]
         chosen = sorted(range(len(away)), key=away.__getitem__)[: self._fits]
         batch = [self._held[place] for place in chosen]
         self._held = [request for place, request in enumerate(self._held) if place not in chosen]

@@ -32,13 +32,20 @@ class OpenAI:
     variable = "OPENAI_API_KEY"
 
     def __init__(
-        self, model: str, max_new_tokens: int, url: str | None, key: str, json_schema: dict[str, Any] | None = None
+        self,
+        model: str,
+        max_new_tokens: int,
+        url: str | None,
+        key: str,
+        json_schema: dict[str, Any] | None = None,
     ):
         import openai
 
         self.library: Any = openai
         # The captioner waits and tries again by itself.
-        self.client: Any = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=None)
+        self.client: Any = openai.AsyncOpenAI(
+            base_url=url, api_key=key, max_retries=0, timeout=None
+        )
         self._model = model
         # Not every server knows the newer max_completion_tokens, and one that doesn't would set no bound at all.
         self._parameters: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0}
@@ -66,9 +73,16 @@ class OpenAI:
         """Raises ValidationError where it isn't a reply."""
         reply = _Completion.model_validate_json(body)
         choice, usage = reply.choices[0], reply.usage or _CompletionUsage()
-        refusal = choice.message.refusal or ("content_filter" if choice.finish_reason == "content_filter" else None)
-        return Said(_text(choice.message.content), refusal, choice.finish_reason, usage.prompt_tokens or 0,
-                    usage.completion_tokens or 0)  # fmt: skip
+        refusal = choice.message.refusal or (
+            "content_filter" if choice.finish_reason == "content_filter" else None
+        )
+        return Said(
+            _text(choice.message.content),
+            refusal,
+            choice.finish_reason,
+            usage.prompt_tokens or 0,
+            usage.completion_tokens or 0,
+        )
 
 
 class Anthropic:
@@ -77,18 +91,30 @@ class Anthropic:
     variable = "ANTHROPIC_API_KEY"
 
     def __init__(
-        self, model: str, max_new_tokens: int, url: str | None, key: str, json_schema: dict[str, Any] | None = None
+        self,
+        model: str,
+        max_new_tokens: int,
+        url: str | None,
+        key: str,
+        json_schema: dict[str, Any] | None = None,
     ):
         import anthropic
 
         self.library: Any = anthropic
-        self.client: Any = anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, timeout=None)
+        self.client: Any = anthropic.AsyncAnthropic(
+            base_url=url, api_key=key, max_retries=0, timeout=None
+        )
         self._model, self._parameters = model, dict[str, Any](max_tokens=max_new_tokens)
         if json_schema:
-            self._parameters["output_config"] = {"format": {"type": "json_schema", "schema": json_schema}}
+            self._parameters["output_config"] = {
+                "format": {"type": "json_schema", "schema": json_schema}
+            }
 
     async def ask(self, photo: str, prompt: str) -> Any:
-        image = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": photo}}
+        image = {
+            "type": "image",
+            "source": {"type": "base64", "media_type": "image/jpeg", "data": photo},
+        }
         messages = [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
         create = self.client.messages.with_raw_response.create
         return await create(model=self._model, messages=messages, **self._parameters)
@@ -98,7 +124,9 @@ class Anthropic:
         reply = _Message.model_validate_json(body)
         text, usage = _text(reply.content), reply.usage or _MessageUsage()
         refusal = (text or "refusal") if reply.stop_reason == "refusal" else None
-        return Said(text, refusal, reply.stop_reason, usage.input_tokens or 0, usage.output_tokens or 0)
+        return Said(
+            text, refusal, reply.stop_reason, usage.input_tokens or 0, usage.output_tokens or 0
+        )
 
 
 class _Part(BaseModel):

@@ -49,18 +49,31 @@ class EndpointCaptioner:
     """`concurrency` requests at once on one event loop, which runs while `step` does: no thread outlives its owner."""
 
     def __init__(
-        self, model: str, max_new_tokens: int, settings: EndpointSettings, json_schema: dict[str, Any] | None = None
+        self,
+        model: str,
+        max_new_tokens: int,
+        settings: EndpointSettings,
+        json_schema: dict[str, Any] | None = None,
     ):
-        dialect: type[OpenAI] | type[Anthropic] = Anthropic if settings.dialect == "anthropic" else OpenAI
+        dialect: type[OpenAI] | type[Anthropic] = (
+            Anthropic if settings.dialect == "anthropic" else OpenAI
+        )
         self._key = _key(dialect.variable, settings.url)
         try:
-            self._dialect = dialect(model, max_new_tokens, settings.url, self._key or "none", json_schema)
+            self._dialect = dialect(
+                model, max_new_tokens, settings.url, self._key or "none", json_schema
+            )
         except ImportError as missing:
-            raise UsageError(f"{missing}. The endpoint backend needs: pip install 'vlm4rec_spark[endpoint]'") from None
+            raise UsageError(
+                f"{missing}. The endpoint backend needs: pip install 'vlm4rec_spark[endpoint]'"
+            ) from None
         self.at_once, self.batch = settings.concurrency, 1
         self.begins: Callable[[Sequence[str]], None] = lambda keys: None
         self._model, self._settings = model, settings
-        self._pace, self._room = _Pace(settings.tokens_per_minute), asyncio.Semaphore(settings.concurrency)
+        self._pace, self._room = (
+            _Pace(settings.tokens_per_minute),
+            asyncio.Semaphore(settings.concurrency),
+        )
         self._runner, self._held = asyncio.Runner(), set[asyncio.Task[Answer]]()
         # Called by itself when the process ends: a request on its way then is given up without a complaint.
         self.close = weakref.finalize(self, _hang_up, self._runner, self._dialect.client)
@@ -68,12 +81,16 @@ class EndpointCaptioner:
     def add(self, request: Request) -> None:
         jpeg = io.BytesIO()
         request.image.save(jpeg, "JPEG", quality=90)
-        serving = self._serve(request.key, base64.b64encode(jpeg.getvalue()).decode(), request.prompt)
+        serving = self._serve(
+            request.key, base64.b64encode(jpeg.getvalue()).decode(), request.prompt
+        )
         self.begins([request.key])
         self._held.add(self._runner.get_loop().create_task(serving))
 
     def step(self) -> list[Answer]:
-        done, self._held = self._runner.run(asyncio.wait(self._held, return_when=asyncio.FIRST_COMPLETED))
+        done, self._held = self._runner.run(
+            asyncio.wait(self._held, return_when=asyncio.FIRST_COMPLETED)
+        )
         # All of them are asked: asyncio complains of an exception that nobody has seen.
         for failure in [task.exception() for task in done]:
             if failure:
@@ -98,7 +115,9 @@ class EndpointCaptioner:
                     failure = _Failure("unreachable", words, again=True)
                 except self._dialect.library.APIStatusError as error:
                     failure = self._failure(error)
-                wait = failure.wait + random.uniform(0, min(LONGEST_WAIT, _FIRST_WAIT * 2 ** (tried - 1)))
+                wait = failure.wait + random.uniform(
+                    0, min(LONGEST_WAIT, _FIRST_WAIT * 2 ** (tried - 1))
+                )
                 if failure.everybody:
                     self._pace.hold(wait)
                 if not failure.again or tried == self._settings.tries:
@@ -114,17 +133,34 @@ class EndpointCaptioner:
             said = self._dialect.read(body)
         except ValidationError as lie:
             # Not the error's own text, which quotes parts of the body, and with them perhaps parts of a key.
-            faults = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in lie.errors())
+            faults = "; ".join(
+                f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in lie.errors()
+            )
             begin = self._clean(body.decode(errors="replace"))[:200]
-            return Answer(key, None, error_class="bad_answer", error=self._clean(f"{faults}; it began: {begin}"))
+            return Answer(
+                key,
+                None,
+                error_class="bad_answer",
+                error=self._clean(f"{faults}; it began: {begin}"),
+            )
         tokens = (said.input_tokens, said.output_tokens)
         if any(tokens):
             self._pace.count(spent, sum(tokens))
         if said.refusal is not None:
-            return Answer(key, None, *tokens, "refusal", self._clean(f"the model refused: {said.refusal}"))
+            return Answer(
+                key, None, *tokens, "refusal", self._clean(f"the model refused: {said.refusal}")
+            )
         if said.text is None:
-            return Answer(key, None, *tokens, "bad_answer", self._clean(f"there is no text; it ended by {said.end}"))
-        text = said.text.replace(self._key, "***") if len(self._key) >= _SHORTEST_SECRET else said.text
+            return Answer(
+                key,
+                None,
+                *tokens,
+                "bad_answer",
+                self._clean(f"there is no text; it ended by {said.end}"),
+            )
+        text = (
+            said.text.replace(self._key, "***") if len(self._key) >= _SHORTEST_SECRET else said.text
+        )
         return Answer(key, text, *tokens)
 
     def _failure(self, error: Any) -> _Failure:
@@ -139,7 +175,9 @@ class EndpointCaptioner:
             ) from None
         if status in _SLOW_DOWN:
             name = "server_error" if status == 503 else "throttled"
-            return _Failure(name, words, again=True, everybody=True, wait=_wait_asked(error.response.headers))
+            return _Failure(
+                name, words, again=True, everybody=True, wait=_wait_asked(error.response.headers)
+            )
         if status >= 500:
             return _Failure("server_error", words, again=True)
         if status == 408:
@@ -181,7 +219,9 @@ class _Pace:
 
     async def turn(self) -> _Spent:
         """Wait. What the request will cost is an estimate, which stands where it fails: providers count tries too."""
-        async with self._queue:  # in the order in which they came; and none is sent while another one waits
+        async with (
+            self._queue
+        ):  # in the order in which they came; and none is sent while another one waits
             while (wait := max(self._not_before - time.monotonic(), self._short_of_tokens())) > 0:
                 await asyncio.sleep(wait)
             self._spent.append(_Spent(time.monotonic(), self._mean))
@@ -202,7 +242,11 @@ class _Pace:
             self._spent.popleft()
         if self._budget is None or not self._spent:  # a single request may be more than the budget
             return 0.0
-        return _POLL_SECONDS if sum(each.tokens for each in self._spent) + self._mean > self._budget else 0.0
+        return (
+            _POLL_SECONDS
+            if sum(each.tokens for each in self._spent) + self._mean > self._budget
+            else 0.0
+        )
 
 
 def _key(variable: str, url: str | None) -> str:
@@ -211,8 +255,10 @@ def _key(variable: str, url: str | None) -> str:
     if not (key.isascii() and key.isprintable()):  # the client would quote it in its error
         raise UsageError(f"The environment variable {variable} holds characters that no key has.")
     if not key and url is None:
-        raise UsageError(f"The environment variable {variable} isn't set: the captioner needs a key, or the url of a "
-                         "server of your own in caption.model.endpoint.url.")  # fmt: skip
+        raise UsageError(
+            f"The environment variable {variable} isn't set: the captioner needs a key, or the url of a "
+            "server of your own in caption.model.endpoint.url."
+        )
     return key
 
 
@@ -230,7 +276,9 @@ def _wait_asked(headers: Any) -> float:
 
 
 def _hang_up(runner: asyncio.Runner, client: Any) -> None:
-    for task in asyncio.all_tasks(runner.get_loop()):  # before the loop runs again, and begins what has only been added
+    for task in asyncio.all_tasks(
+        runner.get_loop()
+    ):  # before the loop runs again, and begins what has only been added
         task.cancel()
     runner.run(client.close())
     runner.close()

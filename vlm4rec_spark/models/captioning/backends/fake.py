@@ -48,7 +48,9 @@ class FakeCaptioner(BatchCaptioner):
         if len(batch) > int(self.values.get("fits", len(batch))):
             raise MemoryError(f"{len(batch)} photos don't fit")
         answers = [self._one(request.key, request.image, request.prompt) for request in batch]
-        time.sleep(max(0.0, float(self.values.get("ms", 0)) / 1_000 - (time.perf_counter() - began)))
+        time.sleep(
+            max(0.0, float(self.values.get("ms", 0)) / 1_000 - (time.perf_counter() - began))
+        )
         return answers
 
     def _one(self, key: str, image: Image, prompt: str) -> Answer:
@@ -60,7 +62,9 @@ class FakeCaptioner(BatchCaptioner):
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
         if "count" in self.values:
             _append(self.values["count"], "1")
-        text = self.values.get("says", f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}.")
+        text = self.values.get(
+            "says", f"A thing of red {red // 32}, green {green // 32} and blue {blue // 32}."
+        )
         if self.json:
             text = json.dumps({"kind": "thing", "colour": text[11:-1], "style": "unknown"})
         shades = {"red": red, "green": green, "blue": blue}
@@ -100,5 +104,10 @@ def _fail(fault: str, prompt: str, text: str) -> str:
             while True:
                 eaten.append(b"\1" * 10_000_000)
                 time.sleep(0.002)
-    said = {"empty": "", "refuse": "I'm sorry, I can't help with that.", "echo": prompt, "loop": 9 * text}
+    said = {
+        "empty": "",
+        "refuse": "I'm sorry, I can't help with that.",
+        "echo": prompt,
+        "loop": 9 * text,
+    }
     return said.get(fault, text)

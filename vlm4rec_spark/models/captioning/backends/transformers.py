@@ -20,16 +20,31 @@ class TransformersCaptioner(BatchCaptioner):
     launch of its kernels, but each new size of batch and prompt is compiled first.
     """
 
-    def __init__(self, source: str, revision: str, max_new_tokens: int, batch_size: int, torch_compile: bool = False):
+    def __init__(
+        self,
+        source: str,
+        revision: str,
+        max_new_tokens: int,
+        batch_size: int,
+        torch_compile: bool = False,
+    ):
         super().__init__(batch_size)
         try:
             import torch
             from transformers import AutoModelForImageTextToText
         except ImportError as missing:
-            raise UsageError(f"{missing}. The captioner needs: pip install 'vlm4rec_spark[local]'") from missing
+            raise UsageError(
+                f"{missing}. The captioner needs: pip install 'vlm4rec_spark[local]'"
+            ) from missing
 
         self.torch = torch
-        self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
         self.processor, _ = load_processor(source, revision)
         # Answers are generated to the right of the prompt: with right padding a short prompt would see pad tokens
         # between itself and its answer, and a photo's caption would depend on its batch.
@@ -40,7 +55,11 @@ class TransformersCaptioner(BatchCaptioner):
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             revision=revision,
-            dtype=torch.float32 if self.device == "cpu" else torch.bfloat16 if self._bfloat16() else torch.float16,
+            dtype=torch.float32
+            if self.device == "cpu"
+            else torch.bfloat16
+            if self._bfloat16()
+            else torch.float16,
             use_safetensors=True,
         )
         self.model = model.to(self.device).eval()
@@ -53,12 +72,22 @@ class TransformersCaptioner(BatchCaptioner):
 
     def describe(self, batch: Sequence[Request]) -> list[Answer]:
         chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}]
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": request.prompt}],
+                }
+            ]
             for request in batch
         ]
-        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+        texts = [
+            self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats
+        ]
         inputs = self.processor(
-            images=[[request.image] for request in batch], text=texts, padding=True, return_tensors="pt"
+            images=[[request.image] for request in batch],
+            text=texts,
+            padding=True,
+            return_tensors="pt",
         ).to(self.device, dtype=self.model.dtype)
         try:
             with self.torch.inference_mode():

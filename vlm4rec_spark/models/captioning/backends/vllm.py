@@ -42,7 +42,13 @@ class VllmCaptioner:
     one process the two would wait for each other's hold on Python's lock.
     """
 
-    def __init__(self, source: str, revision: str, max_new_tokens: int, json_schema: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        source: str,
+        revision: str,
+        max_new_tokens: int,
+        json_schema: dict[str, Any] | None = None,
+    ):
         os.environ |= _SETTINGS
         try:
             from vllm import LLMEngine, SamplingParams
@@ -58,14 +64,19 @@ class VllmCaptioner:
         self.begins: Callable[[Sequence[str]], None] = lambda keys: None
         self._processor, pixels = load_processor(source, revision)
         # As for offline use, where throughput counts and not the first token: more tokens in each step.
-        self._engine: Any = LLMEngine.from_engine_args(_arguments(source, revision, pixels), UsageContext.LLM_CLASS)
+        self._engine: Any = LLMEngine.from_engine_args(
+            _arguments(source, revision, pixels), UsageContext.LLM_CLASS
+        )
         # The one setting of the model's own that greedy decoding in transformers heeds as well.
         own = self._engine.model_config.get_diff_sampling_param()
         self._sampling = SamplingParams(
-            temperature=0, max_tokens=max_new_tokens, repetition_penalty=own.get("repetition_penalty", 1.0),
-            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            temperature=0,
+            max_tokens=max_new_tokens,
+            repetition_penalty=own.get("repetition_penalty", 1.0),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None,
-        )  # fmt: skip
+        )
         self._ahead = ThreadPoolExecutor(1)
         self._prepared: deque[tuple[str, Future]] = deque()
         self._at_work = 0
@@ -90,7 +101,12 @@ class VllmCaptioner:
 
     def _prepare(self, request: Request) -> Any:
         """The photo's tensors and the prompt's tokens, as the engine takes them."""
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}]
+        chat = [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": request.prompt}],
+            }
+        ]
         text = self._processor.apply_chat_template(chat, add_generation_prompt=True)
         prompt = {"prompt": text, "multi_modal_data": {"image": request.image}}
         return self._engine.renderer.render_cmpl([prompt])[0]
@@ -109,13 +125,17 @@ class VllmCaptioner:
             except ValueError as failure:  # above all, more tokens than the model has room for
                 refused.append(Answer(key, None, error_class="bad_request", error=str(failure)))
             except Exception as failure:
-                refused.append(Answer(key, None, error_class=error_class(failure), error=str(failure)))
+                refused.append(
+                    Answer(key, None, error_class=error_class(failure), error=str(failure))
+                )
         return refused
 
     def _answer(self, output: Any) -> Answer:
         said = output.outputs[0].token_ids
         text = self._processor.tokenizer.decode(said, skip_special_tokens=True)
-        return Answer(output.request_id, " ".join(text.split()), len(output.prompt_token_ids), len(said))
+        return Answer(
+            output.request_id, " ".join(text.split()), len(output.prompt_token_ids), len(said)
+        )
 
 
 def _arguments(source: str, revision: str, pixels: dict[str, str]) -> Any:

@@ -43,7 +43,9 @@ class Prompt:
 
     def about(self, values: dict[str, str | None]) -> str:
         """The text with the fields' values in place of their names, cleaned; "unknown" for one that is missing."""
-        return _FIELD.sub(lambda named: _cleaned(values.get(named[1]) or "") or "unknown", self.text)
+        return _FIELD.sub(
+            lambda named: _cleaned(values.get(named[1]) or "") or "unknown", self.text
+        )
 
 
 def load_prompt(name: str, language: str | None = None) -> Prompt:
@@ -55,18 +57,26 @@ def load_prompt(name: str, language: str | None = None) -> Prompt:
     file = packaged if packaged.is_file() else Path(name)
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in _PACKAGED.glob("*.txt")))
-        raise UsageError(f"caption.prompt: there is no prompt {name!r} and no such file. Packaged prompts: {known}.")
+        raise UsageError(
+            f"caption.prompt: there is no prompt {name!r} and no such file. Packaged prompts: {known}."
+        )
     try:
         text = " ".join(file.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as broken:
-        raise UsageError(f"caption.prompt: the file {file} can't be read as UTF-8 text ({broken}).") from None
+        raise UsageError(
+            f"caption.prompt: the file {file} can't be read as UTF-8 text ({broken})."
+        ) from None
     if not text:
         raise UsageError(f"caption.prompt: the file {file} is empty.")
     for field in Prompt("", text).fields:
         if field not in (*FIELDS, _ATTRIBUTES):
             known = ", ".join(f"{{{field}}}" for field in (*FIELDS, _ATTRIBUTES))
-            raise UsageError(f"caption.prompt: the file {file} names {{{field}}}; the fields are {known}.")
-    prompt_id = name if file == packaged else f"{file.stem}@{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+            raise UsageError(
+                f"caption.prompt: the file {file} names {{{field}}}; the fields are {known}."
+            )
+    prompt_id = (
+        name if file == packaged else f"{file.stem}@{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
     structured = _ATTRIBUTES in Prompt("", text).fields
     text = text.replace(f"{{{_ATTRIBUTES}}}", attributes.NAMED)
     if language:
