@@ -10,9 +10,11 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.embed import item_texts
+from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import index as indexing
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.storage import schemas
@@ -33,7 +35,7 @@ def index(run: RunContext, outcome: StageResult) -> None:
     run.reporter.info(
         f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there"
     )
-    folder = indexing.build(
+    folder = build_index(
         rows.toArrow(),
         run.config.representation,
         encoder,
@@ -83,9 +85,7 @@ def profiles(run: RunContext, outcome: StageResult) -> None:
             "profiles: no user has an event that counts. Check profiles.event_weights against the event "
             "types of the log. Nothing was written."
         )
-    open_searcher = indexing.ship(
-        run.spark, index_folder(run), run.config.index.broadcast_gb, Searcher.open
-    )
+    open_searcher = ship(run.spark, index_folder(run), run.config.index.broadcast_gb, Searcher.open)
     made = profiling.with_embedding(rows, run.config.representation, open_searcher)
     changed = users if touched is None else touched.count()
     with run.reporter.progress("building profiles", changed):
