@@ -106,7 +106,7 @@ class RunContext:
             datetime.now(UTC),
         )
         state.write(self.tables, row)
-        self._states = None
+        self._states = self.states() | {row.stage: row}
 
     def read(self, table: Table) -> DataFrame:
         """A table that an earlier stage made. Raises RunError when it doesn't exist."""

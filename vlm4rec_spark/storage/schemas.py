@@ -13,6 +13,8 @@ from pyspark.sql.types import StructType
 
 LAYOUT = 1
 """Version of all tables, stored in each table's properties. Another layout is refused."""
+DEFAULT_LIST = "default"
+"""The only list of a user, until there are several."""
 
 
 @dataclass(frozen=True)
