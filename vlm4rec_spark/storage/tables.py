@@ -5,7 +5,6 @@ Knows how a record of `schemas.py` becomes a Delta table in a folder or in a cat
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
@@ -22,6 +21,8 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, MapType, StructType
 
 from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.storage import files
+from vlm4rec_spark.storage.files import Files
 from vlm4rec_spark.storage.schemas import LAYOUT, TABLES, Table
 
 T = TypeVar("T")
@@ -89,8 +90,7 @@ class Tables:
     def __init__(self, spark: SparkSession, location: str):
         self.spark = spark
         self.named = _NAMED.fullmatch(location) is not None
-        # Delta takes a relative path for a table's name.
-        self.location = location if self.named or ":" in location else os.path.abspath(location)  # noqa: PTH100
+        self.location = location if self.named else files.qualified(location)
         self._versions: dict[str, int] = {}
 
     def prepare(self) -> None:
@@ -264,9 +264,7 @@ class Tables:
         if self.named:
             self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{place}")
         else:
-            self.filesystem(f"{self.location}/{place}").delete(
-                self.path(f"{self.location}/{place}"), True
-            )
+            self.filesystem(self.location).delete(f"{self.location}/{place}")
 
     def clear_leftovers(self, hours: int) -> list[str]:
         """Remove each `_staging_…` to which nothing was written for `hours`, and name it.
@@ -275,11 +273,11 @@ class Tables:
         """
         gone = []
         for name, place in self._staging_places():
-            if time.time() - self._last_written(place) > hours * 3600:
+            if time.time() - self.filesystem(place).last_written(place) > hours * 3600:
                 if self.named:
                     self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{name}")
                 else:
-                    self.filesystem(place).delete(self.path(place), True)
+                    self.filesystem(place).delete(place)
                 gone.append(name)
         return gone
 
@@ -441,23 +439,12 @@ class Tables:
                 for name in names
             }
             return [(name, detail["location"]) for name, detail in details.items()]
-        files, folder = self.filesystem(self.location), self.path(self.location)
-        entries = files.listStatus(folder) if files.exists(folder) else []
-        names = [entry.getPath().getName() for entry in entries if entry.isDirectory()]
+        names = self.filesystem(self.location).folders(self.location)
         return [(name, f"{self.location}/{name}") for name in names if name.startswith("_staging_")]
-
-    def _last_written(self, place: str) -> float:
-        """Seconds of the epoch at which anything below the folder was last written."""
-        files, folder = self.filesystem(place), self.path(place)
-        times, found = [], files.listFiles(folder, True)
-        while found.hasNext():
-            times.append(found.next().getModificationTime())
-        # Only of an empty folder its own: object stores have no time for folders and say it is now.
-        return float(max(times or [files.getFileStatus(folder).getModificationTime()]) / 1000)
 
     def _on_disk(self, place: str) -> int | None:
         try:
-            return int(self.filesystem(place).getContentSummary(self.path(place)).getLength())
+            return self.filesystem(place).size(place)
         except (
             Exception
         ):  # a catalog may own the folder and let nobody list it; then the size isn't known
@@ -492,14 +479,9 @@ class Tables:
         finally:
             console.setOutDirect(before)
 
-    def path(self, uri: str) -> Any:
-        assert self.spark._jvm is not None
-        return self.spark._jvm.org.apache.hadoop.fs.Path(uri)
-
-    def filesystem(self, uri: str) -> Any:
-        return self.path(uri).getFileSystem(
-            self.spark._jsparkSession.sessionState().newHadoopConf()
-        )
+    def filesystem(self, uri: str) -> Files:
+        """The file system in which the tables, or this part of them, lie."""
+        return files.filesystem(self.spark, uri)
 
 
 def _wait(seconds: float) -> None:
