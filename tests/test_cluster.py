@@ -317,7 +317,9 @@ def content(run: Pipeline, table: schemas.Table) -> list[str]:
     """Every row as text, without the columns that say when or by which run it was made."""
     left_out = {"run_id", *table.volatile}
     if table is schemas.RUNS:
-        left_out |= {"config", "started_at", "seconds", "device_seconds", "details", "state"}
+        left_out |= {"config", "started_at", "seconds", "device_seconds", "details"}
+    if table is schemas.STATE:
+        left_out |= {"fingerprint", "calibration", "versions"}
     kept = [name for name in table.columns if name not in left_out]
     return sorted(str([row[name] for name in kept]) for row in rows(run, table))
 
@@ -376,7 +378,7 @@ def new_captions(shop: Shop) -> list[dict]:
     picture.putpixel((0, 0), (255, 255, 255))
     picture.save(green, "PNG")
     image = green.getvalue()
-    row = (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
+    row = (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)
     tables.insert(schemas.PHOTOS, shop.there.spark.createDataFrame([row], schemas.PHOTOS.schema))
     shop.cluster.submit("run_caption", *shop.settings)
     return [row for row in rows(shop.there, schemas.CAPTIONS) if row not in before]

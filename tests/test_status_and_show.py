@@ -46,7 +46,8 @@ def run(
 
 
 def photo(item_id: str, position: int, sha: str) -> tuple:
-    return item_id, position, f"s3a://shop/{item_id}.{position}.jpg", b"x", sha * 64, 15_100, MONDAY
+    uri = f"s3a://shop/{item_id}.{position}.jpg"
+    return item_id, position, uri, b"x", sha * 64, 15_100, MONDAY, None
 
 
 def caption(
@@ -81,6 +82,8 @@ ROWS: dict[schemas.Table, list] = {
             None,
             None,
             9.5,
+            None,
+            None,
             {"colour": "red"},
             item != "hat-red",
             None,
@@ -114,6 +117,7 @@ ROWS: dict[schemas.Table, list] = {
     schemas.RECOMMENDATIONS: [
         (
             "ann",
+            "default",
             [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])],
             5,
             INDEX,
@@ -122,6 +126,7 @@ ROWS: dict[schemas.Table, list] = {
         ),
         (
             "cid",
+            "default",
             [("hat-red", 0.5, None, [], "content", [])],
             5,
             GONE,
@@ -142,10 +147,10 @@ ROWS: dict[schemas.Table, list] = {
 def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("shop")
     made = pipeline(folder)
-    built = run(
-        "index", 10, index_id=INDEX, representation="caption", folder=str(folder / "index" / INDEX)
-    )
-    for table, rows in (ROWS | {schemas.RUNS: [*ROWS[schemas.RUNS], built]}).items():
+    built = run("index", 10, index_id=INDEX, representation="caption")
+    in_force = ("index", 1, None, {}, "caption", INDEX, None, None, "r1", MONDAY)
+    built_tables = {schemas.RUNS: [*ROWS[schemas.RUNS], built], schemas.STATE: [in_force]}
+    for table, rows in (ROWS | built_tables).items():
         made.tables.replace(table, made.spark.createDataFrame(rows, table.schema))
     vectors = np.asarray(list(VECTORS.values()), np.float32)
     Searcher.build(

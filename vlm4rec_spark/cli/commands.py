@@ -257,7 +257,7 @@ def _show_report(pipeline: Pipeline, console: Console) -> None:
 
 def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     """The figures of the last evaluation, and what they rest on."""
-    run_id = pipeline.last_good()["evaluate"]["run_id"]
+    run_id = pipeline.context.states()["evaluate"].run_id
     runs = pipeline.tables.read(schemas.RUNS)
     run = runs.where((runs["run_id"] == run_id) & (runs["stage"] == "evaluate")).first()
     assert run is not None
@@ -276,11 +276,11 @@ def _evaluation(pipeline: Pipeline) -> dict[str, object]:
 
 def _headline(pipeline: Pipeline, console: Console) -> None:
     """The latest evaluation, all users, as a table."""
-    rows, last = pipeline.tables.read(schemas.METRICS), pipeline.last_good()["evaluate"]
+    rows, last = pipeline.tables.read(schemas.METRICS), pipeline.context.states()["evaluate"]
     # What was found of captions is no score of an arm, and stands in the report.
     k, metrics = pipeline.config.evaluate.k, ("recall", "ndcg")
     lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
-    rows = rows.where((rows["run_id"] == last["run_id"]) & lists & rows["metric"].isin(*metrics))
+    rows = rows.where((rows["run_id"] == last.run_id) & lists & rows["metric"].isin(*metrics))
     found = {
         (row["split"], row["arm"], row["metric"]): row for row in rows.orderBy("split").collect()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -13,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult, maintain
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import maintenance, schemas
 
 
 def show(pipeline: Pipeline, console: Console) -> None:
@@ -28,25 +27,24 @@ def show_maintenance(outcome: StageResult, console: Console) -> None:
     details = outcome.details
     grid = _grid("What was done", ("table", "retention"), ("files before", "files after", "freed"))
     for name in schemas.TABLES:
-        if name in details:
-            did = json.loads(details[name])
-            kept = did["retention"].removeprefix("interval ")
+        if f"{name}.files_before" in details:
+            freed = details[f"{name}.bytes_freed"]
             grid.add_row(
                 name,
-                kept,
-                f"{did['files_before']:,}",
-                f"{did['files_after']:,}",
-                _size(did["bytes_freed"]),
+                details[f"{name}.retention"].removeprefix("interval "),
+                f"{int(details[f'{name}.files_before']):,}",
+                f"{int(details[f'{name}.files_after']):,}",
+                _size(int(freed) if freed else None),
             )
     console.print(grid)
-    removed = json.loads(details["index_removed"])
+    removed = details["index_removed"].split()
     console.print(
         f"index versions: {len(removed)} removed ({_size(int(details['index_bytes_freed']))}), "
         f"{details['index_kept']} kept",
         highlight=False,
         soft_wrap=True,
     )
-    if leftovers := json.loads(details["leftovers"]):
+    if leftovers := details["leftovers"].split():
         console.print(
             f"left by killed runs, removed: {', '.join(leftovers)}", highlight=False, soft_wrap=True
         )
@@ -56,7 +54,7 @@ def _tables(pipeline: Pipeline) -> Table:
     title = f"Tables at {pipeline.tables.location}"
     grid = _grid(title, ("table", "last change (UTC)"), ("rows", "version", "size", "on disk"))
     for table in schemas.TABLES.values():
-        found = pipeline.tables.footprint(table)
+        found = maintenance.footprint(pipeline.tables, table)
         if found is None:
             grid.add_row(table.name, "not there yet", style="dim")
             continue

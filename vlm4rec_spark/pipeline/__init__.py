@@ -137,9 +137,7 @@ _STAGES = {
         report.inputs_fingerprint,
         # Every run writes to runs and state, also one with nothing to do.
         reads=tuple(
-            table
-            for table in schemas.TABLES.values()
-            if table not in (schemas.RUNS, schemas.STATE)
+            table for table in schemas.TABLES.values() if table not in (schemas.RUNS, schemas.STATE)
         ),
         writes=(),
     ),

@@ -39,7 +39,7 @@ class StageResult:
     device_seconds: float | None = None
     details: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
-    output: StageOutput = StageOutput()
+    output: StageOutput = field(default_factory=StageOutput)
     seconds: float = 0.0
 
     @property

@@ -29,7 +29,7 @@ def evaluate(context: RunContext, result: StageResult) -> None:
     )
     result.ok = sum(json.loads(split)["users"] for split in result.details.values())
     rows += caption_audit.audit(context, result)
-    rows = [row | {"run_id": context.run_id} for row in rows]
+    rows = [row | {"run_id": context.run_id, "control": row["control"] or ""} for row in rows]
     metrics = context.spark.createDataFrame(rows, schemas.METRICS.schema)
     context.tables.insert(schemas.METRICS, metrics)
 
@@ -88,8 +88,8 @@ def _tables(
 def _embeddings(context: RunContext) -> DataFrame:
     """Of each representation that this configuration makes, the vectors of its encoder."""
     representation = F.col("representation")
-    encoder = F.when(
-        representation.isin(*embed.REPRESENTATIONS), F.lit(context.encoder_id())
-    ).when(representation == embed.IMAGE, F.lit(context.vision_id() or ""))
+    encoder = F.when(representation.isin(*embed.REPRESENTATIONS), F.lit(context.encoder_id())).when(
+        representation == embed.IMAGE, F.lit(context.vision_id() or "")
+    )
     embeddings = context.read(schemas.EMBEDDINGS)
     return embeddings.where(encoder.isNull() | (F.col("encoder_id") == encoder))

@@ -239,9 +239,7 @@ def _calibration_state(calibration: Calibration, target_recall: float) -> Calibr
 
 def _tried_effort(tried: Tried) -> TriedEffort:
     effort = tried.effort
-    return TriedEffort(
-        effort.leaves, effort.candidates, tried.recall, tried.low, tried.per_second
-    )
+    return TriedEffort(effort.leaves, effort.candidates, tried.recall, tried.low, tried.per_second)
 
 
 def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
@@ -361,9 +359,7 @@ def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> s
     if not settings.share:
         return content
     gigabytes = len(searcher) * settings.max_neighbors * 60 / 1e9
-    context.reporter.info(
-        f"counting co-occurrences, needs up to {gigabytes:.2f} GB on the driver"
-    )
+    context.reporter.info(f"counting co-occurrences, needs up to {gigabytes:.2f} GB on the driver")
     pairs = item_item.pairs(profiles, settings).toArrow()
     folder = build_item_item(pairs, searcher, Path(context.config.index.folder) / "item_item")
     opens = ship(context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open)

@@ -307,6 +307,7 @@ STATE = Table(
     run_id STRING NOT NULL COMMENT 'Run that wrote the row',
     updated_at TIMESTAMP NOT NULL COMMENT 'When the row was written'""",
     key=("stage",),
+    volatile=("run_id", "updated_at"),
 )
 
 RUNS = Table(

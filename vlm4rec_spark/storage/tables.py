@@ -238,7 +238,9 @@ class Tables:
         at = F.unix_micros("timestamp").alias("at")
         counts = [F.col("operationMetrics")[name].cast("long") for name in _ROW_COUNTS]
         # Where Delta keeps no metrics, a merge counts as a change.
-        idle = (F.col("operation") == "MERGE") & F.coalesce(sum(counts, F.lit(0)) == 0, F.lit(False))
+        idle = (F.col("operation") == "MERGE") & F.coalesce(
+            sum(counts, F.lit(0)) == 0, F.lit(False)
+        )
         changed = (~F.col("operation").isin(*_UPKEEP) & ~idle).alias("changed")
         last = self.delta(table).history(10).select("version", at, changed).collect()
         if any(commit["changed"] for commit in last):
@@ -331,7 +333,9 @@ def _changes(table: Table) -> tuple[str, dict[str, str | Column]]:
         for field in table.schema
         if field.name not in ignored
     ]
-    updates = {name: f"new.`{name}`" for name in table.columns if name not in table.key}
+    updates: dict[str, str | Column] = {
+        name: f"new.`{name}`" for name in table.columns if name not in table.key
+    }
     return " OR ".join(comparisons), updates
 
 
