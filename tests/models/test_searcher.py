@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
-from vlm4rec_spark.stages import index
 from vlm4rec_spark.stages.recommend import calibrate, without
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
@@ -475,12 +475,12 @@ def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Pat
         "text": ["", ""],
     }
     rows = pa.table(columns)
-    folder = index.build(rows, "title", "test", tmp_path, 16)
+    folder = build_index(rows, "title", "test", tmp_path, 16)
     before = (folder / "vectors.npy").stat().st_mtime_ns
-    assert index.build(rows, "title", "test", tmp_path, 16) == folder
+    assert build_index(rows, "title", "test", tmp_path, 16) == folder
     assert (folder / "vectors.npy").stat().st_mtime_ns == before
     (folder / "vectors.npy").write_bytes(b"damage")
-    assert index.build(rows, "title", "test", tmp_path, 16) == folder
+    assert build_index(rows, "title", "test", tmp_path, 16) == folder
     assert Searcher.open(folder).vectors.tolist() == [[1, 0], [0, 1]]
 
 
