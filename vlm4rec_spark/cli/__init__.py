@@ -56,7 +56,7 @@ Debug = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 _HELP = {
-    "ingest": "Read catalogue, photos and log into tables; bad rows go to `rejected`, with reasons.",
+    "ingest": "Read catalogue, photos and log into tables; `rejected` gets bad rows and reasons.",
     "embed": "Encode titles and captions whose text is new or has changed.",
     "index": "Build the index of the items' vectors, a folder.",
     "profiles": "Weight every user's history and average its vectors.",
