@@ -47,7 +47,8 @@ def run(
 
 
 def photo(item_id: str, position: int, sha: str) -> tuple:
-    return item_id, position, f"s3a://shop/{item_id}.{position}.jpg", b"x", sha * 64, 15_100, MONDAY
+    uri = f"s3a://shop/{item_id}.{position}.jpg"
+    return item_id, position, uri, b"x", sha * 64, 15_100, MONDAY, None
 
 
 def caption(
