@@ -59,14 +59,13 @@ def store(run: Pipeline) -> None:
     items = []
     photos = []
     for n in range(ITEMS):
+        item = f"i{n:02d}"
         attributes = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
-        items.append(
-            (f"i{n:02d}", f"Item {n}", None, None, None, None, 1.0, attributes, True, None, now)
-        )
+        nothing = [None] * 4
+        items.append((item, f"Item {n}", *nothing, 1.0, None, None, attributes, True, None, now))
         image = png(photo(n))
-        photos.append(
-            (f"i{n:02d}", 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
-        )
+        digest = hashlib.sha256(image).hexdigest()
+        photos.append((item, 0, None, image, digest, len(image), None, None))
     run.tables.upsert(schemas.ITEMS, run.spark.createDataFrame(items, schemas.ITEMS.schema))
     run.tables.upsert(schemas.PHOTOS, run.spark.createDataFrame(photos, schemas.PHOTOS.schema))
 
@@ -83,13 +82,12 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
         for row in wanted
     ]
     texts = answers(FakeCaptioner(model, 16), requests)
-    made_with = (prompt.prompt_id, spec.model_id)
     rest = (None, 1, 1, "ok", None, None, 1, at, "r")
-    rows = [
-        (key, row["image_sha256"], *made_with, texts[key].text, *rest)
-        for row in wanted
-        for key in [row["caption_key"]]
-    ]
+    rows = []
+    for row in wanted:
+        text = texts[row["caption_key"]].text
+        photo_and_model = (row["image_sha256"], prompt.prompt_id, spec.model_id)
+        rows.append((row["caption_key"], *photo_and_model, text, *rest))
     run.tables.insert(schemas.CAPTIONS, run.spark.createDataFrame(rows, schemas.CAPTIONS.schema))
     links = [(row["item_id"], row["position"], row["caption_key"]) for row in wanted]
     run.tables.sync(
@@ -111,7 +109,7 @@ class Audited:
 def audits(
     pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Audited]:
-    """Without captions, of a blind captioner, of one that looks, and of that with a killed worker."""
+    """Without captions, and of captioners: blind, seeing, and seeing with a killed worker."""
     folder = tmp_path_factory.mktemp("audit")
     by_name = {}
     died = folder / "died"
