@@ -39,6 +39,7 @@ def write(
     rejected = [
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in provenance.rejected.items()
     ]
+    notes = [_START if plan.start else "", _TEACHER if plan.teacher else ""]
     text = _TEXT.format(
         rows="\n".join(rows),
         command=provenance.command,
@@ -51,8 +52,7 @@ def write(
         seed=plan.seed,
         minutes=provenance.seconds / 60,
         device=provenance.device,
-        teacher=_TEACHER if plan.teacher else "",
-        start=_START if plan.start else "",
+        notes="".join(notes),
     )
     (folder / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
     if curve:
@@ -74,10 +74,8 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
-_START = "It started from a captioner that was trained before."
-_TEACHER = (
-    "EfficientNet-Lite0 (ImageNet weights, Apache-2.0) guided the vision tower during the training."
-)
+_START = " It started from a captioner that was trained before."
+_TEACHER = " EfficientNet-Lite0 (ImageNet weights, Apache-2.0) guided the vision tower."
 _TEXT = """\
 # A small captioner of product photos
 
@@ -97,14 +95,15 @@ It consists of transformers' own classes and loads through `AutoProcessor` and
 
 - Data: {data}. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
-- {seen:,} photos seen in batches of {batch:,}, seed {seed}; {minutes:.1f} minutes on {device}.
-  {start} {teacher}
+- {seen:,} photos seen in batches of {batch:,}, seed {seed};
+  {minutes:.1f} minutes on {device}.{notes}
 - The curve is in `curve.png`.
 
 ## Held-out figures
 
 `right` is the share of held-out photos whose caption names the attribute's value. `blank` is the
-same if every photo had the caption of a blank one, and `majority` is the share of the commonest value.
+same if every photo had the caption of a blank one, and `majority` is the share of the commonest
+value.
 
 | attribute | values | photos | right | blank | majority |
 |---|---:|---:|---:|---:|---:|

@@ -75,14 +75,10 @@ def read(
     Raises UsageError for a missing table or column, RunError when too few photos can be used.
     """
     rows = _rows(table, [columns["photo"], *attributes.values()], list(columns.values()))
-    records = rows[list(attributes.values())].to_dict("records")
-    truth = [_attributes(row, attributes) for row in records]
+    truth = _truth(rows, attributes)
     sentences = _sentences(rows, columns["caption"], truth)
     decoded = _decoded(rows[columns["photo"]].tolist(), table, side, work, log)
-    reasons = [
-        reason or ("" if words else "unlabelled")
-        for reason, words in zip(decoded.reasons, sentences, strict=True)
-    ]
+    reasons = _reasons(decoded, sentences)
     rejected = dict(Counter(filter(None, reasons)))
     good = np.flatnonzero([not reason for reason in reasons])
     _check_enough(table, len(good), rejected)
@@ -119,11 +115,14 @@ def _rows(table: Path, required: Sequence[str], optional: Sequence[str]) -> pd.D
     return rows[[name for name in rows.columns if name in {*required, *optional}]]
 
 
-def _attributes(row: Mapping[Any, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """The row's values by our names, without those that are missing or blank."""
-    values = {name: row[column] for name, column in columns.items() if pd.notna(row[column])}
-    words = {name: " ".join(str(value).split()) for name, value in values.items()}
-    return {name: value for name, value in words.items() if value}
+def _truth(rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rows' values by our names, without those that are missing or blank."""
+    truth = []
+    for row in rows[list(columns.values())].to_dict("records"):
+        values = {name: row[column] for name, column in columns.items() if pd.notna(row[column])}
+        words = {name: " ".join(str(value).split()) for name, value in values.items()}
+        truth.append({name: value for name, value in words.items() if value})
+    return truth
 
 
 def _sentences(rows: pd.DataFrame, column: str, truth: Sequence[dict[str, str]]) -> list[str]:
@@ -132,6 +131,14 @@ def _sentences(rows: pd.DataFrame, column: str, truth: Sequence[dict[str, str]])
     return [
         " ".join(caption.split()) or (sentence(attributes) if attributes else "")
         for caption, attributes in zip(captions, truth, strict=True)
+    ]
+
+
+def _reasons(decoded: _Decoded, sentences: Sequence[str]) -> list[str]:
+    """Why photos can't be used, "" for those that can."""
+    return [
+        reason or ("" if words else "unlabelled")
+        for reason, words in zip(decoded.reasons, sentences, strict=True)
     ]
 
 
