@@ -300,7 +300,9 @@ def content(run: Pipeline, table: schemas.Table) -> list[str]:
     """Every row as text, without volatile columns."""
     volatile = {"run_id", *table.volatile}
     if table is schemas.RUNS:
-        volatile |= {"config", "started_at", "seconds", "device_seconds", "details", "state"}
+        volatile |= {"config", "started_at", "seconds", "device_seconds", "details"}
+    if table is schemas.STATE:
+        volatile |= {"fingerprint", "calibration", "versions"}
     columns = [name for name in table.columns if name not in volatile]
     return sorted(str([row[name] for name in columns]) for row in rows(run, table))
 
@@ -355,7 +357,16 @@ def new_captions(shop: Shop) -> list[dict]:
     photos = tables.read(schemas.PHOTOS)
     bare = tables.read(schemas.ITEMS).join(photos, on="item_id", how="left_anti").first()
     image = green_photo()
-    row = (bare["item_id"], 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
+    row = (
+        bare["item_id"],
+        0,
+        None,
+        image,
+        hashlib.sha256(image).hexdigest(),
+        len(image),
+        None,
+        None,
+    )
     tables.insert(schemas.PHOTOS, shop.remote.spark.createDataFrame([row], schemas.PHOTOS.schema))
     shop.cluster.submit("run_caption", *shop.settings)
     return [row for row in rows(shop.remote, schemas.CAPTIONS) if row not in before]

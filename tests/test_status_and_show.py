@@ -47,7 +47,8 @@ def run(
 
 
 def photo(item_id: str, position: int, sha: str) -> tuple:
-    return item_id, position, f"s3a://shop/{item_id}.{position}.jpg", b"x", sha * 64, 15_100, MONDAY
+    uri = f"s3a://shop/{item_id}.{position}.jpg"
+    return item_id, position, uri, b"x", sha * 64, 15_100, MONDAY, None
 
 
 def caption(
@@ -83,6 +84,8 @@ ROWS: dict[schemas.Table, list] = {
             None,
             None,
             9.5,
+            None,
+            None,
             {"colour": "red"},
             item != "hat-red",
             None,
@@ -116,6 +119,7 @@ ROWS: dict[schemas.Table, list] = {
     schemas.RECOMMENDATIONS: [
         (
             "ann",
+            "default",
             [("mug-blue", 0.875, "mug-red", ["blue", "mug"], "content", [])],
             5,
             INDEX,
@@ -124,6 +128,7 @@ ROWS: dict[schemas.Table, list] = {
         ),
         (
             "cid",
+            "default",
             [("hat-red", 0.5, None, [], "content", [])],
             5,
             DELETED_INDEX,
@@ -144,10 +149,10 @@ ROWS: dict[schemas.Table, list] = {
 def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("shop")
     shop = pipeline(folder)
-    index_run = run(
-        "index", 10, index_id=INDEX, representation="caption", folder=str(folder / "index" / INDEX)
-    )
-    for table, rows in (ROWS | {schemas.RUNS: [*ROWS[schemas.RUNS], index_run]}).items():
+    index_run = run("index", 10, index_id=INDEX, representation="caption")
+    in_force = ("index", 1, None, {}, "caption", INDEX, None, None, "r1", MONDAY)
+    index_rows = {schemas.RUNS: [*ROWS[schemas.RUNS], index_run], schemas.STATE: [in_force]}
+    for table, rows in (ROWS | index_rows).items():
         shop.tables.replace(table, shop.spark.createDataFrame(rows, table.schema))
     vectors = np.asarray(list(VECTORS.values()), np.float32)
     Searcher.build(

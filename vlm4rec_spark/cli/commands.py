@@ -242,7 +242,7 @@ def _print_line(console: Console, text: str) -> None:
 
 def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     """The metrics of the last evaluation, and the tables and settings that they are of."""
-    run_id = pipeline.last_good()["evaluate"]["run_id"]
+    run_id = pipeline.context.states()["evaluate"].run_id
     runs = pipeline.tables.read(schemas.RUNS)
     run = runs.where((runs["run_id"] == run_id) & (runs["stage"] == "evaluate")).first()
     assert run is not None
@@ -277,7 +277,7 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
 def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:
     """The headline's figures by split, arm and metric."""
     rows = pipeline.tables.read(schemas.METRICS)
-    run_id = pipeline.last_good()["evaluate"]["run_id"]
+    run_id = pipeline.context.states()["evaluate"].run_id
     # The caption audit's metrics are no score of an arm. The report shows them.
     of_lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
     of_run = (rows["run_id"] == run_id) & rows["metric"].isin(*_HEADLINE_METRICS)

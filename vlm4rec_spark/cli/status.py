@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
@@ -14,7 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult, maintain
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import maintenance, schemas
 
 _COUNTS = ("rows_ok", "rows_failed", "rows_skipped")
 
@@ -30,10 +29,10 @@ def show_maintenance(result: StageResult, console: Console) -> None:
     """The details of the result: files and bytes per table, index versions, leftovers."""
     details = result.details
     console.print(_maintained_tables(details))
-    removed = json.loads(details["index_removed"])
+    removed = details["index_removed"].split()
     freed = _size(int(details["index_bytes_freed"]))
     lines = [f"index versions: {len(removed)} removed ({freed}), {details['index_kept']} kept"]
-    if leftovers := json.loads(details["leftovers"]):
+    if leftovers := details["leftovers"].split():
         lines.append(f"removed after killed runs: {', '.join(leftovers)}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -43,14 +42,14 @@ def _maintained_tables(details: Mapping[str, str]) -> Table:
     title = "Maintained tables"
     grid = _grid(title, ("table", "retention"), ("files before", "files after", "freed"))
     for name in schemas.TABLES:
-        if name in details:
-            figures = json.loads(details[name])
+        if f"{name}.files_before" in details:
+            freed = details[f"{name}.bytes_freed"]
             grid.add_row(
                 name,
-                figures["retention"].removeprefix("interval "),
-                f"{figures['files_before']:,}",
-                f"{figures['files_after']:,}",
-                _size(figures["bytes_freed"]),
+                details[f"{name}.retention"].removeprefix("interval "),
+                f"{int(details[f'{name}.files_before']):,}",
+                f"{int(details[f'{name}.files_after']):,}",
+                _size(int(freed) if freed else None),
             )
     return grid
 
@@ -59,7 +58,7 @@ def _tables(pipeline: Pipeline) -> Table:
     title = f"Tables at {pipeline.tables.location}"
     grid = _grid(title, ("table", "last change (UTC)"), ("rows", "version", "size", "on disk"))
     for table in schemas.TABLES.values():
-        footprint = pipeline.tables.footprint(table)
+        footprint = maintenance.footprint(pipeline.tables, table)
         if footprint is None:
             grid.add_row(table.name, "not there yet", style="dim")
             continue
