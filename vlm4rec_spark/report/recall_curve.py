@@ -1,30 +1,33 @@
-"""What recommend's calibration tried, out of its run's details. Knows no HTML."""
+"""What recommend's calibration tried, from its run's details. Knows no HTML."""
 
 from __future__ import annotations
 
-from vlm4rec_spark.report.data import RecallCurve, Setting, StageRun, figures
+from collections.abc import Mapping
+
+from vlm4rec_spark.report.data import RecallCurve, SearchSetting, parse_details
 
 
-def calibration(run: StageRun | None) -> RecallCurve | None:
-    """None where nothing was tried, as with a small catalogue, or where the details can't be read."""
-    told = figures(run.details.get("recall_curve")) if run else {}
-    rows, exact = told.get("tried"), told.get("exact")
-    if not run or not isinstance(rows, list) or not rows:
+def calibration(details: Mapping[str, str]) -> RecallCurve | None:
+    """None if nothing was tried, as for a small catalogue, or if the details can't be read."""
+    curve = parse_details(details.get("recall_curve"))
+    rows = curve.get("tried")
+    exact = curve.get("exact")
+    if not isinstance(rows, list) or not rows:
         return None
     try:
         tried = tuple(
-            Setting(int(leaves), int(candidates), float(recall), float(low), float(speed))
+            SearchSetting(int(leaves), int(candidates), float(recall), float(low), float(speed))
             for leaves, candidates, recall, low, speed in rows
         )
-        promise = float(run.details["recall_promised"])
+        promise = float(details["recall_promised"])
     except (KeyError, TypeError, ValueError):
         return None
     # Null is exact search.
-    taken = [each for each in tried if [each.leaves, each.candidates] == told.get("taken")]
+    chosen = [row for row in tried if [row.leaves, row.candidates] == curve.get("taken")]
     return RecallCurve(
         tried,
         promise,
         exact if isinstance(exact, int | float) else None,
-        taken[0] if taken else None,
-        run.details.get("k", "k"),
+        chosen[0] if chosen else None,
+        details.get("k", "k"),
     )
