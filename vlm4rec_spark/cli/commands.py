@@ -19,7 +19,7 @@ from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
 from vlm4rec_spark.pipeline import STAGES, Pipeline, Reporter, StageResult
-from vlm4rec_spark.report.data import figures
+from vlm4rec_spark.report.data import parse_details
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import progress
 from vlm4rec_spark.spark.session import session
@@ -35,7 +35,7 @@ def run_stages(
 ) -> None:
     """Run the stage `name`, or all of them for `run`. `retry`: failed captions to try again, as in `Run`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
-        pipeline.retry = retry
+        pipeline.context.retry = retry
         _run(pipeline, STAGES if name == "run" else (name,), console)
 
 
@@ -54,7 +54,7 @@ def run_plan(
 ) -> None:
     """Run `plan`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, _):
-        pipeline.retry = retry
+        pipeline.context.retry = retry
         planned = pipeline.plan()
         if as_json:
             print(json.dumps(asdict(planned)))
@@ -264,7 +264,7 @@ def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     rows = pipeline.tables.read(schemas.METRICS)
     rows = rows.where(rows["run_id"] == run_id).drop("run_id")
     found = rows.orderBy("split", "arm", "metric", "k", "slice").collect()
-    details = {name: figures(text) or text for name, text in sorted(run["details"].items())}
+    details = {name: parse_details(text) or text for name, text in sorted(run["details"].items())}
     return {
         "run_id": run_id,
         "versions": run["versions"],

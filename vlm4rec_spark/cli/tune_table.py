@@ -17,13 +17,13 @@ _SHOWN = 8
 
 def write(tuned: Tuned, out: Path) -> None:
     """The best settings as YAML, the evidence as comments above them."""
-    best, content = overrides(tuned.best.in_use), overrides(tuned.best_content.in_use)
+    best, content = overrides(tuned.best.serving), overrides(tuned.best_content.serving)
     of_content = {
         "representation": content["representation"],
         "profiles": content["profiles"],
-        "cooccurrence": {"share": 0.0},
+        "item_item": {"share": 0.0},
     }
-    settings = {**best, "evaluate": {"define": {"content": of_content}}}
+    settings = {**best, "evaluate": {"custom_arms": {"content": of_content}}}
     cut = f", cut {tuned.cut}" if tuned.cut else ""
     lines = [
         f"By vlm4rec tune {__version__} on {datetime.now(UTC):%Y-%m-%d}: the best of {len(tuned.trials)} settings by "
@@ -48,7 +48,7 @@ def show(tuned: Tuned, console: Console) -> None:
         table.add_column(name, justify="left" if name == "last changed" else "right")
     ranked = sorted(tuned.trials, key=lambda trial: -getattr(trial, tuned.metric))[:_SHOWN]
     for trial in ranked if tuned.best_content in ranked else [*ranked, tuned.best_content]:
-        name = trial.what if trial.blended else f"{trial.what} (content only)"
+        name = trial.description if trial.blended else f"{trial.description} (content only)"
         table.add_row(
             name, f"{trial.recall:.4f}", f"{trial.ndcg:.4f}", f"[{trial.low:.4f}, {trial.high:.4f}]"
         )
@@ -65,5 +65,5 @@ def _line(trial: Trial, tuned: Tuned) -> str:
     )
     return (
         f"recall {trial.recall:.4f}  ndcg {trial.ndcg:.4f}  [{trial.low:.4f}, {trial.high:.4f}]  "
-        f"{trial.what}{mark}"
+        f"{trial.description}{mark}"
     )

@@ -35,7 +35,7 @@ GRID = (
 
 @dataclass(frozen=True)
 class Factors:
-    """users: user_id, factors. items: float32 (candidates, rank), zeros for an item without events."""
+    """users: user_id, factors. items: float32 (candidates, rank), zeros if an item has no event."""
 
     users: DataFrame
     items: np.ndarray

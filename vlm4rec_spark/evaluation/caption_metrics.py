@@ -40,6 +40,7 @@ class Figure:
         return {
             "split": SPLIT,
             "arm": arm,
+            "control": "",
             "metric": self.metric,
             "k": self.k,
             "slice": "all",

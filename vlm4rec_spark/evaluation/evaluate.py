@@ -220,8 +220,8 @@ def _warn(
     for name, count in duplicates.items():
         if count > guards.ALARM * items:
             info(
-                f"{split}: {count:,} of {items:,} candidates share their {name} vector with another "
-                "item. Their texts or photos are equal, or lost what distinguished them."
+                f"{split}: {count:,} of {items:,} candidates share their {name} vector with "
+                "another. Their texts or photos are equal, or lost what distinguished them."
             )
     for arm in above_chance:
         info(f"{split}: {arm} predicts shuffled items better than chance: something leaks")

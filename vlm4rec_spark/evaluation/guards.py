@@ -34,8 +34,8 @@ def no_leak(split: str, cut: str | None, users: pd.DataFrame) -> None:
 
 def _leak(split: str, leaks: int, users: int, content: str) -> RunError:
     return RunError(
-        f"evaluate: a leak: {leaks:,} of {users:,} histories of the split {split} contain {content}. "
-        "Nothing was written."
+        f"evaluate: a leak: {leaks:,} of {users:,} histories of the split {split} contain "
+        f"{content}. Nothing was written."
     )
 
 

@@ -23,6 +23,16 @@ from vlm4rec_spark.evaluation.slices import MIN_USERS, Slice
 
 SLICED = ("recall", "ndcg")
 SHUFFLED = "recall_shuffled"
+_OPTIONAL = (
+    "value",
+    "low",
+    "high",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "p_value",
+)
+"""Columns that are null for too few users, or without a control."""
 
 
 class _Key(NamedTuple):
@@ -186,7 +196,5 @@ def _estimate(value: float, low: float, high: float) -> dict[str, float]:
 
 
 def _row(split: str, key: _Key, users: int, slice_: str = "all") -> dict:
-    estimates = ("value", "low", "high")
-    comparison = ("control", "difference", "difference_low", "difference_high", "p_value")
-    row = {"split": split, **key._asdict(), "slice": slice_, "users": users}
-    return row | dict.fromkeys((*estimates, *comparison))
+    row = {"split": split, **key._asdict(), "slice": slice_, "users": users, "control": ""}
+    return row | dict.fromkeys(_OPTIONAL)

@@ -20,11 +20,13 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.evaluation import als, splits
 from vlm4rec_spark.evaluation.arms import FUSIONS, IMAGE, Arm, EvaluateSettings, ServingConfig
 from vlm4rec_spark.evaluation.splits import Split
+from vlm4rec_spark.models.index.build import build_index, build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
-from vlm4rec_spark.stages import index, item_item, profiles, recommend
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import item_item, profiles, recommend
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
 NO_CONTENT = ""
@@ -145,7 +147,7 @@ class PointInTime:
 
     @property
     def _popularity(self) -> np.ndarray:
-        """Events of each candidate, float32 (items,), in the last popularity_days before the cut."""
+        """Events of each candidate in the last popularity_days before the cut, float32 (items,)."""
         return self._cached("popularity", self._count_events)
 
     def _count_events(self) -> np.ndarray:
@@ -190,7 +192,7 @@ class PointInTime:
     def _shipped(self, folder: Path, open_artifact: Callable[[Path], Any]) -> Callable[[], Any]:
         return self._cached(
             ("shipped", folder),
-            lambda: index.ship(self.spark, folder, float("inf"), open_artifact),
+            lambda: ship(self.spark, folder, float("inf"), open_artifact),
         )
 
     def _candidates_only(self, folder: Path) -> ListRules:
@@ -212,7 +214,7 @@ class PointInTime:
             rows = rows.append_column("embedding", pa.array(list(unit)))
         name = representation or "no_content"
         # Exact search: an arm is measured by its vectors, not by what an approximate index loses.
-        return index.build(rows, name, "evaluate", self.folder, ann_min_items=2**62)
+        return build_index(rows, name, "evaluate", self.folder, ann_min_items=2**62)
 
     def _vectors(self, representation: str) -> DataFrame:
         """item_id, embedding, content_sha256, text of all items with a vector; for a fusion also
@@ -241,14 +243,14 @@ class PointInTime:
         )
         key = (settings, serving.profiles.last_n, *serving.profiles.event_weights)
 
-        def count_pairs() -> DataFrame:
+        def count_pairs() -> pa.Table:
             histories = profiles.histories(self.split.train, self.tables.items, serving.profiles)
-            return item_item.pairs(histories, serving.item_item).persist()
+            return item_item.pairs(histories, serving.item_item).toArrow()
 
         def build() -> Path:
             pairs = self._cached(("pairs", key), count_pairs)
             searcher = Searcher.open(folder, verify=False)
-            return item_item.build(pairs, searcher, self.folder / "item_item")
+            return build_item_item(pairs, searcher, self.folder / "item_item")
 
         return self._cached(("item_item", key, folder), build)
 
@@ -283,7 +285,7 @@ class PointInTime:
         return max(als.GRID, key=lambda setting: recall[setting])
 
     def _positions(self, rows: DataFrame, k: int) -> np.ndarray:
-        """Rows of user_id, items as positions (users, k) in the order of `users`, -1 past the end."""
+        """Lists of ids as positions (users, k) in the order of `users`, -1 past the end."""
         table = rows.select("user_id", "items").toArrow()
         positions = np.full((len(self.users), k), -1, np.int64)
         if not len(table):
@@ -361,7 +363,7 @@ def _ranked(
         index = pd.Index(ids)
         seen = [index.get_indexer(pd.Index(items, dtype=object)) for items in part["seen"]]
         exclusions = flat_exclusions(seen, len(ids))
-        top, _ = top_k(positions, scores, exclusions, np.ones(len(ids), bool), k)
+        top = top_k(positions, scores, exclusions, np.ones(len(ids), bool), k).positions
         items = [list(ids[row[row >= 0]]) for row in top]
         return pd.DataFrame({"user_id": part["user_id"].to_numpy(), "items": items})
 

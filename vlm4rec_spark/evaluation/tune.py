@@ -67,7 +67,7 @@ class Trial:
 
 @dataclass
 class Tuned:
-    """All trials in their order, with the name, cut, users and candidates of the validation split."""
+    """All trials in their order; name, cut, users and candidates of the validation split."""
 
     split: str
     cut: str | None

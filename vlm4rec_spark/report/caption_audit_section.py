@@ -1,4 +1,5 @@
-"""The caption audit in plain words: each metric with its control, and what a good value looks like; its examples.
+"""The caption audit in plain words: each metric with its control, and what a good value looks like;
+its examples.
 
 Knows the metrics of split `captions` and the details of evaluate; knows no HTML.
 """
@@ -161,7 +162,8 @@ def audits(data: ReportData) -> list[Audit]:
 
 
 def trouble(data: ReportData) -> str:
-    """Why the captioner couldn't describe the sample again; empty if it could, or wasn't asked to."""
+    """Why the captioner couldn't describe the sample again; empty if it could, or wasn't asked
+    to."""
     details = parse_details(data.details("evaluate").get(_DETAILS))
     return str(details.get("trouble", ""))
 
@@ -173,7 +175,8 @@ def _objects(value: object) -> list[dict]:
 
 def _notes(captioner: Mapping[str, object]) -> Iterator[str]:
     if captioner.get("sampled"):
-        yield f"The sample is {captioner['sampled']:,} of {captioner['in_force']:,} captions in force."
+        sampled = captioner["sampled"]
+        yield f"The sample is {sampled:,} of {captioner['in_force']:,} captions in force."
     if captioner.get("asked"):
         yield (
             f"The model described {captioner['asked']:,} of the photos a second time, mirrored "
@@ -224,7 +227,8 @@ def _lines(metrics: Mapping[str, MetricRow]) -> Iterator[AuditLine]:
 
 
 def _passes(metric: MetricRow, control: MetricRow, lower: bool) -> bool:
-    """Whether the metric is clearly above its control; with `lower`, whether it isn't clearly above."""
+    """Whether the metric is clearly above its control; with `lower`, whether it isn't clearly
+    above."""
     value = metric.value or 0
     limit = control.value or 0
     if metric.low is None or metric.value is None or control.value is None:

@@ -63,7 +63,8 @@ class SlicePanel(NamedTuple):
 def forest(panels: Sequence[ForestPanel], arms: Sequence[str], highlight: str) -> str:
     """A forest plot: values with 95 % intervals, one panel per metric, arms top to bottom.
 
-    Values on both sides of 0, such as differences, get a line at 0. Those whose interval contains 0 are hollow.
+    Values on both sides of 0, such as differences, get a line at 0. Those whose interval contains 0
+    are hollow.
     """
 
     def draw(axes: Sequence[Axes]) -> None:
@@ -75,9 +76,7 @@ def forest(panels: Sequence[ForestPanel], arms: Sequence[str], highlight: str) -
     return _svg(draw, width=10.5, height=0.75 + 0.3 * len(arms), panels=len(panels))
 
 
-def _draw_forest_panel(
-    axes: Axes, panel: ForestPanel, arms: Sequence[str], highlight: str
-) -> None:
+def _draw_forest_panel(axes: Axes, panel: ForestPanel, arms: Sequence[str], highlight: str) -> None:
     valid = [metric for metric in panel.metrics if metric and metric.value is not None]
     right = max((metric.high or metric.value or 0 for metric in valid), default=0) or 1e-3
     left = min((metric.low or 0 for metric in valid), default=0)
@@ -203,7 +202,8 @@ def durations(runs: Sequence[StageRun]) -> str:
 
 
 def recall_curve(curve: RecallCurve) -> str:
-    """Recall against speed: the tried settings with their lower bounds, one line per number of candidates.
+    """Recall against speed: the tried settings with their lower bounds, one line per number of
+    candidates.
 
     Marks the promise, exact search and the chosen setting.
     """
@@ -237,9 +237,7 @@ def recall_curve(curve: RecallCurve) -> str:
     return _svg(draw, width=5.2, height=4.2)
 
 
-def _draw_settings(
-    axes: Axes, settings: Sequence[SearchSetting], color: str, marker: str
-) -> None:
+def _draw_settings(axes: Axes, settings: Sequence[SearchSetting], color: str, marker: str) -> None:
     """A line through settings with the same number of candidates, their leaves at both ends."""
     below = [setting.recall - setting.low for setting in settings]
     above = [0.0] * len(settings)

@@ -1,6 +1,8 @@
-"""What the report shows, as plain values: the seam between collecting (Spark) and rendering (Jinja2).
+"""What the report shows, as plain values: the seam between collecting (Spark) and rendering
+(Jinja2).
 
-Knows no DataFrame and no HTML. Everything is bounded and ordered, so equal tables give an equal page.
+Knows no DataFrame and no HTML. Everything is bounded and ordered, so equal tables give an equal
+page.
 """
 
 from __future__ import annotations
@@ -175,7 +177,7 @@ class MetricRow:
     low: float | None
     high: float | None
     users: int
-    control: str | None = None
+    control: str = ""
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
@@ -238,7 +240,8 @@ class RecallCurve:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything on the page. `counts`: items, photos, captions, interactions, users with a list."""
+    """Everything on the page. `counts`: items, photos, captions, interactions, users with a
+    list."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     runs: tuple[StageRun, ...] = ()

@@ -1,4 +1,5 @@
-"""What was unusual in the data that was taken, and how it was handled. Knows the stages' run details; no HTML."""
+"""What was unusual in the data that was taken, and how it was handled. Knows the stages' run
+details; no HTML."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class DataIssue:
 
 
 def data_issues(data: ReportData) -> list[DataIssue]:
-    """In the order of the pipeline: photos, catalogue, log, users, texts. Issues that didn't occur are left out."""
+    """In the order of the pipeline: photos, catalogue, log, users, texts. Issues that didn't occur
+    are left out."""
     issues = (*_photos(data), *_log(data), *_users(data), *_texts(data))
     return [issue for issue in issues if issue.count]
 

@@ -1,4 +1,5 @@
-"""Metrics put in order for the page: the headline, charts and tables per split. Knows no HTML but the charts' SVG."""
+"""Metrics put in order for the page: the headline, charts and tables per split. Knows no HTML but
+the charts' SVG."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ class SplitSection:
     discordant_users: tuple[DiscordantUser, ...]
     served: str
     """The arm that ranks like the served lists."""
-    control: str | None
+    control: str
+    """The arm that the others are compared with; empty for none."""
     indistinct: tuple[str, ...]
     """Arms whose recall doesn't differ from the control's."""
     chance: float | None
@@ -113,7 +115,8 @@ class SplitSection:
 
 
 def served_arm(data: ReportData) -> str:
-    """The arm that ranks like the served lists: a blend, or the profiles' representation and shape."""
+    """The arm that ranks like the served lists: a blend, or the profiles' representation and
+    shape."""
     if float(data.details("recommend").get("cooccurrence_share", 0)):
         return "blend"
     profiles = data.details("profiles")
@@ -123,7 +126,8 @@ def served_arm(data: ReportData) -> str:
 
 
 def headline(data: ReportData) -> Headline | None:
-    """From the first split, by time if there is one, that has a recall for both; None without any."""
+    """From the first split, by time if there is one, that has a recall for both; None without
+    any."""
     for split in _split_names(data.metrics):
         overall = _overall(data.metrics, split)
         recall = {row.arm: row for row in overall if row.metric == "recall"}
@@ -147,7 +151,7 @@ def _section(data: ReportData, split: str) -> SplitSection:
     k = overall[0].k if overall else 0
     rows = {(row.arm, row.metric): row for row in overall}
     arms = _sorted_arms({row.arm for row in overall})
-    control = next((row.control for row in overall if row.control and row.p_value is not None), None)
+    control = next((row.control for row in overall if row.p_value is not None), "")
     differing = [arm for arm in arms if _difference(rows.get((arm, "recall")))]
     candidates = facts.get("candidates")
     served = served_arm(data)
@@ -156,8 +160,8 @@ def _section(data: ReportData, split: str) -> SplitSection:
         k=k,
         facts=facts,
         forest=_forest(rows, arms, k, served),
-        differences=_differences(rows, differing, k, served, control or ""),
-        multiples=_multiples(data.metrics, overall, served, control or ""),
+        differences=_differences(rows, differing, k, served, control),
+        multiples=_multiples(data.metrics, overall, served, control),
         accuracy=_table(rows, arms, METRICS),
         beyond=_table(rows, arms, BEYOND),
         other_k=_other_lengths(data.metrics, split, arms, k),
@@ -211,9 +215,7 @@ def _table(
     return table if any(table.values()) else {}
 
 
-def _other_lengths(
-    metrics: Sequence[MetricRow], split: str, arms: Sequence[str], k: int
-) -> _Table:
+def _other_lengths(metrics: Sequence[MetricRow], split: str, arms: Sequence[str], k: int) -> _Table:
     """Recall and NDCG at the other list lengths, as columns."""
     rows = [
         row
@@ -252,7 +254,8 @@ def _multiples(
 
 
 def _best_arms(overall: Sequence[MetricRow], served: str, control: str) -> list[str]:
-    """The served arm, the control, and others by recall, if they have one; the oracle isn't one of the others."""
+    """The served arm, the control, and others by recall, if they have one; the oracle isn't one of
+    the others."""
     recall = {row.arm: row.value for row in overall if row.metric == "recall"}
     others = [arm for arm, value in recall.items() if value is not None and arm != "oracle"]
     others.sort(key=lambda arm: -(recall[arm] or 0))
@@ -266,7 +269,9 @@ def _slice_panel(
     """The slices of a family, such as `history`, in their order."""
     names = {name for name, _ in sliced if name.startswith(f"{family} ")}
     ordered = sorted(names, key=_first_number)
-    users = {name: row.users if row.value is not None else None for (name, _), row in sliced.items()}
+    users = {
+        name: row.users if row.value is not None else None for (name, _), row in sliced.items()
+    }
     labels = [_slice_label(name, family, users[name]) for name in ordered]
     lines = {arm: [sliced.get((name, arm)) for name in ordered] for arm in arms}
     return SlicePanel(_FAMILIES[family], labels, lines)
@@ -304,7 +309,8 @@ def _sorted_arms(arms: Iterable[str]) -> list[str]:
 
 
 def _order(names: Iterable[str]) -> Callable[[str], tuple[int, str, int, str]]:
-    """A sort key: these names first, others alphabetically, numbers by size ("5-19" before "20+")."""
+    """A sort key: these names first, others alphabetically, numbers by size ("5-19" before
+    "20+")."""
     rank = {name: number for number, name in enumerate(names)}
 
     def key(name: str) -> tuple[int, str, int, str]:

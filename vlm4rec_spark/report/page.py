@@ -1,4 +1,5 @@
-"""`ReportData` to one self-contained HTML page. Knows Jinja2 and how figures are written for people; knows no Spark."""
+"""`ReportData` to one self-contained HTML page. Knows Jinja2 and how figures are written for
+people; knows no Spark."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _BYTE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def render(data: ReportData) -> str:
-    """The page. Titles, captions and ids come from strangers: everything is escaped but the charts."""
+    """The page. Titles, captions and ids come from strangers: everything is escaped but the
+    charts."""
     # The template names lack the ending by which Jinja2 would turn autoescape on.
     environment = Environment(
         loader=PackageLoader("vlm4rec_spark.report"),

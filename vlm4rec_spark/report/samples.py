@@ -1,7 +1,8 @@
 """What the page shows with photos: kinds of photos, captions, failures, users with their lists.
 
-Knows how a few are chosen, by hash and so the same each time. A class reads its samples when it is created, and names
-the photos that it needs. `with_photos` turns it into plain values. So all photos are fetched at once.
+Knows how a few are chosen, by hash and so the same each time. A class reads its samples when it is
+created, and names the photos that it needs. `with_photos` turns it into plain values. So all photos
+are fetched at once.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _SHORT = (1, 3)
 
 
 class PhotoSamples:
-    """Kinds of photos in a sample of about _SAMPLED_CONTENTS, and contents that several items share."""
+    """Kinds of photos in a sample of about _SAMPLED_CONTENTS, and contents that several items
+    share."""
 
     def __init__(self, tables: Tables, photos: int):
         rows = tables.read(schemas.PHOTOS)
@@ -93,7 +95,8 @@ def _kinds(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
 
 
 def _shared_contents(photos: DataFrame) -> DataFrame:
-    """image_sha256, items, photos, first (a photo key) and last (an item_id) of contents under several items."""
+    """image_sha256, items, photos, first (a photo key) and last (an item_id) of contents under
+    several items."""
     contents = photos.where(F.col("bytes") > 0).groupBy("image_sha256")
     counted = contents.agg(
         F.countDistinct("item_id").alias("items"),
@@ -105,7 +108,8 @@ def _shared_contents(photos: DataFrame) -> DataFrame:
 
 
 class CaptionSamples:
-    """Captions in force, and failures, of the model and prompt that ran last; `photos` of them as samples."""
+    """Captions in force, and failures, of the model and prompt that ran last; `photos` of them as
+    samples."""
 
     def __init__(self, tables: Tables, photos: int, runs: Sequence[StageRun]):
         """`runs` of the caption stage, latest first."""
@@ -150,7 +154,8 @@ class CaptionSamples:
 
 
 def _captions_of_last_run(tables: Tables, runs: Sequence[StageRun]) -> DataFrame:
-    """Imported captions, and those of the model and prompt of the latest run; all captions without a run."""
+    """Imported captions, and those of the model and prompt of the latest run; all captions without
+    a run."""
     captions = tables.read(schemas.CAPTIONS)
     details = runs[0].details if runs else {}
     if not {"model", "prompt_id"} <= details.keys():
@@ -233,7 +238,8 @@ class _UserSample(NamedTuple):
 
 
 class UserSamples:
-    """Users with a history of moderate length and one with a short history, each with their list."""
+    """Users with a history of moderate length and one with a short history, each with their
+    list."""
 
     def __init__(self, tables: Tables, users: int):
         self._users = _sample_users(tables, users)

@@ -1,7 +1,9 @@
-"""The few photos that the page shows, fetched together as thumbnails with their item's title and caption.
+"""The few photos that the page shows, fetched together as thumbnails with their item's title and
+caption.
 
-Knows the tables that hold photos, titles and captions; not which photos are shown, nor why. Thumbnails are made on the
-executors: the driver gets a few kilobytes per photo, however large it is.
+Knows the tables that hold photos, titles and captions; not which photos are shown, nor why.
+Thumbnails are made on the executors: the driver gets a few kilobytes per photo, however large it
+is.
 """
 
 from __future__ import annotations

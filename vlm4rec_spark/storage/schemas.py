@@ -288,7 +288,7 @@ METRICS = Table(
     """run_id STRING NOT NULL COMMENT 'Run',
     split STRING NOT NULL COMMENT 'time, leave_one_out, replay 1, or captions: figures on captions, not on lists',
     arm STRING NOT NULL COMMENT 'What was evaluated; of captions the model that made them, or imported',
-    metric STRING NOT NULL COMMENT 'Such as recall, coverage; recall_difference: less the control; self_rank_10',
+    metric STRING NOT NULL COMMENT 'Such as recall, coverage, self_rank_10',
     k INT NOT NULL COMMENT 'Length of the list that was judged; 0 where there is none',
     slice STRING NOT NULL COMMENT 'all, or a group of users, or of what they chose',
     value DOUBLE COMMENT 'Mean over users, of captions over items; null when they are too few for a number',
@@ -296,6 +296,9 @@ METRICS = Table(
     high DOUBLE COMMENT 'Upper end of the 95 % bootstrap interval',
     users BIGINT NOT NULL COMMENT 'Users in the slice; of captions items',
     control STRING COMMENT 'Arm that this one is compared with',
+    difference DOUBLE COMMENT 'The value minus that of the control',
+    difference_low DOUBLE COMMENT 'Lower end of its 95 % bootstrap interval',
+    difference_high DOUBLE COMMENT 'Upper end of its 95 % bootstrap interval',
     p_value DOUBLE COMMENT 'Of the paired comparison with the control, corrected for the number of arms (Holm)'""",
     key=("run_id", "split", "arm", "metric", "k", "slice"),
 )
