@@ -173,7 +173,13 @@ def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> 
             name = f"{metric}@{k}"
             ranx.evaluate(expected, lists, name)
             reference = [lists.scores[name][f"u{user}"] for user in range(users)]
-            np.testing.assert_allclose(values[metric], reference, rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                values[metric],
+                reference,
+                rtol=0,
+                atol=1e-9,
+                err_msg=name,
+            )
 
 
 def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession) -> None:
@@ -182,7 +188,13 @@ def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession)
     ids = pd.Index(list("ABCDEF"), dtype=object)
 
     def lists(seed: int) -> dict[str, list[str]]:
-        drawn = point_in_time.scored_lists(histories, ids, np.zeros(6, np.float32), 5, seed)
+        drawn = point_in_time.scored_lists(
+            histories,
+            ids,
+            np.zeros(6, np.float32),
+            5,
+            seed,
+        )
         return {row["user_id"]: row["items"] for row in drawn.collect()}
 
     first = lists(1)
@@ -215,7 +227,13 @@ def evaluated(spark: SparkSession, tables: EvaluationTables, **settings: object)
     """An evaluation at k = 1 and CUT, by default of three arms."""
     defaults = {"arms": ("random", "popularity", "title"), "cut": CUT, "k": 1}
     chosen = EvaluateSettings(**{**defaults, **settings})  # type: ignore[arg-type]
-    return evaluate.evaluate(spark, tables, chosen, SERVING, lambda line: None)
+    return evaluate.evaluate(
+        spark,
+        tables,
+        chosen,
+        SERVING,
+        lambda line: None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +258,12 @@ def test_perfect_vectors_find_all_but_the_user_without_a_list(
     evaluation: Evaluation, split: str
 ) -> None:
     for metric in metrics.ACCURACY:
-        title = row_of(evaluation, "title", split, metric)
+        title = row_of(
+            evaluation,
+            "title",
+            split,
+            metric,
+        )
         assert title["value"] == pytest.approx(30 / 31)
         assert title["users"] == 31
         assert title["low"] <= title["value"] <= title["high"]
@@ -272,7 +295,9 @@ def test_the_details_say_what_was_evaluated(evaluation: Evaluation) -> None:
     ("slice_", "users"), [("history 1-4", 26), ("history 5-19", 5), ("history 20+", 0)]
 )
 def test_a_slice_under_thirty_users_gives_no_number(
-    evaluation: Evaluation, slice_: str, users: int
+    evaluation: Evaluation,
+    slice_: str,
+    users: int,
 ) -> None:
     row = row_of(evaluation, "title", slice_=slice_)
     assert row["users"] == users
@@ -285,7 +310,12 @@ def test_segments_are_slices_the_largest_first() -> None:
     items = pd.DataFrame({"category": ["x"]})
     sizes = [
         (part.name, int(part.users.sum()))
-        for part in slices(users, None, np.ones(1, int), items)
+        for part in slices(
+            users,
+            None,
+            np.ones(1, int),
+            items,
+        )
         if part.name.startswith("segment")
     ]
     assert sizes[:3] == [("segment c", 4), ("segment a", 3), ("segment b", 3)]
@@ -310,7 +340,13 @@ def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) ->
         log(spark, events), catalogue(spark, vectors), embeddings(spark, {"title": vectors})
     )
     names = ("title", "title/max_similarity")
-    evaluation = evaluated(spark, tables, arms=names, splits=("time",), control="title")
+    evaluation = evaluated(
+        spark,
+        tables,
+        arms=names,
+        splits=("time",),
+        control="title",
+    )
     assert row_of(evaluation, "title")["value"] == 0
     assert row_of(evaluation, "title/max_similarity")["value"] == 1
 
@@ -382,8 +418,18 @@ def test_a_seen_item_on_a_list_ends_the_evaluation() -> None:
     seen = np.array([1, 8])
     message = r"the arm title recommends 1 items that their users have already seen"
     with pytest.raises(RunError, match=message):
-        guards.nothing_seen("title", np.array([[3, 1], [2, -1]]), seen, 5)
-    guards.nothing_seen("title", np.array([[3, 0], [2, -1]]), seen, 5)
+        guards.nothing_seen(
+            "title",
+            np.array([[3, 1], [2, -1]]),
+            seen,
+            5,
+        )
+    guards.nothing_seen(
+        "title",
+        np.array([[3, 0], [2, -1]]),
+        seen,
+        5,
+    )
 
 
 def test_identical_vectors_raise_an_alarm(spark: SparkSession) -> None:
@@ -391,11 +437,19 @@ def test_identical_vectors_raise_an_alarm(spark: SparkSession) -> None:
     tables = look_alikes(spark)
     equal = tables.embeddings.withColumn("embedding", F.array(F.lit(1.0).cast("float")))
     settings = EvaluateSettings(
-        arms=("random", "title"), control="random", splits=("time",), cut=CUT, k=1
+        arms=("random", "title"),
+        control="random",
+        splits=("time",),
+        cut=CUT,
+        k=1,
     )
     lines: list[str] = []
     evaluation = evaluate.evaluate(
-        spark, replace(tables, embeddings=equal), settings, SERVING, lines.append
+        spark,
+        replace(tables, embeddings=equal),
+        settings,
+        SERVING,
+        lines.append,
     )
     assert json.loads(evaluation.details["time"])["identical_vectors"] == {"title": 60}
     warning = "60 of 60 candidates share their title vector with another"
@@ -413,7 +467,11 @@ def lists_of(
     lists: dict[str, dict[str, list[str]]] = {}
     original = PointInTime.lists
 
-    def record(snapshot: PointInTime, arm: Arm, k: int) -> np.ndarray:
+    def record(
+        snapshot: PointInTime,
+        arm: Arm,
+        k: int,
+    ) -> np.ndarray:
         top = original(snapshot, arm, k)
         lists[arm.name] = {
             user: [snapshot.item_ids[item] for item in row if item >= 0]
@@ -426,7 +484,13 @@ def lists_of(
     chosen = EvaluateSettings(**{**defaults, **changes})  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(PointInTime, "lists", record)
-        evaluate.evaluate(spark, tables, chosen, serving, lambda line: None)
+        evaluate.evaluate(
+            spark,
+            tables,
+            chosen,
+            serving,
+            lambda line: None,
+        )
     return lists
 
 
@@ -438,7 +502,12 @@ def test_cooccurrence_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) ->
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
     tables = replace(look_alikes(spark), interactions=log(spark, events))
     serving = replace(SERVING, item_item=ItemItemSettings(share=0.6))
-    lists = lists_of(spark, tables, ("cooccurrence", "blend", "title"), serving)
+    lists = lists_of(
+        spark,
+        tables,
+        ("cooccurrence", "blend", "title"),
+        serving,
+    )
     together = {f"u{n:02d}": [f"R{n % 5 + 1:02d}"] for n in range(5)}
     alike = {f"u{n:02d}": [f"R{n:02d}"] for n in range(5)}
     assert lists["cooccurrence"] == lists["blend"] == together
@@ -462,7 +531,12 @@ def half_seen(spark: SparkSession) -> EvaluationTables:
 
 def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
     names = ("title", "image", "fusion_average", "fusion_concat")
-    lists = lists_of(spark, half_seen(spark), names, k=2)
+    lists = lists_of(
+        spark,
+        half_seen(spark),
+        names,
+        k=2,
+    )
     hit_rate = {
         name: np.mean([f"R{n:02d}" in lists[name][f"u{n:02d}"] for n in range(PAIRS)])
         for name in names
@@ -512,24 +586,44 @@ def test_als_learns_who_takes_what_together(
         events.append((f"u{user:02d}", last, "2025-05-01"))
     tables = replace(look_alikes(spark), interactions=log(spark, events))
     monkeypatch.setattr(als, "GRID", als.GRID[:1])
-    lists = lists_of(spark, tables, ("random", "als"), k=2)["als"]
+    lists = lists_of(
+        spark,
+        tables,
+        ("random", "als"),
+        k=2,
+    )["als"]
     own_circle = [
         item[0] == "HR"[int(user[1:]) % 2] for user, items in lists.items() for item in items
     ]
     assert len(own_circle) == 80
     assert all(own_circle)
-    assert lists == lists_of(spark, tables, ("als",), k=2)["als"]
+    assert (
+        lists
+        == lists_of(
+            spark,
+            tables,
+            ("als",),
+            k=2,
+        )["als"]
+    )
 
 
 @pytest.mark.parametrize(("days", "item"), [(None, "H00"), (30, "H01")])
 def test_popularity_may_count_the_last_days_only(
-    spark: SparkSession, days: int | None, item: str
+    spark: SparkSession,
+    days: int | None,
+    item: str,
 ) -> None:
     events = [(f"u{n:02d}", "H00", "2025-01-01") for n in range(30)]
     events += [(f"u{n:02d}", "H01", "2025-04-20") for n in range(30, 35)]
     events += [("u40", "H02", "2025-04-29"), ("u40", "R00", "2025-05-02")]
     tables = replace(look_alikes(spark), interactions=log(spark, events))
-    lists = lists_of(spark, tables, ("popularity",), popularity_days=days)
+    lists = lists_of(
+        spark,
+        tables,
+        ("popularity",),
+        popularity_days=days,
+    )
     assert lists["popularity"] == {"u40": [item]}
 
 
@@ -548,9 +642,23 @@ def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession) 
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
     events += [(f"u{n:02d}", f"R{n % 5 + 10:02d}", "2025-05-02") for n in range(60)]
     tables = replace(look_alikes(spark), interactions=log(spark, events))
-    settings = EvaluateSettings(splits=("time",), cut=CUT, test_share=0.3, k=1, also_k=())
+    settings = EvaluateSettings(
+        splits=("time",),
+        cut=CUT,
+        test_share=0.3,
+        k=1,
+        also_k=(),
+    )
     lines: list[str] = []
-    tuned = tune.tune(spark, tables, settings, SERVING, ["title"], "ndcg", lines.append)
+    tuned = tune.tune(
+        spark,
+        tables,
+        settings,
+        SERVING,
+        ["title"],
+        "ndcg",
+        lines.append,
+    )
     assert tuned.cut == "2025-02-02 00:00:00"
     assert tuned.users == 40
     assert tuned.best.serving.item_item.share == 0.7
@@ -559,7 +667,15 @@ def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession) 
     assert tuned.best_content.recall == 0.0
     # Three shapes, equal event weights, two shares, and four close to the best one.
     assert len(lines) == len(tuned.trials) == 3 + 1 + 2 + 4
-    repeated = tune.tune(spark, tables, settings, SERVING, ["title"], "ndcg", lines.append)
+    repeated = tune.tune(
+        spark,
+        tables,
+        settings,
+        SERVING,
+        ["title"],
+        "ndcg",
+        lines.append,
+    )
     assert [replace(trial, seconds=0) for trial in repeated.trials] == [
         replace(trial, seconds=0) for trial in tuned.trials
     ]

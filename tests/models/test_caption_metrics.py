@@ -35,7 +35,19 @@ def test_a_derangement_depends_on_the_seed() -> None:
 
 def test_a_mean_of_few_gives_no_number() -> None:
     assert caption_metrics.mean("x", [1.0] * 29, 0) == Figure("x", None, 29)
-    assert caption_metrics.mean("x", [1.0] * 30, 0, k=7) == Figure("x", 1.0, 30, 1.0, 1.0, 7)
+    assert caption_metrics.mean(
+        "x",
+        [1.0] * 30,
+        0,
+        k=7,
+    ) == Figure(
+        "x",
+        1.0,
+        30,
+        1.0,
+        1.0,
+        7,
+    )
     assert caption_metrics.distinct("x", 3, 29).value is None
     assert caption_metrics.distinct("x", 12, 40) == Figure("x", 0.3, 40)
 
@@ -106,10 +118,32 @@ def test_drift_counts_texts_that_have_changed() -> None:
     before = ["A red mug."] * 40
     now = ["A red mug."] * 30 + ["A crimson mug."] * 10
     cosines = np.array([1.0] * 30 + [0.6] * 10)
-    metrics = values(caption_metrics.drift(before, now, cosines, seed=0))
+    metrics = values(
+        caption_metrics.drift(
+            before,
+            now,
+            cosines,
+            seed=0,
+        )
+    )
     assert metrics == {"drift_changed": 0.25, "drift_cosine": pytest.approx(0.9)}
-    assert caption_metrics.drift([], [], np.zeros(0), 0) == []
-    few = values(caption_metrics.drift(before[:5], now[:5], np.ones(5), 0))
+    assert (
+        caption_metrics.drift(
+            [],
+            [],
+            np.zeros(0),
+            0,
+        )
+        == []
+    )
+    few = values(
+        caption_metrics.drift(
+            before[:5],
+            now[:5],
+            np.ones(5),
+            0,
+        )
+    )
     assert few["drift_changed"] is None
 
 
@@ -131,7 +165,15 @@ def test_one_caption_for_all_fails_every_check() -> None:
     captions = ["A nice thing."] * 40
     vectors = np.tile(np.float32([0.6, 0.8]), (40, 1))
     assert caption_metrics.distinct("distinct_share", len(set(captions)), 40).value == 1 / 40
-    blank = values(caption_metrics.blank(captions, vectors, captions[0], vectors[0], seed=0))
+    blank = values(
+        caption_metrics.blank(
+            captions,
+            vectors,
+            captions[0],
+            vectors[0],
+            seed=0,
+        )
+    )
     assert blank["blank_equal"] == 1
     assert blank["blank_cosine"] == blank["pair_cosine"] == pytest.approx(1)
     metrics = self_retrieval(vectors)
@@ -147,7 +189,13 @@ def test_captions_of_their_own_are_found_first() -> None:
     assert metrics["self_rank_10_chance"] == 10 / 40
     captions = [f"Thing {n}." for n in range(40)]
     nothing = np.zeros(40, np.float32)
-    blank = caption_metrics.blank(captions, vectors, "A grey wall.", nothing, 0)
+    blank = caption_metrics.blank(
+        captions,
+        vectors,
+        "A grey wall.",
+        nothing,
+        0,
+    )
     assert [figure.value for figure in blank] == [0, 0, 0]
     assert caption_metrics.retrieval(np.zeros(0), 40, seed=0) == []
 

@@ -175,7 +175,12 @@ def test_beyond_accuracy_by_hand() -> None:
         np.float32,
     )
     top = np.array([[0, 1, 2], [0, 3, -1], [2, -1, -1], [-1, -1, -1]])
-    values = beyond_accuracy(top, vectors, np.array([8, 4, 0, 1]), 8)
+    values = beyond_accuracy(
+        top,
+        vectors,
+        np.array([8, 4, 0, 1]),
+        8,
+    )
     # Of 8 users all, half, none (counted as half a user) and one know the items: 0, 1, 4, 3 bits.
     np.testing.assert_allclose(values["novelty"], [5 / 3, 1.5, 4, np.nan])
     distances = [(1 + 0.4 + 0.2) / 3, 0.001, np.nan, np.nan]

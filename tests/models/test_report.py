@@ -36,6 +36,7 @@ from vlm4rec_spark.report.data import (
 from vlm4rec_spark.report.data_quality import DataIssue, data_issues
 from vlm4rec_spark.report.metrics_section import headline, splits
 from vlm4rec_spark.report.page import render
+from vlm4rec_spark.storage.state import CalibrationState, TriedEffort
 
 AT = datetime(2026, 11, 24, 9, 12, tzinfo=UTC)
 PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="
@@ -207,25 +208,23 @@ def test_variants_are_shown_below_the_item_that_stands_for_them():
     assert page.count(", and 2 more</span>") == 1
 
 
-def calibrated(**details: object) -> str:
-    """A page on an approximate index; `recall_curve` as a structure."""
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in details.items()
-    }
-    index = a_run("index", approximate="true", items="9")
-    return render(ReportData(runs=(index, a_run("recommend", **texts))))
+TRIED = (
+    TriedEffort(1, 10, 0.7, 0.68, 900.2),
+    TriedEffort(2, 10, 0.8, 0.78, 700),
+    TriedEffort(4, 20, 0.96, 0.953, 600.4),
+)
+EXACT = CalibrationState(0.95, None, None, 1.0, 0.99, 2_000, 50.3, TRIED)
+APPROXIMATE = EXACT._replace(leaves=4, candidates=20, recall=0.96, low=0.953)
 
 
-CURVE = {
-    "tried": [[1, 10, 0.7, 0.68, 900], [2, 10, 0.8, 0.78, 700], [4, 20, 0.96, 0.953, 600]],
-    "exact": 50,
-}
+def calibrated(calibration: CalibrationState | None) -> str:
+    """A page on an approximate index."""
+    runs = (a_run("index", approximate="true", items="9"), a_run("recommend", k="10"))
+    return render(ReportData(runs=runs, calibration=calibration))
 
 
 def test_the_recall_curve_shows_what_was_tried_promised_and_chosen():
-    curve = CURVE | {"taken": [4, 20]}
-    page = calibrated(recall_promised="0.95", k="10", recall_curve=curve)
+    page = calibrated(APPROXIMATE)
     chart = page[page.index("Recall against speed") : page.index("</figure>")]
     for words in (
         "10 candidates",
@@ -248,28 +247,21 @@ def test_the_recall_curve_shows_what_was_tried_promised_and_chosen():
 
 
 def test_the_recall_curve_says_that_exact_search_was_chosen():
-    curve = CURVE | {"taken": None}
-    page = calibrated(recall_promised="0.95", k="10", recall_curve=curve)
+    page = calibrated(EXACT)
     assert ">chosen: exact search</text>" in page
     assert "Chosen: exact search. Exact search computes 50 lists a second." in page
 
 
 @pytest.mark.parametrize(("low", "drawn"), [(0.5, True), (0.6, False)])
 def test_the_lower_bound_of_each_setting_is_drawn(low: float, drawn: bool):
-    tried = [[1, 10, 0.9, low, 900], [2, 10, 0.97, 0.96, 700]]
-    page = calibrated(recall_curve={"tried": tried, "exact": 500}, recall_promised="0.95")
+    tried = (TriedEffort(1, 10, 0.9, low, 900), TriedEffort(2, 10, 0.97, 0.96, 700))
+    page = calibrated(EXACT._replace(tried=tried, exact_lists_per_second=500))
     assert (">0.5</text>" in page) == drawn
 
 
-@pytest.mark.parametrize(
-    "curve", ["nonsense", {"tried": [[1, 2]]}, {"tried": 3}, {"tried": [], "exact": None}]
-)
-def test_without_a_recall_curve_the_page_has_no_frame_for_it(curve: object):
-    assert "Recall against" not in calibrated(recall_curve=curve, recall_promised="0.95")
-
-
-def test_a_recall_curve_without_a_promise_is_not_shown():
-    assert "Recall against" not in calibrated(recall_curve=CURVE, recall_promised="?")
+@pytest.mark.parametrize("calibration", [None, EXACT._replace(tried=())])
+def test_without_a_recall_curve_the_page_has_no_frame_for_it(calibration: CalibrationState | None):
+    assert "Recall against" not in calibrated(calibration)
 
 
 def test_the_page_loads_nothing():

@@ -92,7 +92,10 @@ def _ratings(events: DataFrame, weights: dict[str, float]) -> DataFrame:
 
 
 def _item_vectors(
-    factors: DataFrame, fitted_ids: list[str], item_ids: pd.Index, rank: int
+    factors: DataFrame,
+    fitted_ids: list[str],
+    item_ids: pd.Index,
+    rank: int,
 ) -> np.ndarray:
     rows = cast(pd.DataFrame, factors.toPandas())
     fitted = np.asarray(fitted_ids, object)[rows["id"].to_numpy()]

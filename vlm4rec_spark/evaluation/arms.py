@@ -175,7 +175,11 @@ class Arm:
         return self.ranking == "profiles" and self.serving.item_item.share < 1
 
 
-def resolve(name: str, custom_arms: Mapping[str, Overrides], serving: ServingConfig) -> Arm:
+def resolve(
+    name: str,
+    custom_arms: Mapping[str, Overrides],
+    serving: ServingConfig,
+) -> Arm:
     """The arm of this name: a baseline, a custom arm, `blend`, or else a representation, which need
     not exist."""
     if name in ("random", "popularity", "als"):
@@ -184,7 +188,9 @@ def resolve(name: str, custom_arms: Mapping[str, Overrides], serving: ServingCon
 
 
 def _arm_settings(
-    name: str, custom_arms: Mapping[str, Overrides], serving: ServingConfig
+    name: str,
+    custom_arms: Mapping[str, Overrides],
+    serving: ServingConfig,
 ) -> ServingConfig:
     if name in custom_arms:
         custom = custom_arms[name]

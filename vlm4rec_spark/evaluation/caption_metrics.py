@@ -8,7 +8,7 @@ captioner, nor where the texts come from. The same seed gives the same numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -37,18 +37,9 @@ class Figure:
     k: int = 0
 
     def row(self, arm: str) -> dict:
-        return {
-            "split": SPLIT,
-            "arm": arm,
-            "control": "",
-            "metric": self.metric,
-            "k": self.k,
-            "slice": "all",
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "users": self.items,
-        }
+        row = asdict(self) | {"split": SPLIT, "arm": arm, "control": "", "slice": "all"}
+        row["users"] = row.pop("items")
+        return row
 
 
 @dataclass(frozen=True)
@@ -60,13 +51,25 @@ class Miss:
     value: str
 
 
-def mean(metric: str, values: Sequence[float] | np.ndarray, seed: int, k: int = 0) -> Figure:
+def mean(
+    metric: str,
+    values: Sequence[float] | np.ndarray,
+    seed: int,
+    k: int = 0,
+) -> Figure:
     """The mean over items, with its 95 % bootstrap interval."""
     array = np.asarray(values, float)
     if len(array) < MIN_ITEMS:
         return Figure(metric, None, len(array), k=k)
     low, high = bootstrap_interval(array, seed)
-    return Figure(metric, float(array.mean()), len(array), low, high, k)
+    return Figure(
+        metric,
+        float(array.mean()),
+        len(array),
+        low,
+        high,
+        k,
+    )
 
 
 def derangement(n: int, seed: int) -> np.ndarray:
@@ -77,13 +80,19 @@ def derangement(n: int, seed: int) -> np.ndarray:
     return successors
 
 
-def distinct(metric: str, texts: int, captions: int) -> Figure:
+def distinct(
+    metric: str,
+    texts: int,
+    captions: int,
+) -> Figure:
     """The share of distinct texts. It has no interval: resampling makes duplicates."""
     return Figure(metric, texts / captions if captions >= MIN_ITEMS else None, captions)
 
 
 def agreement(
-    captions: Sequence[str], catalogue: Sequence[Mapping[str, str | None]], seed: int
+    captions: Sequence[str],
+    catalogue: Sequence[Mapping[str, str | None]],
+    seed: int,
 ) -> tuple[list[Figure], list[Miss]]:
     """For each attribute, the share of items whose caption names the catalogue's value; and the
     captions that don't.
@@ -137,7 +146,10 @@ def spread(misses: Sequence[Miss], limit: int) -> list[Miss]:
 
 
 def drift(
-    before: Sequence[str], now: Sequence[str], cosines: np.ndarray, seed: int
+    before: Sequence[str],
+    now: Sequence[str],
+    cosines: np.ndarray,
+    seed: int,
 ) -> list[Figure]:
     """How many captions have changed, and their similarity to the earlier ones; none without
     earlier captions."""
@@ -148,7 +160,11 @@ def drift(
 
 
 def blank(
-    captions: Sequence[str], vectors: np.ndarray, text: str, vector: np.ndarray, seed: int
+    captions: Sequence[str],
+    vectors: np.ndarray,
+    text: str,
+    vector: np.ndarray,
+    seed: int,
 ) -> list[Figure]:
     """Captions against the text of a blank photo. Captions as near to it as to each other show
     nothing."""
@@ -162,7 +178,11 @@ def blank(
     return figures
 
 
-def ranks(queries: np.ndarray, captions: np.ndarray, own: np.ndarray) -> np.ndarray:
+def ranks(
+    queries: np.ndarray,
+    captions: np.ndarray,
+    own: np.ndarray,
+) -> np.ndarray:
     """Rank, from 1, of captions[own[i]] among `captions` (n, d) by cosine with queries[i]; (m, d),
     all of unit length.
 
@@ -175,7 +195,11 @@ def ranks(queries: np.ndarray, captions: np.ndarray, own: np.ndarray) -> np.ndar
     return (cosines > own_cosines) @ counts + ((cosines == own_cosines) @ counts + 1) / 2
 
 
-def retrieval(own_ranks: np.ndarray, captions: int, seed: int) -> list[Figure]:
+def retrieval(
+    own_ranks: np.ndarray,
+    captions: int,
+    seed: int,
+) -> list[Figure]:
     """Self-retrieval from the `ranks` of photos among so many captions, with what chance would
     give."""
     photos = len(own_ranks)

@@ -26,16 +26,6 @@ from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.stages import profiles
 
-__all__ = [
-    "EvaluationTables",
-    "candidates",
-    "codes",
-    "evaluate",
-    "open_point_in_time",
-    "required_representations",
-    "without_bots",
-]
-
 _DISCORDANT_USERS = 3
 """Users for the report, of each kind: hit by the served arm only, and by the control only."""
 
@@ -77,7 +67,14 @@ def evaluate(
         info(f"nothing to evaluate: no available item has its own vector in each of {names}")
         return evaluation
     for split in splits.of(log, settings):
-        with open_point_in_time(spark, tables, complete, split, settings, serving) as snapshot:
+        with open_point_in_time(
+            spark,
+            tables,
+            complete,
+            split,
+            settings,
+            serving,
+        ) as snapshot:
             if snapshot is None:
                 cut = split.cut or "the first event"
                 info(f"{split.name}: no test users, nobody has a new item after {cut}")
@@ -146,7 +143,9 @@ def open_point_in_time(
 
 
 def _evaluate_split(
-    snapshot: PointInTime, resolved: Sequence[Arm], info: Callable[[str], None]
+    snapshot: PointInTime,
+    resolved: Sequence[Arm],
+    info: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, object]]:
     """Rows of `metrics`, and facts about the split for the run's details."""
     split, settings, serving = snapshot.split, snapshot.settings, snapshot.serving
@@ -175,7 +174,13 @@ def _evaluate_split(
         for arm, recall in metric_rows.shuffled_recall(arm_lists, settings).items()
         if guards.above_chance(recall, settings.k, items)
     ]
-    _warn(split.name, duplicates, above_chance, items, info)
+    _warn(
+        split.name,
+        duplicates,
+        above_chance,
+        items,
+        info,
+    )
     facts: dict[str, object] = {
         "cut": split.cut,
         "users": len(users),
@@ -190,7 +195,9 @@ def _evaluate_split(
 
 
 def _lists(
-    snapshot: PointInTime, resolved: Sequence[Arm], info: Callable[[str], None]
+    snapshot: PointInTime,
+    resolved: Sequence[Arm],
+    info: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
     """The longest lists of each arm, (users, longest) of positions. Raises RunError if one holds a
     seen item."""
@@ -261,7 +268,11 @@ def _served_arm(serving: ServingConfig) -> str:
     return serving.representation if shape == "mean" else f"{serving.representation}/{shape}"
 
 
-def _discordant_users(snapshot: PointInTime, arm_lists: ArmLists, fallback: str) -> list[dict]:
+def _discordant_users(
+    snapshot: PointInTime,
+    arm_lists: ArmLists,
+    fallback: str,
+) -> list[dict]:
     """A few users whose list has a hit by the served arm and none by the control, and the reverse.
 
     `fallback` is the arm that is compared if the served one isn't among the lists.
@@ -277,7 +288,10 @@ def _discordant_users(snapshot: PointInTime, arm_lists: ArmLists, fallback: str)
 
 
 def _hit_by_one(
-    snapshot: PointInTime, arm_lists: ArmLists, hit_by: str, missed_by: str
+    snapshot: PointInTime,
+    arm_lists: ArmLists,
+    hit_by: str,
+    missed_by: str,
 ) -> Iterator[dict]:
     """A few users with a hit among the top k of one arm and none of the other."""
     settings = snapshot.settings

@@ -19,7 +19,11 @@ _STANDARD_ERRORS = 3.3
 """Of a thousand sound arms about one is flagged."""
 
 
-def no_leak(split: str, cut: str | None, users: pd.DataFrame) -> None:
+def no_leak(
+    split: str,
+    cut: str | None,
+    users: pd.DataFrame,
+) -> None:
     """users: user_id, relevant, seen, last_event_at. Raises RunError if a history holds test items
     or late events."""
     pairs = zip(users["relevant"], users["seen"], strict=True)
@@ -32,14 +36,24 @@ def no_leak(split: str, cut: str | None, users: pd.DataFrame) -> None:
             raise _leak(split, late, len(users), f"events from the cut {cut} on")
 
 
-def _leak(split: str, leaks: int, users: int, content: str) -> RunError:
+def _leak(
+    split: str,
+    leaks: int,
+    users: int,
+    content: str,
+) -> RunError:
     return RunError(
         f"evaluate: a leak: {leaks:,} of {users:,} histories of the split {split} contain "
         f"{content}. Nothing was written."
     )
 
 
-def nothing_seen(arm: str, top: np.ndarray, seen: np.ndarray, items: int) -> None:
+def nothing_seen(
+    arm: str,
+    top: np.ndarray,
+    seen: np.ndarray,
+    items: int,
+) -> None:
     """Raises RunError if a list holds an item that its user has seen. seen: sorted codes, as in
     `metrics`."""
     if repeated := int(hit_mask(top, seen, items).sum()):
@@ -49,13 +63,21 @@ def nothing_seen(arm: str, top: np.ndarray, seen: np.ndarray, items: int) -> Non
         )
 
 
-def shuffle_items(relevant: np.ndarray, items: int, seed: int) -> np.ndarray:
+def shuffle_items(
+    relevant: np.ndarray,
+    items: int,
+    seed: int,
+) -> np.ndarray:
     """The codes with all items permuted at random, which no arm can predict."""
     permutation = np.random.default_rng(seed).permutation(items)
     return np.sort(relevant // items * items + permutation[relevant % items])
 
 
-def above_chance(recall: np.ndarray, k: int, items: int) -> bool:
+def above_chance(
+    recall: np.ndarray,
+    k: int,
+    items: int,
+) -> bool:
     """Whether recall by user on shuffled items exceeds that of a list drawn at random."""
     chance = min(1.0, k / items)
     error = recall.std() / np.sqrt(max(len(recall), 1))

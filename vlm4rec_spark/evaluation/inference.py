@@ -17,7 +17,11 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_p_value(arm: np.ndarray, control: np.ndarray, seed: int) -> float:
+def paired_p_value(
+    arm: np.ndarray,
+    control: np.ndarray,
+    seed: int,
+) -> float:
     """Two-sided paired randomization test: how often random signs give a mean difference as large
     (Fisher)."""
     return float(paired_p_values((arm - control)[:, None], seed)[0])
@@ -32,15 +36,12 @@ def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     users = len(values)
     valid = ~np.isnan(values)
     filled = np.where(valid, values, 0.0)
-    if valid.all():
-        return np.concatenate([weights @ filled / users for weights in _resamples(users, seed)])
-    counted = valid.astype(np.float64)
-    return np.concatenate(
-        [
-            weights @ filled / np.maximum(weights @ counted, 1.0)
-            for weights in _resamples(users, seed)
-        ]
-    )
+    complete = valid.all()
+    means = []
+    for weights in _resamples(users, seed):
+        counts = users if complete else np.maximum(weights @ valid.astype(np.float64), 1.0)
+        means.append(weights @ filled / counts)
+    return np.concatenate(means)
 
 
 def _resamples(users: int, seed: int) -> Iterator[np.ndarray]:

@@ -70,7 +70,10 @@ class ArmLists:
 
 
 def rows(
-    split: str, arm_lists: ArmLists, slices: Iterable[Slice], settings: EvaluateSettings
+    split: str,
+    arm_lists: ArmLists,
+    slices: Iterable[Slice],
+    settings: EvaluateSettings,
 ) -> Iterator[dict]:
     """Rows of `metrics` without run_id. A user whose list has no hit counts 0."""
     yield from _overall(split, arm_lists, settings)
@@ -88,7 +91,11 @@ def shuffled_recall(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[str
     }
 
 
-def _overall(split: str, arm_lists: ArmLists, settings: EvaluateSettings) -> Iterator[dict]:
+def _overall(
+    split: str,
+    arm_lists: ArmLists,
+    settings: EvaluateSettings,
+) -> Iterator[dict]:
     columns = _user_metrics(arm_lists, settings)
     if arm_lists.users < MIN_USERS:
         yield from (_row(split, key, arm_lists.users) for key in columns)
@@ -99,7 +106,13 @@ def _overall(split: str, arm_lists: ArmLists, settings: EvaluateSettings) -> Ite
     with np.errstate(invalid="ignore"):
         means = np.nansum(values, axis=0) / users
     low, high = interval(resampled)
-    compared = _comparisons(list(columns), values, means, resampled, settings)
+    compared = _comparisons(
+        list(columns),
+        values,
+        means,
+        resampled,
+        settings,
+    )
     for column, key in enumerate(columns):
         row = _row(split, key, int(users[column]))
         if users[column]:
@@ -167,7 +180,10 @@ def _comparisons(
 
 
 def _sliced(
-    split: str, arm_lists: ArmLists, part: Slice, settings: EvaluateSettings
+    split: str,
+    arm_lists: ArmLists,
+    part: Slice,
+    settings: EvaluateSettings,
 ) -> Iterator[dict]:
     relevant = arm_lists.relevant
     if part.items is not None:
@@ -191,10 +207,19 @@ def _sliced(
         yield _row(split, key, users, part.name) | estimate
 
 
-def _estimate(value: float, low: float, high: float) -> dict[str, float]:
+def _estimate(
+    value: float,
+    low: float,
+    high: float,
+) -> dict[str, float]:
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def _row(split: str, key: _Key, users: int, slice_: str = "all") -> dict:
+def _row(
+    split: str,
+    key: _Key,
+    users: int,
+    slice_: str = "all",
+) -> dict:
     row = {"split": split, **key._asdict(), "slice": slice_, "users": users, "control": ""}
     return row | dict.fromkeys(_OPTIONAL)

@@ -16,7 +16,11 @@ _BLOCK = 1_024
 """Lists whose pairs are compared at once."""
 
 
-def hit_mask(top: np.ndarray, relevant: np.ndarray, items: int) -> np.ndarray:
+def hit_mask(
+    top: np.ndarray,
+    relevant: np.ndarray,
+    items: int,
+) -> np.ndarray:
     """bool, shaped like `top` (users, length): whether the item at each rank is relevant."""
     if not len(relevant):
         return np.zeros(top.shape, bool)
@@ -25,7 +29,11 @@ def hit_mask(top: np.ndarray, relevant: np.ndarray, items: int) -> np.ndarray:
     return (relevant[nearest] == codes) & (top >= 0)
 
 
-def per_user(hits: np.ndarray, relevant_counts: np.ndarray, k: int) -> dict[str, np.ndarray]:
+def per_user(
+    hits: np.ndarray,
+    relevant_counts: np.ndarray,
+    k: int,
+) -> dict[str, np.ndarray]:
     """ACCURACY at k by user, from the `hit_mask` and the number of relevant items of each user, at
     least 1.
 
@@ -45,7 +53,10 @@ def per_user(hits: np.ndarray, relevant_counts: np.ndarray, k: int) -> dict[str,
 
 
 def beyond_accuracy(
-    top: np.ndarray, vectors: np.ndarray, user_counts: np.ndarray, total_users: int
+    top: np.ndarray,
+    vectors: np.ndarray,
+    user_counts: np.ndarray,
+    total_users: int,
 ) -> dict[str, np.ndarray]:
     """Novelty, intra-list distance and near-duplicate share by user; NaN for lists that are too
     short.

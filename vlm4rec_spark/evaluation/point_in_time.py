@@ -80,7 +80,13 @@ class PointInTime:
         else:
             seed = self.settings.seed if arm.ranking == "random" else None
             histories = self.histories(self.serving.profiles)
-            rows = scored_lists(histories, self.item_ids, self._popularity, k, seed)
+            rows = scored_lists(
+                histories,
+                self.item_ids,
+                self._popularity,
+                k,
+                seed,
+            )
         return self._positions(rows, k)
 
     @property
@@ -186,7 +192,15 @@ class PointInTime:
         histories = self.histories(serving.profiles)
         vectors = profiles.with_embedding(histories, serving.representation, open_searcher)
         rules = self._candidates_only(folder)
-        lists = recommend.recommend(vectors, open_searcher, rules, k, None, matching, why=False)
+        lists = recommend.recommend(
+            vectors,
+            open_searcher,
+            rules,
+            k,
+            None,
+            matching,
+            why=False,
+        )
         return lists.select("user_id", F.col("items.item_id").alias("items"))
 
     def _shipped(self, folder: Path, open_artifact: Callable[[Path], Any]) -> Callable[[], Any]:
@@ -214,7 +228,13 @@ class PointInTime:
             rows = rows.append_column("embedding", pa.array(list(unit)))
         name = representation or "no_content"
         # Exact search: an arm is measured by its vectors, not by what an approximate index loses.
-        return build_index(rows, name, "evaluate", self.folder, ann_min_items=2**62)
+        return build_index(
+            rows,
+            name,
+            "evaluate",
+            self.folder,
+            ann_min_items=2**62,
+        )
 
     def _vectors(self, representation: str) -> DataFrame:
         """item_id, embedding, content_sha256, text of all items with a vector; for a fusion also
@@ -259,7 +279,13 @@ class PointInTime:
         weights = dict(self.serving.profiles.event_weights)
         best = self._tune_als(weights, k)
         self.tuned["als"] = best._asdict()
-        factors = als.fit(self.split.train, weights, self.item_ids, best, self.settings.seed)
+        factors = als.fit(
+            self.split.train,
+            weights,
+            self.item_ids,
+            best,
+            self.settings.seed,
+        )
         histories = self.histories(self.serving.profiles)
         return factored_lists(histories, self.item_ids, factors, k)
 
@@ -277,7 +303,13 @@ class PointInTime:
         )
         recall = {}
         for setting in als.GRID:
-            factors = als.fit(events, weights, self.item_ids, setting, self.settings.seed)
+            factors = als.fit(
+                events,
+                weights,
+                self.item_ids,
+                setting,
+                self.settings.seed,
+            )
             lists = factored_lists(seen, self.item_ids, factors, k)
             recall[setting] = _mean_recall(sample.join(lists, on="user_id", how="left"))
         events.unpersist()
@@ -313,7 +345,11 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def scored_lists(
-    histories: DataFrame, item_ids: pd.Index, values: np.ndarray, k: int, seed: int | None = None
+    histories: DataFrame,
+    item_ids: pd.Index,
+    values: np.ndarray,
+    k: int,
+    seed: int | None = None,
 ) -> DataFrame:
     """user_id, items: the k best of `values` (by candidate) that the user hasn't seen.
 
@@ -329,12 +365,19 @@ def scored_lists(
     return _ranked(histories.select("user_id", "seen"), item_ids, score, k)
 
 
-def _draw(user_id: str, seed: int, items: int) -> np.ndarray:
+def _draw(
+    user_id: str,
+    seed: int,
+    items: int,
+) -> np.ndarray:
     return np.random.default_rng([seed, *user_id.encode()]).random(items, np.float32)
 
 
 def factored_lists(
-    histories: DataFrame, item_ids: pd.Index, factors: als.Factors, k: int
+    histories: DataFrame,
+    item_ids: pd.Index,
+    factors: als.Factors,
+    k: int,
 ) -> DataFrame:
     """user_id, items: the k best by the product of factors; no row for a user that ALS doesn't
     know."""
@@ -348,7 +391,10 @@ def factored_lists(
 
 
 def _ranked(
-    rows: DataFrame, item_ids: pd.Index, score: Callable[[pd.DataFrame], np.ndarray], k: int
+    rows: DataFrame,
+    item_ids: pd.Index,
+    score: Callable[[pd.DataFrame], np.ndarray],
+    k: int,
 ) -> DataFrame:
     """user_id, items: the k unseen candidates with the best scores, for rows of user_id, seen and
     what `score` reads.
@@ -363,7 +409,13 @@ def _ranked(
         index = pd.Index(ids)
         seen = [index.get_indexer(pd.Index(items, dtype=object)) for items in part["seen"]]
         exclusions = flat_exclusions(seen, len(ids))
-        top = top_k(positions, scores, exclusions, np.ones(len(ids), bool), k).positions
+        top = top_k(
+            positions,
+            scores,
+            exclusions,
+            np.ones(len(ids), bool),
+            k,
+        ).positions
         items = [list(ids[row[row >= 0]]) for row in top]
         return pd.DataFrame({"user_id": part["user_id"].to_numpy(), "items": items})
 

@@ -33,7 +33,10 @@ class Slice:
 
 
 def slices(
-    users: pd.DataFrame, cut: str | None, user_counts: np.ndarray, catalogue: pd.DataFrame
+    users: pd.DataFrame,
+    cut: str | None,
+    user_counts: np.ndarray,
+    catalogue: pd.DataFrame,
 ) -> Iterator[Slice]:
     """users: seen, last_event_at and segment of the test users; user_counts: int (candidates,),
     users who know each; catalogue: category and first_seen_at of the candidates."""
@@ -57,7 +60,9 @@ def _user_slices(users: pd.DataFrame, cut: str | None) -> Iterator[Slice]:
 
 
 def _item_groups(
-    cut: str | None, user_counts: np.ndarray, catalogue: pd.DataFrame
+    cut: str | None,
+    user_counts: np.ndarray,
+    catalogue: pd.DataFrame,
 ) -> Iterator[tuple[str, np.ndarray]]:
     yield "items nobody knows", user_counts == 0
     if cut is not None and catalogue["first_seen_at"].notna().any():

@@ -110,7 +110,14 @@ def tune(
     log = without_bots(tables.interactions, serving)
     complete = candidates(tables, set(representations)).persist()
     split = splits.validation(next(splits.of(log, settings)), settings.test_share)
-    with open_point_in_time(spark, tables, complete, split, settings, serving) as snapshot:
+    with open_point_in_time(
+        spark,
+        tables,
+        complete,
+        split,
+        settings,
+        serving,
+    ) as snapshot:
         if snapshot is None:
             raise RunError(
                 f"tune: the split {split.name} has no test users. No user has a new item after "
@@ -119,7 +126,14 @@ def tune(
             )
         users = len(snapshot.users)
         items = len(snapshot.item_ids)
-        tuned = Tuned(split.name, split.cut, users, items, settings.k, metric)
+        tuned = Tuned(
+            split.name,
+            split.cut,
+            users,
+            items,
+            settings.k,
+            metric,
+        )
         _search(snapshot, tuned, representations, info)
     complete.unpersist()
     return tuned
@@ -137,7 +151,13 @@ def _search(
     for description, serving in _candidates(tuned, snapshot.serving, representations):
         if any(trial.serving == serving for trial in tuned.trials):
             continue
-        trial = _try(snapshot, tuned, description, serving, relevant)
+        trial = _try(
+            snapshot,
+            tuned,
+            description,
+            serving,
+            relevant,
+        )
         tuned.trials.append(trial)
         done = len(tuned.trials)
         pace = (time.monotonic() - started) / done
@@ -164,11 +184,21 @@ def _try(
     low, high = bootstrap_interval(values[tuned.metric], snapshot.settings.seed)
     recall = float(values["recall"].mean())
     ndcg = float(values["ndcg"].mean())
-    return Trial(description, serving, recall, ndcg, low, high, time.monotonic() - started)
+    return Trial(
+        description,
+        serving,
+        recall,
+        ndcg,
+        low,
+        high,
+        time.monotonic() - started,
+    )
 
 
 def _candidates(
-    tuned: Tuned, serving: ServingConfig, representations: Sequence[str]
+    tuned: Tuned,
+    serving: ServingConfig,
+    representations: Sequence[str],
 ) -> Iterator[_Candidate]:
     """The settings to try next, by the trials so far."""
     content = serving.with_overrides(item_item={"share": 0.0})
@@ -197,7 +227,11 @@ def _candidates(
     yield from _vary(tuned.best, "item_item.share", [value for value in close if 0 < value < 1])
 
 
-def _vary(base: Trial, name: str, values: Sequence[Any] | None = None) -> Iterator[_Candidate]:
+def _vary(
+    base: Trial,
+    name: str,
+    values: Sequence[Any] | None = None,
+) -> Iterator[_Candidate]:
     """The settings of `base` with each of the values, by default OPTIONS, of the setting
     `section.key`."""
     section, key = name.split(".")

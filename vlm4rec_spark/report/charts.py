@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlm4rec_spark.report.data import MetricRow, RecallCurve, SearchSetting, StageRun, arm_label
+from vlm4rec_spark.report.data import MetricRow, StageRun, arm_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from vlm4rec_spark.storage.state import CalibrationState, TriedEffort
 
 INK = "#1f2328"
 MUTED = "#6a6f76"
@@ -60,7 +62,11 @@ class SlicePanel(NamedTuple):
     lines: Mapping[str, Sequence[MetricRow | None]]
 
 
-def forest(panels: Sequence[ForestPanel], arms: Sequence[str], highlight: str) -> str:
+def forest(
+    panels: Sequence[ForestPanel],
+    arms: Sequence[str],
+    highlight: str,
+) -> str:
     """A forest plot: values with 95 % intervals, one panel per metric, arms top to bottom.
 
     Values on both sides of 0, such as differences, get a line at 0. Those whose interval contains 0
@@ -76,7 +82,12 @@ def forest(panels: Sequence[ForestPanel], arms: Sequence[str], highlight: str) -
     return _svg(draw, width=10.5, height=0.75 + 0.3 * len(arms), panels=len(panels))
 
 
-def _draw_forest_panel(axes: Axes, panel: ForestPanel, arms: Sequence[str], highlight: str) -> None:
+def _draw_forest_panel(
+    axes: Axes,
+    panel: ForestPanel,
+    arms: Sequence[str],
+    highlight: str,
+) -> None:
     valid = [metric for metric in panel.metrics if metric and metric.value is not None]
     right = max((metric.high or metric.value or 0 for metric in valid), default=0) or 1e-3
     left = min((metric.low or 0 for metric in valid), default=0)
@@ -85,9 +96,23 @@ def _draw_forest_panel(axes: Axes, panel: ForestPanel, arms: Sequence[str], high
     for row, (arm, metric) in enumerate(zip(arms, panel.metrics, strict=True)):
         color = ACCENT if arm == highlight else INK
         if metric and metric.value is None:
-            axes.text(0, row, "too few users", va="center", color=MUTED, size=9)
+            axes.text(
+                0,
+                row,
+                "too few users",
+                va="center",
+                color=MUTED,
+                size=9,
+            )
         elif metric:
-            _draw_interval(axes, row, metric, color, signed=left < 0, gap=0.03 * span)
+            _draw_interval(
+                axes,
+                row,
+                metric,
+                color,
+                signed=left < 0,
+                gap=0.03 * span,
+            )
     if left < 0:
         axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.set_title(panel.title, loc="left", size=10, color=INK, fontweight="semibold")
@@ -95,19 +120,52 @@ def _draw_forest_panel(axes: Axes, panel: ForestPanel, arms: Sequence[str], high
 
 
 def _draw_interval(
-    axes: Axes, row: int, metric: MetricRow, color: str, signed: bool, gap: float
+    axes: Axes,
+    row: int,
+    metric: MetricRow,
+    color: str,
+    signed: bool,
+    gap: float,
 ) -> None:
     """A dot for the value, a bar for its interval, and the number `gap` to the right of it."""
     value = metric.value or 0.0
     low = value if metric.low is None else metric.low
     high = value if metric.high is None else metric.high
-    axes.hlines(row, 0, value, color=RULE, linewidth=1, linestyle=(0, (1, 2)))
-    axes.hlines(row, low, high, color=color, linewidth=3.5, alpha=0.35)
+    axes.hlines(
+        row,
+        0,
+        value,
+        color=RULE,
+        linewidth=1,
+        linestyle=(0, (1, 2)),
+    )
+    axes.hlines(
+        row,
+        low,
+        high,
+        color=color,
+        linewidth=3.5,
+        alpha=0.35,
+    )
     hollow = signed and low <= 0 <= high
     fill = "white" if hollow else color
-    axes.plot([value], [row], "o", color=color, markerfacecolor=fill, markersize=4.5)
+    axes.plot(
+        [value],
+        [row],
+        "o",
+        color=color,
+        markerfacecolor=fill,
+        markersize=4.5,
+    )
     number = f"{value:+.3f}" if signed else f"{value:.3f}"
-    axes.text(high + gap, row, number, va="center", color=color, size=9)
+    axes.text(
+        high + gap,
+        row,
+        number,
+        va="center",
+        color=color,
+        size=9,
+    )
 
 
 def multiples(panels: Sequence[SlicePanel], highlight: str) -> str:
@@ -125,13 +183,27 @@ def multiples(panels: Sequence[SlicePanel], highlight: str) -> str:
                 # Names, unlike numbers, have no order that a line could follow.
                 connected = all(name[0].isdigit() for name in panel.slices)
                 style = "o-" if connected else "o"
-                _draw_slice_line(panel_axes, line, offset, style, color, arm_label(arm))
+                _draw_slice_line(
+                    panel_axes,
+                    line,
+                    offset,
+                    style,
+                    color,
+                    arm_label(arm),
+                )
             _label_slices(panel_axes, panel)
             panel_axes.set_ylim(0, 1.05 * top)
         axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
 
     rows = -(-len(panels) // 2)
-    return _svg(draw, width=9.6, height=2.5 * rows, panels=len(panels), columns=2, shared=False)
+    return _svg(
+        draw,
+        width=9.6,
+        height=2.5 * rows,
+        panels=len(panels),
+        columns=2,
+        shared=False,
+    )
 
 
 def _draw_slice_line(
@@ -158,7 +230,15 @@ def _draw_slice_line(
                 linewidth=2,
                 alpha=0.3,
             )
-    axes.plot(positions, values, style, color=color, markersize=3, linewidth=1, label=label)
+    axes.plot(
+        positions,
+        values,
+        style,
+        color=color,
+        markersize=3,
+        linewidth=1,
+        label=label,
+    )
 
 
 def _label_slices(axes: Axes, panel: SlicePanel) -> None:
@@ -201,7 +281,7 @@ def durations(runs: Sequence[StageRun]) -> str:
     return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
 
 
-def recall_curve(curve: RecallCurve) -> str:
+def recall_curve(calibration: CalibrationState, k: str) -> str:
     """Recall against speed: the tried settings with their lower bounds, one line per number of
     candidates.
 
@@ -210,21 +290,21 @@ def recall_curve(curve: RecallCurve) -> str:
 
     def draw(panels: Sequence[Axes]) -> None:
         (axes,) = panels
-        counts = sorted({setting.candidates for setting in curve.tried})
+        counts = sorted({effort.candidates for effort in calibration.tried})
         for candidates, color, marker in zip(counts, _SHADES, "os^vP", strict=False):
-            settings = [setting for setting in curve.tried if setting.candidates == candidates]
-            settings.sort(key=lambda setting: setting.leaves)
-            _draw_settings(axes, settings, color, marker)
-        _draw_exact_and_chosen(axes, curve)
+            efforts = [effort for effort in calibration.tried if effort.candidates == candidates]
+            efforts.sort(key=lambda effort: effort.leaves)
+            _draw_efforts(axes, efforts, color, marker)
+        _draw_exact_and_chosen(axes, calibration)
         axes.axhline(
-            curve.promise,
+            calibration.target_recall,
             color=ACCENT,
             linewidth=1,
             linestyle=(0, (4, 2)),
-            label=f"promise: {curve.promise}",
+            label=f"promise: {calibration.target_recall}",
         )
-        _scale_speeds(axes, curve)
-        axes.set_ylabel(f"recall@{curve.k}, 1 = all that exact search finds", size=9)
+        _scale_speeds(axes, calibration)
+        axes.set_ylabel(f"recall@{k}, 1 = all that exact search finds", size=9)
         axes.figure.legend(
             frameon=False,
             fontsize=9,
@@ -237,25 +317,30 @@ def recall_curve(curve: RecallCurve) -> str:
     return _svg(draw, width=5.2, height=4.2)
 
 
-def _draw_settings(axes: Axes, settings: Sequence[SearchSetting], color: str, marker: str) -> None:
-    """A line through settings with the same number of candidates, their leaves at both ends."""
-    below = [setting.recall - setting.low for setting in settings]
-    above = [0.0] * len(settings)
+def _draw_efforts(
+    axes: Axes,
+    efforts: Sequence[TriedEffort],
+    color: str,
+    marker: str,
+) -> None:
+    """A line through efforts with the same number of candidates, their leaves at both ends."""
+    below = [effort.recall - effort.low for effort in efforts]
+    above = [0.0] * len(efforts)
     axes.errorbar(
-        [setting.per_second for setting in settings],
-        [setting.recall for setting in settings],
+        [effort.lists_per_second for effort in efforts],
+        [effort.recall for effort in efforts],
         [below, above],
         color=color,
         marker=marker,
         markersize=4,
         linewidth=1,
         capsize=3,
-        label=f"{settings[0].candidates:,} candidates",
+        label=f"{efforts[0].candidates:,} candidates",
     )
-    for setting, offset in ((settings[0], (0, -15)), (settings[-1], (-12, 0))):
+    for effort, offset in ((efforts[0], (0, -15)), (efforts[-1], (-12, 0))):
         axes.annotate(
-            f"{setting.leaves:,}",
-            (setting.per_second, setting.recall),
+            f"{effort.leaves:,}",
+            (effort.lists_per_second, effort.recall),
             offset,
             size=9,
             color=MUTED,
@@ -265,10 +350,12 @@ def _draw_settings(axes: Axes, settings: Sequence[SearchSetting], color: str, ma
         )
 
 
-def _draw_exact_and_chosen(axes: Axes, curve: RecallCurve) -> None:
-    if curve.exact:
+def _draw_exact_and_chosen(axes: Axes, calibration: CalibrationState) -> None:
+    exact = calibration.exact_lists_per_second
+    chosen = calibration.chosen
+    if exact:
         axes.plot(
-            [curve.exact],
+            [exact],
             [1],
             "D",
             color=INK,
@@ -276,17 +363,19 @@ def _draw_exact_and_chosen(axes: Axes, curve: RecallCurve) -> None:
             markersize=6,
             label="exact search",
         )
-    if curve.chosen:
-        point = (curve.chosen.per_second, curve.chosen.recall)
-        label = f"chosen: {curve.chosen.leaves:,} leaves"
-    elif curve.exact:
-        point = (curve.exact, 1)
+    if chosen:
+        speed = chosen.lists_per_second
+        recall = chosen.recall
+        label = f"chosen: {chosen.leaves:,} leaves"
+    elif exact:
+        speed = exact
+        recall = 1.0
         label = "chosen: exact search"
     else:
         return
     axes.plot(
-        [point[0]],
-        [point[1]],
+        [speed],
+        [recall],
         "o",
         color=ACCENT,
         markerfacecolor="none",
@@ -296,10 +385,10 @@ def _draw_exact_and_chosen(axes: Axes, curve: RecallCurve) -> None:
     )
 
 
-def _scale_speeds(axes: Axes, curve: RecallCurve) -> None:
-    speeds = [setting.per_second for setting in curve.tried]
-    if curve.exact:
-        speeds.append(curve.exact)
+def _scale_speeds(axes: Axes, calibration: CalibrationState) -> None:
+    speeds = [effort.lists_per_second for effort in calibration.tried]
+    if calibration.exact_lists_per_second:
+        speeds.append(calibration.exact_lists_per_second)
     if max(speeds) > _DECADE * min(speeds) > 0:
         axes.set_xscale("log")
         axes.minorticks_off()

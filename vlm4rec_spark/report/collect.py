@@ -31,9 +31,10 @@ from vlm4rec_spark.report.samples import (
     UserSamples,
 )
 from vlm4rec_spark.report.thumbnails import Thumbnails
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import schemas, state
 
 if TYPE_CHECKING:
+    from vlm4rec_spark.storage.state import CalibrationState
     from vlm4rec_spark.storage.tables import Tables
 
 _STAGES = (
@@ -96,6 +97,7 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         users=users.with_photos(thumbnails),
         metrics=_metrics(tables, evaluated),
         discordant_users=discordant.with_photos(thumbnails),
+        calibration=_calibration(tables),
     )
 
 
@@ -170,12 +172,12 @@ def _rejections(tables: Tables) -> tuple[Rejection, ...]:
         F.split("source", " ")[0].alias("source"),
         # What follows a colon names one file or one error: every row would be a reason of its own.
         F.regexp_replace("reason", ":.*", "").alias("reason"),
-        "copies",
+        "occurrences",
         # The column in which Spark keeps what it couldn't parse; empty, it only fills the line.
         F.regexp_replace("row", ',?"_corrupt_record":null', "").alias("row"),
     )
     example = F.substring(F.min("row"), 1, _EXAMPLE_LENGTH + 1).alias("example")
-    reasons = rejected.groupBy("source", "reason").agg(F.sum("copies").alias("rows"), example)
+    reasons = rejected.groupBy("source", "reason").agg(F.sum("occurrences").alias("rows"), example)
     ordered = reasons.orderBy("source", F.desc("rows"), "reason").limit(_REASONS)
     return tuple(
         Rejection(row["source"], row["reason"], row["rows"], _shortened(row["example"]))
@@ -185,6 +187,11 @@ def _rejections(tables: Tables) -> tuple[Rejection, ...]:
 
 def _shortened(example: str) -> str:
     return example if len(example) <= _EXAMPLE_LENGTH else example[:_EXAMPLE_LENGTH] + "…"
+
+
+def _calibration(tables: Tables) -> CalibrationState | None:
+    recommend = state.read(tables).get("recommend")
+    return recommend.output.calibration if recommend else None
 
 
 def _metrics(tables: Tables, evaluated: StageRun | None) -> tuple[MetricRow, ...]:

@@ -11,8 +11,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.storage.state import CalibrationState
 
 
 class ReportSettings(BaseModel):
@@ -214,31 +218,6 @@ class DiscordantUser:
 
 
 @dataclass(frozen=True)
-class SearchSetting:
-    """A search setting that the calibration tried: recall, its lower 95 % bound, lists a second."""
-
-    leaves: int
-    candidates: int
-    recall: float
-    low: float
-    per_second: float
-
-
-@dataclass(frozen=True)
-class RecallCurve:
-    """The search settings that recommend tried. `exact`: lists a second of exact search.
-
-    `chosen` is None for exact search. `k` is the list length of the recall.
-    """
-
-    tried: tuple[SearchSetting, ...]
-    promise: float
-    exact: float | None
-    chosen: SearchSetting | None
-    k: str
-
-
-@dataclass(frozen=True)
 class ReportData:
     """Everything on the page. `counts`: items, photos, captions, interactions, users with a
     list."""
@@ -253,6 +232,8 @@ class ReportData:
     users: tuple[UserCard, ...] = ()
     metrics: tuple[MetricRow, ...] = ()
     discordant_users: tuple[DiscordantUser, ...] = ()
+    calibration: CalibrationState | None = None
+    """The search that recommend chose for the lists."""
 
     @property
     def latest_at(self) -> datetime | None:

@@ -16,7 +16,6 @@ from vlm4rec_spark.report import caption_audit_section, charts
 from vlm4rec_spark.report.data import MetricRow, PhotoCard, ReportData, arm_label
 from vlm4rec_spark.report.data_quality import data_issues
 from vlm4rec_spark.report.metrics_section import headline, splits
-from vlm4rec_spark.report.recall_curve import calibration
 
 _LONG_CAPTION = 140
 """Median characters above which captions stand next to their photo instead of under it."""
@@ -45,7 +44,6 @@ def render(data: ReportData) -> str:
         "share": _share,
         "size": _size,
     }
-    curve = calibration(data.details("recommend"))
     attributes = data.captions.attributes
     caption_lengths = [len(photo.caption or "") for photo in data.captions.samples]
     return environment.get_template("report.html.j2").render(
@@ -61,8 +59,7 @@ def render(data: ReportData) -> str:
         long_captions=median(caption_lengths or [0]) > _LONG_CAPTION,
         columns=_columns,
         recall_lost=_recall_lost(data),
-        calibration=curve,
-        recall_curve=charts.recall_curve(curve) if curve else "",
+        recall_curve=_recall_curve(data),
         svg=Markup,
         version=__version__,
     )
@@ -71,6 +68,13 @@ def render(data: ReportData) -> str:
 def _columns(table: Mapping[str, Mapping[str, MetricRow]]) -> list[str]:
     """The columns that any row of a table has."""
     return list(dict.fromkeys(name for row in table.values() for name in row))
+
+
+def _recall_curve(data: ReportData) -> str:
+    """The calibration's chart, "" if it tried nothing, as for a small catalogue."""
+    if data.calibration is None or not data.calibration.tried:
+        return ""
+    return charts.recall_curve(data.calibration, data.details("recommend").get("k", "k"))
 
 
 def _recall_lost(data: ReportData) -> str:

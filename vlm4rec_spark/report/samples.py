@@ -111,7 +111,12 @@ class CaptionSamples:
     """Captions in force, and failures, of the model and prompt that ran last; `photos` of them as
     samples."""
 
-    def __init__(self, tables: Tables, photos: int, runs: Sequence[StageRun]):
+    def __init__(
+        self,
+        tables: Tables,
+        photos: int,
+        runs: Sequence[StageRun],
+    ):
         """`runs` of the caption stage, latest first."""
         captions = _captions_of_last_run(tables, runs)
         self._model_run = next((run for run in runs if run.rows_ok + run.rows_failed), None)

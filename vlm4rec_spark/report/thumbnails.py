@@ -40,7 +40,12 @@ class _Thumbnail(NamedTuple):
 class Thumbnails:
     """Photos by their key, and items by their first photo."""
 
-    def __init__(self, tables: Tables, keys: Iterable[PhotoKey], item_ids: Iterable[str]):
+    def __init__(
+        self,
+        tables: Tables,
+        keys: Iterable[PhotoKey],
+        item_ids: Iterable[str],
+    ):
         shown_items = sorted(set(item_ids))
         first = _first_positions(tables, shown_items)
         self._first = {item_id: (item_id, first.get(item_id, 0)) for item_id in shown_items}
@@ -97,7 +102,9 @@ def _captions(tables: Tables, item_ids: list[str]) -> Mapping[str, str]:
 
 
 def _thumbnails(
-    tables: Tables, keys: list[PhotoKey], item_ids: list[str]
+    tables: Tables,
+    keys: list[PhotoKey],
+    item_ids: list[str],
 ) -> Mapping[PhotoKey, _Thumbnail]:
     """The thumbnails of the keys that have a photo."""
     if not keys:
