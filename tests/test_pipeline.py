@@ -307,7 +307,7 @@ def test_metrics_and_exports(shop: Shop) -> None:
     assert len(shop.rows(schemas.EXPORT_WIDE)) == 62
     page = (shop.folder / "report.html").read_text()
     assert len(page) > 10_000
-    assert '<tr class="mine"><th scope="row">blend</th>' in page
+    assert '<tr class="highlight"><th scope="row">blend</th>' in page
 
 
 def test_the_captions_are_audited(shop: Shop) -> None:
