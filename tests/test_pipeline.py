@@ -263,7 +263,8 @@ weights = np.array([weight for _, weight in facts["history"]])
 weights = weights / weights.max()
 content = MaxSimilarityQuery([history], [weights.astype(np.float32)])
 later = weights * 0.85 ** np.arange(len(weights))
-query = BlendedQuery(content, ItemItemScores.open(Path(item_item)), float(share), [history], [later])
+scores = ItemItemScores.open(Path(item_item))
+query = BlendedQuery(content, scores, float(share), [history], [later])
 allowed = np.zeros(len(searcher), np.int64)
 allowed[searcher.positions(facts["available"])] = 1
 parents = searcher.positions(facts["variants"][0]), np.array(facts["variants"][1])
@@ -333,7 +334,7 @@ def test_metrics_and_exports(shop: Shop) -> None:
     assert len(shop.rows(schemas.EXPORT_WIDE)) == 62
     page = (shop.folder / "report.html").read_text()
     assert len(page) > 10_000
-    assert '<tr class="mine"><th scope="row">blend</th>' in page
+    assert '<tr class="highlight"><th scope="row">blend</th>' in page
 
 
 def test_the_captions_are_audited(shop: Shop) -> None:
@@ -377,14 +378,15 @@ def test_another_reader_opens_every_table(shop: Shop) -> None:
 
 COLLECTED = {
     "index.index": "the one index build, whose memory is reported before it starts",
-    "point_in_time._index": "the index of an arm",
     "recommend._matching": "the co-occurring pairs, whose memory is reported before",
-    "point_in_time.users": "at most evaluate.max_users test users, with what they have seen",
-    "point_in_time._placed": "the lists of those users",
-    "point_in_time._of_items": "the popularity of the candidates",
-    "evaluate.opened": "the candidates' ids",
+    "point_in_time._build_index": "the index of an arm",
+    "point_in_time.count_pairs": "the pairs of items of an arm",
+    "point_in_time._read_users": "at most evaluate.max_users test users, with what they have seen",
+    "point_in_time._positions": "the lists of those users",
+    "point_in_time._by_candidate": "the popularity of the candidates",
+    "evaluate.open_point_in_time": "the candidates' ids",
     "evaluate._catalogue": "category and date of the candidates",
-    "thumbnails._thumbs": "the photos that the report shows, by report.photos and report.users",
+    "thumbnails._thumbnails": "the photos that the report shows, by report.photos and report.users",
     "thumbnails._titles": "the items that the report shows",
     "thumbnails._captions": "the same",
     "thumbnails._first_positions": "the same",
@@ -509,22 +511,19 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(
 def test_tune_writes_a_configuration_that_can_be_used(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_DECAYS", "_HALF_LIVES", "_LAST", "_TASTES", "_SPOKEN", "_POWERS", "_APART"):
-        monkeypatch.setattr(tune, name, ())
-    monkeypatch.setattr(tune, "_SHARES", (0.5,))
+    tried = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.5,)}
+    monkeypatch.setattr(tune, "OPTIONS", tried)
     out = tmp_path / "tuned.yaml"
-    assert (
-        main(["tune", "--out", str(out), "--representation", "title", *command_options(shop)]) == 0
-    )
+    options = command_options(shop)
+    assert main(["tune", "--out", str(out), "--representation", "title", *options]) == 0
     comments = [line for line in out.read_text().splitlines() if line.startswith("#")]
     # The best may be one of content only.
     assert sum("<- best" in line for line in comments) in (1, 2)
     config = load([out])
     assert (config.representation, set(config.evaluate.custom_arms)) == ("title", {"content"})
     assert config.item_item.share in {0.0, 0.4, 0.45, 0.5, 0.55, 0.6}
-    assert (
-        main(["tune", "--out", str(tmp_path / "gone" / "tuned.yaml"), *command_options(shop)]) == 2
-    )
+    missing = str(tmp_path / "gone" / "tuned.yaml")
+    assert main(["tune", "--out", missing, *options]) == 2
 
 
 def test_a_run_that_redoes_everything_changes_nothing(
