@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import functions as F
 
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import index as index_stage
-from vlm4rec_spark.stages import index, profiles
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.storage import schemas
 
@@ -157,9 +159,9 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
             "text": [""] * len(vectors),
         }
     )
-    searcher = index.ship(
+    searcher = ship(
         spark,
-        index.build(table, "caption", "test", tmp_path, ann_min_items=10**6),
+        build_index(table, "caption", "test", tmp_path, ann_min_items=10**6),
         1.0,
         Searcher.open,
     )
@@ -234,8 +236,10 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         before = run.tables.versions([schemas.PROFILES]).get("profiles")
         outcome = run.run(["embed", "index", "profiles"])[-1]
         # Everything made anew, by the stage's own functions.
-        whole = profiles.histories(run.log(), run.read(schemas.ITEMS), run.config.profiles)
-        opens = partial(Searcher.open, index_stage.index_folder(run))
+        whole = profiles.histories(
+            run.context.log(), run.context.read(schemas.ITEMS), run.config.profiles
+        )
+        opens = partial(Searcher.open, index_stage.index_folder(run.context))
         anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
         assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
         changed = (
