@@ -351,7 +351,7 @@ def test_driver_and_workers_import_what_was_shipped(shop: Shop, tmp_path: Path) 
     # The package was shipped without compiled files, and Python writes one beside the source that it imports.
     for module, places in (
         ("pipeline/__pycache__/run", {"vlm4rec"}),
-        ("models/captioners/__pycache__/fake", {"worker-1/work", "worker-2/work"}),
+        ("models/captioning/backends/__pycache__/fake", {"worker-1/work", "worker-2/work"}),
     ):
         torch_compile = [
             file.relative_to(folder) for file in folder.rglob(f"vlm4rec_spark/{module}.*.pyc")

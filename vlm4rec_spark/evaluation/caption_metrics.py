@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
-from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
 
 SPLIT = "captions"
 """What stands in the column `split` of `metrics`."""
@@ -97,11 +97,14 @@ def agreement(
         return figures, misses
     others = derangement(len(captions), seed)
     known = [{name: _plain(value) for name, value in row.items() if value} for row in catalogue]
-    for name, values in sorted(vocabulary(known).items()):
+    for name, values in sorted(attribute_values(known).items()):
         if not 2 <= len(values) <= MOST_VALUES:
             continue
-        # Each value under a name of its own: `named` then finds all that stand in a caption, not the first only.
-        said = [set(named(caption, {value: [value] for value in values})) for caption in captions]
+        # Each value under a name of its own: `extract_attributes` then finds all that stand in a caption, not the first only.
+        said = [
+            set(extract_attributes(caption, {value: [value] for value in values}))
+            for caption in captions
+        ]
         spoken = set().union(*said)
         judged = [(place, row[name]) for place, row in enumerate(known) if row.get(name) in spoken]
         if len(judged) < LEAST_ITEMS:
