@@ -23,7 +23,7 @@ _REFUSAL = re.compile(
 """How English-speaking models begin a refusal. Refusals in other languages pass."""
 
 
-class Rejection(NamedTuple):
+class CaptionRejection(NamedTuple):
     """Why a text isn't a caption."""
 
     error_class: str
@@ -35,7 +35,7 @@ class CheckedAnswer(NamedTuple):
 
     text: str
     attributes: dict[str, str]
-    rejection: Rejection | None
+    rejection: CaptionRejection | None
 
 
 def check_structured(answer: str, prompt: str) -> CheckedAnswer:
@@ -47,12 +47,14 @@ def check_structured(answer: str, prompt: str) -> CheckedAnswer:
         parsed = attributes.parse(answer)
     except attributes.AttributesError as failure:
         # A refusal or a loop keeps its own class.
-        rejection = check_caption(answer, prompt) or Rejection("bad_attributes", str(failure))
+        rejection = check_caption(answer, prompt) or CaptionRejection(
+            "bad_attributes", str(failure)
+        )
         return CheckedAnswer(answer, {}, rejection)
     return CheckedAnswer(parsed.text, parsed.non_empty, check_caption(parsed.text, prompt))
 
 
-def check_caption(caption: str, prompt: str) -> Rejection | None:
+def check_caption(caption: str, prompt: str) -> CaptionRejection | None:
     """Why `caption` isn't a description; None if it is one.
 
     The classes, of which n-grams have three words:
@@ -64,17 +66,17 @@ def check_caption(caption: str, prompt: str) -> Rejection | None:
     """
     words = _WORDS.findall(caption.lower())
     if not words:
-        return Rejection("empty_caption", "the model said nothing")
+        return CaptionRejection("empty_caption", "the model said nothing")
     if _REFUSAL.match(caption.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")):
-        return Rejection("refusal", f"the model refused: {caption[:200]}")
+        return CaptionRejection("refusal", f"the model refused: {caption[:200]}")
     if len(words) < _MIN_WORDS:
-        return Rejection("too_short", f"fewer than {_MIN_WORDS} words: {caption[:200]}")
+        return CaptionRejection("too_short", f"fewer than {_MIN_WORDS} words: {caption[:200]}")
     ngrams = _ngrams(words)
     prompt_ngrams = set(_ngrams(_WORDS.findall(prompt.lower())))
     if sum(ngram in prompt_ngrams for ngram in ngrams) >= _ECHO_SHARE * len(ngrams):
-        return Rejection("echo", f"the model repeated the prompt: {caption[:200]}")
+        return CaptionRejection("echo", f"the model repeated the prompt: {caption[:200]}")
     if len(ngrams) >= _MIN_NGRAMS_FOR_REPETITION and len(set(ngrams)) < len(ngrams) / 2:
-        return Rejection("repetition", f"the model repeated itself: {caption[:200]}")
+        return CaptionRejection("repetition", f"the model repeated itself: {caption[:200]}")
     return None
 
 
