@@ -45,7 +45,7 @@ def test_each_good_photo_is_seen(name: str) -> None:
         ("postscript", "a PostScript or PDF file, not a photo"),
         ("bomb-just", "10001 x 10000 pixels, at most 100,000,000"),
         ("hairline", "5000 x 2 pixels, at least 8 x 8"),
-        ("white", "the photo is of one colour all over"),
+        ("white", "the photo has one color all over"),
     ],
 )
 def test_the_message_says_what_is_wrong(name: str, message: str) -> None:
