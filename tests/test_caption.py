@@ -313,9 +313,9 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
     assert counted.caption(run) == (0, 0, 0, 4)
     assert run.run(["caption"])[0].status == "unchanged"
 
-    run.retry = "empty_caption"
+    run.context.retry = "empty_caption"
     assert counted.caption(run) == (1, 0, 1, 3)
-    run.retry = ""
+    run.context.retry = ""
     assert run.plan().reasons == {"retry": 3}
     run.run(["caption"])
     assert attempts() == {"RuntimeError": 3, "empty_caption": 3, "html_page": 2}

@@ -105,7 +105,7 @@ class Audited:
 
     def __init__(self, run: Pipeline):
         self.outcome = StageResult("evaluate")
-        self.rows = caption_audit.audit(run, self.outcome)
+        self.rows = caption_audit.audit(run.context, self.outcome)
         self.values = {row["metric"]: row["value"] for row in self.rows}
         self.told: dict[str, Any] = json.loads(self.outcome.details.get("caption_audit", "{}"))
 

@@ -370,7 +370,7 @@ def test_maintain_can_be_killed_and_run_twice(
     shop: Pipeline, pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shop.tables.location).parent
-    assert {one.index_id: one.in_force_for for one in maintain.indexes(shop)} == {
+    assert {one.index_id: one.in_force_for for one in maintain.indexes(shop.context)} == {
         "c" * 16: "caption",
         "d" * 16: "title",
         "b" * 16: "the lists",

@@ -358,9 +358,9 @@ COLLECTED = {
     "auditing._samples": "at most evaluate.audit_photos captions of each captioner",
     "auditing._vectors": "vectors of the texts of those captions",
     "collect._metrics": "the figures of the last evaluation, one row each, 20,000 at most",
-    "listing.recommend": "at most recommend.recall_sample profiles, and the items with what rules say of them",
-    "listing._news": "the items as the lists in force know them, a hash each",
-    "listing._waiting": "at most 1,000 popular items for each segment and set of rules",
+    "listing._load": "the items with what rules say of them",
+    "listing._choose_search": "at most recommend.recall_sample profiles",
+    "listing._popular": "at most 1,000 popular items for each segment and set of rules",
 }
 """What may bring more than a few rows to the driver, and why that doesn't grow with the shop."""
 

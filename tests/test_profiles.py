@@ -234,8 +234,10 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         before = run.tables.versions([schemas.PROFILES]).get("profiles")
         outcome = run.run(["embed", "index", "profiles"])[-1]
         # Everything made anew, by the stage's own functions.
-        whole = profiles.histories(run.log(), run.read(schemas.ITEMS), run.config.profiles)
-        opens = partial(Searcher.open, index_stage.index_folder(run))
+        whole = profiles.histories(
+            run.context.log(), run.context.read(schemas.ITEMS), run.config.profiles
+        )
+        opens = partial(Searcher.open, index_stage.index_folder(run.context))
         anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
         assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
         changed = (

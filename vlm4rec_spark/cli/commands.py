@@ -35,7 +35,7 @@ def run_stages(
 ) -> None:
     """Run the stage `name`, or all of them for `run`. `retry`: failed captions to try again, as in `Run`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, console):
-        pipeline.retry = retry
+        pipeline.context.retry = retry
         _run(pipeline, STAGES if name == "run" else (name,), console)
 
 
@@ -54,7 +54,7 @@ def run_plan(
 ) -> None:
     """Run `plan`."""
     with _pipeline(load(files, assignments), debug) as (pipeline, _):
-        pipeline.retry = retry
+        pipeline.context.retry = retry
         planned = pipeline.plan()
         if as_json:
             print(json.dumps(asdict(planned)))

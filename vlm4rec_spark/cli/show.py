@@ -60,7 +60,7 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
         .where(mine)
         .select("items", "k", "index_id", _micros("generated_at"))
     )
-    log = pipeline.log() if profile is None else None
+    log = pipeline.context.log() if profile is None else None
     events = 0 if log is None else log.where(mine).count()
     if profile is None and lists is None and not events:
         assert log is not None
@@ -81,7 +81,7 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
 def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
     """Raises RunError for an item that isn't in the catalogue."""
     tables, mine = pipeline.tables, F.col("item_id") == F.lit(item_id)
-    items = pipeline.read(schemas.ITEMS)
+    items = pipeline.context.read(schemas.ITEMS)
     found = _first(
         items.where(mine).withColumns(
             {"first": _micros("first_seen_at"), "at": _micros("updated_at")}
@@ -222,7 +222,7 @@ def _caption(made: list[Row]) -> list[Text]:
 def _print_neighbours(pipeline: Pipeline, item_id: str, console: Console) -> None:
     try:
         # Without checksums: they would read all vectors, and this looks at one.
-        searcher = Searcher.open(index_folder(pipeline), verify=False)
+        searcher = Searcher.open(index_folder(pipeline.context), verify=False)
     except (RunError, OSError) as missing:
         console.print(_line("No neighbours", str(missing)))
         return

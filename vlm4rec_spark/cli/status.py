@@ -104,7 +104,7 @@ def _runs(pipeline: Pipeline) -> Table:
 def _indexes(pipeline: Pipeline) -> Table:
     title = f"Index versions in {pipeline.config.index.folder}"
     grid = _grid(title, ("index", "in force for"), ("written (UTC)", "size"))
-    for index in maintain.indexes(pipeline):
+    for index in maintain.indexes(pipeline.context):
         if index.version is None:
             grid.add_row(index.index_id, index.in_force_for, "[red]gone[/]", "")
             continue

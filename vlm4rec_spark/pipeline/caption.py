@@ -63,30 +63,30 @@ class _Totals:
         return self.failures.total()
 
 
-def plan_captions(run: RunContext) -> CaptionPlan:
+def plan_captions(context: RunContext) -> CaptionPlan:
     """What the caption stage would do now. Reads no photo's bytes and changes nothing."""
-    with _task(run) as task:
+    with _task(context) as task:
         return task.plan
 
 
-def caption(run: RunContext, outcome: StageResult) -> None:
-    with _task(run) as task:
-        _caption(run, outcome, task)
+def caption(context: RunContext, result: StageResult) -> None:
+    with _task(context) as task:
+        _caption(context, result, task)
 
 
-def caption_fingerprint(run: RunContext) -> object:
+def inputs_fingerprint(context: RunContext) -> object:
     """None where failed captions are to be tried again: then there is something to do whatever the last run found."""
-    if run.retry is not None:
+    if context.retry is not None:
         return None
-    settings = run.config.caption
+    settings = context.config.caption
     prompt = load_prompt(settings.prompt, settings.language)
-    catalogue = run.tables.versions([schemas.ITEMS]) if prompt.fields else {}
+    catalogue = context.tables.versions([schemas.ITEMS]) if prompt.fields else {}
     return [settings.model_dump(mode="json"), prompt.text, settings.model.model_id(), catalogue]
 
 
-def _caption(run: RunContext, outcome: StageResult, task: _Task) -> None:
-    settings, todo, wish = run.config.caption, task.plan, task.wish
-    outcome.details = {
+def _caption(context: RunContext, result: StageResult, task: _Task) -> None:
+    settings, todo, wish = context.config.caption, task.plan, task.wish
+    result.details = {
         "model": wish.model_id,
         "prompt_id": wish.prompt.prompt_id,
         "photos_wanted": str(todo.wanted),
@@ -100,61 +100,61 @@ def _caption(run: RunContext, outcome: StageResult, task: _Task) -> None:
         why = ", ".join(
             f"{reason.replace('_', ' ')} {count:,}" for reason, count in todo.reasons.items()
         )
-        run.reporter.info(
+        context.reporter.info(
             f"captioning {todo.now:,} of {todo.to_caption:,} photos ({why}) with {wish.model_id}"
         )
         began = time.monotonic()
         try:
-            stopped = _in_chunks(run, task, totals)
+            stopped = _in_chunks(context, task, totals)
         finally:
-            outcome.ok = totals.statuses["ok"]
-            outcome.failed = totals.failed
-            outcome.skipped = todo.wanted - totals.tried
-            outcome.device_seconds = totals.seconds
-            outcome.details |= _figures(totals, time.monotonic() - began, run)
+            result.ok = totals.statuses["ok"]
+            result.failed = totals.failed
+            result.skipped = todo.wanted - totals.tried
+            result.device_seconds = totals.seconds
+            result.details |= _figures(totals, time.monotonic() - began, context)
     else:
-        outcome.skipped = todo.wanted
+        result.skipped = todo.wanted
     left = todo.to_caption - totals.tried
-    outcome.details |= {"failures": json.dumps(totals.failures), "left": str(left)}
-    captions = run.tables.read(schemas.CAPTIONS)
-    run.tables.sync(
+    result.details |= {"failures": json.dumps(totals.failures), "left": str(left)}
+    captions = context.tables.read(schemas.CAPTIONS)
+    context.tables.sync(
         schemas.ITEM_CAPTIONS, planning.item_captions(task.judged, captions, task.imported)
     )
-    outcome.complete = (
-        not left and run.retry is None and not (totals.failed and _any_again(task, captions))
+    result.complete = (
+        not left and context.retry is None and not (totals.failed and _any_again(task, captions))
     )
     if totals.failed > settings.max_failed_share * totals.tried:
-        raise RunError(_complaint(run, task, totals, left))
+        raise RunError(_complaint(context, task, totals, left))
     if stopped:
         raise Resumable(
             f"caption: stopped by {stopped}. {totals.tried:,} photos are done and committed, {left:,} are "
             "left; run the same command again to go on."
         )
     if left:
-        run.reporter.info(f"{left:,} photos are left for the next run")
+        context.reporter.info(f"{left:,} photos are left for the next run")
 
 
 @contextmanager
-def _task(run: RunContext) -> Iterator[_Task]:
-    settings = run.config.caption
+def _task(context: RunContext) -> Iterator[_Task]:
+    settings = context.config.caption
     prompt = load_prompt(settings.prompt, settings.language)
-    wish = planning.CaptionSpec(prompt, settings.model.model_id(), settings, run.retry)
+    wish = planning.CaptionSpec(prompt, settings.model.model_id(), settings, context.retry)
     # Frozen, or each commit of a chunk would make the queue anew, without what is done, and with other ranks.
-    photos, captions = run.read(schemas.PHOTOS), run.tables.frozen(schemas.CAPTIONS)
-    links = run.tables.frozen(schemas.ITEM_CAPTIONS)
+    photos, captions = context.read(schemas.PHOTOS), context.tables.frozen(schemas.CAPTIONS)
+    links = context.tables.frozen(schemas.ITEM_CAPTIONS)
     imported = planning.imported_captions(links, captions)
-    items = run.read(schemas.ITEMS) if wish.prompt.fields else None
+    items = context.read(schemas.ITEMS) if wish.prompt.fields else None
     wanted = planning.wanted_captions(photos, imported, items, wish)
     judged = planning.with_reason(
         wanted, captions, planning.current_captions(links, captions), wish
     ).persist()
     by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
-    rates = _rates(run, wish)
+    rates = _rates(context, wish)
     # Only where not all is done at once does the order matter, and counting the log takes a while.
-    chunk = _chunk(run, _speed(run, rates))
+    chunk = _chunk(context, _speed(context, rates))
     several = sum(by_reason.get(reason, 0) for reason in planning.PENDING) > chunk
     budget = settings.budget.photos is not None or settings.budget.money is not None
-    log = run.tables.read(schemas.INTERACTIONS) if several or budget else None
+    log = context.tables.read(schemas.INTERACTIONS) if several or budget else None
     queue = planning.queue(judged, log).persist()
     contents = {row["reason"]: row["count"] for row in queue.groupBy("reason").count().collect()}
     todo = estimate(by_reason, contents, rates, settings.budget, settings.prices)
@@ -166,10 +166,10 @@ def _task(run: RunContext) -> Iterator[_Task]:
             frame.unpersist()
 
 
-def _rates(run: RunContext, wish: planning.CaptionSpec) -> Rates:
+def _rates(context: RunContext, wish: planning.CaptionSpec) -> Rates:
     """Speed of the last run with this model that had something to do, tokens of its captions; or what is assumed."""
     assumed = wish.settings.assumed
-    mine = run.tables.read(schemas.CAPTIONS).where(
+    mine = context.tables.read(schemas.CAPTIONS).where(
         (F.col("model") == wish.model_id) & (F.col("status") == "ok")
     )
     this_prompt = F.col("prompt_id") == wish.prompt.prompt_id
@@ -179,7 +179,7 @@ def _rates(run: RunContext, wish: planning.CaptionSpec) -> Rates:
     )
     tokens = first_row(mine.agg(asked, said))
     worked = F.col("rows_ok") + F.col("rows_failed")
-    runs = run.tables.read(schemas.RUNS).where(
+    runs = context.tables.read(schemas.RUNS).where(
         (F.col("stage") == "caption")
         & (F.col("details")["model"] == wish.model_id)
         & (F.col("device_seconds") > 0)
@@ -195,67 +195,71 @@ def _rates(run: RunContext, wish: planning.CaptionSpec) -> Rates:
     )
 
 
-def _in_chunks(run: RunContext, task: _Task, totals: _Totals) -> str:
+def _in_chunks(context: RunContext, task: _Task, totals: _Totals) -> str:
     """Caption what the plan says, chunk by chunk, and say what has stopped it before the end: nothing, or a signal.
 
     A part is committed while the next one is made. Their tasks come in this order, so that no task waits for the
     slowest of the part before. What is made and not committed yet is two parts at most: one chunk.
     """
     todo, began, given, number = task.plan.now, time.monotonic(), 0, 0
-    rate = _speed(run, task.plan.rates)
+    rate = _speed(context, task.plan.rates)
     making: deque[Future[tuple[DataFrame, str]]] = deque()
-    with _line(run) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
-        with run.reporter.progress("captioning photos", todo, lambda: _how_far(line, began)):
+    with _line(context) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
+        with context.reporter.progress("captioning photos", todo, lambda: _how_far(line, began)):
             try:
                 while making or (given < todo and not line.stop):
                     while given < todo and len(making) < _AT_ONCE and not line.stop:
-                        chunk = _chunk(run, rate)
+                        chunk = _chunk(context, rate)
                         size = chunk if todo <= chunk else -(-chunk // _AT_ONCE)
                         ranks = range(given, min(todo, given + size))
-                        making.append(pool.submit(_make, run, task, line, ranks, number % _AT_ONCE))
+                        making.append(
+                            pool.submit(_make, context, task, line, ranks, number % _AT_ONCE)
+                        )
                         given, number = ranks.stop, number + 1
-                    _await(making[0], line, run.config.caption.max_failed_share)
-                    _commit(run, task, making.popleft().result(), totals)
+                    _await(making[0], line, context.config.caption.max_failed_share)
+                    _commit(context, task, making.popleft().result(), totals)
                     rate = totals.tried / (time.monotonic() - began)
-                    if _too_many(totals.failed, totals.tried, run.config.caption.max_failed_share):
+                    if _too_many(
+                        totals.failed, totals.tried, context.config.caption.max_failed_share
+                    ):
                         line.stop = True
             except BaseException:
                 line.stop = True
                 for other in making:
                     with suppress(Exception):
-                        _commit(run, task, other.result(), totals)
+                        _commit(context, task, other.result(), totals)
                 raise
         return next(iter(signals), "")
 
 
-def _speed(run: RunContext, rates: Rates) -> float:
+def _speed(context: RunContext, rates: Rates) -> float:
     """Photos per second of all devices, before any is done."""
-    return rates.photos_per_second * gpus.slots(run.spark)
+    return rates.photos_per_second * gpus.slots(context.spark)
 
 
-def _chunk(run: RunContext, rate: float) -> int:
+def _chunk(context: RunContext, rate: float) -> int:
     """How many photos make a chunk, at so many photos per second."""
-    settings = run.config.caption
+    settings = context.config.caption
     return max(_AT_ONCE, min(settings.chunk_photos, int(rate * 60 * settings.chunk_minutes)))
 
 
 def _make(
-    run: RunContext, task: _Task, line: ProgressServer, ranks: range, place: int
+    context: RunContext, task: _Task, line: ProgressServer, ranks: range, place: int
 ) -> tuple[DataFrame, str]:
     """The rows of a part of the queue, written aside, and where."""
-    settings = run.config.caption
+    settings = context.config.caption
     part = task.queue.where((F.col("rank") >= ranks.start) & (F.col("rank") < ranks.stop))
-    slots = gpus.slots(run.spark)
+    slots = gpus.slots(context.spark)
     # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
     tasks = max(
         min(slots, -(-len(ranks) // settings.batch_size)),
         -(-len(ranks) // settings.photos_per_task),
     )
-    photos = planning.with_photos(part, run.read(schemas.PHOTOS))
-    job = worker.Job(settings, task.wish.prompt, run.config.ingest.photos.http, line.address)
-    made = worker.caption_photos(photos, job, tasks, gpus.profile(run.spark))
+    photos = planning.with_photos(part, context.read(schemas.PHOTOS))
+    job = worker.Job(settings, task.wish.prompt, context.config.ingest.photos.http, line.address)
+    made = worker.caption_photos(photos, job, tasks, gpus.profile(context.spark))
     aside = f"_{place}"
-    return run.tables.staged(schemas.CAPTIONS, made, aside), aside
+    return context.tables.staged(schemas.CAPTIONS, made, aside), aside
 
 
 def _await(future: Future[tuple[DataFrame, str]], line: ProgressServer, share: float) -> None:
@@ -265,7 +269,7 @@ def _await(future: Future[tuple[DataFrame, str]], line: ProgressServer, share: f
             line.stop = True
 
 
-def _commit(run: RunContext, task: _Task, made: tuple[DataFrame, str], totals: _Totals) -> None:
+def _commit(context: RunContext, task: _Task, made: tuple[DataFrame, str], totals: _Totals) -> None:
     rows, part = made
     sums = [
         F.sum(name).alias(name) for name in ("input_tokens", "output_tokens", "seconds", "waited")
@@ -277,12 +281,12 @@ def _commit(run: RunContext, task: _Task, made: tuple[DataFrame, str], totals: _
     named = rows.withColumns(
         {"prompt_id": F.lit(wish.prompt.prompt_id), "model": F.lit(wish.model_id)}
     )
-    run.tables.insert(
+    context.tables.insert(
         schemas.CAPTIONS,
-        caption_rows(run, named),
+        caption_rows(context, named),
         instead_of="old.status IN ('failed', 'rejected')",
     )
-    run.tables.unstage(schemas.CAPTIONS, part)
+    context.tables.unstage(schemas.CAPTIONS, part)
     for row in found:
         totals.statuses[row["status"]] += row["rows"]
         if row["error_class"]:
@@ -314,8 +318,8 @@ def _how_far(line: ProgressServer, began: float) -> tuple[float, str]:
     return said["photos"], ", ".join(filter(None, parts))
 
 
-def _figures(totals: _Totals, seconds: float, run: RunContext) -> dict[str, str]:
-    prices = run.config.caption.prices
+def _figures(totals: _Totals, seconds: float, context: RunContext) -> dict[str, str]:
+    prices = context.config.caption.prices
     worked = totals.seconds + totals.waited
     cost = prices.cost(totals.seconds, totals.input_tokens, totals.output_tokens)
     return {
@@ -336,12 +340,12 @@ def _any_again(task: _Task, captions: DataFrame) -> bool:
     return not task.judged.join(failed, on="caption_key", how="left_semi").isEmpty()
 
 
-def _complaint(run: RunContext, task: _Task, totals: _Totals, left: int) -> str:
-    share = run.config.caption.max_failed_share
+def _complaint(context: RunContext, task: _Task, totals: _Totals, left: int) -> str:
+    share = context.config.caption.max_failed_share
     named = ", ".join(f"{name} {count:,}" for name, count in totals.failures.most_common())
     worst = min(totals.failures, key=lambda name: (-totals.failures[name], name))
-    bad = run.tables.read(schemas.CAPTIONS).where(
-        (F.col("run_id") == run.run_id) & (F.col("error_class") == worst)
+    bad = context.tables.read(schemas.CAPTIONS).where(
+        (F.col("run_id") == context.run_id) & (F.col("error_class") == worst)
     )
     some = bad.join(task.queue, on="caption_key", how="inner").orderBy("rank").limit(_EXAMPLES)
     examples = "; ".join(
@@ -356,8 +360,8 @@ def _complaint(run: RunContext, task: _Task, totals: _Totals, left: int) -> str:
 
 
 @contextmanager
-def _line(run: RunContext) -> Iterator[ProgressServer]:
-    conf = run.spark.conf
+def _line(context: RunContext) -> Iterator[ProgressServer]:
+    conf = context.spark.conf
     host = conf.get("spark.driver.host", None) or "127.0.0.1"
     try:
         line = ProgressServer(host, conf.get("spark.driver.bindAddress", None) or "")

@@ -55,46 +55,46 @@ class _Sample:
         ]
 
 
-def audit(run: RunContext, outcome: StageResult) -> list[dict]:
-    """Rows of `metrics` without run_id; `outcome.details` gets examples and texts. Nothing without any caption."""
-    samples = _samples(run)
+def audit(context: RunContext, result: StageResult) -> list[dict]:
+    """Rows of `metrics` without run_id; `result.details` gets examples and texts. Nothing without any caption."""
+    samples = _samples(context)
     if not samples:
         return []
-    _add_earlier(run, samples)
-    troubles = _ask(run, outcome, samples)
+    _add_earlier(context, samples)
+    troubles = _ask(context, result, samples)
     texts = {text for sample in samples for text in _texts(sample)}
-    vectors = _vectors(run, texts) if texts else {}
+    vectors = _vectors(context, texts) if texts else {}
     rows, told, examples = [], [], []
     for sample in samples:
-        found, few = _judge(sample, vectors, run.config.evaluate.seed)
-        run.reporter.info(_words(sample, found))
+        found, few = _judge(sample, vectors, context.config.evaluate.seed)
+        context.reporter.info(_words(sample, found))
         rows += [figure.row(sample.arm) for figure in found]
         told.append(_told(sample))
         examples += few
-    outcome.details["caption_audit"] = json.dumps(
+    result.details["caption_audit"] = json.dumps(
         {"captioners": told, "examples": examples[:_EXAMPLES]} | troubles, ensure_ascii=False
     )
     return rows
 
 
-def caption_audit_fingerprint(run: RunContext) -> object:
+def inputs_fingerprint(context: RunContext) -> object:
     return [
-        run.config.embed.model_dump(mode="json"),
-        caption_audit_questions.questions_fingerprint(run),
+        context.config.embed.model_dump(mode="json"),
+        caption_audit_questions.inputs_fingerprint(context),
     ]
 
 
-def _samples(run: RunContext) -> list[_Sample]:
+def _samples(context: RunContext) -> list[_Sample]:
     """Of each captioner as many captions as are to be looked at: the same photos whoever has described them."""
-    settings = run.config.evaluate
+    settings = context.config.evaluate
     if not settings.audit_photos:
         return []
     links = (
-        run.tables.read(schemas.ITEM_CAPTIONS)
+        context.tables.read(schemas.ITEM_CAPTIONS)
         .groupBy("caption_key")
         .agg(F.min(F.struct("item_id", "position")).alias("place"))
     )
-    captions = run.tables.read(schemas.CAPTIONS).where(F.col("caption").isNotNull())
+    captions = context.tables.read(schemas.CAPTIONS).where(F.col("caption").isNotNull())
     in_force = captions.join(links, on="caption_key", how="inner").select(
         "caption_key",
         "place.*",
@@ -105,7 +105,7 @@ def _samples(run: RunContext) -> list[_Sample]:
     # By 64 bits of its hash a text is known well enough, and a shuffle of hashes is a light one.
     texts = F.countDistinct(F.xxhash64("caption")).alias("texts")
     by_arm = in_force.groupBy("arm").agg(F.count(F.lit(1)).alias("captions"), texts)
-    items = run.tables.read(schemas.ITEMS).select("item_id", "category", "attributes")
+    items = context.tables.read(schemas.ITEMS).select("item_id", "category", "attributes")
     order = F.xxhash64(F.coalesce("image_sha256", "item_id"), F.lit(settings.seed)).alias("order")
     samples = []
     for row in by_arm.orderBy(F.desc("captions"), "arm").limit(_ARMS).collect():
@@ -117,10 +117,12 @@ def _samples(run: RunContext) -> list[_Sample]:
     return samples
 
 
-def _add_earlier(run: RunContext, samples: Sequence[_Sample]) -> None:
+def _add_earlier(context: RunContext, samples: Sequence[_Sample]) -> None:
     """What the sampled photos were called before: by another model, prompt or setting, and in force nowhere."""
-    captions = run.tables.read(schemas.CAPTIONS).where(F.col("status") == "ok")
-    old = captions.join(run.tables.read(schemas.ITEM_CAPTIONS), on="caption_key", how="left_anti")
+    captions = context.tables.read(schemas.CAPTIONS).where(F.col("status") == "ok")
+    old = captions.join(
+        context.tables.read(schemas.ITEM_CAPTIONS), on="caption_key", how="left_anti"
+    )
     latest = F.row_number().over(
         Window.partitionBy("image_sha256").orderBy(F.desc("captioned_at"), "caption_key")
     )
@@ -134,22 +136,22 @@ def _add_earlier(run: RunContext, samples: Sequence[_Sample]) -> None:
         }
 
 
-def _ask(run: RunContext, outcome: StageResult, samples: Sequence[_Sample]) -> dict[str, str]:
+def _ask(context: RunContext, result: StageResult, samples: Sequence[_Sample]) -> dict[str, str]:
     """Ask the captioner again about its sample. What keeps it from answering is said, and costs nothing but figures."""
-    if not run.config.evaluate.audit_again:
+    if not context.config.evaluate.audit_again:
         return {}
     try:
-        mine = run.config.caption.model.model_id()
+        mine = context.config.caption.model.model_id()
         for sample in samples:
             if sample.arm == mine:
-                sample.asked = caption_audit_questions.ask(run, sample.rows)
-                outcome.device_seconds = sample.asked.seconds if sample.asked else None
+                sample.asked = caption_audit_questions.ask(context, sample.rows)
+                result.device_seconds = sample.asked.seconds if sample.asked else None
     except (
         Exception
     ) as trouble:  # a model fails in ways of its own, and the lists can be judged without it
         said = first_words(trouble)[:_LONGEST]
-        run.reporter.info(f"the captioner couldn't be asked again: {said}")
-        outcome.complete = False  # the next run tries it once more
+        context.reporter.info(f"the captioner couldn't be asked again: {said}")
+        result.complete = False  # the next run tries it once more
         return {"trouble": said}
     return {}
 
@@ -163,22 +165,24 @@ def _texts(sample: _Sample) -> Iterable[str]:
         yield from filter(None, [*sample.asked.said.values(), sample.asked.of_nothing])
 
 
-def _vectors(run: RunContext, texts: Iterable[str]) -> dict[str, np.ndarray]:
+def _vectors(context: RunContext, texts: Iterable[str]) -> dict[str, np.ndarray]:
     """Unit vectors by text, as items get theirs; none for a text that is empty once cleaned."""
     known = dict(enumerate(sorted(texts)))
     rows = [(str(number), "audit", text, "", False) for number, text in known.items()]
-    frame = run.spark.createDataFrame(
+    frame = context.spark.createDataFrame(
         rows,
         "item_id STRING, representation STRING, text STRING, content_sha256 STRING, fallback BOOLEAN",
     )
-    made = embed.embed(_in_tasks(run, frame, len(rows)), run.encoder_id(), run.config.embed)
+    made = embed.embed(
+        _in_tasks(context, frame, len(rows)), context.encoder_id(), context.config.embed
+    )
     found = made.select("item_id", "embedding").collect()
     return {known[int(row["item_id"])]: np.asarray(row["embedding"], np.float32) for row in found}
 
 
-def _in_tasks(run: RunContext, rows: DataFrame, count: int) -> DataFrame:
+def _in_tasks(context: RunContext, rows: DataFrame, count: int) -> DataFrame:
     # A task loads the encoder, which takes longer than a few hundred texts.
-    return rows.coalesce(max(1, min(run.spark.sparkContext.defaultParallelism, count // 500)))
+    return rows.coalesce(max(1, min(context.spark.sparkContext.defaultParallelism, count // 500)))
 
 
 def _judge(

@@ -43,24 +43,24 @@ class Asked:
     cost: float = 0.0
 
 
-def ask(run: RunContext, sampled: Sequence[Row]) -> Asked | None:
+def ask(context: RunContext, sampled: Sequence[Row]) -> Asked | None:
     """Ask about the first `evaluate.audit_again` of those that have the very caption that would be made of them now.
 
     None where there is no such caption. Raises what the model raises where it can't be asked at all.
     """
-    settings, http = run.config.caption, run.config.ingest.photos.http
+    settings, http = context.config.caption, context.config.ingest.photos.http
     prompt = load_prompt(settings.prompt, settings.language)
     wish = planning.CaptionSpec(prompt, settings.model.model_id(), settings)
     among = F.col("item_id").isin([row["item_id"] for row in sampled])
-    photos = run.tables.read(schemas.PHOTOS).where(among)
-    items = run.read(schemas.ITEMS).where(among) if prompt.fields else None
+    photos = context.tables.read(schemas.PHOTOS).where(among)
+    items = context.read(schemas.ITEMS).where(among) if prompt.fields else None
     keys = [row["caption_key"] for row in sampled]
     # The key holds the photo, the prompt, the model and its settings: another one's captions have other keys.
     wanted = planning.wanted_captions(photos, photos.limit(0), items, wish).where(
         F.col("caption_key").isin(keys)
     )
     found = {row["caption_key"]: row for row in sorted(wanted.collect(), reverse=True)}
-    chosen = [found[key] for key in keys if key in found][: run.config.evaluate.audit_again]
+    chosen = [found[key] for key in keys if key in found][: context.config.evaluate.audit_again]
     if not chosen:
         return None
     rows = [
@@ -76,29 +76,29 @@ def ask(run: RunContext, sampled: Sequence[Row]) -> Asked | None:
         for rank, row in enumerate(chosen)
     ]
     images = photos.select("item_id", "position", "uri", "image")
-    there = run.spark.createDataFrame(rows, _ROW).join(
+    there = context.spark.createDataFrame(rows, _ROW).join(
         images, on=["item_id", "position"], how="inner"
     )
     columns = ["caption_key", "image_sha256", "uri", "image", "attempts", "prompt", "rank"]
     again = recaption(there.select(*columns), settings.model.max_side, http)
     blank, about = perturbations.blank_photo(), prompt.about({}) if prompt.fields else None
     one = (_NOTHING, hashlib.sha256(blank).hexdigest(), None, blank, 0, about, len(chosen))
-    tasks = max(1, min(gpus.slots(run.spark), -(-len(chosen) // settings.batch_size)))
+    tasks = max(1, min(gpus.slots(context.spark), -(-len(chosen) // settings.batch_size)))
     made = worker.caption_photos(
-        again.unionByName(run.spark.createDataFrame([one], again.schema)),
+        again.unionByName(context.spark.createDataFrame([one], again.schema)),
         worker.Job(settings, prompt, http, None),
         tasks,
-        gpus.profile(run.spark),
+        gpus.profile(context.spark),
     )
-    run.reporter.info(
+    context.reporter.info(
         f"asking {wish.model_id} again about {len(chosen):,} photos, slightly changed, and one of nothing"
     )
-    with run.reporter.progress("asking the captioner again", len(chosen)):
+    with context.reporter.progress("asking the captioner again", len(chosen)):
         answers = {row["caption_key"]: row for row in made.collect()}
-    return _asked([row["caption_key"] for row in chosen], answers, run)
+    return _asked([row["caption_key"] for row in chosen], answers, context)
 
 
-def _asked(keys: Sequence[str], answers: dict[str, Row], run: RunContext) -> Asked:
+def _asked(keys: Sequence[str], answers: dict[str, Row], context: RunContext) -> Asked:
     failed = [
         answers[key]["error_class"] if key in answers else "not_tried"
         for key in keys
@@ -115,14 +115,14 @@ def _asked(keys: Sequence[str], answers: dict[str, Row], run: RunContext) -> Ask
         refused="not tried" if nothing is None else nothing["error"] or "",
         failures=Counter(failed),
         seconds=seconds,
-        cost=run.config.caption.prices.cost(seconds, asked, said),
+        cost=context.config.caption.prices.cost(seconds, asked, said),
     )
 
 
-def questions_fingerprint(run: RunContext) -> object:
+def inputs_fingerprint(context: RunContext) -> object:
     """What the answers depend on besides the tables; None where nobody is asked."""
-    settings = run.config.caption
-    if not run.config.evaluate.audit_again:
+    settings = context.config.caption
+    if not context.config.evaluate.audit_again:
         return None
     try:
         prompt = load_prompt(settings.prompt, settings.language).text

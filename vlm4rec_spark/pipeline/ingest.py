@@ -36,14 +36,19 @@ _PEOPLE: dict[str, tuple[Table, Callable[[DataFrame], DataFrame]]] = {
 }
 
 
-def raw_sources(run: RunContext) -> Raw:
+def raw_sources(context: RunContext) -> Raw:
     """Open every configured source. Raises UsageError when one isn't there or lacks a mapped column."""
-    settings, no_files = run.config.ingest, run.spark.createDataFrame([], schemas.FILES.schema)
+    settings, no_files = (
+        context.config.ingest,
+        context.spark.createDataFrame([], schemas.FILES.schema),
+    )
     if not settings.items.path and not settings.interactions.path:
         raise UsageError("ingest: neither ingest.items.path nor ingest.interactions.path is set.")
     if settings.photos.folder:
-        reader.photo_files(run.spark, settings.photos)
-    items = reader.read(run.spark, "ingest.items", settings.items) if settings.items.path else None
+        reader.photo_files(context.spark, settings.photos)
+    items = (
+        reader.read(context.spark, "ingest.items", settings.items) if settings.items.path else None
+    )
     column = settings.photos.bytes_column
     if column and items is not None and column not in items.columns:
         raise UsageError(
@@ -56,7 +61,7 @@ def raw_sources(run: RunContext) -> Raw:
         )
     log = settings.interactions
     people = {
-        name: reader.read(run.spark, f"ingest.{name}", source)
+        name: reader.read(context.spark, f"ingest.{name}", source)
         for name in _PEOPLE
         if (source := getattr(settings, name)).path
     }
@@ -70,32 +75,36 @@ def raw_sources(run: RunContext) -> Raw:
     if not log.path:
         return Raw(items, None, no_files, people)
     if log.format == "delta":
-        return Raw(items, reader.read(run.spark, "ingest.interactions", log), no_files, people)
-    files = reader.listing(run.spark, "ingest.interactions", log).select(
+        return Raw(items, reader.read(context.spark, "ingest.interactions", log), no_files, people)
+    files = reader.listing(context.spark, "ingest.interactions", log).select(
         "*",
         F.lit("interactions").alias("source"),
         F.sha2(F.lit(log.model_dump_json()), 256).alias("settings_sha256"),
-        F.lit(run.run_id).alias("run_id"),
+        F.lit(context.run_id).alias("run_id"),
     )
-    new = run.tables.pending(files, schemas.FILES)
+    new = context.tables.pending(files, schemas.FILES)
     paths = tuple(reader.literal(row["uri"]) for row in new.select("uri").collect())
     if not paths:
         return Raw(items, None, new, people)
-    events = reader.read(run.spark, "ingest.interactions", log.model_copy(update={"path": paths}))
+    events = reader.read(
+        context.spark, "ingest.interactions", log.model_copy(update={"path": paths})
+    )
     return Raw(items, events, new, people)
 
 
-def ingest_fingerprint(run: RunContext) -> object:
+def inputs_fingerprint(context: RunContext) -> object:
     """The settings and what the sources' listings say; None where a listing can't tell whether anything changed."""
-    settings = run.config.ingest
+    settings = context.config.ingest
     logs = {
         f"ingest.{name}": getattr(settings, name) for name in ("items", "interactions", *_PEOPLE)
     }
     if settings.photos.path_column or any(source.format == "delta" for source in logs.values()):
         return None
-    listed = [reader.listing(run.spark, key, source) for key, source in logs.items() if source.path]
+    listed = [
+        reader.listing(context.spark, key, source) for key, source in logs.items() if source.path
+    ]
     if settings.photos.folder:
-        listed.append(reader.photo_files(run.spark, settings.photos))
+        listed.append(reader.photo_files(context.spark, settings.photos))
     marks = [
         F.sum(F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")).cast("string"),
         F.count(F.lit(1)),
@@ -106,32 +115,32 @@ def ingest_fingerprint(run: RunContext) -> object:
     ]
 
 
-def ingest(run: RunContext, outcome: StageResult) -> None:
-    raw = raw_sources(run)
+def ingest(context: RunContext, result: StageResult) -> None:
+    raw = raw_sources(context)
     items = None if raw.items is None else stage.parse_items(raw.items)
     latest = datetime.now(UTC) + timedelta(days=1)
     events = None if raw.events is None else stage.parse_interactions(raw.events, latest)
     # Each is used several times and would be parsed each time; photos in the catalogue would fill the disk.
-    inline = run.config.ingest.photos.bytes_column
+    inline = context.config.ingest.photos.bytes_column
     kept = [rows.persist() for rows in (None if inline else items, events) if rows is not None]
     try:
-        counts = _take(run, items, events)
-        counts |= {name: _take_people(run, name, rows) for name, rows in raw.people.items()}
+        counts = _take(context, items, events)
+        counts |= {name: _take_people(context, name, rows) for name, rows in raw.people.items()}
     finally:
         for rows in kept:
             rows.unpersist()
     # Last: a run that is killed before it reads its log files again, and their events aren't added twice.
-    run.tables.insert(schemas.FILES, raw.log_files)
-    outcome.ok = sum(each["ok"] for each in counts.values())
-    outcome.failed = sum(each["rejected"] for each in counts.values())
-    outcome.skipped = sum(each["skipped"] for each in counts.values())
-    outcome.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(
-        run
+    context.tables.insert(schemas.FILES, raw.log_files)
+    result.ok = sum(each["ok"] for each in counts.values())
+    result.failed = sum(each["rejected"] for each in counts.values())
+    result.skipped = sum(each["skipped"] for each in counts.values())
+    result.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(
+        context
     )
 
 
 def _take(
-    run: RunContext, items: DataFrame | None, events: DataFrame | None
+    context: RunContext, items: DataFrame | None, events: DataFrame | None
 ) -> dict[str, dict[str, int]]:
     """Write what can be taken and what is rejected; rows in, ok, rejected and skipped of each source."""
     counts = {
@@ -139,37 +148,37 @@ def _take(
         for name, rows in (("items", items), ("interactions", events))
         if rows is not None
     }
-    _refuse_nonsense(run, items, events, counts)
+    _refuse_nonsense(context, items, events, counts)
     if items is not None:
-        run.tables.upsert(
+        context.tables.upsert(
             schemas.ITEMS, stage.taken(items).withColumn("updated_at", F.current_timestamp())
         )
-        run.reject(stage.rejected(items, "items"))
+        context.reject(stage.rejected(items, "items"))
     if events is not None:
-        added = run.tables.insert(schemas.INTERACTIONS, stage.taken(events))
+        added = context.tables.insert(schemas.INTERACTIONS, stage.taken(events))
         counts["interactions"]["skipped"] += counts["interactions"]["ok"] - added
         counts["interactions"]["ok"] = added
-        run.reject(stage.rejected(events, "interactions"))
-    photos = _photos(run, None if items is None else stage.taken(items))
+        context.reject(stage.rejected(events, "interactions"))
+    photos = _photos(context, None if items is None else stage.taken(items))
     if photos is not None:
-        counts["photos"] = _store_photos(run, *photos)
+        counts["photos"] = _store_photos(context, *photos)
     return counts
 
 
-def _take_people(run: RunContext, name: str, raw: DataFrame) -> dict[str, int]:
+def _take_people(context: RunContext, name: str, raw: DataFrame) -> dict[str, int]:
     """Of users or identities as in `_take`; rows that are no longer delivered stay."""
     table, parse = _PEOPLE[name]
     parsed = parse(raw).persist()
     try:
-        run.tables.upsert(table, stage.taken(parsed))
-        run.reject(stage.rejected(parsed, name))
+        context.tables.upsert(table, stage.taken(parsed))
+        context.reject(stage.rejected(parsed, name))
         return _counts(parsed)
     finally:
         parsed.unpersist()
 
 
 def _refuse_nonsense(
-    run: RunContext,
+    context: RunContext,
     items: DataFrame | None,
     events: DataFrame | None,
     counts: dict[str, dict[str, int]],
@@ -182,7 +191,7 @@ def _refuse_nonsense(
         )
     if events is None or not counts["interactions"]["ok"]:
         return
-    known = run.tables.read(schemas.ITEMS).select("item_id")
+    known = context.tables.read(schemas.ITEMS).select("item_id")
     if items is not None:
         known = known.union(stage.taken(items).select("item_id"))
     if stage.taken(events).join(known, on="item_id", how="left_semi").isEmpty():
@@ -192,15 +201,17 @@ def _refuse_nonsense(
         )
 
 
-def _photos(run: RunContext, taken: DataFrame | None) -> tuple[int, DataFrame, DataFrame] | None:
+def _photos(
+    context: RunContext, taken: DataFrame | None
+) -> tuple[int, DataFrame, DataFrame] | None:
     """How many photos the source names, the new or changed ones with their bytes, and the refused ones.
 
     `taken`: the catalogue's rows that were taken, so that of two rows for an item the same one gives the photo.
     """
-    settings, items = run.config.ingest.photos, run.tables.read(schemas.ITEMS)
+    settings, items = context.config.ingest.photos, context.tables.read(schemas.ITEMS)
     files = None
     if settings.folder:
-        files = reader.photo_files(run.spark, settings)
+        files = reader.photo_files(context.spark, settings)
         rows = stage.photo_rows(files, items)
     elif settings.path_column and taken is not None:
         rows = stage.photo_rows(stage.photos_named(taken, settings.path_column), items)
@@ -211,22 +222,22 @@ def _photos(run: RunContext, taken: DataFrame | None) -> tuple[int, DataFrame, D
     else:
         return None
     good = rows.where(F.col("reason").isNull())
-    changed = stage.changed_photos(good, files, run.tables.read(schemas.PHOTOS), settings.keep)
-    slots = run.spark.sparkContext.defaultParallelism
+    changed = stage.changed_photos(good, files, context.tables.read(schemas.PHOTOS), settings.keep)
+    slots = context.spark.sparkContext.defaultParallelism
     read = stage.read_photos(changed, changed.count(), slots, settings)
     return rows.count(), read, rows.where(F.col("reason").isNotNull())
 
 
 def _store_photos(
-    run: RunContext, total: int, photos: DataFrame, refused: DataFrame
+    context: RunContext, total: int, photos: DataFrame, refused: DataFrame
 ) -> dict[str, int]:
-    with run.reporter.progress("reading photos", total):
-        read = run.tables.staged(schemas.PHOTOS, photos)
+    with context.reporter.progress("reading photos", total):
+        read = context.tables.staged(schemas.PHOTOS, photos)
     good = read.where(F.col("reason").isNull())
-    run.tables.upsert(schemas.PHOTOS, good)
+    context.tables.upsert(schemas.PHOTOS, good)
     names = ("item_id", "position", "uri", "reason")
     bad = refused.select(*names).unionByName(read.where(F.col("reason").isNotNull()).select(*names))
-    run.reject(
+    context.reject(
         bad.select(
             F.lit("photos").alias("source"),
             F.to_json(F.struct("item_id", "position", "uri")).alias("row"),
@@ -235,47 +246,47 @@ def _store_photos(
         )
     )
     taken, rejected = good.count(), bad.count()
-    run.tables.unstage(schemas.PHOTOS)
+    context.tables.unstage(schemas.PHOTOS)
     return {"in": total, "ok": taken, "rejected": rejected, "skipped": total - taken - rejected}
 
 
-def import_captions(raw: DataFrame, run: RunContext, outcome: StageResult) -> None:
+def import_captions(raw: DataFrame, context: RunContext, result: StageResult) -> None:
     for needed in ("item_id", "text"):
         if raw.where(F.col("fields")[needed].isNotNull()).isEmpty():
             raise UsageError(
                 f"import-captions: the source has no column {needed} with a value. Name it with "
                 f"--column {needed}=NAME."
             )
-    rows = plan.import_rows(raw, run.read(schemas.ITEMS))
+    rows = plan.import_rows(raw, context.read(schemas.ITEMS))
     good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
-    total, outcome.failed = good.count(), bad.count()
+    total, result.failed = good.count(), bad.count()
     if not total:
-        reason = first_row(bad)["reason"] if outcome.failed else "the source is empty"
-        outcome.failed = 0
+        reason = first_row(bad)["reason"] if result.failed else "the source is empty"
+        result.failed = 0
         raise RunError(
             f"import-captions: no row could be taken, such as: {reason}. Nothing was written."
         )
     new = good.select(
         "caption_key", "caption", F.lit("imported").alias("status"), F.lit(1).alias("attempts")
     )
-    outcome.ok = run.tables.insert(schemas.CAPTIONS, caption_rows(run, new))
-    outcome.skipped = total - outcome.ok
+    result.ok = context.tables.insert(schemas.CAPTIONS, caption_rows(context, new))
+    result.skipped = total - result.ok
     mine = good.select("item_id", F.lit(0).alias("position"), "caption_key")
-    others = run.tables.read(schemas.ITEM_CAPTIONS).join(
+    others = context.tables.read(schemas.ITEM_CAPTIONS).join(
         mine.select("item_id"), on="item_id", how="left_anti"
     )
-    run.tables.sync(schemas.ITEM_CAPTIONS, mine.unionByName(others))
-    run.reject(
+    context.tables.sync(schemas.ITEM_CAPTIONS, mine.unionByName(others))
+    context.reject(
         bad.groupBy(F.concat(F.lit("captions "), "source").alias("source"), "row").agg(
             F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies")
         )
     )
-    outcome.details = {"imported": str(total)}
+    result.details = {"imported": str(total)}
 
 
-def caption_rows(run: RunContext, rows: DataFrame) -> DataFrame:
+def caption_rows(context: RunContext, rows: DataFrame) -> DataFrame:
     """Rows of `captions`: what `rows` has of its columns, this run and the time, null for the rest."""
-    ours = {"captioned_at": F.current_timestamp(), "run_id": F.lit(run.run_id)}
+    ours = {"captioned_at": F.current_timestamp(), "run_id": F.lit(context.run_id)}
     return rows.select(
         *[
             ours.get(field.name, F.col(field.name) if field.name in rows.columns else F.lit(None))
@@ -286,9 +297,9 @@ def caption_rows(run: RunContext, rows: DataFrame) -> DataFrame:
     )
 
 
-def _catalogue_gaps(run: RunContext) -> dict[str, str]:
-    items, log = run.tables.read(schemas.ITEMS), run.tables.read(schemas.INTERACTIONS)
-    photos = run.tables.read(schemas.PHOTOS)
+def _catalogue_gaps(context: RunContext) -> dict[str, str]:
+    items, log = context.tables.read(schemas.ITEMS), context.tables.read(schemas.INTERACTIONS)
+    photos = context.tables.read(schemas.PHOTOS)
     return {
         "unknown_item_events": str(log.join(items, on="item_id", how="left_anti").count()),
         "items_without_photo": str(items.join(photos, on="item_id", how="left_anti").count()),

@@ -25,47 +25,49 @@ class Index:
     version: stage.Version | None
 
 
-def check(run: RunContext) -> None:
+def check(context: RunContext) -> None:
     """Raise UsageError for too short a retention, RunError where no table is."""
-    run.tables.check_retention(run.config.maintain.retention_hours)
-    run.tables.prepare()
-    if not any(map(run.tables.exists, schemas.TABLES.values())):
+    context.tables.check_retention(context.config.maintain.retention_hours)
+    context.tables.prepare()
+    if not any(map(context.tables.exists, schemas.TABLES.values())):
         raise RunError(
-            f"There are no tables at {run.tables.location} yet. Check --set tables=…, or run the stages."
+            f"There are no tables at {context.tables.location} yet. Check --set tables=…, or run the stages."
         )
 
 
-def maintain(run: RunContext, outcome: StageResult) -> None:
+def maintain(context: RunContext, result: StageResult) -> None:
     """Each table in its own commits, so that a killed run leaves nothing half-done; figures per table to `details`."""
-    hours = run.config.maintain.retention_hours
-    leftovers = run.tables.clear_leftovers(stage.REST // 3600)
-    outcome.details = {"retention_hours": str(hours), "leftovers": json.dumps(leftovers)} | _prune(
-        run
+    hours = context.config.maintain.retention_hours
+    leftovers = context.tables.clear_leftovers(stage.REST // 3600)
+    result.details = {"retention_hours": str(hours), "leftovers": json.dumps(leftovers)} | _prune(
+        context
     )
     freed = 0
-    for table in filter(run.tables.exists, schemas.TABLES.values()):
-        before, after = run.tables.optimize(table)
-        bytes_freed = run.tables.vacuum(table, hours)
+    for table in filter(context.tables.exists, schemas.TABLES.values()):
+        before, after = context.tables.optimize(table)
+        bytes_freed = context.tables.vacuum(table, hours)
         freed += bytes_freed or 0
-        outcome.details[table.name] = json.dumps(
+        result.details[table.name] = json.dumps(
             {
                 "files_before": before,
                 "files_after": after,
                 "bytes_freed": bytes_freed,
-                "retention": run.tables.retention(table),
+                "retention": context.tables.retention(table),
             }
         )
         if (before, bytes_freed) == (after, 0):
-            outcome.skipped += 1
+            result.skipped += 1
         else:
-            outcome.ok += 1
-    outcome.details["bytes_freed"] = str(freed)
+            result.ok += 1
+    result.details["bytes_freed"] = str(freed)
 
 
-def indexes(run: RunContext) -> list[Index]:
+def indexes(context: RunContext) -> list[Index]:
     """Those in force first, then the latest."""
-    there = {version.index_id: version for version in stage.versions(Path(run.config.index.folder))}
-    force = _in_force(run)
+    there = {
+        version.index_id: version for version in stage.versions(Path(context.config.index.folder))
+    }
+    force = _in_force(context)
     idle = sorted(there.keys() - force.keys(), key=lambda index_id: -there[index_id].written)
     return [
         Index(index_id, force.get(index_id, ""), there.get(index_id))
@@ -73,18 +75,18 @@ def indexes(run: RunContext) -> list[Index]:
     ]
 
 
-def _in_force(run: RunContext) -> dict[str, str]:
+def _in_force(context: RunContext) -> dict[str, str]:
     """By index id what for: of each representation the one that was built last, and what lists were last made with."""
     latest = F.max_by(F.col("details")["index_id"], F.struct("started_at", "run_id"))
     built = (
-        _index_runs(run)
+        _index_runs(context)
         .groupBy(F.col("details")["representation"].alias("of"))
         .agg(latest.alias("index_id"))
     )
     found: dict[str, str] = {}
     for row in built.orderBy("of").collect():
         found[row["index_id"]] = ", ".join(filter(None, (found.get(row["index_id"]), row["of"])))
-    lists = run.tables.read(schemas.RECOMMENDATIONS).select(
+    lists = context.tables.read(schemas.RECOMMENDATIONS).select(
         F.max_by("index_id", "generated_at").alias("index_id")
     )
     for row in lists.where("index_id IS NOT NULL").collect():
@@ -92,18 +94,18 @@ def _in_force(run: RunContext) -> dict[str, str]:
     return found
 
 
-def _prune(run: RunContext) -> dict[str, str]:
-    settings = run.config.maintain
+def _prune(context: RunContext) -> dict[str, str]:
+    settings = context.config.maintain
     last = F.max(F.unix_micros("started_at") / 1e6)
     ids = (
-        _index_runs(run)
+        _index_runs(context)
         .groupBy(F.col("details")["index_id"].alias("index_id"))
         .agg(last.alias("at"))
         .collect()
     )
-    there = stage.versions(Path(run.config.index.folder))
+    there = stage.versions(Path(context.config.index.folder))
     named = {row["index_id"]: row["at"] for row in ids}
-    removed = stage.prunable(there, _in_force(run), named, settings.index_versions, time.time())
+    removed = stage.prunable(there, _in_force(context), named, settings.index_versions, time.time())
     for version in removed:
         stage.remove(version)
     return {
@@ -113,7 +115,7 @@ def _prune(run: RunContext) -> dict[str, str]:
     }
 
 
-def _index_runs(run: RunContext) -> DataFrame:
-    return run.tables.read(schemas.RUNS).where(
+def _index_runs(context: RunContext) -> DataFrame:
+    return context.tables.read(schemas.RUNS).where(
         (F.col("stage") == "index") & (F.col("status") == "ok")
     )

@@ -35,16 +35,16 @@ from vlm4rec_spark.storage import schemas
 _FORALL = "coalesce(user_id, '') = ''"
 
 
-def check(run: RunContext) -> None:
+def check(context: RunContext) -> None:
     """Raise UsageError for rules that can't be asked of the tables, and for lists of items that aren't there."""
-    settings = run.config.recommend
+    settings = context.config.recommend
     items, users = (
-        run.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)
+        context.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)
     )
     rules.check(items, users, settings.rules, settings.caps)
     for name, source in (("allow", settings.allow), ("deny", settings.deny)):
         if source.path:
-            reader.read(run.spark, f"recommend.{name}", source)
+            reader.read(context.spark, f"recommend.{name}", source)
 
 
 @dataclass(frozen=True)
@@ -79,29 +79,29 @@ class _Search:
     open_searcher: Callable[[], Searcher]
 
 
-def recommend(run: RunContext, outcome: StageResult) -> None:
+def recommend(context: RunContext, result: StageResult) -> None:
     """Make everybody's list and replace the table by them, in one transaction."""
-    inputs = _load(run)
-    search = _choose_search(run, inputs)
-    lists = _score(run, inputs, search)
-    with run.reporter.progress("recommending", search.users):
-        run.tables.replace(schemas.RECOMMENDATIONS, lists)
-    _count(run, inputs, search, outcome)
+    inputs = _load(context)
+    search = _choose_search(context, inputs)
+    lists = _score(context, inputs, search)
+    with context.reporter.progress("recommending", search.users):
+        context.tables.replace(schemas.RECOMMENDATIONS, lists)
+    _count(context, inputs, search, result)
 
 
-def _load(run: RunContext) -> _Inputs:
+def _load(context: RunContext) -> _Inputs:
     """Raises RunError where a table is missing, or profiles and index are of different representations."""
-    settings = run.config.recommend
-    tables = run.tables
-    profiles = run.read(schemas.PROFILES)
-    folder = index_folder(run)
+    settings = context.config.recommend
+    tables = context.tables
+    profiles = context.read(schemas.PROFILES)
+    folder = index_folder(context)
     searcher = Searcher.open(folder)
-    if not profiles.where(F.col("representation") != run.config.representation).isEmpty():
+    if not profiles.where(F.col("representation") != context.config.representation).isEmpty():
         raise RunError(
             "recommend: the profiles are of another representation than the index. Run profiles again."
         )
     users = tables.read(schemas.USERS)
-    items = _offered_to_all(run, run.read(schemas.ITEMS))
+    items = _offered_to_all(context, context.read(schemas.ITEMS))
     item_rows = rules.item_rows(items, tables.read(schemas.PHOTOS), settings.rules, settings.caps)
     offer = rules.list_rules(
         item_rows.toArrow(),
@@ -115,15 +115,15 @@ def _load(run: RunContext) -> _Inputs:
     refused = users.where(~F.col("consent")).select("user_id")
     with_vector = profiles.where(F.col("embedding").isNotNull())
     consenting = with_vector.join(refused, on="user_id", how="left_anti")
-    usable = _for_each(run, consenting, users)
+    usable = _for_each(context, consenting, users)
     return _Inputs(folder, searcher, users, refused, item_rows, offer, profiles, usable)
 
 
-def _choose_search(run: RunContext, inputs: _Inputs) -> _Search:
+def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
     """Choose the cheapest search that keeps the promise on a sample of the profiles, and announce it."""
-    settings = run.config.recommend
+    settings = context.config.recommend
     searcher = inputs.searcher
-    matching = _matching(run, inputs.profiles, searcher)
+    matching = _matching(context, inputs.profiles, searcher)
     by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
     sample = by_hash.select("embedding", "history", "seen", "rules").toArrow()
     calibration = ranking.calibrate(
@@ -131,12 +131,12 @@ def _choose_search(run: RunContext, inputs: _Inputs) -> _Search:
     )
     words = calibration.words(searcher.manifest["leaves"])
     users = inputs.usable.count()
-    run.reporter.info(
+    context.reporter.info(
         f"recommending for {users:,} users, {words}, recall {calibration.recall:.3f} on "
         f"{calibration.users:,}"
     )
     open_searcher = indexing.ship(
-        run.spark, inputs.folder, run.config.index.broadcast_gb, Searcher.open
+        context.spark, inputs.folder, context.config.index.broadcast_gb, Searcher.open
     )
     effort = calibration.effort
     if (
@@ -146,14 +146,14 @@ def _choose_search(run: RunContext, inputs: _Inputs) -> _Search:
     ):
         depth = effort.candidates + inputs.offer.initial_depth(settings.k) - settings.k
         deep = replace(effort, candidates=depth)
-        opens = _neighbours(run, searcher, open_searcher, deep, sample)
+        opens = _neighbours(context, searcher, open_searcher, deep, sample)
         matching = replace(matching, neighbors=opens)
     return _Search(calibration, words, users, matching, open_searcher)
 
 
-def _score(run: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
+def _score(context: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
     """Rows of `recommendations`: lists by taste, and by popularity for users without a usable profile."""
-    settings = run.config.recommend
+    settings = context.config.recommend
     lists = ranking.recommend(
         inputs.usable,
         search.open_searcher,
@@ -164,7 +164,7 @@ def _score(run: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
         settings.explain,
     )
     if settings.popularity_fallback:
-        waiting, best = _waiting(run, inputs)
+        waiting, best = _waiting(context, inputs)
         by_popularity = popularity.ByPopularity(best)
         lists = lists.unionByName(
             ranking.recommend(
@@ -172,22 +172,22 @@ def _score(run: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
             )
         )
     return lists.select(
-        "*", F.lit(run.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+        "*", F.lit(context.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
     )
 
 
-def _count(run: RunContext, inputs: _Inputs, search: _Search, outcome: StageResult) -> None:
-    """Fill the outcome from the table as it was written."""
-    settings = run.config.recommend
+def _count(context: RunContext, inputs: _Inputs, search: _Search, result: StageResult) -> None:
+    """Fill the result from the table as it was written."""
+    settings = context.config.recommend
     calibration = search.calibration
-    lists = run.tables.read(schemas.RECOMMENDATIONS)
+    lists = context.tables.read(schemas.RECOMMENDATIONS)
     without_list = inputs.profiles.join(lists.select("user_id"), on="user_id", how="left_anti")
-    outcome.ok = lists.count()
-    outcome.skipped = without_list.count()
-    outcome.details = {
+    result.ok = lists.count()
+    result.skipped = without_list.count()
+    result.details = {
         "k": str(settings.k),
         "users": str(search.users),
-        "popular_lists": str(outcome.ok - search.users),
+        "popular_lists": str(result.ok - search.users),
         "short_lists": str(lists.where(F.size("items") < settings.k).count()),
         "search": search.words,
         "recall_promised": str(settings.target_recall),
@@ -195,36 +195,39 @@ def _count(run: RunContext, inputs: _Inputs, search: _Search, outcome: StageResu
         "recall_low": f"{calibration.low:.4f}",
         "recall_curve": _curve(calibration),
         "index_id": inputs.searcher.index_id,
-        "cooccurrence_share": str(run.config.item_item.share),
+        "cooccurrence_share": str(context.config.item_item.share),
     }
 
 
-def _for_each(run: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
+def _for_each(context: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
     """Rows of user_id and seen with each user's `rules` (bits), `only`, and `seen` with all items that are kept off."""
-    settings = run.config.recommend
-    people = _with_rules(run, people, users)
+    settings = context.config.recommend
+    people = _with_rules(context, people, users)
     if settings.repeatable_events or settings.repurchase_days:
         kept_off = rules.not_again(
-            run.log(), run.read(schemas.ITEMS), settings.repeatable_events, settings.repurchase_days
+            context.log(),
+            context.read(schemas.ITEMS),
+            settings.repeatable_events,
+            settings.repurchase_days,
         )
         people = people.drop("seen").join(kept_off, on="user_id", how="left")
         people = people.withColumn("seen", F.coalesce("seen", F.array()))
     if settings.deny.path:
         people = people.join(
-            _by_user(run, "deny", settings.deny, "denied"), on="user_id", how="left"
+            _by_user(context, "deny", settings.deny, "denied"), on="user_id", how="left"
         )
         more = F.array_union("seen", F.coalesce("denied", F.array()))
         people = people.withColumn("seen", F.array_sort(more)).drop("denied")
     if settings.allow.path:
         people = people.join(
-            _by_user(run, "allow", settings.allow, "only"), on="user_id", how="left"
+            _by_user(context, "allow", settings.allow, "only"), on="user_id", how="left"
         )
     return people
 
 
-def _with_rules(run: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
+def _with_rules(context: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
     """The rows with `rules`, the bits of the rules that apply to the user."""
-    everybody, some = rules.applying(users, run.config.recommend.rules)
+    everybody, some = rules.applying(users, context.config.recommend.rules)
     for_all = F.lit(everybody).cast("bigint")
     if some is None:
         return people.withColumn("rules", for_all)
@@ -232,24 +235,24 @@ def _with_rules(run: RunContext, people: DataFrame, users: DataFrame) -> DataFra
     return people.join(some, on="user_id", how="left").withColumn("rules", bits)
 
 
-def _named(run: RunContext, key: str, source: Source) -> DataFrame:
+def _named(context: RunContext, key: str, source: Source) -> DataFrame:
     """user_id, item_id of a list of items."""
-    rows = reader.read(run.spark, f"recommend.{key}", source)
+    rows = reader.read(context.spark, f"recommend.{key}", source)
     return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
 
 
-def _by_user(run: RunContext, key: str, source: Source, name: str) -> DataFrame:
-    theirs = _named(run, key, source).where(f"NOT {_FORALL}").groupBy("user_id")
+def _by_user(context: RunContext, key: str, source: Source, name: str) -> DataFrame:
+    theirs = _named(context, key, source).where(f"NOT {_FORALL}").groupBy("user_id")
     return theirs.agg(F.array_sort(F.collect_set("item_id")).alias(name))
 
 
-def _offered_to_all(run: RunContext, items: DataFrame) -> DataFrame:
+def _offered_to_all(context: RunContext, items: DataFrame) -> DataFrame:
     """The items; what is denied to all, or isn't among what alone is allowed to all, counts as unavailable."""
     for key, source, good in (
-        ("deny", run.config.recommend.deny, False),
-        ("allow", run.config.recommend.allow, True),
+        ("deny", context.config.recommend.deny, False),
+        ("allow", context.config.recommend.allow, True),
     ):
-        listed = _named(run, key, source).where(_FORALL) if source.path else None
+        listed = _named(context, key, source).where(_FORALL) if source.path else None
         if listed is None or listed.isEmpty():
             continue
         marked = listed.select("item_id", F.lit(True).alias("listed")).distinct()
@@ -259,14 +262,14 @@ def _offered_to_all(run: RunContext, items: DataFrame) -> DataFrame:
     return items
 
 
-def _waiting(run: RunContext, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
+def _waiting(context: RunContext, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
     """Users who get a popular list, and what is popular with their like.
 
     They are in the log or in `users`, are no bots, agree to lists and have no usable profile.
     """
-    log = run.log()
+    log = context.log()
     users = inputs.users
-    robots = profiling.bots(log, run.config.profiles.bot_events_per_day)
+    robots = profiling.bots(log, context.config.profiles.bot_events_per_day)
     people = log.join(robots, on="user_id", how="left_anti")
     met = people.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
     waiting = (
@@ -280,17 +283,17 @@ def _waiting(run: RunContext, inputs: _Inputs) -> tuple[DataFrame, popularity.Be
         .withColumn("seen", F.coalesce("seen", F.array()))
         .join(users.select("user_id", "segment"), on="user_id", how="left")
     )
-    return _for_each(run, waiting, users), _popular(run, people, inputs)
+    return _for_each(context, waiting, users), _popular(context, people, inputs)
 
 
-def _popular(run: RunContext, events: DataFrame, inputs: _Inputs) -> popularity.Best:
+def _popular(context: RunContext, events: DataFrame, inputs: _Inputs) -> popularity.Best:
     """The popular items of each segment, for each combination of rules that applies to a user."""
-    everybody, some = rules.applying(inputs.users, run.config.recommend.rules)
+    everybody, some = rules.applying(inputs.users, context.config.recommend.rules)
     combinations = {everybody}
     if some is not None:
         bits = some.select("rules").distinct().collect()
         combinations |= {everybody | row["rules"] for row in bits}
-    counts = popularity.counts(events, run.read(schemas.ITEMS), inputs.users).persist()
+    counts = popularity.counts(events, context.read(schemas.ITEMS), inputs.users).persist()
     best: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
     for combination in sorted(combinations):
         required = F.lit(combination | AVAILABLE)
@@ -301,42 +304,44 @@ def _popular(run: RunContext, events: DataFrame, inputs: _Inputs) -> popularity.
     return best
 
 
-def _matching(run: RunContext, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
+def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
     """Matching by the profiles' shape, and with co-occurrence counted in the same profiles, where it has a share."""
-    settings, profile = run.config.item_item, run.config.profiles
+    settings, profile = context.config.item_item, context.config.profiles
     content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
     if not settings.share:
         return content
     gigabytes = len(searcher) * settings.max_neighbors * 60 / 1e9
-    run.reporter.info(
+    context.reporter.info(
         f"counting what is found together, needs up to {gigabytes:.2f} GB on the driver"
     )
     pairs = item_item.pairs(profiles, settings)
-    folder = item_item.build(pairs, searcher, Path(run.config.index.folder) / "cooccurrence")
-    opens = indexing.ship(run.spark, folder, run.config.index.broadcast_gb, ItemItemScores.open)
+    folder = item_item.build(pairs, searcher, Path(context.config.index.folder) / "cooccurrence")
+    opens = indexing.ship(
+        context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open
+    )
     return replace(
         content, share=settings.share, position_decay=settings.position_decay, opens=opens
     )
 
 
 def _neighbours(
-    run: RunContext,
+    context: RunContext,
     searcher: Searcher,
     open_searcher: Callable[[], Searcher],
     effort: Effort,
     sample: pa.Table,
 ) -> Callable[[], Neighbors]:
     """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
-    items, folder = len(searcher), Path(run.config.index.folder) / "neighbours"
+    items, folder = len(searcher), Path(context.config.index.folder) / "neighbours"
     depth = neighbors_file.depth(effort.candidates, sample, items)
-    run.reporter.info(
+    context.reporter.info(
         f"searching the {depth} neighbours of each of {items:,} items, needs "
         f"{neighbors_file.gigabytes(items, depth):.2f} GB in {folder}"
     )
     made = neighbors_file.build(
-        run.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder
+        context.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder
     )
-    return indexing.ship(run.spark, made, run.config.index.broadcast_gb, Neighbors.open)
+    return indexing.ship(context.spark, made, context.config.index.broadcast_gb, Neighbors.open)
 
 
 def _curve(measured: Calibration) -> str:
@@ -357,11 +362,11 @@ def _curve(measured: Calibration) -> str:
     return json.dumps({"tried": tried, "exact": round(exact) if exact else None, "taken": taken})
 
 
-def recommend_fingerprint(run: RunContext) -> object:
+def inputs_fingerprint(context: RunContext) -> object:
     """None where items are named by a list: it may say something else each time."""
-    if run.config.recommend.deny.path or run.config.recommend.allow.path:
+    if context.config.recommend.deny.path or context.config.recommend.allow.path:
         return None
-    settings = run.config.recommend.model_dump(mode="json")
-    blend = run.config.item_item.model_dump(mode="json")
-    shape = [run.config.profiles.shape, run.config.profiles.tastes]
-    return [settings, blend, *shape, run.config.representation, index_id(run)]
+    settings = context.config.recommend.model_dump(mode="json")
+    blend = context.config.item_item.model_dump(mode="json")
+    shape = [context.config.profiles.shape, context.config.profiles.tastes]
+    return [settings, blend, *shape, context.config.representation, index_id(context)]

@@ -1,0 +1,27 @@
+"""Report: one HTML page of what the tables hold."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pyspark.sql import functions as F
+
+from vlm4rec_spark import report as page
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
+from vlm4rec_spark.storage import schemas
+
+
+def report(context: RunContext, result: StageResult) -> None:
+    result.details = {"path": str(page.write(context.tables, context.config.report).resolve())}
+
+
+def inputs_fingerprint(context: RunContext) -> object:
+    """Which runs the page tells of, and the page that is there."""
+    told = context.tables.read(schemas.RUNS).where(
+        (F.col("status") != "unchanged") & (F.col("stage") != "report")
+    )
+    latest = first_row(told.agg(F.count(F.lit(1)), F.max(F.unix_micros("started_at"))))
+    path = Path(context.config.report.path)
+    page_there = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    return [context.config.report.model_dump(mode="json"), list(latest), page_there]
