@@ -40,7 +40,7 @@ def pinned_id(key: str, name: str, revision: str) -> str:
 
 
 def _commit(key: str, name: str, revision: str) -> str:
-    """The commit of the revision, from the hub or its local cache. A branch moves, a commit doesn't."""
+    """The commit of the revision, from the hub or its cache. A branch moves, a commit doesn't."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -48,6 +48,6 @@ def _commit(key: str, name: str, revision: str) -> str:
     except Exception as unreachable:
         reason = " ".join(str(unreachable).split())[:200]
         raise UsageError(
-            f"{key}: {name!r} is neither a folder nor a model on the hub or in its cache ({reason})."
+            f"{key}: {name!r} is neither a folder nor a model of the hub or its cache ({reason})."
         ) from None
     return config.parent.name

@@ -24,7 +24,7 @@ class Embedder(Protocol):
 
 
 def encoder_id(encoder: str, revision: str) -> str:
-    """Encoder at revision, without loading it. Raises UsageError if its folder or package is missing."""
+    """Encoder at revision, without loading it. Raises UsageError if it is missing."""
     if encoder == "fake":
         return f"fake-{_FAKE_DIMENSION}@1"
     if encoder == "minilm":
@@ -72,7 +72,7 @@ class SentenceEmbedder:
 
 
 class FakeEmbedder:
-    """Each word adds a fixed random direction, so texts with common words are similar. Deterministic."""
+    """Each word adds a fixed random direction, so common words make texts similar."""
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.stack([self._sum_of_words(text) for text in texts])
