@@ -86,6 +86,7 @@ def _link_to_items(context: RunContext, captions: DataFrame) -> None:
     remaining = in_force.join(imported.select("item_id"), on="item_id", how="left_anti")
     context.tables.sync(schemas.ITEM_CAPTIONS, imported.unionByName(remaining))
 
+
 def caption_rows(context: RunContext, rows: DataFrame) -> DataFrame:
     """Rows of `captions` from rows with some of its columns.
 

@@ -109,7 +109,7 @@ def text_problems(texts: DataFrame, max_words: int) -> DataFrame:
 
 
 def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFrame:
-    """Rows of `embeddings` for rows of `pending_texts`; none for a text that is empty once clean."""
+    """Rows of `embeddings` for rows of `pending_texts`, but for texts that are empty once clean."""
     return texts.mapInPandas(
         _text_udf(settings),
         "item_id STRING, representation STRING, content_sha256 STRING, fallback BOOLEAN, "
