@@ -36,7 +36,8 @@ from vlm4rec_spark.config import load
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark.session import session
-from vlm4rec_spark.stages import index, profiles
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.storage import schemas
 
 ITEMS, EVENTS, DIMENSION, DAYS = 20_000, 20, 384, 120
@@ -155,7 +156,7 @@ class Shop:
         rows = profiles.histories(
             tables.read(schemas.INTERACTIONS), tables.read(schemas.ITEMS), SETTINGS
         )
-        opens = index.ship(self.spark, self.index, 1.0, Searcher.open)
+        opens = ship(self.spark, self.index, 1.0, Searcher.open)
         tables.replace(schemas.PROFILES, profiles.with_embedding(rows, "title", opens))
 
     def numpy(self) -> None:

@@ -48,6 +48,8 @@ from rich.table import Table
 
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
+from vlm4rec_spark.models.index import neighbors
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.calibration import Calibration
@@ -55,7 +57,8 @@ from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark import neighbors_file
 from vlm4rec_spark.spark.session import session
-from vlm4rec_spark.stages import index, recommend
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import recommend
 from vlm4rec_spark.stages.index import IndexSettings
 from vlm4rec_spark.storage import schemas
 
@@ -273,14 +276,14 @@ class Shop:
         """By every item's neighbours, and the seconds that searching them takes."""
         started, effort = time.monotonic(), self.measured.effort or Effort(1, K)
         spark, most = self.pipeline.spark, self.pipeline.config.index.broadcast_gb
-        opens = index.ship(spark, self.index, most, Searcher.open)
+        opens = ship(spark, self.index, most, Searcher.open)
         deep = Effort(
-            effort.leaves, neighbors_file.depth(effort.candidates, self.sample, self.items)
+            effort.leaves, neighbors.needed_depth(effort.candidates, self.sample, self.items)
         )
         made = neighbors_file.build(spark, opens(), opens, deep, self.folder / "neighbours")
         seconds = time.monotonic() - started
         return recommend.Matching(
-            "max_similarity", neighbors=index.ship(spark, made, most, Neighbors.open)
+            "max_similarity", neighbors=ship(spark, made, most, Neighbors.open)
         ), seconds
 
     def time_pass(
@@ -308,7 +311,7 @@ class Shop:
 
     def ship(self, folder: Path) -> Callable[[], Searcher]:
         broadcast_gb = self.pipeline.config.index.broadcast_gb
-        return index.ship(self.pipeline.spark, folder, broadcast_gb, Searcher.open)
+        return ship(self.pipeline.spark, folder, broadcast_gb, Searcher.open)
 
     def churn(self, rebuild_threshold: float) -> float:
         """Share of the lists in the table that change when the new items come, other than by these.
@@ -346,7 +349,7 @@ class Shop:
             }
         )
         base = Searcher.open(self.index, verify=False)
-        return index.build(rows, "title", "none", self.folder / "index", 1, base, rebuild_threshold)
+        return build_index(rows, "title", "none", self.folder / "index", 1, base, rebuild_threshold)
 
     def recall(self) -> float:
         """Of the lists in the table, on a thousand users that the calibration hasn't seen but by chance."""

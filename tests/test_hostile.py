@@ -27,9 +27,11 @@ from PIL import Image
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError, UsageError
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import PhotoSource, Source
+from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import embed, index, ingest, profiles, recommend
 from vlm4rec_spark.storage import schemas
 
@@ -568,8 +570,8 @@ def test_one_item_and_no_event_then_one(spark: SparkSession, tmp_path: Path) -> 
     pending = embed.pending_texts(texts, nothing["embeddings"], "fake", 256)
     vectors = embed.embed(pending, "fake", embed.EmbedSettings(encoder="fake"))
     rows = index.index_rows(vectors, texts, "title", "fake").toArrow()
-    built = index.build(rows, "title", "fake", tmp_path, ann_min_items=20_000)
-    open_searcher = index.ship(spark, built, 1.0, Searcher.open)
+    built = build_index(rows, "title", "fake", tmp_path, ann_min_items=20_000)
+    open_searcher = ship(spark, built, 1.0, Searcher.open)
     usual = profiles.ProfileSettings()
     assert profiles.histories(nothing["interactions"], items, usual).isEmpty()
     event = ("e", "../u", "../i", "view", TEN, TEN.date())

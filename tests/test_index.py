@@ -19,7 +19,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.stages import index
+from vlm4rec_spark.spark import shipping
 
 PROCESSES = multiprocessing.get_context("spawn")
 ENOUGH = 10**6
@@ -30,7 +30,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a node's own copies, as this process and `arrive` see it."""
     (tmp_path / "node").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
-    monkeypatch.setattr(index, "_open", {})
+    monkeypatch.setattr(shipping, "_open_artifacts", {})
     return tmp_path / "node" / f"vlm4rec-index-{os.getuid()}"
 
 
@@ -54,7 +54,7 @@ def slowly(folder: Path, log: Path, into: Path) -> None:
     with log.open("a") as lines:
         lines.write("copied\n")
     time.sleep(0.3)
-    index._copy(folder, into)
+    shipping._copy(folder, into)
 
 
 def half(folder: Path, into: Path) -> None:
@@ -65,7 +65,7 @@ def half(folder: Path, into: Path) -> None:
 
 def die_copying(temporary: str, folder: Path) -> None:
     tempfile.tempdir = temporary
-    index._on_node(folder.name, ENOUGH, partial(half, folder), Path)
+    shipping._open_on_node(folder.name, ENOUGH, partial(half, folder), Path)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_cluster_s_nodes_have_it_themselves_and_one_machine_leaves_it_where_it
         return Searcher.open(folder)
 
     spark = SimpleNamespace(sparkContext=SimpleNamespace(master=master, broadcast=broadcast))
-    factory = index.ship(spark, shared, broadcast_gb, opens)
+    factory = shipping.ship(spark, shared, broadcast_gb, opens)
     assert factory().vectors.tolist() == [[1, 0], [0, 1]]
     assert factory() is factory()
     assert opened == [node / "v1" if own else shared]
@@ -108,7 +108,7 @@ def test_of_processes_that_ask_at_the_same_time_one_copies(
     with ProcessPoolExecutor(
         3, PROCESSES, arrive, (str(node.parent), PROCESSES.Barrier(3))
     ) as pool:
-        asked = [pool.submit(index._on_node, "v1", ENOUGH, fetch, files) for _ in range(3)]
+        asked = [pool.submit(shipping._open_on_node, "v1", ENOUGH, fetch, files) for _ in range(3)]
         assert [one.result() for one in asked] == [files(shared)] * 3
     assert (tmp_path / "log").read_text() == "copied\n"
 
@@ -119,11 +119,13 @@ def test_what_a_killed_worker_left_is_made_anew(node: Path, shared: Path) -> Non
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     assert [file.name for file in node.rglob("*.npy")] == ["vectors.npy"]
-    assert index._on_node("v1", ENOUGH, partial(index._copy, shared), files) == files(shared)
+    assert shipping._open_on_node("v1", ENOUGH, partial(shipping._copy, shared), files) == files(
+        shared
+    )
     assert sorted(file.name for file in node.iterdir()) == ["lock", "v1"]
     (node / "v1" / "manifest.json").unlink()
     (node / "v1" / "vectors.npy").write_bytes(b"half")
-    index._on_node("v1", ENOUGH, partial(index._copy, shared), Searcher.open)
+    shipping._open_on_node("v1", ENOUGH, partial(shipping._copy, shared), Searcher.open)
 
 
 def test_without_room_it_says_how_much_is_needed_and_old_ones_make_room(
@@ -137,24 +139,24 @@ def test_without_room_it_says_how_much_is_needed_and_old_ones_make_room(
         return SimpleNamespace(free=2_000_000 if (node / "old").exists() else 3_000_000)
 
     monkeypatch.setattr(shutil, "disk_usage", room)
-    fetch = partial(index._copy, shared)
+    fetch = partial(shipping._copy, shared)
     with pytest.raises(
         RunError, match=rf"needs 4 MB in {node} on .*, where 3 MB are free\. .*TMPDIR"
     ):
-        index._on_node("v1", 4_000_000, fetch, files)
+        shipping._open_on_node("v1", 4_000_000, fetch, files)
     assert sorted(file.name for file in node.iterdir()) == ["lock", "young"]
-    assert index._on_node("v1", 3_000_000, fetch, files) == files(shared)
+    assert shipping._open_on_node("v1", 3_000_000, fetch, files) == files(shared)
 
 
 def test_a_copy_is_as_old_as_its_last_use_not_as_what_was_copied(node: Path, shared: Path) -> None:
     other = shutil.copytree(shared, shared.parent / "v2")
     os.utime(shared, (0, 0))
     for folder in (shared, other):
-        index._on_node(folder.name, ENOUGH, partial(index._copy, folder), files)
+        shipping._open_on_node(folder.name, ENOUGH, partial(shipping._copy, folder), files)
     assert files(node / "v1") == files(shared)
 
 
 def test_storage_that_a_node_does_not_mount_is_named(node: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no index folder .*/gone on .*index\.broadcast_gb"):
-        index._on_node("gone", ENOUGH, partial(index._copy, tmp_path / "gone"), files)
+        shipping._open_on_node("gone", ENOUGH, partial(shipping._copy, tmp_path / "gone"), files)
     assert [file.name for file in node.iterdir()] == ["lock"]

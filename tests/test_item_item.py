@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from vlm4rec_spark.models.index.build import build_index, build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.stages import index, item_item, recommend
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import item_item, recommend
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.storage import schemas
 
@@ -78,7 +80,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "text": [""] * 6,
         }
     )
-    return index.build(table, "title", "test", tmp_path_factory.mktemp("index"), 10**6)
+    return build_index(table, "title", "test", tmp_path_factory.mktemp("index"), 10**6)
 
 
 @pytest.fixture
@@ -93,13 +95,13 @@ def test_a_folder_is_named_by_its_content_and_an_old_one_goes(
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
     os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
-    folder = item_item.build(rows, searcher, tmp_path)
+    folder = build_item_item(rows.toArrow(), searcher, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"new", folder.name}
     os.utime(folder, (time.time() - 90_000,) * 2)
-    assert item_item.build(rows.repartition(5), searcher, tmp_path) == folder
+    assert build_item_item(rows.repartition(5).toArrow(), searcher, tmp_path) == folder
     assert time.time() - folder.stat().st_mtime < 80_000  # it is in use again
     (folder / "strengths.npy").write_bytes(b"damage")
-    assert item_item.build(rows, searcher, tmp_path) == folder
+    assert build_item_item(rows.toArrow(), searcher, tmp_path) == folder
     found = ItemItemScores.open(folder)
     near = [[searcher.ids[item] for item in row if item >= 0] for row in found.positions]
     assert near == [["B", "D", "C"], ["A", "C"], ["B", "A"], ["A"], [], []]  # X isn't in the index
@@ -109,7 +111,7 @@ def test_nothing_found_together_is_a_sound_folder(
     spark: SparkSession, searcher: Searcher, tmp_path: Path
 ) -> None:
     rows = item_item.pairs(frame(spark, {"eve": "E"}), ItemItemSettings())
-    found = ItemItemScores.open(item_item.build(rows, searcher, tmp_path))
+    found = ItemItemScores.open(build_item_item(rows.toArrow(), searcher, tmp_path))
     assert (found.positions == -1).all()
     assert found.scores_for(np.array([0, 4]), np.ones(2))[0].tolist() == []
 
@@ -132,9 +134,9 @@ def test_lists_say_which_part_spoke(
     ]
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema)
     pairs = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
-    folder = item_item.build(pairs, searcher, tmp_path)
-    opens = index.ship(spark, folder, 1.0, ItemItemScores.open)
-    opener = index.ship(spark, indexed, 1.0, Searcher.open)
+    folder = build_item_item(pairs.toArrow(), searcher, tmp_path)
+    opens = ship(spark, folder, 1.0, ItemItemScores.open)
+    opener = ship(spark, indexed, 1.0, Searcher.open)
     blend = recommend.Matching("mean", 0.4, 1.0, opens)
     rows = recommend.recommend(
         profiles, opener, recommend.without(opener(), []), 2, None, blend

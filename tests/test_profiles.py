@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import functions as F
 
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import index as index_stage
-from vlm4rec_spark.stages import index, profiles
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
 from vlm4rec_spark.storage import schemas
 
@@ -157,9 +159,9 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
             "text": [""] * len(vectors),
         }
     )
-    searcher = index.ship(
+    searcher = ship(
         spark,
-        index.build(table, "caption", "test", tmp_path, ann_min_items=10**6),
+        build_index(table, "caption", "test", tmp_path, ann_min_items=10**6),
         1.0,
         Searcher.open,
     )

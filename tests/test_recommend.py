@@ -16,6 +16,8 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.models.encoding.text_encoder import load_embedder
+from vlm4rec_spark.models.index import neighbors
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.history import HISTORY
@@ -23,7 +25,8 @@ from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 from vlm4rec_spark.spark import neighbors_file
-from vlm4rec_spark.stages import index, popularity, recommend
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import popularity, recommend
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
@@ -97,7 +100,7 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
         )
     rows.append(("nobody", "caption", [("gone", 1.0)], ["gone"], None, 1, datetime(2025, 1, 1)))
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema).repartition(3).persist()
-    exact = index.build(table, "caption", "test", folder, ann_min_items=10**6)
+    exact = build_index(table, "caption", "test", folder, ann_min_items=10**6)
     return World(
         ids,
         vectors,
@@ -105,7 +108,7 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
         queries,
         profiles,
         exact,
-        index.build(table, "caption", "test", folder, 16),
+        build_index(table, "caption", "test", folder, 16),
     )
 
 
@@ -118,7 +121,7 @@ def lists(
 
 
 def test_exact_search_equals_brute_force(spark: SparkSession, world: World) -> None:
-    found = lists(world, index.ship(spark, world.exact, 1.0, Searcher.open), WITHDRAWN, None)
+    found = lists(world, ship(spark, world.exact, 1.0, Searcher.open), WITHDRAWN, None)
     assert set(found) == set(world.queries)  # a profile without a vector gets no list
     for user, items in found.items():
         expected = world.brute_force(user, WITHDRAWN)
@@ -155,7 +158,7 @@ def test_max_similarity_equals_brute_force_and_says_which_item_it_was(
         for row in world.profiles.collect()
     ]
     profiles = spark.createDataFrame(weighted, schemas.PROFILES.schema)
-    opener = index.ship(spark, world.exact, 1.0, Searcher.open)
+    opener = ship(spark, world.exact, 1.0, Searcher.open)
     offer, matching = recommend.without(opener(), WITHDRAWN), recommend.Matching("max_similarity")
     rows = recommend.recommend(profiles, opener, offer, K, None, matching).collect()
     found = {row["user_id"]: row["items"] for row in rows}
@@ -184,20 +187,20 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     spark: SparkSession, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of 96 items and one Spark job for every two of them; deep enough for most users, not for u00."""
-    monkeypatch.setattr(neighbors_file, "_ITEMS_AT_ONCE", 96)
+    monkeypatch.setattr(neighbors_file, "_BLOCK_ITEMS", 96)
     effort, searcher = Effort(4, 20), Searcher.open(world.scann)
     seen = pa.table(
         {"seen": list(world.seen.values()), "history": [items[:5] for items in world.seen.values()]}
     )
-    depth = neighbors_file.depth(effort.candidates, seen, ITEMS)
+    depth = neighbors.needed_depth(effort.candidates, seen, ITEMS)
     assert (
         depth == 64
     )  # 20 candidates and the 37 items that nine of ten users haven't seen more than
-    assert neighbors_file.depth(effort.candidates, seen, 50) == 50
-    assert neighbors_file.pays(seen, 100, ITEMS)
-    assert not neighbors_file.pays(seen, USERS, ITEMS)
+    assert neighbors.needed_depth(effort.candidates, seen, 50) == 50
+    assert neighbors.pays_off(seen, 100, ITEMS)
+    assert not neighbors.pays_off(seen, USERS, ITEMS)
     monkeypatch.setattr(neighbors_file, "_DRIVER_BYTES", 2 * 96 * 8 * depth)
-    opener = index.ship(spark, world.scann, 1.0, Searcher.open)
+    opener = ship(spark, world.scann, 1.0, Searcher.open)
     (tmp_path / "old").mkdir()
     os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
     folder = neighbors_file.build(spark, searcher, opener, Effort(effort.leaves, depth), tmp_path)
@@ -209,7 +212,7 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
     there = positions >= 0
     assert not there.all()
     assert found.cosines[there].tolist() == cosines.astype(np.float32)[there].tolist()
-    opens = index.ship(spark, folder, 1.0, Neighbors.open)
+    opens = ship(spark, folder, 1.0, Neighbors.open)
     profiles, offer = world.profiles.repartition(1), recommend.without(searcher, WITHDRAWN)
     with_it, without = (
         recommend.recommend(profiles, opener, offer, K, effort, matching).collect()
@@ -239,7 +242,7 @@ def test_neighbours_searched_once_give_the_lists_of_searching(
 def test_every_reason_is_the_nearest_history_item_and_its_shared_words(
     spark: SparkSession, world: World
 ) -> None:
-    found = lists(world, index.ship(spark, world.exact, 1.0, Searcher.open), [], None)
+    found = lists(world, ship(spark, world.exact, 1.0, Searcher.open), [], None)
     place = {item: n for n, item in enumerate(world.ids)}
     history = {
         row["user_id"]: [item["item_id"] for item in row["history"]]
@@ -263,7 +266,7 @@ def test_every_reason_is_the_nearest_history_item_and_its_shared_words(
 
 
 def test_scann_keeps_the_promises_and_repeats_itself(spark: SparkSession, world: World) -> None:
-    opener = index.ship(spark, world.scann, 1.0, Searcher.open)
+    opener = ship(spark, world.scann, 1.0, Searcher.open)
     assert Searcher.open(world.scann).approximate
     found = lists(world, opener, WITHDRAWN, Effort(leaves=10, candidates=60))
     assert lists(world, opener, WITHDRAWN, Effort(leaves=10, candidates=60)) == found

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.stages import index
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
 
@@ -47,7 +47,7 @@ def built(
     share: float = 0.1,
     ann_min_items: int = 16,
 ) -> Searcher:
-    made = index.build(rows(items, vectors), "caption", "test", folder, ann_min_items, base, share)
+    made = build_index(rows(items, vectors), "caption", "test", folder, ann_min_items, base, share)
     return Searcher.open(made)
 
 

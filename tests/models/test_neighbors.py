@@ -14,6 +14,7 @@ from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
+from vlm4rec_spark.models.ranking.top_k import Candidates
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MaxSimilarityQuery, Queries
 
@@ -83,7 +84,7 @@ class Counting(Searcher):
 
     searched = 0
 
-    def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
         self.searched += len(queries)
         return super().search(queries, effort)
 

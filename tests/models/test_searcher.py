@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.top_k import Candidates
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
-from vlm4rec_spark.stages import index
 from vlm4rec_spark.stages.recommend import calibrate, without
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
@@ -58,7 +59,7 @@ def small(path: Path, **changes: object) -> Path:
         "ids": ["a", "b", "ç/3"],
         "vectors": vectors,
         "texts": ["", "", ""],
-        "scann_from": 16,
+        "ann_min_items": 16,
     } | changes
     Searcher.build(path, "small", **given)
     return path
@@ -404,11 +405,10 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
     asked = Searcher.exact
     noise = np.random.default_rng(1)
 
-    def blurred(
-        self: Searcher, queries: np.ndarray, among: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def blurred(self: Searcher, queries: np.ndarray, among: np.ndarray | None) -> Candidates:
         positions, scores = asked(self, queries, among)
-        return positions, scores + noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
+        error = noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
+        return Candidates(positions, scores + error)
 
     monkeypatch.setattr(Searcher, "exact", blurred)
     exact.append(retrieve(searcher, means(queries), [NOBODY] * 50, everything, K, None))
@@ -475,12 +475,12 @@ def test_a_damaged_index_is_built_again_and_a_sound_one_left_alone(tmp_path: Pat
         "text": ["", ""],
     }
     rows = pa.table(columns)
-    folder = index.build(rows, "title", "test", tmp_path, 16)
+    folder = build_index(rows, "title", "test", tmp_path, 16)
     before = (folder / "vectors.npy").stat().st_mtime_ns
-    assert index.build(rows, "title", "test", tmp_path, 16) == folder
+    assert build_index(rows, "title", "test", tmp_path, 16) == folder
     assert (folder / "vectors.npy").stat().st_mtime_ns == before
     (folder / "vectors.npy").write_bytes(b"damage")
-    assert index.build(rows, "title", "test", tmp_path, 16) == folder
+    assert build_index(rows, "title", "test", tmp_path, 16) == folder
     assert Searcher.open(folder).vectors.tolist() == [[1, 0], [0, 1]]
 
 

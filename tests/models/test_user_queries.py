@@ -12,7 +12,7 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
-from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
+from vlm4rec_spark.models.ranking.top_k import Candidates, flat_exclusions, top_k
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
@@ -57,7 +57,7 @@ def drawn(users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return positions, [(mine / mine.max(initial=0.01)).astype(np.float32) for mine in weights]
 
 
-def lists(found: tuple[np.ndarray, np.ndarray], seen: list[np.ndarray]) -> tuple[list, np.ndarray]:
+def lists(found: Candidates, seen: list[np.ndarray]) -> tuple[list, np.ndarray]:
     top, scores = top_k(*found, flat_exclusions(seen, ITEMS), np.ones(ITEMS, bool), K)
     return top.tolist(), scores
 
@@ -103,10 +103,10 @@ def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
     depth = K + max(map(len, positions))
 
     class Nearest(Searcher):
-        def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+        def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
             scores = queries @ self.vectors.T
             nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
-            return nearest, np.take_along_axis(scores, nearest, 1)
+            return Candidates(nearest, np.take_along_axis(scores, nearest, 1))
 
     exact = Nearest.open(searcher.folder)
     found, _ = lists(asked.search(exact, Effort(1, depth), NO_MORE), positions)
@@ -120,11 +120,12 @@ def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
     means: Queries = MeanQuery(searcher.vectors[:20], positions)
     histories: Queries = MaxSimilarityQuery(positions, [np.ones(1, np.float32)] * 20)
     for tastes in (means, histories):
-        assert len(tastes.part(np.array([3, 5]))) == 2
+        assert len(tastes.take(np.array([3, 5]))) == 2
     assert (
-        lists(means.exact(searcher), positions)[0] == lists(histories.exact(searcher), positions)[0]
+        lists(means.score_all(searcher), positions)[0]
+        == lists(histories.score_all(searcher), positions)[0]
     )
-    assert means.at_once(ITEMS) == histories.at_once(ITEMS)
+    assert means.max_users_per_block(ITEMS) == histories.max_users_per_block(ITEMS)
 
 
 def test_long_histories_are_scored_fewer_at_a_time() -> None:
@@ -186,11 +187,14 @@ def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(
     positions, weights = drawn(30)
     whole: Queries = MaxSimilarityQuery(positions, weights)
     many: Queries = MultiInterestQuery.of(positions, weights, searcher, 20)
-    assert lists(many.exact(searcher), positions)[0] == lists(whole.exact(searcher), positions)[0]
+    assert (
+        lists(many.score_all(searcher), positions)[0]
+        == lists(whole.score_all(searcher), positions)[0]
+    )
     found, _ = lists(
         many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
     )
-    assert found == lists(many.exact(searcher), positions)[0]
+    assert found == lists(many.score_all(searcher), positions)[0]
     one = MultiInterestQuery.of(positions[1:], weights[1:], searcher, 1)
     totals = [
         heavy @ searcher.vectors[mine]
@@ -199,9 +203,9 @@ def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(
     mean: Queries = MeanQuery(unit(np.stack(totals)), positions[1:])
     assert (
         lists(one.score_all(searcher), positions[1:])[0]
-        == lists(mean.exact(searcher), positions[1:])[0]
+        == lists(mean.score_all(searcher), positions[1:])[0]
     )
-    because, by = many.part(np.array([3, 5])).reasons(searcher, np.array([[7], [-1]]))
+    because, by = many.take(np.array([3, 5])).explain(searcher, np.array([[7], [-1]]))
     assert because[0, 0] in positions[3]
     assert (because[1, 0], by.any()) == (-1, False)
 

@@ -18,11 +18,13 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation import als, splits
 from vlm4rec_spark.evaluation.arms import FUSIONS, IMAGE, Arm, EvaluateSettings, ServingConfig
+from vlm4rec_spark.models.index.build import build_index, build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
-from vlm4rec_spark.stages import index, item_item, profiles, recommend
+from vlm4rec_spark.spark.shipping import ship
+from vlm4rec_spark.stages import item_item, profiles, recommend
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
 ALONE = ""
@@ -166,7 +168,7 @@ class PointInTime:
     def _shipped(self, built: Path, opens: Callable[[Path], Any]) -> Callable[[], Any]:
         key = ("shipped", built)
         if key not in self._made:
-            self._made[key] = index.ship(self.spark, built, float("inf"), opens)
+            self._made[key] = ship(self.spark, built, float("inf"), opens)
         return self._made[key]
 
     def _offer(self, built: Path) -> ListRules:
@@ -189,7 +191,7 @@ class PointInTime:
                     "embedding", pa.array(list(fused))
                 )
             # Exact search: an arm is judged by its vectors, not by what an approximate index loses.
-            self._made[key] = index.build(
+            self._made[key] = build_index(
                 rows, representation or "alone", "evaluate", self.folder, ann_min_items=2**62
             )
         return self._made[key]
@@ -226,8 +228,8 @@ class PointInTime:
                 everybody = profiles.histories(self.train, self.tables.items, by.profiles)
                 self._made["pairs", counting] = item_item.pairs(everybody, by.item_item).persist()
             searcher = Searcher.open(built, verify=False)
-            self._made[key] = item_item.build(
-                self._made["pairs", counting], searcher, self.folder / "together"
+            self._made[key] = build_item_item(
+                self._made["pairs", counting].toArrow(), searcher, self.folder / "together"
             )
         return self._made[key]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.embed import item_texts
@@ -32,7 +33,7 @@ def index(context: RunContext, result: StageResult) -> None:
     context.reporter.info(
         f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there"
     )
-    folder = indexing.build(
+    folder = build_index(
         rows.toArrow(),
         context.config.representation,
         encoder,

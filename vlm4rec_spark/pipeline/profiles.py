@@ -12,7 +12,7 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.index import index_folder, index_id
-from vlm4rec_spark.stages import index as indexing
+from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.storage import schemas
 
@@ -35,7 +35,7 @@ def profiles(context: RunContext, result: StageResult) -> None:
             "profiles: no user has an event that counts. Check profiles.event_weights against the event "
             "types of the log. Nothing was written."
         )
-    open_searcher = indexing.ship(
+    open_searcher = ship(
         context.spark, index_folder(context), context.config.index.broadcast_gb, Searcher.open
     )
     made = profiling.with_embedding(rows, context.config.representation, open_searcher)

@@ -16,6 +16,8 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.index import neighbors
+from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
@@ -26,7 +28,7 @@ from vlm4rec_spark.pipeline.index import index_folder, index_id
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import neighbors_file
-from vlm4rec_spark.stages import index as indexing
+from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import item_item, popularity, rules
 from vlm4rec_spark.stages import profiles as profiling
 from vlm4rec_spark.stages import recommend as ranking
@@ -135,14 +137,14 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
         f"recommending for {users:,} users, {words}, recall {calibration.recall:.3f} on "
         f"{calibration.users:,}"
     )
-    open_searcher = indexing.ship(
+    open_searcher = ship(
         context.spark, inputs.folder, context.config.index.broadcast_gb, Searcher.open
     )
     effort = calibration.effort
     if (
         effort
         and matching.shape == "max_similarity"
-        and neighbors_file.pays(sample, users, len(searcher))
+        and neighbors.pays_off(sample, users, len(searcher))
     ):
         depth = effort.candidates + inputs.offer.initial_depth(settings.k) - settings.k
         deep = replace(effort, candidates=depth)
@@ -314,11 +316,9 @@ def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> r
     context.reporter.info(
         f"counting what is found together, needs up to {gigabytes:.2f} GB on the driver"
     )
-    pairs = item_item.pairs(profiles, settings)
-    folder = item_item.build(pairs, searcher, Path(context.config.index.folder) / "cooccurrence")
-    opens = indexing.ship(
-        context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open
-    )
+    pairs = item_item.pairs(profiles, settings).toArrow()
+    folder = build_item_item(pairs, searcher, Path(context.config.index.folder) / "cooccurrence")
+    opens = ship(context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open)
     return replace(
         content, share=settings.share, position_decay=settings.position_decay, opens=opens
     )
@@ -333,15 +333,15 @@ def _neighbours(
 ) -> Callable[[], Neighbors]:
     """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
     items, folder = len(searcher), Path(context.config.index.folder) / "neighbours"
-    depth = neighbors_file.depth(effort.candidates, sample, items)
+    depth = neighbors.needed_depth(effort.candidates, sample, items)
     context.reporter.info(
         f"searching the {depth} neighbours of each of {items:,} items, needs "
-        f"{neighbors_file.gigabytes(items, depth):.2f} GB in {folder}"
+        f"{neighbors.size_gb(items, depth):.2f} GB in {folder}"
     )
     made = neighbors_file.build(
         context.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder
     )
-    return indexing.ship(context.spark, made, context.config.index.broadcast_gb, Neighbors.open)
+    return ship(context.spark, made, context.config.index.broadcast_gb, Neighbors.open)
 
 
 def _curve(measured: Calibration) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm4rec_spark.models.index import artifact
+from vlm4rec_spark.models.ranking.top_k import Candidates
 
 FORMAT = 1
 _AGAIN = "Run the recommend stage again."
@@ -59,7 +60,7 @@ class ItemItemScores:
             *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "strengths"))
         )
 
-    def scores_for(self, history: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores_for(self, history: np.ndarray, weights: np.ndarray) -> Candidates:
         """The items found with those of a history, by position, and how strongly: float64, the strongest is 1.
 
         An item's strength is the sum over the history of weight times strength; the scale is the user's own, so that
@@ -70,4 +71,4 @@ class ItemItemScores:
         spoken = (self.strengths[history].astype(np.float64) * weights[:, None])[there]
         found, rows = np.unique(near[there].astype(np.int64), return_inverse=True)
         total = np.bincount(rows, spoken, len(found))
-        return found, total / total.max(initial=1e-300)
+        return Candidates(found, total / total.max(initial=1e-300))

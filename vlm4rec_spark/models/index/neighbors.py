@@ -11,11 +11,14 @@ of an index; knows neither users nor how the search is divided.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index import artifact
@@ -25,6 +28,8 @@ FORMAT = 1
 BYTES = 8
 """Of each item and each neighbour: a position and a cosine."""
 _AGAIN = "Run the recommend stage again."
+_USERS_SERVED = 0.9
+_DEPTH_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -90,3 +95,25 @@ class Neighbors:
                 f"The neighbours are those of index {self.index_id}, not of {searcher.index_id}. {_AGAIN}"
             )
         return self.leaves == effort.leaves
+
+
+def pays_off(sample: pa.Table, users: int, items: int) -> bool:
+    """True if the histories of `users` users hold more items than the index, judged by a sample."""
+    sampled = pc.sum(pc.list_value_length(sample["history"])).as_py() or 0
+    return users * sampled > items * len(sample)
+
+
+def needed_depth(candidates: int, sample: pa.Table, items: int) -> int:
+    """Neighbors per item that are enough for nine users in ten: the candidates and the user's `seen`.
+
+    Rounded up to a multiple of 32, so that a few new events don't need a new file. For users who
+    have seen more, neighbors are searched as if there were no file.
+    """
+    seen = pc.list_value_length(sample["seen"]).to_numpy()
+    enough = candidates + np.quantile(seen, _USERS_SERVED)
+    return min(_DEPTH_STEP * math.ceil(enough / _DEPTH_STEP), items)
+
+
+def size_gb(items: int, depth: int) -> float:
+    """Size of the folder on disk."""
+    return items * depth * BYTES / 1e9

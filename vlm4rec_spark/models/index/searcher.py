@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.index import artifact
-from vlm4rec_spark.models.ranking.top_k import top_k
+from vlm4rec_spark.models.ranking.top_k import Candidates, top_k
 
 FORMAT = 3
 _AGAIN = "Run the index stage again."
@@ -218,17 +218,15 @@ class Searcher:
         known = self.positions(named.dictionary.to_pylist())
         return known[named.indices.to_numpy()] if len(known) else np.empty(0, np.int64)
 
-    def exact(
-        self, queries: np.ndarray, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def exact(self, queries: np.ndarray, among: np.ndarray | None = None) -> Candidates:
         """Every item, or those at the sorted positions `among`, as a candidate of every query: positions (queries,
         items) and cosines, in index order."""
         self._check(queries)
         scores = queries @ (self.vectors if among is None else self.vectors[among]).T
         items = np.arange(len(self), dtype=np.int64) if among is None else among
-        return np.broadcast_to(items, scores.shape), scores
+        return Candidates(np.broadcast_to(items, scores.shape), scores)
 
-    def search(self, queries: np.ndarray, effort: Effort) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
         """Approximate candidates, rescored exactly: positions and float64 cosines, both (queries, candidates).
 
         They stand in the order in which they were found, so that the first c are what a search for c gives. ScaNN pads
@@ -259,7 +257,7 @@ class Searcher:
             np.take(self.vectors, positions[row], axis=0, out=some, mode="clip")
             found[...] = some
             np.matmul(found, wide[row], out=scores[row])
-        return positions, scores
+        return Candidates(positions, scores)
 
     def _check(self, queries: np.ndarray) -> None:
         """Raises RunError for queries of another dimension, or not finite; of a query of zeros all cosines are 0."""

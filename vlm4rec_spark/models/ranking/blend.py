@@ -8,7 +8,8 @@ import numpy as np
 
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.user_queries import Queries, padded, within
+from vlm4rec_spark.models.ranking.top_k import Candidates
+from vlm4rec_spark.models.ranking.user_queries import Explanations, Queries, padded, within
 
 
 class BlendedQuery:
@@ -39,9 +40,7 @@ class BlendedQuery:
     def max_users_per_block(self, items: int) -> int:
         return self._content.max_users_per_block(items)
 
-    def score_all(
-        self, searcher: Searcher, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
         if self._share == 1:
             return padded([within(among, *self._found(user))[1] for user in range(len(self))])
         positions, scores = self._content.score_all(searcher, among)
@@ -51,11 +50,9 @@ class BlendedQuery:
             if len(found) and positions[user, 0] < 0:  # no content to speak
                 positions[user, columns], scores[user, columns] = found, 0
             scores[user, columns] += self._share * strong.astype(np.float32)
-        return positions, scores
+        return Candidates(positions, scores)
 
-    def search(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
         """The best of either part, as many of each as the effort asks for, scored by both."""
         if self._share == 1:
             return self.score_all(searcher)
@@ -65,8 +62,8 @@ class BlendedQuery:
             found, strong = self._found(user)
             strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates + more[user]]]
             wanted.append(np.union1d(near[user][near[user] >= 0], strongest))
-        positions, _ = padded([(mine, np.zeros(len(mine))) for mine in wanted])
-        return positions, self.scores(searcher, positions).astype(np.float32)
+        positions, _ = padded([Candidates(mine, np.zeros(len(mine))) for mine in wanted])
+        return Candidates(positions, self.scores(searcher, positions).astype(np.float32))
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = self._share * self._strengths(range(len(self)), positions)
@@ -74,7 +71,7 @@ class BlendedQuery:
             return found
         return (1 - self._share) * np.nan_to_num(self._content.scores(searcher, positions)) + found
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
         """Co-occurrence where it makes more of the score; then the item of the history that adds most to it."""
         because, _ = self._content.explain(searcher, items)
         strong = self._strengths(range(len(self)), items)
@@ -88,9 +85,9 @@ class BlendedQuery:
                 [np.where(near == item, each, 0).max(axis=1) for item in items[user, by[user]]]
             )
             because[user, by[user]] = history[adds.argmax(axis=1)]
-        return because, by
+        return Explanations(because, by)
 
-    def _found(self, user: int) -> tuple[np.ndarray, np.ndarray]:
+    def _found(self, user: int) -> Candidates:
         return self._cooccurrence.scores_for(self._positions[user], self._weights[user])
 
     def _strengths(self, users: Sequence[int] | range, positions: np.ndarray) -> np.ndarray:

@@ -64,14 +64,14 @@ def cheapest(
     """
     started = time.monotonic()
     bare = ListRules(offer.allowed)
-    truth, _, _ = recommend_lists(searcher, asked, excluded, bare, rules, k, None)
+    truth = recommend_lists(searcher, asked, excluded, bare, rules, k, None).items
     exact_per_second = len(asked) / (time.monotonic() - started)
     if (truth < 0).all():
         return Calibration(None, 1.0, 1.0, len(asked))
 
     def measure(effort: Effort) -> Tried:
         started = time.monotonic()
-        found, _, _ = recommend_lists(searcher, asked, excluded, bare, rules, k, effort)
+        found = recommend_lists(searcher, asked, excluded, bare, rules, k, effort).items
         seconds = time.monotonic() - started
         shares = _recall(found, truth)
         low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))

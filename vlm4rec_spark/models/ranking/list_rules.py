@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,6 +32,18 @@ class Rule(BaseModel):
 
     items: str = Field(min_length=1)
     users: str | None = Field(None, min_length=1)
+
+
+class Selection(NamedTuple):
+    """What `ListRules.select` has chosen from ranked candidates of some users.
+
+    ranks: int64 (users, k), -1 where a place is free. collapsed: int64 (n, 3), user, rank on the list and position of each
+    hidden variant. complete: bool (users,), the list is made, or further candidates can't fill it.
+    """
+
+    ranks: np.ndarray
+    collapsed: np.ndarray
+    complete: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,7 @@ class ListRules:
         wanted = rules | AVAILABLE
         return (self.allowed & wanted) == wanted
 
-    def select(
-        self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def select(self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int) -> Selection:
         """Which of the ranked candidates, positions `top` and their scores (users, depth), get the k places.
 
         Taken from the best on: one that is a variant of a taken one is collapsed into its place, one of a full group or
@@ -103,7 +114,8 @@ class ListRules:
             ranks[chosen, count[chosen]], taken[chosen, count[chosen]] = rank, item[chosen]
             count[chosen] += 1
         ended = (count == k) | low | (top[:, -1] < 0)
-        return ranks, np.concatenate(collapsed) if collapsed else np.empty((0, 3), np.int64), ended
+        hidden_items = np.concatenate(collapsed) if collapsed else np.empty((0, 3), np.int64)
+        return Selection(ranks, hidden_items, ended)
 
     def _same(self, item: np.ndarray, taken: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """bool (users, k): the item is a variant of the one in the place."""
@@ -122,7 +134,7 @@ class ListRules:
 
     def _diverse(
         self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> Selection:
         """As `places`, by maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998): first the best candidate,
         then always the one of highest (1 - diversity) * score - diversity * highest cosine with an item on the list.
 
@@ -139,7 +151,8 @@ class ListRules:
         ended = (ranks[:, -1] >= 0) | (top[:, -1] < 0)
         if self.min_score is not None:
             ended |= scores[:, -1] < self.min_score
-        return ranks, np.stack([hidden, shared[hidden, rank], top[hidden, rank]], axis=1), ended
+        collapsed = np.stack([hidden, shared[hidden, rank], top[hidden, rank]], axis=1)
+        return Selection(ranks, collapsed, ended)
 
     def _spread(
         self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.user_queries import padded, within
+from vlm4rec_spark.models.ranking.top_k import Candidates
+from vlm4rec_spark.models.ranking.user_queries import Explanations, padded, within
 
 _SCORES_AT_ONCE = 2**22
 
@@ -30,9 +31,7 @@ class PopularityQuery:
     def max_users_per_block(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // max(1, *map(len, self._positions), 1))
 
-    def score_all(
-        self, searcher: Searcher, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
         return padded(
             [
                 within(among, mine, shares)[1]
@@ -40,9 +39,7 @@ class PopularityQuery:
             ]
         )
 
-    def search(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
         return self.score_all(searcher)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
@@ -53,5 +50,5 @@ class PopularityQuery:
                 found[user] = np.where(mine[place] == positions[user], shares[place], np.nan)
         return found
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(items.shape, -1, np.int64), np.zeros(items.shape, bool)
+    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+        return Explanations(np.full(items.shape, -1, np.int64), np.zeros(items.shape, bool))

@@ -5,6 +5,8 @@ Positions are rows of the index, which is sorted by item id: a lower position is
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 SCORE_DIGITS = 6
@@ -13,6 +15,13 @@ _FEW = 4
 """From so many times as many candidates as are needed on, most are put aside before the rest are ordered."""
 SPARE = 8
 """So many more than k are taken by float32 scores, whose last digits change with the batch size, and scored again."""
+
+
+class Candidates(NamedTuple):
+    """Items of users or queries: positions int64, -1 for none, and scores, both (users, candidates)."""
+
+    positions: np.ndarray
+    scores: np.ndarray
 
 
 def flat_exclusions(excluded: list[np.ndarray], items: int) -> np.ndarray:
@@ -27,7 +36,7 @@ def flat_exclusions(excluded: list[np.ndarray], items: int) -> np.ndarray:
 
 def top_k(
     positions: np.ndarray, scores: np.ndarray, exclusions: np.ndarray, eligible: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Candidates:
     """The best k eligible candidates of every user that aren't excluded.
 
     positions, scores: (users, candidates); a position of -1 is no candidate; no position may stand twice in a row.
@@ -68,12 +77,12 @@ def top_k(
     best[:, :width] = np.where(
         kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan
     )
-    return top, best
+    return Candidates(top, best)
 
 
 def _shortlist(
     positions: np.ndarray, scores: np.ndarray, allowed: np.ndarray, depth: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Candidates:
     """The `depth` best allowed candidates of each user and those that rounding may put among them; -1 past the last."""
     masked = np.where(allowed, scores, np.float32("-inf"))
     last = masked.shape[1] - depth
@@ -84,12 +93,12 @@ def _shortlist(
     shape = len(masked), max(int(sizes.max(initial=0)), 1)
     near, near_scores = np.full(shape, -1, np.int64), np.full(shape, np.nan, scores.dtype)
     near[rows, place], near_scores[rows, place] = positions[rows, columns], scores[rows, columns]
-    return near, near_scores
+    return Candidates(near, near_scores)
 
 
-def ordered(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def ordered(positions: np.ndarray, scores: np.ndarray, k: int) -> Candidates:
     """The first k of the positions, (users, candidates), by their scores; ordered and padded as by `top_k`."""
     rounded = np.round(np.where(positions >= 0, scores, -np.inf), SCORE_DIGITS)
     chosen = np.lexsort((positions, -rounded), axis=1)[:, :k]
     top = np.take_along_axis(positions, chosen, 1)
-    return top, np.where(top >= 0, np.take_along_axis(rounded, chosen, 1), np.nan)
+    return Candidates(top, np.where(top >= 0, np.take_along_axis(rounded, chosen, 1), np.nan))

@@ -6,12 +6,13 @@ numpy only, so that a server can make lists too. Knows positions of the index; k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
-from vlm4rec_spark.models.ranking.top_k import SPARE, flat_exclusions, ordered, top_k
+from vlm4rec_spark.models.ranking.top_k import SPARE, Candidates, flat_exclusions, ordered, top_k
 from vlm4rec_spark.models.ranking.user_queries import Queries, padded
 
 _USERS_AT_ONCE = 1_024
@@ -21,6 +22,17 @@ _DEEP = 64
 """Times k: where so many candidates haven't filled a list, the search is exact."""
 
 
+class RankedLists(NamedTuple):
+    """Finished lists: positions of items and their scores, both (users, k), -1 and NaN past the end.
+
+    collapsed: int64 (n, 3), user, rank and position of each item that a variant on the list hides.
+    """
+
+    items: np.ndarray
+    scores: np.ndarray
+    collapsed: np.ndarray
+
+
 def retrieve(
     searcher: Searcher,
     asked: Queries,
@@ -28,7 +40,7 @@ def retrieve(
     eligible: np.ndarray,
     k: int,
     effort: Effort | None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Candidates:
     """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
 
     With an `effort`, as many candidates more are fetched as the user may not get, and users who fall short are searched
@@ -37,7 +49,7 @@ def retrieve(
     top, score = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
     few = np.flatnonzero(eligible)
     if not len(few):
-        return top, score
+        return Candidates(top, score)
     if effort is not None and EXACT_COST * len(few) < effort.cost(searcher):
         effort = None
     among = few if 2 * len(few) < len(searcher) else None
@@ -59,14 +71,14 @@ def retrieve(
             found = block.search(searcher, effort, more)
         near, scores = top_k(*found, exclusions, eligible, k + SPARE)
         # What a search has scored in float64 is scored for good.
-        scores = scores if found[1].dtype == np.float64 else block.scores(searcher, near)
+        scores = scores if found.scores.dtype == np.float64 else block.scores(searcher, near)
         top[users], score[users] = ordered(near, scores, k)
     short = np.flatnonzero(top[:, -1] < 0) if k else np.empty(0, np.int64)
     if effort is not None and len(short):
         top[short], score[short] = retrieve(
             searcher, asked.take(short), [excluded[user] for user in short], eligible, k, None
         )
-    return top, score
+    return Candidates(top, score)
 
 
 def recommend_lists(
@@ -78,7 +90,7 @@ def recommend_lists(
     k: int,
     effort: Effort | None,
     only: Sequence[np.ndarray | None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> RankedLists:
     """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
     place, position.
 
@@ -91,7 +103,7 @@ def recommend_lists(
         [only is not None and only[user] is not None for user in range(len(asked))], bool
     )
 
-    def ranked(users: np.ndarray, bits: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    def ranked(users: np.ndarray, bits: int, depth: int) -> Candidates:
         block, mine, eligible = (
             asked.take(users),
             [excluded[user] for user in users],
@@ -130,7 +142,7 @@ def recommend_lists(
                 collapsed.append(np.column_stack([users[twins[:, 0]], twins[:, 1:]]))
                 left.append(users[~ended])
             waiting, depth = np.concatenate(left), min(4 * depth, len(searcher))
-    return top, scores, np.concatenate(collapsed)
+    return RankedLists(top, scores, np.concatenate(collapsed))
 
 
 def _of_these(
@@ -140,15 +152,15 @@ def _of_these(
     eligible: np.ndarray,
     k: int,
     only: Sequence[np.ndarray | None],
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Candidates:
     """As `best`, each user's list out of the items that are theirs alone."""
     mine = [
         np.unique(items[items >= 0]) if items is not None else np.empty(0, np.int64)
         for items in only
     ]
-    candidates, _ = padded([(items, np.zeros(len(items))) for items in mine])
+    candidates, _ = padded([Candidates(items, np.zeros(len(items))) for items in mine])
     if not candidates.shape[1]:
-        return np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
+        return Candidates(np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan))
     scores = asked.scores(searcher, candidates)
     there = np.where(np.isnan(scores), -1, candidates)  # of what a user's taste says nothing
     top, _ = top_k(there, scores, flat_exclusions(excluded, len(searcher)), eligible, k)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS
+from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates
 
 Shape = Literal["mean", "max_similarity", "multi_taste"]
 _SCORES_AT_ONCE = 2**24
@@ -22,6 +22,14 @@ _SCORES_AT_ONCE = 2**24
 _DEPTH_AT_ONCE = 4_096
 _FLOATS_AT_ONCE = 2**20
 """Vectors that are compared at a time stay in the cores' caches."""
+
+
+class Explanations(NamedTuple):
+    """Of recommended items, both (users, items): the position of the history item that speaks for each, -1 without one;
+    and whether it speaks by co-occurrence (bool) rather than by content."""
+
+    history_items: np.ndarray
+    by_item_item: np.ndarray
 
 
 class Queries(Protocol):
@@ -37,16 +45,12 @@ class Queries(Protocol):
         """How many users can be scored exactly against so many items in the memory that there is for it."""
         ...
 
-    def score_all(
-        self, searcher: Searcher, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
         """Every item, or those at the sorted positions `among`, as a candidate of every user: positions and scores,
         both (users, items)."""
         ...
 
-    def search(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
         """Approximate candidates with exact scores, both (users, candidates); a position of -1 is none.
 
         more: int64 (users,), as many candidates each user gets beside the effort's, whoever is asked for besides.
@@ -57,7 +61,7 @@ class Queries(Protocol):
         """float64 scores of some items of each user, (users, items), whatever else is scored at the same time."""
         ...
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
         """For each item of each user, positions (users, items), that of the history item that speaks for it most, -1
         without one; and whether it speaks by co-occurrence (bool) rather than by content."""
         ...
@@ -109,17 +113,13 @@ class MeanQuery:
     def max_users_per_block(self, items: int) -> int:
         return max(1, _SCORES_AT_ONCE // items)
 
-    def score_all(
-        self, searcher: Searcher, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
         return searcher.exact(self._vectors, among)
 
-    def search(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
         positions, scores = searcher.search(self._vectors, effort.with_more(more))
         positions[np.arange(positions.shape[1]) >= effort.candidates + more[:, None]] = -1
-        return positions, scores
+        return Candidates(positions, scores)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         found = np.empty(positions.shape)
@@ -131,9 +131,11 @@ class MeanQuery:
                 ) @ vector.astype(np.float64)
         return found
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
         none = [np.empty(0, np.int64)] * len(self)
-        return nearest(self._histories or none, None, searcher, items), np.zeros(items.shape, bool)
+        return Explanations(
+            nearest(self._histories or none, None, searcher, items), np.zeros(items.shape, bool)
+        )
 
 
 class _Several(ABC):
@@ -148,9 +150,7 @@ class _Several(ABC):
         longest = max((len(weights) for weights in self._weights), default=1)
         return max(1, _SCORES_AT_ONCE // items // max(1, longest))
 
-    def score_all(
-        self, searcher: Searcher, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
         """No candidates (-1) for a user without a history in this index."""
         distinct, rows = self._asked(searcher)
         items = np.arange(len(searcher)) if among is None else among
@@ -161,11 +161,9 @@ class _Several(ABC):
             if len(mine):
                 positions[user] = items
                 scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
-        return positions, scores
+        return Candidates(positions, scores)
 
-    def search(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
         """The items nearest to each vector, searched once for all who have it, merged for each user.
 
         An item of the exact list is among the k + e nearest of the vector that it scores best with, where e of the
@@ -183,9 +181,7 @@ class _Several(ABC):
                 )
         return found
 
-    def _candidates(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[Candidates]:
         """Of each user as `_merged`."""
         distinct, rows = self._asked(searcher)
         found, cosines = searcher.search(distinct, effort.with_more(more))
@@ -223,12 +219,12 @@ class MaxSimilarityQuery(_Several):
         )
         return MaxSimilarityQuery(positions, weights, self._neighbours)
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
+    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+        return Explanations(
+            nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
+        )
 
-    def _candidates(
-        self, searcher: Searcher, effort: Effort, more: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[Candidates]:
         """Out of the neighbours, where they are deep enough for the user."""
         known, deep = self._neighbours, effort.candidates + more
         if known is None or not known.merged_for(searcher, effort):
@@ -295,8 +291,10 @@ class MultiInterestQuery(_Several):
         )
         return MultiInterestQuery(*mine)
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
+    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+        return Explanations(
+            nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
+        )
 
     def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
         empty = np.empty((0, searcher.vectors.shape[1]), np.float32)
@@ -334,16 +332,16 @@ def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def within(
     among: np.ndarray | None, items: np.ndarray, scores: np.ndarray
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[np.ndarray, Candidates]:
     """Where the items stand in `among` (sorted positions, None: all), and those that do, with their scores."""
     if among is None:
-        return items, (items, scores)
+        return items, Candidates(items, scores)
     place = np.searchsorted(among, items)
     there = (place < len(among)) & (among[place.clip(max=len(among) - 1)] == items)
-    return place[there], (items[there], scores[there])
+    return place[there], Candidates(items[there], scores[there])
 
 
-def padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(lists: Sequence[Candidates]) -> Candidates:
     """Positions and scores of each user as rows of the same length, -1 and NaN past the last."""
     width = max((len(positions) for positions, _ in lists), default=0)
     positions, scores = (
@@ -352,13 +350,13 @@ def padded(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
     )
     for user, (mine, best) in enumerate(lists):
         positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
-    return positions, scores
+    return Candidates(positions, scores)
 
 
-def _merged(positions: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _merged(positions: np.ndarray, scores: np.ndarray) -> Candidates:
     """Each candidate once, with its highest score."""
     flat, best = positions.ravel(), scores.ravel()
     order = np.lexsort((-best, flat))
     flat, best = flat[order], best[order]
     first = (np.diff(flat, prepend=-1) > 0) & (flat >= 0)
-    return flat[first], best[first]
+    return Candidates(flat[first], best[first])
