@@ -222,7 +222,8 @@ def _write(
     return counts
 
 
-class _Repeated(NamedTuple):
+@dataclass(frozen=True)
+class _Repeated:
     """Accepted events that were in the table before."""
 
     count: int

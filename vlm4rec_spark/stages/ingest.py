@@ -400,7 +400,7 @@ def _read_photo(row: dict, http: HttpSettings, keep: bool) -> dict | None:
 
 def _integer(value: float | None) -> int | None:
     """pandas turns a column of integers and nulls into floats and NaN."""
-    return None if pd.isna(value) else int(value)
+    return None if value is None or pd.isna(value) else int(value)
 
 
 def _malformed() -> Column:
