@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
+from vlm4rec_spark.models import files
 from vlm4rec_spark.models.photos import download
 from vlm4rec_spark.models.photos.download import HttpSettings
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -66,23 +63,13 @@ def read_unchanged(uri: str, sha256: str, http: HttpSettings) -> bytes:
 
 
 def _read_file(uri: str, last_read: PhotoVersion, listed_at: int | None) -> PhotoFile | None:
-    import fsspec
-
-    path = re.sub(r"^file:/+", "/", uri)
-    if "://" in path and re.search(r"::\s*https?:", path, re.IGNORECASE):
-        # fsspec would connect to it without a check of the address.
-        raise ValueError("an http address inside another address")
-    if "://" in path:
-        files, path = fsspec.core.url_to_fs(path)
-    else:
-        # Not url_to_fs: to it, "::" in a file's name says that one file system lies inside another.
-        files = fsspec.filesystem("file")
+    file = files.at(uri)
     modified_at = listed_at
     if modified_at is None:
-        modified_at = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
-        if modified_at == last_read.modified_at and files.size(path) == last_read.bytes:
+        modified_at = file.modified_at()
+        if modified_at == last_read.modified_at and file.size() == last_read.bytes:
             return None
-    return PhotoFile(files.cat_file(path), modified_at)
+    return PhotoFile(file.read(), modified_at)
 
 
 def _download(url: str, http: HttpSettings, last_read: PhotoVersion) -> PhotoFile | None:
