@@ -71,64 +71,83 @@ _PNG = encoded(photo(), "PNG")
 _GIF = encoded(photo(), "GIF")
 _BMP = encoded(photo(), "BMP")
 
-HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "empty"),
-    # Answers of a web server instead of a photo.
-    "not-found": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "html_page"),
-    "capitals": (b"\n  <HTML><head></head></HTML>", "html_page"),
-    "comment-first": (b"<!-- cached --><html></html>", "html_page"),
-    "byte-order-mark": (b"\xef\xbb\xbf<html></html>", "html_page"),
-    "script": (b"<script>location='/login'</script>", "html_page"),
-    "drawing": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "svg"),
-    "drawing-declared": (b'<?xml version="1.0"?><svg/>', "svg"),
-    "drawing-commented": (b"<!-- Inkscape --><svg/>", "svg"),
-    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "not_an_image"),
-    "json": (b'{"error": "forbidden"}', "not_an_image"),
-    # Other files with the name of a photo.
-    "text": (b"photo to follow", "not_an_image"),
-    "zeros": (b"\x00" * 100, "not_an_image"),
-    "one-byte": (b"\xff", "not_an_image"),
-    "gzip": (gzip.compress(encoded(photo(), "JPEG")), "not_an_image"),
-    "zip": (_zipped(), "not_an_image"),
-    "pickle": (pickle.dumps({"photo": 1}), "not_an_image"),
-    "program": (b"MZ\x90\x00\x03" + b"\x00" * 200, "not_an_image"),
-    "film": (b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom", "not_an_image"),
-    "pdf": (b"%PDF-1.7\n1 0 obj\n", "unsupported"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n", "unsupported"),
-    # Pixel formats that no photo has.
-    "lab": (encoded(Image.new("LAB", (16, 16)), "TIFF"), "unsupported"),
-    "floats": (encoded(Image.new("F", (16, 16)), "TIFF"), "unsupported"),
-    # Truncated or damaged.
-    "half-jpeg": (_half("JPEG"), "truncated"),
-    "half-progressive": (_half("JPEG", progressive=True), "truncated"),
-    "half-png": (_half("PNG"), "truncated"),
-    "half-gif": (_half("GIF"), "truncated"),
-    "half-webp": (_half("WEBP"), "truncated"),
-    "half-avif": (_half("AVIF"), "truncated"),
-    "half-tiff": (_half("TIFF"), "truncated"),
-    "half-bmp": (_half("BMP"), "truncated"),
-    "half-jpeg2000": (_half("JPEG2000"), "truncated"),
-    "jpeg-header-only": (_jpeg_of_size(64, 48)[:300], "truncated"),
-    "png-header-only": (png_header(640, 480), "truncated"),
-    "png-pixels-damaged": (_overwritten(_PNG, len(_PNG) // 2, b"\x00" * 50), "truncated"),
-    # Larger than the memory.
-    "bomb-png": (png_header(20_000, 20_000), "too_large"),
-    "bomb-just": (png_header(10_001, 10_000), "too_large"),
-    "bomb-jpeg": (_jpeg_of_size(65_500, 65_500), "too_large"),
-    "bomb-gif": (_overwritten(_GIF, 6, struct.pack("<HH", 65_535, 65_535)), "too_large"),
-    "bomb-bmp": (_overwritten(_BMP, 18, struct.pack("<ii", 100_000, 100_000)), "too_large"),
-    "bomb-text": (png_header(64, 48, _compressed_comment()), "too_large"),
-    # Nothing to see: too small or of one color.
-    "pixel-gif": (encoded(Image.new("P", (1, 1)), "GIF"), "too_small"),
-    "pixel-png": (encoded(Image.new("RGB", (1, 1)), "PNG"), "too_small"),
-    "pixel-jpeg": (encoded(Image.new("RGB", (1, 1)), "JPEG"), "too_small"),
-    "hairline": (encoded(photo(5_000, 2), "PNG"), "too_small"),
-    "white": (encoded(Image.new("RGB", (640, 480), WHITE), "JPEG"), "blank"),
-    "black": (encoded(Image.new("1", (64, 48)), "PNG"), "blank"),
-    "transparent": (encoded(Image.new("RGBA", (64, 48), (*RED, 0)), "PNG"), "blank"),
-    "grey-16-bits": (encoded(Image.new("I;16", (64, 48), 30_000), "PNG"), "blank"),
-    "cyan": (encoded(Image.new("CMYK", (64, 48), (255, 0, 0, 0)), "JPEG"), "blank"),
+_BY_CLASS: dict[str, dict[str, bytes]] = {
+    "empty": {
+        "empty": b"",
+    },
+    "html_page": {
+        "not-found": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        "capitals": b"\n  <HTML><head></head></HTML>",
+        "comment-first": b"<!-- cached --><html></html>",
+        "byte-order-mark": b"\xef\xbb\xbf<html></html>",
+        "script": b"<script>location='/login'</script>",
+    },
+    "svg": {
+        "drawing": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "drawing-declared": b'<?xml version="1.0"?><svg/>',
+        "drawing-commented": b"<!-- Inkscape --><svg/>",
+    },
+    "not_an_image": {
+        "xml": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+        "json": b'{"error": "forbidden"}',
+        "text": b"photo to follow",
+        "zeros": b"\x00" * 100,
+        "one-byte": b"\xff",
+        "gzip": gzip.compress(encoded(photo(), "JPEG")),
+        "zip": _zipped(),
+        "pickle": pickle.dumps({"photo": 1}),
+        "program": b"MZ\x90\x00\x03" + b"\x00" * 200,
+        "film": b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom",
+    },
+    "unsupported": {
+        "pdf": b"%PDF-1.7\n1 0 obj\n",
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n",
+        "lab": encoded(Image.new("LAB", (16, 16)), "TIFF"),
+        "floats": encoded(Image.new("F", (16, 16)), "TIFF"),
+    },
+    "truncated": {
+        "half-jpeg": _half("JPEG"),
+        "half-progressive": _half("JPEG", progressive=True),
+        "half-png": _half("PNG"),
+        "half-gif": _half("GIF"),
+        "half-webp": _half("WEBP"),
+        "half-avif": _half("AVIF"),
+        "half-tiff": _half("TIFF"),
+        "half-bmp": _half("BMP"),
+        "half-jpeg2000": _half("JPEG2000"),
+        "jpeg-header-only": _jpeg_of_size(64, 48)[:300],
+        "png-header-only": png_header(640, 480),
+        "png-pixels-damaged": _overwritten(_PNG, len(_PNG) // 2, b"\x00" * 50),
+    },
+    "too_large": {
+        "bomb-png": png_header(20_000, 20_000),
+        "bomb-just": png_header(10_001, 10_000),
+        "bomb-jpeg": _jpeg_of_size(65_500, 65_500),
+        "bomb-gif": _overwritten(_GIF, 6, struct.pack("<HH", 65_535, 65_535)),
+        "bomb-bmp": _overwritten(_BMP, 18, struct.pack("<ii", 100_000, 100_000)),
+        "bomb-text": png_header(64, 48, _compressed_comment()),
+    },
+    "too_small": {
+        "pixel-gif": encoded(Image.new("P", (1, 1)), "GIF"),
+        "pixel-png": encoded(Image.new("RGB", (1, 1)), "PNG"),
+        "pixel-jpeg": encoded(Image.new("RGB", (1, 1)), "JPEG"),
+        "hairline": encoded(photo(5_000, 2), "PNG"),
+    },
+    "blank": {
+        "white": encoded(Image.new("RGB", (640, 480), WHITE), "JPEG"),
+        "black": encoded(Image.new("1", (64, 48)), "PNG"),
+        "transparent": encoded(Image.new("RGBA", (64, 48), (*RED, 0)), "PNG"),
+        "grey-16-bits": encoded(Image.new("I;16", (64, 48), 30_000), "PNG"),
+        "cyan": encoded(Image.new("CMYK", (64, 48), (255, 0, 0, 0)), "JPEG"),
+    },
 }
+
+HOSTILE = {
+    name: (data, error_class)
+    for error_class, photos in _BY_CLASS.items()
+    for name, data in photos.items()
+}
+"""Bytes and error class by name."""
 
 
 def _sideways() -> Image.Exif:

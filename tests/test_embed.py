@@ -89,7 +89,7 @@ def test_every_item_has_a_text_in_every_representation(texts: DataFrame) -> None
 def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: DataFrame) -> None:
     sha256 = hashlib.sha256(b"256\nChair").hexdigest()
     vector = [1.0, 0.0]
-    done = spark.createDataFrame(
+    embeddings = spark.createDataFrame(
         [
             ("two", "title", "fake", sha256, False, vector),
             ("same", "title", "other", sha256, False, vector),
@@ -98,10 +98,10 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
         schemas.EMBEDDINGS.schema,
     )
     titles = texts.where("representation = 'title'")
-    pending = embed.pending_texts(titles, done, "fake", max_words=256)
+    pending = embed.pending_texts(titles, embeddings, "fake", max_words=256)
     assert sorted(row["item_id"] for row in pending.collect()) == ["bare", "same"]
     # With another limit of words, every text is another one.
-    assert embed.pending_texts(titles, done, "fake", max_words=8).count() == 3
+    assert embed.pending_texts(titles, embeddings, "fake", max_words=8).count() == 3
 
 
 def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:

@@ -86,11 +86,15 @@ def test_a_hundred_megapixels_may_be_declared() -> None:
     assert refusal(png_header(10_000, 10_000)).error_class == "truncated"
 
 
+def reencoded(image: Image.Image, kind: str, max_side: int = 224, **options: object) -> Image.Image:
+    return decode(encoded(image, kind, **options), max_side)
+
+
 def halves(
-    left: object, right: object, mode: str = "RGB", size: tuple[int, int] = (16, 8)
+    left_color: object, right_color: object, mode: str = "RGB", size: tuple[int, int] = (16, 8)
 ) -> Image.Image:
-    image = Image.new(mode, size, left)  # type: ignore[arg-type]
-    image.paste(right, (size[0] // 2, 0, *size))  # type: ignore[arg-type]
+    image = Image.new(mode, size, left_color)  # type: ignore[arg-type]
+    image.paste(right_color, (size[0] // 2, 0, *size))  # type: ignore[arg-type]
     return image
 
 
@@ -100,13 +104,15 @@ def half_colors(image: Image.Image) -> np.ndarray:
     return row[[image.width // 4, image.width * 3 // 4]]
 
 
-def assert_half_colors(image: Image.Image, left: object, right: object, tolerance: int = 0) -> None:
-    np.testing.assert_allclose(half_colors(image), [left, right], atol=tolerance)
+def assert_half_colors(
+    image: Image.Image, left_color: object, right_color: object, tolerance: int = 0
+) -> None:
+    np.testing.assert_allclose(half_colors(image), [left_color, right_color], atol=tolerance)
 
 
 def test_cmyk_becomes_rgb() -> None:
     cmyk = halves(RED, WHITE).convert("CMYK")
-    image = decode(encoded(cmyk, "JPEG", quality=100), 224)
+    image = reencoded(cmyk, "JPEG", quality=100)
     assert image.mode == "RGB"
     assert image.size == (16, 8)
     assert_half_colors(image, RED, WHITE, tolerance=4)
@@ -115,17 +121,17 @@ def test_cmyk_becomes_rgb() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_transparent_pixels_become_white(kind: str) -> None:
     image = halves((*RED, 255), (*BLUE, 0), "RGBA")
-    assert_half_colors(decode(encoded(image, kind, lossless=True), 224), RED, WHITE)
+    assert_half_colors(reencoded(image, kind, lossless=True), RED, WHITE)
 
 
 def test_half_transparent_pixels_become_half_white() -> None:
     image = halves((*RED, 128), (*BLUE, 255), "RGBA")
-    assert_half_colors(decode(encoded(image, "PNG"), 224), (255, 127, 127), BLUE)
+    assert_half_colors(reencoded(image, "PNG"), (255, 127, 127), BLUE)
 
 
 def test_transparent_pixels_leave_no_edge_in_a_smaller_image() -> None:
     image = halves((*RED, 255), (0, 0, 0, 0), "RGBA", (640, 320))
-    row = np.asarray(decode(encoded(image, "PNG"), 64))[16]
+    row = np.asarray(reencoded(image, "PNG", 64))[16]
     # The invisible black would darken the edge. Red and white both have full red.
     assert row[:, 0].min() >= 254
 
@@ -133,8 +139,7 @@ def test_transparent_pixels_leave_no_edge_in_a_smaller_image() -> None:
 def test_a_transparent_palette_entry_becomes_white() -> None:
     image = halves(0, 1, "P")
     image.putpalette([*RED, *BLUE])
-    data = encoded(image, "PNG", transparency=1)
-    assert_half_colors(decode(data, 224), RED, WHITE)
+    assert_half_colors(reencoded(image, "PNG", transparency=1), RED, WHITE)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -144,7 +149,7 @@ def test_a_sideways_photo_is_turned_upright(kind: str, max_side: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     sideways = upright.transpose(Image.Transpose.ROTATE_90)
-    image = decode(encoded(sideways, kind, exif=exif), max_side)
+    image = reencoded(sideways, kind, max_side, exif=exif)
     assert image.size == (max_side // 2, max_side)
     turned_back = image.transpose(Image.Transpose.ROTATE_90)
     assert_half_colors(turned_back, RED, BLUE, tolerance=8)
@@ -152,22 +157,21 @@ def test_a_sideways_photo_is_turned_upright(kind: str, max_side: int) -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
-    second = halves(BLUE, WHITE)
-    data = encoded(
+    image = reencoded(
         halves(RED, WHITE),
         kind,
         save_all=True,
-        append_images=[second],
+        append_images=[halves(BLUE, WHITE)],
         duration=100,
         lossless=True,
     )
-    assert_half_colors(decode(data, 224), RED, WHITE, tolerance=2)
+    assert_half_colors(image, RED, WHITE, tolerance=2)
 
 
 def test_sixteen_bits_keep_their_shades() -> None:
     shades = np.array([[0, 128 * 257, 65_535]], np.uint16)
     gray = Image.fromarray(np.repeat(shades, 8, axis=0).repeat(8, axis=1))
-    image = np.asarray(decode(encoded(gray, "PNG"), 224))
+    image = np.asarray(reencoded(gray, "PNG"))
     assert image[4, [4, 12, 20]].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
 
@@ -176,7 +180,7 @@ def test_every_mode_ends_as_rgb(mode: str) -> None:
     image = halves("black", "white").convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = halves(0, 65_535, mode)
-    decoded = decode(encoded(image, "PNG"), 224)
+    decoded = reencoded(image, "PNG")
     assert decoded.mode == "RGB"
     assert decoded.size == (16, 8)
     assert_half_colors(decoded, (0, 0, 0), WHITE)
@@ -195,7 +199,7 @@ def test_every_mode_ends_as_rgb(mode: str) -> None:
 def test_the_longer_side_is_bounded_and_nothing_is_enlarged(
     kind: str, size: tuple[int, int], small: tuple[int, int]
 ) -> None:
-    assert decode(encoded(halves(RED, BLUE, size=size), kind), 100).size == small
+    assert reencoded(halves(RED, BLUE, size=size), kind, 100).size == small
 
 
 def test_the_shortcut_for_large_jpegs_changes_no_pixel_much() -> None:

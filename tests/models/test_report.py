@@ -106,7 +106,7 @@ def full() -> ReportData:
                 encoder_id="minilm@1",
                 identical_vectors='{"caption": 2}',
                 fallback="6",
-                untidy='{"scripts": 3, "markup": 0, "too_long": 8}',
+                text_problems='{"scripts": 3, "markup": 0, "too_long": 8}',
             ),
             a_run(
                 "index",

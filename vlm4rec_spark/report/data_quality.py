@@ -111,7 +111,7 @@ def _texts(data: ReportData) -> Iterator[Finding]:
     yield Finding(
         "Items without a caption", _int(embed, "fallback"), "their title is encoded instead"
     )
-    untidy = {name: str(count) for name, count in figures(embed.get("untidy")).items()}
+    untidy = {name: str(count) for name, count in figures(embed.get("text_problems")).items()}
     yield Finding(
         "Titles and captions with page scripts",
         _int(untidy, "scripts"),

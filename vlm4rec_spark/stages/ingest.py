@@ -6,7 +6,7 @@ Reads photos inside tasks; opens no table and no file on the driver.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import chain
 
@@ -34,9 +34,21 @@ class IngestSettings(BaseModel):
     photos: PhotoSource = PhotoSource()
 
 
-_ITEM_TEXTS = ("item_id", "title", "brand", "category", "parent_id", "region", "currency", "url")
-_ITEM_FIELDS = (*_ITEM_TEXTS, "price", "available", "first_seen_at")
+_ITEM_FIELDS = (
+    "item_id",
+    "title",
+    "brand",
+    "category",
+    "parent_id",
+    "region",
+    "price",
+    "currency",
+    "url",
+    "available",
+    "first_seen_at",
+)
 _EVENT_FIELDS = ("user_id", "item_id", "event_type", "event_time")
+_ROW = ("source", "modified_at", "row")
 _ATTRIBUTE_PREFIX = "attributes."
 _TRUE = ("true", "t", "yes", "y", "1")
 _FALSE = ("false", "f", "no", "n", "0")
@@ -49,7 +61,7 @@ def parse_items(raw: DataFrame) -> DataFrame:
     Identical rows count once. Two different rows in one file can't both be right, so one of them
     gets a reason. Ids are taken to the letter: `a`, `A` and `a ` are three.
     """
-    text = {name: F.col("fields")[name] for name in _ITEM_FIELDS}
+    text = _fields(*_ITEM_FIELDS)
     price = text["price"].try_cast("double")
     available = _boolean(text["available"])
     first_seen_at = _timestamp(text["first_seen_at"])
@@ -67,59 +79,83 @@ def parse_items(raw: DataFrame) -> DataFrame:
             "first_seen_at is not a time",
         ),
     )
-    rows = raw.select(
-        # A binary column of the source that has the name of a field can't be told from it.
-        *[column_named(name) for name in raw.columns if name.lower() not in _ITEM_FIELDS],
-        *[text[name].alias(name) for name in _ITEM_TEXTS],
-        price.alias("price"),
-        _attributes().alias("attributes"),
-        F.coalesce(available, F.lit(True)).alias("available"),
-        first_seen_at.alias("first_seen_at"),
-        reason.alias("reason"),
-    )
-    return _with_duplicates(rows, "item_id")
+    columns = text | {
+        "price": price,
+        "attributes": _attributes(),
+        "available": F.coalesce(available, F.lit(True)),
+        "first_seen_at": first_seen_at,
+    }
+    # With the binary columns, one of which may hold photos. If it has the name of a field, it
+    # couldn't be told from it.
+    own = [name for name in raw.columns if name.lower() not in _ITEM_FIELDS]
+    return _with_duplicates(_select(raw, own, columns, reason), "item_id")
 
 
 def parse_users(raw: DataFrame) -> DataFrame:
     """Rows of `reader.read` with the columns of `users`, and `reason`, `duplicate` as for items."""
-    text = {name: F.col("fields")[name] for name in ("user_id", "segment", "region", "consent")}
+    text = _fields("user_id", "segment", "region", "consent")
     consent = _boolean(text["consent"])
     reason = _first_reason(
         (_malformed(), "the row isn't well formed"),
         (_is_empty(text["user_id"]), "user_id is missing"),
         (_is_given(text["consent"]) & consent.isNull(), "consent is neither true nor false"),
     )
-    rows = raw.select(
-        "source",
-        "modified_at",
-        "row",
-        *[text[name].alias(name) for name in ("user_id", "segment", "region")],
-        consent.alias("consent"),
-        F.lit(None).cast("timestamp").alias("gone_at"),
-        reason.alias("reason"),
-    )
-    return _with_duplicates(rows, "user_id")
+    columns = text | {"consent": consent, "gone_at": _no_time()}
+    return _with_duplicates(_select(raw, _ROW, columns, reason), "user_id")
 
 
 def parse_identities(raw: DataFrame) -> DataFrame:
     """Rows of `reader.read` with the columns of `identities` and `reason`, `duplicate`."""
-    anonymous_id = F.col("fields")["anonymous_id"]
-    user_id = F.col("fields")["user_id"]
+    text = _fields("anonymous_id", "user_id")
     reason = _first_reason(
         (_malformed(), "the row isn't well formed"),
-        (_is_empty(anonymous_id), "anonymous_id is missing"),
-        (_is_empty(user_id), "user_id is missing"),
+        *[(_is_empty(column), f"{name} is missing") for name, column in text.items()],
     )
-    rows = raw.select(
-        "source",
-        "modified_at",
-        "row",
-        anonymous_id.alias("anonymous_id"),
-        user_id.alias("user_id"),
-        F.lit(None).cast("timestamp").alias("since"),
+    rows = _select(raw, _ROW, text | {"since": _no_time()}, reason)
+    return _with_duplicates(rows, "anonymous_id")
+
+
+def parse_interactions(raw: DataFrame, latest: datetime) -> DataFrame:
+    """Rows of `reader.read` with the columns of `interactions`, and `reason`, `duplicate`.
+
+    event_time is ISO 8601, or seconds or milliseconds since 1970. An event after `latest` lies in
+    the future. One before 1970 is taken, as long as every reader can hold its time.
+    """
+    text = _fields(*_EVENT_FIELDS)
+    given_id = F.col("fields")["event_id"]
+    derived_id = F.sha2(F.to_json(F.struct(*text.values())), 256)
+    time = _timestamp(text["event_time"])
+    reason = _first_reason(
+        (_malformed(), "the row isn't well formed"),
+        *[(_is_empty(column), f"{name} is missing") for name, column in text.items()],
+        (time.isNull(), "event_time is not a time"),
+        (time > F.lit(latest), "event_time lies in the future"),
+    )
+    columns = text | {
+        "event_id": F.when(_is_empty(given_id), derived_id).otherwise(given_id),
+        "event_time": time,
+        "event_date": time.cast("date"),
+    }
+    rows = _select(raw, ("source", "row"), columns, reason)
+    # Any row with the event_id will do, as long as it is always the same.
+    is_good = F.col("reason").isNull()
+    order = Window.partitionBy("event_id", is_good).orderBy("event_time", "row", "source")
+    return rows.withColumn("duplicate", is_good & (F.row_number().over(order) > 1))
+
+
+def _fields(*names: str) -> dict[str, Column]:
+    return {name: F.col("fields")[name] for name in names}
+
+
+def _select(
+    raw: DataFrame, own: Sequence[str], columns: dict[str, Column], reason: Column
+) -> DataFrame:
+    """`own` are columns of the raw rows that are kept."""
+    return raw.select(
+        *[column_named(name) for name in own],
+        *[column.alias(name) for name, column in columns.items()],
         reason.alias("reason"),
     )
-    return _with_duplicates(rows, "anonymous_id")
 
 
 def _with_duplicates(rows: DataFrame, key: str) -> DataFrame:
@@ -145,39 +181,6 @@ def _with_duplicates(rows: DataFrame, key: str) -> DataFrame:
         (F.col("_rank") > 1).alias("duplicate"),
     )
     return good.unionByName(rows.where(~is_good).withColumn("duplicate", F.lit(False)))
-
-
-def parse_interactions(raw: DataFrame, latest: datetime) -> DataFrame:
-    """Rows of `reader.read` with the columns of `interactions`, and `reason`, `duplicate`.
-
-    event_time is ISO 8601, or seconds or milliseconds since 1970. An event after `latest` lies in
-    the future. One before 1970 is taken, as long as every reader can hold its time.
-    """
-    text = {name: F.col("fields")[name] for name in ("event_id", *_EVENT_FIELDS)}
-    time = _timestamp(text["event_time"])
-    derived_id = F.sha2(F.to_json(F.struct(*[text[name] for name in _EVENT_FIELDS])), 256)
-    reason = _first_reason(
-        (_malformed(), "the row isn't well formed"),
-        *[(_is_empty(text[name]), f"{name} is missing") for name in _EVENT_FIELDS],
-        (time.isNull(), "event_time is not a time"),
-        (time > F.lit(latest), "event_time lies in the future"),
-    )
-    event_id = F.when(_is_empty(text["event_id"]), derived_id).otherwise(text["event_id"])
-    rows = raw.select(
-        event_id.alias("event_id"),
-        text["user_id"].alias("user_id"),
-        text["item_id"].alias("item_id"),
-        text["event_type"].alias("event_type"),
-        time.alias("event_time"),
-        time.cast("date").alias("event_date"),
-        "source",
-        "row",
-        reason.alias("reason"),
-    )
-    # Any row with the event_id will do, as long as it is always the same.
-    is_good = F.col("reason").isNull()
-    order = Window.partitionBy("event_id", is_good).orderBy("event_time", "row", "source")
-    return rows.withColumn("duplicate", is_good & (F.row_number().over(order) > 1))
 
 
 def accepted(parsed: DataFrame) -> DataFrame:
@@ -265,7 +268,7 @@ def changed_photos(
     )
     rows = rows.join(stored, on=["item_id", "position", "uri"], how="left")
     if files is None:
-        return rows.withColumn("modified_at", F.lit(None).cast("timestamp"))
+        return rows.withColumn("modified_at", _no_time())
     same_bytes = F.col("bytes") == F.col("stored_bytes")
     same_time = F.col("modified_at").eqNullSafe(F.col("stored_at"))
     listed = rows.join(files.select("uri", "bytes", "modified_at"), on="uri", how="inner")
@@ -436,6 +439,10 @@ def _timestamp(text: Column) -> Column:
     first = F.lit("0001-01-03").cast("timestamp")
     last = F.lit("9999-12-30").cast("timestamp")
     return F.when(time.between(first, last), time)
+
+
+def _no_time() -> Column:
+    return F.lit(None).cast("timestamp")
 
 
 def _attributes() -> Column:
