@@ -296,7 +296,7 @@ def _refuse_nonsense(
         )
 
 
-class _Photos(NamedTuple):
+class _FoundPhotos(NamedTuple):
     total: int
     """Photos that the source names."""
     to_write: DataFrame
@@ -305,7 +305,7 @@ class _Photos(NamedTuple):
     """item_id, position, uri, reason of files that can't be an item's photo."""
 
 
-def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _Photos | None:
+def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _FoundPhotos | None:
     """None if photos aren't configured, or if they are in a catalogue that isn't."""
     settings = context.config.ingest.photos
     items = context.tables.read(schemas.ITEMS)
@@ -318,17 +318,17 @@ def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _Phot
         rows = stage.photo_rows(named, items)
     elif settings.bytes_column and accepted_items is not None:
         photos = stage.photos_from_bytes(accepted_items, settings.bytes_column)
-        return _Photos(photos.count(), photos, photos.limit(0))
+        return _FoundPhotos(photos.count(), photos, photos.limit(0))
     else:
         return None
     good = rows.where(F.col("reason").isNull())
     changed = stage.changed_photos(good, files, context.tables.read(schemas.PHOTOS), settings.keep)
     slots = context.spark.sparkContext.defaultParallelism
     to_write = stage.read_photos(changed, changed.count(), slots, settings)
-    return _Photos(rows.count(), to_write, rows.where(F.col("reason").isNotNull()))
+    return _FoundPhotos(rows.count(), to_write, rows.where(F.col("reason").isNotNull()))
 
 
-def _write_photos(context: RunContext, photos: _Photos) -> RowCounts:
+def _write_photos(context: RunContext, photos: _FoundPhotos) -> RowCounts:
     with context.reporter.progress("reading photos", photos.total):
         read = context.tables.staged(schemas.PHOTOS, photos.to_write)
     good = read.where(F.col("reason").isNull())
