@@ -39,7 +39,7 @@ def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
     """The rows of the source.
 
     Columns: `fields` (map of column name to text), `source` (file), `modified_at` of the file,
-    `row` (the raw row as JSON), and each binary column of the source under its own name. `key` is
+    `row` (the raw row as JSON). Binary columns of the source follow with their own names. `key` is
     the config key, for errors. Raises UsageError if a file or a mapped column is missing, and
     RunError if the source can't be read.
     """
