@@ -113,7 +113,7 @@ def _vector_figures(context: RunContext, encoders: list[str]) -> dict[str, str]:
         .where(F.col("encoder_id").isin(*encoders))
         .groupBy("representation")
         .agg(
-            F.count(F.lit(1)).alias("rows"),
+            F.count("*").alias("rows"),
             F.countDistinct(F.xxhash64("embedding")).alias("distinct"),
             F.count_if("fallback").alias("fallback"),
         )

@@ -31,8 +31,7 @@ def _import_table(context: RunContext, result: StageResult, table: DataFrame) ->
 
     Captions that failed, were rejected or were imported themselves are skipped.
     """
-    described = (F.col("status") == "ok") & F.col("caption").isNotNull()
-    rows = table.where(described & F.col("caption_key").isNotNull())
+    rows = table.where("status = 'ok' AND caption IS NOT NULL AND caption_key IS NOT NULL")
     rows = rows.dropDuplicates(["caption_key"])
     good = rows.count()
     if not good:
@@ -52,18 +51,18 @@ def _import_texts(context: RunContext, result: StageResult, raw: DataFrame) -> N
                 f"--column {field}=NAME."
             )
     rows = plan.import_rows(raw, context.read(schemas.ITEMS))
-    good = rows.where(F.col("reason").isNull())
-    bad = rows.where(F.col("reason").isNotNull())
+    good = rows.where("reason IS NULL")
+    bad = rows.where("reason IS NOT NULL")
     total = good.count()
     if not total:
         first_bad = bad.first()
         reason = first_bad["reason"] if first_bad else "the source is empty"
         raise RunError(f"{_KEY}: no row could be taken, such as: {reason}. Nothing was written.")
-    captions = good.select(
+    captions = good.selectExpr(
         "caption_key",
         "caption",
-        F.lit("imported").alias("status"),
-        F.lit(1).alias("attempts"),
+        "'imported' AS status",
+        "1 AS attempts",
     )
     result.failed = bad.count()
     result.ok = context.tables.insert(schemas.CAPTIONS, caption_rows(context, captions))
@@ -73,7 +72,7 @@ def _import_texts(context: RunContext, result: StageResult, raw: DataFrame) -> N
     context.reject(
         bad.groupBy(source.alias("source"), "row").agg(
             F.min("reason").alias("reason"),
-            F.count(F.lit(1)).alias("occurrences"),
+            F.count("*").alias("occurrences"),
         )
     )
     result.details = {"imported": str(total)}
@@ -81,7 +80,7 @@ def _import_texts(context: RunContext, result: StageResult, raw: DataFrame) -> N
 
 def _link_to_items(context: RunContext, captions: DataFrame) -> None:
     """Put the captions in force, in place of any other of the same items."""
-    imported = captions.select("item_id", F.lit(0).alias("position"), "caption_key")
+    imported = captions.selectExpr("item_id", "0 AS position", "caption_key")
     in_force = context.tables.read(schemas.ITEM_CAPTIONS)
     remaining = in_force.join(imported.select("item_id"), on="item_id", how="left_anti")
     context.tables.sync(schemas.ITEM_CAPTIONS, imported.unionByName(remaining))

@@ -128,10 +128,10 @@ def _new_log_files(context: RunContext) -> DataFrame:
     files = list_files(context.spark, "ingest.interactions.path", log.path).withColumn(
         "settings_sha256", F.sha2(F.lit(log.model_dump_json()), 256)
     )
-    ledger = context.tables.read(schemas.INGESTED_FILES).where(F.col("source") == "interactions")
-    read = ledger.select(
-        F.col("file").alias("uri"),
-        F.col("size").alias("bytes"),
+    ledger = context.tables.read(schemas.INGESTED_FILES).where("source = 'interactions'")
+    read = ledger.selectExpr(
+        "file AS uri",
+        "size AS bytes",
         "modified_at",
         "settings_sha256",
     )
@@ -158,7 +158,7 @@ def inputs_fingerprint(context: RunContext) -> object:
     if settings.photos.folder:
         listings.append(photo_files(context.spark, settings.photos))
     file_hash = F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")
-    digest = [F.sum(file_hash).cast("string"), F.count(F.lit(1))]
+    digest = [F.sum(file_hash).cast("string"), F.count("*")]
     listed = [list(first_row(files.agg(*digest))) for files in listings]
     return [settings.model_dump(mode="json"), *listed]
 
@@ -321,20 +321,20 @@ def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _Foun
         return _FoundPhotos(photos.count(), photos, photos.limit(0))
     else:
         return None
-    good = rows.where(F.col("reason").isNull())
+    good = rows.where("reason IS NULL")
     changed = stage.changed_photos(good, files, context.tables.read(schemas.PHOTOS), settings.keep)
     slots = context.spark.sparkContext.defaultParallelism
     to_write = stage.read_photos(changed, changed.count(), slots, settings)
-    return _FoundPhotos(rows.count(), to_write, rows.where(F.col("reason").isNotNull()))
+    return _FoundPhotos(rows.count(), to_write, rows.where("reason IS NOT NULL"))
 
 
 def _write_photos(context: RunContext, photos: _FoundPhotos) -> RowCounts:
     with context.reporter.progress("reading photos", photos.total):
         read = context.tables.staged(schemas.PHOTOS, photos.to_write)
-    good = read.where(F.col("reason").isNull())
+    good = read.where("reason IS NULL")
     context.tables.upsert(schemas.PHOTOS, good)
     columns = ("item_id", "position", "uri", "reason")
-    unreadable = read.where(F.col("reason").isNotNull()).select(*columns)
+    unreadable = read.where("reason IS NOT NULL").select(*columns)
     bad = photos.refused.select(*columns).unionByName(unreadable)
     context.reject(
         bad.select(
@@ -363,10 +363,9 @@ def _catalogue_gaps(context: RunContext) -> dict[str, str]:
 
 
 def _counts(parsed: DataFrame) -> RowCounts:
-    is_good = F.col("reason").isNull()
     counted = parsed.agg(
-        F.count_if(is_good & ~F.col("duplicate")),
-        F.count_if(~is_good),
-        F.count_if(is_good & F.col("duplicate")),
+        F.count_if(F.expr("reason IS NULL AND NOT duplicate")),
+        F.count_if(F.expr("reason IS NOT NULL")),
+        F.count_if(F.expr("reason IS NULL AND duplicate")),
     )
     return RowCounts(*first_row(counted))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 from pyspark.sql import DataFrame, DataFrameReader, SparkSession
-from pyspark.sql import functions as F
 
 from vlm4rec_spark.sources.spark_errors import readable_errors
 
@@ -20,11 +19,11 @@ def list_files(spark: SparkSession, key: str, paths: Sequence[str]) -> DataFrame
     with readable_errors(key, f"{key}: the files can't be listed"):
         # Without its content column, this reader opens no file.
         files = file_reader(spark).load(list(paths))
-    return files.select(
-        F.col("path").alias("uri"),
-        F.col("length").alias("bytes"),
-        F.col("modificationTime").alias("modified_at"),
-        F.col("_metadata.file_path").alias("file_path"),
+    return files.selectExpr(
+        "path AS uri",
+        "length AS bytes",
+        "modificationTime AS modified_at",
+        "_metadata.file_path",
     )
 
 

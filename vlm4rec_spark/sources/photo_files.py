@@ -84,15 +84,14 @@ def _empty_files(spark: SparkSession, folder: str) -> DataFrame:
     encoder = spark._jvm.org.apache.spark.sql.Encoders.STRING()
     names = DataFrame(spark._jsparkSession.createDataset(java_names, encoder).toDF(), spark)
     # One of the two listings writes file:/ and the other file:///.
-    uri = F.regexp_replace("value", "^file:/+", "file:/").alias("value")
-    not_empty = files.select(F.col("_metadata.file_path").alias("value")).select(uri)
-    return (
-        names.select(uri)
-        .join(not_empty, on="value", how="left_anti")
-        .select(
-            F.url_decode(F.replace("value", F.lit("+"), F.lit("%2B"))).alias("uri"),
-            F.lit(0).cast("bigint").alias("bytes"),
-            F.lit(None).cast("timestamp").alias("modified_at"),
-            F.col("value").alias("file_path"),
-        )
+    one_form = "regexp_replace({}, '^file:/+', 'file:/') AS file_path"
+    not_empty = files.selectExpr(one_form.format("_metadata.file_path"))
+    empty = names.selectExpr(one_form.format("value")).join(
+        not_empty, on="file_path", how="left_anti"
+    )
+    return empty.selectExpr(
+        "url_decode(replace(file_path, '+', '%2B')) AS uri",
+        "0L AS bytes",
+        "CAST(NULL AS TIMESTAMP) AS modified_at",
+        "file_path",
     )

@@ -49,7 +49,7 @@ def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
     raw = open_table(spark, key, source)
     names = raw.columns
     _check_columns(key, source, names)
-    binary = [field.name for field in raw.schema if field.dataType.typeName() == "binary"]
+    binary = [name for name, kind in raw.dtypes if kind == "binary"]
     text = [name for name in names if name not in binary]
     row = F.struct(*[column_named(name) for name in text])
     return raw.select(
@@ -80,13 +80,14 @@ def column_named(name: str) -> Column:
 def _fields(source: Source, names: Sequence[str]) -> Column:
     """A map of column name to text. `names` are the source's columns that aren't binary."""
     mapped = source.columns.values()
-    unmapped = [name for name in names if name not in mapped and not name.startswith("_")]
+    own = {name: name for name in names if name not in mapped and not name.startswith("_")}
     pairs: list[Column] = []
     # Mapped columns last: one wins over a column of the source that happens to have its name.
-    for name, column in (dict(zip(unmapped, unmapped, strict=True)) | source.columns).items():
+    for name, column in (own | source.columns).items():
         if column in names:
+            text = column_named(column).cast("string")
             # Parquet doesn't ensure that text is UTF-8, and Python can't hold any other.
-            pairs += [F.lit(name), F.make_valid_utf8(column_named(column).cast("string"))]
+            pairs += [F.lit(name), F.make_valid_utf8(text)]
     return F.create_map(*pairs) if pairs else F.lit(None).cast("map<string, string>")
 
 
@@ -121,12 +122,14 @@ def _json_rows(spark: SparkSession, key: str, source: Source) -> DataFrame:
     pairs: list[Column] = []
     for name, column in source.columns.items():
         pairs += [F.lit(name), F.col("object")[column]]
-    malformed = F.struct(F.col("value").alias("_corrupt_record"))
+    if pairs:
+        fields = F.map_concat(fields, F.create_map(*pairs))
+    row = F.expr("coalesce(to_json(object), to_json(struct(value AS _corrupt_record)))")
     return rows.select(
-        (F.map_concat(fields, F.create_map(*pairs)) if pairs else fields).alias("fields"),
+        fields.alias("fields"),
         "source",
         "modified_at",
-        F.coalesce(F.to_json("object"), F.to_json(malformed)).alias("row"),
+        row.alias("row"),
     )
 
 
@@ -136,20 +139,22 @@ def _json_objects(spark: SparkSession, source: Source) -> DataFrame:
     whole_file = options.get("multiline", "").lower() == "true"
     lines = spark.read.options(**source.options).text(list(source.path), wholetext=whole_file)
     text = F.btrim("value", F.lit("\ufeff \t\r\n"))
-    objects = F.concat(F.lit("["), F.rtrim(text, F.lit(",")), F.lit("]"))
-    array = F.when(text.startswith("["), text).otherwise(objects)
+    rows = lines.select("value", *_file_columns(lines), text.alias("text"))
+    array = F.expr(
+        "IF(startswith(text, '['), text, concat('[', trim(TRAILING ',' FROM text), ']'))"
+    )
     parsed = F.from_json(array, "array<map<string, string>>", source.options)
-    unique_keys = F.size(F.array_distinct(F.map_keys("object"))) == F.size("object")
+    unique_keys = F.expr("size(array_distinct(map_keys(object))) = size(object)")
     return (
-        lines.where(text != "")
-        .select("value", *_file_columns(lines), F.explode_outer(parsed).alias("object"))
+        rows.where("text != ''")
+        .withColumn("object", F.explode_outer(parsed))
         .withColumn("object", F.when(unique_keys, F.col("object")))
     )
 
 
 def _check_json_columns(key: str, source: Source, rows: DataFrame) -> None:
     mapped = set(source.columns.values())
-    names = rows.select(F.explode(F.map_keys("object")).alias("name")).distinct()
+    names = rows.selectExpr("explode(map_keys(object)) AS name").distinct()
     present = names.where(F.col("name").isin(*mapped)).collect()
     if len(present) < len(mapped):
         # Some of the columns that there are, for the message.
@@ -168,7 +173,10 @@ def _load(spark: SparkSession, key: str, source: Source) -> DataFrame:
         raise UsageError(
             f"{key}.path: a Delta source is one folder or table, and {len(paths)} are named."
         )
-    return reader.load(paths[0]) if "/" in paths[0] else spark.read.table(paths[0])
+    (path,) = paths
+    if "/" in path:
+        return reader.load(path)
+    return spark.read.table(path)
 
 
 def _csv(spark: SparkSession, source: Source, paths: list[str]) -> DataFrame:
@@ -201,6 +209,6 @@ def _csv_header(spark: SparkSession, options: dict[str, str], paths: list[str]) 
 
 def _has_renamed(spark: SparkSession, options: dict[str, str], paths: list[str]) -> bool:
     """Whether the first line has an empty or a repeated name."""
-    first_line = _csv_header(spark, {**options, "header": "false"}, paths).take(1)[0]
-    names = [(name or "").lower() for name in first_line]
+    (row,) = _csv_header(spark, {**options, "header": "false"}, paths).take(1)
+    names = [(name or "").lower() for name in row]
     return "" in names or len(set(names)) < len(names)

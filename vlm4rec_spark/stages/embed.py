@@ -84,9 +84,7 @@ def pending_texts(
 ) -> DataFrame:
     """The texts without an embedding by this encoder, or with one of another text."""
     content = F.concat_ws("\n", F.lit(str(max_words)), "text")
-    hashed = texts.where(F.col("text").isNotNull()).withColumn(
-        "content_sha256", F.sha2(content, 256)
-    )
+    hashed = texts.where("text IS NOT NULL").withColumn("content_sha256", F.sha2(content, 256))
     key = ["item_id", "representation", "content_sha256", "fallback"]
     embedded = embeddings.where(F.col("encoder_id") == encoder_id).select(*key)
     return hashed.join(embedded, on=key, how="left_anti")
@@ -97,7 +95,7 @@ def text_problems(texts: DataFrame, max_words: int) -> DataFrame:
 
     Its columns are scripts, markup and too_long.
     """
-    own = texts.where(F.col("representation").isin("title", "caption") & ~F.col("fallback"))
+    own = texts.where("representation IN ('title', 'caption') AND NOT fallback")
     has_script = F.col("text").rlike(SCRIPT)
     has_markup = F.col("text").rlike(MARKUP)
     words = F.size(F.split(F.trim("text"), r"\s+"))

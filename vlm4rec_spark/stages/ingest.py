@@ -163,38 +163,38 @@ def _with_duplicates(rows: DataFrame, key: str) -> DataFrame:
 
     The row of the newest file is no duplicate.
     """
-    is_good = F.col("reason").isNull()
     newest_first = Window.partitionBy(key).orderBy(
         F.desc_nulls_last("modified_at"), F.desc("source"), "row"
     )
-    ranked = rows.where(is_good).select(
+    ranked = rows.where("reason IS NULL").select(
         "*",
         F.first("source").over(newest_first).alias("_source"),
         F.first("row").over(newest_first).alias("_row"),
         F.row_number().over(newest_first).alias("_rank"),
     )
-    contradicts = (F.col("source") == F.col("_source")) & (F.col("row") != F.col("_row"))
+    contradicts = F.expr("source = _source AND row != _row")
     reason = F.when(contradicts, f"{key} stands twice in one file, with different values")
     good = ranked.select(
         *rows.drop("reason").columns,
         reason.alias("reason"),
-        (F.col("_rank") > 1).alias("duplicate"),
+        F.expr("_rank > 1").alias("duplicate"),
     )
-    return good.unionByName(rows.where(~is_good).withColumn("duplicate", F.lit(False)))
+    bad = rows.where("reason IS NOT NULL").withColumn("duplicate", F.lit(False))
+    return good.unionByName(bad)
 
 
 def accepted(parsed: DataFrame) -> DataFrame:
     """The good rows, one for each key."""
-    return parsed.where(F.col("reason").isNull() & ~F.col("duplicate"))
+    return parsed.where("reason IS NULL AND NOT duplicate")
 
 
 def rejected(parsed: DataFrame, kind: str) -> DataFrame:
     """The bad rows as rows of the table `rejected`; identical ones are counted together."""
     source = F.concat(F.lit(f"{kind} "), F.coalesce("source", F.lit("")))
     return (
-        parsed.where(F.col("reason").isNotNull())
+        parsed.where("reason IS NOT NULL")
         .groupBy(source.alias("source"), "row")
-        .agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("occurrences"))
+        .agg(F.min("reason").alias("reason"), F.count("*").alias("occurrences"))
     )
 
 
@@ -203,21 +203,20 @@ def counts_by_file(events: DataFrame, repeated: DataFrame) -> DataFrame:
 
     `repeated` are accepted events that were in the table before.
     """
-    is_good = F.col("reason").isNull()
-    in_table = repeated.groupBy("source").agg(F.count(F.lit(1)).alias("in_table"))
+    in_table = repeated.groupBy("source").agg(F.count("*").alias("in_table"))
     by_file = events.groupBy("source").agg(
-        F.count(F.lit(1)).alias("rows_read"),
-        F.count_if(is_good & ~F.col("duplicate")).alias("accepted"),
-        F.count_if(~is_good).alias("rows_rejected"),
-        F.count_if(is_good & F.col("duplicate")).alias("duplicates"),
+        F.count("*").alias("rows_read"),
+        F.count_if(F.expr("reason IS NULL AND NOT duplicate")).alias("accepted"),
+        F.count_if(F.expr("reason IS NOT NULL")).alias("rows_rejected"),
+        F.count_if("duplicate").alias("duplicates"),
     )
-    before = F.coalesce("in_table", F.lit(0))
-    return by_file.join(in_table, on="source", how="left").select(
-        F.col("source").alias("file_path"),
+    counts = by_file.join(in_table, on="source", how="left").fillna(0, ["in_table"])
+    return counts.selectExpr(
+        "source AS file_path",
         "rows_read",
-        (F.col("accepted") - before).alias("rows_taken"),
+        "accepted - in_table AS rows_taken",
         "rows_rejected",
-        (F.col("duplicates") + before).alias("rows_repeated"),
+        "duplicates + in_table AS rows_repeated",
     )
 
 
@@ -229,12 +228,12 @@ def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
     in_catalogue = items.select("item_id", F.lit(True).alias("in_catalogue"))
     same_position = Window.partitionBy("item_id", "position").orderBy("uri")
     reason = _first_reason(
-        (F.col("item_id").isNull(), "the file name doesn't fit ingest.photos.file_name"),
+        (F.expr("item_id IS NULL"), "the file name doesn't fit ingest.photos.file_name"),
         (
-            F.col("position").isNull() | (F.col("position") < 0),
+            F.expr("position IS NULL OR position < 0"),
             "the position in the file name is not a number",
         ),
-        (F.col("in_catalogue").isNull(), "no such item in the catalogue"),
+        (F.expr("in_catalogue IS NULL"), "no such item in the catalogue"),
         (F.row_number().over(same_position) > 1, "the item has another photo at this position"),
     )
     return files.join(in_catalogue, on="item_id", how="left").select(
@@ -256,23 +255,21 @@ def changed_photos(
     """
     if keep:
         # Parquet's statistics of nulls answer this. A filter on not null would read every photo.
-        without_bytes = photos.where(F.col("image").isNull()).select("item_id", "position")
+        without_bytes = photos.where("image IS NULL").select("item_id", "position")
         photos = photos.join(without_bytes, on=["item_id", "position"], how="left_anti")
-    stored = photos.select(
+    stored = photos.selectExpr(
         "item_id",
         "position",
         "uri",
-        F.col("bytes").alias("stored_bytes"),
-        F.col("modified_at").alias("stored_at"),
-        F.col("image_sha256").alias("stored_sha256"),
+        "bytes AS stored_bytes",
+        "modified_at AS stored_at",
+        "image_sha256 AS stored_sha256",
     )
     rows = rows.join(stored, on=["item_id", "position", "uri"], how="left")
     if files is None:
         return rows.withColumn("modified_at", _no_time())
-    same_bytes = F.col("bytes") == F.col("stored_bytes")
-    same_time = F.col("modified_at").eqNullSafe(F.col("stored_at"))
     listed = rows.join(files.select("uri", "bytes", "modified_at"), on="uri", how="inner")
-    return listed.where(~F.coalesce(same_bytes & same_time, F.lit(False)))
+    return listed.where("NOT (bytes <=> stored_bytes AND modified_at <=> stored_at)")
 
 
 def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) -> DataFrame:
@@ -282,15 +279,15 @@ def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) 
     settings.keep. A task reads neighbors by item_id, so that one file of `photos` holds them.
     """
     tasks = max(min(slots, count), -(-count // _PHOTOS_PER_FILE), 1)
-    to_read = rows.select(
+    to_read = rows.selectExpr(
         "item_id",
         "position",
         "uri",
         "stored_bytes",
         "stored_sha256",
-        # Milliseconds: pandas holds no time before 1678 or after 2261, and a file may have one.
-        F.unix_millis("modified_at").alias("modified_at"),
-        F.unix_millis("stored_at").alias("stored_at"),
+        # pandas holds no time before 1678 or after 2261, and a file may have one.
+        "unix_millis(modified_at) AS modified_at",
+        "unix_millis(stored_at) AS stored_at",
     )
     return (
         to_read.repartitionByRange(tasks, "item_id", "position")
@@ -311,7 +308,7 @@ def photos_from_column(items: DataFrame, column: str) -> DataFrame:
         F.lit(0).alias("position"),
         F.col("fields")[column].alias("uri"),
     )
-    return rows.where(F.coalesce("uri", F.lit("")) != "").distinct()
+    return rows.where("uri != ''").distinct()
 
 
 def photos_from_bytes(items: DataFrame, column: str) -> DataFrame:
@@ -407,7 +404,7 @@ def _integer(value: float | None) -> int | None:
 
 
 def _malformed() -> Column:
-    return F.coalesce(F.get_json_object("row", "$._corrupt_record").isNotNull(), F.lit(False))
+    return F.get_json_object("row", "$._corrupt_record").isNotNull()
 
 
 def _is_given(text: Column) -> Column:
@@ -456,6 +453,4 @@ def _attributes() -> Column:
 
 def _first_reason(*cases: tuple[Column, str]) -> Column:
     """The reason of the first condition that holds; null if none does."""
-    return F.coalesce(
-        *[F.when(F.coalesce(condition, F.lit(False)), reason) for condition, reason in cases]
-    )
+    return F.coalesce(*[F.when(condition, reason) for condition, reason in cases])
