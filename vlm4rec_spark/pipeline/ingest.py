@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -59,9 +59,7 @@ class RowCounts:
 
     def to_json(self) -> str:
         rows_in = self.ok + self.rejected + self.skipped
-        return json.dumps(
-            {"in": rows_in, "ok": self.ok, "rejected": self.rejected, "skipped": self.skipped}
-        )
+        return json.dumps({"in": rows_in, **asdict(self)})
 
 
 def open_sources(context: RunContext) -> RawSources:
@@ -76,7 +74,8 @@ def open_sources(context: RunContext) -> RawSources:
     log = settings.interactions
     if log.path and log.format != "delta":
         files = _new_log_files(context)
-        paths = tuple(escape_glob(row["uri"]) for row in files.select("uri").collect())
+        rows = files.select("uri").collect()
+        paths = tuple(escape_glob(row["uri"]) for row in rows)
         log = log.model_copy(update={"path": paths})
     else:
         files = None
@@ -148,7 +147,8 @@ def inputs_fingerprint(context: RunContext) -> object:
         f"ingest.{name}": getattr(settings, name)
         for name in ("items", "interactions", *_USER_TABLES)
     }
-    if settings.photos.path_column or any(source.format == "delta" for source in sources.values()):
+    formats = {source.format for source in sources.values()}
+    if settings.photos.path_column or "delta" in formats:
         return None
     listings = [
         list_files(context.spark, f"{key}.path", source.path)
@@ -158,8 +158,8 @@ def inputs_fingerprint(context: RunContext) -> object:
     if settings.photos.folder:
         listings.append(photo_files(context.spark, settings.photos))
     file_hash = F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")
-    digest = [F.sum(file_hash).cast("string"), F.count("*")]
-    listed = [list(first_row(files.agg(*digest))) for files in listings]
+    digest = F.sum(file_hash).cast("string")
+    listed = [list(first_row(files.agg(digest, F.count("*")))) for files in listings]
     return [settings.model_dump(mode="json"), *listed]
 
 
@@ -233,13 +233,14 @@ class _Repeated:
 def _write_events(context: RunContext, events: DataFrame, count: int) -> _Repeated:
     """Add the new ones of the `count` accepted events."""
     accepted = stage.accepted(events)
-    version = context.tables.versions([schemas.INTERACTIONS]).get(schemas.INTERACTIONS.name)
-    added = context.tables.insert(schemas.INTERACTIONS, accepted)
+    table = schemas.INTERACTIONS
+    version = context.tables.versions([table]).get(table.name)
+    added = context.tables.insert(table, accepted)
     context.reject(stage.rejected(events, "interactions"))
     if added == count:
         # The usual case. The table isn't read a second time.
         return _Repeated(0, accepted.limit(0))
-    before = context.tables.read(schemas.INTERACTIONS, version).select("event_id")
+    before = context.tables.read(table, version).select("event_id")
     return _Repeated(count - added, accepted.join(before, on="event_id", how="left_semi"))
 
 
@@ -254,17 +255,17 @@ def _write_users(context: RunContext, target: _UserTable, raw: DataFrame) -> Row
 
 def _write_ledger(context: RunContext, files: DataFrame, counts: DataFrame) -> None:
     """Record the files as read; `counts` are the columns rows_… by file_path."""
-    rows = files.join(counts, on="file_path", how="left").select(
-        F.lit("interactions").alias("source"),
-        F.col("uri").alias("file"),
-        F.col("bytes").alias("size"),
+    columns = ["rows_read", "rows_taken", "rows_rejected", "rows_repeated"]
+    # A file without any row has no counts.
+    counted = files.join(counts, on="file_path", how="left").fillna(0, columns)
+    rows = counted.selectExpr(
+        "'interactions' AS source",
+        "uri AS file",
+        "bytes AS size",
         "modified_at",
         "settings_sha256",
-        *[
-            F.coalesce(name, F.lit(0)).alias(name)
-            for name in ("rows_read", "rows_taken", "rows_rejected", "rows_repeated")
-        ],
-        F.lit(context.run_id).alias("run_id"),
+        *columns,
+        f"'{context.run_id}' AS run_id",
     )
     context.tables.insert(schemas.INGESTED_FILES, rows)
 
@@ -289,7 +290,8 @@ def _refuse_nonsense(
     item_ids = context.tables.read(schemas.ITEMS).select("item_id")
     if items is not None:
         item_ids = item_ids.union(stage.accepted(items).select("item_id"))
-    if stage.accepted(events).join(item_ids, on="item_id", how="left_semi").isEmpty():
+    accepted = stage.accepted(events)
+    if accepted.join(item_ids, on="item_id", how="left_semi").isEmpty():
         raise RunError(
             "ingest.interactions: no event is about an item of the catalogue. Check that both use "
             "the same item_id, and ingest.interactions.columns. Nothing was written."
@@ -322,10 +324,12 @@ def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _Foun
     else:
         return None
     good = rows.where("reason IS NULL")
-    changed = stage.changed_photos(good, files, context.tables.read(schemas.PHOTOS), settings.keep)
+    stored = context.tables.read(schemas.PHOTOS)
+    changed = stage.changed_photos(good, files, stored, settings.keep)
     slots = context.spark.sparkContext.defaultParallelism
     to_write = stage.read_photos(changed, changed.count(), slots, settings)
-    return _FoundPhotos(rows.count(), to_write, rows.where("reason IS NOT NULL"))
+    refused = rows.where("reason IS NOT NULL")
+    return _FoundPhotos(rows.count(), to_write, refused)
 
 
 def _write_photos(context: RunContext, photos: _FoundPhotos) -> RowCounts:
@@ -337,11 +341,11 @@ def _write_photos(context: RunContext, photos: _FoundPhotos) -> RowCounts:
     unreadable = read.where("reason IS NOT NULL").select(*columns)
     bad = photos.refused.select(*columns).unionByName(unreadable)
     context.reject(
-        bad.select(
-            F.lit("photos").alias("source"),
-            F.to_json(F.struct("item_id", "position", "uri")).alias("row"),
+        bad.selectExpr(
+            "'photos' AS source",
+            "to_json(struct(item_id, position, uri)) AS row",
             "reason",
-            F.lit(1).cast("bigint").alias("occurrences"),
+            "1L AS occurrences",
         )
     )
     ok = good.count()
