@@ -23,7 +23,7 @@ from vlm4rec_spark.caption.progress_channel import ProgressServer
 from vlm4rec_spark.errors import Resumable, RunError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
-from vlm4rec_spark.pipeline.ingest import caption_rows
+from vlm4rec_spark.pipeline.import_captions import caption_rows
 from vlm4rec_spark.spark import gpus
 from vlm4rec_spark.storage import schemas
 

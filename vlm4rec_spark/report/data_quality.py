@@ -112,7 +112,7 @@ def _users(data: ReportData) -> Iterator[DataIssue]:
 def _texts(data: ReportData) -> Iterator[DataIssue]:
     embed = data.details("embed")
     yield DataIssue("Items without a caption", _int(embed, "fallback"), "their title is encoded")
-    untidy = parse_details(embed.get("untidy"))
+    untidy = parse_details(embed.get("text_problems"))
     yield DataIssue(
         "Titles and captions with scripts",
         _int(untidy, "scripts"),
