@@ -55,7 +55,7 @@ def shop(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.chdir(folder)
         for name in ("items.csv", "events.csv"):
             Path(name).write_text(example(name))
-        # The JVM of these tests was started in another folder, where Spark would look for relative paths.
+        # The tests' JVM was started elsewhere: relative paths would be looked for there.
         settings = example("shop.yaml").replace("folder: photos", f"folder: {folder}/photos")
         for name in ("items.csv", "events.csv"):
             settings = settings.replace(f"[{name}", f"[{folder}/{name}")
