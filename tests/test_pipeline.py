@@ -116,7 +116,7 @@ def test_what_went_in(shop: Shop) -> None:
     assert events["rejected"] == 30
     assert events["skipped"] >= 24
     assert events["in"] == events["ok"] + events["rejected"] + events["skipped"]
-    assert sum(row["copies"] for row in shop.rows(schemas.REJECTED)) == 33
+    assert sum(row["occurrences"] for row in shop.rows(schemas.REJECTED)) == 33
 
 
 def test_what_was_captioned_and_embedded(shop: Shop) -> None:
@@ -218,28 +218,30 @@ WITHOUT_SPARK = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from vlm4rec_spark.models.cooccurrence import Cooccurrence
-from vlm4rec_spark.models.lists import listed
-from vlm4rec_spark.models.offer import Offer
-from vlm4rec_spark.models.searcher import Searcher
-from vlm4rec_spark.models.blend import Blend
-from vlm4rec_spark.models.tastes import Histories
+from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.models.ranking.blend import BlendedQuery
+from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.user_queries import MaxSimilarityQuery
 
-index, together, share, k, told = sys.argv[1:]
-searcher, told = Searcher.open(Path(index)), json.loads(told)
-history = searcher.positions([item for item, _ in told["history"]])
-weights = np.array([weight for _, weight in told["history"]])
+index, item_item, share, k, facts = sys.argv[1:]
+searcher = Searcher.open(Path(index))
+facts = json.loads(facts)
+history = searcher.positions([item for item, _ in facts["history"]])
+weights = np.array([weight for _, weight in facts["history"]])
 weights = weights / weights.max()
-content = Histories([history], [weights.astype(np.float32)])
+content = MaxSimilarityQuery([history], [weights.astype(np.float32)])
 later = weights * 0.85 ** np.arange(len(weights))
-asked = Blend(content, Cooccurrence.open(Path(together)), float(share), [history], [later])
+query = BlendedQuery(content, ItemItemScores.open(Path(item_item)), float(share), [history], [later])
 allowed = np.zeros(len(searcher), np.int64)
-allowed[searcher.positions(told["available"])] = 1
-parents = searcher.positions(told["variants"][0]), np.array(told["variants"][1])
+allowed[searcher.positions(facts["available"])] = 1
+parents = searcher.positions(facts["variants"][0]), np.array(facts["variants"][1])
 variants = np.full(len(searcher), -1, np.int64)
 variants[parents[0]] = parents[1]
-top, scores, _ = listed(searcher, asked, [searcher.positions(told["seen"])], Offer(allowed, variants),
-                        np.zeros(1, np.int64), int(k), None)
+seen = [searcher.positions(facts["seen"])]
+rules = ListRules(allowed, variants)
+top, scores, _ = recommend_lists(searcher, query, seen, rules, np.zeros(1, np.int64), int(k), None)
 assert "pyspark" not in sys.modules
 print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], scores[0])]))
 """
@@ -269,13 +271,13 @@ def test_a_process_without_spark_answers_a_user_with_the_list_of_the_table(shop:
     (index,) = (
         path for path in (shop.folder / "index").iterdir() if (path / "vectors.npy").exists()
     )
-    (together,) = (shop.folder / "index" / "cooccurrence").iterdir()
+    (item_item,) = (shop.folder / "index" / "item_item").iterdir()
     command = [
         sys.executable,
         "-c",
         WITHOUT_SPARK,
         str(index),
-        str(together),
+        str(item_item),
         str(SHARE),
         str(K),
         json.dumps(told),
@@ -332,7 +334,10 @@ def test_every_stage_is_recorded(shop: Shop) -> None:
         )
         assert row["rows_in"] == sum(counts(shop.outcomes[stage]))
     assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions", "photos"}
-    assert all(len(row["state"]) == 64 for row in runs.values())
+    states = {row["stage"]: row for row in shop.rows(schemas.STATE)}
+    assert set(states) == set(STAGES)
+    assert all(len(row["fingerprint"]) == 64 for row in states.values())
+    assert {row["run_id"] for row in states.values()} == {row["run_id"] for row in runs.values()}
 
 
 def test_another_reader_opens_every_table(shop: Shop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import subprocess
 import threading
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import layout, schemas
 from vlm4rec_spark.storage.schemas import Table
 from vlm4rec_spark.storage.tables import CONFLICTS, Tables
 
@@ -33,7 +34,8 @@ THINGS = Table(
     feed=True,
     cluster=("id",),
 )
-MONDAY, TUESDAY = datetime(2025, 3, 3), datetime(2025, 3, 4)
+MONDAY = datetime(2025, 3, 3)
+TUESDAY = datetime(2025, 3, 4)
 
 
 @pytest.fixture
@@ -125,10 +127,7 @@ def test_upsert_touches_only_rows_that_differ(things: Tables) -> None:
         things.upsert(THINGS, new)
     assert changes(things, before) == []
     assert version(things) == before
-    assert (
-        things.spark.sql(f"DESCRIBE HISTORY delta.`{things.name_of(THINGS)}`").head()["version"]
-        == before + 11
-    )
+    assert things.commits(THINGS)[0]["version"] == before + 11
 
 
 def test_upsert_sees_a_change_inside_a_map_and_from_null(things: Tables) -> None:
@@ -150,6 +149,11 @@ def test_sync_deletes_what_is_gone_and_touches_nothing_twice(things: Tables) -> 
     assert version(things) == before
 
 
+def test_replace_can_be_of_some_rows(things: Tables) -> None:
+    things.replace(THINGS, rows(things, ("a", 5.0, None, TUESDAY)), where="id = 'a'")
+    assert content(things) == {"a": (5.0, None, TUESDAY), "b": (2.0, None, MONDAY)}
+
+
 def test_replace_keeps_constraints_and_is_all_or_nothing(things: Tables) -> None:
     things.replace(THINGS, rows(things, ("z", 7.0, None, MONDAY)))
     with pytest.raises(Exception, match="CHECK constraint not_free"):
@@ -158,7 +162,7 @@ def test_replace_keeps_constraints_and_is_all_or_nothing(things: Tables) -> None
     assert things.read(THINGS).schema["id"].metadata["comment"] == "Id of the thing"
 
 
-def test_read_as_of_pending_and_a_table_that_is_not_there(tables: Tables) -> None:
+def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables) -> None:
     assert tables.read(THINGS).count() == 0
     assert tables.versions([THINGS]) == {}
     tables.insert(THINGS, rows(tables, ("a", 1.0, None, MONDAY)))
@@ -169,41 +173,41 @@ def test_read_as_of_pending_and_a_table_that_is_not_there(tables: Tables) -> Non
     assert [row["id"] for row in tables.pending(new, THINGS).collect()] == ["c"]
 
 
-def test_prepare_refuses_a_table_of_another_schema(spark: SparkSession, tables: Tables) -> None:
-    place = Path(tables.location)
-    spark.sql("SELECT 'a' AS item_id, '1' AS price").write.format("delta").save(
-        str(place / "items")
-    )
-    before = sorted(place.rglob("*"))
+def test_a_table_of_another_schema_is_refused(spark: SparkSession, tables: Tables) -> None:
+    folder = Path(tables.location)
+    other = spark.sql("SELECT 'a' AS item_id, '1' AS price")
+    other.write.format("delta").save(str(folder / "items"))
+    before = sorted(folder.rglob("*"))
     with pytest.raises(RunError, match="price is string, expected double") as refused:
-        tables.prepare()
+        layout.check(tables)
     assert "title is missing" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert sorted(place.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
-def test_prepare_leaves_no_trace(tables: Tables) -> None:
-    tables.prepare()
+def test_the_check_leaves_no_trace(tables: Tables) -> None:
+    layout.check(tables)
     assert not Path(tables.location).exists()
 
 
-def test_prepare_refuses_a_table_of_another_layout(
+def test_a_table_of_another_layout_is_refused(
     things: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm4rec_spark.storage.tables.TABLES", {"things": THINGS})
-    place = f"delta.`{things.name_of(THINGS)}`"
-    things.prepare()
-    things.spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('vlm4rec.layout' = '4')")
+    monkeypatch.setattr(layout, "TABLES", {"things": THINGS})
+    name = things.sql_name(THINGS)
+    layout.check(things)
+    things.spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ('vlm4rec.layout' = '4')")
     before = version(things)
     with pytest.raises(RunError) as refused:
-        things.prepare()
+        layout.check(things)
     assert str(refused.value) == (
-        f"The table {things.name_of(THINGS)} has layout 4; this release reads layout 1 only. Start in a new folder, with "
-        "--set tables=…. Captions that were paid for can be brought over with `vlm4rec import-captions`."
+        f"The table {things.name_of(THINGS)} has layout 4; this release reads layout 1 only. Start "
+        "in a new folder, with --set tables=…. Captions that were paid for can be brought over "
+        "with `vlm4rec import-captions`."
     )
     assert version(things) == before
-    things.spark.sql(f"ALTER TABLE {place} UNSET TBLPROPERTIES ('vlm4rec.layout')")
-    things.prepare()
+    things.spark.sql(f"ALTER TABLE {name} UNSET TBLPROPERTIES ('vlm4rec.layout')")
+    layout.check(things)
 
 
 def test_a_write_that_another_writer_overtakes_is_done_again(
@@ -240,12 +244,12 @@ def test_a_writer_that_never_lets_anybody_pass_is_named(
     with pytest.raises(
         RunError, match=r"keeps writing to .*things at the same time \(ConcurrentAppendException\)"
     ):
-        things._commit(THINGS, overtaken)
+        things.commit(THINGS, overtaken)
     assert waited == sorted(waited)
     assert len(waited) == 5
 
 
-def test_what_a_killed_run_has_staged_is_cleared(tables: Tables) -> None:
+def test_staging_tables_of_a_killed_run_are_cleared(tables: Tables) -> None:
     tables.staged(schemas.PHOTOS, tables.read(schemas.PHOTOS))
     assert [folder.name for folder in Path(tables.location).iterdir()] == ["_staging_photos"]
     tables.clear_staging()
@@ -266,7 +270,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_and_what_was_there_stays(
+def test_a_full_disk_is_reported_and_the_old_rows_stay(
     spark: SparkSession, small_disk: Path
 ) -> None:
     tables = Tables(spark, str(small_disk / "tables"))
@@ -291,20 +295,71 @@ def named(spark: SparkSession) -> Iterator[Tables]:
 
 
 def test_tables_named_by_catalog_and_schema(named: Tables) -> None:
-    named.prepare()
-    assert (
-        named.insert(THINGS, rows(named, ("a", 1.0, None, MONDAY), ("b", 2.0, None, MONDAY))) == 2
-    )
+    layout.check(named)
+    two = rows(named, ("a", 1.0, None, MONDAY), ("b", 2.0, None, MONDAY))
+    assert named.insert(THINGS, two) == 2
     assert named.insert(THINGS, rows(named, ("a", 1.0, None, MONDAY))) == 0
     named.upsert(THINGS, named.staged(THINGS, rows(named, ("b", 2.5, None, MONDAY))))
     named.unstage(THINGS)
     assert content(named) == {"a": (1.0, None, MONDAY), "b": (2.5, None, MONDAY)}
     with pytest.raises(Exception, match="CHECK constraint not_free"):
         named.replace(THINGS, rows(named, ("c", 0.0, None, MONDAY)))
-    there = named.spark.sql("SHOW TABLES IN shop").collect()
-    assert [row["tableName"] for row in there if not row["isTemporary"]] == ["things"]
+    shown = named.spark.sql("SHOW TABLES IN shop").collect()
+    assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["things"]
 
 
-def test_a_schema_that_is_not_there_is_said(spark: SparkSession) -> None:
+def test_a_missing_schema_is_named(spark: SparkSession) -> None:
     with pytest.raises(RunError, match=r"spark_catalog\.nowhere"):
-        Tables(spark, "spark_catalog.nowhere").prepare()
+        layout.check(Tables(spark, "spark_catalog.nowhere"))
+
+
+PERSONAL = Table(
+    "visits",
+    "Visits of users.",
+    "user_id STRING NOT NULL, day DATE NOT NULL, shop STRING, open BOOLEAN, tags ARRAY<STRING>",
+    key=("user_id", "day"),
+    cluster=("day",),
+    personal=("user_id",),
+)
+
+
+def test_files_carry_no_statistics_of_users(tables: Tables) -> None:
+    assert layout.statistics_columns(PERSONAL) == ["day", "shop"]
+    visit = (
+        "SELECT '{}' AS user_id, DATE'2025-03-0{}' AS day, 'S' AS shop, true AS open, null AS tags"
+    )
+    for day, user in enumerate(("ann", "ben"), start=1):
+        row = tables.spark.sql(visit.format(user, day))
+        tables.insert(PERSONAL, row.withColumn("tags", row["tags"].cast("array<string>")))
+    tables.delta(PERSONAL).optimize().executeCompaction()
+    for statistics in statistics_in_log(tables, PERSONAL):
+        assert statistics["minValues"].keys() == {"day", "shop"}
+        assert statistics["nullCount"].keys() == {"day", "shop"}
+    log = "".join(path.read_text() for path in log_files(tables, PERSONAL))
+    assert "ann" not in log
+    assert "ben" not in log
+
+
+@pytest.mark.parametrize("table", schemas.TABLES.values(), ids=lambda table: table.name)
+def test_no_table_has_statistics_of_a_column_with_user_ids(table: Table) -> None:
+    of_users = {"user_id", "anonymous_id", "event_id"} & set(table.columns)
+    assert of_users <= set(table.personal)
+    properties = dict(layout.properties_of(table))
+    if table.personal:
+        columns = set(properties["delta.dataSkippingStatsColumns"].split(","))
+        assert not columns & set(table.personal)
+        assert set(table.cluster) <= columns
+
+
+def log_files(tables: Tables, table: Table) -> list[Path]:
+    return sorted((Path(tables.name_of(table)) / "_delta_log").glob("*.json"))
+
+
+def statistics_in_log(tables: Tables, table: Table) -> list[dict]:
+    """The statistics of every file that a commit added."""
+    actions = [
+        json.loads(line)
+        for path in log_files(tables, table)
+        for line in path.read_text().splitlines()
+    ]
+    return [json.loads(action["add"]["stats"]) for action in actions if "add" in action]

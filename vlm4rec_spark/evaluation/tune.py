@@ -219,9 +219,9 @@ def overrides(settings: ServingConfig) -> dict[str, Any]:
         mode="json",
         include={"shape", "position_decay", "half_life_days", "last_n", "event_weights", "tastes"},
     )
-    together = settings.item_item.model_dump(mode="json", exclude={"kept"})
+    together = settings.item_item.model_dump(mode="json", exclude={"max_neighbors"})
     return {
         "representation": settings.representation,
         "profiles": profiles,
-        "cooccurrence": together,
+        "item_item": together,
     }

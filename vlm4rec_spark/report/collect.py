@@ -162,13 +162,13 @@ def _rejections(tables: Tables) -> tuple[Rejection, ...]:
             F.split("source", " ")[0].alias("source"),
             # What follows a colon names the one file or the one error, and would make every row a reason of its own.
             F.regexp_replace("reason", ":.*", "").alias("reason"),
-            "copies",
+            "occurrences",
             # Where Spark keeps what it couldn't parse; elsewhere it only fills the line.
             F.regexp_replace("row", ',?"_corrupt_record":null', "").alias("row"),
         )
         .groupBy("source", "reason")
         .agg(
-            F.sum("copies").alias("rows"),
+            F.sum("occurrences").alias("rows"),
             F.substring(F.min("row"), 1, _EXAMPLE_LENGTH + 1).alias("example"),
         )
         .orderBy("source", F.desc("rows"), "reason")
@@ -196,7 +196,7 @@ def _metrics(tables: Tables, evaluated: StageRun | None) -> tuple[Metric, ...]:
         .where(F.col("run_id") == evaluated.run_id)
         .orderBy("split", "k", "metric", "slice", "arm")
         .limit(_METRICS)
-        .drop("run_id")
+        .drop("run_id", "difference", "difference_low", "difference_high")
         .collect()
     )
     return tuple(Metric(**row.asDict()) for row in rows)
