@@ -1,4 +1,4 @@
-# The commands of people and of CI. `make` alone lists them; each does its own set-up in .venv.
+# The commands of people and of CI. `make` alone lists them. Each one sets up .venv if it has to.
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -10,25 +10,26 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
-demo: $(STAMP)  ## make a shop of drawn photos, run every stage on it, write demo-output/report.html
+demo: $(STAMP)  ## draw a shop with photos, run every stage on it, write demo-output/report.html
 	@$(BIN)/vlm4rec demo
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP)  ## kill runs at random moments, submit every job, damage photos; takes over an hour
+soak: $(STAMP)  ## kill runs at random moments, submit every job, damage photos; over an hour
 	@$(BIN)/python -m pytest -m soak --verbose
 
-check: $(STAMP)  ## lint, check types, check the layers
+check: $(STAMP)  ## lint, check the layout, the types and the layers
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy vlm4rec_spark
 	@$(BIN)/python -m pytest --quiet tests/test_layering.py
 
-clean:  ## remove all that make made: .venv, demo-output, builds and caches
+clean:  ## remove .venv, demo-output, builds and caches
 	@rm -rf $(VENV) demo-output build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A Python of 3.11 to 3.13: the one called python3 where it is one, else the newest.
+# Python 3.11 to 3.13: python3 if it is one of these, else the newest.
 $(STAMP): setup.py constraints.txt
 	@if [ ! -x $(BIN)/python ]; then \
 	  for python in python3 python3.13 python3.12 python3.11 ""; do \

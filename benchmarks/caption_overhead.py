@@ -182,6 +182,7 @@ def store(run: Pipeline, photos: int, photo: Callable[[int], bytes]) -> None:
                         "image_sha256": [hashlib.sha256(image).hexdigest() for image in images],
                         "bytes": [len(image) for image in images],
                         "modified_at": pd.NaT,
+                        "version": None,
                     }
                 )
 

@@ -127,7 +127,6 @@ class Shop:
     def __init__(self, folder: Path, users: int, matrix: np.ndarray, pipeline: Pipeline):
         self.folder, self.pipeline, self.spark = folder, pipeline, pipeline.spark
         tables, ids = pipeline.tables, np.char.mod("i%06d", np.arange(ITEMS))
-        tables.prepare()
         pq = folder / "events.parquet"
         events(users).to_parquet(pq, index=False, coerce_timestamps="us")
         columns = schemas.INTERACTIONS.schema.fieldNames()

@@ -301,7 +301,10 @@ class Shop:
             self.profiles(users), opens, offer, K, self.measured.effort, matching, why
         )
         stamped = lists.select(
-            "*", F.lit("run").alias("run_id"), F.current_timestamp().alias("generated_at")
+            "*",
+            F.lit(schemas.DEFAULT_LIST).alias("list"),
+            F.lit("run").alias("run_id"),
+            F.current_timestamp().alias("generated_at")
         )
         self.pipeline.tables.replace(schemas.RECOMMENDATIONS, stamped)
         return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""One lazy Spark session for all tests. A test without `spark` among its arguments starts no JVM."""
+"""One lazy Spark session for all tests. A test without the fixture `spark` starts no JVM."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two longest files first, so that of the two processes of `make test` none waits for the other at the end."""
+    """The two longest files first: `make test` has two processes, and both end about together."""
     items.sort(key=lambda item: item.path.name not in ("test_cluster.py", "test_pipeline.py"))
 
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    started = session(
+    test_session = session(
         SparkSettings(
             master="local[2]",
             driver_memory="2g",
             conf={
-                # Rows are few: code made for each query, more tasks, or plans made anew between the stages, only cost
-                # time. Spark's own interpreter of expressions gives the same answers; test_cluster.py compares.
+                # There are few rows: generated code, more tasks and new plans between the stages
+                # only take time. Spark's interpreter of expressions gives the same results, as
+                # test_cluster.py checks.
                 "spark.sql.codegen.wholeStage": "false",
                 "spark.sql.codegen.factoryMode": "NO_CODEGEN",
                 "spark.sql.shuffle.partitions": "1",
@@ -40,23 +41,26 @@ def spark() -> Iterator[SparkSession]:
             },
         )
     )
-    yield started
-    started.stop()
+    yield test_session
+    test_session.stop()
 
 
 @pytest.fixture(scope="session")
 def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
-    """A function from a folder and `key=value` settings to a silent pipeline with the fake models of conf/test.yaml."""
+    """A function that makes a silent pipeline of a folder and `key=value` settings.
+
+    Its models are the fakes of conf/test.yaml.
+    """
     from vlm4rec_spark.config import load
     from vlm4rec_spark.pipeline import Pipeline, Reporter
 
     def make(folder: Path, *assignments: str) -> Pipeline:
-        places = (
+        paths = (
             f"tables={folder}/tables",
             f"index.folder={folder}/index",
             f"report.path={folder}/report.html",
         )
-        config = load([Path("test.yaml")], [*places, *assignments])
+        config = load([Path("test.yaml")], [*paths, *assignments])
         return Pipeline(spark, config, Reporter(print, print, lambda *_: nullcontext()))
 
     return make

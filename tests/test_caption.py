@@ -60,12 +60,12 @@ def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
     """Items and their photos, straight into the tables."""
     spark, now = run.spark, datetime(2025, 1, 1)
     items: list[Any] = [
-        (item, f"Title {item}", None, None, None, None, price, None, True, None, now)
+        (item, f"Title {item}", None, None, None, None, price, None, None, None, True, None, now)
         for item in [*images, "bare"]
     ]
     run.tables.upsert(schemas.ITEMS, spark.createDataFrame(items, schemas.ITEMS.schema))
     rows = [
-        (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None)
+        (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)
         for item, image in images.items()
     ]
     run.tables.upsert(schemas.PHOTOS, spark.createDataFrame(rows, schemas.PHOTOS.schema))

@@ -1,4 +1,4 @@
-"""The command line without Spark: exit codes, one paragraph per error, help, and `vlm4rec config`."""
+"""The command line without Spark: exit codes, a paragraph per error, help, `vlm4rec config`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ STAGES = (
     "run",
 )
 CONFIGURED = (*STAGES, "import-captions", "plan", "config", "status", "maintain", "tune")
-OTHERS = ("demo", "show", "train-captioner")
+OTHER_COMMANDS = ("demo", "show", "train-captioner")
+COMMANDS = (*CONFIGURED, *OTHER_COMMANDS)
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +46,18 @@ def no_spark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    """Exit code and message; the message is one paragraph on stderr and nothing else was printed or written."""
+    """Exit code and message.
+
+    The message is one paragraph on stderr. Nothing else was printed, and no file was written.
+    """
     code = main(list(argv))
     out, err = capsys.readouterr()
-    assert (out, list(Path.cwd().iterdir())) == ("", [])
-    assert (
-        err.startswith("Error: ")
-        and err.endswith("\n")
-        and "\n\n" not in err
-        and "Traceback" not in err
-    )
+    assert out == ""
+    assert list(Path.cwd().iterdir()) == []
+    assert err.startswith("Error: ")
+    assert err.endswith("\n")
+    assert "\n\n" not in err
+    assert "Traceback" not in err
     return code, err.removeprefix("Error: ").rstrip("\n")
 
 
@@ -71,9 +74,7 @@ def test_an_unknown_key_is_refused_by_every_stage(
 @pytest.mark.parametrize(
     "argv", [["ingest"], ["run"], ["config"], ["import-captions", "captions.csv"]]
 )
-def test_a_config_that_is_not_there_is_refused(
-    capsys: pytest.CaptureFixture[str], argv: list[str]
-) -> None:
+def test_a_missing_config_is_refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert refused(capsys, *argv, "--config", "gone.yaml") == (
         2,
         f"--config gone.yaml: there is no such file, here or in {CONF}.",
@@ -95,15 +96,25 @@ def test_a_config_that_is_not_there_is_refused(
         (["import-captions"], "Missing argument 'path'. See: vlm4rec --help"),
         (
             ["demo", "--items", "3"],
-            "Invalid value for '--items': Input should be greater than or equal to 50 See: vlm4rec --help",
+            "Invalid value for '--items': Input should be greater than or equal to 50 "
+            "See: vlm4rec --help",
         ),
         (
             ["import-captions", "x", "--column", "text"],
-            "--column text: write it as ours=theirs, such as --column text=description.",
+            "--column text: write it as name=column, such as --column text=description.",
         ),
         (
             ["import-captions", "x", "--format", "xml"],
-            "--format xml: it is csv, json, parquet or delta.",
+            "--format xml: use csv, json, parquet or delta.",
+        ),
+        (
+            ["export", "--config", "cluster.yaml", "--set", "recommend.k=3"],
+            "export is called publish now: vlm4rec publish.",
+        ),
+        (["caption", "Timeout"], "Timeout: an error class needs --retry-failed."),
+        (
+            ["tune", "--out", "/nowhere/tuned.yaml"],
+            "--out /nowhere/tuned.yaml: there is no folder /nowhere.",
         ),
         (
             ["config", "--set", "recommend.k"],
@@ -111,7 +122,7 @@ def test_a_config_that_is_not_there_is_refused(
         ),
     ],
 )
-def test_wrong_use_is_code_two_and_says_what_is_right(
+def test_wrong_use_is_code_two_with_the_right_use(
     capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
     assert refused(capsys, *argv) == (2, message)
@@ -132,7 +143,8 @@ def test_wrong_use_is_code_two_and_says_what_is_right(
         (ValueError(), 1, "ValueError: no message (--debug shows the stack trace.)"),
         (
             ValueError(
-                "Job aborted\n  File x\nvlm4rec_spark.errors.RunError: the photo: is gone\nat java.base"
+                "Job aborted\n  File x\n"
+                "vlm4rec_spark.errors.RunError: the photo: is gone\nat java.base"
             ),
             1,
             "ValueError: the photo: is gone (--debug shows the stack trace.)",
@@ -146,7 +158,7 @@ def test_an_error_inside_is_one_paragraph_and_its_code(
     code: int,
     message: str,
 ) -> None:
-    def fails(*given: object) -> None:
+    def fails(*_: object) -> None:
         raise error
 
     monkeypatch.setattr("vlm4rec_spark.cli.commands.run_stages", fails)
@@ -166,12 +178,12 @@ def test_debug_shows_the_stack_trace(capsys: pytest.CaptureFixture[str]) -> None
 def test_config_prints_yaml_that_loads_back_equal(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    argv = ["--config", "demo.yaml", "--set", "recommend.k=3", "--set", "evaluate.cut=2025-05-01"]
-    assert main(["config", *argv]) == 0
-    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert load([tmp_path / "printed.yaml"]) == load(
-        [Path("demo.yaml")], ["recommend.k=3", "evaluate.cut=2025-05-01"]
-    )
+    assignments = ["recommend.k=3", "evaluate.cut=2025-05-01"]
+    words = [word for assignment in assignments for word in ("--set", assignment)]
+    assert main(["config", "--config", "demo.yaml", *words]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load([printed]) == load([Path("demo.yaml")], assignments)
 
 
 def test_config_alone_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,13 +192,15 @@ def test_config_alone_prints_the_defaults(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {command.name for command in app.registered_commands} == {*CONFIGURED, *OTHERS}
+    public = {command.name for command in app.registered_commands if not command.hidden}
+    assert public == set(COMMANDS)
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [command for command in (*CONFIGURED, *OTHERS) if f" {command} " not in out] == []
+    assert [command for command in COMMANDS if f" {command} " not in out] == []
+    assert " export " not in out
 
 
-@pytest.mark.parametrize("command", [*CONFIGURED, *OTHERS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
@@ -204,9 +218,9 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter.speak(as_json=True, run_id="r1", stage="embed")
-    reporter.OURS.info("embed: done", extra={"figures": {"rows_ok": 3}})
-    reporter.OURS.error("a line\nof [bold]two[/]")
+    reporter.configure(as_json=True, run_id="r1", stage="embed")
+    reporter.LOG.info("embed: done", extra={"figures": {"rows_ok": 3}})
+    reporter.LOG.error("a line\nof [bold]two[/]")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert datetime.fromisoformat(first.pop("at")).utcoffset() == timedelta(0)
     assert first == {
@@ -219,7 +233,7 @@ def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixt
     assert (second["level"], second["message"]) == ("ERROR", "a line\nof [bold]two[/]")
 
 
-def test_another_run_at_work_is_no_error(
+def test_another_run_at_work_is_not_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def busy(*_: object) -> None:
@@ -230,22 +244,21 @@ def test_another_run_at_work_is_no_error(
     assert capsys.readouterr().err == "Another run is at work on these tables: run r2.\n"
 
 
-def _nobody(_: object) -> None:
-    # As PySpark starts it: a process that is there, and then isn't.
+def _closed_gateway(_: object) -> None:
+    # The JVM's process was there, and then it isn't.
     gateway = socket.create_server(("127.0.0.1", 0))
-    place = gateway.getsockname()
+    address = gateway.getsockname()
     gateway.close()
-    socket.create_connection(place)
+    socket.create_connection(address)
 
 
-def _dying(_: object) -> None:
-    raise Py4JError(
-        "org.apache.spark.sql.functions does not exist in the JVM"
-    )  # seen when it was killed
+def _killed_jvm(_: object) -> None:
+    # Py4J's own message, seen when the JVM was killed.
+    raise Py4JError("org.apache.spark.sql.functions does not exist in the JVM")
 
 
-@pytest.mark.parametrize("session", [_nobody, _dying])
-def test_a_jvm_that_dies_is_said_and_what_helps(
+@pytest.mark.parametrize("session", [_closed_gateway, _killed_jvm])
+def test_a_jvm_that_dies_is_one_paragraph_with_a_hint(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     session: Callable[[object], None],
@@ -254,10 +267,10 @@ def test_a_jvm_that_dies_is_said_and_what_helps(
     code, message = refused(capsys, "ingest")
     assert code == 1
     assert message.startswith(
-        "Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory)."
+        "Spark's JVM has ended: it was killed, or it had too little memory (spark.driver_memory)."
     )
 
 
-def test_a_figure_of_the_headline_is_short() -> None:
+def test_a_metric_in_the_headline_is_short() -> None:
     assert _cell(0.0984, 0.0591, 1.0) == ".098 [.059, 1.000]"
     assert _cell(None, None, None) == "too few users"

@@ -1,4 +1,4 @@
-"""The configuration: where values come from, and one line per mistake with its place and the nearest key."""
+"""The configuration: which value wins, and a line per mistake with its origin and the right key."""
 
 from __future__ import annotations
 
@@ -8,41 +8,51 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from vlm4rec_spark.config import CONF, Config, load
+from vlm4rec_spark.config import _RENAMED, CONF, Config, load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.stages.recommend import RecommendSettings
 
+TOO_SMALL = "Input should be greater than or equal to 1"
+
 
 def refusal(files: tuple[Path, ...] = (), *assignments: str) -> str:
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(UsageError) as error:
         load(files, assignments)
-    return str(refused.value)
+    return str(error.value)
 
 
-def keys(model: BaseModel) -> dict:
-    """Every key of the model down to the leaves, as base.yaml would have to name them."""
+def all_keys(model: BaseModel) -> dict:
+    """Every key of the model down to the leaves, nested as in base.yaml."""
     values = {name: getattr(model, name) for name in type(model).model_fields}
     return {
-        name: keys(value) if isinstance(value, BaseModel) else ... for name, value in values.items()
+        name: all_keys(value) if isinstance(value, BaseModel) else ...
+        for name, value in values.items()
     }
 
 
-def named(content: dict, shape: dict) -> dict:
+def written_keys(content: dict, expected: dict) -> dict:
+    """The keys of `content`, as deep as `expected` has sections."""
     return {
-        key: named(value, shape[key]) if isinstance(shape[key], dict) else ...
+        key: written_keys(value, expected[key]) if isinstance(expected[key], dict) else ...
         for key, value in content.items()
     }
 
 
 @pytest.fixture
-def yours(tmp_path: Path) -> Path:
-    return tmp_path / "yours.yaml"
+def config_file(tmp_path: Path) -> Path:
+    return tmp_path / "own.yaml"
 
 
-def test_base_yaml_says_the_defaults_and_names_every_key() -> None:
+def test_base_yaml_has_the_defaults_and_every_key() -> None:
     content = yaml.safe_load((CONF / "base.yaml").read_text())
+    expected = all_keys(Config())
     assert load().model_dump() == Config().model_dump()
-    assert named(content, keys(Config())) == keys(Config())
+    assert written_keys(content, expected) == expected
+
+
+def test_lines_of_base_yaml_are_short() -> None:
+    lines = (CONF / "base.yaml").read_text().splitlines()
+    assert [line for line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in CONF.glob("*.yaml")))
@@ -68,7 +78,7 @@ def _over(old: object, new: object) -> object:
 
 def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("recommend: {k: 1, recall: 0.5}\nprofiles: {last_n: 7}\n")
+    first.write_text("recommend: {k: 1, target_recall: 0.5}\nprofiles: {last_n: 7}\n")
     second.write_text("recommend: {k: 2}\n")
     config = load(
         [first, second], ["recommend.recall_sample=3", "profiles.last_n=8", "profiles.last_n=9"]
@@ -87,9 +97,9 @@ def test_a_file_here_comes_before_the_packaged_one_of_its_name(
     assert (config.recommend.k, config.embed.encoder) == (3, "minilm")
 
 
-def test_an_empty_file_changes_nothing(yours: Path) -> None:
-    yours.write_text("# nothing yet\n")
-    assert load([yours]) == Config()
+def test_an_empty_file_changes_nothing(config_file: Path) -> None:
+    config_file.write_text("# nothing yet\n")
+    assert load([config_file]) == Config()
 
 
 def test_assigned_values_are_yaml() -> None:
@@ -122,9 +132,9 @@ def test_a_config_cannot_be_changed() -> None:
     [
         ("tables: t\nrecomend:\n  k: 3\n", 2, "'recomend'. Did you mean 'recommend'?"),
         (
-            "recommend:\n  recal: 0.9\n",
+            "recommend:\n  target_recal: 0.9\n",
             2,
-            "'recommend.recal'. Did you mean 'recommend.target_recall'?",
+            "'recommend.target_recal'. Did you mean 'recommend.target_recall'?",
         ),
         (
             "caption:\n  model:\n\n    modle: x\n",
@@ -139,10 +149,10 @@ def test_a_config_cannot_be_changed() -> None:
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
-    yours: Path, text: str, line: int, message: str
+    config_file: Path, text: str, line: int, message: str
 ) -> None:
-    yours.write_text(text)
-    assert refusal((yours,)) == f"{yours}, line {line}: unknown key {message}"
+    config_file.write_text(text)
+    assert refusal((config_file,)) == f"{config_file}, line {line}: unknown key {message}"
 
 
 @pytest.mark.parametrize(
@@ -157,10 +167,10 @@ def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
         (
             "recommend:\n  k: 0\n",
             2,
-            "recommend.k: Input should be greater than or equal to 1 (it is 0).",
+            f"recommend.k: {TOO_SMALL} (it is 0).",
         ),
         (
-            "recommend:\n  recall: 1.5\n",
+            "recommend:\n  target_recall: 1.5\n",
             2,
             "recommend.target_recall: Input should be less than or equal to 1 (it is 1.5).",
         ),
@@ -183,19 +193,43 @@ def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
         ),
     ],
 )
-def test_a_wrong_type_or_an_impossible_value_is_said_with_file_and_line(
-    yours: Path, text: str, line: int, message: str
+def test_a_wrong_type_or_an_impossible_value_has_file_and_line(
+    config_file: Path, text: str, line: int, message: str
 ) -> None:
-    yours.write_text(text)
-    assert refusal((yours,)) == f"{yours}, line {line}: {message}"
+    config_file.write_text(text)
+    assert refusal((config_file,)) == f"{config_file}, line {line}: {message}"
 
 
-def test_every_mistake_has_a_line(yours: Path) -> None:
-    yours.write_text("recommend: {k: 0}\nembed: {words: 3}\n")
-    assert refusal((yours,), "profiles.last_m=1").splitlines() == [
-        f"{yours}, line 2: unknown key 'embed.words'. Did you mean 'embed.max_words'?",
+@pytest.mark.parametrize("old", _RENAMED)
+def test_an_old_key_is_refused_with_its_new_name(old: str) -> None:
+    key, _, value = old.partition(": ")
+    assert f"{old} is called {_RENAMED[old]} now" in refusal((), f"{key}={value or 1}")
+
+
+def test_new_names_are_valid_keys() -> None:
+    for new in _RENAMED.values():
+        section = all_keys(Config())
+        for part in new.partition(": ")[0].split("."):
+            assert part in section, new
+            section = section[part]
+
+
+def test_an_old_section_names_its_old_keys_too(config_file: Path) -> None:
+    config_file.write_text("\ncooccurrence: {share: 0.2, kept: 50}\n")
+    assert refusal((config_file,)) == (
+        f"{config_file}, line 2: cooccurrence is called item_item now, "
+        "cooccurrence.kept is called item_item.max_neighbors now."
+    )
+    arm = "evaluate.custom_arms={x: {cooccurrence: {share: 0.2}}}"
+    assert refusal((), arm) == f"--set {arm}: cooccurrence is called item_item now."
+
+
+def test_every_mistake_has_a_line(config_file: Path) -> None:
+    config_file.write_text("recommend: {k: 0}\nembed: {words: 3}\n")
+    assert refusal((config_file,), "profiles.last_m=1").splitlines() == [
+        f"{config_file}, line 2: unknown key 'embed.words'. Did you mean 'embed.max_words'?",
         "--set profiles.last_m=1: unknown key 'profiles.last_m'. Did you mean 'profiles.last_n'?",
-        f"{yours}, line 1: recommend.k: Input should be greater than or equal to 1 (it is 0).",
+        f"{config_file}, line 1: recommend.k: {TOO_SMALL} (it is 0).",
     ]
 
 
@@ -212,7 +246,7 @@ def test_an_assignment_needs_a_key_and_an_equals_sign(assignment: str) -> None:
     [
         (
             "recommend.k=-1",
-            "--set recommend.k=-1: recommend.k: Input should be greater than or equal to 1 (it is -1).",
+            f"--set recommend.k=-1: recommend.k: {TOO_SMALL} (it is -1).",
         ),
         (
             "recommend.k.x=1",
@@ -227,7 +261,7 @@ def test_a_wrong_assignment_is_shown_as_it_was_written(assignment: str, message:
     assert refusal((), assignment) == message
 
 
-def test_a_file_that_is_not_there_says_where_it_was_looked_for() -> None:
+def test_a_missing_file_is_refused_with_the_folders_that_were_searched() -> None:
     assert (
         refusal((Path("nowhere.yaml"),))
         == f"--config nowhere.yaml: there is no such file, here or in {CONF}."
@@ -248,19 +282,20 @@ def test_a_file_that_is_not_there_says_where_it_was_looked_for() -> None:
     ],
     ids=["list", "text", "torn", "binary", "python object"],
 )
-def test_a_file_that_is_no_configuration_is_one_line(
-    yours: Path, data: bytes, message: str
+def test_a_file_that_is_not_a_configuration_is_one_line(
+    config_file: Path, data: bytes, message: str
 ) -> None:
-    yours.write_bytes(data)
-    said = refusal((yours,))
-    assert said.startswith(f"--config {yours}") and message in said
-    assert "\n" not in said
+    config_file.write_bytes(data)
+    line = refusal((config_file,))
+    assert line.startswith(f"--config {config_file}")
+    assert message in line
+    assert "\n" not in line
 
 
-def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
     assert refusal((tmp_path,)).startswith(f"--config {tmp_path} can't be read: ")
 
 
-def test_keys_that_are_no_text_are_refused_as_unknown(yours: Path) -> None:
-    yours.write_text("1: x\n")
-    assert refusal((yours,)).startswith(f"{yours}, line 1: ")
+def test_keys_that_are_not_text_are_unknown(config_file: Path) -> None:
+    config_file.write_text("1: x\n")
+    assert refusal((config_file,)).startswith(f"{config_file}, line 1: ")

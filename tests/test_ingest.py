@@ -263,7 +263,7 @@ def test_given_event_ids_count_once_and_rejected_copies_are_counted(
     assert [(row["event_id"], row["event_time"]) for row in ingest.taken(parsed).collect()] == [
         ("e1", TEN)
     ]
-    assert [row["copies"] for row in ingest.rejected(parsed, "interactions").collect()] == [3]
+    assert [row["occurrences"] for row in ingest.rejected(parsed, "interactions").collect()] == [3]
 
 
 def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:

@@ -1,8 +1,9 @@
-"""The arrows between the modules, read from their imports: numpy below, stages apart, wiring above."""
+"""The arrows between the modules, read from their imports; and names that stand once."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,24 +11,48 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = "vlm4rec_spark"
+PACKAGE = "vlm4rec_spark"
 HEAVY = ("torch", "transformers", "scann", "sentence_transformers")
-# Two levels of folders, the second with the command line, know each stage; everything else knows one at most.
+# Only the wiring knows several stages; everything else knows one at most.
 STAGES = ("stages", "caption")
 WIRING = ("pipeline", "config", "evaluation")
+ABOVE_NUMPY = (
+    "stages",
+    "caption",
+    "evaluation",
+    "pipeline",
+    "report",
+    "cli",
+    "config",
+    "storage",
+    "sources",
+    "spark",
+)
+STAGE_WORDS = {
+    "ingest",
+    "caption",
+    "embed",
+    "index",
+    "profiles",
+    "recommend",
+    "publish",
+    "evaluate",
+    "report",
+    "maintain",
+}
 
 
 class Import(NamedTuple):
     name: str
     """The full dotted name, of `from a.b import c` a.b.c."""
     at_load: bool
-    """It happens when the module is loaded: neither inside a function nor for type checkers only."""
+    """When the module is loaded: not inside a function, not for type checkers only."""
 
     def of(self, *packages: str) -> bool:
         return any(f"{self.name}.".startswith(f"{package}.") for package in packages)
 
-    def of_ours(self, *parts: str) -> bool:
-        return self.of(*(f"{OURS}.{part}" for part in parts))
+    def of_package(self, *parts: str) -> bool:
+        return self.of(*(f"{PACKAGE}.{part}" for part in parts))
 
 
 def imports(node: ast.AST, at_load: bool = True) -> Iterator[Import]:
@@ -48,26 +73,31 @@ def parsed(folder: str) -> dict[str, ast.Module]:
     return {str(file.relative_to(ROOT / folder)): ast.parse(file.read_text()) for file in files}
 
 
-PACKAGE = parsed(OURS)
-IMPORTS = {file: list(imports(tree)) for file, tree in PACKAGE.items()}
+TREES = parsed(PACKAGE)
+IMPORTS = {file: list(imports(tree)) for file, tree in TREES.items()}
 
 
 def within(file: str, *parts: str) -> bool:
-    """The file is one of these modules or lies in one of these folders."""
+    """Whether the file is one of these modules, or in one of these folders."""
     return file.removesuffix(".py").split("/")[0] in parts
 
 
 def importers(*packages: str) -> set[str]:
-    return {file for file, found in IMPORTS.items() if any(one.of(*packages) for one in found)}
+    return {
+        file
+        for file, imported in IMPORTS.items()
+        if any(module.of(*packages) for module in imported)
+    }
 
 
-def offences(*parts: str, to: tuple[str, ...] = (), to_ours: tuple[str, ...] = ()) -> list[str]:
+def offences(*parts: str, to: tuple[str, ...] = (), inside: tuple[str, ...] = ()) -> list[str]:
+    """Imports in these parts of packages `to`, or of the package's parts `inside`."""
     return sorted(
-        f"{file} imports {one.name}"
-        for file, found in IMPORTS.items()
+        f"{file} imports {module.name}"
+        for file, imported in IMPORTS.items()
         if within(file, *parts)
-        for one in found
-        if one.of(*to) or one.of_ours(*to_ours)
+        for module in imported
+        if module.of(*to) or module.of_package(*inside)
     )
 
 
@@ -88,132 +118,182 @@ try:
 except ImportError:
     pass
 """
-    found = list(imports(ast.parse(code)))
-    assert [one.name for one in found if one.at_load] == ["a.b", "c.d.e", "c.d.f", "i", "m"]
-    assert [one.name for one in found if not one.at_load] == ["g.h", "j", "k.l"]
-    assert [
-        Import("a.bc", True).of("a.b"),
-        Import("a.b", True).of("a.b"),
-        Import("a.b.c", True).of("a.b"),
-    ] == [False, True, True]
-    assert len(PACKAGE) > 40
+    imported = list(imports(ast.parse(code)))
+    at_load = [module.name for module in imported if module.at_load]
+    assert at_load == ["a.b", "c.d.e", "c.d.f", "i", "m"]
+    assert [module.name for module in imported if not module.at_load] == ["g.h", "j", "k.l"]
+    assert not Import("a.bc", True).of("a.b")
+    assert Import("a.b", True).of("a.b")
+    assert Import("a.b.c", True).of("a.b")
+    assert len(TREES) > 40
 
 
 def test_the_numpy_world_never_imports_spark() -> None:
     assert offences("models", "training", "demo", to=("pyspark", "delta")) == []
-    above = (
-        "stages",
-        "caption",
-        "evaluation",
-        "pipeline",
-        "report",
-        "cli",
-        "config",
-        "tables",
-        "sources",
-        "session",
-        "schemas",
-        "progress",
-    )
-    assert offences("models", "training", "demo", to_ours=above) == []
-    assert offences("models", to_ours=("demo", "training")) == []
-    assert offences("training", to_ours=("demo",)) == []
+    assert offences("models", "training", "demo", inside=ABOVE_NUMPY) == []
+    assert offences("models", inside=("demo", "training")) == []
+    assert offences("training", inside=("demo",)) == []
 
 
 def test_stages_never_import_each_other() -> None:
-    for file, found in IMPORTS.items():
+    for file, imported in IMPORTS.items():
         if within(file, *STAGES):
-            own = (
-                "caption" if within(file, "caption") else file.removesuffix(".py").replace("/", ".")
-            )
-            others = [one.name for one in found if one.of_ours(*STAGES) and not one.of_ours(own)]
-            assert others == [], file
+            own = "caption"
+            if not within(file, "caption"):
+                own = file.removesuffix(".py").replace("/", ".")
+            stages = [
+                module.name
+                for module in imported
+                if module.of_package(*STAGES) and not module.of_package(own)
+            ]
+            assert stages == [], file
 
 
 def test_stages_know_nothing_of_the_wiring() -> None:
-    above = (
-        "evaluation",
-        "pipeline",
-        "report",
-        "cli",
-        "config",
-        "tables",
-        "session",
-        "progress",
-        "demo",
-    )
-    assert offences(*STAGES, to_ours=above) == []
+    above = ("evaluation", "pipeline", "report", "cli", "config", "spark", "demo")
+    assert offences("stages", inside=above) == []
+    tables = ("storage.tables", "storage.layout", "storage.maintenance", "storage.state")
+    assert offences(*STAGES, inside=tables) == []
+    assert offences("caption", inside=tuple(part for part in above if part != "spark")) == []
+
+
+def test_stages_touch_neither_session_nor_files() -> None:
+    modules = ("fsspec", "shutil", "tempfile", "io", "os", "pyspark.sql.SparkSession")
+    assert offences("stages", to=modules) == []
+    forbidden = {
+        "sparkSession",
+        "sparkContext",
+        "persist",
+        "cache",
+        "checkpoint",
+        "localCheckpoint",
+        "write",
+        "mkdir",
+        "read_text",
+        "read_bytes",
+        "write_text",
+        "write_bytes",
+    }
+    for file, tree in TREES.items():
+        if within(file, "stages"):
+            assert forbidden.isdisjoint(used_names(tree)), file
+
+
+def used_names(tree: ast.Module) -> set[str]:
+    """Attributes, and called functions such as open."""
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = {
+        "write" if node.func.id == "open" else node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return attributes | calls
+
+
+def test_the_reader_of_names_sees_sessions_and_files() -> None:
+    code = ast.parse("rows.sparkSession.sparkContext; open(path); rows.select(a).persist()")
+    assert used_names(code) == {"sparkSession", "sparkContext", "write", "select", "persist"}
 
 
 def test_heavy_libraries_are_imported_where_they_are_needed() -> None:
-    # Training is torch from end to end, and only its own command imports it, when it is called.
-    early = {
-        (file, one.name)
-        for file, found in IMPORTS.items()
-        for one in found
-        if one.of(*HEAVY) and one.at_load
+    # Training is torch from end to end. Only its own command imports it, when it is called.
+    at_load = {
+        file
+        for file, imported in IMPORTS.items()
+        if any(module.of(*HEAVY) and module.at_load for module in imported)
     }
-    assert {file for file, _ in early} == {"training/augment.py", "training/train.py"}
+    assert at_load == {"training/augment.py", "training/train.py"}
     training = {
-        (file, one.at_load)
-        for file, found in IMPORTS.items()
-        for one in found
-        if one.of_ours("training") and not within(file, "training")
+        (file, module.at_load)
+        for file, imported in IMPORTS.items()
+        for module in imported
+        if module.of_package("training") and not within(file, "training")
     }
-    assert training == {("cli/training.py", False)}
+    assert training == {("cli/train_captioner.py", False)}
     assert {file.split("/")[0] for file in importers(*HEAVY)} <= {"models", "training"}
 
 
 def test_only_tables_knows_delta() -> None:
-    assert importers("delta") == {"tables.py"}
+    assert importers("delta") == {"storage/tables.py"}
 
 
 def test_only_session_builds_a_session() -> None:
     building = {
         file
-        for file, tree in PACKAGE.items()
+        for file, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and node.attr in ("builder", "getOrCreate")
         and ast.unparse(node).startswith(("SparkSession", "SparkContext", "pyspark"))
     }
-    assert building == {"session.py"}
+    assert building == {"spark/session.py"}
 
 
 def test_only_the_wiring_sees_several_stages() -> None:
-    several = set()
-    for file, found in IMPORTS.items():
-        ours = [one for one in found if one.of_ours(*STAGES)]
-        seen = {tuple(one.name.split(".")[1 : 3 if one.of_ours("stages") else 2]) for one in ours}
-        if len(seen) > 1:
-            several.add(file)
+    several = [file for file in IMPORTS if len(stages_of(file)) > 1]
     assert [file for file in several if not within(file, *WIRING)] == []
-    assert [
-        file for file in importers(f"{OURS}.stages") if not within(file, "stages", *WIRING)
-    ] == []
+    outside = [
+        file for file in importers(f"{PACKAGE}.stages") if not within(file, "stages", *WIRING)
+    ]
+    assert outside == []
 
 
-def test_evaluation_runs_four_stages_and_is_run_by_the_wiring() -> None:
-    runs = {
-        one.name
-        for file, found in IMPORTS.items()
-        if within(file, "evaluation")
-        for one in found
-        if one.of_ours(*STAGES)
-    }
-    stages = {".".join(name.split(".")[1:3]) for name in runs}
-    assert stages == {
-        f"stages.{stage}" for stage in ("cooccurrence", "index", "profiles", "recommend")
-    }
+def stages_of(file: str) -> set[str]:
+    """The stages that the file imports, such as stages.index or caption."""
+    stages = set()
+    for module in IMPORTS[file]:
+        if module.of_package("stages"):
+            stages.add(".".join(module.name.split(".")[1:3]))
+        elif module.of_package("caption"):
+            stages.add("caption")
+    return stages
+
+
+def test_evaluation_runs_three_stages_and_is_run_by_the_wiring() -> None:
+    stages = {stage for file in IMPORTS if within(file, "evaluation") for stage in stages_of(file)}
+    assert stages == {f"stages.{name}" for name in ("item_item", "profiles", "recommend")}
     allowed = ("evaluation", "cli", "pipeline", "config")
-    assert [file for file in importers(f"{OURS}.evaluation") if not within(file, *allowed)] == []
+    evaluating = importers(f"{PACKAGE}.evaluation")
+    assert [file for file in evaluating if not within(file, *allowed)] == []
 
 
 def test_only_the_command_line_runs_the_pipeline() -> None:
-    assert [
-        file for file in importers(f"{OURS}.pipeline") if not within(file, "pipeline", "cli")
-    ] == []
-    assert [file for file in importers(f"{OURS}.cli") if not within(file, "cli")] == []
+    running = importers(f"{PACKAGE}.pipeline")
+    assert [file for file in running if not within(file, "pipeline", "cli")] == []
+    assert [file for file in importers(f"{PACKAGE}.cli") if not within(file, "cli")] == []
+
+
+def test_every_stage_file_has_its_stage_and_its_fingerprint() -> None:
+    wiring = TREES["pipeline/__init__.py"]
+    stages = next(
+        [ast.literal_eval(key) for key in node.value.keys if key]
+        for node in wiring.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_STAGES"
+        if isinstance(node.value, ast.Dict)
+    )
+    assert len(stages) == 9
+    for stage in stages:
+        functions = {
+            node.name: [argument.arg for argument in node.args.args]
+            for node in TREES[f"pipeline/{stage}.py"].body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert functions[stage] == ["context", "result"], stage
+        assert functions["inputs_fingerprint"] == ["context"], stage
+
+
+def test_no_module_and_no_class_name_stands_twice_but_for_a_stage() -> None:
+    modules = Counter(Path(file).stem for file in TREES if not file.endswith("__init__.py"))
+    # Files are reached through two modules: models/files.py on workers, storage/files.py on the
+    # driver.
+    assert {name for name, count in modules.items() if count > 1} - STAGE_WORDS <= {"files"}
+    classes = Counter(
+        node.name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
 
 
 @pytest.mark.parametrize(
@@ -222,19 +302,19 @@ def test_only_the_command_line_runs_the_pipeline() -> None:
 def test_a_job_only_calls_its_command(file: str) -> None:
     text = (ROOT / "jobs" / file).read_text()
     assert len(text.splitlines()) <= 12
-    assert [one.name for one in imports(ast.parse(text))] == ["sys", "vlm4rec_spark.cli.main"]
+    assert [module.name for module in imports(ast.parse(text))] == ["sys", "vlm4rec_spark.cli.main"]
     command = {"pipeline": "run"}.get(name := file.removeprefix("run_").removesuffix(".py"), name)
     assert text.endswith(f'raise SystemExit(main(["{command}", *sys.argv[1:]]))\n')
 
 
 def test_there_is_no_drawer_for_leftovers() -> None:
     drawers = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
-    assert [file for file in PACKAGE if file.rsplit("/", 1)[-1] in drawers] == []
+    assert [file for file in TREES if file.rsplit("/", 1)[-1] in drawers] == []
 
 
 def test_nothing_is_unpickled_and_no_model_brings_code() -> None:
     assert importers("pickle", "cloudpickle", "dill", "joblib", "shelve") == set()
-    for file, tree in PACKAGE.items():
+    for file, tree in TREES.items():
         for node in ast.walk(tree):
             assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), file
             assert not (isinstance(node, ast.Constant) and node.value == "trust_remote_code"), file

@@ -1,4 +1,4 @@
-"""Maintain: what OPTIMIZE and VACUUM do to a table, which index versions may go, and what must never be deleted."""
+"""Maintain: what OPTIMIZE and VACUUM do, which index versions go, and what is never deleted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,31 +16,30 @@ import pytest
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline import maintain
-from vlm4rec_spark.storage import schemas
-from vlm4rec_spark.storage import tables as delta
+from vlm4rec_spark.storage import maintenance, schemas
 from vlm4rec_spark.storage.index_versions import MaintainSettings, prunable, remove, versions
 from vlm4rec_spark.storage.schemas import Table
-from vlm4rec_spark.storage.tables import Tables
+from vlm4rec_spark.storage.tables import HEAVY, Tables
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 
     from vlm4rec_spark.pipeline import Pipeline
 
 DAY = 24 * 3600
 MONDAY = datetime(2025, 3, 3, tzinfo=UTC)
-THINGS = Table("things", "Things.", "id STRING NOT NULL, size INT", key=("id",), feed=True)
+PRODUCTS = Table("products", "Products.", "id STRING NOT NULL, size INT", key=("id",), feed=True)
 
 
 def index(folder: Path, index_id: str, age: float, whole: bool = True) -> Path:
     """A folder that looks like an index version which was written `age` days ago."""
-    made = folder / index_id
-    (made / "scann").mkdir(parents=True)
-    (made / "vectors.npy").write_bytes(b"x" * 1000)
+    version = folder / index_id
+    (version / "scann").mkdir(parents=True)
+    (version / "vectors.npy").write_bytes(b"x" * 1000)
     if whole:
-        (made / "manifest.json").write_text(json.dumps({"index_id": index_id}))
-    backdate(made, age)
-    return made
+        (version / "manifest.json").write_text(json.dumps({"index_id": index_id}))
+    backdate(version, age)
+    return version
 
 
 def backdate(folder: Path, age: float) -> None:
@@ -53,53 +53,54 @@ def ids(*letters: str) -> list[str]:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Path:
+def index_folder(tmp_path: Path) -> Path:
     """Versions a to e, of five to nine days ago."""
     for age, index_id in enumerate(ids("a", "b", "c", "d", "e"), start=5):
         index(tmp_path, index_id, age)
     return tmp_path
 
 
-def gone(
-    folder: Path, in_force: list[str], named: list[str], keep: int = 1, now: float | None = None
+def pruned(
+    folder: Path, in_force: list[str], built: list[str], keep: int = 1, now: float | None = None
 ) -> list[str]:
-    found = prunable(
-        versions(folder), in_force, dict.fromkeys(named, 0.0), keep, now or time.time()
-    )
-    return sorted(version.index_id for version in found)
+    """Ids of the versions that may go, where runs built those of `built` long ago."""
+    built_at = dict.fromkeys(built, 0.0)
+    removed = prunable(versions(folder), in_force, built_at, keep, now or time.time())
+    return sorted(version.index_id for version in removed)
 
 
-def test_the_latest_are_kept_besides_those_in_force(shelf: Path) -> None:
+def test_the_latest_stay_besides_those_in_force(index_folder: Path) -> None:
     every = ids("a", "b", "c", "d", "e")
-    assert gone(shelf, in_force=ids("c"), named=every, keep=2) == ids("d", "e")
-    assert gone(shelf, in_force=ids("e"), named=every, keep=0) == ids("a", "b", "c", "d")
-    assert gone(shelf, in_force=every, named=every, keep=0) == []
-    # The run that named it last counts, not only when it was written: e was in force until yesterday but one.
-    named = dict.fromkeys(every, 0.0) | {"e" * 16: time.time() - 2 * DAY}
-    found = prunable(versions(shelf), ids("a"), named, keep=1, now=time.time())
-    assert [version.index_id for version in found] == ids("b", "c", "d")
+    assert pruned(index_folder, in_force=ids("c"), built=every, keep=2) == ids("d", "e")
+    assert pruned(index_folder, in_force=ids("e"), built=every, keep=0) == ids("a", "b", "c", "d")
+    assert pruned(index_folder, in_force=every, built=every, keep=0) == []
+    # The run that built it last counts, not only when it was written: e was built again two days
+    # ago.
+    built_at = dict.fromkeys(every, 0.0) | {"e" * 16: time.time() - 2 * DAY}
+    removed = prunable(versions(index_folder), ids("a"), built_at, keep=1, now=time.time())
+    assert [version.index_id for version in removed] == ids("b", "c", "d")
 
 
-def test_a_version_that_no_run_of_these_tables_named_stays(shelf: Path) -> None:
-    assert gone(shelf, in_force=ids("a"), named=ids("a", "d"), keep=0) == ids("d")
-    # Nor does it take the place of one of ours.
-    assert gone(shelf, in_force=ids("a"), named=ids("a", "d", "e"), keep=1) == ids("e")
+def test_a_version_that_no_run_of_these_tables_built_stays(index_folder: Path) -> None:
+    assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d"), keep=0) == ids("d")
+    # Nor does it count as one of the latest of ours.
+    assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d", "e"), keep=1) == ids("e")
 
 
 def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path: Path) -> None:
     index(tmp_path, "1" * 16, age=0.9, whole=False)
     index(tmp_path, "2" * 16, age=1.1, whole=False)
     index(tmp_path, "3" * 16, age=1.1, whole=False)
-    torn = index(tmp_path, "4" * 16, age=9)
-    (torn / "manifest.json").write_text('{"index_id"')
-    backdate(torn, 9)
-    assert gone(tmp_path, in_force=ids("3"), named=[]) == ids("2", "4")
+    damaged = index(tmp_path, "4" * 16, age=9)
+    (damaged / "manifest.json").write_text('{"index_id"')
+    backdate(damaged, 9)
+    assert pruned(tmp_path, in_force=ids("3"), built=[]) == ids("2", "4")
 
 
 def test_a_whole_one_younger_than_a_day_stays(tmp_path: Path) -> None:
     index(tmp_path, "1" * 16, age=0.9)
     index(tmp_path, "2" * 16, age=1.1)
-    assert gone(tmp_path, in_force=[], named=ids("1", "2"), keep=0) == ids("2")
+    assert pruned(tmp_path, in_force=[], built=ids("1", "2"), keep=0) == ids("2")
 
 
 def test_what_is_not_surely_ours_is_not_seen(tmp_path: Path) -> None:
@@ -122,15 +123,15 @@ def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    made = index(tmp_path, "1" * 16, age=9)
+    folder = index(tmp_path, "1" * 16, age=9)
     monkeypatch.setattr("shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         remove(versions(tmp_path)[0])
     monkeypatch.undo()
-    (left,) = versions(tmp_path)
-    assert (left.folder, left.whole) == (made, False)
-    assert gone(tmp_path, in_force=[], named=[], now=time.time() + 2 * DAY) == ids("1")
-    remove(left)
+    (remaining,) = versions(tmp_path)
+    assert (remaining.folder, remaining.whole) == (folder, False)
+    assert pruned(tmp_path, in_force=[], built=[], now=time.time() + 2 * DAY) == ids("1")
+    remove(remaining)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,11 +149,11 @@ def named(spark: SparkSession) -> Iterator[Tables]:
 
 
 def rows(spark: SparkSession, *numbers: int) -> DataFrame:
-    return spark.createDataFrame([(f"t{n}", n) for n in numbers], THINGS.schema.simpleString())
+    return spark.createDataFrame([(f"t{n}", n) for n in numbers], PRODUCTS.schema.simpleString())
 
 
 def content(tables: Tables) -> list[tuple]:
-    return sorted(map(tuple, tables.read(THINGS).collect()))
+    return sorted(map(tuple, tables.read(PRODUCTS).collect()))
 
 
 def parquet(tables: Tables, table: Table) -> list[Path]:
@@ -160,18 +161,19 @@ def parquet(tables: Tables, table: Table) -> list[Path]:
 
 
 def in_few_tasks(spark: SparkSession, work: Callable[[], int | None]) -> int | None:
-    """What `work` returns; not one of its Spark stages has many tasks, as Delta's own VACUUM has 10,000."""
+    """What `work` returns; none of its Spark stages has many tasks (Delta's VACUUM: 10,000)."""
     spark.sparkContext.setJobGroup("few", "few")
-    found, tracker = work(), spark.sparkContext.statusTracker()
+    result = work()
+    tracker = spark.sparkContext.statusTracker()
     spark.sparkContext.setLocalProperty("spark.jobGroup.id", None)  # type: ignore[arg-type]
     jobs = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup("few")]
     stages = [tracker.getStageInfo(stage) for job in jobs if job for stage in job.stageIds]
     assert 1 <= max(stage.numTasks for stage in stages if stage) <= 8
-    return found
+    return result
 
 
 def on_disk(*folders: Path) -> dict[str, int]:
-    """Every file and its size, but for the note in which VACUUM says when it ran."""
+    """Every file and its size, except the file in which VACUUM records when it ran."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {
         str(path): path.stat().st_size for path in files if "_last_vacuum_info" not in path.name
@@ -182,91 +184,97 @@ def on_disk(*folders: Path) -> dict[str, int]:
 def printed(spark: SparkSession) -> Iterator[Callable[[], str]]:
     """What Delta has printed to the JVM's standard output."""
     jvm: Any = spark._jvm
-    console, kept = (
-        getattr(getattr(jvm.scala, "Console$"), "MODULE$"),
-        jvm.java.io.ByteArrayOutputStream(),
-    )
+    console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")
+    printed_bytes = jvm.java.io.ByteArrayOutputStream()
     before = console.out()
-    console.setOutDirect(jvm.java.io.PrintStream(kept))
+    console.setOutDirect(jvm.java.io.PrintStream(printed_bytes))
 
     def read() -> str:
-        console.println("Deleted none")  # so that it is seen to be listened to, afterwards too
-        return str(kept.toString())
+        # So that the test sees that the console is still captured.
+        console.println("Deleted none")
+        return str(printed_bytes.toString())
 
     yield read
     console.setOutDirect(before)
 
 
-def test_small_files_are_joined_and_replaced_ones_go_after_the_stated_time(
-    spark: SparkSession, tmp_path: Path, printed: Callable[[], str]
-) -> None:
-    tables, limit = Tables(spark, str(tmp_path)), "spark.databricks.delta.optimize.maxFileSize"
-    tables.insert(THINGS, rows(spark, 0))
-    rows(spark, 1).write.format("delta").mode("append").save(tables.name_of(THINGS))
-    version, stated = tables.versions([THINGS]), spark.conf.get(limit, None)
-    assert tables.optimize(THINGS) == (2, 1)
-    assert spark.conf.get(limit, None) == stated
-    # A stage that compares versions has nothing to do after it, and the change feed says nothing.
-    assert tables.versions([THINGS]) == version
-    feed = spark.read.format("delta").options(
-        readChangeFeed=True, startingVersion=version["things"] + 1
-    )
-    assert feed.load(tables.name_of(THINGS)).count() == 0
-    there = on_disk(tmp_path)
-    assert tables.optimize(THINGS) == (1, 1)
-    assert on_disk(tmp_path) == there
+@pytest.fixture
+def two_files(spark: SparkSession, tmp_path: Path) -> Tables:
+    """Table `products` with one row in each of two files."""
+    tables = Tables(spark, str(tmp_path))
+    tables.insert(PRODUCTS, rows(spark, 0))
+    rows(spark, 1).write.format("delta").mode("append").save(tables.name_of(PRODUCTS))
+    return tables
 
+
+def set_retention(tables: Tables, words: str) -> None:
+    tables.spark.sql(
+        f"ALTER TABLE {tables.sql_name(PRODUCTS)} SET TBLPROPERTIES "
+        f"('delta.deletedFileRetentionDuration' = '{words}')"
+    )
+
+
+def test_small_files_are_joined_and_nothing_else_changes(two_files: Tables) -> None:
+    spark = two_files.spark
+    limit = "spark.databricks.delta.optimize.maxFileSize"
+    version = two_files.versions([PRODUCTS])
+    limit_before = spark.conf.get(limit, None)
+    assert maintenance.optimize(two_files, PRODUCTS) == (2, 1)
+    assert spark.conf.get(limit, None) == limit_before
+    # A stage that compares versions has nothing to do after it, and the change feed is silent.
+    assert two_files.versions([PRODUCTS]) == version
+    assert two_files.changed_since(PRODUCTS, version["products"]).isEmpty()
+    files = on_disk(Path(two_files.location))
+    assert maintenance.optimize(two_files, PRODUCTS) == (1, 1)
+    assert on_disk(Path(two_files.location)) == files
+    assert content(two_files) == [("t0", 0), ("t1", 1)]
+
+
+def test_replaced_files_go_after_the_configured_time(
+    two_files: Tables, printed: Callable[[], str]
+) -> None:
+    maintenance.optimize(two_files, PRODUCTS)
     # With other words than ours somebody chose a retention by hand.
-    tables.spark.sql(
-        f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
-        "('delta.deletedFileRetentionDuration' = 'interval 20 days')"
-    )
-    assert (
-        in_few_tasks(spark, lambda: tables.vacuum(THINGS, 0)),
-        len(parquet(tables, THINGS)),
-    ) == (0, 3)
-    assert tables.retention(THINGS) == "interval 20 days"
-    tables.spark.sql(
-        f"ALTER TABLE delta.`{tables.name_of(THINGS)}` SET TBLPROPERTIES "
-        "('delta.deletedFileRetentionDuration' = 'interval 200 hours')"
-    )
-    assert (tables.vacuum(THINGS, 0) or 0) > 1000
-    assert (tables.retention(THINGS), len(parquet(tables, THINGS))) == ("interval 0 hours", 1)
-    assert content(tables) == [("t0", 0), ("t1", 1)]
+    set_retention(two_files, "interval 20 days")
+    vacuum = partial(maintenance.vacuum, two_files, PRODUCTS, 0)
+    assert in_few_tasks(two_files.spark, vacuum) == 0
+    assert len(parquet(two_files, PRODUCTS)) == 3
+    assert maintenance.retention(two_files, PRODUCTS) == "interval 20 days"
+    set_retention(two_files, "interval 200 hours")
+    assert (vacuum() or 0) > 1000
+    assert maintenance.retention(two_files, PRODUCTS) == "interval 0 hours"
+    assert len(parquet(two_files, PRODUCTS)) == 1
+    assert content(two_files) == [("t0", 0), ("t1", 1)]
     assert printed() == "Deleted none\n"
 
 
-def test_tables_in_a_catalog_are_kept_in_order_too(named: Tables) -> None:
-    named.insert(THINGS, rows(named.spark, 0))
-    rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.name_of(THINGS))
-    named.staged(THINGS, rows(named.spark, 1))
-    assert named.optimize(THINGS) == (2, 1)
-    assert (named.vacuum(THINGS, 0) or 0) > 0
-    found = named.footprint(THINGS)
-    assert found is not None and found.on_disk is not None
-    assert (found.on_disk > found.bytes > 0, content(named)) == (True, [("t0", 0), ("t1", 1)])
-    assert named.clear_leftovers(24) == []
-    backdate(Path(named.folder().removeprefix("file:")) / "_staging_things", 2)
-    assert named.clear_leftovers(24) == ["_staging_things"]
-    there = named.spark.sql("SHOW TABLES IN attic").collect()
-    assert [row["tableName"] for row in there if not row["isTemporary"]] == ["things"]
+def test_tables_in_a_catalog_are_maintained_too(named: Tables) -> None:
+    named.insert(PRODUCTS, rows(named.spark, 0))
+    rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.name_of(PRODUCTS))
+    named.staged(PRODUCTS, rows(named.spark, 1))
+    assert maintenance.optimize(named, PRODUCTS) == (2, 1)
+    assert (maintenance.vacuum(named, PRODUCTS, 0) or 0) > 0
+    footprint = maintenance.footprint(named, PRODUCTS)
+    assert footprint is not None
+    assert footprint.on_disk is not None
+    assert footprint.on_disk > footprint.bytes > 0
+    assert content(named) == [("t0", 0), ("t1", 1)]
+    assert maintenance.clear_leftovers(named, 24) == []
+    backdate(Path(named.folder().removeprefix("file:")) / "_staging_products", 2)
+    assert maintenance.clear_leftovers(named, 24) == ["_staging_products"]
+    shown = named.spark.sql("SHOW TABLES IN attic").collect()
+    assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["products"]
 
 
-def test_less_than_a_week_is_refused_unless_delta_is_told_not_to_look(
-    spark: SparkSession, tmp_path: Path
-) -> None:
-    tables, check = (
-        Tables(spark, str(tmp_path)),
-        "spark.databricks.delta.retentionDurationCheck.enabled",
-    )
-    tables.check_retention(168)
-    with pytest.raises(
-        UsageError, match=r"^maintain\.retention_hours: 24 hours are less than Delta's least, 168\."
-    ):
-        tables.check_retention(24)
+def test_less_than_a_week_is_refused_unless_delta_does_not_check(spark: SparkSession) -> None:
+    check = "spark.databricks.delta.retentionDurationCheck.enabled"
+    message = r"^maintain\.retention_hours: 24 hours are less than Delta's minimum, 168\."
+    maintenance.check_retention(spark, 168)
+    with pytest.raises(UsageError, match=message):
+        maintenance.check_retention(spark, 24)
     spark.conf.set(check, "false")
     try:
-        tables.check_retention(24)
+        maintenance.check_retention(spark, 24)
     finally:
         spark.conf.unset(check)
 
@@ -275,28 +283,29 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threshold = "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold"
-    assert int(delta._OPTIMIZE[threshold]) == 2**30
-    monkeypatch.setitem(delta._OPTIMIZE, threshold, "1")
+    assert int(maintenance.OPTIMIZE[threshold]) == 2**30
+    monkeypatch.setitem(maintenance.OPTIMIZE, threshold, "1")
     log = Table("log", "", "id INT NOT NULL, day DATE", key=("id",), cluster=("day",))
     tables = Tables(spark, str(tmp_path))
     days = [spark.sql(f"SELECT {n} AS id, date'2025-01-01' + {n} AS day") for n in range(3)]
     tables.insert(log, days[0])
     days[1].write.format("delta").mode("append").save(tables.name_of(log))
-    assert tables.optimize(log) == (2, 1)
+    assert maintenance.optimize(tables, log) == (2, 1)
     (first,) = tables.read(log).inputFiles()
     days[2].write.format("delta").mode("append").save(tables.name_of(log))
-    tables.optimize(log)
+    maintenance.optimize(tables, log)
     assert first in tables.read(log).inputFiles()
 
 
 def test_photos_get_small_row_groups(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert int(delta._HEAVY["parquet.block.size"]) == 32 * 2**20
-    monkeypatch.setitem(delta._HEAVY, "parquet.block.size", str(2**20))
+    assert int(HEAVY["parquet.block.size"]) == 32 * 2**20
+    monkeypatch.setitem(HEAVY, "parquet.block.size", str(2**20))
     tables = Tables(spark, str(tmp_path))
     photos = [
-        ("i", n, f"{n}.jpg", os.urandom(100_000), f"{n:064}", 100_000, MONDAY) for n in range(40)
+        ("i", n, f"{n}.jpg", os.urandom(100_000), f"{n:064}", 100_000, MONDAY, None)
+        for n in range(40)
     ]
     frame = spark.createDataFrame(photos, schemas.PHOTOS.schema)
     tables.upsert(schemas.PHOTOS, tables.staged(schemas.PHOTOS, frame))
@@ -308,30 +317,31 @@ def test_photos_get_small_row_groups(
 
 @pytest.fixture(scope="module")
 def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Items in two files, lists made with index b, and runs that built e, a, b and c, and d of the titles."""
+    """Items in two files, lists made with index b, and runs that built e, a, d, b and c."""
     folder = tmp_path_factory.mktemp("shop")
-    made = pipeline(folder, "maintain.index_versions=1")
-    item = ("i0", "Mug", None, None, None, None, 1.0, {}, True, None, MONDAY)
-    lists = [("u1", [], 5, "b" * 16, "r1", MONDAY)]
-    runs = [index_run(hour, letter) for hour, letter in enumerate("eabc")] + [
-        index_run(0, "d", "title")
-    ]
-    for table, content in (
-        (schemas.ITEMS, [item]),
-        (schemas.RUNS, runs),
-        (schemas.RECOMMENDATIONS, lists),
-    ):
-        made.tables.insert(table, made.spark.createDataFrame(content, table.schema))
-    more = made.spark.createDataFrame([("i1", *item[1:])], schemas.ITEMS.schema)
-    more.write.format("delta").mode("append").save(made.tables.name_of(schemas.ITEMS))
+    run = pipeline(folder, "maintain.index_versions=1")
+    tables = run.tables
+    item = dict.fromkeys(schemas.ITEMS.columns)
+    item |= {"item_id": "i0", "attributes": {}, "available": True, "updated_at": MONDAY}
+    content: dict[Table, list[tuple]] = {
+        schemas.ITEMS: [tuple(item.values())],
+        schemas.RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
+        schemas.STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
+        schemas.RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
+    }
+    for table, table_rows in content.items():
+        tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
+    other_item = tuple((item | {"item_id": "i1"}).values())
+    more = run.spark.createDataFrame([other_item], schemas.ITEMS.schema)
+    more.write.format("delta").mode("append").save(tables.name_of(schemas.ITEMS))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)
-    return made
+    return run
 
 
-def index_run(hour: int, letter: str, representation: str = "caption") -> tuple:
-    details = {"index_id": letter * 16, "representation": representation}
-    known = {
+def index_run(hour: int, letter: str) -> tuple:
+    columns = {name: 0 if name.startswith("rows_") else None for name in schemas.RUNS.columns}
+    columns |= {
         "run_id": f"r{letter}",
         "stage": "index",
         "status": "ok",
@@ -339,19 +349,17 @@ def index_run(hour: int, letter: str, representation: str = "caption") -> tuple:
         "config": "{}",
         "started_at": MONDAY.replace(hour=hour),
         "seconds": 1.0,
-        "details": details,
+        "details": {"index_id": letter * 16, "representation": "caption"},
     }
-    return tuple(
-        known.get(name, 0 if name.startswith("rows_") else None) for name in schemas.RUNS.columns
-    )
+    return tuple(columns.values())
 
 
-def test_a_wrong_use_is_said_before_anything_is_done(
+def test_a_wrong_use_is_refused_before_anything_is_done(
     shop: Pipeline, pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     folder = Path(shop.tables.location).parent
     before = on_disk(folder)
-    with pytest.raises(UsageError, match="less than Delta's least, 168"):
+    with pytest.raises(UsageError, match="less than Delta's minimum, 168"):
         pipeline(folder, "maintain.retention_hours=24").maintain()
     with pytest.raises(RunError, match=r"There are no tables at .*nowhere yet"):
         pipeline(folder, f"tables={tmp_path}/nowhere").maintain()
@@ -360,61 +368,60 @@ def test_a_wrong_use_is_said_before_anything_is_done(
 
 
 def test_runs_joins_its_many_small_files_itself(shop: Pipeline) -> None:
-    detail = shop.spark.sql(
-        f"DESCRIBE DETAIL delta.`{shop.tables.name_of(schemas.RUNS)}`"
-    ).collect()[0]
-    assert detail["properties"]["delta.autoOptimize.autoCompact"] == "true"
+    assert shop.tables.properties(schemas.RUNS)["delta.autoOptimize.autoCompact"] == "true"
 
 
-def test_maintain_can_be_killed_and_run_twice(
-    shop: Pipeline, pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shop.tables.location).parent
-    assert {one.index_id: one.in_force_for for one in maintain.indexes(shop.context)} == {
-        "c" * 16: "caption",
-        "d" * 16: "title",
-        "b" * 16: "the lists",
-        "a" * 16: "",
-        "e" * 16: "",
-    }
-    # Both are of killed writes; neither was committed, so that neither is a table.
+def test_indexes_in_force_come_first_then_the_latest(shop: Pipeline) -> None:
+    indexes = [(index.index_id[0], index.in_force_for) for index in maintain.indexes(shop.context)]
+    assert indexes == [("c", "caption"), ("b", "the lists"), ("d", ""), ("a", ""), ("e", "")]
+
+
+@pytest.fixture
+def killed(shop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Row:
+    """The row in `runs` of a maintain that was killed before it got to the table `state`."""
+    folder = Path(shop.tables.location)
+    # Both are of killed writes; neither was committed, so neither is a table.
     for name, age in (("_staging_photos", 2), ("_staging_items", 0.5)):
-        (folder / "tables" / name).mkdir()
-        (folder / "tables" / name / "part-0.parquet").write_bytes(b"x")
-        backdate(folder / "tables" / name, age)
-    optimize = Tables.optimize
+        (folder / name).mkdir()
+        (folder / name / "part-0.parquet").write_bytes(b"x")
+        backdate(folder / name, age)
+    optimize = maintenance.optimize
 
-    def killed(tables: Tables, table: Table) -> tuple[int, int]:
-        if table is schemas.RUNS:
+    def kill(tables: Tables, table: Table) -> tuple[int, int]:
+        if table is schemas.STATE:
             raise KeyboardInterrupt
         return optimize(tables, table)
 
-    monkeypatch.setattr(Tables, "optimize", killed)
+    monkeypatch.setattr(maintenance, "optimize", kill)
     with pytest.raises(KeyboardInterrupt):
         shop.maintain()
     monkeypatch.undo()
     (row,) = shop.tables.read(schemas.RUNS).where("stage = 'maintain'").collect()
-    assert (row["status"], row["rows_ok"], row["rows_skipped"]) == ("failed", 1, 1)
-    # In force are c, d and b. Of a and e one stays: the run that built a came later.
-    assert sorted(path.name for path in (folder / "index").iterdir()) == ids("a", "b", "c", "d")
-    assert [
-        row["details"][name] for name in ("index_removed", "index_kept", "index_bytes_freed")
-    ] == [
-        json.dumps(ids("e")),
-        "4",
-        "1032",
-    ]
-    assert json.loads(row["details"]["leftovers"]) == ["_staging_photos"]
-    assert json.loads(row["details"]["items"]) == {
-        "files_before": 2,
-        "files_after": 1,
-        "bytes_freed": 0,
-        "retention": "interval 168 hours",
-    }
+    return row
 
-    places = [folder / "index", folder / "tables" / "items", folder / "tables" / "recommendations"]
-    before = on_disk(*places)
-    outcome = pipeline(folder, "maintain.index_versions=1").maintain()
-    assert on_disk(*places) == before
-    assert (outcome.status, outcome.ok, outcome.failed, outcome.skipped) == ("ok", 1, 0, 2)
-    assert json.loads(outcome.details["runs"])["files_after"] == 1
+
+def test_maintain_can_be_killed_and_run_twice(
+    shop: Pipeline, pipeline: Callable[..., Pipeline], killed: Row
+) -> None:
+    folder = Path(shop.tables.location).parent
+    assert (killed["status"], killed["rows_ok"], killed["rows_skipped"]) == ("failed", 1, 1)
+    # In force are c and b. Of a, d and e one stays: the run that built d came last.
+    assert sorted(path.name for path in (folder / "index").iterdir()) == ids("b", "c", "d")
+    details = killed["details"]
+    assert details["index_removed"].split() == ids("a", "e")
+    assert (details["index_kept"], details["index_bytes_freed"]) == ("3", "2064")
+    assert details["leftovers"] == "_staging_photos"
+    figures = {name: value for name, value in details.items() if name.startswith("items.")}
+    assert figures == {
+        "items.files_before": "2",
+        "items.files_after": "1",
+        "items.bytes_freed": "0",
+        "items.retention": "interval 168 hours",
+    }
+    maintained = [folder / "index"]
+    maintained += [folder / "tables" / name for name in ("items", "recommendations")]
+    before = on_disk(*maintained)
+    result = pipeline(folder, "maintain.index_versions=1").maintain()
+    assert on_disk(*maintained) == before
+    assert (result.status, result.ok, result.failed, result.skipped) == ("ok", 1, 0, 3)
+    assert result.details["runs.files_after"] == "1"

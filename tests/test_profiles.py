@@ -231,7 +231,7 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         )
         run.tables.insert(schemas.INTERACTIONS, numbered)
         now = datetime(2025, 1, 1)
-        catalogue = [(item, title, *[None] * 6, True, None, now) for item, title in titles.items()]
+        catalogue = [(item, title, *[None] * 8, True, None, now) for item, title in titles.items()]
         run.tables.upsert(schemas.ITEMS, spark.createDataFrame(catalogue, schemas.ITEMS.schema))
         before = run.tables.versions([schemas.PROFILES]).get("profiles")
         outcome = run.run(["embed", "index", "profiles"])[-1]
@@ -248,7 +248,7 @@ def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
         return {row["user_id"] for row in changed}, outcome.details["users_rebuilt"]
 
     def known_as(anonymous: str, user: str) -> None:
-        row = spark.createDataFrame([(anonymous, user)], schemas.IDENTITIES.schema)
+        row = spark.createDataFrame([(anonymous, user, None)], schemas.IDENTITIES.schema)
         run.tables.upsert(schemas.IDENTITIES, row)
 
     known_as("visitor", "u20")

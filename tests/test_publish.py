@@ -1,4 +1,4 @@
-"""Export: the long and the wide shape, and a change feed that holds nothing but changes."""
+"""Publish: the long and the wide shape, and a change feed that holds nothing but changes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 ITEM = "STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING>"
-ANN = ("ann", [("A", 0.9, "H"), ("B", 0.5, None)])
-BEN = ("ben", [("C", 0.7, "H")])
+ANN = ("ann", "default", [("A", 0.9, "H"), ("B", 0.5, None)])
+BEN = ("ben", "default", [("C", 0.7, "H")])
 
 
 def lists(spark: SparkSession, *rows: tuple) -> DataFrame:
-    return spark.createDataFrame(list(rows), f"user_id STRING, items ARRAY<{ITEM}>")
+    return spark.createDataFrame(list(rows), f"user_id STRING, list STRING, items ARRAY<{ITEM}>")
 
 
 def titles(spark: SparkSession) -> DataFrame:
@@ -26,28 +26,28 @@ def titles(spark: SparkSession) -> DataFrame:
 
 
 def test_both_shapes(spark: SparkSession) -> None:
-    recommendations = lists(spark, ANN, BEN, ("cat", []))
+    recommendations = lists(spark, ANN, BEN, ("cat", "default", []))
     assert sorted(map(tuple, publish.long(recommendations, titles(spark)).collect())) == [
-        ("ann", 1, "A", "Chair", 0.9, "H"),
-        ("ann", 2, "B", None, 0.5, None),
-        ("ben", 1, "C", "Lamp", 0.7, "H"),
+        ("ann", "default", 1, "A", "Chair", 0.9, "H"),
+        ("ann", "default", 2, "B", None, 0.5, None),
+        ("ben", "default", 1, "C", "Lamp", 0.7, "H"),
     ]
     assert sorted(map(tuple, publish.wide(recommendations).collect())) == [
-        ("ann", ["A", "B"], [0.9, 0.5]),
-        ("ben", ["C"], [0.7]),
-        ("cat", [], []),
+        ("ann", "default", ["A", "B"], [0.9, 0.5]),
+        ("ben", "default", ["C"], [0.7]),
+        ("cat", "default", [], []),
     ]
 
 
 def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path: Path) -> None:
     tables = Tables(spark, str(tmp_path))
-    for rows in ((ANN, BEN), (ANN, BEN), (("ann", [("A", 0.9, "H"), ("C", 0.6, None)]),)):
+    changed = ("ann", "default", [("A", 0.9, "H"), ("C", 0.6, None)])
+    for rows in ((ANN, BEN), (ANN, BEN), (changed,)):
         tables.sync(schemas.EXPORT_LONG, publish.long(lists(spark, *rows), titles(spark)))
-    place = tables.name_of(schemas.EXPORT_LONG)
     feed = (
         spark.read.format("delta")
         .options(readChangeFeed=True, startingVersion=0)
-        .load(place)
+        .load(tables.name_of(schemas.EXPORT_LONG))
         .collect()
     )
     first = min(row["_commit_version"] for row in feed)

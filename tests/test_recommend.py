@@ -333,8 +333,8 @@ def test_what_is_popular_in_a_segment_leans_on_all_where_the_segment_is_small(
     log = spark.createDataFrame(events, schemas.INTERACTIONS.schema)
     items = spark.createDataFrame([(item,) for item in "ABCDEXZ"], "item_id STRING")
     users = spark.createDataFrame(
-        [(user, "club", None, None) for user in ("d", "e", "met", "club")]
-        + [("unsaid", None, None, None)],
+        [(user, "club", None, None, None) for user in ("d", "e", "met", "club")]
+        + [("unsaid", None, None, None, None)],
         schemas.USERS.schema,
     )
     counted = popularity.counts(log, items, users).persist()

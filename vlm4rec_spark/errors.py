@@ -1,8 +1,8 @@
-"""The errors that people see. Knows their exit codes and their words; knows nothing of how they are shown."""
+"""The errors that people see, with exit codes and messages. Doesn't know how they are shown."""
 
 
 class Vlm4RecError(Exception):
-    """Something a person can act on, said in one paragraph."""
+    """Something a person can act on, in one paragraph: what is wrong, where, and what to do."""
 
     exit_code = 1
 
@@ -12,7 +12,7 @@ class RunError(Vlm4RecError):
 
 
 class Resumable(RunError):
-    """A run was told to stop, and did so at a point from which the same command goes on."""
+    """A run was told to stop. The same command goes on from where it stopped."""
 
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h: try again later."""
@@ -25,23 +25,21 @@ class UsageError(Vlm4RecError):
 
 
 class Busy(Vlm4RecError):
-    """Another run is at work on the same tables: nothing is wrong, and there is nothing to do."""
+    """Another run is at work on the same tables: nothing is wrong, and nothing is to do."""
 
     exit_code = 0
 
 
 def first_words(error: BaseException) -> str:
-    """What an unforeseen error says, without the frames that Spark puts into its messages."""
+    """The message of an unexpected error, without the stack frames that Spark adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A worker's own exception stands at the end of the Python traceback inside Spark's message.
-    inner = [line for line in lines if line.startswith(("vlm4rec_spark.errors.", "vlm4rec_spark."))]
-    # Py4J begins with the name of what was called, and says on the next line what happened.
-    called = len(lines) > 1 and lines[0].startswith("An error occurred while calling")
-    said = (
-        inner[-1].split(": ", 1)[-1]
-        if inner
-        else lines[called].lstrip(": ")
-        if lines
-        else "no message"
-    )
-    return f"{type(error).__name__}: {said[:600]}"
+    # A worker's own exception is at the end of the Python traceback inside Spark's message.
+    from_worker = [line for line in lines if line.startswith("vlm4rec_spark.")]
+    if from_worker:
+        message = from_worker[-1].split(": ", 1)[-1]
+    elif len(lines) > 1 and lines[0].startswith("An error occurred while calling"):
+        # Py4J begins with the name of the method. The error is on the next line.
+        message = lines[1].lstrip(": ")
+    else:
+        message = lines[0].lstrip(": ") if lines else "no message"
+    return f"{type(error).__name__}: {message[:600]}"

@@ -1,4 +1,4 @@
-"""A configuration of any YAML and any bytes is a Config, or a UsageError of one line per mistake."""
+"""A configuration of any YAML and any bytes is a Config, or an error with a line per mistake."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ hostile = settings(
 
 def paths(model: type[BaseModel]) -> list[tuple[str, ...]]:
     """Every key and section, as a path."""
-    found: list[tuple[str, ...]] = []
+    result: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
-        found.append((name,))
+        result.append((name,))
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [(name, *rest) for rest in paths(field.annotation)]
-    return found
+            result += [(name, *rest) for rest in paths(field.annotation)]
+    return result
 
 
 PATHS = paths(Config)
-# What PyYAML makes something of, or fails to.
+# Texts that PyYAML converts, or fails on.
 SCALARS = (
     "2025-02-30",
     "2025-01-01",
@@ -102,41 +102,39 @@ def nested(path: tuple[str, ...], value: Any) -> dict:
 
 
 def outcome(files: list[Path], assignments: list[str]) -> Config | list[str]:
-    """The Config, or the lines of the refusal; any other exception fails the test."""
+    """The Config, or the lines of the error; any other exception fails the test."""
     try:
         return load(files, assignments)
-    except UsageError as refused:
-        lines = str(refused).splitlines()
-        assert lines and all(line.strip() for line in lines)
+    except UsageError as error:
+        lines = str(error).splitlines()
+        assert lines
+        assert all(line.strip() for line in lines)
         return lines
 
 
 @pytest.fixture(scope="module")
-def yours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("config") / "yours.yaml"
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("config") / "own.yaml"
 
 
 @hostile
 @given(content=trees | st.tuples(st.sampled_from(PATHS), trees).map(lambda pair: nested(*pair)))
-def test_any_tree(yours: Path, content: Any) -> None:
-    yours.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-    outcome([yours], [])
+def test_any_tree(config_file: Path, content: Any) -> None:
+    config_file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    outcome([config_file], [])
 
 
 @hostile
 @given(path=st.sampled_from(PATHS), value=st.sampled_from(SCALARS))
-def test_any_key_with_what_yaml_makes_something_of(
-    yours: Path, path: tuple[str, ...], value: str
-) -> None:
-    shown = outcome([], [f"{'.'.join(path)}={value}"])
-    assert isinstance(shown, Config) or len(shown) == 1
-    yours.write_text(
-        "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(path))[:-1] + f" {value}\n"
-    )
-    outcome([yours], [])
+def test_any_key_with_a_hostile_value(config_file: Path, path: tuple[str, ...], value: str) -> None:
+    result = outcome([], [f"{'.'.join(path)}={value}"])
+    assert isinstance(result, Config) or len(result) == 1
+    sections = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(path))
+    config_file.write_text(f"{sections[:-1]} {value}\n")
+    outcome([config_file], [])
 
 
-bits = (
+fragments = (
     b"a",
     b"recommend",
     b"k",
@@ -161,10 +159,12 @@ bits = (
 
 
 @hostile
-@given(data=st.binary(max_size=200) | st.lists(st.sampled_from(bits), max_size=40).map(b"".join))
-def test_any_bytes(yours: Path, data: bytes) -> None:
-    yours.write_bytes(data)
-    outcome([yours], [])
+@given(
+    data=st.binary(max_size=200) | st.lists(st.sampled_from(fragments), max_size=40).map(b"".join)
+)
+def test_any_bytes(config_file: Path, data: bytes) -> None:
+    config_file.write_bytes(data)
+    outcome([config_file], [])
 
 
 assignment = st.tuples(
@@ -177,22 +177,22 @@ assignment = st.tuples(
 @hostile
 @given(assignments=st.lists(assignment, max_size=3))
 def test_any_assignments(assignments: list[str]) -> None:
-    shown = outcome([], assignments)
-    assert isinstance(shown, Config) or len(shown) <= 1 + len(assignments)
+    result = outcome([], assignments)
+    assert isinstance(result, Config) or len(result) <= 1 + len(assignments)
 
 
-def test_a_key_as_long_as_a_book() -> None:
+def test_a_very_long_key() -> None:
     for key in ("x" * 100_000, "." * 100_000):
         (line,) = outcome([], [f"{key}=1"])
         assert line.endswith("?")
 
 
-def test_one_value_under_two_names_stays_two_values(yours: Path) -> None:
-    yours.write_text("ingest: {items: &same {path: [a]}, interactions: *same}\n")
-    ingest = load([yours], ["ingest.items.format=json"]).ingest
+def test_one_value_under_two_names_stays_two_values(config_file: Path) -> None:
+    config_file.write_text("ingest: {items: &same {path: [a]}, interactions: *same}\n")
+    ingest = load([config_file], ["ingest.items.format=json"]).ingest
     assert (ingest.items.format, ingest.interactions.format) == ("json", "csv")
 
 
 @pytest.mark.parametrize("weight", [".inf", ".nan", "-1", "0"])
-def test_a_weight_that_no_vector_bears(weight: str) -> None:
+def test_an_impossible_weight(weight: str) -> None:
     assert len(outcome([], [f"profiles.event_weights.view={weight}"])) == 1

@@ -1,7 +1,7 @@
-"""Kills: a whole run is killed at random moments and started again until it ends; then the tables are as ever.
+"""Kills: a run is killed at random moments and started again. In the end the tables are the same.
 
-Real SIGKILLs to operating system processes: the driver's Python, its JVM, its Python workers. `make soak` does thirty
-and starts two drivers in the same second; `make test` has two kills of its own, in test_pipeline.py.
+SIGKILL goes to real processes: the driver's Python, its JVM, its Python workers. `make soak` does
+thirty and starts two drivers in the same second. test_pipeline.py has two kills for `make test`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import deltalake
 import pytest
@@ -25,7 +26,7 @@ from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.storage import schemas
 
 pytestmark = pytest.mark.soak
-QUICK = {
+FAST = {
     "spark.sql.shuffle.partitions": "1",
     "spark.default.parallelism": "1",
     "spark.sql.adaptive.enabled": "false",
@@ -38,14 +39,17 @@ SEED = 4
 
 
 class Shop:
-    """Raw files, and runs of the command line on them, each in a session of processes of its own."""
+    """Raw files, and runs of the command line on them, each in a process session of its own."""
 
     def __init__(self, folder: Path):
-        self.folder, self.raw, self.started = folder, folder / "raw", list[subprocess.Popen]()
+        self.folder = folder
+        self.raw = folder / "raw"
+        self.started: list[subprocess.Popen] = []
         catalogue.write(self.raw, items=60, users=60)
 
-    def start(self, place: str, *more: str) -> subprocess.Popen:
-        out = self.folder / place
+    def start(self, name: str) -> subprocess.Popen:
+        """Start a run whose tables, index and report go to the folder `name`."""
+        out = self.folder / name
         settings = (
             f"tables={out}/tables",
             f"index.folder={out}/index",
@@ -61,63 +65,67 @@ class Shop:
             "report.photos=4",
             "report.users=2",
             "recommend.k=5",
-            # A task that fails is tried again only where the master says so.
+            # A local master tries a failed task again only if it says so.
             "spark.master=local[2,4]",
-            f"spark.conf={json.dumps(QUICK)}",
-            *more,
+            f"spark.conf={json.dumps(FAST)}",
         )
         command = [sys.executable, "-c", RUN, "run", "--config", "test.yaml"]
         command += [word for setting in settings for word in ("--set", setting)]
-        with (self.folder / f"log-{place}").open("ab") as log:
-            self.started.append(
-                subprocess.Popen(
-                    command,
-                    stdout=log,
-                    stderr=log,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    cwd=self.folder,
-                )
+        with (self.folder / f"log-{name}").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd=self.folder,
             )
-        return self.started[-1]
+        self.started.append(process)
+        return process
 
-    def log(self, place: str) -> str:
-        return (self.folder / f"log-{place}").read_text()
+    def log(self, name: str) -> str:
+        return (self.folder / f"log-{name}").read_text()
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    made = Shop(tmp_path_factory.mktemp("kills"))
-    yield made
-    for process in made.started:
-        for pid in family(process):
+    shop = Shop(tmp_path_factory.mktemp("kills"))
+    yield shop
+    for process in shop.started:
+        for pid in living(process):
             os.kill(pid, signal.SIGKILL)
 
 
+class Expected(NamedTuple):
+    """The tables of a run that isn't disturbed, and the seconds it takes."""
+
+    tables: dict[str, list[str]]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(shop: Shop) -> tuple[dict[str, list[str]], float]:
-    """The tables of a run that nobody disturbs, and the seconds it takes."""
-    began = time.monotonic()
+def expected(shop: Shop) -> Expected:
+    start = time.monotonic()
     assert shop.start("undisturbed").wait(600) == 0, shop.log("undisturbed")
-    return contents(shop.folder / "undisturbed"), time.monotonic() - began
+    return Expected(contents(shop.folder / "undisturbed"), time.monotonic() - start)
 
 
 def contents(out: Path) -> dict[str, list[str]]:
-    """Every table's rows as text, without what says when or by whom a row was made, and without what runs cost."""
-    found = {}
+    """Every table's rows as text, without volatile columns. Without tables of runs and files."""
+    tables = {}
     for table in schemas.TABLES.values():
-        if table.name in ("runs", "files"):
+        if table.name in ("runs", "state", "ingested_files"):
             continue
         rows = deltalake.DeltaTable(str(out / "tables" / table.name)).to_pyarrow_table()
-        kept = [name for name in rows.column_names if name not in {"run_id", *table.volatile}]
-        found[table.name] = sorted(map(str, rows.select(kept).to_pylist()))
-    # A run that was killed between its metrics and its record judges again, under another run_id.
-    found["metrics"] = sorted(set(found["metrics"]))
-    return found
+        columns = [name for name in rows.column_names if name not in {"run_id", *table.volatile}]
+        tables[table.name] = sorted(map(str, rows.select(columns).to_pylist()))
+    # A run killed between its metrics and its record evaluates again, with another run_id.
+    tables["metrics"] = sorted(set(tables["metrics"]))
+    return tables
 
 
-def family(process: subprocess.Popen) -> list[int]:
-    """The living processes of the session that the process leads."""
+def living(process: subprocess.Popen) -> list[int]:
+    """The living processes of the session that this process leads."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -129,7 +137,7 @@ def family(process: subprocess.Popen) -> list[int]:
     return members
 
 
-def called(pid: int) -> str:
+def command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
@@ -137,19 +145,19 @@ def called(pid: int) -> str:
 
 
 def kill_driver(process: subprocess.Popen, rng: random.Random) -> None:
-    """SIGKILL to the driver's Python or to its JVM; nothing of it may live on."""
-    jvm = [pid for pid in family(process) if called(pid).split(" ")[0].endswith("java")]
+    """SIGKILL to the driver's Python or to its JVM; all its processes have to end."""
+    jvm = [pid for pid in living(process) if command_line(pid).split(" ")[0].endswith("java")]
     os.kill(rng.choice([process.pid, *jvm]), signal.SIGKILL)
     process.wait(60)
     deadline = time.monotonic() + 60
-    while family(process) and time.monotonic() < deadline:
+    while living(process) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert [called(pid) for pid in family(process)] == []
+    assert [command_line(pid) for pid in living(process)] == []
 
 
 def kill_workers(process: subprocess.Popen) -> int:
     """SIGKILL to every Python worker; their daemon, which forked them, lives on."""
-    daemons = [pid for pid in family(process) if "pyspark.daemon" in called(pid)]
+    daemons = [pid for pid in living(process) if "pyspark.daemon" in command_line(pid)]
     workers = [pid for pid in daemons if parent(pid) in daemons]
     for pid in workers:
         with suppress(ProcessLookupError):  # its task has ended
@@ -164,67 +172,65 @@ def parent(pid: int) -> int:
         return 0
 
 
-def left_behind() -> set[Path]:
-    """What Spark and this package have in the folder for temporary files, other runs' included."""
-    place = Path(tempfile.gettempdir())
-    return {
-        path
-        for name in ("vlm4rec-*-*", "spark-*", "blockmgr-*", "snappy-*")
-        for path in place.glob(name)
-    }
+def temporary_files() -> set[Path]:
+    """Temporary files of Spark and this package, also of other runs."""
+    folder = Path(tempfile.gettempdir())
+    patterns = ("vlm4rec-*-*", "spark-*", "blockmgr-*", "snappy-*")
+    return {path for pattern in patterns for path in folder.glob(pattern)}
 
 
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
-    shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
+    shop: Shop, expected: Expected
 ) -> None:
-    (expected, seconds), kills = undisturbed, 20
-    rng, before, done, finished = random.Random(SEED), left_behind(), 0, 0
-    while done < kills:
+    rng = random.Random(SEED)
+    files_before = temporary_files()
+    kills = 0
+    finished = 0
+    while kills < 20:
         process = shop.start("killed")
         try:
-            code = process.wait(rng.uniform(0.15, 0.95) * seconds)
+            code = process.wait(rng.uniform(0.15, 0.95) * expected.seconds)
         except subprocess.TimeoutExpired:
             kill_driver(process, rng)
-            done += 1
+            kills += 1
         else:
             assert code == 0, shop.log("killed")
-            assert contents(shop.folder / "killed") == expected
-            # From the beginning, so that every stage has its turn.
+            assert contents(shop.folder / "killed") == expected.tables
+            # From the beginning, so that kills hit every stage.
             finished += 1
             (shop.folder / "killed").rename(shop.folder / f"finished-{finished}")
     assert shop.start("killed").wait(600) == 0, shop.log("killed")
-    assert contents(shop.folder / "killed") == expected
+    assert contents(shop.folder / "killed") == expected.tables
     assert not list((shop.folder / "killed" / "tables").glob("_*"))
-    assert left_behind() <= before
+    assert temporary_files() <= files_before
 
 
 def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
-    shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
+    shop: Shop, expected: Expected
 ) -> None:
-    (expected, _), kills = undisturbed, 10
-    rng, place, done, tries = random.Random(SEED), "workers", 0, 0
-    while done < kills:
-        tries += 1
-        process = shop.start(f"{place}-{tries}")
-        while done < kills and process.poll() is None:
+    rng = random.Random(SEED)
+    kills = 0
+    runs = 0
+    while kills < 10:
+        runs += 1
+        name = f"workers-{runs}"
+        process = shop.start(name)
+        while kills < 10 and process.poll() is None:
             time.sleep(rng.uniform(0.5, 4))
-            done += min(1, kill_workers(process))
+            kills += min(1, kill_workers(process))
         code = process.wait(600)
-        # Killed four times, a task fails its run: it is started again, like any other.
-        assert code == 0 or shop.start(f"{place}-{tries}").wait(600) == 0, shop.log(
-            f"{place}-{tries}"
-        )
-        assert contents(shop.folder / f"{place}-{tries}") == expected
-    assert tries <= kills
+        # A task that is killed four times fails its run, which is started again like any other.
+        assert code == 0 or shop.start(name).wait(600) == 0, shop.log(name)
+        assert contents(shop.folder / name) == expected.tables
+    assert runs <= kills
 
 
 def test_of_two_drivers_that_start_in_the_same_second_one_works(
-    shop: Shop, undisturbed: tuple[dict[str, list[str]], float]
+    shop: Shop, expected: Expected
 ) -> None:
-    expected, _ = undisturbed
-    both = [shop.start("both"), shop.start("both")]
-    assert [process.wait(600) for process in both] == [0, 0], shop.log("both")
+    processes = [shop.start("both"), shop.start("both")]
+    assert [process.wait(600) for process in processes] == [0, 0], shop.log("both")
     assert "Another run is at work on these tables" in shop.log("both")
-    assert contents(shop.folder / "both") == expected
+    assert contents(shop.folder / "both") == expected.tables
     runs = deltalake.DeltaTable(str(shop.folder / "both" / "tables" / "runs")).to_pyarrow_table()
     assert len(set(runs["run_id"].to_pylist())) == 1

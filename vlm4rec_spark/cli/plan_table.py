@@ -1,4 +1,4 @@
-"""What `vlm4rec plan` shows. Knows the terminal; the figures come from the pipeline."""
+"""The tables of `vlm4rec plan`. Knows the terminal; the figures come from the pipeline."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from vlm4rec_spark.caption.settings import CaptionSettings
 
 
 def show(plan: CaptionPlan, settings: CaptionSettings, console: Console) -> None:
-    """Photos by what becomes of them, then what that takes."""
-    table = Table(title="Photos that shall have a caption", title_justify="left", show_header=False)
+    """How many photos get a caption and why the others don't, then time and price."""
+    console.print(_photos(plan))
+    console.print(_effort(plan, settings))
+
+
+def _photos(plan: CaptionPlan) -> Table:
+    table = Table(title="Photos to caption", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("wanted", f"{plan.wanted:,}", end_section=True)
+    table.add_row("photos", f"{plan.wanted:,}", end_section=True)
     rows = {
-        "reused: the caption is there": plan.reused,
-        "kept: the caption of another prompt or model does": plan.kept,
-        "given up: failed, and not tried again": plan.given_up,
-        "duplicates: the very bytes of another one": plan.duplicates,
+        "reused: captioned before": plan.reused,
+        "kept: captioned by another prompt or model": plan.kept,
+        "given up: failed, not tried again": plan.given_up,
+        "duplicates: same bytes as another photo": plan.duplicates,
     }
     for name, photos in rows.items():
         table.add_row(name, f"{photos:,}")
@@ -27,27 +32,25 @@ def show(plan: CaptionPlan, settings: CaptionSettings, console: Console) -> None
     for reason, photos in plan.reasons.items():
         table.add_row(f"  {reason.replace('_', ' ')}", f"{photos:,}")
     if plan.now < plan.to_caption:
-        table.add_row("within the budget, the most wanted first", f"{plan.now:,}")
-    console.print(table)
+        table.add_row("within the budget, items with most events first", f"{plan.now:,}")
+    return table
+
+
+def _effort(plan: CaptionPlan, settings: CaptionSettings) -> Table:
     rates = plan.rates
-    takes = Table(title=f"What {plan.now:,} photos take", title_justify="left", show_header=False)
-    takes.add_column()
-    takes.add_column(justify="right")
-    takes.add_column()
+    title = f"Time and price of {plan.now:,} photos"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
     speed = f"{rates.photos_per_second:,.3g} photos/s, {rates.speed}"
-    takes.add_row("device-hours", f"{plan.device_hours:,.3g}", speed)
-    takes.add_row(
-        "input tokens", f"{plan.input_tokens:,}", f"{rates.input_tokens:,.0f} each, {rates.tokens}"
-    )
-    takes.add_row(
-        "output tokens",
-        f"{plan.output_tokens:,}",
-        f"{rates.output_tokens:,.0f} each, {rates.tokens}",
-    )
-    cost = (
-        (f"{plan.cost:,.2f}", "")
-        if settings.prices.any
-        else ("–", "no price is set in caption.prices")
-    )
-    takes.add_row("cost", *cost)
-    console.print(takes)
+    table.add_row("device-hours", f"{plan.device_hours:,.3g}", speed)
+    per_photo = f"{rates.input_tokens:,.0f} per photo, {rates.tokens}"
+    table.add_row("input tokens", f"{plan.input_tokens:,}", per_photo)
+    per_photo = f"{rates.output_tokens:,.0f} per photo, {rates.tokens}"
+    table.add_row("output tokens", f"{plan.output_tokens:,}", per_photo)
+    if settings.prices.any:
+        table.add_row("cost", f"{plan.cost:,.2f}")
+    else:
+        table.add_row("cost", "–", "no price is set in caption.prices")
+    return table

@@ -1,4 +1,4 @@
-"""How the command line speaks: words for people, or JSON lines for a cluster's log. Knows no command."""
+"""The command line's messages: text for people, or JSON lines for a cluster's log."""
 
 from __future__ import annotations
 
@@ -10,45 +10,43 @@ from logging import LogRecord
 from rich.console import Console
 from rich.markup import escape
 
-OURS = logging.getLogger("vlm4rec_spark")
+LOG = logging.getLogger("vlm4rec_spark")
 
 
-def speak(as_json: bool, **context: str) -> None:
-    """Choose how; `context` (run_id, stage) goes into every JSON line."""
-    OURS.handlers = [_Lines(context) if as_json else _Words()]
-    OURS.setLevel(logging.INFO)
-    OURS.propagate = False
+def configure(as_json: bool, **context: str) -> None:
+    """Choose the format; `context` (run_id, stage) goes into every JSON line."""
+    LOG.handlers = [_JsonLines(context) if as_json else _Text()]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
 
 
-class _Words(logging.Handler):
+class _Text(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._console = Console(stderr=True)
 
     def emit(self, record: LogRecord) -> None:
-        said = escape(record.getMessage())
+        text = escape(record.getMessage())
         if record.levelno >= logging.ERROR:
-            said = f"[bold red]Error:[/] {said}"
+            text = f"[bold red]Error:[/] {text}"
         elif hasattr(record, "figures"):
-            said = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {said}"
+            text = f"{datetime.fromtimestamp(record.created):%H:%M:%S} {text}"
         elif record.levelno == logging.INFO:
-            said = f"[dim]  {said}[/]"
-        self._console.print(said, soft_wrap=True, highlight=False)
+            text = f"[dim]  {text}[/]"
+        self._console.print(text, soft_wrap=True, highlight=False)
 
 
-class _Lines(logging.StreamHandler):
+class _JsonLines(logging.StreamHandler):
     def __init__(self, context: dict[str, str]) -> None:
         super().__init__()
         self._context = context
 
     def format(self, record: LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        figures = getattr(record, "figures", {})
         line = {
-            "at": at,
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             **self._context,
             "message": record.getMessage(),
-            **figures,
+            **getattr(record, "figures", {}),
         }
         return json.dumps(line, ensure_ascii=False)

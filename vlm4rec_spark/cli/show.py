@@ -1,4 +1,4 @@
-"""`vlm4rec show user U` and `vlm4rec show item I`: all that the tables and the index say of one. Reads only.
+"""`vlm4rec show user U` and `vlm4rec show item I`: what tables and index hold of one. Read-only.
 
 An id is data: it is compared as a literal, never put into a query's text.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 from pyspark.sql import Column, DataFrame, Row
@@ -27,249 +28,264 @@ from vlm4rec_spark.storage import schemas
 from vlm4rec_spark.storage.tables import Tables
 
 _HISTORY = 20
-_NEIGHBOURS = 10
-_NEAR = 50
-"""Ids that are compared closely when one isn't known; Spark picks them, so that no more are collected."""
+_NEIGHBORS = 10
+_SIMILAR_IDS = 50
+"""Ids that are compared with an unknown one; Spark picks them, so that no more are collected."""
+
+
+class _Texts(NamedTuple):
+    """An item's title and the caption of its main photo; empty where there is none."""
+
+    title: str = ""
+    caption: str = ""
 
 
 def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
-    """Raises RunError for a user whom neither the log nor any list knows."""
+    """Raises RunError for a user who is neither in the log nor has a list."""
     tables = pipeline.tables
-    known = _first(
-        tables.read(schemas.IDENTITIES)
-        .where(F.col("anonymous_id") == F.lit(user_id))
-        .select("user_id")
-    )
-    if known is not None:
-        console.print(_line(user_id, f"turned out to be {known['user_id']}"))
-        user_id = known["user_id"]
-    mine = F.col("user_id") == F.lit(user_id)
-    profile = _first(
-        tables.read(schemas.PROFILES)
-        .where(mine)
-        .select(
-            "representation",
-            "history",
-            "events",
-            F.size("seen").alias("seen"),
-            _micros("last_event_at"),
+    user_id = _signed_in(tables, user_id, console)
+    profile = _profile(tables, user_id)
+    recommendations = _recommendations(tables, user_id)
+    if profile is not None:
+        summary = _profile_summary(profile)
+    else:
+        log = pipeline.context.log()
+        events = log.where(_equals("user_id", user_id)).count()
+        if recommendations is None and not events:
+            raise _unknown("user", user_id, log.select("user_id").distinct())
+        summary = (
+            f"events in the log: {events:,}, but no history: no event counts, the user is taken "
+            "for a bot, or profiles hasn't run since"
         )
-    )
-    lists = _first(
-        tables.read(schemas.RECOMMENDATIONS)
-        .where(mine)
-        .select("items", "k", "index_id", _micros("generated_at"))
-    )
-    log = pipeline.context.log() if profile is None else None
-    events = 0 if log is None else log.where(mine).count()
-    if profile is None and lists is None and not events:
-        assert log is not None
-        raise _unknown("user", user_id, log.select("user_id").distinct())
-    console.print(_line(f"User {user_id}", _known_of(profile, events)))
-    history, items = (profile["history"] if profile else []), (lists["items"] if lists else [])
+    console.print(_line(f"User {user_id}", summary))
+    history = profile["history"] if profile else []
+    items = recommendations["items"] if recommendations else []
     texts = _texts(tables, {row["item_id"] for row in [*history[:_HISTORY], *items]})
     if history:
-        console.print(_history(history, texts))
-    if lists is None:
-        console.print(
-            "No recommendations yet: a list needs a history with a vector. See: vlm4rec recommend --help"
-        )
+        console.print(_history_table(history, texts))
+    if recommendations:
+        console.print(_recommendations_table(recommendations, texts))
     else:
-        console.print(_recommendations(lists, texts))
+        console.print(
+            "No recommendations yet: a list needs a history with a vector. "
+            "See: vlm4rec recommend --help"
+        )
 
 
 def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
     """Raises RunError for an item that isn't in the catalogue."""
-    tables, mine = pipeline.tables, F.col("item_id") == F.lit(item_id)
     items = pipeline.context.read(schemas.ITEMS)
-    found = _first(
-        items.where(mine).withColumns(
-            {"first": _micros("first_seen_at"), "at": _micros("updated_at")}
-        )
-    )
-    if found is None:
+    times = {"first": _micros("first_seen_at"), "at": _micros("updated_at")}
+    row = _first(items.where(_equals("item_id", item_id)).withColumns(times))
+    if row is None:
         raise _unknown("item", item_id, items.select("item_id"))
-    console.print(_line(f"Item {item_id}", found["title"] or "(no title)"))
-    console.print(_facts(found))
-    _print_photos(tables, mine, console)
-    _print_neighbours(pipeline, item_id, console)
-    lists = tables.read(schemas.RECOMMENDATIONS)
-    with_it = lists.where(F.array_contains(F.col("items.item_id"), F.lit(item_id))).count()
-    console.print(_line("On the lists of", f"{with_it:,} of {lists.count():,} users"))
+    console.print(_line(f"Item {item_id}", row["title"] or "(no title)"))
+    console.print(_catalogue_table(row))
+    _print_photos(pipeline.tables, item_id, console)
+    _print_neighbors(pipeline, item_id, console)
+    lists = pipeline.tables.read(schemas.RECOMMENDATIONS)
+    listing = lists.where(F.array_contains(F.col("items.item_id"), F.lit(item_id))).count()
+    console.print(_line("On the lists of", f"{listing:,} of {lists.count():,} users"))
+
+
+def _signed_in(tables: Tables, user_id: str, console: Console) -> str:
+    """The user that an anonymous id belongs to; any other id stays."""
+    identities = tables.read(schemas.IDENTITIES).where(_equals("anonymous_id", user_id))
+    identity = _first(identities.select("user_id"))
+    if identity is None:
+        return user_id
+    console.print(_line(user_id, f"turned out to be {identity['user_id']}"))
+    return str(identity["user_id"])
+
+
+def _profile(tables: Tables, user_id: str) -> Row | None:
+    profiles = tables.read(schemas.PROFILES).where(_equals("user_id", user_id))
+    seen = F.size("seen").alias("seen")
+    columns = ("representation", "history", "events", seen, _micros("last_event_at"))
+    return _first(profiles.select(*columns))
+
+
+def _recommendations(tables: Tables, user_id: str) -> Row | None:
+    lists = tables.read(schemas.RECOMMENDATIONS).where(_equals("user_id", user_id))
+    return _first(lists.select("items", "k", "index_id", _micros("generated_at")))
 
 
 def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
-    """Says which known ids are nearest: of the fifty that begin alike and differ least, by Spark's count of edits."""
-    column, typed = F.lower(f"{kind}_id"), wanted.lower()
-    alike = ids.where(column.startswith(typed[:1])).orderBy(
+    """The error for an unknown id. It names the nearest ones, by Spark's edit distance.
+
+    Only ids with the same first letter are compared.
+    """
+    column = F.lower(f"{kind}_id")
+    typed = wanted.lower()
+    similar = ids.where(column.startswith(typed[:1])).orderBy(
         F.levenshtein(column, F.lit(typed)), f"{kind}_id"
     )
-    near = {row[0].lower(): row[0] for row in alike.limit(_NEAR).collect()}
-    best = [repr(near[match]) for match in difflib.get_close_matches(typed, near, n=3)]
-    hint = f" Did you mean {', '.join(best)}?" if best else ""
-    place = "the log" if kind == "user" else "the catalogue"
-    return RunError(f"There is no {kind} {wanted!r} in {place}.{hint}")
+    spelled = {row[0].lower(): row[0] for row in similar.limit(_SIMILAR_IDS).collect()}
+    nearest = [repr(spelled[match]) for match in difflib.get_close_matches(typed, spelled, n=3)]
+    hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+    source = "the log" if kind == "user" else "the catalogue"
+    return RunError(f"There is no {kind} {wanted!r} in {source}.{hint}")
 
 
-def _known_of(profile: Row | None, events: int) -> str:
-    if profile is None:
-        return (
-            f"events in the log: {events:,}, but no history: none of them counts, the user is taken for a bot, or "
-            "profiles hasn't run since"
-        )
+def _profile_summary(profile: Row) -> str:
     return (
-        f"events that count: {profile['events']:,}, the last on {_day(profile['last_event_at'])}; items seen: "
-        f"{profile['seen']:,}; compared by {profile['representation']}"
+        f"events that count: {profile['events']:,}, the last on {_day(profile['last_event_at'])}; "
+        f"items seen: {profile['seen']:,}; compared by {profile['representation']}"
     )
 
 
-def _history(history: list[Row], texts: dict[str, tuple[str, str]]) -> Table:
+def _history_table(history: list[Row], texts: dict[str, _Texts]) -> Table:
     more = len(history) - _HISTORY
     title = "History, latest first" + (f" (and {more:,} more items)" if more > 0 else "")
-    grid = _grid(title, ("item", "title", "weight", "caption"))
+    table = _table(title, ("item", "title", "weight", "caption"))
     for row in history[:_HISTORY]:
-        name, caption = texts.get(row["item_id"], ("", ""))
-        grid.add_row(_plain(row["item_id"]), _plain(name), f"{row['weight']:.2f}", _plain(caption))
-    return grid
+        item_id = row["item_id"]
+        text = texts.get(item_id, _Texts())
+        weight = f"{row['weight']:.2f}"
+        table.add_row(_plain(item_id), _plain(text.title), weight, _plain(text.caption))
+    return table
 
 
-def _recommendations(lists: Row, texts: dict[str, tuple[str, str]]) -> Table:
-    title = f"Recommendations of {_day(lists['generated_at'])}, made with index {lists['index_id']}"
-    grid = _grid(title, ("rank", "item", "title", "score", "because of", "shared words"))
-    for rank, row in enumerate(lists["items"], start=1):
-        name, _ = texts.get(row["item_id"], ("", ""))
-        words = ", ".join(row["because_terms"] or [])
-        grid.add_row(
+def _recommendations_table(recommendations: Row, texts: dict[str, _Texts]) -> Table:
+    day = _day(recommendations["generated_at"])
+    title = f"Recommendations of {day}, made with index {recommendations['index_id']}"
+    table = _table(title, ("rank", "item", "title", "score", "because of", "shared words"))
+    for rank, row in enumerate(recommendations["items"], start=1):
+        item_id = row["item_id"]
+        table.add_row(
             str(rank),
-            _plain(row["item_id"]),
-            _plain(name),
+            _plain(item_id),
+            _plain(texts.get(item_id, _Texts()).title),
             f"{row['score']:.3f}",
             _plain(row["because_item_id"] or "-"),
-            _plain(words),
+            _plain(", ".join(row["because_terms"] or [])),
         )
-    return grid
+    return table
 
 
-def _facts(found: Row) -> Table:
-    price = "" if found["price"] is None else f"{found['price']:,.2f}"
-    known = {
-        "brand": found["brand"],
-        "category": found["category"],
-        "parent": found["parent_id"],
-        "region": found["region"],
-        "price": price,
-        **(found["attributes"] or {}),
-        "available": "yes" if found["available"] else "no: never recommended",
-        "first seen": found["first"] and _day(found["first"]),
-        "last changed": _day(found["at"]),
+def _catalogue_table(row: Row) -> Table:
+    values = {
+        "brand": row["brand"],
+        "category": row["category"],
+        "parent": row["parent_id"],
+        "region": row["region"],
+        "price": "" if row["price"] is None else f"{row['price']:,.2f}",
+        **(row["attributes"] or {}),
+        "available": "yes" if row["available"] else "no: never recommended",
+        "first seen": row["first"] and _day(row["first"]),
+        "last changed": _day(row["at"]),
     }
-    grid = Table.grid(padding=(0, 2))
-    for name, value in known.items():
+    table = Table.grid(padding=(0, 2))
+    for name, value in values.items():
         if value:
-            grid.add_row(_plain(name, style="dim"), _plain(value))
-    return grid
+            table.add_row(_plain(name, style="dim"), _plain(value))
+    return table
 
 
-def _print_photos(tables: Tables, mine: Column, console: Console) -> None:
-    """Each photo with the caption that is in force, else with what the latest try came to."""
-    photos = {
-        row["position"]: row
-        for row in tables.read(schemas.PHOTOS).where(mine).drop("image").collect()
-    }
-    keys = {
-        row["position"]: row["caption_key"]
-        for row in tables.read(schemas.ITEM_CAPTIONS).where(mine).collect()
-    }
-    captions = tables.read(schemas.CAPTIONS)
-    of_photos = F.col("image_sha256").isin([row["image_sha256"] for row in photos.values()])
-    tries = (
-        captions.where(of_photos | F.col("caption_key").isin(list(keys.values())))
-        .orderBy("captioned_at")
-        .collect()
-    )
-    for position in sorted(photos.keys() | keys.keys()):
+def _print_photos(tables: Tables, item_id: str, console: Console) -> None:
+    """Each photo with its caption in force, or else the result of the latest try."""
+    of_item = _equals("item_id", item_id)
+    photos = _by_position(tables.read(schemas.PHOTOS).where(of_item).drop("image"))
+    links = _by_position(tables.read(schemas.ITEM_CAPTIONS).where(of_item))
+    captions = _captions(tables, photos.values(), links.values())
+    for position in sorted(photos.keys() | links.keys()):
         photo = photos.get(position)
-        if photo is None:
-            label, place = f"Text {position}", "imported, without a photo"
-        else:
-            label, size = f"Photo {position}", decimal(photo["bytes"])
-            place = (
-                f"{photo['uri'] or 'from the catalogue'} ({size}, sha256 {photo['image_sha256']})"
-            )
-        console.print(_line(label, place), soft_wrap=True)
-        linked = [each for each in tries if each["caption_key"] == keys.get(position)]
-        alike = [each for each in tries if photo and each["image_sha256"] == photo["image_sha256"]]
-        for line in _caption((linked or alike)[-1:]):
+        link = links.get(position)
+        console.print(_photo_line(position, photo), soft_wrap=True)
+        in_force = [row for row in captions if link and row["caption_key"] == link["caption_key"]]
+        tries = [row for row in captions if photo and row["image_sha256"] == photo["image_sha256"]]
+        latest = (in_force or tries)[-1:]
+        for line in _caption_lines(latest[0]) if latest else [Text("not captioned", "dim")]:
             console.print(Text("  ").append(line))
-    if not photos and not keys:
+    if not photos and not links:
         console.print("No photo and no caption: its title is compared instead.")
 
 
-def _caption(made: list[Row]) -> list[Text]:
-    if not made:
-        return [Text("not captioned", "dim")]
-    (row,) = made
-    by = "" if row["model"] is None else f" by {row['model']}, prompt {row['prompt_id']}"
-    said = row["caption"] if row["caption"] is not None else f"{row['error_class']}, {row['error']}"
-    lines = [_line(f"caption {row['status']}{by}", said)]
+def _by_position(rows: DataFrame) -> dict[int, Row]:
+    return {row["position"]: row for row in rows.collect()}
+
+
+def _captions(tables: Tables, photos: Collection[Row], links: Collection[Row]) -> list[Row]:
+    """All captions and failures of these photos and links, the latest last."""
+    of_photos = F.col("image_sha256").isin([photo["image_sha256"] for photo in photos])
+    of_links = F.col("caption_key").isin([link["caption_key"] for link in links])
+    captions = tables.read(schemas.CAPTIONS).where(of_photos | of_links)
+    return captions.orderBy("captioned_at").collect()
+
+
+def _photo_line(position: int, photo: Row | None) -> Text:
+    if photo is None:
+        return _line(f"Text {position}", "imported, without a photo")
+    source = photo["uri"] or "from the catalogue"
+    size = decimal(photo["bytes"])
+    return _line(f"Photo {position}", f"{source} ({size}, sha256 {photo['image_sha256']})")
+
+
+def _caption_lines(row: Row) -> list[Text]:
+    model = "" if row["model"] is None else f" by {row['model']}, prompt {row['prompt_id']}"
+    caption = row["caption"]
+    text = f"{row['error_class']}, {row['error']}" if caption is None else caption
+    lines = [_line(f"caption {row['status']}{model}", text)]
     if row["attributes"]:
-        lines.append(
-            _line("attributes in it", ", ".join(f"{k}: {v}" for k, v in row["attributes"].items()))
-        )
+        pairs = [f"{name}: {value}" for name, value in row["attributes"].items()]
+        lines.append(_line("attributes in it", ", ".join(pairs)))
     return lines
 
 
-def _print_neighbours(pipeline: Pipeline, item_id: str, console: Console) -> None:
+def _print_neighbors(pipeline: Pipeline, item_id: str, console: Console) -> None:
     try:
-        # Without checksums: they would read all vectors, and this looks at one.
+        # Without checksums: they would read all vectors, and one is enough here.
         searcher = Searcher.open(index_folder(pipeline.context), verify=False)
-    except (RunError, OSError) as missing:
-        console.print(_line("No neighbours", str(missing)))
+    except (RunError, OSError) as error:
+        console.print(_line("No neighbors", str(error)))
         return
     position = searcher.positions([item_id])
     if position[0] < 0:
-        console.print(
-            _line("No neighbours", f"the index {searcher.index_id} doesn't hold this item.")
-        )
+        reason = f"the index {searcher.index_id} doesn't contain this item."
+        console.print(_line("No neighbors", reason))
         return
+    scores = _neighbors(searcher, position)
+    texts = _texts(pipeline.tables, scores.keys())
+    title = f"Nearest in index {searcher.index_id}"
+    table = _table(title, ("item", "title", "cosine", "caption"))
+    for neighbor, score in scores.items():
+        text = texts.get(neighbor, _Texts())
+        row = (_plain(neighbor), _plain(text.title), f"{score:.3f}", _plain(text.caption))
+        table.add_row(*row)
+    console.print(table)
+
+
+def _neighbors(searcher: Searcher, position: np.ndarray) -> dict[str, float]:
+    """The nearest items and their cosines, nearest first. `position`: array of one item's row."""
     query = np.asarray(searcher.vectors[position])
-    # Half of the leaves: one query is cheap, and a person wants the true neighbours.
-    effort = Effort(max(1, searcher.manifest["leaves"] // 2), 10 * _NEIGHBOURS)
-    found = searcher.search(query, effort) if searcher.approximate else searcher.exact(query)
+    if searcher.approximate:
+        # Half of the leaves: one query is cheap, and a person wants the true neighbors.
+        effort = Effort(max(1, searcher.manifest["leaves"] // 2), 10 * _NEIGHBORS)
+        candidates = searcher.search(query, effort)
+    else:
+        candidates = searcher.exact(query)
     itself = flat_exclusions([position], len(searcher))
-    top, scores = top_k(*found, itself, np.ones(len(searcher), bool), _NEIGHBOURS)
-    near = [
-        (str(searcher.ids[at]), score)
-        for at, score in zip(top[0], scores[0], strict=True)
-        if at >= 0
-    ]
-    texts = _texts(pipeline.tables, {name for name, _ in near})
-    grid = _grid(f"Nearest in index {searcher.index_id}", ("item", "title", "cosine", "caption"))
-    for name, score in near:
-        title, caption = texts.get(name, ("", ""))
-        grid.add_row(_plain(name), _plain(title), f"{score:.3f}", _plain(caption))
-    console.print(grid)
+    allowed = np.ones(len(searcher), bool)
+    rows, scores = top_k(*candidates, itself, allowed, _NEIGHBORS)
+    pairs = zip(rows[0], scores[0], strict=True)
+    return {str(searcher.ids[row]): score for row, score in pairs if row >= 0}
 
 
-def _texts(tables: Tables, item_ids: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Title and caption of the main photo of these items; empty where there is none."""
-    chosen = F.col("item_id").isin(list(item_ids))
-    linked = (
-        tables.read(schemas.ITEM_CAPTIONS)
-        .where(chosen)
-        .groupBy("item_id")
-        .agg(F.min_by("caption_key", "position").alias("caption_key"))
-    )
-    captions = linked.join(
-        tables.read(schemas.CAPTIONS).select("caption_key", "caption"), "caption_key", "inner"
-    )
-    rows = (
-        tables.read(schemas.ITEMS)
-        .where(chosen)
-        .select("item_id", "title")
-        .join(captions, "item_id", "left")
-    )
-    return {row["item_id"]: (row["title"] or "", row["caption"] or "") for row in rows.collect()}
+def _texts(tables: Tables, item_ids: Collection[str]) -> dict[str, _Texts]:
+    """Title and caption of the main photo of these items."""
+    of_items = F.col("item_id").isin(list(item_ids))
+    links = tables.read(schemas.ITEM_CAPTIONS).where(of_items).groupBy("item_id")
+    main = links.agg(F.min_by("caption_key", "position").alias("caption_key"))
+    captions = tables.read(schemas.CAPTIONS).select("caption_key", "caption")
+    titles = tables.read(schemas.ITEMS).where(of_items).select("item_id", "title")
+    rows = titles.join(
+        main.join(captions, on="caption_key", how="inner"), on="item_id", how="left"
+    ).collect()
+    return {row["item_id"]: _Texts(row["title"] or "", row["caption"] or "") for row in rows}
+
+
+def _equals(column: str, value: str) -> Column:
+    return F.col(column) == F.lit(value)
 
 
 def _first(rows: DataFrame) -> Row | None:
@@ -285,22 +301,20 @@ def _day(micros: int) -> str:
     return f"{datetime.fromtimestamp(micros / 1e6, UTC):%Y-%m-%d}"
 
 
-def _grid(title: str, columns: Collection[str]) -> Table:
-    """A table whose texts share the width that ids and figures leave, and are cut to it; an id never is."""
-    grid = Table(
+def _table(title: str, columns: Collection[str]) -> Table:
+    """Texts share the width that ids and figures leave, and are cut to it; an id is never cut."""
+    table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, expand=True
     )
     shares = {"title": 2, "caption": 4, "shared words": 3}
     for name in columns:
         if name in shares:
-            grid.add_column(name, no_wrap=True, overflow="ellipsis", ratio=shares[name])
+            table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=shares[name])
+        elif name in ("weight", "score", "cosine"):
+            table.add_column(name, justify="right", overflow="fold")
         else:
-            grid.add_column(
-                name,
-                justify="right" if name in ("weight", "score", "cosine") else "left",
-                overflow="fold",
-            )
-    return grid
+            table.add_column(name, overflow="fold")
+    return table
 
 
 def _line(label: str, text: str) -> Text:
@@ -313,4 +327,4 @@ def _plain(text: str, style: str = "") -> Text:
 
 def _printable(text: str) -> str:
     """A catalogue's text may hold line ends, and what a terminal takes for commands."""
-    return "".join(each if each.isprintable() else " " for each in text)
+    return "".join(letter if letter.isprintable() else " " for letter in text)

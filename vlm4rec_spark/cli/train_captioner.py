@@ -1,19 +1,26 @@
-"""`vlm4rec train-captioner`: from a table of labelled photos to a folder that `caption.model.model` takes."""
+"""`vlm4rec train-captioner`: labelled photos to a folder that `caption.model.model` takes."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from vlm4rec_spark.cli import quiet
-from vlm4rec_spark.cli.reporter import OURS, speak
+from vlm4rec_spark.cli.reporter import LOG, configure
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.training.measure import Share
+
+Options = dict[str, Any]
+"""The fields of TrainingPlan."""
 
 
 def run_training(
@@ -23,50 +30,34 @@ def run_training(
     columns: dict[str, str],
     attributes: Sequence[str],
     licence: str,
-    options: dict[str, int | float | bool | str],
+    options: Options,
     debug: bool,
 ) -> None:
     """Read the photos, train, measure on held-out photos, write the card."""
-    named = _attributes(attributes)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise UsageError(f"--out {out}: it holds something that isn't a model. Give a new folder.")
+    attribute_columns = _attribute_columns(attributes)
+    command = _command(table, out, columns, attributes, options)
+    _check(out, options)
     if options["start"] == "packaged":
-        options |= {"start": str(PACKAGED_MODEL)}
-    if options["start"] and not (Path(str(options["start"])) / "config.json").is_file():
-        raise UsageError(
-            f"--start {options['start']}: there is no captioner. Name 'packaged', or a model's folder."
-        )
-    if options["kept"] and not options["start"]:
-        raise UsageError(
-            "--kept: there is no start of which to keep anything. Name one by --start."
-        )
+        options["start"] = str(PACKAGED_MODEL)
     if not debug:
         quiet()
-    speak(False)
+    configure(as_json=False)
     from vlm4rec_spark.training import card, labelled, measure, network, train
 
-    plan, place = train.TrainingPlan(**options), work or out.with_name(f"{out.name}-training")  # type: ignore[arg-type]
-    photos = labelled.read(table, columns, named, network.SIDE, place, OURS.info)
-    OURS.info(
+    plan = train.TrainingPlan(**options)
+    folder = work or out.with_name(f"{out.name}-training")
+    photos = labelled.read(table, columns, attribute_columns, network.SIDE, folder, LOG.info)
+    values = [f"{len(values):,} values of {name}" for name, values in photos.values.items()]
+    LOG.info(
         "%s photos with %s; left out: %s",
         f"{len(photos.sentences):,}",
-        ", ".join(f"{len(values):,} values of {name}" for name, values in photos.values.items()),
+        ", ".join(values),
         photos.rejected or "none",
     )
-    curve, seconds = train.train(photos, out, place, plan, OURS.info)
-    found = measure.held_out(out, photos, OURS.info)
-    told = shlex.join(
-        [
-            "vlm4rec",
-            "train-captioner",
-            str(table),
-            "--out",
-            str(out),
-            *_told(columns, attributes, plan),
-        ]
-    )
-    made = card.Made(
-        told,
+    curve, seconds = train.train(photos, out, folder, plan, LOG.info)
+    accuracy = measure.held_out(out, photos, LOG.info)
+    origin = card.Made(
+        command,
         f"`{table.name}`",
         licence,
         len(photos.sentences),
@@ -75,50 +66,73 @@ def run_training(
         seconds,
         train.device_name(),
     )
-    card.write(out, made, found, curve)
-    shown = Table(title="Captions of held-out photos", title_justify="left")
-    for name in ("attribute", "photos", "right", "blank photo", "majority"):
-        shown.add_column(name, justify="left" if name == "attribute" else "right")
-    for name, share in found.items():
-        figures = (share.right, share.blank, share.majority)
-        shown.add_row(name, f"{share.photos:,}", *(f"{figure:.3f}" for figure in figures))
-    console = Console(stderr=True)
-    console.print(shown)
-    console.print(
-        f"model: {out.resolve()} (its card: README.md). Use it: --set caption.model.model={out}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    card.write(out, origin, accuracy, curve)
+    _show(out, accuracy)
 
 
-def _attributes(given: Sequence[str]) -> dict[str, str]:
-    """Our name to the table's column."""
-    if not given:
+def _check(out: Path, options: Options) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise UsageError(f"--out {out}: this folder has files but no model. Name a new folder.")
+    start = options["start"]
+    if start and start != "packaged" and not (Path(start) / "config.json").is_file():
+        raise UsageError(
+            f"--start {start}: there is no captioner. Use 'packaged', or the folder of a model."
+        )
+    if options["kept"] and not start:
+        raise UsageError("--kept needs a captioner to start from. Name one with --start.")
+
+
+def _attribute_columns(assignments: Sequence[str]) -> dict[str, str]:
+    """Attribute's name to the table's column."""
+    if not assignments:
         raise UsageError("Name at least one --attribute, such as --attribute kind=category.")
-    found: dict[str, str] = {}
-    for each in given:
-        name, _, column = each.partition("=")
-        if not re.fullmatch(r"[a-z][a-z_]*", name) or name in found or ("=" in each and not column):
+    columns: dict[str, str] = {}
+    for assignment in assignments:
+        name, equals, column = assignment.partition("=")
+        valid = re.fullmatch(r"[a-z][a-z_]*", name) and not (equals and not column)
+        if not valid or name in columns:
             raise UsageError(
-                f"--attribute {each}: write it as ours=theirs, such as kind=category, each of ours once, "
-                "in small letters."
+                f"--attribute {assignment}: write it as name=column, such as kind=category. "
+                "Names are in small letters, and each is given once."
             )
-        found[name] = column or name
-    return found
+        columns[name] = column or name
+    return columns
 
 
-def _told(columns: dict[str, str], attributes: Sequence[str], plan) -> list[str]:  # type: ignore[no-untyped-def]
-    start = "packaged" if plan.start == str(PACKAGED_MODEL) else plan.start
-    told = [word for each in attributes for word in ("--attribute", each)]
-    told += [
-        word for name, column in columns.items() if name != column for word in (f"--{name}", column)
-    ]
-    told += [
-        word
-        for name in ("seen", "batch", "rate", "seed")
-        for word in (f"--{name}", str(getattr(plan, name)))
-    ]
-    told += ["--teacher"] if plan.teacher else []
-    told += ["--start", start] if start else []
-    told += ["--mirrored", str(plan.mirrored)] if plan.mirrored else []
-    return told + (["--kept", str(plan.kept)] if plan.kept else [])
+def _command(
+    table: Path,
+    out: Path,
+    columns: Mapping[str, str],
+    attributes: Sequence[str],
+    options: Options,
+) -> str:
+    """The command line for the card, without what is the default or has no influence."""
+    words = ["vlm4rec", "train-captioner", str(table), "--out", str(out)]
+    for attribute in attributes:
+        words += ["--attribute", attribute]
+    for name, column in columns.items():
+        if name != column:
+            words += [f"--{name}", column]
+    for name in ("seen", "batch", "rate", "seed"):
+        words += [f"--{name}", str(options[name])]
+    if options["teacher"]:
+        words.append("--teacher")
+    for name in ("start", "mirrored", "kept"):
+        if options[name]:
+            words += [f"--{name}", str(options[name])]
+    return shlex.join(words)
+
+
+def _show(out: Path, accuracy: Mapping[str, Share]) -> None:
+    table = Table(title="Captions of held-out photos", title_justify="left")
+    table.add_column("attribute")
+    for name in ("photos", "right", "blank photo", "majority"):
+        table.add_column(name, justify="right")
+    for name, share in accuracy.items():
+        figures = [f"{figure:.3f}" for figure in (share.right, share.blank, share.majority)]
+        table.add_row(name, f"{share.photos:,}", *figures)
+    console = Console(stderr=True)
+    console.print(table)
+    use = f"Use it: --set caption.model.model={out}"
+    line = f"model: {out.resolve()} (its card: README.md). {use}"
+    console.print(line, soft_wrap=True, highlight=False)

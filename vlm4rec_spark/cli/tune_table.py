@@ -1,4 +1,4 @@
-"""What `tune` has found, for people and as a configuration file."""
+"""The result of `tune`, as a table for people and as a configuration file."""
 
 from __future__ import annotations
 
@@ -16,54 +16,52 @@ _SHOWN = 8
 
 
 def write(tuned: Tuned, out: Path) -> None:
-    """The best settings as YAML, the evidence as comments above them."""
-    best, content = overrides(tuned.best.in_use), overrides(tuned.best_content.in_use)
-    of_content = {
-        "representation": content["representation"],
-        "profiles": content["profiles"],
-        "cooccurrence": {"share": 0.0},
-    }
-    settings = {**best, "evaluate": {"define": {"content": of_content}}}
+    """The best settings as YAML, all trials as comments above them."""
+    content_arm = overrides(tuned.best_content.serving) | {"item_item": {"share": 0.0}}
+    settings = overrides(tuned.best.serving)
+    settings["evaluate"] = {"custom_arms": {"content": content_arm}}
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in _comments(tuned))
+    tmp = out.with_name(f"{out.name}.tmp")
+    tmp.write_text(comments + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    tmp.replace(out)
+
+
+def _comments(tuned: Tuned) -> list[str]:
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
     cut = f", cut {tuned.cut}" if tuned.cut else ""
-    lines = [
-        f"By vlm4rec tune {__version__} on {datetime.now(UTC):%Y-%m-%d}: the best of {len(tuned.trials)} settings by "
+    return [
+        f"By vlm4rec tune {__version__} on {today}: the best of {len(tuned.trials)} settings by "
         f"{tuned.metric}@{tuned.k}",
-        f"on {tuned.users:,} users and {tuned.candidates:,} candidates of the split {tuned.split}{cut}.",
-        "What they reach on events that chose nothing, `vlm4rec evaluate` says.",
+        f"on {tuned.users:,} users and {tuned.candidates:,} candidates of the split "
+        f"{tuned.split}{cut}.",
+        "`vlm4rec evaluate` measures them on events that took no part in the choice.",
         "",
-        *(_line(trial, tuned) for trial in tuned.trials),
+        *(_comment(trial, tuned) for trial in tuned.trials),
     ]
-    beside = out.with_name(f"{out.name}.tmp")
-    comments = "".join(f"# {line}".rstrip() + "\n" for line in lines)
-    beside.write_text(comments + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    beside.replace(out)
 
 
 def show(tuned: Tuned, console: Console) -> None:
     """The best trials as a table."""
-    table = Table(
-        title=f"Best of {len(tuned.trials)} settings on {tuned.split}", title_justify="left"
-    )
-    for name in ("last changed", f"recall@{tuned.k}", f"ndcg@{tuned.k}", f"95 % of {tuned.metric}"):
-        table.add_column(name, justify="left" if name == "last changed" else "right")
-    ranked = sorted(tuned.trials, key=lambda trial: -getattr(trial, tuned.metric))[:_SHOWN]
-    for trial in ranked if tuned.best_content in ranked else [*ranked, tuned.best_content]:
-        name = trial.what if trial.blended else f"{trial.what} (content only)"
-        table.add_row(
-            name, f"{trial.recall:.4f}", f"{trial.ndcg:.4f}", f"[{trial.low:.4f}, {trial.high:.4f}]"
-        )
+    title = f"Best of {len(tuned.trials)} settings on {tuned.split}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("last changed")
+    for name in (f"recall@{tuned.k}", f"ndcg@{tuned.k}", f"95 % of {tuned.metric}"):
+        table.add_column(name, justify="right")
+    ranked = sorted(tuned.trials, key=lambda trial: -tuned.value(trial))[:_SHOWN]
+    if tuned.best_content not in ranked:
+        ranked.append(tuned.best_content)
+    for trial in ranked:
+        name = trial.description if trial.blended else f"{trial.description} (content only)"
+        table.add_row(name, f"{trial.recall:.4f}", f"{trial.ndcg:.4f}", _interval(trial))
     console.print(table)
 
 
-def _line(trial: Trial, tuned: Tuned) -> str:
-    mark = (
-        " <- best"
-        if trial is tuned.best
-        else " <- best content"
-        if trial is tuned.best_content
-        else ""
-    )
-    return (
-        f"recall {trial.recall:.4f}  ndcg {trial.ndcg:.4f}  [{trial.low:.4f}, {trial.high:.4f}]  "
-        f"{trial.what}{mark}"
-    )
+def _comment(trial: Trial, tuned: Tuned) -> str:
+    marks = {id(tuned.best_content): " <- best content", id(tuned.best): " <- best"}
+    mark = marks.get(id(trial), "")
+    metrics = f"recall {trial.recall:.4f}  ndcg {trial.ndcg:.4f}  {_interval(trial)}"
+    return f"{metrics}  {trial.description}{mark}"
+
+
+def _interval(trial: Trial) -> str:
+    return f"[{trial.low:.4f}, {trial.high:.4f}]"

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-from pyspark.sql import Row, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.caption.estimate import CaptionPlan
@@ -37,7 +36,7 @@ from vlm4rec_spark.pipeline import (
 from vlm4rec_spark.pipeline.context import Reporter, RunContext, StageResult
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import layout, schemas
 from vlm4rec_spark.storage.lease import Lease
 from vlm4rec_spark.storage.schemas import Table
 from vlm4rec_spark.storage.tables import Tables
@@ -49,52 +48,62 @@ __all__ = ["STAGES", "Pipeline", "Reporter", "StageResult"]
 class Stage:
     """A stage's work, and all that its result depends on.
 
-    A stage whose state is still that of its last good run has nothing to do. The state is made of the versions of the
-    tables that it reads and writes, and of `beside`: settings, files and models, as JSON; None when it can't be known.
+    A stage has nothing to do while its fingerprint is that of its last good run. The fingerprint
+    covers the versions of the tables that it reads and writes, and `inputs_fingerprint`: settings,
+    files and models, as JSON. That one is None when it can't be known.
     """
 
     work: Callable[[RunContext, StageResult], None]
+    inputs_fingerprint: Callable[[RunContext], object]
     reads: tuple[Table, ...]
     writes: tuple[Table, ...]
-    inputs_fingerprint: Callable[[RunContext], object]
 
 
 _TEXTS = (schemas.ITEMS, schemas.CAPTIONS, schemas.ITEM_CAPTIONS)
 _STAGES = {
     "ingest": Stage(
         ingest.ingest,
-        (),
-        (
+        ingest.inputs_fingerprint,
+        reads=(),
+        writes=(
             schemas.ITEMS,
             schemas.PHOTOS,
             schemas.INTERACTIONS,
             schemas.USERS,
             schemas.IDENTITIES,
             schemas.REJECTED,
-            schemas.FILES,
+            schemas.INGESTED_FILES,
         ),
-        ingest.inputs_fingerprint,
     ),
     "caption": Stage(
         caption.caption,
-        (schemas.PHOTOS,),
-        (schemas.CAPTIONS, schemas.ITEM_CAPTIONS),
         caption.inputs_fingerprint,
+        reads=(schemas.PHOTOS,),
+        writes=(schemas.CAPTIONS, schemas.ITEM_CAPTIONS),
     ),
     "embed": Stage(
-        embed.embed, (*_TEXTS, schemas.PHOTOS), (schemas.EMBEDDINGS,), embed.inputs_fingerprint
+        embed.embed,
+        embed.inputs_fingerprint,
+        reads=(*_TEXTS, schemas.PHOTOS),
+        writes=(schemas.EMBEDDINGS,),
     ),
-    # Profiles take their vectors from the index artefact, so the index comes first.
-    "index": Stage(index.index, (*_TEXTS, schemas.EMBEDDINGS), (), index.inputs_fingerprint),
+    # Profiles take their vectors from the index artifact, so the index comes first.
+    "index": Stage(
+        index.index,
+        index.inputs_fingerprint,
+        reads=(*_TEXTS, schemas.EMBEDDINGS),
+        writes=(),
+    ),
     "profiles": Stage(
         profiles.profiles,
-        (schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS),
-        (schemas.PROFILES,),
         profiles.inputs_fingerprint,
+        reads=(schemas.INTERACTIONS, schemas.IDENTITIES, schemas.ITEMS),
+        writes=(schemas.PROFILES,),
     ),
     "recommend": Stage(
         recommend.recommend,
-        (
+        recommend.inputs_fingerprint,
+        reads=(
             schemas.PROFILES,
             schemas.ITEMS,
             schemas.PHOTOS,
@@ -102,18 +111,18 @@ _STAGES = {
             schemas.IDENTITIES,
             schemas.USERS,
         ),
-        (schemas.RECOMMENDATIONS,),
-        recommend.inputs_fingerprint,
+        writes=(schemas.RECOMMENDATIONS,),
     ),
     "publish": Stage(
         publish.publish,
-        (schemas.RECOMMENDATIONS, schemas.ITEMS),
-        (schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
         publish.inputs_fingerprint,
+        reads=(schemas.RECOMMENDATIONS, schemas.ITEMS),
+        writes=(schemas.EXPORT_LONG, schemas.EXPORT_WIDE),
     ),
     "evaluate": Stage(
         evaluate.evaluate,
-        (
+        evaluate.inputs_fingerprint,
+        reads=(
             schemas.INTERACTIONS,
             schemas.IDENTITIES,
             schemas.USERS,
@@ -121,14 +130,16 @@ _STAGES = {
             *_TEXTS,
             schemas.PHOTOS,
         ),
-        (schemas.METRICS,),
-        evaluate.inputs_fingerprint,
+        writes=(schemas.METRICS,),
     ),
     "report": Stage(
         report.report,
-        tuple(table for table in schemas.TABLES.values() if table is not schemas.RUNS),
-        (),
         report.inputs_fingerprint,
+        # Every run writes to runs and state, also one with nothing to do.
+        reads=tuple(
+            table for table in schemas.TABLES.values() if table not in (schemas.RUNS, schemas.STATE)
+        ),
+        writes=(),
     ),
 }
 STAGES = tuple(_STAGES)
@@ -161,120 +172,112 @@ class Pipeline:
     def run(
         self, stages: Sequence[str], done: Callable[[StageResult], None] = lambda result: None
     ) -> list[StageResult]:
-        """Check what can be checked before any work, then run the stages in order, each recorded as it ends.
+        """Check what can be checked before any work, then run and record the stages in order.
 
-        `done` hears of each. Raises Busy when another run is at work on these tables.
+        `done` is called with each result. Raises Busy when another run works on these tables.
         """
         self.context.begin()
         self.check(stages)
-        outcomes = []
+        results = []
         with self.lease() as lease:
-            last = self.last_good()
-            for stage in stages:
-                work = partial(self._work, _STAGES[stage], last.get(stage))
-                outcomes.append(self._recorded(StageResult(stage), lease, work))
-                done(outcomes[-1])
-        return outcomes
+            for name in stages:
+                work = partial(self._work, _STAGES[name])
+                results.append(self._recorded(StageResult(name), lease, work))
+                done(results[-1])
+        return results
 
     def check(self, stages: Sequence[str]) -> None:
         """Raise UsageError or RunError for a wrong set-up, with no table touched."""
         if "caption" in stages:
-            load_prompt(self.context.config.caption.prompt, self.context.config.caption.language)
-            self.context.config.caption.model.model_id()
+            load_prompt(self.config.caption.prompt, self.config.caption.language)
+            self.config.caption.model.model_id()
         if {"embed", "index", "evaluate"} & set(stages):
             self.context.encoder_id()
             self.context.vision_id()
         if "recommend" in stages:
             recommend.check(self.context)
-        self.context.tables.prepare()
+        layout.check(self.tables)
         if "ingest" in stages and not self._unchanged("ingest"):
             ingest.raw_sources(self.context)
 
     @contextmanager
     def lease(self) -> Iterator[Lease]:
-        """Hold the tables, made ready: no other run works on them, and what a killed one left is gone."""
-        with Lease(
-            self.context.tables,
-            self.context.run_id,
-            self.context.config.lease_seconds,
-            self.context.reporter.info,
-        ) as lease:
-            self.context.tables.clear_staging()
-            self.context.tables.forget()  # another run may have ended while this one waited
+        """Hold the tables: no other run works on them, and what a killed one left is removed."""
+        seconds = self.config.lease_seconds
+        with Lease(self.tables, self.run_id, seconds, self.context.reporter.info) as lease:
+            self.tables.clear_staging()
+            self.context.forget()  # another run may have ended while this one waited
             yield lease
 
     def import_captions(self, source: Source) -> StageResult:
-        """Take descriptions from elsewhere: rows of item_id and text stand in for the caption stage."""
+        """Take captions from elsewhere: rows of item_id and text replace the caption stage."""
         self.context.begin()
-        raw = reader.read(self.context.spark, "import-captions", source)
-        self.context.tables.prepare()
+        raw = reader.read(self.spark, "import-captions", source)
+        layout.check(self.tables)
+        work = partial(ingest.import_captions, raw, self.context)
         with self.lease() as lease:
-            return self._recorded(
-                StageResult("import_captions"),
-                lease,
-                partial(ingest.import_captions, raw, self.context),
-            )
+            return self._recorded(StageResult("import_captions"), lease, work)
 
     def plan(self) -> CaptionPlan:
-        """What the caption stage would do now, and what that costs. Changes nothing and holds nobody up."""
+        """What the caption stage would do now, and its cost. Changes nothing, takes no lease."""
         self.context.begin()
         self.check(["caption"])
         return caption.plan_captions(self.context)
 
     def tune(self, representations: Sequence[str], metric: Metric) -> Tuned:
-        """Settings chosen on a validation cut, of these representations. Changes nothing and holds nobody up."""
+        """Choose settings on a validation cut. Changes nothing and takes no lease."""
         self.context.begin()
         self.check(["evaluate"])
         return evaluate.tune(self.context, representations, metric)
 
     def maintain(self) -> StageResult:
-        """Join small files, delete old ones, and clear what killed runs left. Changes no row."""
+        """Join small files, delete old ones, clear what killed runs left. Changes no row."""
         self.context.begin()
         maintain.check(self.context)
+        work = partial(maintain.maintain, self.context)
         with self.lease() as lease:
-            return self._recorded(
-                StageResult("maintain"), lease, partial(maintain.maintain, self.context)
-            )
+            return self._recorded(StageResult("maintain"), lease, work)
 
-    def _work(self, stage: Stage, last: Row | None, result: StageResult) -> None:
-        read = self.context.tables.versions(
-            [table for table in stage.reads if table not in stage.writes]
-        )
-        result.versions = read | self.context.tables.versions(stage.writes)
-        result.state = _state(result.stage, result.versions, stage.inputs_fingerprint(self.context))
-        if last and result.state and last["state"] == result.state:
-            result.status, result.details = "unchanged", {"unchanged_since": last["run_id"]}
+    def _work(self, stage: Stage, result: StageResult) -> None:
+        """Do the stage's work, unless its fingerprint is that of its last good run."""
+        inputs = [table for table in stage.reads if table not in stage.writes]
+        read_versions = self.tables.versions(inputs)
+        result.versions = read_versions | self.tables.versions(stage.writes)
+        last = self.context.states().get(result.stage)
+        fingerprint = self._fingerprint(result.stage, result.versions)
+        if last and fingerprint and last.fingerprint == fingerprint:
+            result.status = "unchanged"
+            result.details = {"unchanged_since": last.run_id}
             return
         stage.work(self.context, result)
-        # What it depends on besides may be made by the stage itself: the index folder, the report's page.
-        beside = stage.inputs_fingerprint(self.context) if result.complete else None
-        result.state = _state(
-            result.stage, read | self.context.tables.versions(stage.writes), beside
-        )
+        if result.complete:
+            # Again, because the stage itself makes some of it: its tables, the index, the page.
+            versions = read_versions | self.tables.versions(stage.writes)
+            result.fingerprint = self._fingerprint(result.stage, versions)
 
     def _unchanged(self, name: str) -> bool:
-        stage, last = _STAGES[name], self.last_good().get(name)
-        if last is None:
+        stage = _STAGES[name]
+        last = self.context.states().get(name)
+        if last is None or last.fingerprint is None:
             return False
-        versions = self.context.tables.versions({*stage.reads, *stage.writes})
-        return last["state"] is not None and last["state"] == _state(
-            name, versions, stage.inputs_fingerprint(self.context)
-        )
+        versions = self.tables.versions({*stage.reads, *stage.writes})
+        return last.fingerprint == self._fingerprint(name, versions)
 
-    def last_good(self) -> dict[str, Row]:
-        """By stage, run_id and state of the last run that had something to do and ended well."""
-        good = (
-            self.context.tables.read(schemas.RUNS).where(F.col("status") == "ok").groupBy("stage")
-        )
-        last = F.max_by(F.struct("run_id", "state"), F.struct("started_at", "run_id")).alias("last")
-        return {row["stage"]: row["last"] for row in good.agg(last).collect()}
+    def _fingerprint(self, name: str, versions: dict[str, int]) -> str | None:
+        """SHA-256 of all that the stage's result depends on; None when that can't be known."""
+        inputs = _STAGES[name].inputs_fingerprint(self.context)
+        if inputs is None:
+            return None
+        content = json.dumps([__version__, name, versions, inputs], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _recorded(
         self, result: StageResult, lease: Lease, work: Callable[[StageResult], None]
     ) -> StageResult:
         """Do the work of a stage, or something like one, and record it."""
-        started, clock = datetime.now(UTC), time.monotonic()
-        self.context.reporter.stage(self.context.run_id, result.stage)
+        started_at = datetime.now(UTC)
+        clock = time.monotonic()
+        self.context.reporter.stage(self.run_id, result.stage)
         try:
             lease.check()
             work(result)
@@ -284,14 +287,15 @@ class Pipeline:
             result.seconds = time.monotonic() - clock
             # A stage that failed before it made anything leaves the tables as they were.
             if result.status or (result.rows_in and not lease.lost):
-                self._record(result, started)
+                self._record(result, started_at)
         return result
 
-    def _record(self, result: StageResult, started: datetime) -> None:
-        # The section `spark` stays out: its conf may hold a secret.
-        config = self.context.config.model_dump_json(exclude={"spark"})
+    def _record(self, result: StageResult, started_at: datetime) -> None:
+        """Append to `runs`, then write `state`: killed in between, the stage runs again."""
+        # The section `spark` is left out: its conf may hold a secret.
+        config = self.config.model_dump_json(exclude={"spark"})
         row = (
-            self.context.run_id,
+            self.run_id,
             result.stage,
             result.status or "failed",
             result.rows_in,
@@ -300,19 +304,11 @@ class Pipeline:
             result.skipped,
             result.versions,
             config,
-            started,
+            started_at,
             result.seconds,
             result.device_seconds,
             result.details,
-            result.state if result.status else None,
         )
-        self.context.tables.append(
-            schemas.RUNS, self.context.spark.createDataFrame([row], schemas.RUNS.schema)
-        )
-
-
-def _state(stage: str, versions: dict[str, int], beside: object) -> str | None:
-    if beside is None:
-        return None
-    content = json.dumps([__version__, stage, versions, beside], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+        self.tables.append(schemas.RUNS, self.spark.createDataFrame([row], schemas.RUNS.schema))
+        if result.status == "ok" and result.stage in _STAGES:
+            self.context.write_state(result)

@@ -1,4 +1,4 @@
-"""What every stage of a run has at hand: session, config, tables, voice, and a record of what it did."""
+"""What every stage of a run uses: session, config, tables, reporter, and a record of its result."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 from pyspark.sql import DataFrame, Row, SparkSession
-from pyspark.sql import functions as F
 
 from vlm4rec_spark.config import Config
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.encoding import text_encoder, vision_encoder
 from vlm4rec_spark.stages import profiles
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import schemas, state
 from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage.state import StageOutput, StageState
 from vlm4rec_spark.storage.tables import Tables
 
 
 @dataclass
 class StageResult:
-    """What a stage did, as `runs` keeps it; rows in = ok + failed + skipped.
+    """What a stage did, as `runs` records it; rows in = ok + failed + skipped.
 
-    `status` is empty until the stage has ended well, `state` stands for all that its result depends on.
+    `status` is empty until the stage has ended well. `output` is what later runs read back.
     """
 
     stage: str
     status: str = ""
     complete: bool = True
-    """False when the next run has more to do though nothing changes: then it isn't taken for unchanged."""
-    state: str | None = None
+    """False: the next run has more to do though nothing changes, and runs the stage again."""
+    fingerprint: str | None = None
+    """Of all that a good result depends on; None when it isn't complete."""
     ok: int = 0
     failed: int = 0
     skipped: int = 0
     device_seconds: float | None = None
     details: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    output: StageOutput = field(default_factory=StageOutput)
     seconds: float = 0.0
 
     @property
@@ -48,9 +49,12 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Reporter:
-    """How a run speaks: `enter(run_id, stage)`; `say` a line; `watch(label, rows)` a Spark job that takes long.
+    """Where a run's messages go.
 
-    A third argument to `watch` gives the rows done and what else there is to say; else finished tasks are counted.
+    - `stage(run_id, stage)`: a stage begins.
+    - `info(line)`: one line of text.
+    - `progress(label, rows)`: a context around a long Spark job. A third argument returns the rows
+      done and a text; without it, finished tasks are counted.
     """
 
     stage: Callable[[str, str], None]
@@ -62,43 +66,63 @@ class RunContext:
     """Runs of one configuration on one Spark session, one after another."""
 
     def __init__(self, spark: SparkSession, config: Config, reporter: Reporter):
-        self.spark, self.config, self.reporter = spark, config, reporter
+        self.spark = spark
+        self.config = config
+        self.reporter = reporter
         self.tables = Tables(spark, config.tables)
         self.run_id = ""
         self.retry: str | None = None
         """Failed captions to try again: an error class, or "" for all of them."""
-        self.index_folder: Path | None = None
-        """What this run has built; `runs` doesn't know of it before the stage has ended."""
+        self.built_index_id: str | None = None
+        """The index that this run has built; `state` has it only after the stage's end."""
+        self._states: dict[str, StageState] | None = None
 
     def begin(self) -> None:
-        """Another run, with an id of its own."""
+        """Start another run, with an id of its own."""
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
-        self.index_folder = None
-        self.tables.forget()
+        self.built_index_id = None
+        self.forget()
         self.reporter.stage(self.run_id, "start")
 
+    def forget(self) -> None:
+        """Look up state and versions again: another run may have written since."""
+        self.tables.forget()
+        self._states = None
+
+    def states(self) -> dict[str, StageState]:
+        """By stage what its last good run left."""
+        if self._states is None:
+            self._states = state.read(self.tables)
+        return self._states
+
+    def write_state(self, result: StageResult) -> None:
+        """Replace the stage's row in `state` after a good run."""
+        row = StageState(
+            result.stage,
+            result.fingerprint,
+            result.versions,
+            result.output,
+            self.run_id,
+            datetime.now(UTC),
+        )
+        state.write(self.tables, row)
+        self._states = self.states() | {row.stage: row}
+
     def read(self, table: Table) -> DataFrame:
-        """A table that an earlier stage made. Raises RunError when it isn't there."""
+        """A table that an earlier stage made. Raises RunError when it doesn't exist."""
         if not self.tables.exists(table):
             raise RunError(
-                f"The table {self.tables.name_of(table)} isn't there yet. Run the stage that makes it, or "
-                "`vlm4rec run` for all."
+                f"The table {self.tables.name_of(table)} isn't there yet. Run the stage that "
+                "makes it, or `vlm4rec run` for all."
             )
         return self.tables.read(table)
 
-    def last(self, stage: str) -> Row | None:
-        """The last run of the stage that had something to do and ended well."""
-        good = self.tables.read(schemas.RUNS).where(
-            (F.col("stage") == stage) & (F.col("status") == "ok")
-        )
-        return good.orderBy(F.desc("started_at")).first()
-
     def log(self) -> DataFrame:
-        """The interactions, those of an anonymous id under the user that it is known to be."""
+        """The interactions; events of an anonymous id count as those of its user."""
         return self.identified(self.read(schemas.INTERACTIONS))
 
     def identified(self, events: DataFrame) -> DataFrame:
-        """Rows of interactions under the users that their ids are known to be."""
+        """Rows of interactions, with anonymous ids replaced by their users."""
         if not self.tables.exists(schemas.IDENTITIES):
             return events
         return profiles.identified(events, self.tables.read(schemas.IDENTITIES))
@@ -112,11 +136,9 @@ class RunContext:
     def vision_id(self) -> str | None:
         """None where no photos are embedded."""
         settings = self.config.embed
-        return (
-            vision_encoder.vision_id(settings.vision, settings.vision_revision)
-            if settings.vision
-            else None
-        )
+        if not settings.vision:
+            return None
+        return vision_encoder.vision_id(settings.vision, settings.vision_revision)
 
 
 def first_row(rows: DataFrame) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
@@ -18,72 +19,77 @@ from vlm4rec_spark.stages import embed
 from vlm4rec_spark.storage import schemas
 
 
-def tables(
-    context: RunContext, settings: EvaluateSettings, in_use: ServingConfig
-) -> evaluation.EvaluationTables:
-    """What the arms of the settings are judged by. Raises RunError for an arm that nothing is known of."""
-    encoder = context.encoder_id()
-    stored, representation = context.read(schemas.EMBEDDINGS), F.col("representation")
-    # Of each representation that this configuration makes, the vectors that it would make.
-    by = F.when(representation.isin(*embed.REPRESENTATIONS), F.lit(encoder)).when(
-        representation == embed.IMAGE, F.lit(context.vision_id() or "")
-    )
-    there = stored.where(by.isNull() | (F.col("encoder_id") == by))
-    known = {row["representation"] for row in there.select("representation").distinct().collect()}
-    if unknown := evaluation.needed(settings, in_use) - known:
-        raise RunError(
-            f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
-            f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of evaluate.custom_arms nor a "
-            f"representation of the table embeddings ({', '.join(sorted(known))}). "
-            "For image set embed.vision and run embed."
-        )
-    return evaluation.EvaluationTables(
-        context.log(), context.read(schemas.ITEMS), there, context.tables.read(schemas.USERS)
-    )
-
-
-def in_use(context: RunContext) -> ServingConfig:
-    return ServingConfig(
-        context.config.representation, context.config.profiles, context.config.item_item
-    )
-
-
 def evaluate(context: RunContext, result: StageResult) -> None:
-    settings, used = context.config.evaluate, in_use(context)
-    read = tables(context, settings, used)
+    """Add this run's metrics; audit the captions too."""
+    settings = context.config.evaluate
+    serving = _serving_config(context)
+    tables = _tables(context, settings, serving)
     rows, result.details = evaluation.evaluate(
-        context.spark, read, settings, used, context.reporter.info
+        context.spark, tables, settings, serving, context.reporter.info
     )
     result.ok = sum(json.loads(split)["users"] for split in result.details.values())
     rows += caption_audit.audit(context, result)
-    frame = context.spark.createDataFrame(
-        [row | {"run_id": context.run_id} for row in rows], schemas.METRICS.schema
-    )
-    context.tables.insert(schemas.METRICS, frame)
+    rows = [row | {"run_id": context.run_id} for row in rows]
+    metrics = context.spark.createDataFrame(rows, schemas.METRICS.schema)
+    context.tables.insert(schemas.METRICS, metrics)
 
 
 def tune(
     context: RunContext, representations: Sequence[str], metric: tuning.Metric
 ) -> tuning.Tuned:
+    """Choose settings on a validation cut; writes nothing."""
     settings = context.config.evaluate.model_copy(update={"arms": tuple(representations)})
-    read = tables(context, settings, in_use(context))
+    serving = _serving_config(context)
+    tables = _tables(context, settings, serving)
     return tuning.tune(
-        context.spark,
-        read,
-        settings,
-        in_use(context),
-        representations,
-        metric,
-        context.reporter.info,
+        context.spark, tables, settings, serving, representations, metric, context.reporter.info
     )
 
 
 def inputs_fingerprint(context: RunContext) -> object:
     settings = (context.config.evaluate, context.config.profiles, context.config.item_item)
-    described = [
+    return [
+        *(section.model_dump(mode="json") for section in settings),
         context.config.representation,
         context.encoder_id(),
         context.vision_id(),
         caption_audit.inputs_fingerprint(context),
     ]
-    return [*(each.model_dump(mode="json") for each in settings), *described]
+
+
+def _serving_config(context: RunContext) -> ServingConfig:
+    return ServingConfig(
+        context.config.representation, context.config.profiles, context.config.item_item
+    )
+
+
+def _tables(
+    context: RunContext, settings: EvaluateSettings, serving: ServingConfig
+) -> evaluation.EvaluationTables:
+    """What the arms are evaluated on. Raises RunError for an unknown arm."""
+    embeddings = _embeddings(context)
+    rows = embeddings.select("representation").distinct().collect()
+    representations = {row["representation"] for row in rows}
+    if unknown := evaluation.required_representations(settings, serving) - representations:
+        raise RunError(
+            f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
+            f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of "
+            "evaluate.custom_arms nor a representation of the table embeddings "
+            f"({', '.join(sorted(representations))}). For image set embed.vision and run embed."
+        )
+    return evaluation.EvaluationTables(
+        context.log(),
+        context.read(schemas.ITEMS),
+        embeddings,
+        context.tables.read(schemas.USERS),
+    )
+
+
+def _embeddings(context: RunContext) -> DataFrame:
+    """Of each representation that this configuration makes, the vectors of its encoder."""
+    representation = F.col("representation")
+    encoder = F.when(representation.isin(*embed.REPRESENTATIONS), F.lit(context.encoder_id())).when(
+        representation == embed.IMAGE, F.lit(context.vision_id() or "")
+    )
+    embeddings = context.read(schemas.EMBEDDINGS)
+    return embeddings.where(encoder.isNull() | (F.col("encoder_id") == encoder))

@@ -1,9 +1,10 @@
-"""Index: the vectors of one representation to an index artifact, and which one is in force."""
+"""Index: vectors of one representation to an index artifact, and the index that is in force."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
@@ -11,89 +12,89 @@ from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.embed import item_texts
-from vlm4rec_spark.stages import index as indexing
+from vlm4rec_spark.stages import index as stage
 from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.state import StageOutput
 
 
 def index(context: RunContext, result: StageResult) -> None:
-    settings, encoder = context.config.index, context.encoder_id()
-    rows = indexing.index_rows(
-        context.read(schemas.EMBEDDINGS),
-        item_texts(context),
-        context.config.representation,
-        encoder,
-    )
-    items = rows.count()
-    if not items:
-        raise RunError(
-            f"index: no item has a {context.config.representation} embedding by {encoder}. Run embed."
-        )
-    dimension = first_row(rows.select(F.size("embedding")))[0]
-    need = 2 * items * dimension * 4 / 1e9
-    context.reporter.info(
-        f"building the index of {items:,} x {dimension} on the driver, needs about {need:.2f} GB there"
-    )
+    """Build the index on the driver. The index in force is the base of the new one."""
+    settings = context.config.index
+    representation = context.config.representation
+    encoder = context.encoder_id()
+    embeddings = context.read(schemas.EMBEDDINGS)
+    rows = stage.index_rows(embeddings, item_texts(context), representation, encoder)
+    result.ok = rows.count()
+    if not result.ok:
+        raise RunError(f"index: no item has a {representation} embedding by {encoder}. Run embed.")
+    _announce(context, rows, result.ok)
     folder = build_index(
         rows.toArrow(),
-        context.config.representation,
+        representation,
         encoder,
         Path(settings.folder),
         settings.ann_min_items,
-        _last(context),
+        _in_force(context),
         settings.rebuild_threshold,
     )
-    searcher, context.index_folder = Searcher.open(folder), folder
-    result.ok = items
+    searcher = Searcher.open(folder)
+    context.built_index_id = searcher.index_id
+    result.output = StageOutput(representation=representation, index_id=searcher.index_id)
     result.details = {
         "index_id": searcher.index_id,
-        "items": str(items),
-        "dimension": str(dimension),
+        "items": str(result.ok),
+        "dimension": str(searcher.vectors.shape[1]),
         "approximate": str(searcher.approximate).lower(),
         "base": searcher.base,
-        "beside_codes": str(len(searcher.fresh)),
-        "folder": str(folder.resolve()),
-        "representation": context.config.representation,
+        "delta": str(len(searcher.fresh)),
+        "representation": representation,
         "bytes": str(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())),
     }
 
 
 def inputs_fingerprint(context: RunContext) -> object:
-    settings = context.config.index
-    return [
-        settings.model_dump(mode="json"),
-        context.config.representation,
-        context.encoder_id(),
-        index_id(context),
-    ]
+    """Not the folder's place: a shop that was moved has nothing to do."""
+    settings = context.config.index.model_dump(mode="json", exclude={"folder"})
+    return [settings, context.config.representation, context.encoder_id(), index_id(context)]
 
 
-def _last(context: RunContext) -> Searcher | None:
-    """The version in force, on which another may rest."""
+def index_id(context: RunContext) -> str:
+    """The index in force; for a missing or damaged one its error, so that nothing rests on it."""
+    try:
+        return Searcher.open(index_folder(context)).index_id
+    except RunError as error:
+        return str(error)
+
+
+def index_folder(context: RunContext) -> Path:
+    """The folder of the index that this run has built, or else of the index in force.
+
+    Raises RunError where there is none of the configured representation.
+    """
+    known_id = context.built_index_id
+    state = context.states().get("index")
+    if known_id is None and state and state.output.representation == context.config.representation:
+        known_id = state.output.index_id
+    if known_id is None:
+        raise RunError(
+            f"There is no index of {context.config.representation} embeddings yet. "
+            "Run: vlm4rec index"
+        )
+    return Path(context.config.index.folder) / known_id
+
+
+def _announce(context: RunContext, rows: DataFrame, items: int) -> None:
+    """Report the memory that the driver needs, before the vectors get there."""
+    dimension = first_row(rows.select(F.size("embedding")))[0]
+    gigabytes = 2 * items * dimension * 4 / 1e9
+    context.reporter.info(
+        f"building the index of {items:,} x {dimension} on the driver, "
+        f"needs about {gigabytes:.2f} GB there"
+    )
+
+
+def _in_force(context: RunContext) -> Searcher | None:
     try:
         return Searcher.open(index_folder(context))
     except RunError:
         return None
-
-
-def index_id(context: RunContext) -> str:
-    """The index in force; of one that is missing or damaged what is wrong with it, so that nothing rests on it."""
-    try:
-        return Searcher.open(index_folder(context)).index_id
-    except RunError as broken:
-        return str(broken)
-
-
-def index_folder(context: RunContext) -> Path:
-    """The folder that this run has built, else the one that the last good index run of this representation named."""
-    if context.index_folder:
-        return context.index_folder
-    built = context.tables.read(schemas.RUNS).where(
-        (F.col("stage") == "index") & (F.col("status") == "ok")
-    )
-    ours = built.where(F.col("details")["representation"] == context.config.representation)
-    last = ours.orderBy(F.desc("started_at")).select(F.col("details")["folder"]).head()
-    if last is None:
-        raise RunError(
-            f"There is no index of {context.config.representation} embeddings yet. Run: vlm4rec index"
-        )
-    return Path(last[0])

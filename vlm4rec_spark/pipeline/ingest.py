@@ -40,7 +40,7 @@ def raw_sources(context: RunContext) -> Raw:
     """Open every configured source. Raises UsageError when one isn't there or lacks a mapped column."""
     settings, no_files = (
         context.config.ingest,
-        context.spark.createDataFrame([], schemas.FILES.schema),
+        context.spark.createDataFrame([], schemas.INGESTED_FILES.schema),
     )
     if not settings.items.path and not settings.interactions.path:
         raise UsageError("ingest: neither ingest.items.path nor ingest.interactions.path is set.")
@@ -77,13 +77,19 @@ def raw_sources(context: RunContext) -> Raw:
     if log.format == "delta":
         return Raw(items, reader.read(context.spark, "ingest.interactions", log), no_files, people)
     files = reader.listing(context.spark, "ingest.interactions", log).select(
-        "*",
         F.lit("interactions").alias("source"),
+        F.col("uri").alias("file"),
+        F.col("bytes").alias("size"),
+        "modified_at",
         F.sha2(F.lit(log.model_dump_json()), 256).alias("settings_sha256"),
+        *(
+            F.lit(None).cast("bigint").alias(name)
+            for name in ("rows_read", "rows_taken", "rows_rejected", "rows_repeated")
+        ),
         F.lit(context.run_id).alias("run_id"),
     )
-    new = context.tables.pending(files, schemas.FILES)
-    paths = tuple(reader.literal(row["uri"]) for row in new.select("uri").collect())
+    new = context.tables.pending(files, schemas.INGESTED_FILES)
+    paths = tuple(reader.literal(row["file"]) for row in new.select("file").collect())
     if not paths:
         return Raw(items, None, new, people)
     events = reader.read(
@@ -130,7 +136,7 @@ def ingest(context: RunContext, result: StageResult) -> None:
         for rows in kept:
             rows.unpersist()
     # Last: a run that is killed before it reads its log files again, and their events aren't added twice.
-    context.tables.insert(schemas.FILES, raw.log_files)
+    context.tables.insert(schemas.INGESTED_FILES, raw.log_files)
     result.ok = sum(each["ok"] for each in counts.values())
     result.failed = sum(each["rejected"] for each in counts.values())
     result.skipped = sum(each["skipped"] for each in counts.values())
@@ -242,7 +248,7 @@ def _store_photos(
             F.lit("photos").alias("source"),
             F.to_json(F.struct("item_id", "position", "uri")).alias("row"),
             "reason",
-            F.lit(1).cast("bigint").alias("copies"),
+            F.lit(1).cast("bigint").alias("occurrences"),
         )
     )
     taken, rejected = good.count(), bad.count()
@@ -278,7 +284,7 @@ def import_captions(raw: DataFrame, context: RunContext, result: StageResult) ->
     context.tables.sync(schemas.ITEM_CAPTIONS, mine.unionByName(others))
     context.reject(
         bad.groupBy(F.concat(F.lit("captions "), "source").alias("source"), "row").agg(
-            F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies")
+            F.min("reason").alias("reason"), F.count(F.lit(1)).alias("occurrences")
         )
     )
     result.details = {"imported": str(total)}

@@ -1,9 +1,14 @@
-"""Profiles: the log to everybody's taste, with the vectors of the index in force."""
+"""Profiles: the log to everybody's taste, with the vectors of the index in force.
+
+Knows whose profile may have changed; how a profile is made is the stage's.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -13,133 +18,146 @@ from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.index import index_folder, index_id
 from vlm4rec_spark.spark.shipping import ship
-from vlm4rec_spark.stages import profiles as profiling
+from vlm4rec_spark.stages import profiles as stage
 from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.state import ProfilesState, StageOutput, StageState
+
+
+class _BotFigures(NamedTuple):
+    users: int
+    events: int
 
 
 def profiles(context: RunContext, result: StageResult) -> None:
-    settings = context.config.profiles
-    log, items = context.log(), context.read(schemas.ITEMS)
-    touched = _touched(context)
-    bots = profiling.bots(log, settings.bot_events_per_day)
+    """Make the profiles that may have changed, or all where that can't be known."""
+    log = context.log()
+    changed_users = _changed_users(context)
     users = log.select("user_id").distinct().count()
-    figures = first_row(
-        log.join(bots, "user_id", "left_semi").agg(F.countDistinct("user_id"), F.count(F.lit(1)))
-    )
-    theirs = log if touched is None else log.join(touched, on="user_id", how="left_semi")
-    rows = profiling.histories(theirs, items, settings)
-    # Asked of the events and not of the rows: PySpark prints a traceback where it wants no more of a worker's rows.
-    counting = theirs.where(F.col("event_type").isin(*settings.event_weights))
-    if touched is None and counting.join(items, on="item_id", how="left_semi").isEmpty():
-        raise RunError(
-            "profiles: no user has an event that counts. Check profiles.event_weights against the event "
-            "types of the log. Nothing was written."
-        )
-    open_searcher = ship(
-        context.spark, index_folder(context), context.config.index.broadcast_gb, Searcher.open
-    )
-    made = profiling.with_embedding(rows, context.config.representation, open_searcher)
-    changed = users if touched is None else touched.count()
-    with context.reporter.progress("building profiles", changed):
-        if touched is None:
-            context.tables.replace(schemas.PROFILES, made)
+    rebuilt = users if changed_users is None else changed_users.count()
+    rows = _profile_rows(context, log, changed_users)
+    with context.reporter.progress("building profiles", rebuilt):
+        if changed_users is None:
+            context.tables.replace(schemas.PROFILES, rows)
         else:
-            context.tables.revise(
-                schemas.PROFILES, touched, context.tables.staged(schemas.PROFILES, made)
-            )
+            staged = context.tables.staged(schemas.PROFILES, rows)
+            context.tables.revise(schemas.PROFILES, changed_users, staged)
             context.tables.unstage(schemas.PROFILES)
-            touched.unpersist()
+            changed_users.unpersist()
     result.ok = context.tables.read(schemas.PROFILES).count()
     result.skipped = users - result.ok
+    representation = context.config.representation
+    result.output = StageOutput(representation=representation, profiles=_current(context))
+    bots = _bot_figures(context, log)
     result.details = {
-        "representation": context.config.representation,
-        "shape": settings.shape,
-        "bot_users": str(figures[0]),
-        "bot_events": str(figures[1]),
-        "users_without_history": str(result.skipped - figures[0]),
-        "users_rebuilt": str(changed),
-        "made_by": _made_by(context),
-        "embeddings": _embeddings_version(context),
-        "version": _profiles_version(context),
+        "representation": representation,
+        "shape": context.config.profiles.shape,
+        "bot_users": str(bots.users),
+        "bot_events": str(bots.events),
+        "users_without_history": str(result.skipped - bots.users),
+        "users_rebuilt": str(rebuilt),
     }
 
 
-def _touched(context: RunContext) -> DataFrame | None:
-    """user_id of those whose profile may have changed since the last run, persisted; None where that may be anybody.
+def inputs_fingerprint(context: RunContext) -> object:
+    settings = context.config.profiles.model_dump(mode="json")
+    return [settings, context.config.representation, index_id(context)]
 
-    By the change feeds: users of new events, of events on items that have come, gone or got another vector, and of ids
-    that turned out to be somebody's.
+
+def _profile_rows(
+    context: RunContext, log: DataFrame, changed_users: DataFrame | None
+) -> DataFrame:
+    """Rows of `profiles`, of all users or of the changed ones. Raises RunError for no event."""
+    settings = context.config.profiles
+    items = context.read(schemas.ITEMS)
+    if changed_users is None:
+        # The events are asked and not the rows: PySpark prints a traceback where it stops a Python
+        # worker early.
+        counting = log.where(F.col("event_type").isin(*settings.event_weights))
+        if counting.join(items, on="item_id", how="left_semi").isEmpty():
+            raise RunError(
+                "profiles: no user has an event that counts. Check profiles.event_weights against "
+                "the event types of the log. Nothing was written."
+            )
+    else:
+        log = log.join(changed_users, on="user_id", how="left_semi")
+    histories = stage.histories(log, items, settings)
+    gigabytes = context.config.index.broadcast_gb
+    open_searcher = ship(context.spark, index_folder(context), gigabytes, Searcher.open)
+    return stage.with_embedding(histories, context.config.representation, open_searcher)
+
+
+def _bot_figures(context: RunContext, log: DataFrame) -> _BotFigures:
+    bots = stage.bots(log, context.config.profiles.bot_events_per_day)
+    events = log.join(bots, on="user_id", how="left_semi")
+    return _BotFigures(*first_row(events.agg(F.countDistinct("user_id"), F.count(F.lit(1)))))
+
+
+def _changed_users(context: RunContext) -> DataFrame | None:
+    """user_id of those whose profile may have changed since the last run, persisted.
+
+    None where that may be anybody, or most. By the change feeds these are: users of new events; of
+    events on items that were added, removed or got another vector; of ids that turned out to be
+    somebody's.
     """
-    runs = context.tables.read(schemas.RUNS)
-    last = context.last("profiles")
-    if last is None or last["details"].get("made_by") != _made_by(context):
+    last = context.states().get("profiles")
+    if last is None or not _comparable(context, last):
         return None
+    by_events = context.tables.changed_since(schemas.INTERACTIONS, last.versions["interactions"])
+    items = _changed_items(context, last)
+    by_items = context.log().join(items, on="item_id", how="left_semi").select("user_id")
+    users = context.identified(by_events).select("user_id").unionByName(by_items)
+    if "identities" in last.versions:
+        links = context.tables.changed_since(schemas.IDENTITIES, last.versions["identities"])
+        both = F.explode(F.array("anonymous_id", "user_id")).alias("user_id")
+        users = users.unionByName(links.select(both))
+    users = users.distinct().persist()
+    if users.count() * 2 > context.tables.read(schemas.PROFILES).count():
+        users.unpersist()
+        return None  # rewriting all is cheaper than a merge of most
+    return users
+
+
+def _comparable(context: RunContext, last: StageState) -> bool:
+    """Whether the profiles are those of the last good run, and the feeds tell all changes since."""
+    before = last.output.profiles
+    now = _current(context)
+    if before is None or before.settings_sha256 != now.settings_sha256:
+        return False
     # A run that was killed may have written by other settings, and not recorded itself.
-    if last["details"].get("version") != _profiles_version(context):
-        return None
+    if before.profiles_version != now.profiles_version or before.embeddings_version is None:
+        return False
     # What is older may be gone from the feeds.
-    hours = context.config.maintain.retention_hours / 2
-    old = (
-        runs.where((F.col("run_id") == last["run_id"]) & (F.col("stage") == "profiles"))
-        .select(
-            F.col("started_at") < F.current_timestamp() - F.make_interval(hours=F.lit(int(hours)))
-        )
-        .first()
+    oldest = datetime.now(UTC) - timedelta(hours=context.config.maintain.retention_hours / 2)
+    if last.updated_at < oldest or not {"interactions", "items"} <= set(last.versions):
+        return False
+    return ("identities" in last.versions) == context.tables.exists(schemas.IDENTITIES)
+
+
+def _changed_items(context: RunContext, last: StageState) -> DataFrame:
+    """item_id of the items that were added, removed, or got another vector."""
+    assert last.output.profiles and last.output.profiles.embeddings_version is not None
+    catalogue = context.tables.changed_since(schemas.ITEMS, last.versions["items"])
+    items = catalogue.where(F.col("_change_type").isin("insert", "delete"))
+    embeddings = context.tables.changed_since(
+        schemas.EMBEDDINGS, last.output.profiles.embeddings_version
     )
-    versions, embeddings = last["versions"], last["details"].get("embeddings", "")
-    if old is None or old[0] or not embeddings or not {"interactions", "items"} <= set(versions):
-        return None
-    if ("identities" in versions) != context.tables.exists(schemas.IDENTITIES):
-        return None
-    came = context.tables.changed_since(schemas.ITEMS, versions["items"])
-    came = came.where(F.col("_change_type").isin("insert", "delete"))
-    vectors = context.tables.changed_since(schemas.EMBEDDINGS, int(embeddings)).where(
+    vectors = embeddings.where(
         (F.col("representation") == context.config.representation)
         & (F.col("encoder_id") == context.encoder_id())
     )
-    items = came.select("item_id").unionByName(vectors.select("item_id")).distinct()
-    log = context.log()
-    by_items = log.join(items, on="item_id", how="left_semi").select("user_id")
-    new_events = context.tables.changed_since(schemas.INTERACTIONS, versions["interactions"])
-    touched = context.identified(new_events).select("user_id").unionByName(by_items)
-    if "identities" in versions:
-        changed = context.tables.changed_since(schemas.IDENTITIES, versions["identities"])
-        both = F.explode(F.array("anonymous_id", "user_id")).alias("user_id")
-        touched = touched.unionByName(changed.select(both))
-    touched = touched.distinct().persist()
-    if touched.count() * 2 > context.tables.read(schemas.PROFILES).count():
-        touched.unpersist()
-        return None  # rewriting all is cheaper than a merge of most
-    return touched
+    return items.select("item_id").unionByName(vectors.select("item_id")).distinct()
 
 
-def _made_by(context: RunContext) -> str:
-    """What profiles depend on besides tables; where it is another, all are made again."""
-    content = [
+def _current(context: RunContext) -> ProfilesState:
+    """Settings and versions as they are now: of the index's embeddings and of the profiles."""
+    settings = [
         context.config.profiles.model_dump(mode="json"),
         context.config.representation,
         context.encoder_id(),
     ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _profiles_version(context: RunContext) -> str:
-    return str(context.tables.versions([schemas.PROFILES]).get("profiles", ""))
-
-
-def _embeddings_version(context: RunContext) -> str:
-    """Of the table that the index in force was built from; "" where no run tells."""
-    runs = context.tables.read(schemas.RUNS).where(
-        (F.col("stage") == "index") & (F.col("status") == "ok")
+    index = context.states().get("index")
+    return ProfilesState(
+        hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        index.versions.get("embeddings") if index else None,
+        context.tables.versions([schemas.PROFILES]).get("profiles"),
     )
-    ours = runs.where(F.col("details")["index_id"] == Searcher.open(index_folder(context)).index_id)
-    last = ours.orderBy(F.desc("started_at")).select(F.col("versions")["embeddings"]).first()
-    return str(last[0]) if last and last[0] is not None else ""
-
-
-def inputs_fingerprint(context: RunContext) -> object:
-    return [
-        context.config.profiles.model_dump(mode="json"),
-        context.config.representation,
-        index_id(context),
-    ]

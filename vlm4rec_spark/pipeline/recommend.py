@@ -1,11 +1,10 @@
-"""Recommend: everybody's list, by taste or by what is popular, under the shop's rules.
+"""Recommend: everybody's list, by taste or by popularity, under the shop's rules.
 
-Knows who gets a list and which tables it comes from. How one list is made is the stages'.
+Knows who gets a list and which tables it comes from. How one list is made is the stage's.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.calibration import Calibration
+from vlm4rec_spark.models.ranking.calibration import Calibration, Tried
 from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules
 from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.pipeline.index import index_folder, index_id
@@ -30,31 +29,22 @@ from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import neighbors_file
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import item_item, popularity, rules
-from vlm4rec_spark.stages import profiles as profiling
-from vlm4rec_spark.stages import recommend as ranking
+from vlm4rec_spark.stages import profiles as profiles_stage
+from vlm4rec_spark.stages import recommend as stage
 from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.state import CalibrationState, StageOutput, TriedEffort
 
-_FORALL = "coalesce(user_id, '') = ''"
-
-
-def check(context: RunContext) -> None:
-    """Raise UsageError for rules that can't be asked of the tables, and for lists of items that aren't there."""
-    settings = context.config.recommend
-    items, users = (
-        context.spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)
-    )
-    rules.check(items, users, settings.rules, settings.caps)
-    for name, source in (("allow", settings.allow), ("deny", settings.deny)):
-        if source.path:
-            reader.read(context.spark, f"recommend.{name}", source)
+_EVERYBODY = "coalesce(user_id, '') = ''"
+"""A row of an allow or deny list without a user counts for all users."""
 
 
 @dataclass(frozen=True)
 class _Inputs:
     """What the lists are made from.
 
-    `item_rows` are those of `offers.item_rows`, and `offer` is made of them. `refused` holds the user_id of users
-    without consent. `usable` holds the profiles that have a vector and consent, with the user's rules.
+    `item_rows` are those of `rules.item_rows`, and `list_rules` is made of them. `refused` holds
+    the user_id of users without consent. `usable` holds the profiles that have a vector and
+    consent, with the user's rules.
     """
 
     folder: Path
@@ -62,22 +52,23 @@ class _Inputs:
     users: DataFrame
     refused: DataFrame
     item_rows: DataFrame
-    offer: ListRules
+    list_rules: ListRules
     profiles: DataFrame
     usable: DataFrame
 
 
 @dataclass(frozen=True)
 class _Search:
-    """How the lists of `users` users are searched: the measured calibration, also in words, and the matching.
+    """How the lists of `users` users are searched.
 
+    `calibration` was measured, `description` says it in words, `matching` scores items, and
     `open_searcher` opens the index in a worker.
     """
 
     calibration: Calibration
-    words: str
+    description: str
     users: int
-    matching: ranking.Matching
+    matching: stage.Matching
     open_searcher: Callable[[], Searcher]
 
 
@@ -91,21 +82,43 @@ def recommend(context: RunContext, result: StageResult) -> None:
     _count(context, inputs, search, result)
 
 
-def _load(context: RunContext) -> _Inputs:
-    """Raises RunError where a table is missing, or profiles and index are of different representations."""
+def inputs_fingerprint(context: RunContext) -> object:
+    """None with an allow or deny list: its source may have changed."""
+    if context.config.recommend.deny.path or context.config.recommend.allow.path:
+        return None
+    settings = context.config.recommend.model_dump(mode="json")
+    blend = context.config.item_item.model_dump(mode="json")
+    shape = [context.config.profiles.shape, context.config.profiles.tastes]
+    return [settings, blend, *shape, context.config.representation, index_id(context)]
+
+
+def check(context: RunContext) -> None:
+    """Raise UsageError for rules that don't fit the tables, and for missing allow or deny lists."""
     settings = context.config.recommend
-    tables = context.tables
+    items = context.spark.createDataFrame([], schemas.ITEMS.schema)
+    users = context.spark.createDataFrame([], schemas.USERS.schema)
+    rules.check(items, users, settings.rules, settings.caps)
+    for name, source in (("allow", settings.allow), ("deny", settings.deny)):
+        if source.path:
+            reader.read(context.spark, f"recommend.{name}", source)
+
+
+def _load(context: RunContext) -> _Inputs:
+    """Raises RunError for a missing table, or profiles of another representation."""
+    settings = context.config.recommend
     profiles = context.read(schemas.PROFILES)
     folder = index_folder(context)
     searcher = Searcher.open(folder)
     if not profiles.where(F.col("representation") != context.config.representation).isEmpty():
         raise RunError(
-            "recommend: the profiles are of another representation than the index. Run profiles again."
+            "recommend: the profiles are of another representation than the index. Run profiles "
+            "again."
         )
-    users = tables.read(schemas.USERS)
-    items = _offered_to_all(context, context.read(schemas.ITEMS))
-    item_rows = rules.item_rows(items, tables.read(schemas.PHOTOS), settings.rules, settings.caps)
-    offer = rules.list_rules(
+    users = context.tables.read(schemas.USERS)
+    items = _with_availability(context, context.read(schemas.ITEMS))
+    photos = context.tables.read(schemas.PHOTOS)
+    item_rows = rules.item_rows(items, photos, settings.rules, settings.caps)
+    list_rules = rules.list_rules(
         item_rows.toArrow(),
         searcher,
         settings.variants,
@@ -117,64 +130,70 @@ def _load(context: RunContext) -> _Inputs:
     refused = users.where(~F.col("consent")).select("user_id")
     with_vector = profiles.where(F.col("embedding").isNotNull())
     consenting = with_vector.join(refused, on="user_id", how="left_anti")
-    usable = _for_each(context, consenting, users)
-    return _Inputs(folder, searcher, users, refused, item_rows, offer, profiles, usable)
+    usable = _with_user_rules(context, consenting, users)
+    return _Inputs(folder, searcher, users, refused, item_rows, list_rules, profiles, usable)
 
 
 def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
-    """Choose the cheapest search that keeps the promise on a sample of the profiles, and announce it."""
+    """Choose the cheapest search with the target recall on a sample of profiles; report it."""
     settings = context.config.recommend
     searcher = inputs.searcher
     matching = _matching(context, inputs.profiles, searcher)
     by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
     sample = by_hash.select("embedding", "history", "seen", "rules").toArrow()
-    calibration = ranking.calibrate(
-        searcher, sample, inputs.offer, settings.k, settings.target_recall, matching
+    calibration = stage.calibrate(
+        searcher, sample, inputs.list_rules, settings.k, settings.target_recall, matching
     )
-    words = calibration.words(searcher.manifest["leaves"])
+    description = calibration.words(searcher.manifest["leaves"])
     users = inputs.usable.count()
     context.reporter.info(
-        f"recommending for {users:,} users, {words}, recall {calibration.recall:.3f} on "
+        f"recommending for {users:,} users, {description}, recall {calibration.recall:.3f} on "
         f"{calibration.users:,}"
     )
-    open_searcher = ship(
-        context.spark, inputs.folder, context.config.index.broadcast_gb, Searcher.open
-    )
-    effort = calibration.effort
+    gigabytes = context.config.index.broadcast_gb
+    open_searcher = ship(context.spark, inputs.folder, gigabytes, Searcher.open)
+    search = _Search(calibration, description, users, matching, open_searcher)
     if (
-        effort
+        calibration.effort
         and matching.shape == "max_similarity"
         and neighbors.pays_off(sample, users, len(searcher))
     ):
-        depth = effort.candidates + inputs.offer.initial_depth(settings.k) - settings.k
-        deep = replace(effort, candidates=depth)
-        opens = _neighbours(context, searcher, open_searcher, deep, sample)
-        matching = replace(matching, neighbors=opens)
-    return _Search(calibration, words, users, matching, open_searcher)
+        depth = calibration.effort.candidates
+        depth += inputs.list_rules.initial_depth(settings.k) - settings.k
+        deep = replace(calibration.effort, candidates=depth)
+        open_neighbors = _open_neighbors(context, inputs, search, deep, sample)
+        search = replace(search, matching=replace(matching, neighbors=open_neighbors))
+    return search
 
 
 def _score(context: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
-    """Rows of `recommendations`: lists by taste, and by popularity for users without a usable profile."""
+    """Rows of `recommendations`: by taste, and by popularity for users without usable profile."""
     settings = context.config.recommend
-    lists = ranking.recommend(
+    lists = stage.recommend(
         inputs.usable,
         search.open_searcher,
-        inputs.offer,
+        inputs.list_rules,
         settings.k,
         search.calibration.effort,
         search.matching,
         settings.explain,
     )
     if settings.popularity_fallback:
-        waiting, best = _waiting(context, inputs)
-        by_popularity = popularity.ByPopularity(best)
-        lists = lists.unionByName(
-            ranking.recommend(
-                waiting, search.open_searcher, inputs.offer, settings.k, None, by_popularity
-            )
+        log = _without_bots(context, context.log())
+        users = _users_without_profile(context, log, inputs)
+        by_popularity = popularity.ByPopularity(_popular_items(context, log, inputs))
+        popular_lists = stage.recommend(
+            users, search.open_searcher, inputs.list_rules, settings.k, None, by_popularity
         )
+        lists = lists.unionByName(popular_lists)
     return lists.select(
-        "*", F.lit(context.run_id).alias("run_id"), F.current_timestamp().alias("generated_at")
+        "user_id",
+        F.lit(schemas.DEFAULT_LIST).alias("list"),
+        "items",
+        "k",
+        "index_id",
+        F.lit(context.run_id).alias("run_id"),
+        F.current_timestamp().alias("generated_at"),
     )
 
 
@@ -186,116 +205,141 @@ def _count(context: RunContext, inputs: _Inputs, search: _Search, result: StageR
     without_list = inputs.profiles.join(lists.select("user_id"), on="user_id", how="left_anti")
     result.ok = lists.count()
     result.skipped = without_list.count()
+    result.output = StageOutput(
+        index_id=inputs.searcher.index_id,
+        calibration=_calibration_state(calibration, settings.target_recall),
+    )
     result.details = {
         "k": str(settings.k),
         "users": str(search.users),
         "popular_lists": str(result.ok - search.users),
         "short_lists": str(lists.where(F.size("items") < settings.k).count()),
-        "search": search.words,
+        "search": search.description,
         "recall_promised": str(settings.target_recall),
         "recall_measured": f"{calibration.recall:.4f}",
         "recall_low": f"{calibration.low:.4f}",
-        "recall_curve": _curve(calibration),
         "index_id": inputs.searcher.index_id,
         "cooccurrence_share": str(context.config.item_item.share),
     }
 
 
-def _for_each(context: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
-    """Rows of user_id and seen with each user's `rules` (bits), `only`, and `seen` with all items that are kept off."""
+def _calibration_state(calibration: Calibration, target_recall: float) -> CalibrationState:
+    effort = calibration.effort
+    return CalibrationState(
+        target_recall,
+        effort.leaves if effort else None,
+        effort.candidates if effort else None,
+        calibration.recall,
+        calibration.low,
+        calibration.users,
+        calibration.exact_per_second,
+        tuple(_tried_effort(tried) for tried in calibration.tried),
+    )
+
+
+def _tried_effort(tried: Tried) -> TriedEffort:
+    effort = tried.effort
+    return TriedEffort(effort.leaves, effort.candidates, tried.recall, tried.low, tried.per_second)
+
+
+def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
+    """Rows of user_id and seen with `rules` (bits) and `only`; `seen` gets all excluded items."""
     settings = context.config.recommend
-    people = _with_rules(context, people, users)
+    rows = _with_rule_bits(context, rows, users)
     if settings.repeatable_events or settings.repurchase_days:
-        kept_off = rules.not_again(
+        excluded = rules.not_again(
             context.log(),
             context.read(schemas.ITEMS),
             settings.repeatable_events,
             settings.repurchase_days,
         )
-        people = people.drop("seen").join(kept_off, on="user_id", how="left")
-        people = people.withColumn("seen", F.coalesce("seen", F.array()))
+        rows = rows.drop("seen").join(excluded, on="user_id", how="left")
+        rows = rows.withColumn("seen", F.coalesce("seen", F.array()))
     if settings.deny.path:
-        people = people.join(
-            _by_user(context, "deny", settings.deny, "denied"), on="user_id", how="left"
-        )
-        more = F.array_union("seen", F.coalesce("denied", F.array()))
-        people = people.withColumn("seen", F.array_sort(more)).drop("denied")
+        denied = _items_by_user(context, "deny", settings.deny).withColumnRenamed("items", "denied")
+        rows = rows.join(denied, on="user_id", how="left")
+        seen = F.array_union("seen", F.coalesce("denied", F.array()))
+        rows = rows.withColumn("seen", F.array_sort(seen)).drop("denied")
     if settings.allow.path:
-        people = people.join(
-            _by_user(context, "allow", settings.allow, "only"), on="user_id", how="left"
-        )
-    return people
+        allowed = _items_by_user(context, "allow", settings.allow)
+        rows = rows.join(allowed.withColumnRenamed("items", "only"), on="user_id", how="left")
+    return rows
 
 
-def _with_rules(context: RunContext, people: DataFrame, users: DataFrame) -> DataFrame:
+def _with_rule_bits(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
     """The rows with `rules`, the bits of the rules that apply to the user."""
     everybody, some = rules.applying(users, context.config.recommend.rules)
-    for_all = F.lit(everybody).cast("bigint")
-    if some is None:
-        return people.withColumn("rules", for_all)
-    bits = F.coalesce("rules", F.lit(0)).bitwiseOR(for_all)
-    return people.join(some, on="user_id", how="left").withColumn("rules", bits)
+    bits = F.lit(everybody).cast("bigint")
+    if some is not None:
+        rows = rows.join(some, on="user_id", how="left")
+        bits = F.coalesce("rules", F.lit(0)).bitwiseOR(bits)
+    return rows.withColumn("rules", bits)
 
 
-def _named(context: RunContext, key: str, source: Source) -> DataFrame:
-    """user_id, item_id of a list of items."""
+def _listed_items(context: RunContext, key: str, source: Source) -> DataFrame:
+    """user_id, item_id of an allow or deny list."""
     rows = reader.read(context.spark, f"recommend.{key}", source)
     return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
 
 
-def _by_user(context: RunContext, key: str, source: Source, name: str) -> DataFrame:
-    theirs = _named(context, key, source).where(f"NOT {_FORALL}").groupBy("user_id")
-    return theirs.agg(F.array_sort(F.collect_set("item_id")).alias(name))
+def _items_by_user(context: RunContext, key: str, source: Source) -> DataFrame:
+    """user_id and `items` of an allow or deny list."""
+    personal = _listed_items(context, key, source).where(f"NOT {_EVERYBODY}")
+    items = F.array_sort(F.collect_set("item_id"))
+    return personal.groupBy("user_id").agg(items.alias("items"))
 
 
-def _offered_to_all(context: RunContext, items: DataFrame) -> DataFrame:
-    """The items; what is denied to all, or isn't among what alone is allowed to all, counts as unavailable."""
-    for key, source, good in (
-        ("deny", context.config.recommend.deny, False),
-        ("allow", context.config.recommend.allow, True),
-    ):
-        listed = _named(context, key, source).where(_FORALL) if source.path else None
-        if listed is None or listed.isEmpty():
+def _with_availability(context: RunContext, items: DataFrame) -> DataFrame:
+    """The items; those denied to all, or not among those allowed to all, aren't available."""
+    settings = context.config.recommend
+    for key, source, allowed in (("deny", settings.deny, False), ("allow", settings.allow, True)):
+        if not source.path:
+            continue
+        listed = _listed_items(context, key, source).where(_EVERYBODY)
+        if listed.isEmpty():
             continue
         marked = listed.select("item_id", F.lit(True).alias("listed")).distinct()
         items = items.join(marked, on="item_id", how="left")
-        right = F.col("listed").isNotNull() if good else F.col("listed").isNull()
-        items = items.withColumn("available", F.col("available") & right).drop("listed")
+        offered = F.coalesce("listed", F.lit(False)) == F.lit(allowed)
+        items = items.withColumn("available", F.col("available") & offered).drop("listed")
     return items
 
 
-def _waiting(context: RunContext, inputs: _Inputs) -> tuple[DataFrame, popularity.Best]:
-    """Users who get a popular list, and what is popular with their like.
+def _without_bots(context: RunContext, log: DataFrame) -> DataFrame:
+    bots = profiles_stage.bots(log, context.config.profiles.bot_events_per_day)
+    return log.join(bots, on="user_id", how="left_anti")
 
-    They are in the log or in `users`, are no bots, agree to lists and have no usable profile.
+
+def _users_without_profile(context: RunContext, log: DataFrame, inputs: _Inputs) -> DataFrame:
+    """Users who get a popular list, with seen, segment and rules.
+
+    They are in the log or in `users`, are no bots, consent to lists and have no usable profile.
     """
-    log = context.log()
     users = inputs.users
-    robots = profiling.bots(log, context.config.profiles.bot_events_per_day)
-    people = log.join(robots, on="user_id", how="left_anti")
-    met = people.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
-    waiting = (
-        people.select("user_id")
+    bots = profiles_stage.bots(context.log(), context.config.profiles.bot_events_per_day)
+    seen = log.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
+    rows = (
+        log.select("user_id")
         .unionByName(users.select("user_id"))
         .distinct()
-        .join(robots, on="user_id", how="left_anti")
+        .join(bots, on="user_id", how="left_anti")
         .join(inputs.refused, on="user_id", how="left_anti")
         .join(inputs.usable.select("user_id"), on="user_id", how="left_anti")
-        .join(met, on="user_id", how="left")
+        .join(seen, on="user_id", how="left")
         .withColumn("seen", F.coalesce("seen", F.array()))
         .join(users.select("user_id", "segment"), on="user_id", how="left")
     )
-    return _for_each(context, waiting, users), _popular(context, people, inputs)
+    return _with_user_rules(context, rows, users)
 
 
-def _popular(context: RunContext, events: DataFrame, inputs: _Inputs) -> popularity.Best:
+def _popular_items(context: RunContext, log: DataFrame, inputs: _Inputs) -> popularity.Best:
     """The popular items of each segment, for each combination of rules that applies to a user."""
     everybody, some = rules.applying(inputs.users, context.config.recommend.rules)
     combinations = {everybody}
     if some is not None:
         bits = some.select("rules").distinct().collect()
         combinations |= {everybody | row["rules"] for row in bits}
-    counts = popularity.counts(events, context.read(schemas.ITEMS), inputs.users).persist()
+    counts = popularity.counts(log, context.read(schemas.ITEMS), inputs.users).persist()
     best: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
     for combination in sorted(combinations):
         required = F.lit(combination | AVAILABLE)
@@ -306,67 +350,37 @@ def _popular(context: RunContext, events: DataFrame, inputs: _Inputs) -> popular
     return best
 
 
-def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> ranking.Matching:
-    """Matching by the profiles' shape, and with co-occurrence counted in the same profiles, where it has a share."""
-    settings, profile = context.config.item_item, context.config.profiles
-    content = ranking.Matching(profile.shape, tastes_per_user=profile.tastes)
+def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> stage.Matching:
+    """By the profiles' shape, and with co-occurrence counted in the profiles if it has a share."""
+    settings = context.config.item_item
+    content = stage.Matching(
+        context.config.profiles.shape, tastes_per_user=context.config.profiles.tastes
+    )
     if not settings.share:
         return content
     gigabytes = len(searcher) * settings.max_neighbors * 60 / 1e9
-    context.reporter.info(
-        f"counting what is found together, needs up to {gigabytes:.2f} GB on the driver"
-    )
+    context.reporter.info(f"counting co-occurrences, needs up to {gigabytes:.2f} GB on the driver")
     pairs = item_item.pairs(profiles, settings).toArrow()
-    folder = build_item_item(pairs, searcher, Path(context.config.index.folder) / "cooccurrence")
+    folder = build_item_item(pairs, searcher, Path(context.config.index.folder) / "item_item")
     opens = ship(context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open)
     return replace(
         content, share=settings.share, position_decay=settings.position_decay, opens=opens
     )
 
 
-def _neighbours(
-    context: RunContext,
-    searcher: Searcher,
-    open_searcher: Callable[[], Searcher],
-    effort: Effort,
-    sample: pa.Table,
+def _open_neighbors(
+    context: RunContext, inputs: _Inputs, search: _Search, effort: Effort, sample: pa.Table
 ) -> Callable[[], Neighbors]:
-    """What gives a worker every item's neighbours, deep enough for most users; they are searched here."""
-    items, folder = len(searcher), Path(context.config.index.folder) / "neighbours"
+    """Search every item's neighbors, deep enough for most users; returns how workers open them."""
+    searcher = inputs.searcher
+    items = len(searcher)
+    folder = Path(context.config.index.folder) / "neighbors"
     depth = neighbors.needed_depth(effort.candidates, sample, items)
     context.reporter.info(
-        f"searching the {depth} neighbours of each of {items:,} items, needs "
+        f"searching the {depth} neighbors of each of {items:,} items, needs "
         f"{neighbors.size_gb(items, depth):.2f} GB in {folder}"
     )
-    made = neighbors_file.build(
-        context.spark, searcher, open_searcher, Effort(effort.leaves, depth), folder
+    built = neighbors_file.build(
+        context.spark, searcher, search.open_searcher, Effort(effort.leaves, depth), folder
     )
-    return ship(context.spark, made, context.config.index.broadcast_gb, Neighbors.open)
-
-
-def _curve(measured: Calibration) -> str:
-    """What was tried, as JSON: leaves, candidates, recall, its lower bound, lists a second; and of an exact search; and
-    what was taken, null for exact search."""
-    tried = [
-        [
-            each.effort.leaves,
-            each.effort.candidates,
-            round(each.recall, 4),
-            round(each.low, 4),
-            round(each.per_second),
-        ]
-        for each in measured.tried
-    ]
-    exact, effort = measured.exact_per_second, measured.effort
-    taken = [effort.leaves, effort.candidates] if effort else None
-    return json.dumps({"tried": tried, "exact": round(exact) if exact else None, "taken": taken})
-
-
-def inputs_fingerprint(context: RunContext) -> object:
-    """None where items are named by a list: it may say something else each time."""
-    if context.config.recommend.deny.path or context.config.recommend.allow.path:
-        return None
-    settings = context.config.recommend.model_dump(mode="json")
-    blend = context.config.item_item.model_dump(mode="json")
-    shape = [context.config.profiles.shape, context.config.profiles.tastes]
-    return [settings, blend, *shape, context.config.representation, index_id(context)]
+    return ship(context.spark, built, context.config.index.broadcast_gb, Neighbors.open)

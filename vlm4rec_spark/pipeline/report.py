@@ -13,15 +13,16 @@ from vlm4rec_spark.storage import schemas
 
 
 def report(context: RunContext, result: StageResult) -> None:
-    result.details = {"path": str(page.write(context.tables, context.config.report).resolve())}
+    path = page.write(context.tables, context.config.report)
+    result.details = {"path": str(path.resolve())}
 
 
 def inputs_fingerprint(context: RunContext) -> object:
-    """Which runs the page tells of, and the page that is there."""
-    told = context.tables.read(schemas.RUNS).where(
+    """The runs that the page shows, and the page as it is."""
+    shown = context.tables.read(schemas.RUNS).where(
         (F.col("status") != "unchanged") & (F.col("stage") != "report")
     )
-    latest = first_row(told.agg(F.count(F.lit(1)), F.max(F.unix_micros("started_at"))))
+    latest = first_row(shown.agg(F.count(F.lit(1)), F.max(F.unix_micros("started_at"))))
     path = Path(context.config.report.path)
-    page_there = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
-    return [context.config.report.model_dump(mode="json"), list(latest), page_there]
+    written = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    return [context.config.report.model_dump(mode="json"), list(latest), written]

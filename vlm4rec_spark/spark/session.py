@@ -1,6 +1,6 @@
 """The Spark session, built here and nowhere else.
 
-Knows how to start Spark on this machine with Delta, and to leave alone what spark-submit or Databricks decided.
+Starts Spark on this machine with Delta, or takes the session of spark-submit or Databricks.
 Knows no table and no stage.
 """
 
@@ -28,8 +28,8 @@ _DELTA = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
-# Wherever nobody set them: an event's date must not depend on the machine's time zone, and Spark's default batch
-# counts rows only, 10,000 of them: 2 GB of photos at once.
+# Set unless somebody has set them. An event's date must not depend on the machine's time zone.
+# Spark's default batch is 10,000 rows, whatever their size: 2 GB of photos at once.
 _UTC = {"spark.sql.session.timeZone": "UTC"}
 _ARROW = {
     "spark.sql.execution.arrow.pyspark.enabled": "true",
@@ -37,9 +37,27 @@ _ARROW = {
 }
 _LOCAL = {
     "spark.ui.enabled": "false",
-    # Partitions for one machine's cores, not for a cluster's; joined further where they are small.
+    # Partitions for one machine's cores; Spark joins small ones.
     "spark.sql.shuffle.partitions": str(2 * (os.cpu_count() or 2)),
     "spark.databricks.delta.snapshotPartitions": "2",
+}
+
+_LOCAL_JVM_OPTIONS = (
+    # Only the first compiler: starts in two thirds of the time, and the heavy work is in Python.
+    "-XX:TieredStopAtLevel=1",
+    # A long session fills the default of 48 MB, and then the JVM drops compiled code and compiles
+    # it again and again.
+    "-XX:ReservedCodeCacheSize=256m",
+    # The long lineage of ALS overflows a stack of 1 MB.
+    "-Xss4m",
+)
+_LOCAL_ENVIRONMENT = {
+    # So that neither a VPN nor an unknown host name matters.
+    "SPARK_LOCAL_IP": "127.0.0.1",
+    # Workers have the packages of this Python.
+    "PYSPARK_PYTHON": sys.executable,
+    # Heaps of the C library. By default it makes many, which hold a tenth of the JVM's memory.
+    "MALLOC_ARENA_MAX": "2",
 }
 
 
@@ -49,19 +67,19 @@ class SparkSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     master: str | None = "local[*]"
-    """None, or a job started by spark-submit: the platform decides on master, memory and jars."""
+    """None, or a job of spark-submit: the platform decides on master, memory and jars."""
     app_name: str = Field("vlm4rec", min_length=1)
     driver_memory: str = Field("4g", pattern=r"^\d+[kmgtKMGT]$")
     delta: Literal["fetch", "platform"] = "fetch"
-    """`platform`: it already carries Delta and has it switched on, as Databricks does."""
+    """`platform`: Spark already has Delta, and it is switched on, as on Databricks."""
     delta_jars: tuple[Path, ...] = ()
-    """Local jar files to use instead of fetching: delta-spark and delta-storage."""
+    """Local jar files in place of the download: delta-spark and delta-storage."""
     conf: dict[str, str] = {}
-    """More Spark configuration; wins over everything set here."""
+    """More Spark configuration; wins over everything that is set here."""
 
 
 def session(settings: SparkSettings) -> SparkSession:
-    """The running session where there is one, else a new one.
+    """The running session if there is one, else a new one.
 
     Raises UsageError when Spark, Java or Delta is missing.
     """
@@ -71,11 +89,11 @@ def session(settings: SparkSettings) -> SparkSession:
         raise UsageError(
             "Spark isn't installed here. Get it with pip install 'vlm4rec_spark[local]'."
         ) from None
-    # spark-submit leaves the port of the JVM that it has started; master and jars can't be chosen any more then.
+    # spark-submit sets the port of the JVM that it has started. Master and jars are fixed then.
     running = SparkSession.getActiveSession() is not None or "PYSPARK_GATEWAY_PORT" in os.environ
     jvm: AbstractContextManager[dict[str, Any]] = nullcontext({})
     if settings.master is not None and not running:
-        jvm = _own_jvm(settings, settings.master)
+        jvm = _new_jvm(settings, settings.master)
     with jvm as conf:
         conf |= _DELTA if settings.delta == "fetch" else {}
         spark = (
@@ -85,24 +103,24 @@ def session(settings: SparkSettings) -> SparkSession:
         )
     if running and settings.delta == "fetch":
         _require_delta(spark)
-    already = spark.conf.getAll
+    present = spark.conf.getAll
     for key, value in (_UTC if settings.delta == "platform" else _UTC | _ARROW).items():
-        if key not in already:
+        if key not in present:
             spark.conf.set(key, value)
     return spark
 
 
 @contextmanager
-def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
-    """The configuration of a JVM that is ours and, while this lasts, the environment for it to start in."""
+def _new_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
+    """The configuration of a new JVM. Inside `with`, the environment is the one to start it in."""
     executable = java.find()
-    options = [
-        f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
-    ]
+    log_settings = Path(__file__).with_name("log4j2.properties")
+    options = [f"-Dlog4j2.configurationFile={log_settings.as_uri()}"]
     conf = {
         "spark.master": master,
         "spark.driver.memory": settings.driver_memory,
-        "spark.ui.showConsoleProgress": "false",  # Spark takes a Python program for a shell and turns it on
+        # Spark takes a Python program for a shell and turns the bar on.
+        "spark.ui.showConsoleProgress": "false",
     }
     if settings.delta == "fetch":
         ivy = Path(settings.conf.get("spark.jars.ivy", Path.home() / ".ivy2.5.2"))
@@ -110,29 +128,14 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
     with java.home(executable) as home:
         environment = {"JAVA_HOME": str(home)}
         if master.startswith("local"):
-            folder = _folder()
-            # Level 1: a third off the cold start; the heavy work is in Python. A long session fills its code cache of
-            # 48 MB: then the JVM throws compiled code away and compiles it again, without end. Stacks of 4 MB: the long
-            # lineage of ALS overflows one of 1.
-            options += [
-                "-XX:TieredStopAtLevel=1",
-                "-XX:ReservedCodeCacheSize=256m",
-                "-Xss4m",
-                f'"-Djava.io.tmpdir={folder}"',
-            ]
+            folder = _temporary_folder()
+            options += [*_LOCAL_JVM_OPTIONS, f'"-Djava.io.tmpdir={folder}"']
             conf |= _LOCAL | {
                 "spark.sql.warehouse.dir": f"{folder}/warehouse",
                 "spark.local.dir": f"{folder}/local",
             }
-            # The loopback address, so that neither a VPN nor an unknown host name gets in the way; and workers with
-            # the packages of this very Python. Two heaps of the C library: in the many that it makes else, it keeps a
-            # tenth of the JVM's memory.
-            ours = {
-                "SPARK_LOCAL_IP": "127.0.0.1",
-                "PYSPARK_PYTHON": sys.executable,
-                "MALLOC_ARENA_MAX": "2",
-            }
-            environment |= {name: os.environ.get(name, value) for name, value in ours.items()}
+            defaults = _LOCAL_ENVIRONMENT
+            environment |= {name: os.environ.get(name, value) for name, value in defaults.items()}
         conf["spark.driver.extraJavaOptions"] = " ".join(options)
         before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
@@ -144,39 +147,40 @@ def _own_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
 
 
 def _require_delta(spark: SparkSession) -> None:
-    """Spark itself only warns about a missing extension, and fails much later, at the first table."""
+    """Spark only warns about a missing extension, and fails much later, at the first table."""
     try:
         spark.catalog.currentCatalog()
-    except Exception as failed:
-        if "catalog plugin class" not in str(failed):
+    except Exception as error:
+        if "catalog plugin class" not in str(error):
             raise
+        packages = [f"{jars.ORGANIZATION}:{name}:{jars.DELTA_VERSION}" for name in jars.NAMES]
         raise UsageError(
-            "This Spark was started without Delta's jars. Give them to spark-submit: --packages "
-            + ",".join(f"{jars.ORGANISATION}:{name}:{jars.DELTA_VERSION}" for name in jars.NAMES)
+            "This Spark was started without Delta's jars. Start it with spark-submit --packages "
+            + ",".join(packages)
         ) from None
 
 
-def _folder() -> Path:
-    """A folder for Spark's files that goes when this process ends; those of killed processes go now.
+def _temporary_folder() -> Path:
+    """A folder for Spark's files, deleted when this process ends. Those of killed processes go now.
 
-    Spark would make a warehouse at start, in the working directory, and leave its local files when it is killed.
+    Without it Spark makes a warehouse in the working directory, and leaves its local files when it
+    is killed.
     """
-    place = Path(tempfile.gettempdir())
-    for left in place.glob("vlm4rec-*-*"):
-        pid = left.name.split("-")[1]
+    parent = Path(tempfile.gettempdir())
+    for leftover in parent.glob("vlm4rec-*-*"):
+        pid = leftover.name.split("-")[1]
         if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"vlm4rec-{os.getpid()}-", dir=place))
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"vlm4rec-{os.getpid()}-", dir=parent))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _main() -> None:
-    """`python -m vlm4rec_spark.session`: proves that Spark starts here, and fetches what it lacks for that."""
+    """`python -m vlm4rec_spark.spark.session`: start Spark once, and download what it needs."""
     spark = session(SparkSettings(driver_memory="1g"))
-    print(
-        f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {spark.conf.get('spark.master')}."
-    )
+    master = spark.conf.get("spark.master")
+    print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {master}.")
     spark.stop()
 
 

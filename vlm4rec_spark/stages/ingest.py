@@ -37,6 +37,8 @@ _ITEM_FIELDS = (
     "category",
     "parent_id",
     "region",
+    "currency",
+    "url",
     "price",
     "available",
     "first_seen_at",
@@ -73,7 +75,16 @@ def parse_items(raw: DataFrame) -> DataFrame:
         *[column_named(name) for name in raw.columns if name.lower() not in _ITEM_FIELDS],
         *[
             text[name].alias(name)
-            for name in ("item_id", "title", "brand", "category", "parent_id", "region")
+            for name in (
+                "item_id",
+                "title",
+                "brand",
+                "category",
+                "parent_id",
+                "region",
+                "currency",
+                "url",
+            )
         ],
         price.alias("price"),
         F.transform_keys(
@@ -97,8 +108,10 @@ def parse_users(raw: DataFrame) -> DataFrame:
     )
     said = F.when(_given(consent), consent.isin(*_TRUE)).alias("consent")
     names = [text[name].alias(name) for name in ("user_id", "segment", "region")]
+    gone_at = F.lit(None).cast("timestamp").alias("gone_at")
     return _newest(
-        raw.select("source", "modified_at", "row", *names, said, reason.alias("reason")), "user_id"
+        raw.select("source", "modified_at", "row", *names, said, gone_at, reason.alias("reason")),
+        "user_id",
     )
 
 
@@ -111,7 +124,8 @@ def parse_identities(raw: DataFrame) -> DataFrame:
         (_blank(anonymous), "anonymous_id is missing"),
         (_blank(user), "user_id is missing"),
     )
-    names = anonymous.alias("anonymous_id"), user.alias("user_id")
+    since = F.lit(None).cast("timestamp").alias("since")
+    names = anonymous.alias("anonymous_id"), user.alias("user_id"), since
     return _newest(
         raw.select("source", "modified_at", "row", *names, reason.alias("reason")), "anonymous_id"
     )
@@ -195,7 +209,7 @@ def rejected(parsed: DataFrame, kind: str) -> DataFrame:
             "reason",
         )
         .groupBy("source", "row")
-        .agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("copies"))
+        .agg(F.min("reason").alias("reason"), F.count(F.lit(1)).alias("occurrences"))
     )
 
 
@@ -267,6 +281,7 @@ def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) 
             "modified_at BIGINT, reason STRING",
         )
         .withColumn("modified_at", F.timestamp_millis("modified_at"))
+        .withColumn("version", F.lit(None).cast("string"))
     )
 
 
@@ -290,6 +305,7 @@ def photos_in_rows(raw: DataFrame, column: str) -> DataFrame:
         F.sha2(image, 256).alias("image_sha256"),
         F.length(image).cast("bigint").alias("bytes"),
         F.col("modified_at"),
+        F.lit(None).cast("string").alias("version"),
         F.lit(None).cast("string").alias("reason"),
     ).where(image.isNotNull())
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
+from vlm4rec_spark.models import files
 from vlm4rec_spark.models.photos import download
 from vlm4rec_spark.models.photos.download import HttpSettings
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,13 @@ def read_again(uri: str, sha256: str, http: HttpSettings) -> bytes:
 
 
 def _read_file(uri: str, known: Known, listed_at: int | None) -> tuple[bytes, int] | None:
-    import fsspec
-
-    path = re.sub(r"^file:/+", "/", uri)
-    if "://" in path and re.search(r"::\s*https?:", path, re.IGNORECASE):
-        # It would be connected to without a look at where it leads.
-        raise ValueError("an http address inside another address")
-    # In an address, but not in a file's name, "::" says that one file system lies inside another.
-    files, path = (
-        fsspec.core.url_to_fs(path) if "://" in path else (fsspec.filesystem("file"), path)
-    )
+    file = files.at(uri)
     modified_at = listed_at
     if modified_at is None:
-        modified_at = (files.modified(path) - _EPOCH) // timedelta(milliseconds=1)
-        if modified_at == known.modified_at and files.size(path) == known.bytes:
+        modified_at = file.modified_at()
+        if modified_at == known.modified_at and file.size() == known.bytes:
             return None
-    return files.cat_file(path), modified_at
+    return file.read(), modified_at
 
 
 def _download(url: str, http: HttpSettings, known: Known) -> tuple[bytes, int] | None:
