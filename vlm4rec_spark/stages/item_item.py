@@ -113,6 +113,6 @@ def build(rows: DataFrame, searcher: Searcher, folder: Path) -> Path:
     digests = [hashlib.sha256(each.tobytes()).hexdigest() for each in (first, second, strengths)]
     content = [FORMAT, searcher.index_id, *digests]
     target = folder / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    if not artifact.reused(target, ItemItemScores.open):
+    if not artifact.reuse(target, ItemItemScores.open):
         ItemItemScores.build(target, searcher.index_id, len(searcher), first, second, strengths)
     return target

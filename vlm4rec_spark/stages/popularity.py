@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.popularity_query import PopularityQuery
+from vlm4rec_spark.models.ranking.top_k import Candidates
 
 ALL = ""
 """The segment of those who are in none, and what everybody has met."""
@@ -115,4 +116,4 @@ class ByPopularity:
             self._popular.get((segment or ALL, bits)) or self._popular.get((ALL, bits), nothing)
             for segment, bits in wanted
         ]
-        return PopularityQuery([positions for positions, _ in mine], [shares for _, shares in mine])
+        return PopularityQuery([Candidates(positions, shares) for positions, shares in mine])

@@ -99,7 +99,7 @@ def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettin
 
     def gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for users in history.whole_users(batches):
-            yield history.gather(users, *numbers)
+            yield history.weighted_histories(users, *numbers)
 
     return rows.mapInArrow(gathered, StructType([PROFILES.schema[name] for name in _HISTORY]))
 

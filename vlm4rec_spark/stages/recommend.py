@@ -19,9 +19,9 @@ from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
-from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MOST_RULES, ListRules, Rule
-from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest_effort
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MAX_RULES, ListRules, Rule
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
     MeanQuery,
@@ -45,7 +45,7 @@ class RecommendSettings(BaseModel):
     recall_sample: int = Field(1_000, ge=1)
     explain: bool = True
     popularity_fallback: bool = True
-    rules: tuple[Rule, ...] = Field((), max_length=MOST_RULES)
+    rules: tuple[Rule, ...] = Field((), max_length=MAX_RULES)
     allow: Source = Source()
     deny: Source = Source()
     caps: dict[str, PositiveInt] = {}
@@ -111,7 +111,9 @@ class Matching:
                 positions, [mine.astype(np.float32) for mine in weights], near
             )
         elif self.shape == "multi_taste":
-            content = MultiInterestQuery.of(positions, weights, searcher, self.tastes_per_user)
+            content = MultiInterestQuery.from_histories(
+                positions, weights, searcher, self.tastes_per_user
+            )
         if not blended or self.opens is None:
             return content
         later = [mine * self.position_decay ** np.arange(len(mine)) for mine in weights]
@@ -135,7 +137,8 @@ def calibrate(
         return Calibration(None, 1.0, 1.0, len(sample))
     (batch,) = sample.combine_chunks().to_batches()
     asked, excluded = matching.tastes(batch, searcher), _positions(batch.column("seen"), searcher)
-    return cheapest(searcher, asked, excluded, offer, _rules(batch), k, promise)
+    requests = ListRequests(asked, excluded, _rules(batch))
+    return cheapest_effort(searcher, requests, offer, k, promise)
 
 
 def without(searcher: Searcher, withdrawn: Sequence[str]) -> ListRules:
@@ -204,19 +207,18 @@ def _ranked(
         narrowed = batch.column("only").is_valid().to_numpy(zero_copy_only=False)
         mine = _positions(batch.column("only").fill_null([]), searcher)
         only = [items if has else None for items, has in zip(mine, narrowed, strict=True)]
-    top, scores, collapsed = recommend_lists(
-        searcher, asked, excluded, offer, _rules(batch), k, effort, only
-    )
+    requests = ListRequests(asked, excluded, _rules(batch), only)
+    top, scores, collapsed = recommend_lists(searcher, requests, offer, k, effort)
     kept = top >= 0
     because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
     if why:
         because, together = asked.explain(searcher, top)
     chosen, reasons, together = top[kept], because[kept], together[kept]
-    reason = searcher.names.take(pa.array(reasons, mask=reasons < 0))
+    reason = searcher.arrow_ids.take(pa.array(reasons, mask=reasons < 0))
     spoke = pa.array(together.astype(np.int8), mask=np.full(len(together), not why))
     items = pa.StructArray.from_arrays(
         [
-            searcher.names.take(pa.array(chosen)),
+            searcher.arrow_ids.take(pa.array(chosen)),
             pa.array(scores[kept]),
             reason,
             shared_terms(searcher, chosen, reasons),
@@ -244,7 +246,9 @@ def _hidden(collapsed: np.ndarray, kept: np.ndarray, searcher: Searcher) -> pa.L
     order = np.argsort(cell, kind="stable")
     sizes = np.bincount(cell, minlength=kept.size)[kept.ravel()]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), searcher.names.take(pa.array(items[order])))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), searcher.arrow_ids.take(pa.array(items[order]))
+    )
 
 
 def shared_terms(searcher: Searcher, items: np.ndarray, reasons: np.ndarray) -> pa.ListArray:

@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules, Rule
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, Cap, ListRules, Rule
 
 _MORE = "attributes."
 
@@ -111,7 +111,7 @@ def list_rules(
     same = _joined([numbers(name) for name in variants]) if variants else None
     if same is not None and len(np.unique(same)) == len(same):
         same = None  # nobody's variants: lists are simply the best items
-    limits = [(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
+    limits = [Cap(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
     return ListRules(allowed, same, limits, alike, least, diversity)
 
 
