@@ -58,7 +58,7 @@ def test_rules_groups_and_joined_variants(spark: SparkSession, tmp_path: Path) -
     Searcher.build(tmp_path / "x", "x", list("abcde"), np.eye(5, dtype=np.float32), [""] * 5, 2**62)
     searcher = Searcher.open(tmp_path / "x")
     made = rules.offer(rows, searcher, ["parent", "photo"], caps, None, None)
-    assert made.allowed.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
+    assert made.passed_rules.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
     assert made.eligible(0).tolist() == [True, True, True, False, False]
     assert made.eligible(0b010).tolist() == [True, False, False, False, False]
     a, b, c, d, _ = made.variants.tolist()
