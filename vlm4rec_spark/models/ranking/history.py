@@ -22,10 +22,13 @@ _DAY_US = 86_400e6
 
 
 def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The same rows as tables that divide no user's rows. `place` numbers a user's rows from 1."""
+    """The same rows as tables that divide no user's rows.
+
+    `user_row` numbers a user's rows from 1.
+    """
     pending: list[pa.RecordBatch] = []
     for batch in batches:
-        starts = np.flatnonzero(batch.column("place").to_numpy() == 1)
+        starts = np.flatnonzero(batch.column("user_row").to_numpy() == 1)
         if len(starts):
             complete = [*pending, batch.slice(0, starts[-1])]
             if any(map(len, complete)):
@@ -75,11 +78,11 @@ def weighted_histories(
     """user_id, history, seen, events, last_event_at of users with at least `min_items` items.
 
     rows: all of a user's, sorted by user_id, item_id and event_time (timestamp in microseconds).
-    Also weight (float64) and place (number of the user's row, from 1). The weight is null if the
+    Also weight (float64) and user_row (number of the user's row, from 1). The weight is null if the
     event only marks the item as seen.
     """
     item_ids = rows["item_id"].combine_chunks()
-    user_starts = np.flatnonzero(rows["place"].to_numpy() == 1)
+    user_starts = np.flatnonzero(rows["user_row"].to_numpy() == 1)
     pair_starts = np.union1d(user_starts, _run_starts(item_ids))
     events = _weighted_events(rows, user_starts, pair_starts)
     users = _group_users(events)
