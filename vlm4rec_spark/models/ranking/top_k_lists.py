@@ -110,7 +110,7 @@ def retrieve(
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Retrieval:
     """How the eligible items are searched.
 
     subset: their positions, if it pays to score these items only. effort: None is exact.
@@ -150,12 +150,12 @@ def _plan(
     searcher: Searcher,
     eligible: np.ndarray,
     effort: Effort | None,
-) -> _Search:
+) -> _Retrieval:
     items = np.flatnonzero(eligible)
     if effort is not None and EXACT_COST * len(items) < effort.cost(searcher):
         effort = None
     subset = items if 2 * len(items) < len(searcher) else None
-    return _Search(searcher, eligible, subset, effort)
+    return _Retrieval(searcher, eligible, subset, effort)
 
 
 def _rescore(
