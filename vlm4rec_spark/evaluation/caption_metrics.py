@@ -119,8 +119,7 @@ def agreement(
         control = [value in caption_values[shuffled[n]] for n, value in expected]
         figures.append(mean(f"agreement/{name}", hits, seed))
         figures.append(mean(f"agreement_shuffled/{name}", control, seed))
-        pairs = zip(expected, hits, strict=True)
-        misses += [Miss(n, name, value) for (n, value), hit in pairs if not hit]
+        misses += [Miss(n, name, value) for n, value in expected if value not in caption_values[n]]
     return figures, misses
 
 
