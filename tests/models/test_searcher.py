@@ -20,7 +20,7 @@ from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import Candidates
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
-from vlm4rec_spark.stages.recommend import calibrate, without
+from vlm4rec_spark.stages.recommend import all_items_except, calibrate
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
 IDS = [f"i{number:04d}" for number in range(ITEMS)]
@@ -379,7 +379,7 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
 def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
     queries = clustered(30, seed=9)
     withdrawn = np.unique(brute_force(queries, 50))
-    eligible = without(searcher, [IDS[item] for item in withdrawn] + ["gone"]).eligible(0)
+    eligible = all_items_except(searcher, [IDS[item] for item in withdrawn] + ["gone"]).eligible(0)
     assert int(eligible.sum()) == ITEMS - len(withdrawn)
     top, _ = retrieve(searcher, means(queries), [NOBODY] * 30, eligible, K, Effort(1, 100))
     assert (top >= 0).all()

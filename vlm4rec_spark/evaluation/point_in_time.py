@@ -178,8 +178,8 @@ class PointInTime:
         share = serving.item_item.share
         folder = self._index(NO_CONTENT if share == 1 else serving.representation)
         open_searcher = self._shipped(folder, Searcher.open)
-        matching = recommend.Matching(
-            serving.profiles.shape, tastes_per_user=serving.profiles.tastes
+        matching = recommend.ProfileScoring(
+            serving.profiles.shape, max_interests=serving.profiles.tastes
         )
         if share:
             scores = self._item_item_scores(serving, folder)
@@ -187,7 +187,7 @@ class PointInTime:
                 matching,
                 share=share,
                 position_decay=serving.item_item.position_decay,
-                opens=self._shipped(scores, ItemItemScores.open),
+                open_item_item=self._shipped(scores, ItemItemScores.open),
             )
         histories = self.histories(serving.profiles)
         vectors = profiles.with_embedding(histories, serving.representation, open_searcher)
@@ -199,7 +199,7 @@ class PointInTime:
             k,
             None,
             matching,
-            why=False,
+            explain=False,
         )
         return lists.select("user_id", F.col("items.item_id").alias("items"))
 
@@ -213,7 +213,7 @@ class PointInTime:
         """Rules that exclude the items of an index that are no candidates."""
         searcher = Searcher.open(folder, verify=False)
         positions = self.item_ids.get_indexer(pd.Index(searcher.ids))
-        return recommend.without(searcher, list(searcher.ids[positions < 0]))
+        return recommend.all_items_except(searcher, list(searcher.ids[positions < 0]))
 
     def _index(self, representation: str) -> Path:
         """The folder of a representation's index."""

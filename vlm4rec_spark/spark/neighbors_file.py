@@ -28,13 +28,13 @@ def build(
     effort: Effort,
     folder: Path,
 ) -> Path:
-    """Search every item and write its neighbors under `folder`, named by their content; return the path.
+    """Search every item, write its neighbors under `folder` and return the path.
 
-    A sound folder of the same content is kept. Folders that weren't used for a day are deleted.
-    `effort` is that of each search; its candidates are the depth. Needs `neighbors.size_gb` on disk
-    and a few hundred MB of memory.
+    The path is named by the content. A sound folder of the same content is kept. Folders that
+    weren't used for a day are deleted. `effort` is that of each search; its candidates are the
+    depth. Needs `neighbors.size_gb` on disk and a few hundred MB of memory.
     """
-    # The manifest has the index's checksums. Built again from the same vectors, ScaNN's leaves differ.
+    # The manifest has the index's checksums: of the same vectors ScaNN may build other leaves.
     content = [FORMAT, searcher.manifest, effort.leaves, effort.candidates]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     target = folder / digest[:16]
@@ -59,14 +59,7 @@ def _search_blocks(
         for batch in batches:
             for first in batch.column("id").to_pylist():
                 queries = searcher.vectors[first : first + block_items]
-                positions, cosines = searcher.search(queries, effort)
-                yield pa.RecordBatch.from_pydict(
-                    {
-                        "first": [first],
-                        "positions": [positions.astype(np.int32).tobytes()],
-                        "cosines": [cosines.astype(np.float32).tobytes()],
-                    }
-                )
+                yield _block(first, *searcher.search(queries, effort))
 
     blocks_per_job = max(1, _DRIVER_BYTES // (BYTES * depth * block_items))
     items_per_job = block_items * blocks_per_job
@@ -80,3 +73,17 @@ def _search_blocks(
                 np.frombuffer(positions.as_buffer(), np.int32).reshape(-1, depth),
                 np.frombuffer(cosines.as_buffer(), np.float32).reshape(-1, depth),
             )
+
+
+def _block(
+    first: int,
+    positions: np.ndarray,
+    cosines: np.ndarray,
+) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict(
+        {
+            "first": [first],
+            "positions": [positions.astype(np.int32).tobytes()],
+            "cosines": [cosines.astype(np.float32).tobytes()],
+        }
+    )
