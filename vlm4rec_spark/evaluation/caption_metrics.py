@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
-from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
 
 SPLIT = "captions"
 """The value of the column `split` of `metrics`."""
@@ -107,7 +107,7 @@ def agreement(
         return figures, misses
     shuffled = derangement(len(captions), seed)
     rows = [{name: _normalized(value) for name, value in row.items() if value} for row in catalogue]
-    for name, values in sorted(vocabulary(rows).items()):
+    for name, values in sorted(attribute_values(rows).items()):
         if not 2 <= len(values) <= MAX_VALUES:
             continue
         caption_values = _named_values(captions, values)
@@ -125,9 +125,9 @@ def agreement(
 
 def _named_values(captions: Sequence[str], values: Sequence[str]) -> list[set[str]]:
     """The values that each caption names."""
-    # Each value as an attribute of its own: otherwise `named` would stop at the first one.
+    # Each value as an attribute of its own: otherwise `extract_attributes` would stop at the first one.
     phrases = {value: [value] for value in values}
-    return [set(named(caption, phrases)) for caption in captions]
+    return [set(extract_attributes(caption, phrases)) for caption in captions]
 
 
 def spread(misses: Sequence[Miss], limit: int) -> list[Miss]:
