@@ -125,7 +125,7 @@ def agreement(
 
 def _named_values(captions: Sequence[str], values: Sequence[str]) -> list[set[str]]:
     """The values that each caption names."""
-    # Each value as an attribute of its own: `extract_attributes` stops at an attribute's first value.
+    # Each value as an attribute: of one attribute only the first named value would be returned.
     phrases = {value: [value] for value in values}
     return [set(extract_attributes(caption, phrases)) for caption in captions]
 
