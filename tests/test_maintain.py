@@ -320,23 +320,24 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     """Items in two files, lists made with index b, and runs that built e, a, d, b and c."""
     folder = tmp_path_factory.mktemp("shop")
     run = pipeline(folder, "maintain.index_versions=1")
-    tables = run.tables
-    item = dict.fromkeys(schemas.ITEMS.columns)
-    item |= {"item_id": "i0", "attributes": {}, "available": True, "updated_at": MONDAY}
     content: dict[Table, list[tuple]] = {
-        schemas.ITEMS: [tuple(item.values())],
+        schemas.ITEMS: [item("i0")],
         schemas.RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
         schemas.STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
         schemas.RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
     }
     for table, table_rows in content.items():
-        tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
-    other_item = tuple((item | {"item_id": "i1"}).values())
-    more = run.spark.createDataFrame([other_item], schemas.ITEMS.schema)
-    more.write.format("delta").mode("append").save(tables.name_of(schemas.ITEMS))
+        run.tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
+    run.tables.append(schemas.ITEMS, run.spark.createDataFrame([item("i1")], schemas.ITEMS.schema))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)
     return run
+
+
+def item(item_id: str) -> tuple:
+    columns = dict.fromkeys(schemas.ITEMS.columns)
+    columns |= {"item_id": item_id, "attributes": {}, "available": True, "updated_at": MONDAY}
+    return tuple(columns.values())
 
 
 def index_run(hour: int, letter: str) -> tuple:

@@ -35,7 +35,7 @@ from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, SparkSession
+    from pyspark.sql import Column, Row, SparkSession
 
 K = 5
 SHARE = 0.6
@@ -212,6 +212,18 @@ def content_scores(item_id: str, history: list, vectors: dict[str, np.ndarray]) 
     }
 
 
+def check_score(item: Row, content: dict[str, float], item_item: dict[str, float]) -> None:
+    """`content` and `item_item`: the share that each history item has in the item's scores."""
+    scores = {
+        "content": (1 - SHARE) * max(content.values()),
+        "cooccurrence": SHARE * sum(item_item.values()),
+    }
+    assert item["score"] == pytest.approx(sum(scores.values()), abs=3e-6)
+    assert scores[item["source"]] == pytest.approx(max(scores.values()), abs=3e-6)
+    shares = content if item["source"] == "content" else item_item
+    assert shares[item["because_item_id"]] == pytest.approx(max(shares.values()), abs=2e-6)
+
+
 def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: Shop) -> None:
     vectors = {
         row["item_id"]: np.array(row["embedding"])
@@ -228,18 +240,8 @@ def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: 
         history = histories[row["user_id"]]
         item_item = item_item_scores(history, strengths)
         for item in row["items"]:
-            shares = {
-                "content": content_scores(item["item_id"], history, vectors),
-                "cooccurrence": item_item.get(item["item_id"], {}),
-            }
-            content = (1 - SHARE) * max(shares["content"].values())
-            co_occurrence = SHARE * sum(shares["cooccurrence"].values())
-            assert item["score"] == pytest.approx(content + co_occurrence, abs=3e-6)
-            larger = content if item["source"] == "content" else co_occurrence
-            assert larger == pytest.approx(max(content, co_occurrence), abs=3e-6)
-            reasons = shares[item["source"]]
-            reason = reasons[item["because_item_id"]]
-            assert reason == pytest.approx(max(reasons.values()), abs=2e-6)
+            content = content_scores(item["item_id"], history, vectors)
+            check_score(item, content, item_item.get(item["item_id"], {}))
             sources.add(item["source"])
     assert sources == {"content", "cooccurrence"}
 

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,15 @@ import pandas as pd
 import pytest
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.storage import layout, schemas
+from vlm4rec_spark.storage import layout, schemas, state
 from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage.state import (
+    CalibrationState,
+    ProfilesState,
+    StageOutput,
+    StageState,
+    TriedEffort,
+)
 from vlm4rec_spark.storage.tables import CONFLICTS, Tables
 
 if TYPE_CHECKING:
@@ -207,9 +214,9 @@ def test_a_table_of_another_layout_is_refused(
     with pytest.raises(RunError) as refused:
         layout.check(products)
     assert str(refused.value) == (
-        f"The table {products.name_of(PRODUCTS)} has layout 4; this release reads layout 1 only. "
-        "Start in a new folder, with --set tables=…. Captions that were paid for can be brought over "
-        "with `vlm4rec import-captions`."
+        f"The table {products.name_of(PRODUCTS)} has layout 4; this release reads layout 1 "
+        "only. Start in a new folder, with --set tables=…. Captions that were paid for can be "
+        "brought over with `vlm4rec import-captions`."
     )
     assert version(products) == before
     products.spark.sql(f"ALTER TABLE {name} UNSET TBLPROPERTIES ('vlm4rec.layout')")
@@ -372,3 +379,22 @@ def statistics_in_log(tables: Tables, table: Table) -> list[dict]:
         for line in path.read_text().splitlines()
     ]
     return [json.loads(action["add"]["stats"]) for action in actions if "add" in action]
+
+
+def test_state_holds_one_typed_row_per_stage(tables: Tables) -> None:
+    tried = (TriedEffort(1, 10, 0.7, 0.68, 900.0), TriedEffort(4, 20, 0.97, 0.96, 600.0))
+    approximate = CalibrationState(0.95, 4, 20, 0.97, 0.96, 1_000, 50.0, tried)
+    exact = CalibrationState(0.95, None, None, 1.0, 1.0, 10, None, ())
+    index = stage_state("index", StageOutput(representation="caption", index_id="i1"))
+    profiles = stage_state("profiles", StageOutput(profiles=ProfilesState("sha", 3, None)))
+    before = stage_state("recommend", StageOutput(index_id="i0", calibration=exact))
+    after = stage_state("recommend", StageOutput(index_id="i1", calibration=approximate))
+    for row in (before, index, profiles, after):
+        state.write(tables, row)
+    assert state.read(tables) == {"index": index, "profiles": profiles, "recommend": after}
+    assert approximate.chosen == tried[1]
+    assert exact.chosen is None
+
+
+def stage_state(stage: str, output: StageOutput) -> StageState:
+    return StageState(stage, "f" * 64, {"items": 3}, output, "r1", MONDAY.replace(tzinfo=UTC))

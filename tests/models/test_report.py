@@ -107,7 +107,7 @@ def all_runs() -> tuple[StageRun, ...]:
             dimension="384",
             approximate="true",
             bytes="231004",
-            folder="/index/abc",
+            index_id="abc",
         ),
         a_run(
             "profiles",
