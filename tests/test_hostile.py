@@ -578,7 +578,7 @@ def test_one_item_and_no_event_then_one(spark: SparkSession, tmp_path: Path) -> 
     log = spark.createDataFrame([event], nothing["interactions"].schema)
     known = profiles.with_embedding(profiles.histories(log, items, usual), "title", open_searcher)
     lists = recommend.recommend(
-        known, open_searcher, recommend.without(open_searcher(), []), 3, None
+        known, open_searcher, recommend.all_items_except(open_searcher(), []), 3, None
     ).collect()
     assert [(row["user_id"], row["items"]) for row in lists] == [("../u", [])]
 
