@@ -54,7 +54,23 @@ def store(run: Pipeline) -> None:
     now, items, photos = datetime(2025, 1, 1), [], []
     for n in range(ITEMS):
         look = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
-        items.append((f"i{n:02d}", f"Item {n}", None, None, None, None, 1.0, None, None, look, True, None, now))
+        items.append(
+            (
+                f"i{n:02d}",
+                f"Item {n}",
+                None,
+                None,
+                None,
+                None,
+                1.0,
+                None,
+                None,
+                look,
+                True,
+                None,
+                now,
+            )
+        )
         image = png(photo(n))
         photos.append(
             (f"i{n:02d}", 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)

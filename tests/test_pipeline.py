@@ -254,7 +254,7 @@ from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.list_rules import ListRules
-from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import MaxSimilarityQuery
 
 index, item_item, share, k, facts = sys.argv[1:]
@@ -274,7 +274,8 @@ variants = np.full(len(searcher), -1, np.int64)
 variants[parents[0]] = parents[1]
 seen = [searcher.positions(facts["seen"])]
 rules = ListRules(allowed, variants)
-top, scores, _ = recommend_lists(searcher, query, seen, rules, np.zeros(1, np.int64), int(k), None)
+requests = ListRequests(query, seen, np.zeros(1, np.int64))
+top, scores, _ = recommend_lists(searcher, requests, rules, int(k), None)
 assert "pyspark" not in sys.modules
 print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], scores[0])]))
 """

@@ -20,7 +20,7 @@ from vlm4rec_spark.models.index import neighbors
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.history import HISTORY
-from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.list_rules import Cap, ListRules
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 from vlm4rec_spark.spark import neighbors_file
@@ -456,7 +456,7 @@ def test_popular_lists_are_new_to_their_users_and_keep_the_rules(
     rows = recommend.recommend(
         users,
         partial(Searcher.open, world.exact),
-        ListRules(np.full(ITEMS, 3), caps=[(np.zeros(ITEMS, int), 2)]),
+        ListRules(np.full(ITEMS, 3), caps=[Cap(np.zeros(ITEMS, int), 2)]),
         k=3,
         effort=None,
         scoring=popularity_scoring,

@@ -74,7 +74,7 @@ def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: S
         [],
         CAPS,
     )
-    assert list_rules.allowed.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
+    assert list_rules.passed_rules.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
     assert list_rules.eligible(0).tolist() == [True, True, True, False, False]
     assert list_rules.eligible(0b010).tolist() == [True, False, False, False, False]
     assert list_rules.variants is None

@@ -6,12 +6,15 @@ Knows events and their weights. Knows neither content nor metrics.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+
+if TYPE_CHECKING:
+    from pyspark.ml.recommendation import ALS
 
 _ITERATIONS = 10
 
@@ -50,7 +53,6 @@ def fit(
 ) -> Factors:
     """Factors of the users and items of the weighted events. item_ids: the candidates, sorted."""
     from pyspark.ml.feature import StringIndexer
-    from pyspark.ml.recommendation import ALS
 
     ratings = _ratings(events, weights)
     # In the order of the ids: the same log gets the same numbers, and ALS the same start.
@@ -60,8 +62,21 @@ def fit(
     rows = indexer.transform(ratings).select(
         F.col("user").cast("int"), F.col("item").cast("int"), F.col("weight").cast("float")
     )
-    blocks = max(2, min(10, events.sparkSession.sparkContext.defaultParallelism))
-    model = ALS(
+    model = _estimator(setting, seed, events.sparkSession).fit(rows.orderBy("user", "item"))
+    user_ids, fitted_ids = indexer.labelsArray
+    users = events.sparkSession.createDataFrame(
+        pd.DataFrame({"id": np.arange(len(user_ids)), "user_id": list(user_ids)})
+    )
+    factors = model.userFactors.withColumnRenamed("features", "factors").join(users, on="id")
+    vectors = _item_vectors(model.itemFactors, list(fitted_ids), item_ids, setting.rank)
+    return Factors(factors.select("user_id", "factors"), vectors)
+
+
+def _estimator(setting: AlsSetting, seed: int, spark: SparkSession) -> ALS:
+    from pyspark.ml.recommendation import ALS
+
+    blocks = max(2, min(10, spark.sparkContext.defaultParallelism))
+    return ALS(
         rank=setting.rank,
         maxIter=_ITERATIONS,
         regParam=setting.regularization,
@@ -73,14 +88,7 @@ def fit(
         userCol="user",
         itemCol="item",
         ratingCol="weight",
-    ).fit(rows.orderBy("user", "item"))
-    user_ids, fitted_ids = indexer.labelsArray
-    users = events.sparkSession.createDataFrame(
-        pd.DataFrame({"id": np.arange(len(user_ids)), "user_id": list(user_ids)})
     )
-    factors = model.userFactors.withColumnRenamed("features", "factors").join(users, on="id")
-    vectors = _item_vectors(model.itemFactors, list(fitted_ids), item_ids, setting.rank)
-    return Factors(factors.select("user_id", "factors"), vectors)
 
 
 def _ratings(events: DataFrame, weights: dict[str, float]) -> DataFrame:

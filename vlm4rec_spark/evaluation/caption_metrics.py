@@ -119,14 +119,13 @@ def agreement(
         control = [value in caption_values[shuffled[n]] for n, value in expected]
         figures.append(mean(f"agreement/{name}", hits, seed))
         figures.append(mean(f"agreement_shuffled/{name}", control, seed))
-        pairs = zip(expected, hits, strict=True)
-        misses += [Miss(n, name, value) for (n, value), hit in pairs if not hit]
+        misses += [Miss(n, name, value) for n, value in expected if value not in caption_values[n]]
     return figures, misses
 
 
 def _named_values(captions: Sequence[str], values: Sequence[str]) -> list[set[str]]:
     """The values that each caption names."""
-    # Each value as an attribute of its own: otherwise `extract_attributes` would stop at the first one.
+    # Each value as an attribute: of one attribute only the first named value would be returned.
     phrases = {value: [value] for value in values}
     return [set(extract_attributes(caption, phrases)) for caption in captions]
 

@@ -148,46 +148,39 @@ def _evaluate_split(
     info: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, object]]:
     """Rows of `metrics`, and facts about the split for the run's details."""
-    split, settings, serving = snapshot.split, snapshot.settings, snapshot.serving
+    split = snapshot.split
+    settings = snapshot.settings
     users = snapshot.users
     items = len(snapshot.item_ids)
     guards.no_leak(split.name, split.cut, users)
     lists = _lists(snapshot, resolved, info)
-    representations = sorted(arms.required_representations(resolved, serving))
-    vectors = {name: _candidate_vectors(snapshot, name) for name in representations}
-    diverse_in = next(iter(representations), None)
-    if serving.representation in representations:
-        diverse_in = serving.representation
+    representations = arms.required_representations(resolved, snapshot.serving)
+    vectors = {name: _candidate_vectors(snapshot, name) for name in sorted(representations)}
+    # Diversity is measured in the served representation, or else in the first one.
+    diverse_in = next(iter(vectors), "")
+    if snapshot.serving.representation in vectors:
+        diverse_in = snapshot.serving.representation
     arm_lists = ArmLists(
         lists,
         codes(users["relevant"], snapshot.item_ids),
         items,
         snapshot.user_counts,
         snapshot.total_users,
-        vectors[diverse_in] if diverse_in else None,
+        vectors.get(diverse_in),
     )
     parts = slices(users, split.cut, snapshot.user_counts, _catalogue(snapshot))
     rows = list(metric_rows.rows(split.name, arm_lists, parts, settings))
     duplicates = {name: guards.count_duplicates(matrix) for name, matrix in vectors.items()}
-    above_chance = [
-        arm
-        for arm, recall in metric_rows.shuffled_recall(arm_lists, settings).items()
-        if guards.above_chance(recall, settings.k, items)
-    ]
-    _warn(
-        split.name,
-        duplicates,
-        above_chance,
-        items,
-        info,
-    )
+    leaking = metric_rows.above_chance(arm_lists, settings)
+    for warning in _warnings(duplicates, leaking, items):
+        info(f"{split.name}: {warning}")
     facts: dict[str, object] = {
         "cut": split.cut,
         "users": len(users),
         "candidates": items,
         "identical_vectors": duplicates,
-        "above_chance": above_chance,
-        "discordant_users": _discordant_users(snapshot, arm_lists, diverse_in or ""),
+        "above_chance": leaking,
+        "discordant_users": _discordant_users(snapshot, arm_lists, diverse_in),
     }
     if snapshot.tuned:
         facts["tuned"] = snapshot.tuned
@@ -217,21 +210,19 @@ def _lists(
     return lists
 
 
-def _warn(
-    split: str,
+def _warnings(
     duplicates: Mapping[str, int],
     above_chance: Sequence[str],
     items: int,
-    info: Callable[[str], None],
-) -> None:
+) -> Iterator[str]:
     for name, count in duplicates.items():
         if count > guards.ALARM * items:
-            info(
-                f"{split}: {count:,} of {items:,} candidates share their {name} vector with "
-                "another. Their texts or photos are equal, or lost what distinguished them."
+            yield (
+                f"{count:,} of {items:,} candidates share their {name} vector with another. "
+                "Their texts or photos are equal, or lost what distinguished them."
             )
     for arm in above_chance:
-        info(f"{split}: {arm} predicts shuffled items better than chance: something leaks")
+        yield f"{arm} predicts shuffled items better than chance: something leaks"
 
 
 def codes(lists: pd.Series, item_ids: pd.Index) -> np.ndarray:

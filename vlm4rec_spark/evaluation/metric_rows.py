@@ -91,6 +91,15 @@ def shuffled_recall(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[str
     }
 
 
+def above_chance(arm_lists: ArmLists, settings: EvaluateSettings) -> list[str]:
+    """Arms whose `shuffled_recall` exceeds chance."""
+    return [
+        arm
+        for arm, recall in shuffled_recall(arm_lists, settings).items()
+        if guards.above_chance(recall, settings.k, arm_lists.items)
+    ]
+
+
 def _overall(
     split: str,
     arm_lists: ArmLists,

@@ -178,13 +178,13 @@ class PointInTime:
         share = serving.item_item.share
         folder = self._index(NO_CONTENT if share == 1 else serving.representation)
         open_searcher = self._shipped(folder, Searcher.open)
-        matching = recommend.ProfileScoring(
+        scoring = recommend.ProfileScoring(
             serving.profiles.shape, max_interests=serving.profiles.tastes
         )
         if share:
             scores = self._item_item_scores(serving, folder)
-            matching = replace(
-                matching,
+            scoring = replace(
+                scoring,
                 share=share,
                 position_decay=serving.item_item.position_decay,
                 open_item_item=self._shipped(scores, ItemItemScores.open),
@@ -198,7 +198,7 @@ class PointInTime:
             rules,
             k,
             None,
-            matching,
+            scoring,
             explain=False,
         )
         return lists.select("user_id", F.col("items.item_id").alias("items"))

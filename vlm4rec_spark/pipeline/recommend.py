@@ -19,7 +19,7 @@ from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.calibration import Calibration, Tried
+from vlm4rec_spark.models.ranking.calibration import Calibration, EffortTrial
 from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules
 from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.pipeline.index import index_folder, index_id
@@ -141,7 +141,7 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
     calibration = stage.calibrate(
         searcher, sample, inputs.list_rules, settings.k, settings.target_recall, matching
     )
-    description = calibration.words(searcher.manifest["leaves"])
+    description = calibration.describe(searcher.leaves)
     users = inputs.usable.count()
     context.reporter.info(
         f"recommending for {users:,} users, {description}, recall {calibration.recall:.3f} on "
@@ -230,11 +230,11 @@ def _calibration_state(calibration: Calibration, target_recall: float) -> Calibr
         calibration.low,
         calibration.users,
         calibration.exact_per_second,
-        tuple(_tried_effort(tried) for tried in calibration.tried),
+        tuple(_tried_effort(tried) for tried in calibration.trials),
     )
 
 
-def _tried_effort(tried: Tried) -> TriedEffort:
+def _tried_effort(tried: EffortTrial) -> TriedEffort:
     effort = tried.effort
     return TriedEffort(effort.leaves, effort.candidates, tried.recall, tried.low, tried.per_second)
 

@@ -153,7 +153,6 @@ def _section(data: ReportData, split: str) -> SplitSection:
     arms = _sorted_arms({row.arm for row in overall})
     control = next((row.control for row in overall if row.p_value is not None), "")
     differing = [arm for arm in arms if _difference(rows.get((arm, "recall")))]
-    candidates = facts.get("candidates")
     served = served_arm(data)
     return SplitSection(
         title=_SPLITS.get(split, split.capitalize()),
@@ -169,8 +168,15 @@ def _section(data: ReportData, split: str) -> SplitSection:
         served=served,
         control=control,
         indistinct=tuple(arm for arm in differing if not rows[arm, "recall"].differs),
-        chance=min(1.0, k / candidates) if isinstance(candidates, int) and candidates else None,
+        chance=_chance(facts, k),
     )
+
+
+def _chance(facts: Mapping[str, object], k: int) -> float | None:
+    candidates = facts.get("candidates")
+    if not isinstance(candidates, int) or not candidates:
+        return None
+    return min(1.0, k / candidates)
 
 
 def _difference(row: MetricRow | None) -> MetricRow | None:

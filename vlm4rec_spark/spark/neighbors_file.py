@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from vlm4rec_spark.models.index import artifact
-from vlm4rec_spark.models.index.neighbors import BYTES, FORMAT, Neighbors
+from vlm4rec_spark.models.index.neighbors import BYTES, FORMAT, NeighborBlock, Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 
 _BLOCK_ITEMS = 1_024
@@ -38,7 +38,7 @@ def build(
     content = [FORMAT, searcher.manifest, effort.leaves, effort.candidates]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     target = folder / digest[:16]
-    if not artifact.reused(target, Neighbors.open):
+    if not artifact.reuse(target, Neighbors.open):
         blocks = _search_blocks(spark, len(searcher), open_searcher, effort)
         Neighbors.write(target, searcher, effort, blocks)
     return target
@@ -46,7 +46,7 @@ def build(
 
 def _search_blocks(
     spark: SparkSession, items: int, open_searcher: Callable[[], Searcher], effort: Effort
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+) -> Iterator[NeighborBlock]:
     """Yield blocks: first position, positions (int32) and cosines (float32), both (items, depth).
 
     One Spark job searches as many blocks as the driver may hold.
@@ -68,7 +68,7 @@ def _search_blocks(
         firsts = spark.range(start, end, block_items)
         blocks = firsts.mapInArrow(search, _BLOCK_SCHEMA).toArrow()
         for first, positions, cosines in zip(*blocks.columns, strict=True):
-            yield (
+            yield NeighborBlock(
                 first.as_py(),
                 np.frombuffer(positions.as_buffer(), np.int32).reshape(-1, depth),
                 np.frombuffer(cosines.as_buffer(), np.float32).reshape(-1, depth),

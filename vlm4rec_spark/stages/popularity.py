@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.popularity_query import PopularityQuery
+from vlm4rec_spark.models.ranking.top_k import Candidates
 
 ALL = ""
 """The segment of everybody, and of users who are in no other."""
@@ -24,17 +25,13 @@ _MAX_ITEMS = 1_000
 """Popular items per segment."""
 
 
-class PopularItems(NamedTuple):
-    """Sorted int64 positions in the index, and the float64 share of users who know each item."""
+PopularByRules = Mapping[int, Mapping[str, Candidates]]
+"""The popular items by rule bits, then by segment, sorted by position.
 
-    positions: np.ndarray
-    shares: np.ndarray
+The scores are the float64 shares of users who know each item.
+"""
 
-
-PopularByRules = Mapping[int, Mapping[str, PopularItems]]
-"""The popular items by rule bits, then by segment."""
-
-_NO_ITEMS = PopularItems(np.empty(0, np.int64), np.empty(0))
+_NO_ITEMS = Candidates(np.empty(0, np.int64), np.empty(0))
 
 
 def count_users(
@@ -105,7 +102,7 @@ def _most_popular(shares: DataFrame) -> DataFrame:
     return ranked.where(F.col("rank") <= _MAX_ITEMS).drop("rank")
 
 
-def by_position(rows: pa.Table, searcher: Searcher) -> dict[str, PopularItems]:
+def by_position(rows: pa.Table, searcher: Searcher) -> dict[str, Candidates]:
     """Rows of `popular_items` by segment; items outside the index are left out."""
     positions = searcher.positions_of(rows["item_id"].combine_chunks())
     shares = rows["share"].to_numpy()
@@ -115,7 +112,7 @@ def by_position(rows: pa.Table, searcher: Searcher) -> dict[str, PopularItems]:
     for code, segment in enumerate(segments.dictionary.to_pylist()):
         indexed = np.flatnonzero((codes == code) & (positions >= 0))
         order = indexed[np.argsort(positions[indexed])]
-        by_segment[segment] = PopularItems(positions[order], shares[order])
+        by_segment[segment] = Candidates(positions[order], shares[order])
     return by_segment
 
 
@@ -138,10 +135,8 @@ class PopularityScoring:
             self._popular_items(segment or ALL, bits)
             for segment, bits in zip(segments, rules, strict=True)
         ]
-        return PopularityQuery(
-            [items.positions for items in popular], [items.shares for items in popular]
-        )
+        return PopularityQuery(popular)
 
-    def _popular_items(self, segment: str, rules: int) -> PopularItems:
+    def _popular_items(self, segment: str, rules: int) -> Candidates:
         by_segment = self._popular.get(rules, {})
         return by_segment.get(segment, by_segment.get(ALL, _NO_ITEMS))

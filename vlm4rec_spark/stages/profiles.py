@@ -98,8 +98,8 @@ def histories(
     in_order = Window.partitionBy("user_id").orderBy("item_id", "event_time", "weight")
     rows = (
         events.withColumn("weight", F.when(counts, weight))
-        .withColumn("place", F.row_number().over(in_order))
-        .select("user_id", "item_id", "event_time", "weight", "place")
+        .withColumn("user_row", F.row_number().over(in_order))
+        .select("user_id", "item_id", "event_time", "weight", "user_row")
     )
     half_life_days = settings.half_life_days
     position_decay = settings.position_decay
@@ -108,7 +108,9 @@ def histories(
 
     def gather(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for users in history.whole_users(batches):
-            yield history.gather(users, half_life_days, position_decay, last_n, min_items)
+            yield history.weighted_histories(
+                users, half_life_days, position_decay, last_n, min_items
+            )
 
     schema = StructType([PROFILES.schema[name] for name in _HISTORY_COLUMNS])
     return rows.mapInArrow(gather, schema)

@@ -19,9 +19,9 @@ from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
-from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MOST_RULES, ListRules, Rule
-from vlm4rec_spark.models.ranking.top_k_lists import RankedLists, recommend_lists
+from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest_effort
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MAX_RULES, ListRules, Rule
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, RankedLists, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
     MeanQuery,
@@ -51,7 +51,7 @@ class RecommendSettings(BaseModel):
     recall_sample: int = Field(1_000, ge=1)
     explain: bool = True
     popularity_fallback: bool = True
-    rules: tuple[Rule, ...] = Field((), max_length=MOST_RULES)
+    rules: tuple[Rule, ...] = Field((), max_length=MAX_RULES)
     allow: Source = Source()
     deny: Source = Source()
     caps: dict[str, PositiveInt] = {}
@@ -145,7 +145,9 @@ class ProfileScoring:
             single = [user_weights.astype(np.float32) for user_weights in weights]
             return MaxSimilarityQuery(positions, single, neighbors)
         if self.shape == "multi_taste":
-            return MultiInterestQuery.of(positions, weights, searcher, self.max_interests)
+            return MultiInterestQuery.from_histories(
+                positions, weights, searcher, self.max_interests
+            )
         return MeanQuery(_vectors(batch.column("embedding")), positions)
 
 
@@ -181,15 +183,8 @@ def calibrate(
     (batch,) = sample.combine_chunks().to_batches()
     queries = scoring.queries(batch, searcher)
     seen = _positions(batch.column("seen"), searcher)
-    return cheapest(
-        searcher,
-        queries,
-        seen,
-        list_rules,
-        _rule_bits(batch),
-        k,
-        promise,
-    )
+    requests = ListRequests(queries, seen, _rule_bits(batch))
+    return cheapest_effort(searcher, requests, list_rules, k, promise)
 
 
 def all_items_except(searcher: Searcher, item_ids: Sequence[str]) -> ListRules:
@@ -238,19 +233,16 @@ def _recommend_batch(
     spec: _ListSpec,
 ) -> pa.RecordBatch:
     queries = spec.scoring.queries(batch, searcher, spec.explain)
-    lists = recommend_lists(
-        searcher,
+    requests = ListRequests(
         queries,
         _positions(batch.column("seen"), searcher),
-        spec.list_rules,
         _rule_bits(batch),
-        spec.k,
-        spec.effort,
         _only(batch, searcher),
     )
+    lists = recommend_lists(searcher, requests, spec.list_rules, spec.k, spec.effort)
     filled = lists.items >= 0
     columns = {
-        "item_id": searcher.names.take(pa.array(lists.items[filled])),
+        "item_id": searcher.arrow_ids.take(pa.array(lists.items[filled])),
         "score": pa.array(lists.scores[filled]),
         **_explanations(queries, lists.items, searcher, spec),
         "collapsed": _collapsed_ids(lists, searcher),
@@ -283,7 +275,7 @@ def _explanations(
         reasons = because[filled]
         source = pa.array(by_item_item[filled].astype(np.int64))
     return {
-        "because_item_id": searcher.names.take(pa.array(reasons, mask=reasons < 0)),
+        "because_item_id": searcher.arrow_ids.take(pa.array(reasons, mask=reasons < 0)),
         "because_terms": shared_terms(searcher, items, reasons),
         "source": pa.array(spec.scoring.sources).take(source),
     }
@@ -311,7 +303,7 @@ def _collapsed_ids(lists: RankedLists, searcher: Searcher) -> pa.ListArray:
     cells = users * filled.shape[1] + ranks
     order = np.argsort(cells, kind="stable")
     sizes = np.bincount(cells, minlength=filled.size)[filled.ravel()]
-    ids = searcher.names.take(pa.array(positions[order]))
+    ids = searcher.arrow_ids.take(pa.array(positions[order]))
     return pa.ListArray.from_arrays(_offsets(sizes), ids)
 
 

@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules, Rule
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, Cap, ListRules, Rule
 
 _ATTRIBUTE_PREFIX = "attributes."
 _MICROS_PER_DAY = 86_400_000_000
@@ -129,7 +129,7 @@ def list_rules(
         groups = _connected_groups([codes(name) for name in variants])
         if len(np.unique(groups)) == len(groups):
             groups = None  # No item has a variant: lists are simply the best items.
-    limits = [(codes(f"cap_{number}"), limit) for number, limit in enumerate(caps.values())]
+    limits = [Cap(codes(f"cap_{number}"), limit) for number, limit in enumerate(caps.values())]
     allowed = by_position(rows["allowed"].to_numpy(), 0)
     return ListRules(allowed, groups, limits)
 

@@ -51,10 +51,10 @@ def build_index(
     )
     if base and base.manifest["content"] == content:
         return base.folder
-    if base and not base.rests(ids, vectors, ann_min_items, rebuild_threshold):
+    if base and not base.can_be_base(ids, vectors, ann_min_items, rebuild_threshold):
         base = None
     base_id = base.base if base else ""
-    reused_codes = _sha256(base.still(ids, vectors)) if base else ""
+    reused_codes = _sha256(base.coded_rows(ids, vectors)) if base else ""
     index_id = _digest(content, base_id, reused_codes)[:16]
     target = folder / index_id
     try:
@@ -96,7 +96,7 @@ def build_item_item(
     columns = (first[order], second[order], strengths[order])
     digests = [_sha256(column) for column in columns]
     target = folder / _digest(ITEM_ITEM_FORMAT, searcher.index_id, *digests)[:16]
-    if not artifact.reused(target, ItemItemScores.open):
+    if not artifact.reuse(target, ItemItemScores.open):
         ItemItemScores.build(
             target,
             searcher.index_id,
