@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/captioner_quality.py [--model FOLDER] [--data FOLDER]
 
-Captions of studio photos, snapshots and renderings, read by `caption_template.named`. Controls are
+Captions of studio photos, snapshots and renderings, read by `extract_attributes`. Controls are
 a blank photo's caption, the commonest class, and a linear probe on features of EfficientNet-Lite0.
 Then the stage's rate on two cores, the seconds to a cold worker's first caption, and the wheel's
 size. A quarter of an hour.
@@ -42,7 +42,7 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
 from vlm4rec_spark.demo.drawing import ATTRIBUTES
-from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
 from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 from vlm4rec_spark.pipeline import Pipeline, Reporter
@@ -63,12 +63,12 @@ import torch, transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from PIL import Image
 from vlm4rec_spark.models.captioning.captioner import (
-    ModelSettings, Request, answers, load_captioner
+    ModelSettings, Request, caption_all, load_captioner
 )
 started = time.monotonic()
 captioner = load_captioner(ModelSettings(model=sys.argv[1]))
 photo = Image.effect_noise((600, 800), 40).convert("RGB")
-answers(captioner, [Request("first", photo, "Describe it.")])
+caption_all(captioner, [Request("first", photo, "Describe it.")])
 print(time.monotonic() - started)
 """
 
@@ -143,7 +143,7 @@ def studio(model: Path, data: Path, log: Log) -> Studio:
     test = rows[rows["test"]]
     train = rows[~rows["test"]].sample(PROBE_PHOTOS, random_state=SEED)
     truth = [labels(row) for row in test[list(NAMES)].to_dict("records")]
-    values = vocabulary(labels(row) for row in rows[list(NAMES)].to_dict("records"))
+    values = attribute_values(labels(row) for row in rows[list(NAMES)].to_dict("records"))
     # A snapshot's word for a kind of clothing is an answer too, a wrong one.
     values["kind"] = sorted({*values["kind"], *SNAPSHOT_KINDS.values()})
     images = [blank(), *pictures(test["image"])]
@@ -180,7 +180,7 @@ def people(model: Path, data: Path, log: Log) -> Snapshots:
     blank_caption, *captions = describe(model, [blank(), *pictures(rows["image"])])
 
     def accuracy(texts: Sequence[str]) -> float:
-        kinds = [named(text, words).get("kind") for text in texts]
+        kinds = [extract_attributes(text, words).get("kind") for text in texts]
         correct = [kind in CLASSES[name] for kind, name in zip(kinds, truth, strict=True)]
         return float(np.mean(correct))
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner
-from vlm4rec_spark.models.captioning.captioner import Request, answers
+from vlm4rec_spark.models.captioning.captioner import Request, caption_all
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.pipeline import caption_audit
@@ -81,7 +81,7 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
         Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
         for row in wanted
     ]
-    texts = answers(FakeCaptioner(model, 16), requests)
+    texts = caption_all(FakeCaptioner(model, 16), requests)
     rest = (None, 1, 1, "ok", None, None, 1, at, "r")
     rows = []
     for row in wanted:

@@ -80,12 +80,12 @@ def _with_prompts(photos: DataFrame, items: DataFrame | None, prompt: Prompt) ->
         return photos.withColumn("prompt", F.lit(None).cast("string"))
 
     @F.pandas_udf("string")  # type: ignore[call-overload]
-    def about(values: pd.DataFrame) -> pd.Series:
+    def render(values: pd.DataFrame) -> pd.Series:
         fields = values.astype(object).where(values.notna(), None)
-        return pd.Series([prompt.about(row) for row in fields.to_dict("records")], dtype=object)
+        return pd.Series([prompt.render(row) for row in fields.to_dict("records")], dtype=object)
 
     fields = items.select("item_id", F.struct(*prompt.fields).alias("fields"))
-    return photos.join(fields, on="item_id", how="left").withColumn("prompt", about("fields"))
+    return photos.join(fields, on="item_id", how="left").withColumn("prompt", render("fields"))
 
 
 def current_captions(item_captions: DataFrame, captions: DataFrame) -> DataFrame:

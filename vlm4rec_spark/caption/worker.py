@@ -160,7 +160,7 @@ class _TaskPhotos:
 def _read(photo: dict, http: HttpSettings) -> bytes | Result:
     """The bytes at the photo's URI, or why they can't be described."""
     try:
-        return photo_storage.read_again(photo["uri"], photo["image_sha256"], http)
+        return photo_storage.read_unchanged(photo["uri"], photo["image_sha256"], http)
     except photo_storage.ChangedError as changed:
         return _unreadable(photo["caption_key"], "changed_since", str(changed))
     except Exception as error:
@@ -175,13 +175,13 @@ def row(result: Result, prompt: str, structured: bool = False) -> dict:
     """The columns of RESULT that come from the model: the caption, or why there is none."""
     text = result.text
     parsed = None
-    fault = None
+    rejection = None
     if text is not None and structured:
-        text, parsed, fault = caption_checks.structured(text, prompt)
+        text, parsed, rejection = caption_checks.check_structured(text, prompt)
     elif text is not None:
-        fault = caption_checks.fault(text, prompt)
-    error_class, error = fault or (result.error_class, result.error)
-    if fault or result.error_class == "refusal":
+        rejection = caption_checks.check_caption(text, prompt)
+    error_class, error = rejection or (result.error_class, result.error)
+    if rejection or result.error_class == "refusal":
         status = "rejected"
     else:
         status = "failed" if result.text is None else "ok"

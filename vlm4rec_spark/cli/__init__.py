@@ -183,13 +183,13 @@ for _name, _help in _HELP.items():
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def export() -> None:
-    """The name of `publish` before 0.9."""
+    """The old name of `publish`."""
     raise UsageError("export is called publish now: vlm4rec publish.")
 
 
 @app.command("import-captions")
 def import_captions(
-    path: Annotated[str, typer.Argument(help="File, folder or Delta table with item_id and text.")],
+    path: Annotated[str, typer.Argument(help="File, folder or Delta table with item_id and text, or a captions table.")],
     format: Annotated[str, typer.Option(help="csv, json, parquet or delta.")] = "csv",
     column: Annotated[
         list[str] | None,

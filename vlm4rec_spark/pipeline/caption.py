@@ -6,7 +6,6 @@ are `caption.plan`'s, the model is `caption.worker`'s.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -27,8 +26,8 @@ from vlm4rec_spark.caption.estimate import CaptionPlan, Rates, estimate
 from vlm4rec_spark.caption.progress_channel import ProgressServer
 from vlm4rec_spark.errors import Resumable, RunError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
-from vlm4rec_spark.pipeline.ingest import caption_rows
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
+from vlm4rec_spark.pipeline.import_captions import caption_rows
 from vlm4rec_spark.spark import gpus
 from vlm4rec_spark.storage import schemas
 
@@ -85,7 +84,7 @@ def caption(context: RunContext, result: StageResult) -> None:
             "reused": str(plan.reused + plan.kept),
             "duplicates": str(plan.duplicates),
             "given_up": str(plan.given_up),
-            "reasons": json.dumps(plan.reasons),
+            **grouped("reasons", plan.reasons),
         }
         totals = _Totals()
         signal_name = _caption_queue(context, result, task, totals)
@@ -128,7 +127,7 @@ def _caption_queue(context: RunContext, result: StageResult, task: _Task, totals
 
 def _finish(context: RunContext, result: StageResult, task: _Task, totals: _Totals) -> None:
     remaining = task.plan.to_caption - totals.tried
-    result.details |= {"failures": json.dumps(totals.failures), "left": str(remaining)}
+    result.details |= grouped("failures", totals.failures) | {"left": str(remaining)}
     captions = context.tables.read(schemas.CAPTIONS)
     context.tables.sync(
         schemas.ITEM_CAPTIONS, planning.item_captions(task.photos, captions, task.imported)

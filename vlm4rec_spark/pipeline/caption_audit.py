@@ -224,7 +224,7 @@ def _judge(sample: _Sample, vectors: Mapping[str, np.ndarray], seed: int) -> _Ju
         photos = _judge_photos(sample, sample.recaptions, vectors, seed)
         return _Judgment(figures + photos.figures, photos.examples)
     examples = [
-        _example(sample, miss.place) | {"attribute": miss.attribute, "value": miss.value}
+        _example(sample, miss.index) | {"attribute": miss.attribute, "value": miss.value}
         for miss in metrics.spread(misses, _EXAMPLES)
     ]
     return _Judgment(figures, examples)

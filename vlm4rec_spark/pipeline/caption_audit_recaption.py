@@ -102,7 +102,7 @@ def _perturbed(context: RunContext, photos: DataFrame, chosen: Sequence[Row]) ->
 def _with_blank(context: RunContext, photos: DataFrame, prompt: Prompt, rank: int) -> DataFrame:
     """`photos` and the blank photo."""
     image = perturbations.blank_photo()
-    text = prompt.about({}) if prompt.fields else None
+    text = prompt.render({}) if prompt.fields else None
     row = (_BLANK_KEY, hashlib.sha256(image).hexdigest(), None, image, 0, text, rank)
     return photos.unionByName(context.spark.createDataFrame([row], photos.schema))
 

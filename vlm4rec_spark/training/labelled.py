@@ -21,7 +21,10 @@ import pandas as pd
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.models.captioning.caption_template import sentence, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import (
+    attribute_values,
+    caption_from_attributes,
+)
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
 _HELD_OUT = 20
@@ -83,7 +86,7 @@ def read(
     good = np.flatnonzero([not reason for reason in reasons])
     _check_enough(table, len(good), rejected)
     truth = [truth[row] for row in good]
-    values = vocabulary(truth)
+    values = attribute_values(truth)
     # A subset would be a copy in memory; all photos stay memory-mapped.
     photos = decoded.pixels if len(good) == len(rows) else decoded.pixels[good]
     return Labelled(
@@ -129,7 +132,7 @@ def _sentences(rows: pd.DataFrame, column: str, truth: Sequence[dict[str, str]])
     """The table's captions, or sentences from the attributes; "" where there are none."""
     captions = rows[column].fillna("").tolist() if column in rows else [""] * len(rows)
     return [
-        " ".join(caption.split()) or (sentence(attributes) if attributes else "")
+        " ".join(caption.split()) or (caption_from_attributes(attributes) if attributes else "")
         for caption, attributes in zip(captions, truth, strict=True)
     ]
 

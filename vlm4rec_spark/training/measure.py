@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm4rec_spark.models.captioning.caption_template import named
+from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.captioning.captioner import (
     Captioner,
     ModelSettings,
     Request,
-    answers,
+    caption_all,
     load_captioner,
 )
 from vlm4rec_spark.models.captioning.prompts import load_prompt
@@ -62,7 +62,7 @@ def describe(
 
 
 def _captions(captioner: Captioner, batch: Sequence[Request]) -> list[str]:
-    return [answer.text or "" for answer in answers(captioner, batch).values()]
+    return [answer.text or "" for answer in caption_all(captioner, batch).values()]
 
 
 def shares(
@@ -72,8 +72,8 @@ def shares(
     values: Mapping[str, Sequence[str]],
 ) -> dict[str, Share]:
     """By attribute, over the photos whose true value is known."""
-    named_by_photo = [named(caption, values) for caption in captions]
-    named_of_blank = named(blank_caption, values)
+    named_by_photo = [extract_attributes(caption, values) for caption in captions]
+    named_of_blank = extract_attributes(blank_caption, values)
     by_attribute = {}
     for name in values:
         pairs = [
