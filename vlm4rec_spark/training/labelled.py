@@ -217,21 +217,21 @@ def _decode_into(
     return results
 
 
-class _Photo(NamedTuple):
+class _DecodedPhoto(NamedTuple):
     pixels: np.ndarray
     reason: str
     digest: str
 
 
-def _decode(photo: Any, folder: Path, side: int) -> _Photo:
+def _decode(photo: Any, folder: Path, side: int) -> _DecodedPhoto:
     try:
         data = _read_photo(photo, folder)
         image = decode(data, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).transpose(2, 0, 1)
-        return _Photo(pixels, "", hashlib.sha256(data).hexdigest())
+        return _DecodedPhoto(pixels, "", hashlib.sha256(data).hexdigest())
     except (PhotoError, OSError) as error:
         reason = error.error_class if isinstance(error, PhotoError) else "unreadable"
-        return _Photo(np.zeros((3, side, side), np.uint8), reason, "")
+        return _DecodedPhoto(np.zeros((3, side, side), np.uint8), reason, "")
 
 
 def _read_photo(photo: Any, folder: Path) -> bytes:
