@@ -1,4 +1,4 @@
-"""Queries against brute force: exactly, by ScaNN, blended with item-item scores, and the reasons."""
+"""Queries against brute force: exact, by ScaNN, blended with item-item scores; and the reasons."""
 
 from __future__ import annotations
 
