@@ -1,4 +1,4 @@
-"""Embed: which text an item has in each representation, which texts are pending, and their vectors."""
+"""Embed: the text of each representation, which texts and photos are pending, and their vectors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 
-FAKE = EmbedSettings(encoder="fake")
+
+def assert_vectors(rows: list[Row], expected: dict[str, np.ndarray]) -> None:
+    """The rows are of these items, with exactly these vectors."""
+    assert {row["item_id"] for row in rows} == set(expected)
+    for row in rows:
+        np.testing.assert_array_equal(np.float32(row["embedding"]), expected[row["item_id"]])
+
+
+def kinds(rows: list[Row]) -> set[tuple[str, str, bool]]:
+    return {(row["representation"], row["encoder_id"], row["fallback"]) for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +62,12 @@ def texts(spark: SparkSession) -> DataFrame:
     return embed.item_texts(items, links, captions)
 
 
-def test_every_item_has_its_text_in_every_representation(texts: DataFrame) -> None:
-    found = {
+def test_every_item_has_a_text_in_every_representation(texts: DataFrame) -> None:
+    rows = {
         (row["item_id"], row["representation"]): (row["text"], row["fallback"])
         for row in texts.collect()
     }
-    assert found == {
+    assert rows == {
         ("two", "title"): ("Chair", False),
         ("two", "caption"): ("Red. Old.", False),
         ("two", "title_caption"): ("Chair. Red. Old.", False),
@@ -80,7 +89,7 @@ def test_every_item_has_its_text_in_every_representation(texts: DataFrame) -> No
 def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: DataFrame) -> None:
     sha256 = hashlib.sha256(b"256\nChair").hexdigest()
     vector = [1.0, 0.0]
-    done = spark.createDataFrame(
+    embeddings = spark.createDataFrame(
         [
             ("two", "title", "fake", sha256, False, vector),
             ("same", "title", "other", sha256, False, vector),
@@ -89,10 +98,10 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
         schemas.EMBEDDINGS.schema,
     )
     titles = texts.where("representation = 'title'")
-    pending = embed.pending_texts(titles, done, "fake", max_words=256)
+    pending = embed.pending_texts(titles, embeddings, "fake", max_words=256)
     assert sorted(row["item_id"] for row in pending.collect()) == ["bare", "same"]
-    # Cut elsewhere, every text is another one.
-    assert embed.pending_texts(titles, done, "fake", max_words=8).count() == 3
+    # With another limit of words, every text is another one.
+    assert embed.pending_texts(titles, embeddings, "fake", max_words=8).count() == 3
 
 
 def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
@@ -105,78 +114,82 @@ def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
     ]
     texts = spark.createDataFrame(
         [(item, "title", text, "0" * 64, False) for item, text in rows],
-        "item_id STRING, representation STRING, text STRING, content_sha256 STRING, fallback BOOLEAN",
+        "item_id STRING, representation STRING, text STRING, content_sha256 STRING, "
+        "fallback BOOLEAN",
     )
-    made = embed.embed(
-        texts.repartition(2), "fake-64@1", FAKE.model_copy(update={"max_words": 3})
-    ).collect()
+    three_words = EmbedSettings(encoder="fake", max_words=3)
+    rows = embed.embed(texts.repartition(2), "fake-64@1", three_words).collect()
     red, blue = FakeEmbedder().embed(["a red chair", "one blue lamp"])
-    expected = {"plain": red, "markup": red, "long": red, "other": blue}
-    assert {row["item_id"] for row in made} == set(expected)
-    for row in made:
-        np.testing.assert_array_equal(np.float32(row["embedding"]), expected[row["item_id"]])
-    assert {(row["representation"], row["encoder_id"], row["fallback"]) for row in made} == {
-        ("title", "fake-64@1", False)
-    }
+    assert_vectors(rows, {"plain": red, "markup": red, "long": red, "other": blue})
+    assert kinds(rows) == {("title", "fake-64@1", False)}
 
 
-def jpeg(colour: tuple[int, int, int]) -> bytes:
-    file = io.BytesIO()
-    photo = Image.new("RGB", (16, 16), colour)
+def png(color: tuple[int, int, int]) -> bytes:
+    photo = Image.new("RGB", (16, 16), color)
     photo.paste((0, 0, 0), (0, 0, 8, 8))
-    photo.save(file, "PNG")
-    return file.getvalue()
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def test_main_photos_become_vectors_and_bad_ones_no_row(
-    spark: SparkSession, tmp_path: Path
-) -> None:
-    red, blue = jpeg((200, 0, 0)), jpeg((0, 0, 200))
-    (tmp_path / "away.png").write_bytes(blue)
-    (tmp_path / "other.png").write_bytes(red)
-    digest = {data: hashlib.sha256(data).hexdigest() for data in (red, blue, b"no photo")}
+RED = png((200, 0, 0))
+BLUE = png((0, 0, 200))
+NO_PHOTO = b"no photo"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def photos(spark: SparkSession, tmp_path: Path) -> DataFrame:
+    (tmp_path / "stored.png").write_bytes(BLUE)
+    (tmp_path / "changed.png").write_bytes(RED)
     rows = [
-        ("kept", 1, None, red, digest[red]),
-        ("kept", 2, None, blue, digest[blue]),
-        ("away", 0, str(tmp_path / "away.png"), None, digest[blue]),
-        ("changed", 0, str(tmp_path / "other.png"), None, digest[blue]),
-        ("bad", 0, None, b"no photo", digest[b"no photo"]),
-        ("done", 0, None, red, digest[red]),
-        ("was other", 0, None, red, digest[red]),
+        ("two photos", 1, None, RED, sha256(RED)),
+        ("two photos", 2, None, BLUE, sha256(BLUE)),
+        ("in a file", 0, str(tmp_path / "stored.png"), None, sha256(BLUE)),
+        ("changed file", 0, str(tmp_path / "changed.png"), None, sha256(BLUE)),
+        ("bad", 0, None, NO_PHOTO, sha256(NO_PHOTO)),
+        ("embedded", 0, None, RED, sha256(RED)),
+        ("other embedded", 0, None, RED, sha256(RED)),
     ]
-    photos = spark.createDataFrame(
+    return spark.createDataFrame(
         rows, "item_id STRING, position INT, uri STRING, image BINARY, image_sha256 STRING"
     )
-    done = spark.createDataFrame(
+
+
+def test_main_photos_without_a_vector_are_pending(spark: SparkSession, photos: DataFrame) -> None:
+    embedded = spark.createDataFrame(
         [
-            ("done", "image", "v", digest[red], False, [1.0]),
-            ("was other", "image", "v", digest[blue], False, [1.0]),
-            ("kept", "image", "another", digest[red], False, [1.0]),
+            ("embedded", "image", "v", sha256(RED), False, [1.0]),
+            ("other embedded", "image", "v", sha256(BLUE), False, [1.0]),
+            ("two photos", "image", "another", sha256(RED), False, [1.0]),
         ],
         schemas.EMBEDDINGS.schema,
     )
-    pending = embed.pending_photos(embed.main_photos(photos), done, "v")
-    found = {(row["item_id"], row["position"]) for row in pending.collect()}
-    assert found == {("kept", 1), ("away", 0), ("changed", 0), ("bad", 0), ("was other", 0)}
+    pending = embed.pending_photos(embed.main_photos(photos), embedded, "v")
+    assert {(row["item_id"], row["position"]) for row in pending.collect()} == {
+        ("two photos", 1),
+        ("in a file", 0),
+        ("changed file", 0),
+        ("bad", 0),
+        ("other embedded", 0),
+    }
 
-    wanted = photos.join(
-        pending.select("item_id", "position"), on=["item_id", "position"], how="left_semi"
-    )
+
+def test_photos_become_vectors_and_bad_ones_no_row(photos: DataFrame) -> None:
     settings = EmbedSettings(encoder="fake", vision="fake")
-    made = embed.embed_photos(
-        wanted.withColumnRenamed("image_sha256", "content_sha256"), "v", settings, HttpSettings()
-    )
-    red_vector, blue_vector = FakeVision().embed([decode(data, 64) for data in (red, blue)])
-    vectors = {row["item_id"]: np.float32(row["embedding"]) for row in made.collect()}
-    assert set(vectors) == {"kept", "away", "was other"}
-    np.testing.assert_array_equal(vectors["kept"], red_vector)
-    np.testing.assert_array_equal(vectors["away"], blue_vector)
-    assert {
-        (row["representation"], row["encoder_id"], row["fallback"]) for row in made.collect()
-    } == {("image", "v", False)}
+    main = photos.where("position < 2 AND item_id != 'embedded'")
+    rows = embed.embed_photos(
+        main.withColumnRenamed("image_sha256", "content_sha256"), "v", settings, HttpSettings()
+    ).collect()
+    red, blue = FakeVision().embed([decode(data, 64) for data in (RED, BLUE)])
+    assert_vectors(rows, {"two photos": red, "in a file": blue, "other embedded": red})
+    assert kinds(rows) == {("image", "v", False)}
 
 
-def test_untidy_texts_are_counted(spark: SparkSession) -> None:
+def test_problems_of_texts_are_counted(spark: SparkSession) -> None:
     rows = [
         ("a", "title", "<script>var x = 1</script> Mug", False),
         ("a", "caption", "A <b>red</b> mug", False),
@@ -189,5 +202,5 @@ def test_untidy_texts_are_counted(spark: SparkSession) -> None:
     texts = spark.createDataFrame(
         rows, "item_id STRING, representation STRING, text STRING, fallback BOOLEAN"
     )
-    (found,) = embed.untidy(texts, 3).collect()
-    assert found.asDict() == {"scripts": 1, "markup": 1, "too_long": 3}
+    (problems,) = embed.text_problems(texts, 3).collect()
+    assert problems.asDict() == {"scripts": 1, "markup": 1, "too_long": 3}

@@ -1,6 +1,6 @@
-"""Input that nobody should send: nothing crashes, counts add up, and the good rows among it come out unharmed.
+"""Hostile input: nothing crashes, counts add up, and good rows among it come through unchanged.
 
-Hypothesis makes whole batches of rows, since a Spark job takes a second however few rows it has.
+Hypothesis makes batches of rows, since a Spark job takes a second however few rows it has.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.sources import reader
-from vlm4rec_spark.sources.reader import PhotoSource, Source
+from vlm4rec_spark.sources.photo_files import PhotoSource, photo_files
+from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import embed, index, ingest, profiles, recommend
 from vlm4rec_spark.storage import schemas
@@ -38,12 +40,12 @@ from vlm4rec_spark.storage import schemas
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-    from vlm4rec_spark.pipeline import Pipeline
+    from vlm4rec_spark.pipeline import Pipeline, StageResult
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 TEN = datetime(2025, 1, 1, 10, tzinfo=UTC)
 
-# All different, though some only by case, by a space or by how an accent is written.
+# All different, some only by case, by a space or by the encoding of an accent.
 IDS = (
     "a",
     "A",
@@ -166,7 +168,7 @@ hostile = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    # No shrinking, at a Spark job for each of its steps.
+    # No shrinking: each of its steps would be a Spark job.
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[
         HealthCheck.too_slow,
@@ -191,16 +193,16 @@ EVENT = ("user_id", "item_id", "event_type", "event_time")
 GOOD_EVENTS = [(f"good {n}", f"chair {n}", "view", "2025-01-01T12:00:00+02:00") for n in range(5)]
 
 
-def batches(row: st.SearchStrategy) -> st.SearchStrategy[list]:
-    return st.lists(row, min_size=50, max_size=100)
+def batches(rows: st.SearchStrategy) -> st.SearchStrategy[list]:
+    return st.lists(rows, min_size=50, max_size=100)
 
 
-def among(rows: Sequence, good: Sequence) -> list:
-    """The rows with the good ones spread among them, one of them first and one last."""
-    spread = list(rows)
-    for place, row in enumerate(good):
-        spread.insert(len(rows) * place // (len(good) - 1) + place, row)
-    return spread
+def mixed(rows: Sequence, good: Sequence) -> list:
+    """The rows with the good ones spread among them, a good one first and last."""
+    result = list(rows)
+    for n, row in enumerate(good):
+        result.insert(len(rows) * n // (len(good) - 1) + n, row)
+    return result
 
 
 def table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
@@ -219,9 +221,10 @@ def parsed(
     format: str = "csv",
     **source: object,
 ) -> list[dict]:
-    """Every row that was read, each one taken, a duplicate, or with a reason."""
+    """Every row: accepted, a duplicate, or with a reason."""
     raw = reader.read(spark, "ingest.x", Source(path=(str(path),), format=format, **source))
-    # Through Arrow, as in the later stages: it can't hold text that isn't UTF-8, nor Python a time of the year 10000.
+    # Through Arrow, as in later stages. Arrow can't hold text that isn't UTF-8, and Python can't
+    # hold a time in the year 10000.
     rows = parse(raw).toArrow().to_pylist()
     for row in rows:
         assert row["reason"] is None or row["reason"].strip()
@@ -233,7 +236,7 @@ def events(raw: DataFrame) -> DataFrame:
     return ingest.parse_interactions(raw, NOW)
 
 
-def taken(rows: Iterable[dict], *columns: str) -> list[tuple]:
+def accepted(rows: Iterable[dict], *columns: str) -> list[tuple]:
     return [
         tuple(row[name] for name in columns)
         for row in rows
@@ -241,14 +244,18 @@ def taken(rows: Iterable[dict], *columns: str) -> list[tuple]:
     ]
 
 
-def good_ones(rows: Iterable[dict], *columns: str) -> list[tuple]:
-    return sorted(row for row in taken(rows, *columns) if str(row[0]).startswith("good "))
+def good_rows(rows: Iterable[dict], *columns: str) -> list[tuple]:
+    return sorted(row for row in accepted(rows, *columns) if str(row[0]).startswith("good "))
 
 
-def to_the_letter(rows: list[dict], sent: list, *columns: str) -> bool:
-    """No text was trimmed, folded or cut, of the rejected rows neither; an empty cell is none."""
-    there = Counter(tuple(row[name] for name in columns) for row in rows)
-    return there == Counter(tuple(cell or None for cell in row[: len(columns)]) for row in sent)
+def have_texts_of(rows: list[dict], sent: list, *columns: str) -> bool:
+    """No text was trimmed, folded or cut, not even of rejected rows. An empty cell is null."""
+    texts = Counter(tuple(row[name] for name in columns) for row in rows)
+    return texts == Counter(tuple(cell or None for cell in row[: len(columns)]) for row in sent)
+
+
+def assert_good_events(rows: list[dict]) -> None:
+    assert good_rows(rows, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
 
 
 @pytest.fixture(scope="module")
@@ -263,40 +270,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 )
 def test_a_catalogue_of_any_text(spark: SparkSession, folder: Path, rows: list) -> None:
-    sent = among(rows, GOOD_ITEMS)
-    found = parsed(spark, table(folder / "shop.csv", ITEM, sent), ingest.parse_items)
-    assert to_the_letter(found, sent, "item_id", "title")
-    assert good_ones(found, *ITEM) == [
+    sent = mixed(rows, GOOD_ITEMS)
+    result = parsed(spark, table(folder / "shop.csv", ITEM, sent), ingest.parse_items)
+    assert have_texts_of(result, sent, "item_id", "title")
+    assert good_rows(result, *ITEM) == [
         (item, title, 12.5, True, TEN) for item, title, *_ in GOOD_ITEMS
     ]
-    assert all(price is None or 0 <= price < float("inf") for (price,) in taken(found, "price"))
+    prices = [price for (price,) in accepted(result, "price") if price is not None]
+    assert all(0 <= price < float("inf") for price in prices)
 
 
 @hostile
 @given(rows=batches(st.tuples(ids, ids, st.sampled_from(["view", "", "\x00"]) | texts, times)))
 def test_a_log_of_any_text(spark: SparkSession, folder: Path, rows: list) -> None:
-    sent = among(rows, GOOD_EVENTS)
-    found = parsed(spark, table(folder / "log.csv", EVENT, sent), events)
-    assert to_the_letter(found, sent, "user_id", "item_id")
-    assert good_ones(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
+    sent = mixed(rows, GOOD_EVENTS)
+    result = parsed(spark, table(folder / "log.csv", EVENT, sent), events)
+    assert have_texts_of(result, sent, "user_id", "item_id")
+    assert_good_events(result)
     assert all(
         time <= NOW and time.date() == date
-        for time, date in taken(found, "event_time", "event_date")
+        for time, date in accepted(result, "event_time", "event_date")
     )
 
 
 @hostile
 @given(
     data=st.binary(max_size=2_000),
-    bits=st.lists(st.sampled_from([b'"', b",", b"\n", b"\r", b"\x00", b"\xff"])),
+    fragments=st.lists(st.sampled_from([b'"', b",", b"\n", b"\r", b"\x00", b"\xff"])),
 )
 def test_a_log_in_csv_that_ends_in_any_bytes(
-    spark: SparkSession, folder: Path, data: bytes, bits: list[bytes]
+    spark: SparkSession, folder: Path, data: bytes, fragments: list[bytes]
 ) -> None:
     file = table(folder / "torn.csv", EVENT, GOOD_EVENTS)
-    file.write_bytes(file.read_bytes() + b"".join(bits) + data)
-    found = parsed(spark, file, events)
-    assert good_ones(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
+    file.write_bytes(file.read_bytes() + b"".join(fragments) + data)
+    result = parsed(spark, file, events)
+    assert_good_events(result)
 
 
 keys = texts | st.sampled_from(
@@ -339,16 +347,16 @@ lines = st.one_of(
 def test_a_log_in_json_lines_among_any_bytes(
     spark: SparkSession, folder: Path, rows: list[bytes]
 ) -> None:
-    sent = among(
+    sent = mixed(
         rows, [json.dumps(dict(zip(EVENT, row, strict=True))).encode() for row in GOOD_EVENTS]
     )
     file = folder / "log.json"
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(sent))
-    found = parsed(spark, file, events, "json")
-    assert len(found) == sum(
+    result = parsed(spark, file, events, "json")
+    assert len(result) == sum(
         line.decode(errors="replace").strip("\ufeff \t") != "" for line in sent
     )
-    assert good_ones(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
+    assert_good_events(result)
 
 
 micros = st.integers(-(2**63), 2**63 - 1) | st.integers(-(10**17), 10**18)
@@ -360,28 +368,28 @@ micros = st.integers(-(2**63), 2**63 - 1) | st.integers(-(10**17), 10**18)
         st.tuples(st.binary(max_size=6), st.binary(max_size=6), st.floats(), st.none() | micros)
     )
 )
-def test_a_catalogue_in_parquet_of_any_bits(spark: SparkSession, folder: Path, rows: list) -> None:
+def test_a_catalogue_in_parquet_of_any_bytes(spark: SparkSession, folder: Path, rows: list) -> None:
     good = [(f"good {n}".encode(), b"Chair", 12.5, int(TEN.timestamp()) * 10**6) for n in range(5)]
-    item, title, price, seen = zip(*among(rows, good), strict=True)
+    item, title, price, seen = zip(*mixed(rows, good), strict=True)
     columns = {
         "item_id": utf8(item),
         "title": utf8(title),
         "price": pa.array(price, pa.float64()),
         "first_seen_at": pa.array(seen, pa.timestamp("us", "UTC")),
-        # Names that Spark, or the code, has a use of its own for.
+        # Names that Spark or this project uses itself.
         "_metadata": utf8(title),
         "a`b": utf8(title),
         "source": pa.array(title),
         "brand": pa.array(title),
     }
     pq.write_table(pa.table(columns), folder / "shop.parquet")
-    found = parsed(spark, folder / "shop.parquet", ingest.parse_items, "parquet")
-    assert len(found) == len(rows) + len(good)
-    assert good_ones(found, *ITEM) == [(f"good {n}", "Chair", 12.5, True, TEN) for n in range(5)]
+    result = parsed(spark, folder / "shop.parquet", ingest.parse_items, "parquet")
+    assert len(result) == len(rows) + len(good)
+    assert good_rows(result, *ITEM) == [(f"good {n}", "Chair", 12.5, True, TEN) for n in range(5)]
 
 
 def utf8(values: Sequence[bytes]) -> pa.Array:
-    """Bytes under the type of text; nothing sees to it that they are UTF-8."""
+    """Bytes with the type of text; nothing checks that they are UTF-8."""
     array = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
 
@@ -409,34 +417,36 @@ def test_times_at_the_edges(spark: SparkSession, tmp_path: Path) -> None:
         "99999999999999999999": no_time,
     }
     file = table(tmp_path / "log.csv", EVENT, [("u", "i", "view", time) for time in expected])
-    found = parsed(spark, file, events)
-    assert {json.loads(row["row"])["event_time"]: row["reason"] for row in found} == expected
+    result = parsed(spark, file, events)
+    assert {json.loads(row["row"])["event_time"]: row["reason"] for row in result} == expected
 
 
 def test_a_header_of_any_names(spark: SparkSession, tmp_path: Path) -> None:
     names = ["a`b", "_metadata", "a.b", "source", "row", "title", "", "\x00", "İ"]
     for header in (["item_id", *names, "price"], ["item_id", *names, *names, "price"]):
         file = table(tmp_path / "shop.csv", header, [("A", *(len(header) - 2) * ["x"], "3")])
-        assert taken(parsed(spark, file, ingest.parse_items), "item_id", "price") == [("A", 3.0)]
+        assert accepted(parsed(spark, file, ingest.parse_items), "item_id", "price") == [("A", 3.0)]
 
 
 def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_path: Path) -> None:
     file = tmp_path / "shop.json"
     file.write_text(
-        '{"sku": "A", "title": 1}\n[{"sku": "B"},\n{"sku": "C", "name": {"x": 1}},\n{"sku": 1, "sku": 2}\n'
+        '{"sku": "A", "title": 1}\n[{"sku": "B"},\n{"sku": "C", "name": {"x": 1}},\n'
+        '{"sku": 1, "sku": 2}\n'
     )
     columns = {"item_id": "sku", "title": "name", "attributes.no": "title"}
-    found = parsed(spark, file, ingest.parse_items, "json", columns=columns)
-    assert sorted(taken(found, "item_id", "title", "attributes")) == [
+    result = parsed(spark, file, ingest.parse_items, "json", columns=columns)
+    assert sorted(accepted(result, "item_id", "title", "attributes")) == [
         ("A", None, [("no", "1")]),
         ("C", '{"x":1}', []),
     ]
-    assert [row["reason"] for row in found if row["reason"]] == 2 * ["the row isn't well formed"]
+    assert [row["reason"] for row in result if row["reason"]] == 2 * ["the row isn't well formed"]
 
     file.write_text('[{"sku": "A",\n"title": 1},\n{"sku": "B"}]\n')
-    columns, several = {"item_id": "sku"}, {"multiLine": "true"}
-    found = parsed(spark, file, ingest.parse_items, "json", columns=columns, options=several)
-    assert sorted(taken(found, "item_id", "title")) == [("A", "1"), ("B", None)]
+    columns = {"item_id": "sku"}
+    several = {"multiLine": "true"}
+    result = parsed(spark, file, ingest.parse_items, "json", columns=columns, options=several)
+    assert sorted(accepted(result, "item_id", "title")) == [("A", "1"), ("B", None)]
     with pytest.raises(
         UsageError, match=r"title ← Title: no such column in the source. It has: sku, title\."
     ):
@@ -454,18 +464,18 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_
     (tmp_path / "shop.csv").write_text("\ufeffitem_id\nA\n")
     (tmp_path / "shop.json").write_text('\ufeff{"item_id": "A"}\n')
     for format, options in (("csv", {}), ("json", {}), ("json", {"multiLine": "true"})):
-        found = parsed(
+        result = parsed(
             spark, tmp_path / f"shop.{format}", ingest.parse_items, format, options=options
         )
-        assert taken(found, "item_id") == [("A",)], (format, options)
+        assert accepted(result, "item_id") == [("A",)], (format, options)
 
 
 def test_a_file_whose_name_is_a_pattern_that_finds_nothing(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     table(tmp_path / "log" / "log [12]{a,b}.csv", EVENT, GOOD_EVENTS)
-    found = parsed(spark, tmp_path / "log", events)
-    assert good_ones(found, *EVENT) == [(user, item, "view", TEN) for user, item, *_ in GOOD_EVENTS]
+    result = parsed(spark, tmp_path / "log", events)
+    assert_good_events(result)
 
 
 @pytest.mark.parametrize("path", ["nosuch://place/file", "{a", "a:b:c", "", "\x00"])
@@ -487,19 +497,14 @@ def fits_pattern(name: str) -> bool:
     return "\n" not in name and "\u2028" not in name
 
 
-def test_photo_names_of_any_kind(spark: SparkSession, tmp_path: Path) -> None:
-    content = {f"{item}.jpg": item.encode() for item in IDS if fits(item)} | {
-        "none%41 +.jpg": b"",
-        "x.1.jpg": b"x 1",
-    }
-    # Where a name means something to a file system or an address, one of these is what would be read instead.
-    content |= {
-        "zip::http:x.jpg": b"zip",
-        "http::x.jpg": b"http",
-        "a": b"bait",
-        "zip": b"bait",
-        "http": b"bait",
-    }
+@pytest.fixture
+def photo_folder(tmp_path: Path) -> dict[str, bytes]:
+    """The content by file name of the photos that were written to tmp_path/photos."""
+    content = {f"{item}.jpg": item.encode() for item in IDS if fits(item)}
+    content |= {"none%41 +.jpg": b"", "x.1.jpg": b"x 1"}
+    # If a part of these names is taken for a scheme or an address, the bait is read instead.
+    content |= {"zip::http:x.jpg": b"zip", "http::x.jpg": b"http"}
+    content |= dict.fromkeys(("a", "zip", "http"), b"bait")
     folder = tmp_path / "photos"
     folder.mkdir()
     for name, data in content.items():
@@ -508,78 +513,98 @@ def test_photo_names_of_any_kind(spark: SparkSession, tmp_path: Path) -> None:
     # Times that pandas can't hold.
     os.utime(folder / "a#b.jpg", (1e10, 1e10))
     os.utime(folder / "a+b.jpg", (-1e10, -1e10))
-    files = reader.photo_files(spark, PhotoSource(folder=str(folder)))
-    rows = {
-        row["uri"].rsplit("/", 1)[1]: row["item_id"]
-        for row in files.select("uri", "item_id").collect()
-    }
-    assert {name: rows[f"{name}.jpg"] for name in filter(fits, IDS)} == {
+    return content
+
+
+def test_photo_names_of_any_kind(
+    spark: SparkSession, tmp_path: Path, photo_folder: dict[str, bytes]
+) -> None:
+    files = photo_files(spark, PhotoSource(folder=f"{tmp_path}/photos"))
+    rows = files.select("uri", "item_id").collect()
+    item_ids = {row["uri"].rsplit("/", 1)[1]: row["item_id"] for row in rows}
+    assert {name: item_ids[f"{name}.jpg"] for name in filter(fits, IDS)} == {
         name: name if fits_pattern(name) else None for name in filter(fits, IDS)
     }
+    item_id = F.coalesce("item_id", "uri").alias("item_id")
     changed = ingest.changed_photos(
-        files.select(
-            F.coalesce("item_id", "uri").alias("item_id"), F.lit(0).alias("position"), "uri"
-        ),
+        files.select(item_id, F.lit(0).alias("position"), "uri"),
         files,
         spark.createDataFrame([], schemas.PHOTOS.schema),
         keep=True,
     )
-    photos = ingest.read_photos(changed, len(content), 2, PhotoSource()).toArrow().to_pylist()
-    assert {
-        photo["uri"].rsplit("/", 1)[1]: (photo["image"], photo["reason"]) for photo in photos
-    } == {name: (data, None) for name, data in content.items()}
+    photos = ingest.read_photos(changed, len(photo_folder), 2, PhotoSource()).toArrow().to_pylist()
+    assert [photo["reason"] for photo in photos if photo["reason"]] == []
+    read = {photo["uri"].rsplit("/", 1)[1]: photo["image"] for photo in photos}
+    assert read == photo_folder
 
 
 def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path: Path) -> None:
     for position in ("front", "-1", "99999999999", "7"):
         (tmp_path / f"A_{position}.jpg").write_bytes(b"x")
-    files = reader.photo_files(
-        spark, PhotoSource(folder=str(tmp_path), file_name=r"(.+)_(.+)\.jpg")
-    )
-    rows = ingest.photo_rows(files, spark.createDataFrame([("A",)], "item_id STRING")).collect()
+    source = PhotoSource(folder=str(tmp_path), file_name=r"(.+)_(.+)\.jpg")
+    items = spark.createDataFrame([("A",)], "item_id STRING")
+    rows = ingest.photo_rows(photo_files(spark, source), items).collect()
     bad = "the position in the file name is not a number"
     assert Counter((row["position"], row["reason"]) for row in rows) == {
         (None, bad): 2,
         (-1, bad): 1,
         (7, None): 1,
     }
+    python_only = source.model_copy(update={"file_name": r"(?P<item>.+)_(?P<position>.+)"})
     with pytest.raises(UsageError, match=r"ingest\.photos\.file_name: .*Unknown inline modifier"):
-        reader.photo_files(
-            spark, PhotoSource(folder=str(tmp_path), file_name=r"(?P<item>.+)_(?P<position>.+)")
-        )
+        photo_files(spark, python_only)
 
 
 def test_one_long_title_does_not_widen_the_others() -> None:
     batch = pd.DataFrame({"text": [f"chair {n}" for n in range(2_000)] + ["x" * 100_000]})
     batch[["item_id", "representation", "content_sha256", "fallback"]] = ("A", "title", "", False)
-    encode = embed._embedder_udf(embed.EmbedSettings(encoder="fake"))
+    encode = embed._text_udf(embed.EmbedSettings(encoder="fake"))
     tracemalloc.start()
-    (made,) = encode(iter([batch]))
-    _, most = tracemalloc.get_traced_memory()
+    (rows,) = encode(iter([batch]))
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(made) == 2_001
-    assert most < 50_000_000
+    assert len(rows) == 2_001
+    assert peak < 50_000_000
 
 
-def test_one_item_and_no_event_then_one(spark: SparkSession, tmp_path: Path) -> None:
-    items = spark.createDataFrame([("../i", "A lamp")], "item_id STRING, title STRING")
-    nothing = {
-        name: spark.createDataFrame([], found.schema) for name, found in schemas.TABLES.items()
-    }
-    texts = embed.item_texts(items, nothing["item_captions"], nothing["captions"])
-    pending = embed.pending_texts(texts, nothing["embeddings"], "fake", 256)
+@pytest.fixture
+def empty_tables(spark: SparkSession) -> dict[str, DataFrame]:
+    return {name: spark.createDataFrame([], table.schema) for name, table in schemas.TABLES.items()}
+
+
+@pytest.fixture
+def open_searcher(
+    spark: SparkSession, tmp_path: Path, empty_tables: dict[str, DataFrame], one_item: DataFrame
+) -> Callable[[], Searcher]:
+    """Of an index with one item."""
+    texts = embed.item_texts(one_item, empty_tables["item_captions"], empty_tables["captions"])
+    pending = embed.pending_texts(texts, empty_tables["embeddings"], "fake", 256)
     vectors = embed.embed(pending, "fake", embed.EmbedSettings(encoder="fake"))
     rows = index.index_rows(vectors, texts, "title", "fake").toArrow()
     built = build_index(rows, "title", "fake", tmp_path, ann_min_items=20_000)
-    open_searcher = ship(spark, built, 1.0, Searcher.open)
-    usual = profiles.ProfileSettings()
-    assert profiles.histories(nothing["interactions"], items, usual).isEmpty()
+    return ship(spark, built, 1.0, Searcher.open)
+
+
+@pytest.fixture
+def one_item(spark: SparkSession) -> DataFrame:
+    return spark.createDataFrame([("../i", "A lamp")], "item_id STRING, title STRING")
+
+
+def test_one_item_without_and_with_an_event(
+    spark: SparkSession,
+    empty_tables: dict[str, DataFrame],
+    one_item: DataFrame,
+    open_searcher: Callable[[], Searcher],
+) -> None:
+    settings = profiles.ProfileSettings()
+    no_events = empty_tables["interactions"]
+    assert profiles.histories(no_events, one_item, settings).isEmpty()
     event = ("e", "../u", "../i", "view", TEN, TEN.date())
-    log = spark.createDataFrame([event], nothing["interactions"].schema)
-    known = profiles.with_embedding(profiles.histories(log, items, usual), "title", open_searcher)
-    lists = recommend.recommend(
-        known, open_searcher, recommend.all_items_except(open_searcher(), []), 3, None
-    ).collect()
+    log = spark.createDataFrame([event], no_events.schema)
+    histories = profiles.histories(log, one_item, settings)
+    users = profiles.with_embedding(histories, "title", open_searcher)
+    rules = recommend.all_items_except(open_searcher(), [])
+    lists = recommend.recommend(users, open_searcher, rules, 3, None).collect()
     assert [(row["user_id"], row["items"]) for row in lists] == [("../u", [])]
 
 
@@ -593,119 +618,141 @@ BAD_ITEMS = [
 CAPTION = "<script>alert('caption')</script><img src=x onerror=alert(1)> & a chair"
 
 
-def shop(place: Path) -> tuple[str, ...]:
-    """Catalogue, log and photos of all that is hostile and of a few good ones; the settings that read them."""
-    strange = [(item, TITLES[n % len(TITLES)], "", "", "") for n, item in enumerate(IDS)]
-    table(place / "shop.csv", ITEM, among([*strange, *BAD_ITEMS], GOOD_ITEMS))
-    log = [
-        (user, item, "view", "2025-01-01")
-        for user, item in zip(IDS, (*IDS[1:], IDS[0]), strict=True)
-    ]
+def hostile_log() -> list[tuple[str, str, str, str]]:
+    """Events of all hostile ids and times, and of four good users with two items each."""
+    following = (*IDS[1:], IDS[0])
+    log = [(user, item, "view", "2025-01-01") for user, item in zip(IDS, following, strict=True)]
     log += [(user, "good 1", user, TIMES[n % len(TIMES)]) for n, user in enumerate(IDS)]
     log += [(user, "good 2", "view", time) for user, time in zip(IDS, TIMES, strict=False)]
-    log += [
-        (f"good user {n}", f"good {n + more}", "view", f"2025-02-0{1 + more}")
-        for n in range(4)
-        for more in (0, 2)
-    ]
-    # A name that Spark would take for a pattern, and a file that this pattern finds.
-    table(place / "log" / "log [12]{a,b}*.csv", EVENT, log)
-    table(place / "log" / "log 1a.csv", EVENT, [("good user 4", "good 7", "view", "2025-02-01")])
-    (place / "photos").mkdir()
+    for n in range(4):
+        log.append((f"good user {n}", f"good {n}", "view", "2025-02-01"))
+        log.append((f"good user {n}", f"good {n + 2}", "view", "2025-02-03"))
+    return log
+
+
+def write_photos(folder: Path) -> None:
+    folder.mkdir()
     for n, (item, *_) in enumerate(GOOD_ITEMS):
-        (place / "photos" / f"{item}.png").write_bytes(png((20 * n, 40, 90)))
+        (folder / f"{item}.png").write_bytes(png((20 * n, 40, 90)))
     for n, item in enumerate(filter(fits, IDS)):
-        kinds = (png((90, 3 * n, 40)), b"<script>alert('photo')</script>", b"")
-        (place / "photos" / f"{item}.png").write_bytes(kinds[n % 3])
-    (place / "bait.png").write_bytes(png((1, 2, 3)))
-    table(
-        place / "captions.csv",
-        ("item_id", "text"),
-        [
-            ("good 1", CAPTION),
-            ("../../etc/passwd", CAPTION),
-            ("good 9", "of no item"),
-            ("'; DROP TABLE items; --", "  "),
-        ],
-    )
-    return (
-        f"ingest.items.path=[{place}/shop.csv]",
-        f"ingest.interactions.path=[{place}/log]",
+        contents = (png((90, 3 * n, 40)), b"<script>alert('photo')</script>", b"")
+        (folder / f"{item}.png").write_bytes(contents[n % 3])
+
+
+@pytest.fixture
+def hostile_shop(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Pipeline:
+    """Catalogue, log, captions and photos of everything hostile, and of some good rows."""
+    items = [(item, TITLES[n % len(TITLES)], "", "", "") for n, item in enumerate(IDS)]
+    table(tmp_path / "shop.csv", ITEM, mixed([*items, *BAD_ITEMS], GOOD_ITEMS))
+    # A name that Spark would take for a glob, and a file that matches this glob.
+    table(tmp_path / "log" / "log [12]{a,b}*.csv", EVENT, hostile_log())
+    last_event = ("good user 4", "good 7", "view", "2025-02-01")
+    table(tmp_path / "log" / "log 1a.csv", EVENT, [last_event])
+    write_photos(tmp_path / "photos")
+    (tmp_path / "bait.png").write_bytes(png((1, 2, 3)))
+    captions = [
+        ("good 1", CAPTION),
+        ("../../etc/passwd", CAPTION),
+        ("good 9", "of no item"),
+        ("'; DROP TABLE items; --", "  "),
+    ]
+    table(tmp_path / "captions.csv", ("item_id", "text"), captions)
+    return pipeline(
+        tmp_path,
+        f"ingest.items.path=[{tmp_path}/shop.csv]",
+        f"ingest.interactions.path=[{tmp_path}/log]",
         "recommend.k=3",
-        f"ingest.photos.folder={place}/photos",
+        f"ingest.photos.folder={tmp_path}/photos",
         "caption.max_failed_share=1",
     )
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
-    out = io.BytesIO()
-    image = Image.new("RGB", (8, 8), colour)
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
-    image.save(out, "PNG")
-    return out.getvalue()
+def png(color: tuple[int, int, int]) -> bytes:
+    image = Image.new("RGB", (8, 8), color)
+    image.putpixel((0, 0), (255, 255, 255))  # with one color all over it would be blank
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def everything(place: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+def all_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_the_way(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
-    run = pipeline(tmp_path, *shop(tmp_path))
-    before = everything(tmp_path)
-    (ingested,) = run.run(["ingest"])
-    imported = run.import_captions(Source(path=(str(tmp_path / "captions.csv"),)))
-    assert (imported.ok, imported.failed) == (2, 2)
-    outcomes = run.run(["caption", "embed", "index", "profiles", "recommend", "publish", "report"])
-    assert [outcome.status for outcome in outcomes] == 7 * ["ok"]
+def test_all_stages(hostile_shop: Pipeline, tmp_path: Path) -> None:
+    before = all_files(tmp_path)
+    (ingested,) = hostile_shop.run(["ingest"])
+    imported = hostile_shop.import_captions(Source(path=(str(tmp_path / "captions.csv"),)))
+    assert [imported.ok, imported.failed] == [2, 2]
+    stages = ["caption", "embed", "index", "profiles", "recommend", "publish", "report"]
+    results = hostile_shop.run(stages)
+    assert [result.status for result in results] == 7 * ["ok"]
+    rejected = check_ingested(hostile_shop, before)
+    check_counts(ingested, len(BAD_ITEMS), rejected - imported.failed)
+    check_lists(hostile_shop)
+    # No file was changed, or made elsewhere.
+    after = all_files(tmp_path)
+    assert {path: after.get(path) for path in before} == before
+    new_folders = {path.relative_to(tmp_path).parts[0] for path in after.keys() - before}
+    assert new_folders == {"tables", "index", "report.html"}
+    check_page(after[tmp_path / "report.html"].decode())
 
-    def rows(table: schemas.Table) -> list[dict]:
-        return run.tables.read(table).toArrow().to_pylist()
 
-    # What was taken is what was sent, and the rest has reasons.
-    counts = {
-        name: json.loads(ingested.details[name]) for name in ("items", "interactions", "photos")
-    }
-    for found in counts.values():
-        assert found["in"] == found["ok"] + found["rejected"] + found["skipped"]
-    items = {row["item_id"]: row for row in rows(schemas.ITEMS)}
+def read_rows(run: Pipeline, table: schemas.Table) -> list[dict]:
+    return run.tables.read(table).toArrow().to_pylist()
+
+
+def check_ingested(run: Pipeline, files: dict[Path, bytes]) -> int:
+    """Rows in the tables are the rows that were sent. Returns how many were rejected."""
+    items = {row["item_id"]: row for row in read_rows(run, schemas.ITEMS)}
     assert set(items) == {*IDS, *(item for item, *_ in GOOD_ITEMS)}
-    assert (counts["items"]["ok"], counts["items"]["rejected"]) == (len(items), len(BAD_ITEMS))
     assert [tuple(items[item][name] for name in ITEM) for item, *_ in GOOD_ITEMS] == [
         (item, title, 12.5, True, TEN) for item, title, *_ in GOOD_ITEMS
     ]
-    assert {f"{row['item_id']}.png": row["image"] for row in rows(schemas.PHOTOS)} == {
+    photos = read_rows(run, schemas.PHOTOS)
+    assert {f"{photo['item_id']}.png": photo["image"] for photo in photos} == {
         path.name: data
-        for path, data in before.items()
+        for path, data in files.items()
         if path.parent.name == "photos" and fits_pattern(path.name)
     }
-    rejected = rows(schemas.REJECTED)
-    assert sum(row["copies"] for row in rejected) == 2 + sum(
-        found["rejected"] for found in counts.values()
-    )
+    rejected = read_rows(run, schemas.REJECTED)
     assert all(row["reason"].strip() for row in rejected)
+    return sum(row["occurrences"] for row in rejected)
 
-    # Good users have their lists.
-    lists = {row["user_id"]: row["item_ids"] for row in rows(schemas.EXPORT_WIDE)}
+
+def source_counts(ingested: StageResult, source: str) -> dict[str, int]:
+    figures = group_of_details(ingested.details, source)
+    return {name: int(count) for name, count in figures.items()}
+
+
+def check_counts(ingested: StageResult, rejected_items: int, rejected: int) -> None:
+    sources = ("items", "interactions", "photos")
+    counts = {name: source_counts(ingested, name) for name in sources}
+    for count in counts.values():
+        assert count["in"] == count["ok"] + count["rejected"] + count["skipped"]
+    assert counts["items"]["ok"] == len(IDS) + len(GOOD_ITEMS)
+    assert counts["items"]["rejected"] == rejected_items
+    assert sum(count["rejected"] for count in counts.values()) == rejected
+
+
+def check_lists(run: Pipeline) -> None:
+    """Good users have full lists without the items that they have seen."""
+    items = {row["item_id"] for row in read_rows(run, schemas.ITEMS)}
+    lists = {row["user_id"]: row["item_ids"] for row in read_rows(run, schemas.EXPORT_WIDE)}
     for n in range(5):
-        assert len(set(lists[f"good user {n}"])) == 3
         seen = {"good 7"} if n == 4 else {f"good {n}", f"good {n + 2}"}
-        assert set(lists[f"good user {n}"]) <= set(items) - seen
+        listed = set(lists[f"good user {n}"])
+        assert len(listed) == 3
+        assert listed <= items - seen
 
-    # Nothing was touched or made elsewhere, and the page runs and asks for nothing.
-    after = everything(tmp_path)
-    assert {path: after.get(path) for path in before} == before
-    assert {path.relative_to(tmp_path).parts[0] for path in after.keys() - before} == {
-        "tables",
-        "index",
-        "report.html",
-    }
-    page = after[tmp_path / "report.html"].decode()
+
+def check_page(page: str) -> None:
+    """The page runs no script and loads nothing."""
     assert "&lt;script&gt;alert(&#39;caption&#39;)&lt;/script&gt;" in page
     tags = Tags()
     tags.feed(page)
-    assert "script" not in tags.names and not [
-        name for name in tags.attributes if name.startswith("on")
-    ]
+    assert "script" not in tags.names
+    assert [name for name in tags.attributes if name.startswith("on")] == []
     assert all(target.startswith(("#", "data:image/jpeg;base64,")) for target in tags.targets)
 
 

@@ -1,4 +1,4 @@
-"""Ingest: which rows are taken and why others aren't; photos from a folder, a path column and a bytes column."""
+"""Ingest: which rows are accepted, why others aren't, and photos from folders, paths and bytes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.stages import ingest
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
-    from vlm4rec_spark.pipeline import Pipeline
+    from vlm4rec_spark.pipeline import Pipeline, StageResult
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 TEN = datetime(2025, 1, 1, 10)
@@ -40,56 +41,59 @@ def write(file: Path, text: str, at: int = 1_700_000_000) -> Path:
     return file
 
 
-def items(
-    spark: SparkSession, path: Path, **source: object
-) -> tuple[dict[str, dict], dict[str, list[str | None]]]:
-    """The rows taken by item_id, and the reasons by item_id of those that weren't (None: a repeat, skipped)."""
-    parsed = ingest.parse_items(
-        reader.read(spark, "ingest.items", Source(path=(str(path),), **source))
-    ).collect()
-    taken = [row.asDict() for row in parsed if row["reason"] is None and not row["duplicate"]]
-    left: dict[str, list[str | None]] = {}
-    for row in parsed:
-        if row["reason"] is not None or row["duplicate"]:
-            left.setdefault(row["item_id"], []).append(row["reason"])
-    assert len(taken) + sum(map(len, left.values())) == len(parsed)
-    return {
-        row["item_id"]: {name: row[name] for name in schemas.ITEMS.columns if name in row}
-        for row in taken
-    }, left
+class Parsed(NamedTuple):
+    accepted: dict[str, dict]
+    """By item_id."""
+    rest: dict[str, list[str | None]]
+    """The reasons by item_id; None for a duplicate."""
 
 
-def test_a_csv_row_in_full(spark: SparkSession, tmp_path: Path) -> None:
-    # `title` is mapped, so the source's own column of that name must not get in its way.
+def parse(spark: SparkSession, path: Path, **source: object) -> Parsed:
+    """The catalogue's rows: each is accepted or in `rest`."""
+    raw = reader.read(spark, "ingest.items", Source(path=(str(path),), **source))
+    parsed = Parsed({}, {})
+    for row in ingest.parse_items(raw).collect():
+        if row["reason"] is None and not row["duplicate"]:
+            assert row["item_id"] not in parsed.accepted
+            columns = [name for name in schemas.ITEMS.columns if name in row]
+            parsed.accepted[row["item_id"]] = {name: row[name] for name in columns}
+        else:
+            parsed.rest.setdefault(row["item_id"], []).append(row["reason"])
+    return parsed
+
+
+def read_events(spark: SparkSession, file: Path) -> DataFrame:
+    raw = reader.read(spark, "ingest.interactions", Source(path=(str(file),)))
+    return ingest.parse_interactions(raw, NOW)
+
+
+def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path: Path) -> None:
+    # `title` is mapped, so the source's own column of that name must not be used.
     file = write(
         tmp_path / "shop.csv",
-        "sku,name,title,price,available,first_seen_at,colour\n"
-        'A,"Chair, ""small""\nand red",ignored,12.50,Yes,2025-01-01T11:00:00+01:00,red\n'
-        "B,,ignored,,,,\n",
+        "sku,name,title,price,cur,link,available,first_seen_at,colour\n"
+        'A,"Chair, ""small""\nand red",ignored,12.50,EUR,https://x/a,Yes,2025-01-01T11:00:00+01:00,'
+        "red\nB,,ignored,,,,,,\n",
     )
     columns = {"item_id": "sku", "title": "name", "attributes.colour": "colour"}
-    taken, left = items(spark, file, columns=columns)
-    assert left == {}
-    nothing = {"brand": None, "category": None, "parent_id": None, "region": None}
-    assert taken == {
-        "A": {
+    columns |= {"currency": "cur", "url": "link"}
+    parsed = parse(spark, file, columns=columns)
+    assert parsed.rest == {}
+    empty = dict.fromkeys(schemas.ITEMS.columns)
+    del empty["updated_at"]
+    assert parsed.accepted == {
+        "A": empty
+        | {
             "item_id": "A",
             "title": 'Chair, "small"\nand red',
             "price": 12.5,
-            "available": True,
-            **nothing,
+            "currency": "EUR",
+            "url": "https://x/a",
             "attributes": {"colour": "red"},
+            "available": True,
             "first_seen_at": TEN,
         },
-        "B": {
-            "item_id": "B",
-            "title": None,
-            "price": None,
-            "available": True,
-            **nothing,
-            "attributes": {},
-            "first_seen_at": None,
-        },
+        "B": empty | {"item_id": "B", "attributes": {}, "available": True},
     }
 
 
@@ -110,8 +114,8 @@ def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> N
         "same,Chair,1,no,\n"
         "same,Chair,1,no,\n",
     )
-    taken, left = items(spark, file)
-    assert left == {
+    parsed = parse(spark, file)
+    assert parsed.rest == {
         None: ["item_id is missing"],
         "word": ["price is not a number"],
         "minus": ["price is not a price"],
@@ -122,23 +126,23 @@ def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> N
         "twice": ["item_id stands twice in one file, with different values"],
         "same": [None],
     }
-    assert {item: (row["title"], row["available"]) for item, row in taken.items()} == {
+    assert {item: (row["title"], row["available"]) for item, row in parsed.accepted.items()} == {
         "good": ("Chair", True),
         "twice": ("Chair", True),
         "same": ("Chair", False),
     }
 
 
-def test_of_several_files_the_newest_wins(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path: Path) -> None:
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,new\nB,only here\n", at=1_700_000_002)
     write(tmp_path / "shop" / "b.csv.gz", "item_id,title\nA,old\nC,packed\n", at=1_700_000_001)
-    taken, left = items(spark, tmp_path / "shop" / "*.csv*")
-    assert {item: row["title"] for item, row in taken.items()} == {
+    parsed = parse(spark, tmp_path / "shop" / "*.csv*")
+    assert {item: row["title"] for item, row in parsed.accepted.items()} == {
         "A": "new",
         "B": "only here",
         "C": "packed",
     }
-    assert left == {"A": [None]}
+    assert parsed.rest == {"A": [None]}
 
 
 def test_files_with_columns_in_another_order_are_not_mixed_up(
@@ -147,24 +151,22 @@ def test_files_with_columns_in_another_order_are_not_mixed_up(
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,Chair\n")
     write(tmp_path / "shop" / "b.csv", "title,item_id\nTable,B\n")
     with pytest.raises(Exception, match="CSV header does not conform to the schema"):
-        items(spark, tmp_path / "shop")
+        parse(spark, tmp_path / "shop")
     # pandas writes its index under no name; one such file is fine.
-    taken, _ = items(spark, write(tmp_path / "pandas.csv", ",item_id,title\n0,A,Chair\n"))
-    assert taken["A"]["title"] == "Chair"
+    parsed = parse(spark, write(tmp_path / "pandas.csv", ",item_id,title\n0,A,Chair\n"))
+    assert parsed.accepted["A"]["title"] == "Chair"
 
 
 def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path) -> None:
     file = write(
         tmp_path / "shop.json",
-        '{"item_id": "A", "title": "Chair", "price": 3, "available": false}\n{"item_id": "B", "title\n',
+        '{"item_id": "A", "title": "Chair", "price": 3, "available": false}\n'
+        '{"item_id": "B", "title\n',
     )
-    taken, left = items(spark, file, format="json")
-    assert (taken["A"]["title"], taken["A"]["price"], taken["A"]["available"]) == (
-        "Chair",
-        3.0,
-        False,
-    )
-    assert left == {None: ["the row isn't well formed"]}
+    parsed = parse(spark, file, format="json")
+    chair = parsed.accepted["A"]
+    assert [chair["title"], chair["price"], chair["available"]] == ["Chair", 3.0, False]
+    assert parsed.rest == {None: ["the row isn't well formed"]}
 
 
 @pytest.mark.parametrize(
@@ -173,9 +175,9 @@ def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path) -> N
 def test_a_source_without_a_good_row(
     spark: SparkSession, tmp_path: Path, name: str, text: str
 ) -> None:
-    taken, left = items(spark, write(tmp_path / f"shop.{name}", text), format=name)
-    assert taken == {}
-    assert left == ({None: ["the row isn't well formed"]} if text == "{\n" else {})
+    parsed = parse(spark, write(tmp_path / f"shop.{name}", text), format=name)
+    assert parsed.accepted == {}
+    assert parsed.rest == ({None: ["the row isn't well formed"]} if text == "{\n" else {})
 
 
 @pytest.mark.parametrize("kind", ["parquet", "delta"])
@@ -186,13 +188,15 @@ def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str) -> None:
     )
     rows.write.format(kind).save(str(tmp_path / "shop"))
     columns = {"item_id": "sku", "attributes.size": "size"}
-    taken, left = items(spark, tmp_path / "shop", format=kind, columns=columns)
-    shown = ("price", "available", "first_seen_at", "attributes")
-    assert {item: tuple(row[name] for name in shown) for item, row in taken.items()} == {
+    parsed = parse(spark, tmp_path / "shop", format=kind, columns=columns)
+    columns = ("price", "available", "first_seen_at", "attributes")
+    assert {
+        item: tuple(row[name] for name in columns) for item, row in parsed.accepted.items()
+    } == {
         "A": (2.5, False, TEN, {"size": "7"}),
         "B": (None, True, None, {}),
     }
-    assert left == {}
+    assert parsed.rest == {}
 
 
 def test_a_missing_file_and_a_missing_column_are_wrong_use(
@@ -223,9 +227,7 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
         "u1,A,view,yesterday\n"
         "u1,A,view,2099-01-01T00:00:00Z\n",
     )
-    parsed = ingest.parse_interactions(
-        reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW
-    )
+    parsed = read_events(spark, file)
     rows = parsed.collect()
     assert sorted(row["reason"] for row in rows if row["reason"]) == [
         "event_time is missing",
@@ -236,19 +238,19 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
         "user_id is missing",
     ]
     assert [row["user_id"] for row in rows if row["duplicate"]] == ["u1"]
-    taken = ingest.taken(parsed).collect()
-    assert sorted((row["user_id"], row["event_time"]) for row in taken) == [
+    accepted = ingest.accepted(parsed).collect()
+    assert sorted((row["user_id"], row["event_time"]) for row in accepted) == [
         (f"u{n}", TEN) for n in (1, 2, 3, 4)
     ]
-    assert {str(row["event_date"]) for row in taken} == {"2025-01-01"}
-    assert len({row["event_id"] for row in taken}) == 4
-    refused = ingest.rejected(parsed, "interactions").collect()
-    assert {row["source"] for row in refused} == {f"interactions file:{file}"}
-    future = next(json.loads(row["row"]) for row in refused if "future" in row["reason"])
+    assert {str(row["event_date"]) for row in accepted} == {"2025-01-01"}
+    assert len({row["event_id"] for row in accepted}) == 4
+    bad = ingest.rejected(parsed, "interactions").collect()
+    assert {row["source"] for row in bad} == {f"interactions file:{file}"}
+    future = next(json.loads(row["row"]) for row in bad if "future" in row["reason"])
     assert (future["user_id"], future["event_time"]) == ("u1", "2099-01-01T00:00:00Z")
 
 
-def test_given_event_ids_count_once_and_rejected_copies_are_counted(
+def test_event_ids_count_once_and_identical_rejected_rows_are_counted(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     file = write(
@@ -257,140 +259,157 @@ def test_given_event_ids_count_once_and_rejected_copies_are_counted(
         "e1,u1,A,view,2025-01-02T10:00:00Z\n"
         "e1,u1,A,view,2025-01-01T10:00:00Z\n" + 3 * "e2,u1,A,view,soon\n",
     )
-    parsed = ingest.parse_interactions(
-        reader.read(spark, "ingest.interactions", Source(path=(str(file),))), NOW
-    )
-    assert [(row["event_id"], row["event_time"]) for row in ingest.taken(parsed).collect()] == [
-        ("e1", TEN)
-    ]
-    assert [row["occurrences"] for row in ingest.rejected(parsed, "interactions").collect()] == [3]
+    parsed = read_events(spark, file)
+    accepted = ingest.accepted(parsed).collect()
+    assert [(row["event_id"], row["event_time"]) for row in accepted] == [("e1", TEN)]
+    (bad,) = ingest.rejected(parsed, "interactions").collect()
+    assert bad["occurrences"] == 3
 
 
 def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
     rows = run.tables.read(schemas.PHOTOS).collect()
     for row in rows:
-        assert (row["image_sha256"], row["bytes"]) == (
-            hashlib.sha256(row["image"]).hexdigest(),
-            len(row["image"]),
-        )
+        assert row["image_sha256"] == hashlib.sha256(row["image"]).hexdigest()
+        assert row["bytes"] == len(row["image"])
     return {(row["item_id"], row["position"]): bytes(row["image"]) for row in rows}
 
 
-def figures(outcome: object, name: str) -> dict[str, int]:
-    found = json.loads(outcome.details[name])  # type: ignore[attr-defined]
-    assert found["in"] == found["ok"] + found["rejected"] + found["skipped"]
-    return found
+def figures(result: StageResult, source: str) -> tuple[int, int, int]:
+    """Of the source's rows: ok, rejected, skipped."""
+    counts = {name: int(count) for name, count in group_of_details(result.details, source).items()}
+    assert counts["in"] == counts["ok"] + counts["rejected"] + counts["skipped"]
+    return counts["ok"], counts["rejected"], counts["skipped"]
 
 
-def rejected(run: Pipeline, source: str) -> dict[str, str]:
-    """Reason by the raw row's file name or id, for the source."""
-    rows = [
-        row
-        for row in run.tables.read(schemas.REJECTED).collect()
-        if row["source"].startswith(source)
-    ]
-    return {Path(json.loads(row["row"]).get("uri", "")).name: row["reason"] for row in rows}
+def rejected_photos(run: Pipeline) -> dict[str, str]:
+    """Reason by the photo's file name."""
+    rows = run.tables.read(schemas.REJECTED).where("source = 'photos'").collect()
+    return {Path(json.loads(row["row"])["uri"]).name: row["reason"] for row in rows}
 
 
 def items_by_file(run: Pipeline) -> list[set[str]]:
-    """The items whose photos each file of the table holds; a chunk of captioning reads some files and not all."""
+    """The items in each file of the table photos. A chunk of captioning reads only some files."""
     files: dict[str, set[str]] = {}
     for row in run.tables.read(schemas.PHOTOS).select("_metadata.file_name", "item_id").collect():
         files.setdefault(row["file_name"], set()).add(row["item_id"])
     return sorted(files.values(), key=min)
 
 
-def test_catalogue_log_and_photo_folder_twice(
+EVENTS = "user_id,item_id,event_type,event_time\n"
+
+
+@pytest.fixture
+def folder_shop(
     pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Pipeline:
+    """A catalogue, a log of one file and a folder of photos, two of which fill a file of photos."""
     monkeypatch.setattr("vlm4rec_spark.stages.ingest._PHOTOS_PER_FILE", 2)
     write(tmp_path / "shop.csv", "item_id,title\nA,Chair\nB,Table\nC,Lamp\n,Nothing\n")
     write(
         tmp_path / "log-1.csv",
-        "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\n,A,view,2025-01-01\n"
-        "u1,gone,view,2025-01-01\n",
+        f"{EVENTS}u1,A,view,2025-01-01\n,A,view,2025-01-01\nu1,gone,view,2025-01-01\n",
     )
-    folder = tmp_path / "photos"
-    for name, text in (
-        ("A.jpg", "a zero"),
-        ("A.1.jpg", "a one"),
-        ("B.jpg", "b jpg"),
-        ("B.png", "b png"),
-        ("deep +/ü/C.jpg", ""),
-        ("Z.jpg", "z"),
-        ("README", "no"),
-    ):
-        write(folder / name, text)
-    run = pipeline(
+    for name, text in {
+        "A.jpg": "a zero",
+        "A.1.jpg": "a one",
+        "B.jpg": "b jpg",
+        "B.png": "b png",
+        "deep +/ü/C.jpg": "",
+        "Z.jpg": "z",
+        "README": "no",
+    }.items():
+        write(tmp_path / "photos" / name, text)
+    return pipeline(
         tmp_path,
         f"ingest.items.path=[{tmp_path}/shop.csv]",
         f"ingest.interactions.path=['{tmp_path}/log-*.csv']",
-        f"ingest.photos.folder={folder}",
+        f"ingest.photos.folder={tmp_path}/photos",
     )
-    # These photos would be one task's to write; as many real ones as a file has aren't.
-    run.spark.conf.set("spark.sql.files.maxPartitionBytes", "1m")
+
+
+FOLDER_PHOTOS = {
+    ("A", 0): b"a zero",
+    ("A", 1): b"a one",
+    ("B", 0): b"b jpg",
+    ("C", 0): b"",
+}
+
+
+def test_catalogue_log_and_photo_folder(folder_shop: Pipeline) -> None:
+    # These photos would fit one task's file; as many real photos wouldn't.
+    folder_shop.spark.conf.set("spark.sql.files.maxPartitionBytes", "1m")
     try:
-        first = run.run(["ingest"])[0]
+        (result,) = folder_shop.run(["ingest"])
     finally:
-        run.spark.conf.unset("spark.sql.files.maxPartitionBytes")
-    assert figures(first, "items") == {"in": 4, "ok": 3, "rejected": 1, "skipped": 0}
-    assert figures(first, "interactions") == {"in": 3, "ok": 2, "rejected": 1, "skipped": 0}
-    assert figures(first, "photos") == {"in": 7, "ok": 4, "rejected": 3, "skipped": 0}
-    assert (first.rows_in, first.ok, first.failed) == (14, 9, 5)
+        folder_shop.spark.conf.unset("spark.sql.files.maxPartitionBytes")
+    assert figures(result, "items") == (3, 1, 0)
+    assert figures(result, "interactions") == (2, 1, 0)
+    assert figures(result, "photos") == (4, 3, 0)
+    assert [result.rows_in, result.ok, result.failed] == [14, 9, 5]
     gaps = {"unknown_item_events": "1", "items_without_photo": "0", "untouched_items": "2"}
-    assert {name: first.details[name] for name in gaps} == gaps
-    assert photos(run) == {
-        ("A", 0): b"a zero",
-        ("A", 1): b"a one",
-        ("B", 0): b"b jpg",
-        ("C", 0): b"",
-    }
-    assert items_by_file(run) == [{"A"}, {"B", "C"}]  # two photos each
-    assert rejected(run, "photos") == {
+    assert {name: result.details[name] for name in gaps} == gaps
+    assert photos(folder_shop) == FOLDER_PHOTOS
+    assert items_by_file(folder_shop) == [{"A"}, {"B", "C"}]  # two photos each
+    assert rejected_photos(folder_shop) == {
         "B.png": "the item has another photo at this position",
         "Z.jpg": "no such item in the catalogue",
         "README": "the file name doesn't fit ingest.photos.file_name",
     }
 
-    # Other bytes of the same size and time: if the photo were read again, this would show.
-    write(folder / "A.jpg", "A ZERO")
-    write(folder / "B.jpg", "B JPG", at=1_700_000_009)
+
+def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_path: Path) -> None:
+    folder_shop.run(["ingest"])
+    # Other bytes of the same size and time, which must not be read.
+    write(tmp_path / "photos" / "A.jpg", "A ZERO")
+    write(tmp_path / "photos" / "B.jpg", "B JPG", at=1_700_000_009)
     write(
-        tmp_path / "log-2.csv",
-        "user_id,item_id,event_type,event_time\nu1,A,view,2025-01-01\nu2,A,view,2025-01-01\n",
+        tmp_path / "log-2 [+].csv",
+        f"{EVENTS}u1,A,view,2025-01-01\nu2,A,view,2025-01-01\nu2,A,view,2025-01-01\n",
     )
-    again = run.run(["ingest"])[0]
-    assert figures(again, "photos") == {"in": 7, "ok": 1, "rejected": 3, "skipped": 3}
-    assert photos(run) == {
-        ("A", 0): b"a zero",
-        ("A", 1): b"a one",
-        ("B", 0): b"B JPG",
-        ("C", 0): b"",
+    (result,) = folder_shop.run(["ingest"])
+    assert figures(result, "photos") == (1, 3, 3)
+    assert photos(folder_shop) == FOLDER_PHOTOS | {("B", 0): b"B JPG"}
+    # One event of the second file is in the first, which isn't opened again.
+    assert figures(result, "interactions") == (1, 0, 2)
+    ledger = folder_shop.tables.read(schemas.INGESTED_FILES).collect()
+    counts = ("rows_read", "rows_taken", "rows_rejected", "rows_repeated")
+    assert {Path(row["file"]).name: [row[name] for name in counts] for row in ledger} == {
+        "log-1.csv": [3, 2, 1, 0],
+        "log-2 [+].csv": [3, 1, 0, 2],
     }
-    # One event of the second file is the first file's, redelivered; the first file itself isn't opened.
-    assert figures(again, "interactions") == {"in": 2, "ok": 1, "rejected": 0, "skipped": 1}
 
 
-def test_users_and_who_was_who(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+@pytest.fixture
+def user_tables(tmp_path: Path) -> tuple[str, ...]:
     write(tmp_path / "shop.csv", "item_id,title\nA,Lamp\n")
     write(
         tmp_path / "users.csv",
         "id,segment,consent\nu1,club,Yes\nu2,,\n,club,no\nu3,club,perhaps\nu1,club,Yes\n",
     )
-    write(tmp_path / "who.csv", "anonymous_id,user_id\nv1,u1\nv2,u1\nv3,\n,u2\nv2,u2\n")
-    settings = (
+    write(tmp_path / "ids.csv", "anonymous_id,user_id\nv1,u1\nv2,u1\nv3,\n,u2\nv2,u2\n")
+    return (
         f"ingest.items.path=[{tmp_path}/shop.csv]",
         f"ingest.users.path=[{tmp_path}/users.csv]",
-        f"ingest.identities.path=[{tmp_path}/who.csv]",
+        f"ingest.identities.path=[{tmp_path}/ids.csv]",
     )
-    run = pipeline(tmp_path, *settings, "ingest.users.columns={user_id: id}")
-    first = run.run(["ingest"])[0]
-    assert figures(first, "users") == {"in": 5, "ok": 2, "rejected": 2, "skipped": 1}
-    assert figures(first, "identities") == {"in": 5, "ok": 2, "rejected": 3, "skipped": 0}
-    users = run.tables.read(schemas.USERS).orderBy("user_id").collect()
-    assert [tuple(row) for row in users] == [("u1", "club", None, True), ("u2", None, None, None)]
-    known = run.tables.read(schemas.IDENTITIES).collect()
-    assert {row["anonymous_id"]: row["user_id"] for row in known} == {"v1": "u1", "v2": "u1"}
+
+
+def users(run: Pipeline) -> dict[str, list[object]]:
+    """segment and consent by user_id."""
+    rows = run.tables.read(schemas.USERS).collect()
+    return {row["user_id"]: [row["segment"], row["consent"]] for row in rows}
+
+
+def test_users_and_identities(
+    pipeline: Callable[..., Pipeline], user_tables: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = pipeline(tmp_path, *user_tables, "ingest.users.columns={user_id: id}")
+    (result,) = run.run(["ingest"])
+    assert figures(result, "users") == (2, 2, 1)
+    assert figures(result, "identities") == (2, 3, 0)
+    assert users(run) == {"u1": ["club", True], "u2": [None, None]}
+    identities = run.tables.read(schemas.IDENTITIES).collect()
+    assert {row["anonymous_id"]: row["user_id"] for row in identities} == {"v1": "u1", "v2": "u1"}
     reasons = {row["reason"] for row in run.tables.read(schemas.REJECTED).collect()}
     assert reasons == {
         "user_id is missing",
@@ -398,18 +417,22 @@ def test_users_and_who_was_who(pipeline: Callable[..., Pipeline], tmp_path: Path
         "anonymous_id is missing",
         "anonymous_id stands twice in one file, with different values",
     }
-    with pytest.raises(
-        UsageError, match=r"ingest.users: the source has no column user_id with a value"
-    ):
-        pipeline(tmp_path, *settings).run(["ingest"])
-    # Another delivery changes a user, and leaves those alone that it doesn't name.
+
+    # Another delivery changes a user, and keeps those whom it doesn't name.
     write(tmp_path / "users.csv", "id,segment\nu2,new\n", at=1_700_000_009)
     run.run(["ingest"])
-    users = run.tables.read(schemas.USERS).orderBy("user_id").collect()
-    assert [(row["user_id"], row["segment"]) for row in users] == [("u1", "club"), ("u2", "new")]
+    assert users(run) == {"u1": ["club", True], "u2": ["new", None]}
 
 
-def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_users_without_the_key_column_are_refused(
+    pipeline: Callable[..., Pipeline], user_tables: tuple[str, ...], tmp_path: Path
+) -> None:
+    message = r"ingest.users: the source has no column user_id with a value"
+    with pytest.raises(UsageError, match=message):
+        pipeline(tmp_path, *user_tables).check(["ingest"])
+
+
+def test_photos_from_a_path_column(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     for name in ("old.jpg", "new.jpg", "b.jpg"):
         write(tmp_path / name, name)
     write(
@@ -424,50 +447,60 @@ def test_photos_named_by_a_column(pipeline: Callable[..., Pipeline], tmp_path: P
     )
     shop = f"ingest.items.path=['{tmp_path}/*.csv']"
     run = pipeline(tmp_path, shop, "ingest.photos.path_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == {
-        "in": 3,
-        "ok": 2,
-        "rejected": 1,
-        "skipped": 0,
-    }
+    assert figures(run.run(["ingest"])[0], "photos") == (2, 1, 0)
     assert photos(run) == {("A", 0): b"new.jpg", ("B", 0): b"b.jpg"}
-    assert list(rejected(run, "photos")) == ["gone.jpg"]
-    assert rejected(run, "photos")["gone.jpg"].startswith("the photo can't be read: ")
+    ((name, reason),) = rejected_photos(run).items()
+    assert name == "gone.jpg"
+    assert reason.startswith("the photo can't be read: ")
 
     write(tmp_path / "b.jpg", "B.JPG")
     write(tmp_path / "new.jpg", "new too", at=1_700_000_009)
-    assert figures(run.run(["ingest"])[0], "photos") == {
-        "in": 3,
-        "ok": 1,
-        "rejected": 1,
-        "skipped": 1,
-    }
+    assert figures(run.run(["ingest"])[0], "photos") == (1, 1, 1)
     assert photos(run) == {("A", 0): b"new too", ("B", 0): b"b.jpg"}
 
-    with pytest.raises(UsageError, match="the catalogue has no column 'photos' with a path in it"):
+    message = "the catalogue has no column 'photos' with a path in it"
+    with pytest.raises(UsageError, match=message):
         pipeline(tmp_path, shop, "ingest.photos.path_column=photos").check(["ingest"])
 
 
-def test_large_photos_leave_the_worker_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "_PART_BYTES", 100)
+def test_large_photos_leave_the_worker_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "_BYTES_PER_BATCH", 100)
     sizes = [10] * 33 + [60, 60, 101, None]  # the last one couldn't be read
     images = [None if size is None else b"x" * size for size in sizes]
-    read = [None, *({"item_id": str(n), "image": image} for n, image in enumerate(images)), None]
-    parts = list(ingest._in_parts(iter(read)))
-    assert [len(part) for part in parts] == [11, 11, 11, 2, 1, 1]
-    assert [item for part in parts for item in part["item_id"]] == [
-        str(n) for n in range(len(sizes))
-    ]
-    assert [len(part) for part in ingest._in_parts(iter(40 * [{"image": b""}]))] == [32, 8]
+    photos = [{"item_id": str(n), "image": image} for n, image in enumerate(images)]
+    batches = list(ingest._small_batches(iter([None, *photos, None])))
+    assert [len(batch) for batch in batches] == [11, 11, 11, 2, 1, 1]
+    item_ids = [item for batch in batches for item in batch["item_id"]]
+    assert item_ids == [photo["item_id"] for photo in photos]
+    empty = ingest._small_batches(iter(40 * [{"image": b""}]))
+    assert [len(batch) for batch in empty] == [32, 8]
 
 
-class Files(SimpleHTTPRequestHandler):
-    """A folder's files, with their times, and 304 for those that haven't changed; /undated has no times."""
+class PhotoServer(ThreadingHTTPServer):
+    """Serves a folder's files with their times. /undated has no time."""
 
-    sent: list[tuple[str, int]]
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=folder))
+        self.folder = folder
+        self.statuses: dict[str, int] = {}
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def take_statuses(self) -> dict[str, int]:
+        """The status of each requested path since the last call."""
+        statuses = self.statuses
+        self.statuses = {}
+        return statuses
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Answers 304 for a file that hasn't changed."""
+
+    server: PhotoServer
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        self.sent.append((self.path.partition("?")[0], int(code)))
+        path = self.path.partition("?")[0]
+        assert path not in self.server.statuses
+        self.server.statuses[path] = int(code)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -482,95 +515,96 @@ class Files(SimpleHTTPRequestHandler):
         super().do_GET()
 
 
-def test_photos_named_by_urls(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
-    folder, sent = tmp_path / "photos", []
+@pytest.fixture
+def photo_server(tmp_path: Path) -> Iterator[PhotoServer]:
+    folder = tmp_path / "photos"
     for name in ("a", "b", "c", "undated"):
         write(folder / name, f"photo {name}")
     write(folder / "huge", "x" * 2_001)
-    write(tmp_path / "file.jpg", "a file")
-    handler = type("Handler", (Files,), {"sent": sent})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        cdn = f"HTTP://ann:s3cret@127.0.0.1:{server.server_port}"
-        photo = {
-            "A": f"{cdn}/a",
-            "B": f"{cdn}/b?sig=s3cret",
-            "C": f"{cdn}/c",
-            "U": f"{cdn}/undated",
-            "G": f"{cdn}/gone",
-            "H": f"{cdn}/huge",
-            "M": "http://169.254.169.254/meta",
-            "N": f"zip://x.jpg::{cdn}/n.zip",
-            "F": f"{tmp_path}/file.jpg",
-        }
-        write(
-            tmp_path / "shop.csv",
-            "item_id,photo\n" + "".join(f"{item},{uri}\n" for item, uri in photo.items()),
-        )
-        run = pipeline(
-            tmp_path,
-            f"ingest.items.path=['{tmp_path}/shop.csv']",
-            "ingest.photos.path_column=photo",
-            "ingest.photos.http.private_addresses=true",
-            "ingest.photos.http.max_mb=0.002",
-        )
-
-        assert figures(run.run(["ingest"])[0], "photos") == {
-            "in": 9,
-            "ok": 5,
-            "rejected": 4,
-            "skipped": 0,
-        }
-        first = photos(run)
-        assert first == {
-            ("A", 0): b"photo a",
-            ("B", 0): b"photo b",
-            ("C", 0): b"photo c",
-            ("U", 0): b"photo undated",
-            ("F", 0): b"a file",
-        }
-        rows = {row["item_id"]: row for row in run.tables.read(schemas.PHOTOS).collect()}
-        assert {item: row["uri"] for item, row in rows.items()} == {
-            item: photo[item] for item in "ABCUF"
-        }
-        assert rows["A"]["modified_at"] == datetime(2023, 11, 14, 22, 13, 20)
-        assert rejected(run, "photos") == {
-            "gone": "the photo can't be read: HTTP 404",
-            "huge": "the photo can't be read: larger than 0.002 MB",
-            "meta": "the photo can't be read: the address is link-local (169.254.169.254)",
-            "n.zip": "the photo can't be read: an http address inside another address",
-        }
-        every = {"/a": 200, "/b": 200, "/c": 200, "/undated": 200, "/gone": 404, "/huge": 200}
-        assert sorted(sent) == sorted(every.items())
-
-        # Photo b is another one with a new time, photo c the same one with a new time.
-        write(folder / "b", "PHOTO B", at=1_700_000_009)
-        write(folder / "c", "photo c", at=1_700_000_009)
-        sent.clear()
-        assert figures(run.run(["ingest"])[0], "photos") == {
-            "in": 9,
-            "ok": 2,
-            "rejected": 4,
-            "skipped": 3,
-        }
-        assert photos(run) == first | {("B", 0): b"PHOTO B"}
-        assert sorted(sent) == sorted((every | {"/a": 304}).items())
-
-        sent.clear()
-        written = run.tables.versions([schemas.PHOTOS])
-        assert figures(run.run(["ingest"])[0], "photos") == {
-            "in": 9,
-            "ok": 0,
-            "rejected": 4,
-            "skipped": 5,
-        }
-        assert sorted(sent) == sorted((every | {"/a": 304, "/b": 304, "/c": 304}).items())
-        run.tables.forget()
-        assert run.tables.versions([schemas.PHOTOS]) == written
+    with PhotoServer(folder) as server:
+        yield server
         server.shutdown()
 
 
-def test_photos_in_a_bytes_column(
+@pytest.fixture
+def uris(photo_server: PhotoServer, tmp_path: Path) -> dict[str, str]:
+    """Addresses by item: photos of the server, one in a file, and four that can't be read."""
+    cdn = f"HTTP://ann:s3cret@127.0.0.1:{photo_server.server_port}"
+    return {
+        "A": f"{cdn}/a",
+        "B": f"{cdn}/b?sig=s3cret",
+        "C": f"{cdn}/c",
+        "U": f"{cdn}/undated",
+        "F": str(write(tmp_path / "file.jpg", "a file")),
+        "G": f"{cdn}/gone",
+        "H": f"{cdn}/huge",
+        "M": "http://169.254.169.254/meta",
+        "N": f"zip://x.jpg::{cdn}/n.zip",
+    }
+
+
+@pytest.fixture
+def url_shop(pipeline: Callable[..., Pipeline], uris: dict[str, str], tmp_path: Path) -> Pipeline:
+    rows = "".join(f"{item},{uri}\n" for item, uri in uris.items())
+    write(tmp_path / "shop.csv", f"item_id,photo\n{rows}")
+    return pipeline(
+        tmp_path,
+        f"ingest.items.path=['{tmp_path}/shop.csv']",
+        "ingest.photos.path_column=photo",
+        "ingest.photos.http.private_addresses=true",
+        "ingest.photos.http.max_mb=0.002",
+    )
+
+
+ALL_READ = {"/a": 200, "/b": 200, "/c": 200, "/undated": 200, "/gone": 404, "/huge": 200}
+URL_PHOTOS = {
+    ("A", 0): b"photo a",
+    ("B", 0): b"photo b",
+    ("C", 0): b"photo c",
+    ("U", 0): b"photo undated",
+    ("F", 0): b"a file",
+}
+
+
+def test_photos_from_urls(
+    url_shop: Pipeline, photo_server: PhotoServer, uris: dict[str, str]
+) -> None:
+    assert figures(url_shop.run(["ingest"])[0], "photos") == (5, 4, 0)
+    assert photos(url_shop) == URL_PHOTOS
+    rows = {row["item_id"]: row for row in url_shop.tables.read(schemas.PHOTOS).collect()}
+    assert {item: row["uri"] for item, row in rows.items()} == {
+        item: uris[item] for item, _ in URL_PHOTOS
+    }
+    assert rows["A"]["modified_at"] == datetime(2023, 11, 14, 22, 13, 20)
+    assert rejected_photos(url_shop) == {
+        "gone": "the photo can't be read: HTTP 404",
+        "huge": "the photo can't be read: larger than 0.002 MB",
+        "meta": "the photo can't be read: the address is link-local (169.254.169.254)",
+        "n.zip": "the photo can't be read: an http address inside another address",
+    }
+    assert photo_server.take_statuses() == ALL_READ
+
+
+def test_only_changed_photos_are_downloaded_again(
+    url_shop: Pipeline, photo_server: PhotoServer
+) -> None:
+    url_shop.run(["ingest"])
+    photo_server.take_statuses()
+    # Photo b is another one with a new time, photo c the same one with a new time.
+    write(photo_server.folder / "b", "PHOTO B", at=1_700_000_009)
+    write(photo_server.folder / "c", "photo c", at=1_700_000_009)
+    assert figures(url_shop.run(["ingest"])[0], "photos") == (2, 4, 3)
+    assert photos(url_shop) == URL_PHOTOS | {("B", 0): b"PHOTO B"}
+    assert photo_server.take_statuses() == ALL_READ | {"/a": 304}
+
+    version = url_shop.tables.versions([schemas.PHOTOS])
+    assert figures(url_shop.run(["ingest"])[0], "photos") == (0, 4, 5)
+    assert photo_server.take_statuses() == ALL_READ | {"/a": 304, "/b": 304, "/c": 304}
+    url_shop.tables.forget()
+    assert url_shop.tables.versions([schemas.PHOTOS]) == version
+
+
+def test_photos_from_a_bytes_column(
     pipeline: Callable[..., Pipeline], spark: SparkSession, tmp_path: Path
 ) -> None:
     schema = "item_id STRING, title STRING, photo BINARY"
@@ -578,12 +612,7 @@ def test_photos_in_a_bytes_column(
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / "shop"))
     source = (f"ingest.items.path=[{tmp_path}/shop]", "ingest.items.format=parquet")
     run = pipeline(tmp_path, *source, "ingest.photos.bytes_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == {
-        "in": 1,
-        "ok": 1,
-        "rejected": 0,
-        "skipped": 0,
-    }
+    assert figures(run.run(["ingest"])[0], "photos") == (1, 0, 0)
     assert photos(run) == {("A", 0): b"a"}
     with pytest.raises(UsageError, match="the catalogue has no binary column 'image'"):
         pipeline(tmp_path, *source, "ingest.photos.bytes_column=image").check(["ingest"])

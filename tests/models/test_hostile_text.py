@@ -1,4 +1,4 @@
-"""Texts that nobody should write, as the encoder and the index take them: no exception, and no time without end."""
+"""Hostile texts for the encoder and the index: no exception, and no endless computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm4rec_spark.models.encoding.text_encoder import clean, load_embedder
 from vlm4rec_spark.models.index.telling_words import telling_words
 
 MILLION = 1_000_000
-BITS = (
+FRAGMENTS = (
     "<",
     ">",
     "<script",
@@ -32,17 +32,20 @@ BITS = (
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(text=st.text() | st.lists(st.sampled_from(BITS)).map("".join), max_words=st.integers(1, 5))
-def test_any_text_comes_out_printable_and_short(text: str, max_words: int) -> None:
+@given(
+    text=st.text() | st.lists(st.sampled_from(FRAGMENTS)).map("".join), max_words=st.integers(1, 5)
+)
+def test_any_text_becomes_printable_and_short(text: str, max_words: int) -> None:
     cleaned = clean(text, max_words)
-    assert cleaned.isprintable() and cleaned == " ".join(cleaned.split())
+    assert cleaned.isprintable()
+    assert cleaned == " ".join(cleaned.split())
     assert len(cleaned.split()) <= max_words
     (vector,) = load_embedder("fake", "main").embed([cleaned])
     assert abs(np.linalg.norm(vector) - 1) < 1e-3
 
 
 @pytest.mark.parametrize(
-    ("bit", "times"),
+    ("fragment", "times"),
     [
         ("<", MILLION),
         ("<a ", MILLION),
@@ -57,13 +60,13 @@ def test_any_text_comes_out_printable_and_short(text: str, max_words: int) -> No
         ("\x00", MILLION),
     ],
 )
-def test_a_text_of_a_million_characters(bit: str, times: int) -> None:
-    cleaned = clean(bit * times, 256)
+def test_a_text_of_a_million_characters(fragment: str, times: int) -> None:
+    cleaned = clean(fragment * times, 256)
     assert len(cleaned.split()) <= 256
     words = telling_words([cleaned]).vocabulary
     assert set(words) <= set(cleaned.lower().split())
 
 
 @pytest.mark.parametrize("number", ["99999999", "9" * 5_000, "x" + "f" * 5_000])
-def test_a_number_that_is_no_character(number: str) -> None:
+def test_the_number_of_no_character(number: str) -> None:
     assert clean(f"a&#{number};", 256) in ("a", "a\ufffd")

@@ -1,4 +1,4 @@
-"""Vision encoders: unit vectors that don't depend on the batch, near for like photos; a wrong name is said early."""
+"""Vision encoders: unit vectors that don't depend on the batch; a wrong name is refused early."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SHIRT = {
 }
 
 
-def drawn(seed: int, **other: str) -> Image.Image:
-    return draw(SHIRT | other, np.random.default_rng(seed))
+def drawn(seed: int, **changes: str) -> Image.Image:
+    return draw(SHIRT | changes, np.random.default_rng(seed))
 
 
 PHOTOS = [
@@ -44,7 +44,7 @@ PHOTOS = [
 
 
 def model_folder(name: str, folder: Path) -> str:
-    """A small model of random weights of a kind that people name, or the name of one that is packaged."""
+    """The name of a packaged model, or a folder with a small model of random weights."""
     small = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -53,19 +53,21 @@ def model_folder(name: str, folder: Path) -> str:
         "image_size": 32,
         "patch_size": 8,
     }
+    square = {"height": 32, "width": 32}
     torch.manual_seed(0)
     if name == "clip":
         words = small | {"vocab_size": 50, "max_position_embeddings": 16}
-        CLIPModel(
-            CLIPConfig(vision_config=small, text_config=words, projection_dim=24)
-        ).save_pretrained(folder)
-        CLIPImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ).save_pretrained(folder)
+        config = CLIPConfig(vision_config=small, text_config=words, projection_dim=24)
+        model = CLIPModel(config)
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
     elif name == "vit":
-        ViTModel(ViTConfig(**small)).save_pretrained(folder)
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder) if name in ("clip", "vit") else name
+        model = ViTModel(ViTConfig(**small))
+        processor = ViTImageProcessor(size=square)
+    else:
+        return name
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module", params=["packaged", "fake", "clip", "vit"])
@@ -74,12 +76,12 @@ def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(vision: Vision) -> None:
-    together = vision.embed(PHOTOS)
-    assert (together.dtype, len(together)) == (np.float32, len(PHOTOS))
-    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    for place, photo in enumerate(PHOTOS):
-        np.testing.assert_allclose(vision.embed([photo])[0], together[place], atol=1e-5)
-    assert np.abs(together[0] - together[2]).max() > 1e-4
+    vectors = vision.embed(PHOTOS)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    one_by_one = np.concatenate([vision.embed([photo]) for photo in PHOTOS])
+    np.testing.assert_allclose(one_by_one, vectors, atol=1e-5)
+    assert np.abs(vectors[0] - vectors[2]).max() > 1e-4
 
 
 @cache
@@ -87,24 +89,23 @@ def packaged() -> Vision:
     return load_vision("packaged", "main")
 
 
-def test_the_packaged_one_sees_what_is_alike() -> None:
+def test_the_packaged_encoder_finds_similar_photos() -> None:
     shirt, other_shirt, lamp, _ = packaged().embed(PHOTOS)
     assert shirt.shape == (384,)
     assert shirt @ other_shirt > shirt @ lamp + 0.2
 
 
-def test_more_photos_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm4rec_spark.models.encoding.vision_encoder._TOGETHER", 3)
-    np.testing.assert_allclose(
-        packaged().embed(PHOTOS * 2)[4:], packaged().embed(PHOTOS), atol=1e-5
-    )
+def test_more_photos_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm4rec_spark.models.encoding.vision_encoder._BATCH_SIZE", 3)
+    vectors = packaged().embed(PHOTOS * 2)
+    np.testing.assert_allclose(vectors[4:], packaged().embed(PHOTOS), atol=1e-5)
 
 
-def test_ids_name_the_encoder_and_a_wrong_one_is_said_early(tmp_path: Path) -> None:
+def test_ids_name_the_encoder_and_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert vision_id("fake", "main") == "fake-4x4@1"
     name, _, digest = vision_id("packaged", "main").partition("@")
-    assert (name, len(digest)) == ("packaged", 12)
-    with pytest.raises(
-        UsageError, match=rf"^embed\.vision: there is no model folder {tmp_path}/gone\."
-    ):
+    assert name == "packaged"
+    assert len(digest) == 12
+    message = rf"^embed\.vision: there is no model folder {tmp_path}/gone\."
+    with pytest.raises(UsageError, match=message):
         vision_id(str(tmp_path / "gone"), "main")

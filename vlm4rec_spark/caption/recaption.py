@@ -35,7 +35,7 @@ def _retaken(image: bytes | None, uri: str | None, max_side: int, http: HttpSett
     """Empty for a photo that can't be had any more: it then counts among those that can't be described."""
     try:
         if image is None and uri:
-            found = photo_storage.read(uri, http)
+            found = photo_storage.read_if_changed(uri, http)
             image = found[0] if found else None
         return perturbations.perturbed(bytes(image or b""), max_side)
     except (

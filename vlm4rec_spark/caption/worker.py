@@ -121,7 +121,7 @@ def _with_images(rows: Iterable[dict], http: HttpSettings) -> Iterator[tuple[dic
 def _read(row: dict, http: HttpSettings) -> bytes | Result:
     """The bytes at the photo's place, or why they can't be described."""
     try:
-        return photo_storage.read_again(row["uri"], row["image_sha256"], http)
+        return photo_storage.read_unchanged(row["uri"], row["image_sha256"], http)
     except photo_storage.ChangedError as changed:
         return _lost(row["caption_key"], "changed_since", str(changed))
     except Exception as unreadable:

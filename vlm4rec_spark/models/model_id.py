@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a folder or a hub name, and the id that goes into keys."""
+"""The id of a model's weights that goes into keys, from a folder or a hub name. Loads no model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from vlm4rec_spark.errors import UsageError
 
-_FOR_PEOPLE = {".md", ".png"}
+_DOCUMENTATION = {".md", ".png"}
 
 
 def pinned_id(key: str, name: str, revision: str) -> str:
-    """`name@commit` of a hub model, `folder@hash` of a local one. `key` is the config key, for the error.
+    """`name@commit` of a hub model, `folder@hash` of a local one.
 
-    The hash covers every file's name and bytes, so that retrained weights in the same folder are another model; not
-    the model card and its pictures, which no model reads.
-    Raises UsageError when `name` is written as a path and no folder is there, or when it holds no safetensors.
+    `key` is the config key, for the error. The hash covers the name and bytes of every file, so new
+    weights in the same folder are another model. The model card and its pictures don't count.
+    Raises UsageError if a path leads to no folder, or if the folder holds no safetensors.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -26,12 +26,13 @@ def pinned_id(key: str, name: str, revision: str) -> str:
         return f"{name}@{_commit(key, name, revision)}"
     if not any(folder.rglob("*.safetensors")):
         raise UsageError(
-            f"{key}: the folder {name} holds no .safetensors file. Other weight formats aren't loaded."
+            f"{key}: the folder {name} holds no .safetensors file. "
+            "Other weight formats aren't loaded."
         )
     digest = hashlib.sha256()
-    for file in sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.suffix not in _FOR_PEOPLE
-    ):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if file.suffix in _DOCUMENTATION:
+            continue
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -39,7 +40,7 @@ def pinned_id(key: str, name: str, revision: str) -> str:
 
 
 def _commit(key: str, name: str, revision: str) -> str:
-    """The commit that the hub, or its local cache, holds for the revision: branches move, commits don't."""
+    """The commit of the revision, from the hub or its cache. A branch moves, a commit doesn't."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -47,6 +48,6 @@ def _commit(key: str, name: str, revision: str) -> str:
     except Exception as unreachable:
         reason = " ".join(str(unreachable).split())[:200]
         raise UsageError(
-            f"{key}: {name!r} is neither a folder nor a model that the hub or its cache gives ({reason})."
+            f"{key}: {name!r} is neither a folder nor a model of the hub or its cache ({reason})."
         ) from None
     return config.parent.name

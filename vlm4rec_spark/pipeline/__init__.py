@@ -25,6 +25,7 @@ from vlm4rec_spark.pipeline import (
     caption,
     embed,
     evaluate,
+    import_captions,
     index,
     ingest,
     maintain,
@@ -34,7 +35,6 @@ from vlm4rec_spark.pipeline import (
     report,
 )
 from vlm4rec_spark.pipeline.context import Reporter, RunContext, StageResult
-from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.storage import layout, schemas
 from vlm4rec_spark.storage.lease import Lease
@@ -198,7 +198,7 @@ class Pipeline:
             recommend.check(self.context)
         layout.check(self.tables)
         if "ingest" in stages and not self._unchanged("ingest"):
-            ingest.raw_sources(self.context)
+            ingest.open_sources(self.context)
 
     @contextmanager
     def lease(self) -> Iterator[Lease]:
@@ -210,11 +210,10 @@ class Pipeline:
             yield lease
 
     def import_captions(self, source: Source) -> StageResult:
-        """Take captions from elsewhere: rows of item_id and text replace the caption stage."""
+        """Take captions from elsewhere: texts by item_id, or a captions table."""
         self.context.begin()
-        raw = reader.read(self.spark, "import-captions", source)
         layout.check(self.tables)
-        work = partial(ingest.import_captions, raw, self.context)
+        work = partial(import_captions.import_captions, self.context, source=source)
         with self.lease() as lease:
             return self._recorded(StageResult("import_captions"), lease, work)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -22,8 +21,8 @@ from vlm4rec_spark.caption.estimate import CaptionPlan, Rates, estimate
 from vlm4rec_spark.caption.progress_channel import ProgressServer
 from vlm4rec_spark.errors import Resumable, RunError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
-from vlm4rec_spark.pipeline.ingest import caption_rows
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
+from vlm4rec_spark.pipeline.import_captions import caption_rows
 from vlm4rec_spark.spark import gpus
 from vlm4rec_spark.storage import schemas
 
@@ -93,7 +92,7 @@ def _caption(context: RunContext, result: StageResult, task: _Task) -> None:
         "reused": str(todo.reused + todo.kept),
         "duplicates": str(todo.duplicates),
         "given_up": str(todo.given_up),
-        "reasons": json.dumps(todo.reasons),
+        **grouped("reasons", todo.reasons),
     }
     totals, stopped = _Totals(), ""
     if todo.now:
@@ -115,7 +114,7 @@ def _caption(context: RunContext, result: StageResult, task: _Task) -> None:
     else:
         result.skipped = todo.wanted
     left = todo.to_caption - totals.tried
-    result.details |= {"failures": json.dumps(totals.failures), "left": str(left)}
+    result.details |= grouped("failures", totals.failures) | {"left": str(left)}
     captions = context.tables.read(schemas.CAPTIONS)
     context.tables.sync(
         schemas.ITEM_CAPTIONS, planning.item_captions(task.judged, captions, task.imported)

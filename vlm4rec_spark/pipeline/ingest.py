@@ -1,325 +1,374 @@
-"""Ingest and import-captions: the company's files into items, interactions, photos and captions."""
+"""Ingest: a company's files into items, users, interactions and photos."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.caption import plan
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
 from vlm4rec_spark.sources import reader
+from vlm4rec_spark.sources.file_listing import escape_glob, list_files
+from vlm4rec_spark.sources.photo_files import photo_files
 from vlm4rec_spark.stages import ingest as stage
 from vlm4rec_spark.storage import schemas
 from vlm4rec_spark.storage.schemas import Table
 
 
-@dataclass(frozen=True)
-class Raw:
-    """The sources as they are: rows of catalogue and log, None where there is nothing (new), the new log files, and
-    what is said of users, by its table's name."""
-
-    items: DataFrame | None
-    events: DataFrame | None
-    log_files: DataFrame
-    people: dict[str, DataFrame]
+class _UserTable(NamedTuple):
+    table: Table
+    parse: Callable[[DataFrame], DataFrame]
 
 
-_PEOPLE: dict[str, tuple[Table, Callable[[DataFrame], DataFrame]]] = {
-    "users": (schemas.USERS, stage.parse_users),
-    "identities": (schemas.IDENTITIES, stage.parse_identities),
+_USER_TABLES = {
+    "users": _UserTable(schemas.USERS, stage.parse_users),
+    "identities": _UserTable(schemas.IDENTITIES, stage.parse_identities),
 }
 
 
-def raw_sources(context: RunContext) -> Raw:
-    """Open every configured source. Raises UsageError when one isn't there or lacks a mapped column."""
-    settings, no_files = (
-        context.config.ingest,
-        context.spark.createDataFrame([], schemas.INGESTED_FILES.schema),
-    )
+@dataclass(frozen=True)
+class RawSources:
+    """The configured sources as raw rows. None: not configured, or no new file."""
+
+    items: DataFrame | None
+    events: DataFrame | None
+    log_files: DataFrame | None
+    """New files of the log: a listing with settings_sha256. None for a log in a Delta table."""
+    users: dict[str, DataFrame]
+    """By the name in _USER_TABLES."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows of a source. `skipped`: repeated, or unchanged."""
+
+    ok: int
+    rejected: int
+    skipped: int
+
+    def less(self, repeated: int) -> RowCounts:
+        """With some of the good rows counted as skipped."""
+        return RowCounts(self.ok - repeated, self.rejected, self.skipped + repeated)
+
+    def figures(self) -> dict[str, int]:
+        return {"in": self.ok + self.rejected + self.skipped, **asdict(self)}
+
+
+def open_sources(context: RunContext) -> RawSources:
+    """Open every configured source. Raises UsageError if one or one of its columns is missing."""
+    settings = context.config.ingest
     if not settings.items.path and not settings.interactions.path:
         raise UsageError("ingest: neither ingest.items.path nor ingest.interactions.path is set.")
     if settings.photos.folder:
-        reader.photo_files(context.spark, settings.photos)
-    items = (
-        reader.read(context.spark, "ingest.items", settings.items) if settings.items.path else None
-    )
+        photo_files(context.spark, settings.photos)
+    items = _open_items(context)
+    users = _open_user_tables(context)
+    log = settings.interactions
+    if log.path and log.format != "delta":
+        files = _new_log_files(context)
+        rows = files.select("uri").collect()
+        paths = tuple(escape_glob(row["uri"]) for row in rows)
+        log = log.model_copy(update={"path": paths})
+    else:
+        files = None
+    events = reader.read(context.spark, "ingest.interactions", log) if log.path else None
+    return RawSources(items, events, files, users)
+
+
+def _open_items(context: RunContext) -> DataFrame | None:
+    settings = context.config.ingest
+    if not settings.items.path:
+        return None
+    items = reader.read(context.spark, "ingest.items", settings.items)
     column = settings.photos.bytes_column
-    if column and items is not None and column not in items.columns:
+    if column and column not in items.columns:
         raise UsageError(
             f"ingest.photos.bytes_column: the catalogue has no binary column {column!r}."
         )
     column = settings.photos.path_column
-    if column and items is not None and items.where(F.col("fields")[column].isNotNull()).isEmpty():
+    if column and not _has_values(items, column):
         raise UsageError(
             f"ingest.photos.path_column: the catalogue has no column {column!r} with a path in it."
         )
-    log = settings.interactions
-    people = {
-        name: reader.read(context.spark, f"ingest.{name}", source)
-        for name in _PEOPLE
-        if (source := getattr(settings, name)).path
-    }
-    for name, rows in people.items():
-        (key,) = _PEOPLE[name][0].key
-        if rows.where(F.col("fields")[key].isNotNull()).isEmpty():
+    return items
+
+
+def _open_user_tables(context: RunContext) -> dict[str, DataFrame]:
+    raw: dict[str, DataFrame] = {}
+    for name, target in _USER_TABLES.items():
+        source = getattr(context.config.ingest, name)
+        if not source.path:
+            continue
+        raw[name] = reader.read(context.spark, f"ingest.{name}", source)
+        (key,) = target.table.key
+        if not _has_values(raw[name], key):
             raise UsageError(
                 f"ingest.{name}: the source has no column {key} with a value. Name it in "
                 f"ingest.{name}.columns."
             )
-    if not log.path:
-        return Raw(items, None, no_files, people)
-    if log.format == "delta":
-        return Raw(items, reader.read(context.spark, "ingest.interactions", log), no_files, people)
-    files = reader.listing(context.spark, "ingest.interactions", log).select(
-        F.lit("interactions").alias("source"),
-        F.col("uri").alias("file"),
-        F.col("bytes").alias("size"),
+    return raw
+
+
+def _has_values(raw: DataFrame, field: str) -> bool:
+    return not raw.where(F.col("fields")[field].isNotNull()).isEmpty()
+
+
+def _new_log_files(context: RunContext) -> DataFrame:
+    """The files of the log that weren't read yet with these settings."""
+    log = context.config.ingest.interactions
+    files = list_files(context.spark, "ingest.interactions.path", log.path).withColumn(
+        "settings_sha256", F.sha2(F.lit(log.model_dump_json()), 256)
+    )
+    ledger = context.tables.read(schemas.INGESTED_FILES).where("source = 'interactions'")
+    read = ledger.selectExpr(
+        "file AS uri",
+        "size AS bytes",
         "modified_at",
-        F.sha2(F.lit(log.model_dump_json()), 256).alias("settings_sha256"),
-        *(
-            F.lit(None).cast("bigint").alias(name)
-            for name in ("rows_read", "rows_taken", "rows_rejected", "rows_repeated")
-        ),
-        F.lit(context.run_id).alias("run_id"),
+        "settings_sha256",
     )
-    new = context.tables.pending(files, schemas.INGESTED_FILES)
-    paths = tuple(reader.literal(row["file"]) for row in new.select("file").collect())
-    if not paths:
-        return Raw(items, None, new, people)
-    events = reader.read(
-        context.spark, "ingest.interactions", log.model_copy(update={"path": paths})
-    )
-    return Raw(items, events, new, people)
+    return files.join(read, on=read.columns, how="left_anti")
 
 
 def inputs_fingerprint(context: RunContext) -> object:
-    """The settings and what the sources' listings say; None where a listing can't tell whether anything changed."""
+    """The settings and the listings of the sources.
+
+    None if a listing can't show whether anything has changed.
+    """
     settings = context.config.ingest
-    logs = {
-        f"ingest.{name}": getattr(settings, name) for name in ("items", "interactions", *_PEOPLE)
+    sources = {
+        f"ingest.{name}": getattr(settings, name)
+        for name in ("items", "interactions", *_USER_TABLES)
     }
-    if settings.photos.path_column or any(source.format == "delta" for source in logs.values()):
+    formats = {source.format for source in sources.values()}
+    if settings.photos.path_column or "delta" in formats:
         return None
-    listed = [
-        reader.listing(context.spark, key, source) for key, source in logs.items() if source.path
+    listings = [
+        list_files(context.spark, f"{key}.path", source.path)
+        for key, source in sources.items()
+        if source.path
     ]
     if settings.photos.folder:
-        listed.append(reader.photo_files(context.spark, settings.photos))
-    marks = [
-        F.sum(F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")).cast("string"),
-        F.count(F.lit(1)),
-    ]
-    return [
-        settings.model_dump(mode="json"),
-        *(list(first_row(files.agg(*marks))) for files in listed),
-    ]
+        listings.append(photo_files(context.spark, settings.photos))
+    file_hash = F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")
+    digest = F.sum(file_hash).cast("string")
+    listed = [list(first_row(files.agg(digest, F.count("*")))) for files in listings]
+    return [settings.model_dump(mode="json"), *listed]
 
 
 def ingest(context: RunContext, result: StageResult) -> None:
-    raw = raw_sources(context)
-    items = None if raw.items is None else stage.parse_items(raw.items)
-    latest = datetime.now(UTC) + timedelta(days=1)
-    events = None if raw.events is None else stage.parse_interactions(raw.events, latest)
-    # Each is used several times and would be parsed each time; photos in the catalogue would fill the disk.
-    inline = context.config.ingest.photos.bytes_column
-    kept = [rows.persist() for rows in (None if inline else items, events) if rows is not None]
+    raw = open_sources(context)
+    parsed: dict[str, DataFrame] = {}
+    if raw.items is not None:
+        parsed["items"] = stage.parse_items(raw.items)
+    if raw.events is not None:
+        tomorrow = datetime.now(UTC) + timedelta(days=1)
+        parsed["interactions"] = stage.parse_interactions(raw.events, tomorrow)
+    # Parsed rows are used several times. With photos in them, a catalogue would fill the disk.
+    has_bytes = bool(context.config.ingest.photos.bytes_column)
+    with _persisted(rows for name, rows in parsed.items() if name != "items" or not has_bytes):
+        counts = _write(context, parsed, raw)
+    result.ok = sum(count.ok for count in counts.values())
+    result.failed = sum(count.rejected for count in counts.values())
+    result.skipped = sum(count.skipped for count in counts.values())
+    result.details = _catalogue_gaps(context)
+    for name, count in counts.items():
+        result.details |= grouped(name, count.figures())
+
+
+@contextmanager
+def _persisted(frames: Iterable[DataFrame]) -> Iterator[None]:
+    persisted = [rows.persist() for rows in frames]
     try:
-        counts = _take(context, items, events)
-        counts |= {name: _take_people(context, name, rows) for name, rows in raw.people.items()}
+        yield
     finally:
-        for rows in kept:
+        for rows in persisted:
             rows.unpersist()
-    # Last: a run that is killed before it reads its log files again, and their events aren't added twice.
-    context.tables.insert(schemas.INGESTED_FILES, raw.log_files)
-    result.ok = sum(each["ok"] for each in counts.values())
-    result.failed = sum(each["rejected"] for each in counts.values())
-    result.skipped = sum(each["skipped"] for each in counts.values())
-    result.details = {name: json.dumps(each) for name, each in counts.items()} | _catalogue_gaps(
-        context
-    )
 
 
-def _take(
-    context: RunContext, items: DataFrame | None, events: DataFrame | None
-) -> dict[str, dict[str, int]]:
-    """Write what can be taken and what is rejected; rows in, ok, rejected and skipped of each source."""
-    counts = {
-        name: _counts(rows)
-        for name, rows in (("items", items), ("interactions", events))
-        if rows is not None
-    }
+def _write(
+    context: RunContext, parsed: dict[str, DataFrame], raw: RawSources
+) -> dict[str, RowCounts]:
+    """Write the accepted and the rejected rows of every source, and count them."""
+    items = parsed.get("items")
+    events = parsed.get("interactions")
+    counts = {name: _counts(rows) for name, rows in parsed.items()}
     _refuse_nonsense(context, items, events, counts)
+    accepted = None
     if items is not None:
-        context.tables.upsert(
-            schemas.ITEMS, stage.taken(items).withColumn("updated_at", F.current_timestamp())
-        )
+        accepted = stage.accepted(items)
+        updated = accepted.withColumn("updated_at", F.current_timestamp())
+        context.tables.upsert(schemas.ITEMS, updated)
         context.reject(stage.rejected(items, "items"))
+    repeated = None
     if events is not None:
-        added = context.tables.insert(schemas.INTERACTIONS, stage.taken(events))
-        counts["interactions"]["skipped"] += counts["interactions"]["ok"] - added
-        counts["interactions"]["ok"] = added
-        context.reject(stage.rejected(events, "interactions"))
-    photos = _photos(context, None if items is None else stage.taken(items))
+        repeated = _write_events(context, events, counts["interactions"].ok)
+        counts["interactions"] = counts["interactions"].less(repeated.count)
+    photos = _find_photos(context, accepted)
     if photos is not None:
-        counts["photos"] = _store_photos(context, *photos)
+        counts["photos"] = _write_photos(context, photos)
+    for name, rows in raw.users.items():
+        counts[name] = _write_users(context, _USER_TABLES[name], rows)
+    if events is not None and repeated is not None and raw.log_files is not None:
+        # Last: if the run is killed before, the next one reads the files again and adds no event
+        # twice.
+        _write_ledger(context, raw.log_files, stage.counts_by_file(events, repeated.events))
     return counts
 
 
-def _take_people(context: RunContext, name: str, raw: DataFrame) -> dict[str, int]:
-    """Of users or identities as in `_take`; rows that are no longer delivered stay."""
-    table, parse = _PEOPLE[name]
-    parsed = parse(raw).persist()
-    try:
-        context.tables.upsert(table, stage.taken(parsed))
-        context.reject(stage.rejected(parsed, name))
+@dataclass(frozen=True)
+class _Repeated:
+    """Accepted events that were in the table before."""
+
+    count: int
+    events: DataFrame
+
+
+def _write_events(context: RunContext, events: DataFrame, count: int) -> _Repeated:
+    """Add the new ones of the `count` accepted events."""
+    accepted = stage.accepted(events)
+    table = schemas.INTERACTIONS
+    version = context.tables.versions([table]).get(table.name)
+    added = context.tables.insert(table, accepted)
+    context.reject(stage.rejected(events, "interactions"))
+    if added == count:
+        # The usual case. The table isn't read a second time.
+        return _Repeated(0, accepted.limit(0))
+    before = context.tables.read(table, version).select("event_id")
+    return _Repeated(count - added, accepted.join(before, on="event_id", how="left_semi"))
+
+
+def _write_users(context: RunContext, target: _UserTable, raw: DataFrame) -> RowCounts:
+    """Rows that are no longer delivered stay."""
+    parsed = target.parse(raw)
+    with _persisted([parsed]):
+        context.tables.upsert(target.table, stage.accepted(parsed))
+        context.reject(stage.rejected(parsed, target.table.name))
         return _counts(parsed)
-    finally:
-        parsed.unpersist()
+
+
+def _write_ledger(context: RunContext, files: DataFrame, counts: DataFrame) -> None:
+    """Record the files as read; `counts` are the columns rows_… by file_path."""
+    columns = ["rows_read", "rows_taken", "rows_rejected", "rows_repeated"]
+    # A file without any row has no counts.
+    counted = files.join(counts, on="file_path", how="left").fillna(0, columns)
+    rows = counted.selectExpr(
+        "'interactions' AS source",
+        "uri AS file",
+        "bytes AS size",
+        "modified_at",
+        "settings_sha256",
+        *columns,
+        f"'{context.run_id}' AS run_id",
+    )
+    context.tables.insert(schemas.INGESTED_FILES, rows)
 
 
 def _refuse_nonsense(
     context: RunContext,
     items: DataFrame | None,
     events: DataFrame | None,
-    counts: dict[str, dict[str, int]],
+    counts: dict[str, RowCounts],
 ) -> None:
-    """Raise RunError, before anything is written, for a catalogue without a usable row or a log of other items."""
-    if items is not None and not counts["items"]["ok"]:
-        raise RunError(
-            f"ingest.items: the catalogue has no usable row ({counts['items']['rejected']} rejected). "
-            "Nothing was written."
-        )
-    if events is None or not counts["interactions"]["ok"]:
-        return
-    known = context.tables.read(schemas.ITEMS).select("item_id")
-    if items is not None:
-        known = known.union(stage.taken(items).select("item_id"))
-    if stage.taken(events).join(known, on="item_id", how="left_semi").isEmpty():
-        raise RunError(
-            "ingest.interactions: no event is about an item of the catalogue. Check that both use the same "
-            "item_id, and ingest.interactions.columns. Nothing was written."
-        )
+    """Raise RunError for a catalogue without a good row, or a log of other items.
 
-
-def _photos(
-    context: RunContext, taken: DataFrame | None
-) -> tuple[int, DataFrame, DataFrame] | None:
-    """How many photos the source names, the new or changed ones with their bytes, and the refused ones.
-
-    `taken`: the catalogue's rows that were taken, so that of two rows for an item the same one gives the photo.
+    Nothing has been written by then.
     """
-    settings, items = context.config.ingest.photos, context.tables.read(schemas.ITEMS)
+    if items is not None and not counts["items"].ok:
+        raise RunError(
+            "ingest.items: the catalogue has no usable row "
+            f"({counts['items'].rejected} rejected). Nothing was written."
+        )
+    if events is None or not counts["interactions"].ok:
+        return
+    item_ids = context.tables.read(schemas.ITEMS).select("item_id")
+    if items is not None:
+        item_ids = item_ids.union(stage.accepted(items).select("item_id"))
+    accepted = stage.accepted(events)
+    if accepted.join(item_ids, on="item_id", how="left_semi").isEmpty():
+        raise RunError(
+            "ingest.interactions: no event is about an item of the catalogue. Check that both use "
+            "the same item_id, and ingest.interactions.columns. Nothing was written."
+        )
+
+
+class _FoundPhotos(NamedTuple):
+    total: int
+    """Photos that the source names."""
+    to_write: DataFrame
+    """New or changed photos with their bytes, or with the `reason` why they can't be read."""
+    refused: DataFrame
+    """item_id, position, uri, reason of files that can't be an item's photo."""
+
+
+def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _FoundPhotos | None:
+    """None if photos aren't configured, or if they are in a catalogue that isn't."""
+    settings = context.config.ingest.photos
+    items = context.tables.read(schemas.ITEMS)
     files = None
     if settings.folder:
-        files = reader.photo_files(context.spark, settings)
+        files = photo_files(context.spark, settings)
         rows = stage.photo_rows(files, items)
-    elif settings.path_column and taken is not None:
-        rows = stage.photo_rows(stage.photos_named(taken, settings.path_column), items)
-    elif settings.bytes_column and taken is not None:
-        inline = stage.photos_in_rows(taken, settings.bytes_column)
-        known = inline.join(items.select("item_id"), on="item_id", how="left_semi")
-        return known.count(), known, known.limit(0)
+    elif settings.path_column and accepted_items is not None:
+        named = stage.photos_from_column(accepted_items, settings.path_column)
+        rows = stage.photo_rows(named, items)
+    elif settings.bytes_column and accepted_items is not None:
+        photos = stage.photos_from_bytes(accepted_items, settings.bytes_column)
+        return _FoundPhotos(photos.count(), photos, photos.limit(0))
     else:
         return None
-    good = rows.where(F.col("reason").isNull())
-    changed = stage.changed_photos(good, files, context.tables.read(schemas.PHOTOS), settings.keep)
+    good = rows.where("reason IS NULL")
+    stored = context.tables.read(schemas.PHOTOS)
+    changed = stage.changed_photos(good, files, stored, settings.keep)
     slots = context.spark.sparkContext.defaultParallelism
-    read = stage.read_photos(changed, changed.count(), slots, settings)
-    return rows.count(), read, rows.where(F.col("reason").isNotNull())
+    to_write = stage.read_photos(changed, changed.count(), slots, settings)
+    refused = rows.where("reason IS NOT NULL")
+    return _FoundPhotos(rows.count(), to_write, refused)
 
 
-def _store_photos(
-    context: RunContext, total: int, photos: DataFrame, refused: DataFrame
-) -> dict[str, int]:
-    with context.reporter.progress("reading photos", total):
-        read = context.tables.staged(schemas.PHOTOS, photos)
-    good = read.where(F.col("reason").isNull())
+def _write_photos(context: RunContext, photos: _FoundPhotos) -> RowCounts:
+    with context.reporter.progress("reading photos", photos.total):
+        read = context.tables.staged(schemas.PHOTOS, photos.to_write)
+    good = read.where("reason IS NULL")
     context.tables.upsert(schemas.PHOTOS, good)
-    names = ("item_id", "position", "uri", "reason")
-    bad = refused.select(*names).unionByName(read.where(F.col("reason").isNotNull()).select(*names))
+    columns = ("item_id", "position", "uri", "reason")
+    unreadable = read.where("reason IS NOT NULL").select(*columns)
+    bad = photos.refused.select(*columns).unionByName(unreadable)
     context.reject(
-        bad.select(
-            F.lit("photos").alias("source"),
-            F.to_json(F.struct("item_id", "position", "uri")).alias("row"),
+        bad.selectExpr(
+            "'photos' AS source",
+            "to_json(struct(item_id, position, uri)) AS row",
             "reason",
-            F.lit(1).cast("bigint").alias("occurrences"),
+            "1L AS occurrences",
         )
     )
-    taken, rejected = good.count(), bad.count()
+    ok = good.count()
+    rejected = bad.count()
     context.tables.unstage(schemas.PHOTOS)
-    return {"in": total, "ok": taken, "rejected": rejected, "skipped": total - taken - rejected}
-
-
-def import_captions(raw: DataFrame, context: RunContext, result: StageResult) -> None:
-    for needed in ("item_id", "text"):
-        if raw.where(F.col("fields")[needed].isNotNull()).isEmpty():
-            raise UsageError(
-                f"import-captions: the source has no column {needed} with a value. Name it with "
-                f"--column {needed}=NAME."
-            )
-    rows = plan.import_rows(raw, context.read(schemas.ITEMS))
-    good, bad = rows.where(F.col("reason").isNull()), rows.where(F.col("reason").isNotNull())
-    total, result.failed = good.count(), bad.count()
-    if not total:
-        reason = first_row(bad)["reason"] if result.failed else "the source is empty"
-        result.failed = 0
-        raise RunError(
-            f"import-captions: no row could be taken, such as: {reason}. Nothing was written."
-        )
-    new = good.select(
-        "caption_key", "caption", F.lit("imported").alias("status"), F.lit(1).alias("attempts")
-    )
-    result.ok = context.tables.insert(schemas.CAPTIONS, caption_rows(context, new))
-    result.skipped = total - result.ok
-    mine = good.select("item_id", F.lit(0).alias("position"), "caption_key")
-    others = context.tables.read(schemas.ITEM_CAPTIONS).join(
-        mine.select("item_id"), on="item_id", how="left_anti"
-    )
-    context.tables.sync(schemas.ITEM_CAPTIONS, mine.unionByName(others))
-    context.reject(
-        bad.groupBy(F.concat(F.lit("captions "), "source").alias("source"), "row").agg(
-            F.min("reason").alias("reason"), F.count(F.lit(1)).alias("occurrences")
-        )
-    )
-    result.details = {"imported": str(total)}
-
-
-def caption_rows(context: RunContext, rows: DataFrame) -> DataFrame:
-    """Rows of `captions`: what `rows` has of its columns, this run and the time, null for the rest."""
-    ours = {"captioned_at": F.current_timestamp(), "run_id": F.lit(context.run_id)}
-    return rows.select(
-        *[
-            ours.get(field.name, F.col(field.name) if field.name in rows.columns else F.lit(None))
-            .cast(field.dataType)
-            .alias(field.name)
-            for field in schemas.CAPTIONS.schema
-        ]
-    )
+    return RowCounts(ok, rejected, photos.total - ok - rejected)
 
 
 def _catalogue_gaps(context: RunContext) -> dict[str, str]:
-    items, log = context.tables.read(schemas.ITEMS), context.tables.read(schemas.INTERACTIONS)
+    items = context.tables.read(schemas.ITEMS)
+    events = context.tables.read(schemas.INTERACTIONS)
     photos = context.tables.read(schemas.PHOTOS)
-    return {
-        "unknown_item_events": str(log.join(items, on="item_id", how="left_anti").count()),
-        "items_without_photo": str(items.join(photos, on="item_id", how="left_anti").count()),
-        "untouched_items": str(items.join(log, on="item_id", how="left_anti").count()),
+    gaps = {
+        "unknown_item_events": events.join(items, on="item_id", how="left_anti"),
+        "items_without_photo": items.join(photos, on="item_id", how="left_anti"),
+        "untouched_items": items.join(events, on="item_id", how="left_anti"),
     }
+    return {name: str(rows.count()) for name, rows in gaps.items()}
 
 
-def _counts(parsed: DataFrame) -> dict[str, int]:
-    bad = F.col("reason").isNotNull()
-    counted = parsed.agg(F.count(F.lit(1)), F.count_if(bad), F.count_if(F.col("duplicate") & ~bad))
-    total, rejected, duplicate = first_row(counted)
-    return {
-        "in": total,
-        "ok": total - rejected - duplicate,
-        "rejected": rejected,
-        "skipped": duplicate,
-    }
+def _counts(parsed: DataFrame) -> RowCounts:
+    counted = parsed.agg(
+        F.count_if(F.expr("reason IS NULL AND NOT duplicate")),
+        F.count_if(F.expr("reason IS NOT NULL")),
+        F.count_if(F.expr("reason IS NULL AND duplicate")),
+    )
+    return RowCounts(*first_row(counted))

@@ -1,1 +1,1 @@
-"""What comes in: the company's own files and tables as raw rows."""
+"""What comes in: a company's own files and tables as raw rows, and the listing of its photos."""

@@ -1,8 +1,9 @@
-"""Item texts, and main photos, to unit vectors. Knows which text an item has in each representation."""
+"""Item texts and main photos to unit vectors. Knows which text makes up each representation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pandas as pd
 from PIL.Image import Image
@@ -26,12 +27,14 @@ REPRESENTATIONS = ("title", "caption", "title_caption")
 IMAGE = "image"
 """The representation that is made of the photo itself."""
 _PHOTO_SIDE = 512
-"""Pixels of a decoded photo's longer side: more than vision encoders read."""
-_PHOTOS_AT_ONCE = 64
+"""Pixels of the longer side of a decoded photo: more than vision encoders read."""
+_PHOTOS_PER_BATCH = 64
+
+Batches = Iterator[pd.DataFrame]
 
 
 class EmbedSettings(BaseModel):
-    """The sentence encoder."""
+    """The encoders of texts and photos."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,75 +45,73 @@ class EmbedSettings(BaseModel):
     vision_revision: str = "main"
 
 
-_loaded: dict[tuple[str, str], Embedder] = {}
-_looking: dict[tuple[str, str], Vision] = {}
-
-
 def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) -> DataFrame:
-    """item_id, representation, text, fallback: every item's text in every representation, null where it has none.
+    """item_id, representation, text, fallback: the text of every item in every representation.
 
-    Several captions of an item are joined in the order of its photos, equal ones once. An item without a caption
-    falls back to its title, and `fallback` says so.
+    The text is null where the item has none. Captions of an item are joined in the order of its
+    photos, without repetitions. An item without a caption falls back to its title, and `fallback`
+    is true.
     """
-    ordered = F.transform(
-        F.array_sort(F.collect_list(F.struct("position", "caption"))), lambda part: part["caption"]
-    )
+    by_position = F.array_sort(F.collect_list(F.struct("position", "caption")))
+    ordered = F.transform(by_position, lambda photo: photo["caption"])
     joined = (
         item_captions.join(captions.select("caption_key", "caption"), on="caption_key", how="inner")
         .groupBy("item_id")
         .agg(F.array_join(F.array_distinct(ordered), " ").alias("caption"))
     )
     texts = items.select("item_id", "title").join(joined, on="item_id", how="left")
-    bare = F.col("caption").isNull()
-    by_name = {
-        "title": (F.col("title"), F.lit(False)),
-        "caption": (F.coalesce("caption", "title"), bare),
-        "title_caption": (
-            F.when(~bare, F.concat_ws(". ", "title", "caption")).otherwise(F.col("title")),
-            bare,
-        ),
-    }
-    kinds = [
+    no_caption = F.col("caption").isNull()
+    title_caption = F.when(no_caption, F.col("title")).otherwise(
+        F.concat_ws(". ", "title", "caption")
+    )
+    representations = [
         F.struct(
-            F.lit(name).alias("representation"), text.alias("text"), fallback.alias("fallback")
+            F.lit(name).alias("representation"),
+            text.alias("text"),
+            fallback.alias("fallback"),
         )
-        for name, (text, fallback) in by_name.items()
+        for name, text, fallback in (
+            ("title", F.col("title"), F.lit(False)),
+            ("caption", F.coalesce("caption", "title"), no_caption),
+            ("title_caption", title_caption, no_caption),
+        )
     ]
-    return texts.select("item_id", F.inline(F.array(*kinds)))
+    return texts.select("item_id", F.inline(F.array(*representations)))
 
 
 def pending_texts(
     texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_words: int
 ) -> DataFrame:
-    """The texts whose embedding by this encoder is missing or was made from another text."""
-    hashed = texts.where(F.col("text").isNotNull()).withColumn(
-        "content_sha256", F.sha2(F.concat_ws("\n", F.lit(str(max_words)), "text"), 256)
-    )
-    done = embeddings.where(F.col("encoder_id") == encoder_id)
-    return hashed.join(
-        done.select("item_id", "representation", "content_sha256", "fallback"),
-        on=["item_id", "representation", "content_sha256", "fallback"],
-        how="left_anti",
-    )
+    """The texts without an embedding by this encoder, or with one of another text."""
+    content = F.concat_ws("\n", F.lit(str(max_words)), "text")
+    hashed = texts.where("text IS NOT NULL").withColumn("content_sha256", F.sha2(content, 256))
+    key = ["item_id", "representation", "content_sha256", "fallback"]
+    embedded = embeddings.where(F.col("encoder_id") == encoder_id).select(*key)
+    return hashed.join(embedded, on=key, how="left_anti")
 
 
-def untidy(texts: DataFrame, max_words: int) -> DataFrame:
-    """One row: how many titles and captions hold page scripts, other markup, or more than `max_words` words."""
-    own = texts.where(F.col("representation").isin("title", "caption") & ~F.col("fallback"))
-    scripts, markup = (F.col("text").rlike(pattern) for pattern in (SCRIPT, MARKUP))
+def text_problems(texts: DataFrame, max_words: int) -> DataFrame:
+    """One row: how many titles and captions have scripts, other markup, or too many words.
+
+    Its columns are scripts, markup and too_long.
+    """
+    own = texts.where("representation IN ('title', 'caption') AND NOT fallback")
+    has_script = F.col("text").rlike(SCRIPT)
+    has_markup = F.col("text").rlike(MARKUP)
     words = F.size(F.split(F.trim("text"), r"\s+"))
     return own.agg(
-        F.count_if(scripts).alias("scripts"),
-        F.count_if(markup & ~scripts).alias("markup"),
+        F.count_if(has_script).alias("scripts"),
+        F.count_if(has_markup & ~has_script).alias("markup"),
         F.count_if(words > max_words).alias("too_long"),
     )
 
 
 def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFrame:
-    """Rows of `embeddings` for rows of `pending_texts`. A text that is empty once cleaned gives no row."""
+    """Rows of `embeddings` for rows of `pending_texts`, but for texts that are empty once clean."""
     return texts.mapInPandas(
-        _embedder_udf(settings),
-        "item_id STRING, representation STRING, content_sha256 STRING, fallback BOOLEAN, embedding ARRAY<FLOAT>",
+        _text_udf(settings),
+        "item_id STRING, representation STRING, content_sha256 STRING, fallback BOOLEAN, "
+        "embedding ARRAY<FLOAT>",
     ).select(
         "item_id",
         "representation",
@@ -121,55 +122,57 @@ def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFra
     )
 
 
-def _embedder_udf(
-    settings: EmbedSettings,
-) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    def encode(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+_embedders: dict[tuple[str, str], Embedder] = {}
+
+
+def _text_udf(settings: EmbedSettings) -> Callable[[Batches], Batches]:
+    def encode(batches: Batches) -> Batches:
         for batch in batches:
             cleaned = batch["text"].map(lambda text: clean(text, settings.max_words))
             batch = batch[cleaned != ""]
             if batch.empty:
                 continue
-            # Not np.unique: it gives every text of the batch the width of the longest, and one may have a megabyte.
-            places, distinct = pd.factorize(cleaned[cleaned != ""])
+            # Not np.unique, which gives every text the width of the longest: maybe a megabyte.
+            codes, distinct = pd.factorize(cleaned[cleaned != ""])
             vectors = _embedder(settings).embed(distinct.tolist())
             rows = batch[["item_id", "representation", "content_sha256", "fallback"]]
-            yield rows.assign(embedding=list(vectors[places]))
+            yield rows.assign(embedding=list(vectors[codes]))
 
     return encode
 
 
 def _embedder(settings: EmbedSettings) -> Embedder:
     key = (settings.encoder, settings.revision)
-    if key not in _loaded:
-        _loaded[key] = load_embedder(*key)
-    return _loaded[key]
+    if key not in _embedders:
+        _embedders[key] = load_embedder(*key)
+    return _embedders[key]
 
 
 def main_photos(photos: DataFrame) -> DataFrame:
-    """item_id, position, content_sha256: each item's first photo, without its bytes; the digest is that of the photo."""
-    first = F.min(F.struct("position", F.col("image_sha256").alias("content_sha256"))).alias(
-        "first"
-    )
-    return photos.groupBy("item_id").agg(first).select("item_id", "first.*")
+    """item_id, position, content_sha256 (of the photo): the first photo of each item, no bytes."""
+    photo = F.struct("position", F.col("image_sha256").alias("content_sha256"))
+    first = photos.groupBy("item_id").agg(F.min(photo).alias("first"))
+    return first.select("item_id", "first.*")
 
 
 def pending_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
-    """Those of `main_photos` whose embedding by this encoder is missing or was made from another photo."""
-    done = embeddings.where((F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id))
-    return photos.join(
-        done.select("item_id", "content_sha256"), on=["item_id", "content_sha256"], how="left_anti"
-    )
+    """Those of `main_photos` without an embedding by this encoder, or with one of another photo."""
+    key = ["item_id", "content_sha256"]
+    by_encoder = (F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id)
+    return photos.join(embeddings.where(by_encoder).select(*key), on=key, how="left_anti")
 
 
 def embed_photos(
     photos: DataFrame, vision_id: str, settings: EmbedSettings, http: HttpSettings
 ) -> DataFrame:
-    """Rows of `embeddings` for photos (item_id, content_sha256, uri, image). One that can't be read gives no row."""
+    """Rows of `embeddings` for photos (item_id, content_sha256, uri, image).
+
+    A photo that can't be read or decoded has no row.
+    """
     return (
         photos.select("item_id", "content_sha256", "uri", "image")
         .mapInPandas(
-            _looker_udf(settings, http),
+            _photo_udf(settings, http),
             "item_id STRING, content_sha256 STRING, embedding ARRAY<FLOAT>",
         )
         .select(
@@ -183,46 +186,45 @@ def embed_photos(
     )
 
 
-def _looker_udf(
-    settings: EmbedSettings, http: HttpSettings
-) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    def image(row: dict) -> Image | None:
+_visions: dict[tuple[str, str], Vision] = {}
+
+
+class _Photo(NamedTuple):
+    item_id: str
+    content_sha256: str
+    image: Image
+
+
+def _photo_udf(settings: EmbedSettings, http: HttpSettings) -> Callable[[Batches], Batches]:
+    def read(row: dict) -> _Photo | None:
         try:
             data = row["image"]
             if data is None:
-                data = photo_storage.read_again(row["uri"], row["content_sha256"], http)
-            return decode(data, _PHOTO_SIDE)
-        except (
-            Exception
-        ):  # of the photo or of its place; the rows that don't come back are counted as failed
+                data = photo_storage.read_unchanged(row["uri"], row["content_sha256"], http)
+            return _Photo(row["item_id"], row["content_sha256"], decode(data, _PHOTO_SIDE))
+        except Exception:  # any of the photo or its file system; rows without a vector are counted
             return None
 
-    def look(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    def encode(batches: Batches) -> Batches:
         for batch in batches:
-            for first in range(0, len(batch), _PHOTOS_AT_ONCE):
-                rows = batch.iloc[first : first + _PHOTOS_AT_ONCE].to_dict("records")
-                read = concurrently(lambda row: (row, image(row)), rows, http.concurrency)
-                seen = [
-                    (row["item_id"], row["content_sha256"], photo)
-                    for row, photo in read
-                    if photo is not None
-                ]
-                if seen:
-                    # They end in any order, and a vector's last digits depend on its batch.
-                    items, digests, photos = zip(
-                        *sorted(seen, key=lambda each: each[0]), strict=True
-                    )
-                    vectors = _vision(settings).embed(photos)
-                    yield pd.DataFrame(
-                        {"item_id": items, "content_sha256": digests, "embedding": list(vectors)}
-                    )
+            for start in range(0, len(batch), _PHOTOS_PER_BATCH):
+                rows = batch.iloc[start : start + _PHOTOS_PER_BATCH].to_dict("records")
+                photos = list(filter(None, concurrently(read, rows, http.concurrency)))
+                if not photos:
+                    continue
+                # They end in any order, and the last digits of a vector depend on its batch.
+                photos.sort(key=lambda photo: photo.item_id)
+                vectors = _vision(settings).embed([photo.image for photo in photos])
+                rows = [(photo.item_id, photo.content_sha256) for photo in photos]
+                result = pd.DataFrame(rows, columns=["item_id", "content_sha256"])
+                yield result.assign(embedding=list(vectors))
 
-    return look
+    return encode
 
 
 def _vision(settings: EmbedSettings) -> Vision:
     assert settings.vision is not None
     key = (settings.vision, settings.vision_revision)
-    if key not in _looking:
-        _looking[key] = load_vision(*key)
-    return _looking[key]
+    if key not in _visions:
+        _visions[key] = load_vision(*key)
+    return _visions[key]

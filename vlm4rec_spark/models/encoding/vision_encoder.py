@@ -1,4 +1,4 @@
-"""Photos to unit vectors: what a vision encoder sees, without any words. Knows encoders; neither items nor tables."""
+"""Photos to unit vectors, without any text. Knows encoders; knows no items and no tables."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
 from vlm4rec_spark.models.model_id import pinned_id
 
-_TOGETHER = 32
+_BATCH_SIZE = 32
 _FAKE_SIDE = 4
 
 
 class Vision(Protocol):
     def embed(self, photos: Sequence[Image]) -> np.ndarray:
-        """RGB photos to a float32 array (photos, dimension); every row has length 1, whatever the others are."""
+        """RGB photos to a float32 array (photos, dimension); every row has length 1.
+
+        A row doesn't depend on the other photos.
+        """
         ...
 
 
 def vision_id(name: str, revision: str) -> str:
-    """Encoder at revision, without loading it. Raises UsageError when its folder isn't there."""
+    """Encoder at revision, without loading it. Raises UsageError if its folder is missing."""
     if name == "fake":
         return f"fake-{_FAKE_SIDE}x{_FAKE_SIDE}@1"
     return pinned_id("embed.vision", _source(name), revision)
 
 
 def load_vision(name: str, revision: str) -> Vision:
-    """`packaged` (the packaged captioner's tower), `fake`, or a folder or hub name of a vision model or captioner."""
+    """`packaged` is the vision tower of the packaged captioner, `fake` is FakeVision.
+
+    Any other name is the folder or hub name of a vision model or a captioner.
+    """
     return FakeVision() if name == "fake" else TransformersVision(_source(name), revision)
 
 
@@ -39,14 +45,17 @@ def _source(name: str) -> str:
 
 
 class TransformersVision:
-    """Of a model that describes photos the vision tower, pooled over its places; of one that was trained to hold photos
-    against texts (CLIP, SigLIP) its photo features; of another vision model its pooled output."""
+    """A vision model of the transformers library.
+
+    A captioner gives its vision tower's output, averaged over all patches. A model trained on pairs
+    of photo and text (CLIP, SigLIP) gives its image features. Others give their pooled output.
+    """
 
     def __init__(self, source: str, revision: str):
         try:
             import torch
             from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModel
-            from transformers import AutoModelForImageTextToText as Describing
+            from transformers import AutoModelForImageTextToText as AutoCaptioner
         except ImportError as missing:
             raise UsageError(
                 f"{missing}. The vision encoder needs: pip install 'vlm4rec_spark[local]'"
@@ -54,63 +63,56 @@ class TransformersVision:
         from vlm4rec_spark.models.captioning.backends.transformers import load_processor
 
         self.torch = torch
-        self.device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        self.device = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            self.device = "cuda"
         processor, _ = load_processor(source, revision)
         self.processor = getattr(processor, "image_processor", processor)
-        describes = (
-            type(AutoConfig.from_pretrained(source, revision=revision))
-            in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        )
-        kind: Any = Describing if describes else AutoModel
-        model = kind.from_pretrained(
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        self.is_captioner = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto_class: Any = AutoCaptioner if self.is_captioner else AutoModel
+        model = auto_class.from_pretrained(
             source, revision=revision, dtype=torch.float32, use_safetensors=True
         )
-        if describes and not hasattr(model.model, "vision_tower"):
-            raise UsageError(
-                f"embed.vision: {source} has no vision tower that can be used alone. Name a vision model, "
-                "such as google/siglip-base-patch16-224."
-            )
-        self.model = (model.model.vision_tower if describes else model).to(self.device).eval()
-        self.describes = describes
+        if self.is_captioner:
+            if not hasattr(model.model, "vision_tower"):
+                raise UsageError(
+                    f"embed.vision: {source} has no vision tower that can be used alone. "
+                    "Name a vision model, such as google/siglip-base-patch16-224."
+                )
+            model = model.model.vision_tower
+        self.model = model.to(self.device).eval()
 
     def embed(self, photos: Sequence[Image]) -> np.ndarray:
-        found = []
-        for first in range(0, len(photos), _TOGETHER):
-            pixels = self.processor(
-                images=list(photos[first : first + _TOGETHER]), return_tensors="pt"
-            )
+        features = []
+        for first in range(0, len(photos), _BATCH_SIZE):
+            batch = list(photos[first : first + _BATCH_SIZE])
+            inputs = self.processor(images=batch, return_tensors="pt")
             with self.torch.inference_mode():
-                found.append(
-                    self._features(pixels["pixel_values"].to(self.device)).float().cpu().numpy()
-                )
-        vectors = np.concatenate(found)
+                output = self._features(inputs["pixel_values"].to(self.device))
+                features.append(output.float().cpu().numpy())
+        vectors = np.concatenate(features)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def _features(self, pixels: Any) -> Any:
-        if self.describes:
+        if self.is_captioner:
             return self.model(pixels, output_hidden_states=True).hidden_states[-1].mean(1)
         if hasattr(self.model, "get_image_features"):
-            seen = self.model.get_image_features(pixel_values=pixels)
-            return seen if self.torch.is_tensor(seen) else seen.pooler_output
-        seen = self.model(pixels)
-        pooled = getattr(seen, "pooler_output", None)
-        return (seen.last_hidden_state.mean(1) if pooled is None else pooled).flatten(1)
+            output = self.model.get_image_features(pixel_values=pixels)
+            return output if self.torch.is_tensor(output) else output.pooler_output
+        output = self.model(pixels)
+        pooled = getattr(output, "pooler_output", None)
+        return (output.last_hidden_state.mean(1) if pooled is None else pooled).flatten(1)
 
 
 class FakeVision:
-    """The mean colours of sixteen parts of the photo. Deterministic."""
+    """The mean colors of sixteen parts of the photo. Deterministic."""
 
     def embed(self, photos: Sequence[Image]) -> np.ndarray:
-        small = [
-            np.asarray(photo.resize((_FAKE_SIDE, _FAKE_SIDE), Resampling.BOX), np.float32)
-            for photo in photos
+        size = (_FAKE_SIDE, _FAKE_SIDE)
+        thumbnails = [
+            np.asarray(photo.resize(size, Resampling.BOX), np.float32) for photo in photos
         ]
         # The constant keeps a black photo from being the zero vector.
-        vectors = np.stack(small).reshape(len(photos), -1) + 1
+        vectors = np.stack(thumbnails).reshape(len(photos), -1) + 1
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,1 +1,1 @@
-"""Photos: where they lie, how they are downloaded and decoded."""
+"""Photos: how they are stored, downloaded and decoded."""

@@ -1,4 +1,4 @@
-"""Photo bytes to an upright RGB image, or a named error. Knows Pillow; knows neither models nor where photos lie."""
+"""Photo bytes to an upright RGB image, or a named error. Knows Pillow; knows no models or files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 100_000_000
 """Larger photos are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
 MIN_SIDE = 8
-"""Pixels. What is smaller is a tracking pixel or a bullet, and no model sees anything in it."""
-_FLAT = 8
-"""Of 255: a photo whose lightest and darkest pixels are no further apart, in any channel, shows nothing."""
+"""Pixels. Smaller images are tracking pixels or bullets, and show nothing to a model."""
+_BLANK_RANGE = 8
+"""Of 255. A photo is blank if the pixels of each channel lie within this range."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "ICO")
-"""Photos come in these. Pillow knows forty more, and for one of them, EPS, it starts Ghostscript."""
-_BEGINNINGS = (
+"""Formats of photos. Pillow reads forty more, and for one of them, EPS, it starts Ghostscript."""
+_MAGIC_BYTES = (
     b"\xff\xd8\xff",
     b"\x89PNG\r\n",
     b"GIF8",
@@ -28,11 +28,9 @@ _BEGINNINGS = (
     b"MM\x00*",
     b"\x00\x00\x00\x0cjP  ",
 )
-"""What opens with these and can't be identified was a photo once."""
-_HEIC, _AVIF = (
-    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
-    (b"avif", b"avis"),
-)
+"""A file that begins with these but can't be identified is a damaged photo."""
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_AVIF_BRANDS = (b"avif", b"avis")
 
 PHOTO_ERRORS = (
     "empty",
@@ -45,8 +43,8 @@ PHOTO_ERRORS = (
     "too_small",
     "blank",
 )
-"""The classes: no bytes; bytes of no known kind; a web page or a drawing under a photo's name; a kind that this
-machine can't read; damaged or cut off; more than MAX_PIXELS; a side under MIN_SIDE; one colour all over."""
+"""In this order: no bytes; an unknown format; a web page; a drawing; a known format that can't be
+read here; damaged or cut off; more than MAX_PIXELS; a side under MIN_SIDE; one color all over."""
 
 
 class PhotoError(Exception):
@@ -60,29 +58,30 @@ class PhotoError(Exception):
 def decode(data: bytes, max_side: int) -> Image.Image:
     """Decode a photo: first frame, EXIF rotation applied, alpha laid on white, RGB.
 
-    The longer side of the result is at most `max_side` pixels; a JPEG is decoded no larger than that needs. HEIC takes
-    the extra `heic`. Raises PhotoError.
+    The longer side of the result is at most `max_side` pixels. A JPEG is decoded no larger than
+    that needs. HEIC needs the extra `heic`. Raises PhotoError.
     """
     if not data:
         raise PhotoError("empty", "the photo has no bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS + _heif()) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS + _heif_format()) as image:
                 _check_size(image)
-                photo = _small(image, max_side)
+                photo = _resized(image, max_side)
     except UnidentifiedImageError:
-        raise PhotoError(*_what_else(data)) from None
+        raise _unidentified(data) from None
     except Image.DecompressionBombError as bomb:
         raise PhotoError("too_large", str(bomb)) from None
     except (PhotoError, MemoryError):
         raise
     except Exception as damage:  # Pillow's decoders raise a dozen kinds
-        if "too large" in str(damage):  # a comment in a PNG that unpacks to more than Pillow takes
+        if "too large" in str(damage):  # a compressed PNG comment beyond Pillow's limit
             raise PhotoError("too_large", str(damage)) from None
         raise PhotoError("truncated", f"the photo ends early or is damaged: {damage}") from None
-    if all(lightest - darkest <= _FLAT for darkest, lightest in photo.getextrema()):  # type: ignore[misc]
-        raise PhotoError("blank", "the photo is of one colour all over")
+    ranges = [lightest - darkest for darkest, lightest in photo.getextrema()]  # type: ignore[misc]
+    if max(ranges) <= _BLANK_RANGE:
+        raise PhotoError("blank", "the photo has one color all over")
     return photo
 
 
@@ -97,8 +96,8 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def _small(image: Image.Image, max_side: int) -> Image.Image:
-    """At most so large, upright and RGB. Made small first: what comes after costs memory and time by the pixel."""
+def _resized(image: Image.Image, max_side: int) -> Image.Image:
+    """Upright and RGB. Resized first, since the steps after it cost time and memory per pixel."""
     ratio = min(1.0, max_side / max(image.size))
     size = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
     image.draft("RGB", size)
@@ -119,7 +118,7 @@ def _small(image: Image.Image, max_side: int) -> Image.Image:
 
 
 def _upright(photo: Image.Image, source: Image.Image) -> Image.Image:
-    # A photo whose EXIF can't be read is a photo still.
+    # A photo with unreadable EXIF data is still a photo.
     with suppress(Exception):
         photo.info["exif"] = source.getexif().tobytes()
         photo = ImageOps.exif_transpose(photo)
@@ -128,7 +127,7 @@ def _upright(photo: Image.Image, source: Image.Image) -> Image.Image:
 
 
 @cache
-def _heif() -> tuple[str, ...]:
+def _heif_format() -> tuple[str, ...]:
     try:
         import pillow_heif
     except ImportError:
@@ -137,20 +136,22 @@ def _heif() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _what_else(data: bytes) -> tuple[str, str]:
-    """Class and message for what is no photo."""
+def _unidentified(data: bytes) -> PhotoError:
+    """The error for bytes that Pillow can't identify."""
     start = data[:1_024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
-    if brand in _HEIC and not _heif():
-        return "unsupported", "a HEIC photo, which needs: pip install 'vlm4rec_spark[heic]'"
-    if brand in _HEIC + _AVIF or data.startswith(_BEGINNINGS):
-        return "truncated", "the photo ends early or is damaged: nothing can be made out"
+    if brand in _HEIC_BRANDS and not _heif_format():
+        return PhotoError(
+            "unsupported", "a HEIC photo, which needs: pip install 'vlm4rec_spark[heic]'"
+        )
+    if brand in _HEIC_BRANDS + _AVIF_BRANDS or data.startswith(_MAGIC_BYTES):
+        return PhotoError("truncated", "the photo ends early or is damaged: it can't be opened")
     if start.startswith((b"%!ps", b"%pdf")):
-        return "unsupported", "a PostScript or PDF file, not a photo"
+        return PhotoError("unsupported", "a PostScript or PDF file, not a photo")
     if start.startswith(b"<svg") or (start.startswith((b"<?xml", b"<!--")) and b"<svg" in start):
-        return "svg", "an SVG drawing, not a photo"
+        return PhotoError("svg", "an SVG drawing, not a photo")
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<!--", b"<script")):
-        return "html_page", "an HTML page, not a photo"
+        return PhotoError("html_page", "an HTML page, not a photo")
     if start.startswith(b"<?xml"):
-        return "not_an_image", "XML, not a photo"
-    return "not_an_image", "unknown bytes, not a photo"
+        return PhotoError("not_an_image", "XML, not a photo")
+    return PhotoError("not_an_image", "unknown bytes, not a photo")

@@ -1,9 +1,10 @@
-"""Photos where they lie, in a file system or behind a URL: whether one has changed, and its bytes. Knows no rows."""
+"""Reads photos from file systems and URLs, if they have changed. Knows no rows and no tables."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vlm4rec_spark.models import files
 from vlm4rec_spark.models.photos import download
@@ -11,65 +12,79 @@ from vlm4rec_spark.models.photos.download import HttpSettings
 
 
 @dataclass(frozen=True)
-class Known:
-    """What was found at a place before, as far as anything was. Times are milliseconds since 1970."""
+class PhotoVersion:
+    """What identified a photo when it was last read. Times are milliseconds since 1970."""
 
     bytes: int | None = None
     modified_at: int | None = None
     sha256: str | None = None
 
 
-_NOTHING = Known()
+class PhotoFile(NamedTuple):
+    """A photo's bytes, and its modification time in milliseconds since 1970."""
 
-
-def read(
-    uri: str, http: HttpSettings, known: Known = _NOTHING, listed_at: int | None = None
-) -> tuple[bytes, int] | None:
-    """Bytes and modification time, or None when they are those that are known. Raises whatever the place raises.
-
-    `listed_at` is the time of a photo that a listing has found to be changed.
-    """
-    return (
-        _download(uri, http, known) if download.is_url(uri) else _read_file(uri, known, listed_at)
-    )
+    image: bytes
+    modified_at: int
 
 
 class ChangedError(Exception):
-    """At the place lies another photo than the one that was found there before."""
+    """Another photo has taken the place of the one that was ingested."""
 
 
-def read_again(uri: str, sha256: str, http: HttpSettings) -> bytes:
-    """The photo that was found at a place before. Raises ChangedError, or whatever the place raises."""
-    found = read(uri, http)
-    assert found is not None  # nothing is known that they could be equal to
-    if hashlib.sha256(found[0]).hexdigest() != sha256:
-        raise ChangedError("at its place lies another photo now; run ingest")
-    return found[0]
+_NEVER_READ = PhotoVersion()
 
 
-def _read_file(uri: str, known: Known, listed_at: int | None) -> tuple[bytes, int] | None:
+def read_if_changed(
+    uri: str,
+    http: HttpSettings,
+    last_read: PhotoVersion = _NEVER_READ,
+    listed_at: int | None = None,
+) -> PhotoFile | None:
+    """The photo, or None if it is still the one that was last read.
+
+    `listed_at` is the modification time of a photo that a listing has shown to be changed. Raises
+    DownloadError, or whatever the file system raises.
+    """
+    if download.is_url(uri):
+        return _download(uri, http, last_read)
+    return _read_file(uri, last_read, listed_at)
+
+
+def read_unchanged(uri: str, sha256: str, http: HttpSettings) -> bytes:
+    """The photo that was ingested. Raises ChangedError if it is another one now.
+
+    Also raises DownloadError, or whatever the file system raises.
+    """
+    photo = read_if_changed(uri, http)
+    assert photo is not None  # nothing was given that it could equal
+    if hashlib.sha256(photo.image).hexdigest() != sha256:
+        raise ChangedError("the photo at this address has changed since ingest; run ingest")
+    return photo.image
+
+
+def _read_file(uri: str, last_read: PhotoVersion, listed_at: int | None) -> PhotoFile | None:
     file = files.at(uri)
     modified_at = listed_at
     if modified_at is None:
         modified_at = file.modified_at()
-        if modified_at == known.modified_at and file.size() == known.bytes:
+        if modified_at == last_read.modified_at and file.size() == last_read.bytes:
             return None
-    return file.read(), modified_at
+    return PhotoFile(file.read(), modified_at)
 
 
-def _download(url: str, http: HttpSettings, known: Known) -> tuple[bytes, int] | None:
-    """None when the server or the bytes say that nothing has changed.
+def _download(url: str, http: HttpSettings, last_read: PhotoVersion) -> PhotoFile | None:
+    """None if the server or the bytes say that nothing has changed.
 
-    A server that names no time is asked with that of its last answer, and most then send the photo again.
+    A server that gave no modification time is asked with the time of its last answer. Most servers
+    then send the photo again.
     """
-    answer = download.fetch(url, http, known.modified_at)
+    answer = download.fetch(url, http, last_read.modified_at)
     if answer is None:
         return None
-    modified_at = answer.last_modified
-    if hashlib.sha256(answer.image).hexdigest() == known.sha256 and modified_at in (
-        None,
-        known.modified_at,
-    ):
+    same_bytes = hashlib.sha256(answer.image).hexdigest() == last_read.sha256
+    if same_bytes and answer.last_modified in (None, last_read.modified_at):
         return None
-    # The same photo with a new time is taken too, or it would be downloaded each night from now on.
-    return answer.image, answer.answered_at if modified_at is None else modified_at
+    # The same photo with a new time is stored too, or it would be downloaded on every run.
+    if answer.last_modified is None:
+        return PhotoFile(answer.image, answer.answered_at)
+    return PhotoFile(answer.image, answer.last_modified)
