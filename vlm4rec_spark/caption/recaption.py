@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pandas as pd
 from pyspark.sql import DataFrame
@@ -13,12 +13,7 @@ from vlm4rec_spark.models.photos.download import HttpSettings
 
 def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame:
     """Rows for `worker.caption_photos`, with every photo perturbed; empty where it is lost."""
-    return photos.mapInPandas(_perturbing_udf(max_side, http), photos.schema)
 
-
-def _perturbing_udf(
-    max_side: int, http: HttpSettings
-) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     def perturb(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
             images = [
@@ -28,7 +23,7 @@ def _perturbing_udf(
             # Without its URI, or the worker would read there what is empty here.
             yield batch.assign(image=images, uri=None)
 
-    return perturb
+    return photos.mapInPandas(perturb, photos.schema)
 
 
 def _perturbed(image: bytes | None, uri: str | None, max_side: int, http: HttpSettings) -> bytes:

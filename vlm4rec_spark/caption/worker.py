@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,6 +26,7 @@ from vlm4rec_spark.models.captioning.supervisor import Photo, Result, Supervisor
 from vlm4rec_spark.models.photos import download, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 
+Batches = Iterator[pd.DataFrame]
 RESULT = (
     "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, "
     "input_tokens INT, output_tokens INT, status STRING, error_class STRING, error STRING, "
@@ -61,15 +62,7 @@ def caption_photos(
     `tasks` claims the resources of `profile`. A photo has no result if it wasn't tried, because the
     driver said stop or the model died again and again.
     """
-    # Not by a hash, which gives one task a tenth more than another.
-    even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
-    return even.mapInPandas(_captioner_udf(job), RESULT, profile=profile)
 
-
-Batches = Iterator[pd.DataFrame]
-
-
-def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
         progress = ProgressClient(job.progress_address)
         progress.flush()
@@ -78,7 +71,9 @@ def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
         finally:
             progress.close()
 
-    return caption
+    # Not by a hash, which gives one task a tenth more than another.
+    even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
+    return even.mapInPandas(caption, RESULT, profile=profile)
 
 
 def _caption_rows(batches: Batches, job: Job, progress: ProgressClient) -> Iterator[dict]:

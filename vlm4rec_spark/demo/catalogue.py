@@ -75,7 +75,10 @@ def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> 
     first_seen = _first_seen(items, rng)
     _write_catalogue(folder / "catalogue.csv", truth["item_id"].tolist(), first_seen, rng)
     _write_photos(folder / "photos", truth, seed)
-    _write_log(folder, _events(truth, first_seen, users, rng))
+    shoppers = _Shoppers(truth, first_seen, rng)
+    events = [event for number in range(users) for event in shoppers.events(number)]
+    events += _odd_events(shoppers.viewed_items(), rng)
+    _write_log(folder, events)
     _write_users(folder, users, seed)
     truth.to_parquet(folder / "truth.parquet", index=False)
 
@@ -219,16 +222,6 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def _events(
-    truth: pd.DataFrame, first_seen: Sequence[datetime], users: int, rng: np.random.Generator
-) -> Iterable[_Event]:
-    """Views, carts and purchases of every user, then the odd ones."""
-    shoppers = _Shoppers(truth, first_seen, rng)
-    for number in range(users):
-        yield from shoppers.events(number)
-    yield from _odd_events(shoppers.viewed_items(), rng)
 
 
 class _Shoppers:

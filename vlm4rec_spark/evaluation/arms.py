@@ -184,28 +184,22 @@ def resolve(
     not exist."""
     if name in ("random", "popularity", "als"):
         return Arm(name, name, serving)  # type: ignore[arg-type]
-    return Arm(name, "profiles", _arm_settings(name, custom_arms, serving))
-
-
-def _arm_settings(
-    name: str,
-    custom_arms: Mapping[str, Overrides],
-    serving: ServingConfig,
-) -> ServingConfig:
     if name in custom_arms:
         custom = custom_arms[name]
-        return serving.with_overrides(custom.representation, custom.profiles, custom.item_item)
-    if name == "cooccurrence":
-        return serving.with_overrides(item_item={"share": 1.0})
-    if name == BLEND:
+        settings = serving.with_overrides(custom.representation, custom.profiles, custom.item_item)
+    elif name == "cooccurrence":
+        settings = serving.with_overrides(item_item={"share": 1.0})
+    elif name == BLEND:
         share = serving.item_item.share or _DEFAULT_BLEND_SHARE
-        return serving.with_overrides(item_item={"share": share})
-    representation, _, shape = name.partition("/")
-    profiles = dict(SHAPES[shape or "mean"])
-    if "event_weights" in profiles:
-        types = serving.profiles.event_weights
-        profiles["event_weights"] = dict.fromkeys(types, profiles["event_weights"])
-    return serving.with_overrides(representation, profiles, {"share": 0.0})
+        settings = serving.with_overrides(item_item={"share": share})
+    else:
+        representation, _, shape = name.partition("/")
+        profiles = dict(SHAPES[shape or "mean"])
+        if "event_weights" in profiles:
+            types = serving.profiles.event_weights
+            profiles["event_weights"] = dict.fromkeys(types, profiles["event_weights"])
+        settings = serving.with_overrides(representation, profiles, {"share": 0.0})
+    return Arm(name, "profiles", settings)
 
 
 def required_representations(arms: Iterable[Arm], serving: ServingConfig) -> set[str]:

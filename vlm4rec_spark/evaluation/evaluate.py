@@ -251,14 +251,6 @@ def _catalogue(snapshot: PointInTime) -> pd.DataFrame:
     return catalogue.set_index("item_id").reindex(snapshot.item_ids)
 
 
-def _served_arm(serving: ServingConfig) -> str:
-    """The name of the arm that ranks like the served lists."""
-    if serving.item_item.share:
-        return arms.BLEND
-    shape = serving.profiles.shape
-    return serving.representation if shape == "mean" else f"{serving.representation}/{shape}"
-
-
 def _discordant_users(
     snapshot: PointInTime,
     arm_lists: ArmLists,
@@ -269,7 +261,12 @@ def _discordant_users(
     `fallback` is the arm that is compared if the served one isn't among the lists.
     """
     control = snapshot.settings.control
-    served = _served_arm(snapshot.serving)
+    serving = snapshot.serving
+    shape = serving.profiles.shape
+    if serving.item_item.share:
+        served = arms.BLEND
+    else:
+        served = serving.representation + (f"/{shape}" if shape != "mean" else "")
     if served not in arm_lists.lists:
         served = fallback
     if not {served, control} <= arm_lists.lists.keys() or served == control:

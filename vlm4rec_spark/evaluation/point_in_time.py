@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,7 +24,6 @@ from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.models.index.build import build_index, build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import item_item, profiles, recommend
@@ -89,13 +89,10 @@ class PointInTime:
             )
         return self._positions(rows, k)
 
-    @property
+    @cached_property
     def users(self) -> pd.DataFrame:
         """The test users by user_id: relevant and seen (arrays of ids; seen of all items),
         last_event_at, segment."""
-        return self._cached("users", self._read_users)
-
-    def _read_users(self) -> pd.DataFrame:
         histories = self.histories(self.serving.profiles)
         seen = histories.select("user_id", "seen", "last_event_at")
         rows = self.test_users.join(seen, on="user_id", how="left")
@@ -124,20 +121,15 @@ class PointInTime:
         """The index of a representation: all items that have a vector, not only candidates."""
         return Searcher.open(self._index(representation), verify=False)
 
-    @property
+    @cached_property
     def user_counts(self) -> np.ndarray:
         """How many users know each candidate, int64 (items,)."""
+        counts = self.split.train.groupBy("item_id").agg(F.countDistinct("user_id").alias("n"))
+        return self._by_candidate(counts)
 
-        def compute() -> np.ndarray:
-            counts = self.split.train.groupBy("item_id").agg(F.countDistinct("user_id").alias("n"))
-            return self._by_candidate(counts)
-
-        return self._cached("user_counts", compute)
-
-    @property
+    @cached_property
     def total_users(self) -> int:
-        train = self.split.train
-        return self._cached("total_users", lambda: train.select("user_id").distinct().count())
+        return self.split.train.select("user_id").distinct().count()
 
     def close(self) -> None:
         """Release what Spark has cached."""
@@ -151,12 +143,9 @@ class PointInTime:
             self._cache[key] = compute()
         return self._cache[key]
 
-    @property
+    @cached_property
     def _popularity(self) -> np.ndarray:
         """Events of each candidate in the last popularity_days before the cut, float32 (items,)."""
-        return self._cached("popularity", self._count_events)
-
-    def _count_events(self) -> np.ndarray:
         events = self.split.train
         if days := self.settings.popularity_days:
             last_event = events.agg(F.max("event_time")).first()[0]  # type: ignore[index]
@@ -191,11 +180,13 @@ class PointInTime:
             )
         histories = self.histories(serving.profiles)
         vectors = profiles.with_embedding(histories, serving.representation, open_searcher)
-        rules = self._candidates_only(folder)
+        searcher = Searcher.open(folder, verify=False)
+        positions = self.item_ids.get_indexer(pd.Index(searcher.ids))
+        no_candidates = list(searcher.ids[positions < 0])
         lists = recommend.recommend(
             vectors,
             open_searcher,
-            rules,
+            recommend.all_items_except(searcher, no_candidates),
             k,
             None,
             scoring,
@@ -208,12 +199,6 @@ class PointInTime:
             ("shipped", folder),
             lambda: ship(self.spark, folder, float("inf"), open_artifact),
         )
-
-    def _candidates_only(self, folder: Path) -> ListRules:
-        """Rules that exclude the items of an index that are no candidates."""
-        searcher = Searcher.open(folder, verify=False)
-        positions = self.item_ids.get_indexer(pd.Index(searcher.ids))
-        return recommend.all_items_except(searcher, list(searcher.ids[positions < 0]))
 
     def _index(self, representation: str) -> Path:
         """The folder of a representation's index."""
@@ -360,17 +345,10 @@ def scored_lists(
     def score(batch: pd.DataFrame) -> np.ndarray:
         if seed is None:
             return np.broadcast_to(values, (len(batch), len(values)))
-        return np.stack([_draw(user, seed, len(values)) for user in batch["user_id"]])
+        generators = [np.random.default_rng([seed, *user.encode()]) for user in batch["user_id"]]
+        return np.stack([rng.random(len(values), np.float32) for rng in generators])
 
     return _ranked(histories.select("user_id", "seen"), item_ids, score, k)
-
-
-def _draw(
-    user_id: str,
-    seed: int,
-    items: int,
-) -> np.ndarray:
-    return np.random.default_rng([seed, *user_id.encode()]).random(items, np.float32)
 
 
 def factored_lists(

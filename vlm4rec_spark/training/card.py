@@ -39,7 +39,6 @@ def write(
     rejected = [
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in provenance.rejected.items()
     ]
-    notes = [_START if plan.start else "", _TEACHER if plan.teacher else ""]
     text = _TEXT.format(
         rows="\n".join(rows),
         command=provenance.command,
@@ -52,7 +51,7 @@ def write(
         seed=plan.seed,
         minutes=provenance.seconds / 60,
         device=provenance.device,
-        notes="".join(notes),
+        note=_START if plan.start else "",
     )
     (folder / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
     if curve:
@@ -75,7 +74,6 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
 
 
 _START = " It started from a captioner that was trained before."
-_TEACHER = " EfficientNet-Lite0 (ImageNet weights, Apache-2.0) guided the vision tower."
 _TEXT = """\
 # A small captioner of product photos
 
@@ -96,7 +94,7 @@ It consists of transformers' own classes and loads through `AutoProcessor` and
 - Data: {data}. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
 - {seen:,} photos seen in batches of {batch:,}, seed {seed};
-  {minutes:.1f} minutes on {device}.{notes}
+  {minutes:.1f} minutes on {device}.{note}
 - The curve is in `curve.png`.
 
 ## Held-out figures

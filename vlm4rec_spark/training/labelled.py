@@ -224,18 +224,13 @@ class _DecodedPhoto(NamedTuple):
 
 
 def _decode(photo: Any, folder: Path, side: int) -> _DecodedPhoto:
+    """Of bytes, or of those at a path in `folder`; a missing value is an empty photo."""
     try:
-        data = _read_photo(photo, folder)
-        image = decode(data, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
+        if not isinstance(photo, bytes):
+            photo = (folder / str(photo)).read_bytes() if pd.notna(photo) else b""
+        image = decode(photo, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).transpose(2, 0, 1)
-        return _DecodedPhoto(pixels, "", hashlib.sha256(data).hexdigest())
+        return _DecodedPhoto(pixels, "", hashlib.sha256(photo).hexdigest())
     except (PhotoError, OSError) as error:
         reason = error.error_class if isinstance(error, PhotoError) else "unreadable"
         return _DecodedPhoto(np.zeros((3, side, side), np.uint8), reason, "")
-
-
-def _read_photo(photo: Any, folder: Path) -> bytes:
-    """Bytes as they are, or those at a path; none for a missing value."""
-    if isinstance(photo, bytes):
-        return photo
-    return (folder / str(photo)).read_bytes() if pd.notna(photo) else b""
