@@ -20,7 +20,6 @@ from vlm4rec_spark.report.data import (
     AuditExample,
     CaptionFailure,
     CaptionSummary,
-    DiscordantUser,
     MetricRow,
     PhotoCard,
     PhotoSummary,
@@ -335,16 +334,6 @@ def test_the_page_shows_other_metrics_and_leaks():
     assert "Caption predicts shuffled items better than chance. Something leaks" in text
     assert "every arm must fall to chance, 0.0175" in text
     assert "Coverage Recall, shuffled items" in text
-
-
-def test_discordant_users_are_shown_with_photos():
-    red = PhotoCard("red-1", "red mug", PIXEL)
-    blue = PhotoCard("blue-1", "blue mug", PIXEL)
-    user = DiscordantUser("time", "u<7>", "caption", "popularity", 3, red, (blue,))
-    page = render(full(discordant_users=(user,)))
-    assert "caption had it at rank 3 for u&lt;7&gt;. popularity had no hit" in text_of(page)
-    assert 'alt="red mug"' in page
-    assert 'alt="blue mug"' in page
 
 
 def test_a_photo_that_cant_be_shown_has_a_placeholder_and_the_others_an_alt_text():

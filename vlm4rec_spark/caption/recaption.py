@@ -11,7 +11,11 @@ from vlm4rec_spark.models.photos import perturbations, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 
 
-def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame:
+def recaption(
+    photos: DataFrame,
+    max_side: int,
+    http: HttpSettings,
+) -> DataFrame:
     """Rows for `worker.caption_photos`, with every photo perturbed; empty where it is lost."""
 
     def perturb(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -26,7 +30,12 @@ def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame
     return photos.mapInPandas(perturb, photos.schema)
 
 
-def _perturbed(image: bytes | None, uri: str | None, max_side: int, http: HttpSettings) -> bytes:
+def _perturbed(
+    image: bytes | None,
+    uri: str | None,
+    max_side: int,
+    http: HttpSettings,
+) -> bytes:
     """Empty for a photo that can't be read any more: it counts as one that can't be described."""
     try:
         if image is None and uri:

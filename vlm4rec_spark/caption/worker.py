@@ -54,7 +54,10 @@ class Job:
 
 
 def caption_photos(
-    photos: DataFrame, job: Job, tasks: int, profile: ResourceProfile | None = None
+    photos: DataFrame,
+    job: Job,
+    tasks: int,
+    profile: ResourceProfile | None = None,
 ) -> DataFrame:
     """Caption every row once: a row as in RESULT for each.
 
@@ -76,7 +79,11 @@ def caption_photos(
     return even.mapInPandas(caption, RESULT, profile=profile)
 
 
-def _caption_rows(batches: Batches, job: Job, progress: ProgressClient) -> Iterator[dict]:
+def _caption_rows(
+    batches: Batches,
+    job: Job,
+    progress: ProgressClient,
+) -> Iterator[dict]:
     structured = job.prompt.structured
     supervisor = _supervisor(job.settings, _gpu(), structured)
     supervisor.run = job.progress_address.token if job.progress_address else ""
@@ -166,7 +173,11 @@ def _unreadable(key: str, error_class: str, error: str) -> Result:
     return Result(key, None, None, None, error_class, error, 0.0, 0.0)
 
 
-def row(result: Result, prompt: str, structured: bool = False) -> dict:
+def row(
+    result: Result,
+    prompt: str,
+    structured: bool = False,
+) -> dict:
     """The columns of RESULT that come from the model: the caption, or why there is none."""
     text = result.text
     parsed = None
@@ -214,7 +225,11 @@ def _gpu() -> str | None:
     return gpu.addresses[0] if gpu else None
 
 
-def _supervisor(settings: CaptionSettings, gpu: str | None, structured: bool) -> Supervisor:
+def _supervisor(
+    settings: CaptionSettings,
+    gpu: str | None,
+    structured: bool,
+) -> Supervisor:
     """The supervisor of these settings; the one of other settings ends."""
     model = settings.model
     limits = (settings.batch_size, settings.batch_seconds, settings.memory_gb)

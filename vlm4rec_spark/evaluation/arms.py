@@ -85,8 +85,16 @@ class EvaluateSettings(BaseModel):
 
     splits: tuple[str, ...] = ("time", "leave_one_out")
     cut: str | None = None
-    test_share: float = Field(0.2, gt=0, lt=1)
-    replay_cuts: int = Field(3, ge=2, le=50)
+    test_share: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+    )
+    replay_cuts: int = Field(
+        3,
+        ge=2,
+        le=50,
+    )
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
     custom_arms: dict[str, Overrides] = {}
     control: str = "popularity"
@@ -95,8 +103,16 @@ class EvaluateSettings(BaseModel):
     also_k: tuple[int, ...] = (5, 20)
     max_users: int = Field(100_000, ge=1)
     seed: int = 0
-    audit_photos: int = Field(500, ge=0, le=5_000)
-    audit_again: int = Field(0, ge=0, le=1_000)
+    audit_photos: int = Field(
+        500,
+        ge=0,
+        le=5_000,
+    )
+    audit_again: int = Field(
+        0,
+        ge=0,
+        le=1_000,
+    )
 
     @field_validator("cut", mode="before")
     @classmethod

@@ -61,7 +61,11 @@ class ArmLists:
     def users(self) -> int:
         return len(next(iter(self.lists.values())))
 
-    def hit_mask(self, arm: str, relevant: np.ndarray) -> np.ndarray:
+    def hit_mask(
+        self,
+        arm: str,
+        relevant: np.ndarray,
+    ) -> np.ndarray:
         return hit_mask(self.lists[arm], relevant, self.items)
 
     def relevant_counts(self, relevant: np.ndarray) -> np.ndarray:

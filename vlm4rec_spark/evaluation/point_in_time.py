@@ -70,7 +70,11 @@ class PointInTime:
     """The settings that arms have tuned on validation events, by arm."""
     _cache: dict[Hashable, Any] = field(default_factory=dict)
 
-    def lists(self, arm: Arm, k: int) -> np.ndarray:
+    def lists(
+        self,
+        arm: Arm,
+        k: int,
+    ) -> np.ndarray:
         """Positions in `item_ids` of every test user's top k: (users, k) in the order of `users`,
         -1 past the end."""
         if arm.ranking == "profiles":
@@ -138,7 +142,11 @@ class PointInTime:
                 value.unpersist()
         self._cache.clear()
 
-    def _cached(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+    def _cached(
+        self,
+        key: Hashable,
+        compute: Callable[[], _T],
+    ) -> _T:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
@@ -162,7 +170,11 @@ class PointInTime:
         by_item = cast(pd.DataFrame, rows.toPandas()).set_index("item_id")["n"]
         return by_item.reindex(self.item_ids).to_numpy()
 
-    def _profile_lists(self, serving: ServingConfig, k: int) -> DataFrame:
+    def _profile_lists(
+        self,
+        serving: ServingConfig,
+        k: int,
+    ) -> DataFrame:
         """user_id, items, by matching profiles with items as the stage recommend does."""
         share = serving.item_item.share
         folder = self._index(NO_CONTENT if share == 1 else serving.representation)
@@ -194,7 +206,11 @@ class PointInTime:
         )
         return lists.select("user_id", F.col("items.item_id").alias("items"))
 
-    def _shipped(self, folder: Path, open_artifact: Callable[[Path], Any]) -> Callable[[], Any]:
+    def _shipped(
+        self,
+        folder: Path,
+        open_artifact: Callable[[Path], Any],
+    ) -> Callable[[], Any]:
         return self._cached(
             ("shipped", folder),
             lambda: ship(self.spark, folder, float("inf"), open_artifact),
@@ -208,7 +224,8 @@ class PointInTime:
         rows = self._vectors(representation).toArrow().sort_by("item_id")
         if representation in FUSIONS:
             fused = FUSIONS[representation](_matrix(rows["embedding"]), _matrix(rows["image"]))
-            unit = (fused / np.linalg.norm(fused, axis=1, keepdims=True)).astype(np.float32)
+            length = np.linalg.norm(fused, axis=1, keepdims=True)
+            unit = (fused / length).astype(np.float32)
             rows = rows.drop_columns(["embedding", "image"])
             rows = rows.append_column("embedding", pa.array(list(unit)))
         name = representation or "no_content"
@@ -240,7 +257,11 @@ class PointInTime:
         images = images.select("item_id", F.col("embedding").alias("image"))
         return rows.join(images, on="item_id")
 
-    def _item_item_scores(self, serving: ServingConfig, folder: Path) -> Path:
+    def _item_item_scores(
+        self,
+        serving: ServingConfig,
+        folder: Path,
+    ) -> Path:
         """The folder of the item-item scores by the positions of the index in `folder`."""
         # What the pairs depend on; weights of events change no pair.
         settings = serving.item_item.model_dump_json(
@@ -274,7 +295,11 @@ class PointInTime:
         histories = self.histories(self.serving.profiles)
         return factored_lists(histories, self.item_ids, factors, k)
 
-    def _tune_als(self, weights: dict[str, float], k: int) -> als.AlsSetting:
+    def _tune_als(
+        self,
+        weights: dict[str, float],
+        k: int,
+    ) -> als.AlsSetting:
         """The setting with the best recall at k on a validation split of the train events."""
         validation = splits.validation(self.split, self.settings.test_share)
         relevant = splits.relevant(validation.train, validation.test, self.candidates)
@@ -296,12 +321,17 @@ class PointInTime:
                 self.settings.seed,
             )
             lists = factored_lists(seen, self.item_ids, factors, k)
-            recall[setting] = _mean_recall(sample.join(lists, on="user_id", how="left"))
+            with_lists = sample.join(lists, on="user_id", how="left")
+            recall[setting] = _mean_recall(with_lists)
         events.unpersist()
         sample.unpersist()
         return max(als.GRID, key=lambda setting: recall[setting])
 
-    def _positions(self, rows: DataFrame, k: int) -> np.ndarray:
+    def _positions(
+        self,
+        rows: DataFrame,
+        k: int,
+    ) -> np.ndarray:
         """Lists of ids as positions (users, k) in the order of `users`, -1 past the end."""
         table = rows.select("user_id", "items").toArrow()
         positions = np.full((len(self.users), k), -1, np.int64)

@@ -26,7 +26,6 @@ from vlm4rec_spark.report.data import (
 )
 from vlm4rec_spark.report.samples import (
     CaptionSamples,
-    DiscordantSamples,
     UserSamples,
     photo_summary,
 )
@@ -81,9 +80,8 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     captions = CaptionSamples(tables, settings.photos, history.get("caption", ()))
     users = UserSamples(tables, settings.users)
     audit = AuditExamples(evaluated)
-    discordant = DiscordantSamples(evaluated)
     photo_keys = [*captions.photo_keys, *audit.photo_keys]
-    thumbnails = Thumbnails(tables, photo_keys, [*users.item_ids, *discordant.item_ids])
+    thumbnails = Thumbnails(tables, photo_keys, users.item_ids)
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_stage_order)),
@@ -94,7 +92,6 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         audit_examples=audit.with_photos(thumbnails),
         users=users.with_photos(thumbnails),
         metrics=_metrics(tables, evaluated),
-        discordant_users=discordant.with_photos(thumbnails),
     )
 
 

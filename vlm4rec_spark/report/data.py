@@ -189,19 +189,6 @@ class MetricRow:
 
 
 @dataclass(frozen=True)
-class DiscordantUser:
-    """A user with a hit by one arm, at this rank, and none by the other, which had `instead`."""
-
-    split: str
-    user_id: str
-    hit_by: str
-    missed_by: str
-    rank: int
-    hit: PhotoCard
-    instead: tuple[PhotoCard, ...] = ()
-
-
-@dataclass(frozen=True)
 class ReportData:
     """Everything on the page. `counts`: items, photos, captions, interactions, users with a
     list."""
@@ -215,7 +202,6 @@ class ReportData:
     audit_examples: tuple[AuditExample, ...] = ()
     users: tuple[UserCard, ...] = ()
     metrics: tuple[MetricRow, ...] = ()
-    discordant_users: tuple[DiscordantUser, ...] = ()
 
     @property
     def latest_at(self) -> datetime | None:

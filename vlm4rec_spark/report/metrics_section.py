@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from vlm4rec_spark.report import caption_audit_section, charts
 from vlm4rec_spark.report.charts import ForestPanel, SlicePanel
 from vlm4rec_spark.report.data import (
-    DiscordantUser,
     MetricRow,
     ReportData,
     arm_label,
@@ -103,7 +102,6 @@ class SplitSection:
     accuracy: Mapping[str, Mapping[str, MetricRow]]
     beyond: Mapping[str, Mapping[str, MetricRow]]
     other_k: Mapping[str, Mapping[str, MetricRow]]
-    discordant_users: tuple[DiscordantUser, ...]
     served: str
     """The arm that ranks like the served lists."""
     control: str
@@ -169,7 +167,6 @@ def _section(data: ReportData, split: str) -> SplitSection:
         accuracy=_table(rows, arms, METRICS),
         beyond=_table(rows, arms, BEYOND),
         other_k=_other_lengths(data.metrics, split, arms, k),
-        discordant_users=tuple(user for user in data.discordant_users if user.split == split),
         served=served,
         control=control,
         indistinct=tuple(arm for arm in differing if not rows[arm, "recall"].differs),

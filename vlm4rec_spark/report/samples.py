@@ -19,12 +19,10 @@ from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.data import (
     CaptionFailure,
     CaptionSummary,
-    DiscordantUser,
     PhotoSummary,
     RecommendedItem,
     StageRun,
     UserCard,
-    parse_details,
 )
 from vlm4rec_spark.report.thumbnails import CAPTION_LENGTH, PhotoKey, Thumbnails
 from vlm4rec_spark.storage import schemas
@@ -78,11 +76,8 @@ def _kinds(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
 
 
 class CaptionSamples:
-    """Captions in force, and failures: imported ones, and those of the model and prompt that ran
-    last.
-
-    Without a run all captions count. `photos` of them are samples.
-    """
+    """Captions in force, and failures, of the model and prompt that ran last; `photos` of them as
+    samples."""
 
     def __init__(
         self,
@@ -91,12 +86,7 @@ class CaptionSamples:
         runs: Sequence[StageRun],
     ):
         """`runs` of the caption stage, latest first."""
-        captions = tables.read(schemas.CAPTIONS)
-        details = runs[0].details if runs else {}
-        if {"model", "prompt_id"} <= details.keys():
-            is_model = F.col("model") == details["model"]
-            is_prompt = F.col("prompt_id") == details["prompt_id"]
-            captions = captions.where((F.col("status") == "imported") | (is_model & is_prompt))
+        captions = _captions_of_last_run(tables, runs)
         self._model_run = next((run for run in runs if run.rows_ok + run.rows_failed), None)
         self._statuses = captions.groupBy("status").count().orderBy("status").collect()
         photo_keys = tables.read(schemas.PHOTOS).select("item_id", "position", "image_sha256")
@@ -137,6 +127,18 @@ class CaptionSamples:
             model_run=self._model_run,
             attributes=self._values,
         )
+
+
+def _captions_of_last_run(tables: Tables, runs: Sequence[StageRun]) -> DataFrame:
+    """Imported captions, and those of the model and prompt of the latest run; all captions without
+    a run."""
+    captions = tables.read(schemas.CAPTIONS)
+    details = runs[0].details if runs else {}
+    if not {"model", "prompt_id"} <= details.keys():
+        return captions
+    is_model = F.col("model") == details["model"]
+    is_prompt = F.col("prompt_id") == details["prompt_id"]
+    return captions.where((F.col("status") == "imported") | (is_model & is_prompt))
 
 
 def _failures(failed: DataFrame) -> list[Row]:
@@ -255,36 +257,6 @@ def _sample_profiles(tables: Tables, users: int) -> list[Row]:
     # Twice as many, since some may have no list.
     few = numbered.where(F.col("number") <= 2 * users)
     return few.orderBy("length", "number").collect()
-
-
-class DiscordantSamples:
-    """Users with a hit by only one of two arms, as the evaluation's details name them."""
-
-    def __init__(self, evaluated: StageRun | None):
-        self._users: list[tuple[str, dict]] = []
-        for split, text in (evaluated.details if evaluated else {}).items():
-            users = parse_details(text).get("discordant_users")
-            if isinstance(users, list):
-                self._users += [(split, user) for user in users if isinstance(user, dict)]
-
-    @property
-    def item_ids(self) -> Iterator[str]:
-        for _, user in self._users:
-            yield from (user["item_id"], *user["instead"])
-
-    def with_photos(self, thumbnails: Thumbnails) -> tuple[DiscordantUser, ...]:
-        return tuple(
-            DiscordantUser(
-                split,
-                user["user_id"],
-                user["hit_by"],
-                user["missed_by"],
-                user["rank"],
-                thumbnails.item(user["item_id"]),
-                tuple(map(thumbnails.item, user["instead"])),
-            )
-            for split, user in self._users
-        )
 
 
 def _key(row: Row) -> PhotoKey:

@@ -27,7 +27,10 @@ class Provenance:
 
 
 def write(
-    folder: Path, provenance: Provenance, shares: Mapping[str, Share], curve: Sequence[Point]
+    folder: Path,
+    provenance: Provenance,
+    shares: Mapping[str, Share],
+    curve: Sequence[Point],
 ) -> None:
     """README.md and curve.png."""
     plan = provenance.plan
@@ -68,9 +71,21 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
     loss.set(title="Loss", xlabel="photos seen")
     for name in curve[-1].right:
         right.plot(seen, [point.right.get(name) for point in curve], label=name)
-    right.set(title="Right on held-out photos (heads)", xlabel="photos seen", ylim=(0, 1.02))
-    right.legend(fontsize=7, loc="lower right", ncols=2)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    right.set(
+        title="Right on held-out photos (heads)",
+        xlabel="photos seen",
+        ylim=(0, 1.02),
+    )
+    right.legend(
+        fontsize=7,
+        loc="lower right",
+        ncols=2,
+    )
+    figure.savefig(
+        file,
+        dpi=110,
+        metadata={"Software": None},
+    )
 
 
 _START = " It started from a captioner that was trained before."

@@ -36,7 +36,9 @@ class _Patches(NamedTuple):
 
 
 def build(
-    sentences: Iterable[str], tower: Any = None, template: str = _TEMPLATE
+    sentences: Iterable[str],
+    tower: Any = None,
+    template: str = _TEMPLATE,
 ) -> tuple[Any, Any]:
     """An untrained model and its processor, whose words are those of the sentences.
 
@@ -96,7 +98,12 @@ def build(
     return model, processor
 
 
-def _processor(tokenizer: Any, side: int, patches: _Patches, template: str) -> Any:
+def _processor(
+    tokenizer: Any,
+    side: int,
+    patches: _Patches,
+    template: str,
+) -> Any:
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -116,7 +123,11 @@ def _processor(tokenizer: Any, side: int, patches: _Patches, template: str) -> A
     )
 
 
-def inherit(model: Any, processor: Any, folder: Path) -> list[int]:
+def inherit(
+    model: Any,
+    processor: Any,
+    folder: Path,
+) -> list[int]:
     """Give an untrained model of `build` the weights of the captioner in `folder`.
 
     Words that both know keep their weights. Patches and the first half of the tower's stages, which

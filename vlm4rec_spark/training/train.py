@@ -98,7 +98,11 @@ class _Learner(torch.nn.Module):
         }
         self.heads = torch.nn.ModuleDict(heads)
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tower's mean patch (n, width), and logits of the words (n, words, vocabulary)."""
         llava = self.model.model
         patches = self.patches(pixels)
@@ -115,7 +119,11 @@ class _Learner(torch.nn.Module):
 
 
 def train(
-    labelled: Labelled, out: Path, work: Path, plan: TrainingPlan, log: Callable[[str], None]
+    labelled: Labelled,
+    out: Path,
+    work: Path,
+    plan: TrainingPlan,
+    log: Callable[[str], None],
 ) -> Training:
     """Train and save into `out`, with a checkpoint in `work`.
 
@@ -140,7 +148,10 @@ def train(
 
 @torch.no_grad()
 def _average(
-    model: Any, start: dict[str, torch.Tensor], new_words: list[int], share: float
+    model: Any,
+    start: dict[str, torch.Tensor],
+    new_words: list[int],
+    share: float,
 ) -> None:
     """Move the weights towards the start's by the share, except those of words that it lacks."""
     for name, weights in model.named_parameters():
@@ -155,7 +166,12 @@ def _average(
 class _Photos:
     """The photos, their sentences as word ids, and their labels, on the training's device."""
 
-    def __init__(self, labelled: Labelled, processor: Any, device: str):
+    def __init__(
+        self,
+        labelled: Labelled,
+        processor: Any,
+        device: str,
+    ):
         self.device = device
         self._photos = labelled.photos
         self._on_gpu = None
@@ -174,7 +190,11 @@ class _Photos:
         self._cumulative = np.cumsum(weights) / weights.sum()
         self._held_out = np.flatnonzero(labelled.held_out)[:_VALIDATION_PHOTOS]
 
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(
+        self,
+        count: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
         """Rows by weight, and none that is held out."""
         rows = np.searchsorted(self._cumulative, rng.random(count), side="right")
         return rows.clip(max=len(self._photos) - 1)
@@ -214,7 +234,13 @@ class _Photos:
 class _Loop:
     """The steps of a training, and what a checkpoint holds of them."""
 
-    def __init__(self, learner: _Learner, photos: _Photos, plan: TrainingPlan, digest: str):
+    def __init__(
+        self,
+        learner: _Learner,
+        photos: _Photos,
+        plan: TrainingPlan,
+        digest: str,
+    ):
         self.step = 0
         self.seconds = 0.0
         self.curve: list[Point] = []
@@ -238,7 +264,11 @@ class _Loop:
             "schedule": self._schedule,
         }
 
-    def run(self, checkpoint: Path, log: Callable[[str], None]) -> None:
+    def run(
+        self,
+        checkpoint: Path,
+        log: Callable[[str], None],
+    ) -> None:
         if checkpoint.exists():
             self._resume(checkpoint)
             log(f"going on from step {self.step:,} of {self._steps:,}")
@@ -267,7 +297,11 @@ class _Loop:
     def _seen(self, steps: int) -> int:
         return steps * self._plan.batch
 
-    def _progress(self, loss: float, rate: float) -> str:
+    def _progress(
+        self,
+        loss: float,
+        rate: float,
+    ) -> str:
         seen = self._seen(self.step)
         total = self._seen(self._steps)
         held_out = "not yet"
