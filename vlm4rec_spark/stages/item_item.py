@@ -35,7 +35,9 @@ def pairs(histories: DataFrame, settings: ItemItemSettings) -> DataFrame:
     history_pairs = F.explode(_history_pairs(F.col("history"), settings.distance_decay))
     one_way = _sum_weights(histories.select(history_pairs.alias("pair")).select("pair.*"))
     reverse = one_way.select(
-        F.col("second").alias("first"), F.col("first").alias("second"), "weight"
+        F.col("second").alias("first"),
+        F.col("first").alias("second"),
+        "weight",
     )
     weights = _sum_weights(one_way.unionByName(reverse))
     users = histories.select(F.explode("history.item_id").alias("item_id"))

@@ -51,12 +51,17 @@ def count_users(
     )
     segments = F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))
     counted = user_items.join(
-        users.select("user_id", "segment"), on="user_id", how="left"
+        users.select("user_id", "segment"),
+        on="user_id",
+        how="left",
     ).withColumn("segment", F.explode(segments))
     sizes = counted.groupBy("segment").agg(F.countDistinct("user_id").alias("segment_users"))
     by_item = counted.groupBy("segment", "item_id").agg(F.count(F.lit(1)).alias("users"))
     return by_item.join(F.broadcast(sizes), on="segment", how="inner").select(
-        "segment", "item_id", "users", "segment_users"
+        "segment",
+        "item_id",
+        "users",
+        "segment_users",
     )
 
 
@@ -68,7 +73,8 @@ def popular_items(user_counts: DataFrame, allowed: DataFrame) -> DataFrame:
     """
     counts = user_counts.join(allowed.select("item_id"), on="item_id", how="left_semi")
     overall = counts.where(F.col("segment") == ALL).select(
-        "item_id", (F.col("users") / F.col("segment_users")).alias("overall")
+        "item_id",
+        (F.col("users") / F.col("segment_users")).alias("overall"),
     )
     in_segment = F.col("segment") != ALL
     sizes = user_counts.where(in_segment).select("segment", "segment_users").distinct()
@@ -86,7 +92,9 @@ def popular_items(user_counts: DataFrame, allowed: DataFrame) -> DataFrame:
     )
     shares = counted.select("segment", "item_id", _smoothed_share().alias("share"))
     overall_shares = overall.select(
-        F.lit(ALL).alias("segment"), "item_id", F.col("overall").alias("share")
+        F.lit(ALL).alias("segment"),
+        "item_id",
+        F.col("overall").alias("share"),
     )
     return _most_popular(shares.unionByName(overall_shares))
 
@@ -126,7 +134,10 @@ class PopularityScoring:
         self._popular = popular
 
     def queries(
-        self, batch: pa.RecordBatch, searcher: Searcher, explain: bool = True
+        self,
+        batch: pa.RecordBatch,
+        searcher: Searcher,
+        explain: bool = True,
     ) -> PopularityQuery:
         """Queries of rows with `segment` (null: none) and `rules` (bits)."""
         segments = batch.column("segment").to_pylist()

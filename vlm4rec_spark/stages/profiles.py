@@ -47,7 +47,8 @@ class ProfileSettings(BaseModel):
 def identified(interactions: DataFrame, identities: DataFrame) -> DataFrame:
     """The events with each anonymous id replaced by its user's id; user ids stay as they are."""
     owners = identities.select(
-        F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("owner")
+        F.col("anonymous_id").alias("user_id"),
+        F.col("user_id").alias("owner"),
     )
     events = interactions.join(owners, on="user_id", how="left")
     user_id = F.coalesce("owner", "user_id")
@@ -109,7 +110,11 @@ def histories(
     def gather(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for users in history.whole_users(batches):
             yield history.weighted_histories(
-                users, half_life_days, position_decay, last_n, min_items
+                users,
+                half_life_days,
+                position_decay,
+                last_n,
+                min_items,
             )
 
     schema = StructType([PROFILES.schema[name] for name in _HISTORY_COLUMNS])
@@ -138,7 +143,9 @@ def _after_negative_events(settings: ProfileSettings) -> Column:
 
 
 def with_embedding(
-    rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]
+    rows: DataFrame,
+    representation: str,
+    open_searcher: Callable[[], Searcher],
 ) -> DataFrame:
     """Rows of `profiles`: `rows` of histories with the unit vector of their weighted mean.
 
@@ -189,5 +196,7 @@ def _nullable_rows(vectors: np.ndarray, present: np.ndarray) -> pa.ListArray:
     """The vectors, one per true value of `present`, with nulls between them."""
     offsets = np.concatenate([[0], np.cumsum(present)]) * vectors.shape[1]
     return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(vectors.ravel()), mask=pa.array(~present)
+        pa.array(offsets, pa.int32()),
+        pa.array(vectors.ravel()),
+        mask=pa.array(~present),
     )

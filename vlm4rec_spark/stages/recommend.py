@@ -76,7 +76,10 @@ class Scoring(Protocol):
     def by_history(self) -> bool: ...
 
     def queries(
-        self, batch: pa.RecordBatch, searcher: Searcher, explain: bool = True
+        self,
+        batch: pa.RecordBatch,
+        searcher: Searcher,
+        explain: bool = True,
     ) -> Queries: ...
 
 
@@ -146,7 +149,10 @@ class ProfileScoring:
             return MaxSimilarityQuery(positions, single, neighbors)
         if self.shape == "multi_taste":
             return MultiInterestQuery.from_histories(
-                positions, weights, searcher, self.max_interests
+                positions,
+                weights,
+                searcher,
+                self.max_interests,
             )
         return MeanQuery(_vectors(batch.column("embedding")), positions)
 
@@ -260,7 +266,10 @@ def _recommend_batch(
 
 
 def _explanations(
-    queries: Queries, positions: np.ndarray, searcher: Searcher, spec: _ListSpec
+    queries: Queries,
+    positions: np.ndarray,
+    searcher: Searcher,
+    spec: _ListSpec,
 ) -> dict[str, pa.Array]:
     """The columns because_item_id, because_terms and source of all list items.
 
@@ -334,7 +343,8 @@ def shared_terms(
 
 
 def _indexed_history(
-    history: pa.ListArray, searcher: Searcher
+    history: pa.ListArray,
+    searcher: Searcher,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Positions and weights of each user's history items that are in the index.
 

@@ -34,7 +34,10 @@ class UserRules(NamedTuple):
 
 
 def check(
-    items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
+    items: DataFrame,
+    users: DataFrame,
+    rules: Sequence[Rule],
+    caps: Mapping[str, int],
 ) -> None:
     """Raise UsageError for a rule or a cap that doesn't fit the tables' columns; reads no row."""
     for number, rule in enumerate(rules):
@@ -66,7 +69,10 @@ def _check_predicate(
 
 
 def rules_by_item(
-    items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
+    items: DataFrame,
+    photos: DataFrame,
+    rules: Sequence[Rule],
+    caps: Mapping[str, int],
 ) -> DataFrame:
     """item_id, allowed (bits as in ListRules), parent, photo, cap_0, cap_1, …: for the driver.
 
@@ -79,10 +85,14 @@ def rules_by_item(
         _group(column).cast("string").alias(f"cap_{number}") for number, column in enumerate(caps)
     ]
     main_photos = photos.where(F.col("position") == 0).select(
-        "item_id", F.col("image_sha256").alias("photo")
+        "item_id",
+        F.col("image_sha256").alias("photo"),
     )
     rows = items.select(
-        "item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups
+        "item_id",
+        allowed.alias("allowed"),
+        F.col("parent_id").alias("parent"),
+        *groups,
     )
     return rows.join(main_photos, on="item_id", how="left")
 
@@ -103,7 +113,10 @@ def _group(column: str) -> Column:
 
 
 def list_rules(
-    rows: pa.Table, searcher: Searcher, variants: Sequence[str], caps: Mapping[str, int]
+    rows: pa.Table,
+    searcher: Searcher,
+    variants: Sequence[str],
+    caps: Mapping[str, int],
 ) -> ListRules:
     """Rows of `rules_by_item` by the positions of an index, without thresholds.
 
