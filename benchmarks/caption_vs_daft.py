@@ -45,7 +45,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from llava import TEMPLATE
-from memory import held_gb
+from memory import process_tree_gb
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -287,7 +287,7 @@ def measure(way: str, folder: Path, out: Path) -> dict[str, float]:
         0.0,
     )
     while process.poll() is None:
-        peak = max(peak, held_gb(process.pid))
+        peak = max(peak, process_tree_gb(process.pid))
         if peak > MOST_GB:
             end(process.pid)
             raise SystemExit(f"{way} held {peak:.1f} GB, more than {MOST_GB:.0f}, and was ended")
