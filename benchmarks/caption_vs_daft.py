@@ -14,7 +14,7 @@ are nonsense, but differ by photo.
   model. Bytes that the method decodes, in a process for each of two models, took longer here. One
   thread with two of torch's took as long.
 - two UDFs: a `pandas_udf` that decodes to 224 × 224 × 3 floats, then `predict_batch_udf`. Batches
-  are small, or this way needs more memory than machines have: a photo is then 5 MB of Python floats.
+  are small, or this way needs more memory than machines have: a photo is 5 MB of Python floats.
 
 Each measurement is a process of its own. Its time begins after other photos have gone the same way,
 so that Spark's start, imports and the loading of models don't count. It ends with the written

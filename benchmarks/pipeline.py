@@ -1,6 +1,6 @@
 """Time and memory of every stage as items and users grow, on synthetic shops.
 
-    .venv/bin/python benchmarks/pipeline.py [--items 1000,10000] [--users 10000,100000] [--plot FILE]
+    .venv/bin/python benchmarks/pipeline.py [--items 1000,10000] [--users 10000,100000] [--plot SVG]
 
 Items grow at the smallest number of users, and users at the smallest number of items, so that each
 slope is of one of them. Photos are 8 px PNGs and the captioner is the fake. All else is as in a

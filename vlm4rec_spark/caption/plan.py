@@ -216,7 +216,8 @@ def import_rows(raw: DataFrame, items: DataFrame) -> DataFrame:
 
     The first of several texts for one item, in alphabetical order, is used; the rest get a reason.
     """
-    item_id, text = F.col("fields")["item_id"], F.trim(F.col("fields")["text"])
+    item_id = F.col("fields")["item_id"]
+    text = F.trim(F.col("fields")["text"])
     rows = raw.select(item_id.alias("item_id"), text.alias("caption"), "source", "row").join(
         items.select("item_id", F.lit(True).alias("in_catalogue")), on="item_id", how="left"
     )
