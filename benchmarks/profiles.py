@@ -1,11 +1,12 @@
-"""The profiles stage at 20,000 and 200,000 users x 20 events x 384 dimensions, from Delta table to Delta table.
+"""The profiles stage at 20,000 and 200,000 users x 20 events x 384 dimensions, on Delta tables.
 
     .venv/bin/python benchmarks/profiles.py [--users 200000]
 
-Beside it a numpy script in a process of its own that reads and writes the same tables and makes the same rows, and
-Spark SQL's own vector_sum over the same histories. Catalogue of 20,000 items; events over 120 days, items drawn by a
-Zipf law. All sides in one run, in turn; ours and numpy's are timed warm, once at the large size and as a median of
-three at the small one; vector_sum, which takes minutes, once.
+Compares it with two sides. A numpy script in its own process reads and writes the same tables and
+makes the same rows. Spark SQL's own vector_sum sums the vectors of the same histories. There are
+20,000 items, drawn by a Zipf law, and the events of 120 days. All sides run in turn. The stage and
+numpy are timed warm: once at the large size, as a median of three at the small one. vector_sum
+takes minutes and is timed once, at the small size.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +30,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable, write_deltalake
+from pyspark.sql import DataFrame, SparkSession
 from rich.console import Console
 from rich.table import Table
 
@@ -40,177 +43,225 @@ from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.storage import schemas
 
-ITEMS, EVENTS, DIMENSION, DAYS = 20_000, 20, 384, 120
+ITEMS = 20_000
+EVENTS = 20
+DIMENSION = 384
+DAYS = 120
 SMALL = 20_000
 WEIGHTS = {"view": 1.0, "cart": 3.0, "purchase": 5.0}
-HALF_LIFE, LAST = 60.0, 50
+HALF_LIFE = 60.0
+LAST_N = 50
+SETTINGS = profiles.ProfileSettings(event_weights=WEIGHTS, half_life_days=HALF_LIFE, last_n=LAST_N)
+STAGE = "this stage"
+NUMPY = "numpy"
+VECTOR_SUM = "vector_sum"
 
 
 def events(users: int) -> pd.DataFrame:
-    rng, n = np.random.default_rng(0), users * EVENTS
+    rng = np.random.default_rng(0)
+    rows = users * EVENTS
     start = np.datetime64("2026-01-01T00:00:00", "us")
-    at = start + rng.integers(0, DAYS * 86_400, n).astype("timedelta64[s]")
-    items = rng.permutation(ITEMS)[np.minimum(rng.zipf(1.2, n) - 1, ITEMS - 1)]
+    times = pd.Series(start + rng.integers(0, DAYS * 86_400, rows).astype("timedelta64[s]"))
+    items = rng.permutation(ITEMS)[np.minimum(rng.zipf(1.2, rows) - 1, ITEMS - 1)]
     return pd.DataFrame(
         {
-            "event_id": np.char.mod("e%09d", np.arange(n)),
+            "event_id": np.char.mod("e%09d", np.arange(rows)),
             "user_id": np.char.mod("u%07d", np.repeat(np.arange(users), EVENTS)),
             "item_id": np.char.mod("i%06d", items),
-            "event_type": rng.choice(list(WEIGHTS), n, p=[0.8, 0.15, 0.05]),
-            "event_time": pd.Series(at).dt.tz_localize("UTC"),
-            "event_date": pd.Series(at).dt.date,
+            "event_type": rng.choice(list(WEIGHTS), rows, p=[0.8, 0.15, 0.05]),
+            "event_time": times.dt.tz_localize("UTC"),
+            "event_date": times.dt.date,
         }
     )
 
 
-def by_numpy(log: Path, items: Path, vectors: Path, out: Path) -> None:
-    """The stage's rows by pandas and numpy in one process: what a script would do that knows no Spark."""
-    known = (
-        DeltaTable(items).to_pandas(columns=["item_id"])["item_id"].sort_values(ignore_index=True)
+def by_numpy(
+    log: Path,
+    items: Path,
+    vectors: Path,
+    out: Path,
+) -> None:
+    """The stage's rows by pandas and numpy in one process, as a script without Spark makes them."""
+    item_ids = DeltaTable(items).to_pandas(columns=["item_id"])["item_id"].sort_values()
+    rows = read_events(log, item_ids)
+    rows["user"], users = pd.factorize(rows["user_id"], sort=True)
+    pairs = weighted_pairs(rows)
+    history = pairs[pairs.groupby("user").cumcount() < LAST_N]
+    seen = rows[["user", "item"]].drop_duplicates().sort_values(["user", "item"])
+    ids = pa.array(item_ids, pa.string())
+    means = mean_vectors(history, np.load(vectors, mmap_mode="r"))
+    by_user = pairs.groupby("user")
+    table = pa.table(
+        {
+            "user_id": pa.array(users, pa.string()),
+            "representation": pa.array(["title"] * len(users)),
+            "history": history_array(history, ids),
+            "seen": pa.ListArray.from_arrays(offsets(seen), ids.take(pa.array(seen["item"]))),
+            "embedding": vector_array(means),
+            "events": pa.array(by_user["events"].sum().to_numpy()),
+            "last_event_at": pa.array(by_user["at"].max()),
+        }
     )
+    write_deltalake(out, table, mode="overwrite")
+
+
+def read_events(log: Path, item_ids: pd.Series) -> pd.DataFrame:
+    """The events of users who are no bots on items of the catalogue, with `item`, its position."""
     columns = ["user_id", "item_id", "event_type", "event_time", "event_date", "event_id"]
     rows = DeltaTable(log).to_pandas(columns=columns)
     daily = rows.groupby(["user_id", "event_date"]).size()
-    bots = daily[daily > 500].index.get_level_values("user_id").unique()
-    rows = rows[~rows["user_id"].isin(bots)]
-    rows["item"] = pd.Index(known).get_indexer(rows["item_id"])
-    rows = rows[rows["item"] >= 0]
-    rows["user"], users = pd.factorize(rows["user_id"], sort=True)
-    rows["weight"] = rows["event_type"].map(WEIGHTS)
-    seen = rows[["user", "item"]].drop_duplicates().sort_values(["user", "item"])
+    bots = daily[daily > SETTINGS.bot_events_per_day].index.get_level_values("user_id")
+    rows = rows[~rows["user_id"].isin(bots.unique())]
+    rows["item"] = pd.Index(item_ids).get_indexer(rows["item_id"])
+    return rows[rows["item"] >= 0]
+
+
+def weighted_pairs(rows: pd.DataFrame) -> pd.DataFrame:
+    """user, item, weight, at and events of each user and item, each user's latest item first."""
+    rows = rows.assign(weight=rows["event_type"].map(WEIGHTS))
     rows = rows[rows["weight"].notna()].sort_values(["user", "item", "event_time", "event_id"])
     last = rows.groupby("user")["event_time"].transform("max")
     age = (last - rows["event_time"]).dt.total_seconds() / 86_400
     rows["weight"] *= 2.0 ** (-age / HALF_LIFE)
-    each = (
-        rows.groupby(["user", "item"], sort=True)
-        .agg(weight=("weight", "sum"), at=("event_time", "max"), events=("weight", "size"))
-        .reset_index()
-        .sort_values(["user", "at", "item"], ascending=[True, False, True])
+    pairs = rows.groupby(["user", "item"], sort=True).agg(
+        weight=("weight", "sum"), at=("event_time", "max"), events=("weight", "size")
     )
-    kept = each[each.groupby("user").cumcount() < LAST]
-    sizes = kept.groupby("user").size().to_numpy()
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    matrix = np.load(vectors, mmap_mode="r")
-    weight, item = kept["weight"].to_numpy(), kept["item"].to_numpy()
-    made = np.empty((len(sizes), DIMENSION), np.float32)
-    for user in range(len(sizes)):
-        part = slice(starts[user], starts[user + 1])
-        total = weight[part] @ matrix[item[part]].astype(np.float64)
-        made[user] = total / np.linalg.norm(total)
-    ids, offsets = pa.array(known, pa.string()), pa.array(starts.astype(np.int32))
-    history = pa.StructArray.from_arrays(
-        [ids.take(pa.array(item)), pa.array(weight)], names=["item_id", "weight"]
-    )
-    met = seen.groupby("user").size().to_numpy()
-    ends = pa.array(np.concatenate([[0], np.cumsum(met)]).astype(np.int32))
-    there = pa.table(
-        {
-            "user_id": pa.array(users, pa.string()),
-            "representation": pa.array(["title"] * len(users)),
-            "history": pa.ListArray.from_arrays(offsets, history),
-            "seen": pa.ListArray.from_arrays(ends, ids.take(pa.array(seen["item"].to_numpy()))),
-            "embedding": pa.ListArray.from_arrays(
-                pa.array(np.arange(len(made) + 1, dtype=np.int32) * DIMENSION),
-                pa.array(made.ravel()),
-            ),
-            "events": pa.array(each.groupby("user")["events"].sum().to_numpy()),
-            "last_event_at": pa.array(each.groupby("user")["at"].max()),
-        }
-    )
-    write_deltalake(out, there, mode="overwrite")
+    latest_first = [True, False, True]
+    return pairs.reset_index().sort_values(["user", "at", "item"], ascending=latest_first)
+
+
+def mean_vectors(history: pd.DataFrame, vectors: np.ndarray) -> np.ndarray:
+    """float32 (users, dimension), unit vectors."""
+    starts = offsets(history).to_numpy()
+    weights = history["weight"].to_numpy()
+    items = history["item"].to_numpy()
+    means = np.empty((len(starts) - 1, DIMENSION), np.float32)
+    for user, (start, end) in enumerate(pairwise(starts)):
+        total = weights[start:end] @ vectors[items[start:end]].astype(np.float64)
+        means[user] = total / np.linalg.norm(total)
+    return means
+
+
+def history_array(history: pd.DataFrame, ids: pa.Array) -> pa.ListArray:
+    columns = [ids.take(pa.array(history["item"])), pa.array(history["weight"])]
+    weighted = pa.StructArray.from_arrays(columns, names=["item_id", "weight"])
+    return pa.ListArray.from_arrays(offsets(history), weighted)
+
+
+def vector_array(vectors: np.ndarray) -> pa.ListArray:
+    starts = np.arange(len(vectors) + 1, dtype=np.int32) * DIMENSION
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(vectors.ravel()))
+
+
+def offsets(rows: pd.DataFrame) -> pa.Array:
+    """Where each user's rows start, and the end."""
+    ends = np.cumsum(rows.groupby("user").size().to_numpy())
+    return pa.array(np.concatenate([[0], ends]).astype(np.int32))
 
 
 class Shop:
-    """Tables of so many users, and the three sides on them."""
+    """Tables of so many users, and the three sides that make profiles of them."""
 
-    def __init__(self, folder: Path, users: int, matrix: np.ndarray, pipeline: Pipeline):
-        self.folder, self.pipeline, self.spark = folder, pipeline, pipeline.spark
-        tables, ids = pipeline.tables, np.char.mod("i%06d", np.arange(ITEMS))
-        pq = folder / "events.parquet"
-        events(users).to_parquet(pq, index=False, coerce_timestamps="us")
-        columns = schemas.INTERACTIONS.schema.fieldNames()
-        tables.append(schemas.INTERACTIONS, self.spark.read.parquet(str(pq)).select(*columns))
-        pq.unlink()
-        names = schemas.ITEMS.schema
-        bare = {field.name: None for field in names}
-        stamp = datetime(2026, 1, 1)
-        catalogue = [
-            tuple(
-                (
-                    bare | {"item_id": str(i), "title": "t", "available": True, "updated_at": stamp}
-                ).values()
-            )
-            for i in ids
-        ]
-        tables.append(schemas.ITEMS, self.spark.createDataFrame(catalogue, names))
+    def __init__(
+        self,
+        folder: Path,
+        users: int,
+        vectors: np.ndarray,
+        pipeline: Pipeline,
+    ):
+        self.folder = folder
+        self.spark = pipeline.spark
+        self.tables = pipeline.tables
+        self.log = self.tables.name_of(schemas.INTERACTIONS)
+        self.items = self.tables.name_of(schemas.ITEMS)
+        ids = np.char.mod("i%06d", np.arange(ITEMS))
+        self._write_log(users)
+        self._write_items(ids)
         self.index = folder / "index" / "only"
-        Searcher.build(self.index, "only", ids.tolist(), matrix, [""] * ITEMS, 2**62)
-        vectors = pa.table({"item_id": pa.array(ids), "embedding": pa.array(list(matrix))})
-        write_deltalake(folder / "vectors", vectors)
-        self.log, self.items = tables.name_of(schemas.INTERACTIONS), tables.name_of(schemas.ITEMS)
-
-    def ours(self) -> None:
-        tables = self.pipeline.tables
-        rows = profiles.histories(
-            tables.read(schemas.INTERACTIONS), tables.read(schemas.ITEMS), SETTINGS
+        Searcher.build(
+            self.index,
+            "only",
+            ids.tolist(),
+            vectors,
+            [""] * ITEMS,
+            2**62,
         )
-        opens = ship(self.spark, self.index, 1.0, Searcher.open)
-        tables.replace(schemas.PROFILES, profiles.with_embedding(rows, "title", opens))
+        embeddings = pa.table({"item_id": pa.array(ids), "embedding": pa.array(list(vectors))})
+        write_deltalake(folder / "vectors", embeddings)
 
-    def numpy(self) -> None:
-        command = [
-            sys.executable,
-            __file__,
-            "--numpy",
-            self.log,
-            self.items,
-            str(self.index / "vectors.npy"),
-            str(self.folder / "by_numpy"),
-        ]
-        subprocess.run(command, check=True)
+    def _write_log(self, users: int) -> None:
+        parquet = self.folder / "events.parquet"
+        events(users).to_parquet(parquet, index=False, coerce_timestamps="us")
+        columns = schemas.INTERACTIONS.schema.fieldNames()
+        rows = self.spark.read.parquet(str(parquet)).select(*columns)
+        self.tables.append(schemas.INTERACTIONS, rows)
+        parquet.unlink()
 
-    def vector_sum(self) -> None:
-        tables = self.pipeline.tables
-        rows = profiles.histories(
-            tables.read(schemas.INTERACTIONS), tables.read(schemas.ITEMS), SETTINGS
+    def _write_items(self, ids: np.ndarray) -> None:
+        schema = schemas.ITEMS.schema
+        row = dict.fromkeys(schema.fieldNames())
+        row |= {"title": "t", "available": True, "updated_at": datetime(2026, 1, 1)}
+        rows = [tuple((row | {"item_id": item}).values()) for item in ids.tolist()]
+        self.tables.append(schemas.ITEMS, self.spark.createDataFrame(rows, schema))
+
+    def histories(self) -> DataFrame:
+        log = self.tables.read(schemas.INTERACTIONS)
+        return profiles.histories(log, self.tables.read(schemas.ITEMS), SETTINGS)
+
+    def run_stage(self) -> None:
+        opens = ship(
+            self.spark,
+            self.index,
+            1.0,
+            Searcher.open,
         )
-        rows.createOrReplaceTempView("h")
-        self.spark.read.format("delta").load(str(self.folder / "vectors")).createOrReplaceTempView(
-            "v"
+        rows = profiles.with_embedding(self.histories(), "title", opens)
+        self.tables.replace(schemas.PROFILES, rows)
+
+    def run_numpy(self) -> None:
+        vectors = self.index / "vectors.npy"
+        paths = (self.log, self.items, str(vectors), str(self.folder / "by_numpy"))
+        subprocess.run([sys.executable, __file__, "--numpy", *paths], check=True)
+
+    def run_vector_sum(self) -> None:
+        self.histories().createOrReplaceTempView("h")
+        vectors = self.spark.read.format("delta").load(str(self.folder / "vectors"))
+        vectors.createOrReplaceTempView("v")
+        rows = self.spark.sql("""
+            select h.user_id, h.history, h.seen, h.events, h.last_event_at, s.embedding
+            from h join (
+              select
+                user_id,
+                vector_normalize(
+                  vector_sum(transform(embedding, x -> cast(x * weight as float))), 2.0f
+                ) embedding
+              from (select user_id, inline(history) from h) join v using (item_id)
+              group by user_id
+            ) s using (user_id)
+        """)
+        rows.write.format("delta").mode("overwrite").save(str(self.folder / "by_sql"))
+
+    def check_equal(self) -> None:
+        """The stage's and numpy's rows are the same, vectors to the sixth digit."""
+        paths = (self.tables.name_of(schemas.PROFILES), str(self.folder / "by_numpy"))
+        by_stage, by_numpy = (
+            DeltaTable(path).to_pyarrow_table().sort_by("user_id") for path in paths
         )
-        self.spark.sql("""
-            select h.user_id, h.history, h.seen, h.events, h.last_event_at, s.embedding from h join (
-              select user_id,
-                vector_normalize(vector_sum(transform(embedding, x -> cast(x * weight as float))), 2.0f) embedding
-              from (select user_id, inline(history) from h) join v using (item_id) group by user_id) s using (user_id)
-        """).write.format("delta").mode("overwrite").save(str(self.folder / "by_sql"))
-
-    def agree(self) -> None:
-        """Ours and numpy's rows are the same, vectors to the sixth digit."""
-        ours = (
-            DeltaTable(self.pipeline.tables.name_of(schemas.PROFILES))
-            .to_pyarrow_table()
-            .sort_by("user_id")
-        )
-        theirs = DeltaTable(str(self.folder / "by_numpy")).to_pyarrow_table().sort_by("user_id")
-        assert ours["user_id"].to_pylist() == theirs["user_id"].to_pylist()
-        assert pc.all(pc.equal(ours["events"], theirs["events"])).as_py()
-        for name in ("history", "seen"):
-            flat = [pc.list_flatten(table[name].combine_chunks()) for table in (ours, theirs)]
-            flat = [each.field("item_id") if name == "history" else each for each in flat]
-            assert flat[0].equals(flat[1]), name
-        vectors = [
-            np.asarray(pc.list_flatten(table["embedding"].combine_chunks()))
-            for table in (ours, theirs)
-        ]
-        np.testing.assert_allclose(*vectors, atol=1e-6)
+        for name in ("user_id", "events"):
+            assert by_stage[name].to_pylist() == by_numpy[name].to_pylist(), name
+        assert flat(by_stage, "seen").equals(flat(by_numpy, "seen"))
+        stage_history = flat(by_stage, "history").field("item_id")
+        assert stage_history.equals(flat(by_numpy, "history").field("item_id"))
+        embeddings = np.asarray(flat(by_stage, "embedding"))
+        np.testing.assert_allclose(embeddings, np.asarray(flat(by_numpy, "embedding")), atol=1e-6)
 
 
-SETTINGS = profiles.ProfileSettings(event_weights=WEIGHTS, half_life_days=HALF_LIFE, last_n=LAST)
+def flat(table: pa.Table, name: str) -> pa.Array:
+    return pc.list_flatten(table[name].combine_chunks())
 
 
 def timed(work: Callable[[], None], times: int = 1) -> float:
+    """Median seconds."""
     seconds = []
     for _ in range(times):
         started = time.monotonic()
@@ -219,74 +270,98 @@ def timed(work: Callable[[], None], times: int = 1) -> float:
     return median(seconds)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--users", type=int, default=200_000)
-    options.add_argument("--numpy", nargs=4, metavar="PATH", help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.numpy:
-        by_numpy(*map(Path, given.numpy))
-        return
-    console, small = Console(width=100), min(SMALL, given.users)
-    quiet()
-    matrix = np.random.default_rng(1).normal(size=(ITEMS, DIMENSION)).astype(np.float32)
-    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
-    found: dict[str, dict[int, float]] = {"this stage": {}, "numpy": {}, "vector_sum": {}}
-    with tempfile.TemporaryDirectory() as temporary:
-        spark = session(load([], []).spark)
-        spark.sparkContext.setLogLevel("FATAL")
-        reporter = Reporter(
-            stage=lambda *_: None, info=console.print, progress=lambda *_: nullcontext()
-        )
-        for users in (small, given.users):
+def measure(shop: Shop, small: bool) -> dict[str, float]:
+    """Seconds of each side; vector_sum only in the small shop."""
+    times = 3 if small else 1
+    if small:
+        shop.run_stage()
+        shop.run_numpy()
+    seconds = {STAGE: timed(shop.run_stage, times), NUMPY: timed(shop.run_numpy, times)}
+    if small:
+        seconds[VECTOR_SUM] = timed(shop.run_vector_sum)
+    shop.check_equal()
+    return seconds
+
+
+@contextmanager
+def spark_session() -> Iterator[SparkSession]:
+    spark = session(load([], []).spark)
+    spark.sparkContext.setLogLevel("FATAL")
+    yield spark
+    spark.stop()
+
+
+def measure_sizes(sizes: list[int], console: Console) -> dict[int, dict[str, float]]:
+    """Seconds by number of users and side."""
+    vectors = np.random.default_rng(1).normal(size=(ITEMS, DIMENSION)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    reporter = Reporter(
+        stage=lambda *_: None, info=console.print, progress=lambda *_: nullcontext()
+    )
+    measured = {}
+    with tempfile.TemporaryDirectory() as temporary, spark_session() as spark:
+        for users in sizes:
             folder = Path(temporary) / str(users)
             folder.mkdir()
+            config = load([], [f"tables={folder / 'tables'}"])
             shop = Shop(
                 folder,
                 users,
-                matrix,
-                Pipeline(spark, load([], [f"tables={folder / 'tables'}"]), reporter),
+                vectors,
+                Pipeline(spark, config, reporter),
             )
-            times = 3 if users == small else 1
-            if users == small:
-                shop.ours()
-                shop.numpy()
-            sides = {"this stage": shop.ours, "numpy": shop.numpy}
-            for name, side in (
-                sides | ({"vector_sum": shop.vector_sum} if users == small else {})
-            ).items():
-                found[name][users] = timed(side, 1 if name == "vector_sum" else times)
-                console.print(f"{name}, {users:,} users: {found[name][users]:.1f} s", style="dim")
-            shop.agree()
-        spark.stop()
-    table = Table(
-        title=f"Profiles of {EVENTS} events each, {DIMENSION} dimensions", title_justify="left"
-    )
-    for name in ("side", *(f"{users:,} users" for users in (small, given.users)), "users/s"):
-        table.add_column(name, justify="left" if name == "side" else "right")
-    for name, seconds in found.items():
+            measured[users] = measure(shop, small=users == sizes[0])
+            for side, seconds in measured[users].items():
+                console.print(f"{side}, {users:,} users: {seconds:.1f} s", style="dim")
+    return measured
+
+
+def print_table(measured: dict[int, dict[str, float]], console: Console) -> None:
+    title = f"Profiles of {EVENTS} events each, {DIMENSION} dimensions"
+    table = Table(title=title, title_justify="left")
+    table.add_column("side")
+    for users in measured:
+        table.add_column(f"{users:,} users", justify="right")
+    table.add_column("users/s", justify="right")
+    for side in (STAGE, NUMPY, VECTOR_SUM):
+        seconds = {users: sides[side] for users, sides in measured.items() if side in sides}
+        cells = [f"{seconds[users]:.1f} s" if users in seconds else "-" for users in measured]
         largest = max(seconds)
-        cells = (
-            f"{seconds[users]:.1f} s" if users in seconds else "-" for users in (small, given.users)
-        )
-        table.add_row(name, *cells, f"{largest / seconds[largest]:,.0f}")
+        table.add_row(side, *cells, f"{largest / seconds[largest]:,.0f}")
     console.print(table)
-    ours = found["this stage"]
-    slope = (
-        math.log(ours[given.users] / ours[small]) / math.log(given.users / small)
-        if given.users > small
-        else None
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--users", type=int, default=200_000)
+    options.add_argument(
+        "--numpy",
+        nargs=4,
+        metavar="PATH",
+        help=argparse.SUPPRESS,
     )
-    print(
-        json.dumps(
-            {
-                "vs_numpy": round(ours[given.users] / found["numpy"][given.users], 2),
-                "vs_vector_sum": round(found["vector_sum"][small] / ours[small], 2),
-                "slope": slope and round(slope, 2),
-                "users_per_s": round(given.users / ours[given.users]),
-            }
-        )
-    )
+    arguments = options.parse_args()
+    if arguments.numpy:
+        by_numpy(*map(Path, arguments.numpy))
+        return
+    quiet()
+    console = Console(width=100)
+    large = arguments.users
+    small = min(SMALL, large)
+    measured = measure_sizes(sorted({small, large}), console)
+    print_table(measured, console)
+    stage_seconds = measured[large][STAGE]
+    slope = None
+    if large > small:
+        growth = math.log(stage_seconds / measured[small][STAGE])
+        slope = round(growth / math.log(large / small), 2)
+    figures = {
+        "vs_numpy": round(stage_seconds / measured[large][NUMPY], 2),
+        "vs_vector_sum": round(measured[small][VECTOR_SUM] / measured[small][STAGE], 2),
+        "slope": slope,
+        "users_per_s": round(large / stage_seconds),
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -265,14 +265,14 @@ class Shop:
 
     def calibrate(self, searcher: Searcher) -> Calibration:
         return recommend.calibrate(
-            searcher, self.sample, recommend.without(searcher, []), K, PROMISE
+            searcher, self.sample, recommend.all_items_except(searcher, []), K, PROMISE
         )
 
     def profiles(self, users: int | None = None) -> DataFrame:
         rows = self.pipeline.tables.read(schemas.PROFILES)
         return rows if users is None else rows.where(F.col("user_id") < f"u{users:07d}")
 
-    def max_similarity(self) -> tuple[recommend.Matching, float]:
+    def max_similarity(self) -> tuple[recommend.ProfileScoring, float]:
         """By every item's neighbours, and the seconds that searching them takes."""
         started, effort = time.monotonic(), self.measured.effort or Effort(1, K)
         spark, most = self.pipeline.spark, self.pipeline.config.index.broadcast_gb
@@ -282,14 +282,14 @@ class Shop:
         )
         made = neighbors_file.build(spark, opens(), opens, deep, self.folder / "neighbours")
         seconds = time.monotonic() - started
-        return recommend.Matching(
-            "max_similarity", neighbors=ship(spark, made, most, Neighbors.open)
+        return recommend.ProfileScoring(
+            "max_similarity", open_neighbors=ship(spark, made, most, Neighbors.open)
         ), seconds
 
     def time_pass(
         self,
-        why: bool,
-        matching: recommend.Matching = recommend.CONTENT,
+        explain: bool,
+        matching: recommend.ProfileScoring = recommend.CONTENT,
         users: int | None = None,
         offer: ListRules | None = None,
     ) -> float:
@@ -298,13 +298,13 @@ class Shop:
         offer = offer or self.offer()
         opens = self.ship(self.index)
         lists = recommend.recommend(
-            self.profiles(users), opens, offer, K, self.measured.effort, matching, why
+            self.profiles(users), opens, offer, K, self.measured.effort, matching, explain
         )
         stamped = lists.select(
             "*",
             F.lit(schemas.DEFAULT_LIST).alias("list"),
             F.lit("run").alias("run_id"),
-            F.current_timestamp().alias("generated_at")
+            F.current_timestamp().alias("generated_at"),
         )
         self.pipeline.tables.replace(schemas.RECOMMENDATIONS, stamped)
         return time.monotonic() - started
@@ -326,10 +326,10 @@ class Shop:
         lists = recommend.recommend(
             self.profiles(),
             self.ship(folder),
-            recommend.without(searcher, []),
+            recommend.all_items_except(searcher, []),
             K,
             self.calibrate(searcher).effort,
-            why=False,
+            explain=False,
         )
         before = self.pipeline.tables.read(schemas.RECOMMENDATIONS)
         before = before.select("user_id", F.col("items").alias("before"))
@@ -573,7 +573,7 @@ class Results:
 def measure_pass(shop: Shop, results: Results) -> dict[str, float]:
     """Speed, memory and recall of the pass."""
     with peaks() as peak:
-        rate = shop.users / shop.time_pass(why=False)
+        rate = shop.users / shop.time_pass(explain=False)
     memory = f"driver and JVM {peak['driver_gb']:.1f} GB, worker {peak['worker_gb']:.1f} GB"
     recall = shop.recall()
     results.add("this stage", shop.items, shop.users, rate, recall, memory)
@@ -592,7 +592,7 @@ def compare_raw(shop: Shop, results: Results) -> dict[str, float]:
     memory = []
     for _ in range(ROUNDS):  # in turn, so that a busy minute of the machine slows all of them
         raw_s, raw_gb = run_raw()
-        rounds.append((raw_s, shop.time_pass(why=False), shop.time_pass(why=True)))
+        rounds.append((raw_s, shop.time_pass(explain=False), shop.time_pass(explain=True)))
         memory.append(raw_gb)
         results.say(
             f"raw {raw_s:.1f} s, this stage {rounds[-1][1]:.1f} s, with why {rounds[-1][2]:.1f} s"
@@ -637,7 +637,7 @@ def measure_rules(shop: Shop, plain_s: float, results: Results) -> dict[str, flo
 
 def measure_churn(shop: Shop, results: Results) -> dict[str, float]:
     """Lists that change though nothing about their users did; see `Shop.churn`."""
-    shop.time_pass(why=False)
+    shop.time_pass(explain=False)
     figures = {}
     for key, side, rebuild_threshold in (
         ("churn", "changed lists, index on the earlier one", REBUILD_SHARE),
@@ -708,7 +708,7 @@ def measure(
         pipeline = Pipeline(spark, load([], [f"tables={shop_folder / 'tables'}"]), reporter)
         shop = Shop(shop_folder, items, users, pipeline, results.say)
         if items == sizes[0]:
-            shop.time_pass(why=True)  # Spark's first query takes seconds more
+            shop.time_pass(explain=True)  # Spark's first query takes seconds more
         measured = measure_pass(shop, results)
         rates[items] = measured["users_per_s"]
         if items == sizes[1]:

@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/scientific.py [FOLDER]
 
-FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv of captions made
-from the photos by another model. Every user is judged on the last item, against all items, with the history masked.
-`tune` chooses profiles and blend by the items before the last ones. Then three tables: all items, the arms that need no
-caption; the same with the settings that were chosen; and the items that have a caption.
+FOLDER holds Scientific.{train,valid,test}.inter, Scientific.text, Scientific.item2index and a csv
+of captions that another model made from the photos. Every user is tested on the last item, against
+all items, with the history masked. `tune` chooses profiles and blend by the items before the last
+ones. It prints three tables. The first has all items, with the arms that need no caption. The
+second has the same with the tuned settings. The third has the items with a caption.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -30,10 +32,40 @@ from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.storage import schemas
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "scientific"
+PLAIN = (
+    "profiles.event_weights={interaction: 1.0}",
+    "profiles.half_life_days=null",
+    "profiles.last_n=100000",
+    "representation=title",
+    "evaluate.splits=[leave_one_out]",
+)
+BASELINES = (
+    "evaluate.arms=[random, popularity, cooccurrence, als, title, title/recency_position, "
+    "title/max_similarity, title/multi_taste, blend]"
+)
+CAPTIONED = "evaluate.arms=[random, popularity, title, caption, title_caption]"
+TUNED = ("evaluate.splits=[leave_one_out]", "evaluate.arms=[popularity, content, blend]")
+METRICS = ("recall", "ndcg", "mrr")
+
+
+class Estimate(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+Scores = dict[tuple[str, str], Estimate]
+"""By arm and metric."""
+
+
+class Results(NamedTuple):
+    everything: Scores
+    tuned: Scores
+    captioned: Scores
 
 
 def convert(folder: Path, out: Path) -> None:
-    """Write items.csv and events.csv; the data has an order but no times, so an event's place becomes its hour."""
+    """Write items.csv and events.csv. The data has an order but no times: event n gets hour n."""
     with (folder / "Scientific.item2index").open() as lines:
         asin = {index: item for item, index in (line.split() for line in lines)}
     with (
@@ -54,117 +86,103 @@ def convert(folder: Path, out: Path) -> None:
         next(lines)
         for line in lines:
             user, history, last = line.rstrip("\n").split("\t")
-            for place, item in enumerate([*history.split(), last]):
-                at = start + timedelta(hours=place)
-                writer.writerow([user, asin[item], "interaction", at.isoformat()])
+            for hour, item in enumerate([*history.split(), last]):
+                time = start + timedelta(hours=hour)
+                writer.writerow([user, asin[item], "interaction", time.isoformat()])
 
 
-def evaluated(pipeline: Pipeline) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Value and interval of (arm, metric) over all users."""
+def evaluated(pipeline: Pipeline) -> Scores:
+    """The scores over all users at k = 10."""
     pipeline.run(["evaluate"])
     rows = pipeline.tables.read(schemas.METRICS)
     lists = (rows["split"] == "leave_one_out") & (rows["slice"] == "all") & (rows["k"] == 10)
-    rows = rows.where((rows["run_id"] == pipeline.run_id) & lists).collect()
-    return {(row["arm"], row["metric"]): (row["value"], row["low"], row["high"]) for row in rows}
+    of_run = rows.where((rows["run_id"] == pipeline.run_id) & lists)
+    return {
+        (row["arm"], row["metric"]): Estimate(row["value"], row["low"], row["high"])
+        for row in of_run.collect()
+    }
 
 
-def show(
-    title: str, found: dict[tuple[str, str], tuple[float, float, float]], console: Console
-) -> None:
+def show(title: str, scores: Scores, console: Console) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
-    metrics = ("recall", "ndcg", "mrr")
-    for metric in metrics:
+    for metric in METRICS:
         table.add_column(f"{metric}@10", justify="right", no_wrap=True)
-    for arm in dict.fromkeys(arm for arm, _ in found):
-        table.add_row(
-            arm, *("{:.4f} [{:.4f}, {:.4f}]".format(*found[arm, metric]) for metric in metrics)
-        )
+    for arm in dict.fromkeys(arm for arm, _ in scores):
+        cells = ["{:.4f} [{:.4f}, {:.4f}]".format(*scores[arm, metric]) for metric in METRICS]
+        table.add_row(arm, *cells)
     console.print(table)
+
+
+def run(folder: Path, out: Path, console: Console) -> Results:
+    """Convert, ingest, import captions, tune and evaluate; files go to `out`."""
+    convert(folder, out)
+    paths = [
+        f"tables={out / 'tables'}",
+        f"ingest.items.path=['{out / 'items.csv'}']",
+        f"ingest.interactions.path=['{out / 'events.csv'}']",
+    ]
+    config = load([], [*paths, *PLAIN, BASELINES])
+    spark = session(config.spark)
+    spark.sparkContext.setLogLevel("FATAL")
+    reporter = Reporter(
+        stage=lambda run_id, stage: None,
+        info=partial(console.print, style="dim"),
+        progress=lambda *_: nullcontext(),
+    )
+    pipeline = Pipeline(spark, config, reporter)
+    pipeline.run(["ingest"])
+    captions = (str(folder / "qwen25vl3b_captions.csv"),)
+    columns = {"item_id": "asin", "text": "description"}
+    pipeline.import_captions(Source(path=captions, columns=columns))
+    pipeline.run(["embed"])
+    tuned_file = out / "tuned.yaml"
+    tuned = pipeline.tune(["title"], "ndcg")
+    tune_table.write(tuned, tuned_file)
+    tune_table.show(tuned, console)
+    results = Results(
+        evaluated(pipeline),
+        evaluated(Pipeline(spark, load([tuned_file], [*paths, *TUNED]), reporter)),
+        evaluated(Pipeline(spark, load([], [*paths, *PLAIN, CAPTIONED]), reporter)),
+    )
+    print("".join(line for line in tuned_file.open() if not line.startswith("#")))
+    spark.stop()
+    return results
+
+
+def summary(results: Results) -> dict[str, float]:
+    """The figures to compare between versions, as one flat record."""
+    lines = [
+        (f"{arm}_mean_recall@10", results.everything[arm, "recall"]) for arm in ("random", "title")
+    ]
+    lines += [
+        (f"{arm}_recall@10", results.everything[arm, "recall"])
+        for arm in ("popularity", "cooccurrence", "als")
+    ]
+    lines += [
+        (f"captioned_items_{arm}_recall@10", results.captioned[arm, "recall"])
+        for arm in ("popularity", "title", "caption", "title_caption")
+    ]
+    lines += [
+        (f"{arm}_{metric}@10", results.tuned[arm, metric])
+        for arm in ("content", "blend")
+        for metric in ("recall", "ndcg")
+    ]
+    return {name: round(estimate.value, 4) for name, estimate in lines}
 
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
     if not folder.is_dir():
-        sys.exit(
-            f"{folder} isn't there. Name the folder of the data: benchmarks/scientific.py FOLDER"
-        )
+        sys.exit(f"{folder} doesn't exist. Name the data folder: benchmarks/scientific.py FOLDER")
     console = Console(width=110)
     quiet()
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(temporary)
-        convert(folder, out)
-        places = [
-            f"tables={out / 'tables'}",
-            f"ingest.items.path=['{out / 'items.csv'}']",
-            f"ingest.interactions.path=['{out / 'events.csv'}']",
-        ]
-        plain = [
-            "profiles.event_weights={interaction: 1.0}",
-            "profiles.half_life_days=null",
-            "profiles.last_n=100000",
-            "representation=title",
-            "evaluate.splits=[leave_one_out]",
-        ]
-        shapes = "title, title/recency_position, title/max_similarity, title/multi_taste"
-        config = load(
-            [],
-            [
-                *places,
-                *plain,
-                f"evaluate.arms=[random, popularity, cooccurrence, als, {shapes}, blend]",
-            ],
-        )
-        spark = session(config.spark)
-        spark.sparkContext.setLogLevel("FATAL")
-        say = partial(console.print, style="dim")
-        reporter = Reporter(
-            stage=lambda run_id, stage: None, info=say, progress=lambda *_: nullcontext()
-        )
-        pipeline = Pipeline(spark, config, reporter)
-        pipeline.run(["ingest"])
-        texts = str(folder / "qwen25vl3b_captions.csv")
-        pipeline.import_captions(
-            Source(path=(texts,), columns={"item_id": "asin", "text": "description"})
-        )
-        pipeline.run(["embed"])
-        settings = out / "tuned.yaml"
-        found = pipeline.tune(["title"], "ndcg")
-        tune_table.write(found, settings)
-        tune_table.show(found, console)
-        everything = evaluated(pipeline)
-        arms = "evaluate.arms=[popularity, content, blend]"
-        chosen = evaluated(
-            Pipeline(
-                spark,
-                load([settings], [*places, "evaluate.splits=[leave_one_out]", arms]),
-                reporter,
-            )
-        )
-        arms = "evaluate.arms=[random, popularity, title, caption, title_caption]"
-        captioned = evaluated(Pipeline(spark, load([], [*places, *plain, arms]), reporter))
-        print("".join(line for line in settings.open() if not line.startswith("#")))
-        spark.stop()
-    show("All items", everything, console)
-    show("All items, settings chosen on validation items", chosen, console)
-    show("Items with a caption", captioned, console)
-    result = {
-        f"{arm}_mean_recall@10": round(everything[arm, "recall"][0], 4)
-        for arm in ("random", "title")
-    }
-    result |= {
-        f"{arm}_recall@10": round(everything[arm, "recall"][0], 4)
-        for arm in ("popularity", "cooccurrence", "als")
-    }
-    result |= {
-        f"captioned_items_{arm}_recall@10": round(captioned[arm, "recall"][0], 4)
-        for arm in ("popularity", "title", "caption", "title_caption")
-    }
-    for arm in ("content", "blend"):
-        result |= {
-            f"{arm}_{metric}@10": round(chosen[arm, metric][0], 4) for metric in ("recall", "ndcg")
-        }
-    print(json.dumps(result))
+        results = run(folder, Path(temporary), console)
+    show("All items", results.everything, console)
+    show("All items, settings tuned on validation items", results.tuned, console)
+    show("Items with a caption", results.captioned, console)
+    print(json.dumps(summary(results)))
 
 
 if __name__ == "__main__":

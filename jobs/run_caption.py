@@ -1,4 +1,4 @@
-"""spark-submit entry point: photos into captions."""
+"""spark-submit entry point: photos to captions."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""spark-submit entry point: texts into vectors."""
+"""spark-submit entry point: texts to vectors."""
 
 import sys
 

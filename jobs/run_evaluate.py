@@ -1,4 +1,4 @@
-"""spark-submit entry point: held-out events into metrics."""
+"""spark-submit entry point: held-out events to metrics."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""spark-submit entry point: vectors into an index."""
+"""spark-submit entry point: vectors to an index."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""spark-submit entry point: catalogue and log into tables."""
+"""spark-submit entry point: catalogue, photos and log to tables."""
 
 import sys
 

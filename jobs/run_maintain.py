@@ -1,4 +1,4 @@
-"""spark-submit entry point: small files joined, old ones deleted, old index versions gone."""
+"""spark-submit entry point: join small files, delete old ones and old index versions."""
 
 import sys
 

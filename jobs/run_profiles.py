@@ -1,4 +1,4 @@
-"""spark-submit entry point: events into user profiles."""
+"""spark-submit entry point: events to user profiles."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""spark-submit entry point: recommendations into what consumers read."""
+"""spark-submit entry point: recommendations to the tables that consumers read."""
 
 import sys
 

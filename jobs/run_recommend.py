@@ -1,4 +1,4 @@
-"""spark-submit entry point: profiles into everybody's top-k recommendations."""
+"""spark-submit entry point: profiles to top-k recommendations."""
 
 import sys
 

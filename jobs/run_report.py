@@ -1,4 +1,4 @@
-"""spark-submit entry point: the tables into an HTML page."""
+"""spark-submit entry point: tables to an HTML report."""
 
 import sys
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner
-from vlm4rec_spark.models.captioning.captioner import Request, answers
+from vlm4rec_spark.models.captioning.captioner import Request, caption_all
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.pipeline import caption_audit
@@ -54,7 +54,23 @@ def store(run: Pipeline) -> None:
     now, items, photos = datetime(2025, 1, 1), [], []
     for n in range(ITEMS):
         look = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
-        items.append((f"i{n:02d}", f"Item {n}", None, None, None, None, 1.0, None, None, look, True, None, now))
+        items.append(
+            (
+                f"i{n:02d}",
+                f"Item {n}",
+                None,
+                None,
+                None,
+                None,
+                1.0,
+                None,
+                None,
+                look,
+                True,
+                None,
+                now,
+            )
+        )
         image = png(photo(n))
         photos.append(
             (f"i{n:02d}", 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)
@@ -73,7 +89,7 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
         Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
         for row in wanted
     ]
-    texts = answers(FakeCaptioner(model, 16), requests)
+    texts = caption_all(FakeCaptioner(model, 16), requests)
     rows = [
         (
             row["caption_key"],

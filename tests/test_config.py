@@ -201,18 +201,9 @@ def test_a_wrong_type_or_an_impossible_value_has_file_and_line(
 
 
 @pytest.mark.parametrize("old", _RENAMED)
-def test_an_old_key_is_refused_with_its_new_name(config_file: Path, old: str) -> None:
+def test_an_old_key_is_refused_with_its_new_name(old: str) -> None:
     key, _, value = old.partition(": ")
-    assignment = f"{key}={value or 1}"
-    message = f"{old} is called {_RENAMED[old]} now"
-    assert message in refusal((), assignment)
-    section, _, name = key.rpartition(".")
-    tree = {name: value or 1}
-    for part in reversed(section.split(".") if section else []):
-        tree = {part: tree}
-    config_file.write_text(yaml.safe_dump(tree))
-    assert refusal((config_file,)).startswith(f"{config_file}, line ")
-    assert message in refusal((config_file,))
+    assert f"{old} is called {_RENAMED[old]} now" in refusal((), f"{key}={value or 1}")
 
 
 def test_new_names_are_valid_keys() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +20,15 @@ from vlm4rec_spark.evaluation import (
     arms,
     evaluate,
     guards,
+    metric_rows,
     metrics,
     point_in_time,
     splits,
     tune,
 )
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
+from vlm4rec_spark.evaluation.evaluate import Evaluation, EvaluationTables
+from vlm4rec_spark.evaluation.point_in_time import PointInTime
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
@@ -35,26 +39,40 @@ if TYPE_CHECKING:
 
 CUT = "2025-05-01"
 PAIRS = 30
-IN_USE = ServingConfig("title", ProfileSettings(), ItemItemSettings())
+SERVING = ServingConfig("title", ProfileSettings(), ItemItemSettings())
+Event = tuple[str, str, str]
+"""User, item and time."""
 
 
-def log(spark: SparkSession, events: list[tuple[str, str, str]]) -> DataFrame:
-    rows = [
-        (
-            f"e{n:04d}",
-            user,
-            item,
-            "view",
-            datetime.fromisoformat(at),
-            datetime.fromisoformat(at).date(),
-        )
-        for n, (user, item, at) in enumerate(events)
-    ]
+def log(spark: SparkSession, events: Iterable[Event]) -> DataFrame:
+    rows = []
+    for number, (user, item, at) in enumerate(events):
+        time = datetime.fromisoformat(at)
+        rows.append((f"e{number:04d}", user, item, "view", time, time.date()))
     return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
+
+
+def embeddings(spark: SparkSession, by_name: Mapping[str, Mapping[str, np.ndarray]]) -> DataFrame:
+    """Vectors by representation and item."""
+    rows = [
+        (item, representation, "test", "-", False, vector.tolist())
+        for representation, vectors in by_name.items()
+        for item, vector in vectors.items()
+    ]
+    return spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+
+
+def catalogue(spark: SparkSession, item_ids: Iterable[str]) -> DataFrame:
+    rows = [(item_id, True) for item_id in item_ids]
+    return spark.createDataFrame(rows, "item_id STRING, available BOOLEAN")
 
 
 def pairs(events: DataFrame) -> set[tuple[str, str]]:
     return {(row["user_id"], row["item_id"]) for row in events.collect()}
+
+
+def item_ids(events: DataFrame) -> set[str]:
+    return {item for _, item in pairs(events)}
 
 
 EVENTS = [
@@ -66,50 +84,82 @@ EVENTS = [
     ("ben", "A", "2025-05-01 00:00:01"),
     ("cat", "C", "2025-04-01"),
 ]
+TEN_DAYS = [("ann", f"I{day}", f"2025-01-{day:02d} 12:00:00") for day in range(1, 11)]
 
 
-def test_time_split_hides_everything_from_the_cut_on(spark: SparkSession) -> None:
-    known, hidden = splits.time_split(log(spark, EVENTS), CUT)
-    assert pairs(known) == {("ann", "A"), ("ann", "B"), ("cat", "C")}
-    assert pairs(hidden) == {("ann", "A"), ("ann", "C"), ("ann", "D"), ("ben", "A")}
-    # A isn't new to ann, D is no candidate, ben had no history and cat has nothing to guess.
-    candidates = spark.createDataFrame([(item,) for item in "ABC"], "item_id STRING")
-    relevant = splits.relevant(known, hidden, candidates).collect()
+def test_time_split_puts_everything_from_the_cut_on_into_the_test(spark: SparkSession) -> None:
+    train, test = splits.time_split(log(spark, EVENTS), CUT)
+    assert pairs(train) == {("ann", "A"), ("ann", "B"), ("cat", "C")}
+    assert pairs(test) == {("ann", "A"), ("ann", "C"), ("ann", "D"), ("ben", "A")}
+    # A isn't new to ann, D is no candidate, ben has no train event and cat no test event.
+    candidates = spark.createDataFrame([("A",), ("B",), ("C",)], "item_id STRING")
+    relevant = splits.relevant(train, test, candidates).collect()
     assert [(row["user_id"], row["relevant"]) for row in relevant] == [("ann", ["C"])]
 
 
-def test_leave_one_out_hides_the_last_event(spark: SparkSession) -> None:
-    known, hidden = splits.leave_one_out(log(spark, EVENTS))
-    assert pairs(hidden) == {("ann", "D")}
-    assert pairs(known) == {("ann", "A"), ("ann", "B"), ("ann", "C"), ("ben", "A"), ("cat", "C")}
+def test_leave_one_out_tests_on_the_last_event(spark: SparkSession) -> None:
+    train, test = splits.leave_one_out(log(spark, EVENTS))
+    assert pairs(test) == {("ann", "D")}
+    assert pairs(train) == {("ann", "A"), ("ann", "B"), ("ann", "C"), ("ben", "A"), ("cat", "C")}
 
 
 def test_the_default_cut_leaves_the_share_of_events(spark: SparkSession) -> None:
-    events = [("ann", "A", f"2025-01-{day:02d} 10:00:00") for day in range(1, 11)]
-    assert splits.last_share(log(spark, events), 0.2) == "2025-01-09 00:00:00"
+    assert splits.last_share(log(spark, TEN_DAYS), 0.2) == "2025-01-09 00:00:00"
 
 
 def test_the_cut_is_a_time() -> None:
-    assert EvaluateSettings(cut=datetime(2025, 5, 1).date()).cut == CUT  # type: ignore[arg-type]
+    assert EvaluateSettings(cut=date(2025, 5, 1)).cut == CUT  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
         EvaluateSettings(cut="last week")
 
 
-def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ranx (Bassani 2022) on random lists, some shorter than k, some with nothing relevant on them."""
-    monkeypatch.setenv(
-        "NUMBA_DISABLE_JIT", "1"
-    )  # compiling takes longer than all that is computed here
-    import ranx
+def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
+    settings = EvaluateSettings(splits=("replay",), cut="2025-01-05", replay_cuts=2)
+    first, second = splits.of(log(spark, TEN_DAYS), settings)
+    assert [first.name, second.name] == ["replay 1", "replay 2"]
+    # Half of the time until the last event, at a whole minute.
+    assert [first.cut, second.cut] == ["2025-01-05 00:00:00", "2025-01-07 18:00:00"]
+    assert item_ids(first.train) == {"I1", "I2", "I3", "I4"}
+    assert item_ids(first.test) == {"I5", "I6", "I7"}
+    assert item_ids(second.train) == {f"I{day}" for day in range(1, 8)}
+    assert item_ids(second.test) == {"I8", "I9", "I10"}
 
-    rng, users, items = np.random.default_rng(14), 300, 60
+
+def test_validation_uses_nothing_of_the_test_part(spark: SparkSession) -> None:
+    settings = EvaluateSettings(splits=("time", "leave_one_out"))
+    time, leave_one_out = splits.of(log(spark, TEN_DAYS), settings)
+    by_time = splits.validation(time, 0.2)
+    assert by_time.cut == "2025-01-07 00:00:00"
+    assert item_ids(by_time.test) == {"I7", "I8"}
+    without_last = splits.validation(leave_one_out, 0.2)
+    assert item_ids(without_last.test) == {"I9"}
+    assert "I10" not in item_ids(without_last.train)
+
+
+def random_lists(users: int, items: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Lists of 20, some shorter, and the relevant items of each user, some not on the list."""
+    rng = np.random.default_rng(14)
     top = np.stack([rng.permutation(items)[:20] for _ in range(users)])
     top[np.arange(20) >= rng.integers(1, 30, users)[:, None]] = -1
-    wanted = [np.sort(rng.choice(items, rng.integers(1, 15), replace=False)) for _ in range(users)]
-    relevant = np.concatenate([user * items + row for user, row in enumerate(wanted)])
-    found, sizes = metrics.hits(top, relevant, items), np.array([len(row) for row in wanted])
-    truth = ranx.Qrels(
-        {f"u{user}": {f"i{item}": 1 for item in row} for user, row in enumerate(wanted)}
+    relevant = [
+        np.sort(rng.choice(items, rng.integers(1, 15), replace=False)) for _ in range(users)
+    ]
+    return top, relevant
+
+
+def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ranx (Bassani 2022)."""
+    # Compiling takes longer than all that is computed here.
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    import ranx
+
+    users, items = 300, 60
+    top, relevant = random_lists(users, items)
+    codes = np.concatenate([user * items + row for user, row in enumerate(relevant)])
+    hits = metrics.hit_mask(top, codes, items)
+    counts = np.array([len(row) for row in relevant])
+    expected = ranx.Qrels(
+        {f"u{user}": {f"i{item}": 1 for item in row} for user, row in enumerate(relevant)}
     )
     lists = ranx.Run(
         {
@@ -118,233 +168,222 @@ def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> 
         }
     )
     for k in (1, 5, 10, 20):
-        ours = metrics.per_user(found, sizes, k)
-        for name in metrics.ACCURACY:
-            ranx.evaluate(truth, lists, f"{name}@{k}")
-            theirs = [lists.scores[f"{name}@{k}"][f"u{user}"] for user in range(users)]
-            np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=1e-9, err_msg=f"{name}@{k}")
+        values = metrics.per_user(hits, counts, k)
+        for metric in metrics.ACCURACY:
+            name = f"{metric}@{k}"
+            ranx.evaluate(expected, lists, name)
+            reference = [lists.scores[name][f"u{user}"] for user in range(users)]
+            np.testing.assert_allclose(
+                values[metric],
+                reference,
+                rtol=0,
+                atol=1e-9,
+                err_msg=name,
+            )
 
 
 def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession) -> None:
-    histories = spark.createDataFrame(
-        [(f"u{n}", ["A"]) for n in range(20)], "user_id STRING, seen ARRAY<STRING>"
-    )
-    ids, none = pd.Index(list("ABCDEF"), dtype=object), np.zeros(6, np.float32)
-    drawn = [
-        {
-            row["user_id"]: row["items"]
-            for row in point_in_time.scored_lists(histories, ids, none, 5, seed).collect()
-        }
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert {tuple(sorted(items)) for items in drawn[0].values()} == {tuple("BCDEF")}
-    assert len({tuple(items) for items in drawn[0].values()}) > 10
+    rows = [(f"u{n}", ["A"]) for n in range(20)]
+    histories = spark.createDataFrame(rows, "user_id STRING, seen ARRAY<STRING>")
+    ids = pd.Index(list("ABCDEF"), dtype=object)
+
+    def lists(seed: int) -> dict[str, list[str]]:
+        drawn = point_in_time.scored_lists(
+            histories,
+            ids,
+            np.zeros(6, np.float32),
+            5,
+            seed,
+        )
+        return {row["user_id"]: row["items"] for row in drawn.collect()}
+
+    first = lists(1)
+    assert first == lists(1) != lists(2)
+    assert {tuple(sorted(items)) for items in first.values()} == {tuple("BCDEF")}
+    assert len({tuple(items) for items in first.values()}) > 10
 
 
-def world(spark: SparkSession, shift: int = 0) -> evaluate.EvaluationTables:
-    """Thirty users who looked at H and will look at R, which looks the same; with a `shift`, like another's H.
+def look_alikes(spark: SparkSession, shift: int = 0) -> EvaluationTables:
+    """Thirty users who saw H and will see R, which looks the same; with a `shift`, like another H.
 
-    A thirty-first has a history without a vector. Five users have seen four more items, also without one.
+    A thirty-first has a history without a vector. Five users have seen four more such items.
     """
-    bare = [f"N{n}" for n in range(5)]
-    names = [f"{letter}{n:02d}" for letter in "HR" for n in range(PAIRS)]
-    # The first thirty names are H's, the others R's.
-    directions = [*range(PAIRS), *((n + shift) % PAIRS for n in range(PAIRS))]
-    rows = [
-        (name, "title", "test", "-", False, np.eye(PAIRS)[direction].tolist())
-        for name, direction in zip(names, directions, strict=True)
-    ]
+    eye = np.eye(PAIRS)
+    vectors = {f"H{n:02d}": eye[n] for n in range(PAIRS)}
+    vectors |= {f"R{n:02d}": eye[(n + shift) % PAIRS] for n in range(PAIRS)}
+    without_vector = [f"N{n}" for n in range(5)]
     events = [(f"u{n:02d}", f"H{n:02d}", "2025-01-01") for n in range(PAIRS)]
     events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01") for n in range(PAIRS)]
-    events += [(f"u{n:02d}", item, "2025-01-02") for n in range(5) for item in bare[1:]]
+    events += [(f"u{n:02d}", item, "2025-01-02") for n in range(5) for item in without_vector[1:]]
     events += [("u30", "N0", "2025-01-01"), ("u30", "R00", "2025-05-02")]
-    items = spark.createDataFrame(
-        [(name, True) for name in [*names, *bare]], "item_id STRING, available BOOLEAN"
+    return EvaluationTables(
+        log(spark, events),
+        catalogue(spark, [*vectors, *without_vector]),
+        embeddings(spark, {"title": vectors}),
     )
-    return evaluate.EvaluationTables(
-        log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+
+
+def evaluated(spark: SparkSession, tables: EvaluationTables, **settings: object) -> Evaluation:
+    """An evaluation at k = 1 and CUT, by default of three arms."""
+    defaults = {"arms": ("random", "popularity", "title"), "cut": CUT, "k": 1}
+    chosen = EvaluateSettings(**{**defaults, **settings})  # type: ignore[arg-type]
+    return evaluate.evaluate(
+        spark,
+        tables,
+        chosen,
+        SERVING,
+        lambda line: None,
     )
-
-
-def test_what_is_found_together_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) -> None:
-    """Who has H has R of the next number, which looks like something else; u00 to u04 are to be told by the others."""
-    events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(40)]
-    events += [
-        (f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-01-02" if n >= 5 else "2025-05-02")
-        for n in range(40)
-    ]
-    tables = world(spark)
-    tables = evaluate.EvaluationTables(log(spark, events), tables.items, tables.embeddings)
-    most = replace(IN_USE, item_item=ItemItemSettings(share=0.6))
-    lists = evaluate_lists(spark, tables, ("cooccurrence", "blend", "title"), most)
-    expected = {f"u{n:02d}": [f"R{n % 5 + 1:02d}"] for n in range(5)}
-    assert lists["cooccurrence"] == lists["blend"] == expected
-    alike = {f"u{n:02d}": [f"R{n:02d}"] for n in range(5)}
-    assert lists["title"] == alike
-    # Of its own the blend has a share of .4, and likeness of 1 is more than that.
-    assert evaluate_lists(spark, tables, ("blend",))["blend"] == alike
-
-
-def evaluate_lists(
-    spark: SparkSession,
-    tables: evaluate.EvaluationTables,
-    names: tuple[str, ...],
-    in_use: ServingConfig = IN_USE,
-    **settings: object,
-) -> dict[str, dict]:
-    """The lists of each arm, as they are judged."""
-    found, lists = {}, point_in_time.PointInTime.lists
-
-    def caught(world: point_in_time.PointInTime, arm: Arm, k: int) -> np.ndarray:
-        top = lists(world, arm, k)
-        found[arm.name] = {
-            user: [world.items[item] for item in row if item >= 0]
-            for user, row in zip(world.users["user_id"], top, strict=True)
-        }
-        return top
-
-    point_in_time.PointInTime.lists = caught  # type: ignore[method-assign]
-    try:
-        given = {"k": 1, "also_k": (), **settings}
-        chosen = EvaluateSettings(arms=names, control=names[0], splits=("time",), cut=CUT, **given)  # type: ignore[arg-type]
-        evaluate.evaluate(spark, tables, chosen, in_use, lambda line: None)
-    finally:
-        point_in_time.PointInTime.lists = lists  # type: ignore[method-assign]
-    return found
-
-
-def run(
-    spark: SparkSession, tables: evaluate.EvaluationTables, **settings: object
-) -> tuple[list[dict], dict[str, str]]:
-    chosen = EvaluateSettings(arms=("random", "popularity", "title"), cut=CUT, k=1, **settings)  # type: ignore[arg-type]
-    return evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def judged(spark: SparkSession) -> tuple[list[dict], dict[str, str]]:
-    return run(spark, world(spark))
+def evaluation(spark: SparkSession) -> Evaluation:
+    return evaluated(spark, look_alikes(spark))
 
 
-def value(
-    rows: list[dict], arm: str, split: str = "time", metric: str = "recall", slice_: str = "all"
+def row_of(
+    evaluation: Evaluation,
+    arm: str,
+    split: str = "time",
+    metric: str = "recall",
+    slice_: str = "all",
 ) -> dict:
-    wanted = (arm, split, metric, slice_, 1)
-    (row,) = (r for r in rows if (r["arm"], r["split"], r["metric"], r["slice"], r["k"]) == wanted)
+    key = {"arm": arm, "split": split, "metric": metric, "slice": slice_, "k": 1}
+    (row,) = (row for row in evaluation.rows if key.items() <= row.items())
     return row
 
 
-def test_oracle_like_vectors_find_all_but_the_user_without_a_list(
-    judged: tuple[list[dict], dict[str, str]],
+@pytest.mark.parametrize("split", ["time", "leave_one_out"])
+def test_perfect_vectors_find_all_but_the_user_without_a_list(
+    evaluation: Evaluation, split: str
 ) -> None:
-    rows, details = judged
-    for split in ("time", "leave_one_out"):
-        for metric in metrics.ACCURACY:
-            title = value(rows, "title", split, metric)
-            assert (title["value"], title["users"]) == (pytest.approx(30 / 31), 31)
-            assert title["low"] <= title["value"] <= title["high"]
-        # H00, or H01 for the one who saw it: everybody's favourite and nobody's next.
-        assert value(rows, "popularity", split)["value"] == 0
-        assert value(rows, "random", split)["high"] < value(rows, "title", split)["low"]
-        assert value(rows, "title", split)["control"] == "popularity"
-        assert value(rows, "title", split)["p_value"] < 0.01
-        assert value(rows, "popularity", split)["p_value"] is None
-    time = json.loads(details["time"])
-    assert (time["cut"], time["users"], time["candidates"], time["left_out_share"]) == (
-        CUT,
-        31,
-        60,
-        0.0769,
-    )
+    for metric in metrics.ACCURACY:
+        title = row_of(
+            evaluation,
+            "title",
+            split,
+            metric,
+        )
+        assert title["value"] == pytest.approx(30 / 31)
+        assert title["users"] == 31
+        assert title["low"] <= title["value"] <= title["high"]
+    # H00, or H01 for the user who saw it: everybody's favorite and nobody's next item.
+    assert row_of(evaluation, "popularity", split)["value"] == 0
+    assert row_of(evaluation, "random", split)["high"] < row_of(evaluation, "title", split)["low"]
 
 
+def test_arms_are_compared_with_the_control(evaluation: Evaluation) -> None:
+    title = row_of(evaluation, "title")
+    assert title["control"] == "popularity"
+    assert title["p_value"] < 0.01
+    assert title["difference"] == title["value"]
+    assert (title["difference_low"], title["difference_high"]) == (title["low"], title["high"])
+    popularity = row_of(evaluation, "popularity")
+    assert popularity["control"] == ""
+    assert popularity["p_value"] is popularity["difference"] is None
+
+
+def test_the_details_say_what_was_evaluated(evaluation: Evaluation) -> None:
+    facts = json.loads(evaluation.details["time"])
+    assert facts["cut"] == CUT
+    assert facts["users"] == 31
+    assert facts["candidates"] == 60
+    assert facts["left_out_share"] == 0.0769
+
+
+@pytest.mark.parametrize(
+    ("slice_", "users"), [("history 1-4", 26), ("history 5-19", 5), ("history 20+", 0)]
+)
 def test_a_slice_under_thirty_users_gives_no_number(
-    judged: tuple[list[dict], dict[str, str]],
+    evaluation: Evaluation,
+    slice_: str,
+    users: int,
 ) -> None:
-    for slice_, users in (("history 1-4", 26), ("history 5-19", 5), ("history 20+", 0)):
-        row = value(judged[0], "title", slice_=slice_)
-        assert (row["users"], row["value"], row["low"], row["high"]) == (users, None, None, None)
+    row = row_of(evaluation, "title", slice_=slice_)
+    assert row["users"] == users
+    assert row["value"] is row["low"] is row["high"] is None
 
 
 def test_segments_are_slices_the_largest_first() -> None:
     segments = ["b"] * 3 + ["a"] * 3 + ["c"] * 4 + [None] + [f"{n:02d}" for n in range(9)]
     users = pd.DataFrame({"seen": [[]] * len(segments), "segment": segments})
-    found = {
-        s.name: int(s.users.sum())
-        for s in slices(users, None, np.ones(1, int), pd.DataFrame({"category": ["x"]}))
-        if s.name.startswith("segment")
-    }
-    largest = {"segment c": 4, "segment a": 3, "segment b": 3}
-    assert list(found.items()) == [*largest.items(), *((f"segment {n:02d}", 1) for n in range(5))]
+    items = pd.DataFrame({"category": ["x"]})
+    sizes = [
+        (part.name, int(part.users.sum()))
+        for part in slices(
+            users,
+            None,
+            np.ones(1, int),
+            items,
+        )
+        if part.name.startswith("segment")
+    ]
+    assert sizes[:3] == [("segment c", 4), ("segment a", 3), ("segment b", 3)]
+    assert sizes[3:] == [(f"segment {n:02d}", 1) for n in range(5)]
 
 
 def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) -> None:
-    """Thirty users like two things that look nothing alike; what they take next looks like one of them."""
-    side, tilt = np.eye(PAIRS * 2), 0.6
-    names, vectors, events = [], [], []
+    """Thirty users like two things that look different; their next item looks like one of them."""
+    eye = np.eye(PAIRS * 2)
+    vectors, events = {}, []
     for n in range(PAIRS):
-        one, other = side[2 * n], side[2 * n + 1]
-        between = (one + other) / np.sqrt(2)
-        # Nearer to the mean of both than R is, and further from each of them.
-        looks = {
-            "H": one,
-            "J": other,
-            "R": tilt * side[2 * n - 1] + np.sqrt(1 - tilt**2) * one,
-            "M": between,
-        }
-        names += [f"{letter}{n:02d}" for letter in looks]
-        vectors += looks.values()
-        events += [(f"u{n:02d}", f"{letter}{n:02d}", "2025-01-01") for letter in "HJ"]
-        events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01")]
-    rows = [
-        (name, "title", "test", "-", False, vector.tolist())
-        for name, vector in zip(names, vectors, strict=True)
-    ]
-    items = spark.createDataFrame(
-        [(name, True) for name in names], "item_id STRING, available BOOLEAN"
+        one, other = eye[2 * n], eye[2 * n + 1]
+        vectors[f"H{n:02d}"] = one
+        vectors[f"J{n:02d}"] = other
+        vectors[f"R{n:02d}"] = 0.6 * eye[2 * n - 1] + 0.8 * one
+        # Closer to the mean of both than R is, and further from each of them.
+        vectors[f"M{n:02d}"] = (one + other) / np.sqrt(2)
+        user = f"u{n:02d}"
+        events += [(user, f"H{n:02d}", "2025-01-01"), (user, f"J{n:02d}", "2025-01-01")]
+        events.append((user, f"R{n:02d}", "2025-05-01"))
+    tables = EvaluationTables(
+        log(spark, events), catalogue(spark, vectors), embeddings(spark, {"title": vectors})
     )
-    tables = evaluate.EvaluationTables(
-        log(spark, events), items, spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+    names = ("title", "title/max_similarity")
+    evaluation = evaluated(
+        spark,
+        tables,
+        arms=names,
+        splits=("time",),
+        control="title",
     )
-    chosen = EvaluateSettings(
-        arms=("title", "title/max_similarity"), cut=CUT, k=1, splits=("time",), control="title"
-    )
-    found, _ = evaluate.evaluate(spark, tables, chosen, IN_USE, lambda line: None)
-    assert value(found, "title")["value"] == 0
-    assert value(found, "title/max_similarity")["value"] == 1
+    assert row_of(evaluation, "title")["value"] == 0
+    assert row_of(evaluation, "title/max_similarity")["value"] == 1
 
 
 def test_a_shape_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(
-        ValidationError,
-        match=r"title/sum: after the slash stands a profile shape, mean or plain_mean",
-    ):
+    message = r"title/sum: a profile shape follows the slash: mean or plain_mean"
+    with pytest.raises(ValidationError, match=message):
         EvaluateSettings(arms=("title", "title/sum"))
 
 
-def test_two_evaluations_are_equal(
-    spark: SparkSession, judged: tuple[list[dict], dict[str, str]]
-) -> None:
-    again, _ = run(spark, world(spark), splits=("time",))
-    assert again == [row for row in judged[0] if row["split"] == "time"]
+def test_two_evaluations_are_equal(spark: SparkSession, evaluation: Evaluation) -> None:
+    repeated = evaluated(spark, look_alikes(spark), splits=("time",))
+    assert repeated.rows == [row for row in evaluation.rows if row["split"] == "time"]
 
 
-def test_other_vectors_under_the_same_name_are_seen(spark: SparkSession, judged: tuple) -> None:
-    """Workers keep what they unpacked: it must be known by its content."""
-    rows, _ = run(spark, world(spark, shift=1), splits=("time",))
-    assert value(rows, "title")["value"] == 0
+@pytest.mark.usefixtures("evaluation")
+def test_other_vectors_under_the_same_name_are_used(spark: SparkSession) -> None:
+    """Workers cache the index that they unpacked: they must tell indexes apart by content."""
+    shifted = evaluated(spark, look_alikes(spark, shift=1), splits=("time",))
+    assert row_of(shifted, "title")["value"] == 0
 
 
-def test_exchanged_labels_fall_to_chance(judged: tuple[list[dict], dict[str, str]]) -> None:
-    rows, details = judged
+def test_shuffled_items_fall_to_chance(evaluation: Evaluation) -> None:
     for arm in ("random", "popularity", "title"):
-        assert (
-            value(rows, arm, metric="recall_shuffled")["value"] < 0.15
-        )  # one of 60 by chance, of 31 users
-    assert json.loads(details["time"])["above_chance"] == []
-    exchanged = guards.shuffled(np.arange(0, 600, 7), 60, seed=1)
-    assert len(np.unique(exchanged)) == len(exchanged)
-    assert np.bincount(exchanged // 60).tolist() == np.bincount(np.arange(0, 600, 7) // 60).tolist()
+        # Chance is one of 60, on 31 users.
+        assert row_of(evaluation, arm, metric=metric_rows.SHUFFLED)["value"] < 0.15
+    assert json.loads(evaluation.details["time"])["above_chance"] == []
+
+
+def test_shuffling_items_keeps_the_number_of_each_user() -> None:
+    codes = np.arange(0, 600, 7)
+    shuffled = guards.shuffle_items(codes, 60, seed=1)
+    assert len(np.unique(shuffled)) == len(codes)
+    assert np.bincount(shuffled // 60).tolist() == np.bincount(codes // 60).tolist()
+
+
+def test_recall_above_chance_is_flagged() -> None:
     assert guards.above_chance(np.array([1.0, 0.0] * 50), 1, 60)
     assert not guards.above_chance(np.array([1.0] + [0.0] * 59), 1, 60)
 
@@ -352,184 +391,291 @@ def test_exchanged_labels_fall_to_chance(judged: tuple[list[dict], dict[str, str
 def test_a_planted_leak_ends_the_evaluation(
     spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Profiles made of the whole log: the commonest mistake there is."""
-    tables, made = world(spark), point_in_time.profiles.histories
-    monkeypatch.setattr(
-        point_in_time.profiles, "histories", lambda known, *rest: made(tables.interactions, *rest)
-    )
-    with pytest.raises(
-        RunError, match=r"a leak: 31 of 31 histories of the split time hold what is to be guessed"
-    ):
-        run(spark, tables, splits=("time",))
+    """Profiles from the whole log: the commonest mistake there is."""
+    tables = look_alikes(spark)
+    original = point_in_time.profiles.histories
+
+    def leaking(train: DataFrame, *rest: object) -> DataFrame:
+        return original(tables.interactions, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(point_in_time.profiles, "histories", leaking)
+    message = r"a leak: 31 of 31 histories of the split time contain test items"
+    with pytest.raises(RunError, match=message):
+        evaluated(spark, tables, splits=("time",))
 
 
-def test_events_after_the_cut_are_a_leak_and_seen_items_no_recommendation() -> None:
+def test_events_after_the_cut_are_a_leak() -> None:
     users = pd.DataFrame(
         {"relevant": [["b"]], "seen": [["a"]], "last_event_at": [datetime(2025, 5, 1)]}
     )
-    with pytest.raises(
-        RunError, match=r"a leak: 1 of 1 histories of the split time hold events from 2025-05-01 on"
-    ):
+    message = r"a leak: 1 of 1 histories of the split time contain events from the cut 2025-05-01"
+    with pytest.raises(RunError, match=message):
         guards.no_leak("time", CUT, users)
     guards.no_leak("leave_one_out", None, users)
-    with pytest.raises(
-        RunError, match=r"the arm title recommends 1 items that their users have seen already"
-    ):
-        guards.nothing_seen("title", np.array([[3, 1], [2, -1]]), np.array([1, 8]), 5)
-    guards.nothing_seen("title", np.array([[3, 0], [2, -1]]), np.array([1, 8]), 5)
+
+
+def test_a_seen_item_on_a_list_ends_the_evaluation() -> None:
+    seen = np.array([1, 8])
+    message = r"the arm title recommends 1 items that their users have already seen"
+    with pytest.raises(RunError, match=message):
+        guards.nothing_seen(
+            "title",
+            np.array([[3, 1], [2, -1]]),
+            seen,
+            5,
+        )
+    guards.nothing_seen(
+        "title",
+        np.array([[3, 0], [2, -1]]),
+        seen,
+        5,
+    )
 
 
 def test_identical_vectors_raise_an_alarm(spark: SparkSession) -> None:
-    """Texts that lost what told them apart: the paper's own bug."""
-    tables, heard = world(spark), []
-    same = tables.embeddings.withColumn("embedding", F.array_repeat(F.lit(1.0).cast("float"), 1))
-    chosen = EvaluateSettings(
-        arms=("random", "title"), control="random", splits=("time",), cut=CUT, k=1
+    """Texts that lost what distinguished them: the paper's own bug."""
+    tables = look_alikes(spark)
+    equal = tables.embeddings.withColumn("embedding", F.array(F.lit(1.0).cast("float")))
+    settings = EvaluateSettings(
+        arms=("random", "title"),
+        control="random",
+        splits=("time",),
+        cut=CUT,
+        k=1,
     )
-    _, details = evaluate.evaluate(
-        spark, replace(tables, embeddings=same), chosen, IN_USE, heard.append
+    lines: list[str] = []
+    evaluation = evaluate.evaluate(
+        spark,
+        replace(tables, embeddings=equal),
+        settings,
+        SERVING,
+        lines.append,
     )
-    assert json.loads(details["time"])["identical_vectors"] == {"title": 60}
-    assert any(
-        "60 of 60 candidates share their title vector with another" in line for line in heard
+    assert json.loads(evaluation.details["time"])["identical_vectors"] == {"title": 60}
+    warning = "60 of 60 candidates share their title vector with another"
+    assert any(warning in line for line in lines)
+
+
+def lists_of(
+    spark: SparkSession,
+    tables: EvaluationTables,
+    names: tuple[str, ...],
+    serving: ServingConfig = SERVING,
+    **settings: object,
+) -> dict[str, dict[str, list[str]]]:
+    """The lists of each arm by user, as they are evaluated."""
+    lists: dict[str, dict[str, list[str]]] = {}
+    original = PointInTime.lists
+
+    def record(
+        snapshot: PointInTime,
+        arm: Arm,
+        k: int,
+    ) -> np.ndarray:
+        top = original(snapshot, arm, k)
+        lists[arm.name] = {
+            user: [snapshot.item_ids[item] for item in row if item >= 0]
+            for user, row in zip(snapshot.users["user_id"], top, strict=True)
+        }
+        return top
+
+    defaults = {"k": 1, "also_k": (), "splits": ("time",), "cut": CUT}
+    changes = {"arms": names, "control": names[0], **settings}
+    chosen = EvaluateSettings(**{**defaults, **changes})  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(PointInTime, "lists", record)
+        evaluate.evaluate(
+            spark,
+            tables,
+            chosen,
+            serving,
+            lambda line: None,
+        )
+    return lists
+
+
+def test_cooccurrence_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) -> None:
+    """Who has H has R of the next number, which looks different; u00 to u04 learn from others."""
+    events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(40)]
+    for n in range(40):
+        time = "2025-01-02" if n >= 5 else "2025-05-02"
+        events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
+    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    serving = replace(SERVING, item_item=ItemItemSettings(share=0.6))
+    lists = lists_of(
+        spark,
+        tables,
+        ("cooccurrence", "blend", "title"),
+        serving,
     )
+    together = {f"u{n:02d}": [f"R{n % 5 + 1:02d}"] for n in range(5)}
+    alike = {f"u{n:02d}": [f"R{n:02d}"] for n in range(5)}
+    assert lists["cooccurrence"] == lists["blend"] == together
+    assert lists["title"] == alike
+    # Its default share is .4, and a similarity of 1 is more than that.
+    assert lists_of(spark, tables, ("blend",))["blend"] == alike
 
 
-def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
-    events = [("ann", f"I{day}", f"2025-01-{day:02d} 12:00:00") for day in range(1, 11)]
-    settings = EvaluateSettings(splits=("replay",), cut="2025-01-05", replay_cuts=2)
-    first, second = splits.of(log(spark, events), settings)
-    assert (first.name, first.cut, second.name) == ("replay 1", "2025-01-05 00:00:00", "replay 2")
-    assert (
-        second.cut == "2025-01-07 18:00:00"
-    )  # half of what is left until the last event, at a whole minute
-    names = [
-        {item for _, item in pairs(each)}
-        for each in (first.train, first.test, second.train, second.test)
-    ]
-    assert names == [
-        {"I1", "I2", "I3", "I4"},
-        {"I5", "I6", "I7"},
-        {f"I{n}" for n in range(1, 8)},
-        {"I8", "I9", "I10"},
-    ]
-
-
-def test_validation_looks_at_nothing_of_the_test_part(spark: SparkSession) -> None:
-    events = [("ann", f"I{day}", f"2025-01-{day:02d} 12:00:00") for day in range(1, 11)]
-    settings = EvaluateSettings(splits=("time", "leave_one_out"))
-    by_time, one_out = (
-        splits.validation(each, 0.2) for each in splits.of(log(spark, events), settings)
-    )
-    assert (by_time.cut, {item for _, item in pairs(by_time.test)}) == (
-        "2025-01-07 00:00:00",
-        {"I7", "I8"},
-    )
-    assert {item for _, item in pairs(one_out.test)} == {"I9"}
-    assert "I10" not in {item for _, item in pairs(one_out.train)}
-
-
-def vectors(name: str, ids: list[str], rows: np.ndarray) -> list[tuple]:
-    return [
-        (item, name, "test", "-", False, row.tolist()) for item, row in zip(ids, rows, strict=True)
-    ]
+def half_seen(spark: SparkSession) -> EvaluationTables:
+    """Even users' next item looks like their last one, odd users' is called like it."""
+    alike = np.eye(PAIRS)[[*range(PAIRS), *range(PAIRS)]]
+    shifted = np.eye(PAIRS)[[*range(PAIRS), *np.roll(np.arange(PAIRS), 4)]]
+    even = (np.arange(2 * PAIRS) % 2 == 0)[:, None]
+    ids = [f"{letter}{n:02d}" for letter in "HR" for n in range(PAIRS)]
+    vectors = {
+        "image": dict(zip(ids, np.where(even, alike, shifted), strict=True)),
+        "title": dict(zip(ids, np.where(even, shifted, alike), strict=True)),
+    }
+    return replace(look_alikes(spark), embeddings=embeddings(spark, vectors))
 
 
 def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
-    """Even users' next item looks like their last, odd users' is called like it."""
-    tables, even = world(spark), np.arange(2 * PAIRS) % 2 == 0
-    ids = [f"{letter}{n:02d}" for letter in "HR" for n in range(PAIRS)]
-    alike = np.eye(PAIRS)[[*range(PAIRS), *range(PAIRS)]]
-    shifted = np.eye(PAIRS)[[*range(PAIRS), *np.roll(np.arange(PAIRS), 4)]]
-    rows = vectors("image", ids, np.where(even[:, None], alike, shifted))
-    rows += vectors("title", ids, np.where(even[:, None], shifted, alike))
-    both = replace(tables, embeddings=spark.createDataFrame(rows, schemas.EMBEDDINGS.schema))
     names = ("title", "image", "fusion_average", "fusion_concat")
-    found = evaluate_lists(spark, both, names, k=2)
-    right = {
-        name: np.mean([f"R{n:02d}" in found[name][f"u{n:02d}"] for n in range(PAIRS)])
+    lists = lists_of(
+        spark,
+        half_seen(spark),
+        names,
+        k=2,
+    )
+    hit_rate = {
+        name: np.mean([f"R{n:02d}" in lists[name][f"u{n:02d}"] for n in range(PAIRS)])
         for name in names
     }
-    assert right == {"title": 0.5, "image": 0.5, "fusion_average": 1, "fusion_concat": 1}
-    short = [(*row[:5], row[5] if row[1] == "title" else [1.0]) for row in rows]
-    other = replace(tables, embeddings=spark.createDataFrame(short, schemas.EMBEDDINGS.schema))
-    with pytest.raises(
-        UsageError,
-        match="fusion_average needs vectors of one length; those of the texts have 30, tho",
-    ):
-        evaluate_lists(spark, other, ("fusion_average",))
+    assert hit_rate == {"title": 0.5, "image": 0.5, "fusion_average": 1, "fusion_concat": 1}
 
 
-def test_an_arm_of_ones_own_is_the_lists_in_use_with_something_else(spark: SparkSession) -> None:
+def test_an_average_of_vectors_of_two_lengths_is_refused(spark: SparkSession) -> None:
+    tables = half_seen(spark)
+    is_title = F.col("representation") == "title"
+    one = F.array(F.lit(1.0).cast("float"))
+    short = tables.embeddings.withColumn(
+        "embedding", F.when(is_title, F.col("embedding")).otherwise(one)
+    )
+    message = "fusion_average needs vectors of one length. Texts have 30 dimensions, photos 1"
+    with pytest.raises(UsageError, match=message):
+        lists_of(spark, replace(tables, embeddings=short), ("fusion_average",))
+
+
+def test_a_custom_arm_replaces_settings_of_the_served_lists() -> None:
     with pytest.raises(ValidationError, match="position_decay"):
-        EvaluateSettings(custom_arms={"wrong": {"profiles": {"position_decay": 2}}})
-    own = {"mine": {"profiles": {"shape": "max_similarity"}, "cooccurrence": {"share": 0.0}}}
-    settings = EvaluateSettings(arms=("mine",), custom_arms=own)
-    mine, ours = (
-        arms.resolve(name, settings.custom_arms, IN_USE)
-        for name in ("mine", "title/max_similarity")
-    )
-    assert mine.by == ours.by
-    plain = arms.resolve("title/plain_mean", {}, IN_USE).by.profiles
-    assert (set(plain.event_weights.values()), plain.half_life_days, plain.position_decay) == (
-        {1.0},
-        None,
-        1.0,
-    )
+        EvaluateSettings(custom_arms={"wrong": {"profiles": {"position_decay": 2}}})  # type: ignore[dict-item]
+    overrides = {"profiles": {"shape": "max_similarity"}, "item_item": {"share": 0.0}}
+    settings = EvaluateSettings(arms=("custom",), custom_arms={"custom": overrides})  # type: ignore[dict-item]
+    custom = arms.resolve("custom", settings.custom_arms, SERVING)
+    named = arms.resolve("title/max_similarity", settings.custom_arms, SERVING)
+    assert custom.serving == named.serving
+
+
+def test_a_plain_mean_weighs_all_events_equally() -> None:
+    profiles = arms.resolve("title/plain_mean", {}, SERVING).serving.profiles
+    assert set(profiles.event_weights.values()) == {1.0}
+    assert profiles.half_life_days is None
+    assert profiles.position_decay == 1.0
 
 
 def test_als_learns_who_takes_what_together(
     spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two circles of twenty users, each with eight items of which everybody has had six."""
-    rng, events = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    events = []
     for user in range(40):
-        own = [f"{'HR'[user % 2]}{n:02d}" for n in rng.permutation(8)[:7]]
-        events += [
-            (f"u{user:02d}", item, f"2025-01-{day + 1:02d}") for day, item in enumerate(own[:6])
-        ]
-        events.append((f"u{user:02d}", own[6], "2025-05-01"))
-    tables = replace(world(spark), interactions=log(spark, events))
+        *seen, last = [f"{'HR'[user % 2]}{n:02d}" for n in rng.permutation(8)[:7]]
+        for day, item in enumerate(seen, 1):
+            events.append((f"u{user:02d}", item, f"2025-01-{day:02d}"))
+        events.append((f"u{user:02d}", last, "2025-05-01"))
+    tables = replace(look_alikes(spark), interactions=log(spark, events))
     monkeypatch.setattr(als, "GRID", als.GRID[:1])
-    found = evaluate_lists(spark, tables, ("random", "als"), k=2)
-    kind = [
-        item[0] == "HR"[int(user[1:]) % 2] for user, items in found["als"].items() for item in items
+    lists = lists_of(
+        spark,
+        tables,
+        ("random", "als"),
+        k=2,
+    )["als"]
+    own_circle = [
+        item[0] == "HR"[int(user[1:]) % 2] for user, items in lists.items() for item in items
     ]
-    assert (len(kind), np.mean(kind)) == (80, 1.0)
-    assert found["als"] == evaluate_lists(spark, tables, ("als",), k=2)["als"]
+    assert len(own_circle) == 80
+    assert all(own_circle)
+    assert (
+        lists
+        == lists_of(
+            spark,
+            tables,
+            ("als",),
+            k=2,
+        )["als"]
+    )
 
 
-def test_popularity_may_look_at_the_last_days_only(spark: SparkSession) -> None:
+@pytest.mark.parametrize(("days", "item"), [(None, "H00"), (30, "H01")])
+def test_popularity_may_count_the_last_days_only(
+    spark: SparkSession,
+    days: int | None,
+    item: str,
+) -> None:
     events = [(f"u{n:02d}", "H00", "2025-01-01") for n in range(30)]
     events += [(f"u{n:02d}", "H01", "2025-04-20") for n in range(30, 35)]
     events += [("u40", "H02", "2025-04-29"), ("u40", "R00", "2025-05-02")]
-    tables = replace(world(spark), interactions=log(spark, events))
-    assert evaluate_lists(spark, tables, ("popularity",))["popularity"] == {"u40": ["H00"]}
-    assert evaluate_lists(spark, tables, ("popularity",), popularity_days=30)["popularity"] == {
-        "u40": ["H01"]
-    }
+    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    lists = lists_of(
+        spark,
+        tables,
+        ("popularity",),
+        popularity_days=days,
+    )
+    assert lists["popularity"] == {"u40": [item]}
 
 
-def test_tune_finds_what_was_planted_without_the_test_part(
-    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who has H has R of the next number; the last event, which is for the test, says otherwise."""
+@pytest.fixture
+def few_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.2, 0.7)}
+    monkeypatch.setattr(tune, "OPTIONS", options)
+
+
+@pytest.mark.usefixtures("few_options")
+def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession) -> None:
+    """Who has H has R of the next number. The last event, which is in the test, says otherwise."""
     events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(60)]
-    events += [
-        (f"u{n:02d}", f"R{n % 5 + 1:02d}", "2025-02-02" if n % 3 else "2025-01-02")
-        for n in range(60)
-    ]
+    for n in range(60):
+        time = "2025-02-02" if n % 3 else "2025-01-02"
+        events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
     events += [(f"u{n:02d}", f"R{n % 5 + 10:02d}", "2025-05-02") for n in range(60)]
-    tables = replace(world(spark), interactions=log(spark, events))
-    for name in ("_DECAYS", "_HALF_LIVES", "_LAST", "_SPOKEN", "_POWERS", "_APART"):
-        monkeypatch.setattr(tune, name, ())
-    monkeypatch.setattr(tune, "_SHARES", (0.2, 0.7))
-    chosen, heard = EvaluateSettings(splits=("time",), cut=CUT, test_share=0.3, k=1, also_k=()), []
-    found = tune.tune(spark, tables, chosen, IN_USE, ["title"], "ndcg", heard.append)
-    assert (found.cut, found.users) == ("2025-02-02 00:00:00", 40)
-    assert (found.best.in_use.item_item.share, found.best.recall) == (0.7, 1.0)
-    assert (found.best_content.in_use.item_item.share, found.best_content.recall) == (0.0, 0.0)
-    assert len(heard) == len(found.trials) == 3 + 1 + 2 + 4
-    again = tune.tune(spark, tables, chosen, IN_USE, ["title"], "ndcg", heard.append)
-    same = [[replace(trial, seconds=0) for trial in each.trials] for each in (found, again)]
-    assert same[0] == same[1]
+    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    settings = EvaluateSettings(
+        splits=("time",),
+        cut=CUT,
+        test_share=0.3,
+        k=1,
+        also_k=(),
+    )
+    lines: list[str] = []
+    tuned = tune.tune(
+        spark,
+        tables,
+        settings,
+        SERVING,
+        ["title"],
+        "ndcg",
+        lines.append,
+    )
+    assert tuned.cut == "2025-02-02 00:00:00"
+    assert tuned.users == 40
+    assert tuned.best.serving.item_item.share == 0.7
+    assert tuned.best.recall == 1.0
+    assert tuned.best_content.serving.item_item.share == 0.0
+    assert tuned.best_content.recall == 0.0
+    # Three shapes, equal event weights, two shares, and four close to the best one.
+    assert len(lines) == len(tuned.trials) == 3 + 1 + 2 + 4
+    repeated = tune.tune(
+        spark,
+        tables,
+        settings,
+        SERVING,
+        ["title"],
+        "ndcg",
+        lines.append,
+    )
+    assert [replace(trial, seconds=0) for trial in repeated.trials] == [
+        replace(trial, seconds=0) for trial in tuned.trials
+    ]

@@ -602,7 +602,7 @@ def test_one_item_without_and_with_an_event(
     log = spark.createDataFrame([event], no_events.schema)
     histories = profiles.histories(log, one_item, settings)
     users = profiles.with_embedding(histories, "title", open_searcher)
-    rules = recommend.without(open_searcher(), [])
+    rules = recommend.all_items_except(open_searcher(), [])
     lists = recommend.recommend(users, open_searcher, rules, 3, None).collect()
     assert [(row["user_id"], row["items"]) for row in lists] == [("../u", [])]
 

@@ -1,4 +1,4 @@
-"""Co-occurrence: pairs counted by hand, the same bits on any partitioning, and lists that say which part spoke."""
+"""Item-item scores: pairs counted by hand, the same bits on any partitioning, lists with them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from vlm4rec_spark.models.index.build import build_index, build_item_item
+from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.spark.shipping import ship
@@ -33,16 +32,16 @@ def frame(spark: SparkSession, histories: dict[str, str]) -> DataFrame:
     return spark.createDataFrame(rows, SCHEMA)
 
 
-def counted(found: DataFrame) -> dict[str, dict[str, float]]:
+def strengths(pairs: DataFrame) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
-    for row in found.collect():
+    for row in pairs.collect():
         table.setdefault(row["item_id"], {})[row["other_id"]] = row["strength"]
     return table
 
 
 def test_pairs_by_hand(spark: SparkSession) -> None:
-    plain = ItemItemSettings(distance_decay=0.5, popularity_power=0)
-    assert counted(item_item.pairs(frame(spark, HISTORIES), plain)) == {
+    plain_count = ItemItemSettings(distance_decay=0.5, popularity_power=0)
+    assert strengths(item_item.pairs(frame(spark, HISTORIES), plain_count)) == {
         "A": {"B": 2.0, "C": 0.5, "D": 1.0, "X": 0.5},
         "B": {"A": 2.0, "C": 1.0},
         "C": {"A": 0.5, "B": 1.0},
@@ -50,98 +49,98 @@ def test_pairs_by_hand(spark: SparkSession) -> None:
         "X": {"A": 0.5, "D": 1.0},
     }
     cosine = ItemItemSettings(distance_decay=1, popularity_power=0.5, max_neighbors=2)
-    found = counted(item_item.pairs(frame(spark, HISTORIES), cosine))
-    assert found["B"] == pytest.approx({"A": 2 / 6**0.5, "C": 1 / 2**0.5})
-    assert found["A"] == pytest.approx(
-        {"B": 2 / 6**0.5, "C": 1 / 3**0.5}
-    )  # C, D and X are alike: the smaller id
+    by_cosine = strengths(item_item.pairs(frame(spark, HISTORIES), cosine))
+    assert by_cosine["B"] == pytest.approx({"A": 2 / 6**0.5, "C": 1 / 2**0.5})
+    # C, D and X have equal strengths: the smallest id wins.
+    assert by_cosine["A"] == pytest.approx({"B": 2 / 6**0.5, "C": 1 / 3**0.5})
 
 
-def test_the_bits_do_not_depend_on_how_rows_lie(spark: SparkSession) -> None:
+def test_partitioning_does_not_change_a_bit(spark: SparkSession) -> None:
     rng = np.random.default_rng(3)
     histories = {
-        f"u{n}": "".join(rng.permutation(list("ABCDEFGHIJ"))[: rng.integers(1, 9)])
-        for n in range(80)
+        f"u{user}": "".join(rng.permutation(list("ABCDEFGHIJ"))[: rng.integers(1, 9)])
+        for user in range(80)
     }
     rows = frame(spark, histories)
-    few, many = (counted(item_item.pairs(rows.repartition(n), ItemItemSettings())) for n in (1, 7))
-    assert few == many
-    assert len(few) == 10
+    expected = strengths(item_item.pairs(rows.repartition(1), ItemItemSettings()))
+    assert strengths(item_item.pairs(rows.repartition(7), ItemItemSettings())) == expected
+    assert len(expected) == 10
 
 
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = np.eye(6, dtype=np.float32)[[0, 1, 2, 3, 4, 4]]
-    table = pa.table(
-        {
-            "item_id": list("ABCDEF"),
-            "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
-            "content_sha256": ["-"] * 6,
-            "text": [""] * 6,
-        }
+    folder = tmp_path_factory.mktemp("index") / "test_item_item"
+    Searcher.build(
+        folder,
+        "x",
+        list("ABCDEF"),
+        vectors,
+        [""] * 6,
+        ann_min_items=10**6,
     )
-    return build_index(table, "title", "test", tmp_path_factory.mktemp("index"), 10**6)
+    return folder
 
 
 @pytest.fixture
-def searcher(indexed: Path) -> Searcher:
-    return Searcher.open(indexed)
+def searcher(index_folder: Path) -> Searcher:
+    return Searcher.open(index_folder)
 
 
-def test_a_folder_is_named_by_its_content_and_an_old_one_goes(
+def test_a_folder_is_named_by_its_content_and_unused_ones_are_deleted(
     spark: SparkSession, searcher: Searcher, tmp_path: Path
 ) -> None:
     rows = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
-    (tmp_path / "old").mkdir()
-    (tmp_path / "new").mkdir()
-    os.utime(tmp_path / "old", (time.time() - 90_000,) * 2)
+    a_day_ago = time.time() - 90_000
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / "old", (a_day_ago, a_day_ago))
     folder = build_item_item(rows.toArrow(), searcher, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"new", folder.name}
-    os.utime(folder, (time.time() - 90_000,) * 2)
+    os.utime(folder, (a_day_ago, a_day_ago))
     assert build_item_item(rows.repartition(5).toArrow(), searcher, tmp_path) == folder
-    assert time.time() - folder.stat().st_mtime < 80_000  # it is in use again
+    assert folder.stat().st_mtime > a_day_ago + 10_000  # it counts as used
     (folder / "strengths.npy").write_bytes(b"damage")
     assert build_item_item(rows.toArrow(), searcher, tmp_path) == folder
-    found = ItemItemScores.open(folder)
-    near = [[searcher.ids[item] for item in row if item >= 0] for row in found.positions]
-    assert near == [["B", "D", "C"], ["A", "C"], ["B", "A"], ["A"], [], []]  # X isn't in the index
+    scores = ItemItemScores.open(folder)
+    neighbors = [[searcher.ids[item] for item in row if item >= 0] for row in scores.positions]
+    # X isn't in the index.
+    assert neighbors == [["B", "D", "C"], ["A", "C"], ["B", "A"], ["A"], [], []]
 
 
-def test_nothing_found_together_is_a_sound_folder(
+def test_histories_without_pairs_give_a_sound_folder(
     spark: SparkSession, searcher: Searcher, tmp_path: Path
 ) -> None:
     rows = item_item.pairs(frame(spark, {"eve": "E"}), ItemItemSettings())
-    found = ItemItemScores.open(build_item_item(rows.toArrow(), searcher, tmp_path))
-    assert (found.positions == -1).all()
-    assert found.scores_for(np.array([0, 4]), np.ones(2))[0].tolist() == []
+    scores = ItemItemScores.open(build_item_item(rows.toArrow(), searcher, tmp_path))
+    assert (scores.positions == -1).all()
+    assert scores.scores_for(np.array([0, 4]), np.ones(2))[0].tolist() == []
 
 
-def test_lists_say_which_part_spoke(
-    spark: SparkSession, indexed: Path, searcher: Searcher, tmp_path: Path
+def test_lists_name_the_source_of_a_score(
+    spark: SparkSession, index_folder: Path, searcher: Searcher, tmp_path: Path
 ) -> None:
-    """ann has B, found with A; eve has E, found with nothing, and like F."""
-    rows = [
-        (
-            user,
-            "title",
-            [(item, 1.0)],
-            [item],
-            searcher.vectors["ABCDEF".index(item)].tolist(),
-            1,
-            AT,
-        )
-        for user, item in (("ann", "B"), ("eve", "E"))
-    ]
+    """ann has B, which occurs with A. eve has E, which occurs with nothing and is similar to F."""
+    rows = []
+    for user, item in (("ann", "B"), ("eve", "E")):
+        vector = searcher.vectors["ABCDEF".index(item)].tolist()
+        rows.append((user, "title", [(item, 1.0)], [item], vector, 1, AT))
     profiles = spark.createDataFrame(rows, schemas.PROFILES.schema)
     pairs = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
     folder = build_item_item(pairs.toArrow(), searcher, tmp_path)
-    opens = ship(spark, folder, 1.0, ItemItemScores.open)
-    opener = ship(spark, indexed, 1.0, Searcher.open)
-    blend = recommend.Matching("mean", 0.4, 1.0, opens)
-    rows = recommend.recommend(
-        profiles, opener, recommend.without(opener(), []), 2, None, blend
-    ).collect()
-    found = {row["user_id"]: row["items"][0].asDict() for row in rows}
-    names = ("item_id", "score", "source", "because_item_id")
-    told = {user: tuple(item[name] for name in names) for user, item in found.items()}
-    assert told == {"ann": ("A", 0.4, "cooccurrence", "B"), "eve": ("F", 0.6, "content", "E")}
+    lists = recommend.recommend(
+        profiles,
+        ship(spark, index_folder, 1.0, Searcher.open),
+        recommend.all_items_except(searcher, []),
+        k=2,
+        effort=None,
+        scoring=recommend.ProfileScoring(
+            share=0.4, open_item_item=ship(spark, folder, 1.0, ItemItemScores.open)
+        ),
+    )
+    best = {row["user_id"]: row["items"][0].asDict() for row in lists.collect()}
+    columns = ("item_id", "score", "source", "because_item_id")
+    assert {user: tuple(item[column] for column in columns) for user, item in best.items()} == {
+        "ann": ("A", 0.4, "cooccurrence", "B"),
+        "eve": ("F", 0.6, "content", "E"),
+    }

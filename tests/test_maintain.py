@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DAY = 24 * 3600
 MONDAY = datetime(2025, 3, 3, tzinfo=UTC)
-THINGS = Table("things", "Things.", "id STRING NOT NULL, size INT", key=("id",), feed=True)
+PRODUCTS = Table("products", "Products.", "id STRING NOT NULL, size INT", key=("id",), feed=True)
 
 
 def index(folder: Path, index_id: str, age: float, whole: bool = True) -> Path:
@@ -149,11 +149,11 @@ def named(spark: SparkSession) -> Iterator[Tables]:
 
 
 def rows(spark: SparkSession, *numbers: int) -> DataFrame:
-    return spark.createDataFrame([(f"t{n}", n) for n in numbers], THINGS.schema.simpleString())
+    return spark.createDataFrame([(f"t{n}", n) for n in numbers], PRODUCTS.schema.simpleString())
 
 
 def content(tables: Tables) -> list[tuple]:
-    return sorted(map(tuple, tables.read(THINGS).collect()))
+    return sorted(map(tuple, tables.read(PRODUCTS).collect()))
 
 
 def parquet(tables: Tables, table: Table) -> list[Path]:
@@ -200,16 +200,16 @@ def printed(spark: SparkSession) -> Iterator[Callable[[], str]]:
 
 @pytest.fixture
 def two_files(spark: SparkSession, tmp_path: Path) -> Tables:
-    """Table `things` with one row in each of two files."""
+    """Table `products` with one row in each of two files."""
     tables = Tables(spark, str(tmp_path))
-    tables.insert(THINGS, rows(spark, 0))
-    rows(spark, 1).write.format("delta").mode("append").save(tables.name_of(THINGS))
+    tables.insert(PRODUCTS, rows(spark, 0))
+    rows(spark, 1).write.format("delta").mode("append").save(tables.name_of(PRODUCTS))
     return tables
 
 
 def set_retention(tables: Tables, words: str) -> None:
     tables.spark.sql(
-        f"ALTER TABLE {tables.sql_name(THINGS)} SET TBLPROPERTIES "
+        f"ALTER TABLE {tables.sql_name(PRODUCTS)} SET TBLPROPERTIES "
         f"('delta.deletedFileRetentionDuration' = '{words}')"
     )
 
@@ -217,15 +217,15 @@ def set_retention(tables: Tables, words: str) -> None:
 def test_small_files_are_joined_and_nothing_else_changes(two_files: Tables) -> None:
     spark = two_files.spark
     limit = "spark.databricks.delta.optimize.maxFileSize"
-    version = two_files.versions([THINGS])
+    version = two_files.versions([PRODUCTS])
     limit_before = spark.conf.get(limit, None)
-    assert maintenance.optimize(two_files, THINGS) == (2, 1)
+    assert maintenance.optimize(two_files, PRODUCTS) == (2, 1)
     assert spark.conf.get(limit, None) == limit_before
     # A stage that compares versions has nothing to do after it, and the change feed is silent.
-    assert two_files.versions([THINGS]) == version
-    assert two_files.changed_since(THINGS, version["things"]).isEmpty()
+    assert two_files.versions([PRODUCTS]) == version
+    assert two_files.changed_since(PRODUCTS, version["products"]).isEmpty()
     files = on_disk(Path(two_files.location))
-    assert maintenance.optimize(two_files, THINGS) == (1, 1)
+    assert maintenance.optimize(two_files, PRODUCTS) == (1, 1)
     assert on_disk(Path(two_files.location)) == files
     assert content(two_files) == [("t0", 0), ("t1", 1)]
 
@@ -233,37 +233,37 @@ def test_small_files_are_joined_and_nothing_else_changes(two_files: Tables) -> N
 def test_replaced_files_go_after_the_configured_time(
     two_files: Tables, printed: Callable[[], str]
 ) -> None:
-    maintenance.optimize(two_files, THINGS)
+    maintenance.optimize(two_files, PRODUCTS)
     # With other words than ours somebody chose a retention by hand.
     set_retention(two_files, "interval 20 days")
-    vacuum = partial(maintenance.vacuum, two_files, THINGS, 0)
+    vacuum = partial(maintenance.vacuum, two_files, PRODUCTS, 0)
     assert in_few_tasks(two_files.spark, vacuum) == 0
-    assert len(parquet(two_files, THINGS)) == 3
-    assert maintenance.retention(two_files, THINGS) == "interval 20 days"
+    assert len(parquet(two_files, PRODUCTS)) == 3
+    assert maintenance.retention(two_files, PRODUCTS) == "interval 20 days"
     set_retention(two_files, "interval 200 hours")
     assert (vacuum() or 0) > 1000
-    assert maintenance.retention(two_files, THINGS) == "interval 0 hours"
-    assert len(parquet(two_files, THINGS)) == 1
+    assert maintenance.retention(two_files, PRODUCTS) == "interval 0 hours"
+    assert len(parquet(two_files, PRODUCTS)) == 1
     assert content(two_files) == [("t0", 0), ("t1", 1)]
     assert printed() == "Deleted none\n"
 
 
 def test_tables_in_a_catalog_are_maintained_too(named: Tables) -> None:
-    named.insert(THINGS, rows(named.spark, 0))
-    rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.name_of(THINGS))
-    named.staged(THINGS, rows(named.spark, 1))
-    assert maintenance.optimize(named, THINGS) == (2, 1)
-    assert (maintenance.vacuum(named, THINGS, 0) or 0) > 0
-    footprint = maintenance.footprint(named, THINGS)
+    named.insert(PRODUCTS, rows(named.spark, 0))
+    rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.name_of(PRODUCTS))
+    named.staged(PRODUCTS, rows(named.spark, 1))
+    assert maintenance.optimize(named, PRODUCTS) == (2, 1)
+    assert (maintenance.vacuum(named, PRODUCTS, 0) or 0) > 0
+    footprint = maintenance.footprint(named, PRODUCTS)
     assert footprint is not None
     assert footprint.on_disk is not None
     assert footprint.on_disk > footprint.bytes > 0
     assert content(named) == [("t0", 0), ("t1", 1)]
     assert maintenance.clear_leftovers(named, 24) == []
-    backdate(Path(named.folder().removeprefix("file:")) / "_staging_things", 2)
-    assert maintenance.clear_leftovers(named, 24) == ["_staging_things"]
+    backdate(Path(named.folder().removeprefix("file:")) / "_staging_products", 2)
+    assert maintenance.clear_leftovers(named, 24) == ["_staging_products"]
     shown = named.spark.sql("SHOW TABLES IN attic").collect()
-    assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["things"]
+    assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["products"]
 
 
 def test_less_than_a_week_is_refused_unless_delta_does_not_check(spark: SparkSession) -> None:
@@ -320,23 +320,24 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     """Items in two files, lists made with index b, and runs that built e, a, d, b and c."""
     folder = tmp_path_factory.mktemp("shop")
     run = pipeline(folder, "maintain.index_versions=1")
-    tables = run.tables
-    item = dict.fromkeys(schemas.ITEMS.columns)
-    item |= {"item_id": "i0", "attributes": {}, "available": True, "updated_at": MONDAY}
     content: dict[Table, list[tuple]] = {
-        schemas.ITEMS: [tuple(item.values())],
+        schemas.ITEMS: [item("i0")],
         schemas.RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
         schemas.STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
         schemas.RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
     }
     for table, table_rows in content.items():
-        tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
-    other_item = tuple((item | {"item_id": "i1"}).values())
-    more = run.spark.createDataFrame([other_item], schemas.ITEMS.schema)
-    more.write.format("delta").mode("append").save(tables.name_of(schemas.ITEMS))
+        run.tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
+    run.tables.append(schemas.ITEMS, run.spark.createDataFrame([item("i1")], schemas.ITEMS.schema))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)
     return run
+
+
+def item(item_id: str) -> tuple:
+    columns = dict.fromkeys(schemas.ITEMS.columns)
+    columns |= {"item_id": item_id, "attributes": {}, "available": True, "updated_at": MONDAY}
+    return tuple(columns.values())
 
 
 def index_run(hour: int, letter: str) -> tuple:

@@ -1,4 +1,4 @@
-"""The whole way on a tiny shop: what the tables hold, that a second run changes nothing, and what goes wrong aloud."""
+"""The whole way on a tiny shop: the tables, a second run, kills, and errors that users make."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import deltalake
 import numpy as np
@@ -29,13 +30,15 @@ from vlm4rec_spark.config import load
 from vlm4rec_spark.errors import RunError, UsageError, Vlm4RecError
 from vlm4rec_spark.evaluation import tune
 from vlm4rec_spark.evaluation.metrics import ACCURACY
+from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult
 from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, SparkSession
+    from pyspark.sql import Column, Row, SparkSession
 
-K, SHARE = 5, 0.6
+K = 5
+SHARE = 0.6
 QUICK = """spark.conf={spark.sql.shuffle.partitions: "1", spark.sql.codegen.wholeStage: "false",
     spark.sql.codegen.factoryMode: NO_CODEGEN, spark.databricks.delta.snapshotPartitions: "1"}"""
 
@@ -49,7 +52,7 @@ class Shop:
     first: Pipeline | None = None
     collected: dict[str, int] = field(default_factory=dict)
     """Rows that each function of the package brought to the driver, at most."""
-    outcomes: dict[str, StageResult] = field(default_factory=dict)
+    results: dict[str, StageResult] = field(default_factory=dict)
 
     def rows(self, table: schemas.Table) -> list:
         assert self.first is not None
@@ -63,7 +66,7 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("shop")
     raw = folder / "raw"
     catalogue.write(raw, items=60, users=60)
-    made = Shop(
+    shop = Shop(
         folder,
         (
             f"ingest.items.path=[{raw}/catalogue.csv]",
@@ -81,33 +84,36 @@ def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFac
             f"item_item.share={SHARE}",
         ),
     )
-    made.first = pipeline(folder, *made.settings)
+    shop.first = pipeline(folder, *shop.settings)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("collect", "toPandas", "toArrow"):
-            patch.setattr(DataFrame, name, _noted(getattr(DataFrame, name), made.collected))
-        made.first.run(STAGES, lambda outcome: made.outcomes.update({outcome.stage: outcome}))
-    return made
+            patch.setattr(DataFrame, name, _recording(getattr(DataFrame, name), shop.collected))
+        shop.first.run(STAGES, lambda result: shop.results.update({result.stage: result}))
+    return shop
 
 
-def _noted(bring: Callable, collected: dict[str, int]) -> Callable:
-    def noting(rows: DataFrame, *args: object) -> object:
-        brought = bring(rows, *args)
-        ours = [frame for frame in inspect.stack()[1:] if "/vlm4rec_spark/" in frame.filename]
-        if ours:
-            name = f"{Path(ours[0].filename).stem}.{ours[0].function}"
-            collected[name] = max(collected.get(name, 0), len(brought))
-        return brought
+def _recording(collect: Callable, collected: dict[str, int]) -> Callable:
+    """`collect`, with the rows of each call recorded under the package's calling function."""
 
-    return noting
+    def recording(rows: DataFrame, *args: object) -> object:
+        result = collect(rows, *args)
+        package = [frame for frame in inspect.stack()[1:] if "/vlm4rec_spark/" in frame.filename]
+        if package:
+            name = f"{Path(package[0].filename).stem}.{package[0].function}"
+            collected[name] = max(collected.get(name, 0), len(result))
+        return result
 
-
-def counts(outcome: StageResult) -> tuple[int, int, int]:
-    return outcome.ok, outcome.failed, outcome.skipped
+    return recording
 
 
-def test_what_went_in(shop: Shop) -> None:
-    details = shop.outcomes["ingest"].details
-    # catalogue.py: 60 items, three bad rows and one twice; three items without a photo, five with two.
+def counts(result: StageResult) -> tuple[int, int, int]:
+    return result.ok, result.failed, result.skipped
+
+
+def test_ingest_takes_or_rejects_every_row(shop: Shop) -> None:
+    details = shop.results["ingest"].details
+    # catalogue.py: 60 items, three bad rows and one twice; three items without a photo, five
+    # with two.
     assert json.loads(details["items"]) == {"in": 64, "ok": 60, "rejected": 3, "skipped": 1}
     assert json.loads(details["photos"]) == {"in": 62, "ok": 62, "rejected": 0, "skipped": 0}
     assert details["items_without_photo"] == "3"
@@ -119,24 +125,25 @@ def test_what_went_in(shop: Shop) -> None:
     assert sum(row["occurrences"] for row in shop.rows(schemas.REJECTED)) == 33
 
 
-def test_what_was_captioned_and_embedded(shop: Shop) -> None:
-    # 57 photos, of which two repeat the first and the two HTML pages are alike; two corrupt ones, an empty one, HTML.
-    assert counts(shop.outcomes["caption"]) == (50, 4, 3)
+def test_every_photo_is_captioned_and_every_item_embedded(shop: Shop) -> None:
+    # 57 photos. Two repeat the first, and the two HTML pages are alike. Two are corrupt, one is
+    # empty, one is HTML.
+    assert counts(shop.results["caption"]) == (50, 4, 3)
     assert len(shop.rows(schemas.CAPTIONS)) == 54
     assert len(shop.rows(schemas.ITEM_CAPTIONS)) == 52
-    assert counts(shop.outcomes["embed"]) == (180, 0, 0)
-    # Three without a photo and five whose photo is none.
-    assert shop.outcomes["embed"].details["fallback"] == "8"
-    assert shop.outcomes["index"].ok == 60
+    assert counts(shop.results["embed"]) == (180, 0, 0)
+    # Three have no photo, and five a photo that can't be read.
+    assert shop.results["embed"].details["fallback"] == "8"
+    assert shop.results["index"].ok == 60
 
 
 def test_every_user_with_a_history_has_k(shop: Shop) -> None:
     # A bot, a user of unknown items and one who only scrolled have none.
-    assert counts(shop.outcomes["profiles"]) == (60, 0, 3)
-    assert shop.outcomes["profiles"].details["bot_events"] == "3000"
+    assert counts(shop.results["profiles"]) == (60, 0, 3)
+    assert shop.results["profiles"].details["bot_events"] == "3000"
     # Two of the three get what is popular with all.
-    assert counts(shop.outcomes["recommend"]) == (62, 0, 0)
-    assert shop.outcomes["recommend"].details["popular_lists"] == "2"
+    assert counts(shop.results["recommend"]) == (62, 0, 0)
+    assert shop.results["recommend"].details["popular_lists"] == "2"
     available = {row["item_id"] for row in shop.rows(schemas.ITEMS) if row["available"]}
     seen = {row["user_id"]: set(row["seen"]) for row in shop.rows(schemas.PROFILES)}
     lists = {
@@ -158,25 +165,66 @@ def test_every_user_with_a_history_has_k(shop: Shop) -> None:
     assert min(map(len, lists.values())) == K
 
 
-def found_together(histories: dict[str, list]) -> dict[str, dict[str, float]]:
-    """How strongly each item is found with each other one, by the defaults."""
-    weights, users = defaultdict[str, Counter](Counter), Counter[str]()
+def co_occurrence_strengths(histories: dict[str, list]) -> dict[str, dict[str, float]]:
+    """How strongly each item occurs together with each other one, by the defaults."""
+    weights = defaultdict[str, Counter](Counter)
+    users = Counter[str]()
     for history in histories.values():
         items = [item["item_id"] for item in history]
         users.update(items)
-        for place, other in itertools.combinations(range(len(items)), 2):
-            if other - place <= 20:
-                for one, two in ((place, other), (other, place)):
-                    weights[items[one]][items[two]] += 0.8 ** (other - place - 1)
+        for first, second in itertools.combinations(range(len(items)), 2):
+            if second - first <= 20:
+                weight = 0.8 ** (second - first - 1)
+                weights[items[first]][items[second]] += weight
+                weights[items[second]][items[first]] += weight
     return {
-        one: {two: weight / (users[one] * users[two]) ** 0.2 for two, weight in with_it.items()}
-        for one, with_it in weights.items()
+        item: {
+            neighbor: weight / (users[item] * users[neighbor]) ** 0.2
+            for neighbor, weight in neighbors.items()
+        }
+        for item, neighbors in weights.items()
     }
 
 
-def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found_together(
-    shop: Shop,
-) -> None:
+def item_item_scores(
+    history: list, strengths: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Of each item the share that each history item has in its score, scaled to the best item."""
+    heaviest = max(item["weight"] for item in history)
+    scores = defaultdict[str, Counter](Counter)
+    for position, past in enumerate(history):
+        weight = past["weight"] / heaviest * 0.85**position
+        for item, strength in strengths.get(past["item_id"], {}).items():
+            scores[item][past["item_id"]] += weight * strength
+    best = max((shares.total() for shares in scores.values()), default=1)
+    return {
+        item: {past: share / best for past, share in shares.items()}
+        for item, shares in scores.items()
+    }
+
+
+def content_scores(item_id: str, history: list, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+    """The weighted similarity of the item to each history item."""
+    heaviest = max(item["weight"] for item in history)
+    return {
+        past["item_id"]: past["weight"] / heaviest * (vectors[past["item_id"]] @ vectors[item_id])
+        for past in history
+    }
+
+
+def check_score(item: Row, content: dict[str, float], item_item: dict[str, float]) -> None:
+    """`content` and `item_item`: the share that each history item has in the item's scores."""
+    scores = {
+        "content": (1 - SHARE) * max(content.values()),
+        "cooccurrence": SHARE * sum(item_item.values()),
+    }
+    assert item["score"] == pytest.approx(sum(scores.values()), abs=3e-6)
+    assert scores[item["source"]] == pytest.approx(max(scores.values()), abs=3e-6)
+    shares = content if item["source"] == "content" else item_item
+    assert shares[item["because_item_id"]] == pytest.approx(max(shares.values()), abs=2e-6)
+
+
+def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: Shop) -> None:
     vectors = {
         row["item_id"]: np.array(row["embedding"])
         for row in shop.rows(schemas.EMBEDDINGS)
@@ -184,34 +232,18 @@ def test_a_score_is_the_highest_weighted_similarity_and_a_share_of_what_is_found
     }
     histories = {row["user_id"]: row["history"] for row in shop.rows(schemas.PROFILES)}
     assert max(map(len, histories.values())) > 5
-    strengths, spoke = found_together(histories), Counter[str]()
+    strengths = co_occurrence_strengths(histories)
+    sources = set()
     for row in shop.rows(schemas.RECOMMENDATIONS):
         if row["user_id"] not in histories:
             continue
         history = histories[row["user_id"]]
-        heaviest = max(item["weight"] for item in history)
-        found = defaultdict[str, Counter](Counter)
-        for place, past in enumerate(history):
-            for other, strength in strengths.get(past["item_id"], {}).items():
-                found[other][past["item_id"]] += past["weight"] / heaviest * 0.85**place * strength
-        most = max((by.total() for by in found.values()), default=1)
+        item_item = item_item_scores(history, strengths)
         for item in row["items"]:
-            vector = vectors[item["item_id"]]
-            similar = {
-                past["item_id"]: past["weight"] / heaviest * (vectors[past["item_id"]] @ vector)
-                for past in history
-            }
-            with_it = found[item["item_id"]]
-            parts = {
-                "content": (1 - SHARE) * max(similar.values()),
-                "cooccurrence": SHARE * with_it.total() / most,
-            }
-            assert item["score"] == pytest.approx(sum(parts.values()), abs=3e-6)
-            assert parts[item["source"]] == pytest.approx(max(parts.values()), abs=3e-6)
-            by = similar if item["source"] == "content" else with_it
-            assert by[item["because_item_id"]] == pytest.approx(max(by.values()), abs=2e-6)
-            spoke[item["source"]] += 1
-    assert spoke.keys() == {"content", "cooccurrence"}
+            content = content_scores(item["item_id"], history, vectors)
+            check_score(item, content, item_item.get(item["item_id"], {}))
+            sources.add(item["source"])
+    assert sources == {"content", "cooccurrence"}
 
 
 WITHOUT_SPARK = """
@@ -222,7 +254,7 @@ from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.list_rules import ListRules
-from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import MaxSimilarityQuery
 
 index, item_item, share, k, facts = sys.argv[1:]
@@ -233,7 +265,8 @@ weights = np.array([weight for _, weight in facts["history"]])
 weights = weights / weights.max()
 content = MaxSimilarityQuery([history], [weights.astype(np.float32)])
 later = weights * 0.85 ** np.arange(len(weights))
-query = BlendedQuery(content, ItemItemScores.open(Path(item_item)), float(share), [history], [later])
+scores = ItemItemScores.open(Path(item_item))
+query = BlendedQuery(content, scores, float(share), [history], [later])
 allowed = np.zeros(len(searcher), np.int64)
 allowed[searcher.positions(facts["available"])] = 1
 parents = searcher.positions(facts["variants"][0]), np.array(facts["variants"][1])
@@ -241,52 +274,49 @@ variants = np.full(len(searcher), -1, np.int64)
 variants[parents[0]] = parents[1]
 seen = [searcher.positions(facts["seen"])]
 rules = ListRules(allowed, variants)
-top, scores, _ = recommend_lists(searcher, query, seen, rules, np.zeros(1, np.int64), int(k), None)
+requests = ListRequests(query, seen, np.zeros(1, np.int64))
+top, scores, _ = recommend_lists(searcher, requests, rules, int(k), None)
 assert "pyspark" not in sys.modules
 print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], scores[0])]))
 """
 
 
-def test_a_process_without_spark_answers_a_user_with_the_list_of_the_table(shop: Shop) -> None:
-    profile = shop.rows(schemas.PROFILES)[0]
+def variant_groups(shop: Shop) -> dict[str, int]:
+    """By item the number of its group: items with one parent or one photo, over others too."""
     photos = {
         row["item_id"]: row["image_sha256"]
         for row in shop.rows(schemas.PHOTOS)
         if row["position"] == 0
     }
-    items = {row["item_id"]: row for row in shop.rows(schemas.ITEMS)}
-    # Whatever has a parent or a photo in common, over others too, is one group.
-    group = {item: number for number, item in enumerate(items)}
-    for _ in items:
-        for one, other in itertools.combinations(items, 2):
-            same_photo = one in photos and photos[one] == photos.get(other)
-            if same_photo or items[one]["parent_id"] == items[other]["parent_id"] is not None:
-                group[one] = group[other] = min(group[one], group[other])
-    told = {
+    parents = {row["item_id"]: row["parent_id"] for row in shop.rows(schemas.ITEMS)}
+    group = {item: number for number, item in enumerate(parents)}
+    for _ in parents:
+        for first, second in itertools.combinations(parents, 2):
+            same_photo = first in photos and photos[first] == photos.get(second)
+            if same_photo or parents[first] == parents[second] is not None:
+                group[first] = group[second] = min(group[first], group[second])
+    return group
+
+
+def test_a_process_without_spark_makes_the_list_of_the_table(shop: Shop) -> None:
+    profile = shop.rows(schemas.PROFILES)[0]
+    groups = variant_groups(shop)
+    facts = {
         "history": [(item["item_id"], item["weight"]) for item in profile["history"]],
         "seen": profile["seen"],
-        "available": [item for item, row in items.items() if row["available"]],
-        "variants": [list(group), list(group.values())],
+        "available": [row["item_id"] for row in shop.rows(schemas.ITEMS) if row["available"]],
+        "variants": [list(groups), list(groups.values())],
     }
-    (index,) = (
-        path for path in (shop.folder / "index").iterdir() if (path / "vectors.npy").exists()
-    )
-    (item_item,) = (shop.folder / "index" / "item_item").iterdir()
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT_SPARK,
-        str(index),
-        str(item_item),
-        str(SHARE),
-        str(K),
-        json.dumps(told),
-    ]
-    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    folder = shop.folder / "index"
+    (index,) = (path for path in folder.iterdir() if (path / "vectors.npy").exists())
+    (item_item,) = (folder / "item_item").iterdir()
+    arguments = [str(index), str(item_item), str(SHARE), str(K), json.dumps(facts)]
+    command = [sys.executable, "-c", WITHOUT_SPARK, *arguments]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     (row,) = (
         row for row in shop.rows(schemas.RECOMMENDATIONS) if row["user_id"] == profile["user_id"]
     )
-    assert said == [[item["item_id"], item["score"]] for item in row["items"]]
+    assert json.loads(output) == [[item["item_id"], item["score"]] for item in row["items"]]
 
 
 def test_metrics_and_exports(shop: Shop) -> None:
@@ -307,19 +337,21 @@ def test_metrics_and_exports(shop: Shop) -> None:
     assert len(shop.rows(schemas.EXPORT_WIDE)) == 62
     page = (shop.folder / "report.html").read_text()
     assert len(page) > 10_000
-    assert '<tr class="mine"><th scope="row">blend</th>' in page
+    assert '<tr class="highlight"><th scope="row">blend</th>' in page
 
 
 def test_the_captions_are_audited(shop: Shop) -> None:
-    found = {row["metric"]: row for row in shop.rows(schemas.METRICS) if row["split"] == "captions"}
-    # Nobody is asked again unless that is wanted, and the demo's catalogue says nothing of how things look.
-    assert set(found) == {"distinct_share", "distinct_share_all"}
-    # 54 contents, of which four have no caption; the fake model tells mean colours, and some look alike to it.
+    rows = [row for row in shop.rows(schemas.METRICS) if row["split"] == "captions"]
+    metrics = {row["metric"]: row for row in rows}
+    # No photo is captioned again unless configured, and the demo's catalogue has no attributes.
+    assert set(metrics) == {"distinct_share", "distinct_share_all"}
+    # 54 contents, of which four have no caption. The fake model names mean colors, and some photos
+    # look the same to it.
     captions = [row["caption"] for row in shop.rows(schemas.CAPTIONS) if row["status"] == "ok"]
-    assert found["distinct_share"]["users"] == len(captions) == 50
-    assert found["distinct_share"]["value"] == len(set(captions)) / 50
-    assert {row["arm"] for row in found.values()} == {shop.outcomes["caption"].details["model"]}
-    (captioner,) = json.loads(shop.outcomes["evaluate"].details["caption_audit"])["captioners"]
+    assert metrics["distinct_share"]["users"] == len(captions) == 50
+    assert metrics["distinct_share"]["value"] == len(set(captions)) / 50
+    assert {row["arm"] for row in metrics.values()} == {shop.results["caption"].details["model"]}
+    (captioner,) = json.loads(shop.results["evaluate"].details["caption_audit"])["captioners"]
     assert (captioner["in_force"], captioner["sampled"]) == (50, 50)
     assert "Do the captions come from the photos?" in (shop.folder / "report.html").read_text()
 
@@ -330,9 +362,9 @@ def test_every_stage_is_recorded(shop: Shop) -> None:
     for stage, row in runs.items():
         assert row["status"] == "ok"
         assert (row["rows_ok"], row["rows_failed"], row["rows_skipped"]) == counts(
-            shop.outcomes[stage]
+            shop.results[stage]
         )
-        assert row["rows_in"] == sum(counts(shop.outcomes[stage]))
+        assert row["rows_in"] == sum(counts(shop.results[stage]))
     assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions", "photos"}
     states = {row["stage"]: row for row in shop.rows(schemas.STATE)}
     assert set(states) == set(STAGES)
@@ -348,34 +380,35 @@ def test_another_reader_opens_every_table(shop: Shop) -> None:
 
 
 COLLECTED = {
-    "matching.index": "the one index build, whose need is said before it starts",
-    "asof._index": "the index of an arm",
-    "cooccurrence.build": "the pairs of items that are found together, whose need is said before",
-    "asof.users": "at most evaluate.max_users judged users, with what they have seen",
-    "asof._placed": "the lists of those users",
-    "asof._of_items": "the popularity of the candidates",
-    "evaluate.opened": "the candidates' ids",
+    "index.index": "the one index build, whose memory is reported before it starts",
+    "recommend._matching": "the co-occurring pairs, whose memory is reported before",
+    "point_in_time._build_index": "the index of an arm",
+    "point_in_time.count_pairs": "the pairs of items of an arm",
+    "point_in_time._read_users": "at most evaluate.max_users test users, with what they have seen",
+    "point_in_time._positions": "the lists of those users",
+    "point_in_time._by_candidate": "the popularity of the candidates",
+    "evaluate.open_point_in_time": "the candidates' ids",
     "evaluate._catalogue": "category and date of the candidates",
-    "album._thumbs": "the photos that the report shows, report.photos and the lists of report.users",
-    "album._titles": "the items that the report shows",
-    "album._captions": "the same",
-    "album._first_positions": "the same",
-    "auditing._samples": "at most evaluate.audit_photos captions of each captioner",
-    "auditing._vectors": "vectors of the texts of those captions",
-    "collect._metrics": "the figures of the last evaluation, one row each, 20,000 at most",
-    "listing._load": "the items with what rules say of them",
-    "listing._choose_search": "at most recommend.recall_sample profiles",
-    "listing._popular": "at most 1,000 popular items for each segment and set of rules",
+    "thumbnails._thumbnails": "the photos that the report shows, by report.photos and report.users",
+    "thumbnails._titles": "the items that the report shows",
+    "thumbnails._captions": "the same",
+    "thumbnails._first_positions": "the same",
+    "caption_audit._samples": "at most evaluate.audit_photos captions of each captioner",
+    "caption_audit._vectors": "vectors of the texts of those captions",
+    "collect._metrics": "the rows of the last evaluation, 20,000 at most",
+    "recommend._load": "the items with what rules say of them",
+    "recommend._choose_search": "at most recommend.recall_sample profiles",
+    "recommend._popular_items": "at most 1,000 popular items for each segment and set of rules",
 }
 """What may bring more than a few rows to the driver, and why that doesn't grow with the shop."""
+FEW_ROWS = 24
+"""Such as reasons, stages, tables and samples."""
 
 
 def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop) -> None:
-    many = {
-        name for name, rows in shop.collected.items() if rows > 24
-    }  # reasons, stages, tables, a few exhibits
+    many = {name for name, rows in shop.collected.items() if rows > FEW_ROWS}
     assert many - COLLECTED.keys() == set()
-    assert shop.collected["matching.index"] == 60
+    assert shop.collected["index.index"] == 60
 
 
 def test_tables_in_a_catalog_hold_the_same(
@@ -387,87 +420,92 @@ def test_tables_in_a_catalog_hold_the_same(
         other = pipeline(tmp_path, *shop.settings, "tables=spark_catalog.whole")
         other.run([stage for stage in STAGES if stage != "evaluate"])
         for table in schemas.TABLES.values():
-            if table.name not in ("runs", "metrics"):
+            if table not in OF_RUNS:
                 assert content(other, table) == content(shop.first, table), table.name
     finally:
         spark.sql("DROP SCHEMA whole CASCADE")
 
 
-def _doubled(x: Column) -> Column:
-    return (x * 2).cast("float")
+def _doubled(number: Column) -> Column:
+    return (number * 2).cast("float")
 
 
-def test_the_real_tables_refuse_a_bad_row(shop: Shop) -> None:
-    assert shop.first is not None
-    for table, column, bad, refusal in (
+@pytest.mark.parametrize(
+    ("table", "column", "bad", "refusal"),
+    [
         (
             schemas.EMBEDDINGS,
             "embedding",
-            F.transform("embedding", _doubled),
+            lambda: F.transform("embedding", _doubled),
             "CHECK constraint unit_length",
         ),
         (
             schemas.CAPTIONS,
             "status",
-            F.lit("perhaps"),
+            lambda: F.lit("perhaps"),
             "CHECK constraint (status_is_known|caption_or_error)",
         ),
         (
             schemas.INTERACTIONS,
             "user_id",
-            F.lit(None).cast("string"),
+            lambda: F.lit(None).cast("string"),
             "NOT NULL|CHECK constraint ids_not_empty",
         ),
-    ):
-        rows = shop.first.tables.read(table).limit(1).withColumn(column, bad)
-        with pytest.raises(Exception, match=refusal):
-            rows.write.format("delta").mode("append").save(shop.first.tables.name_of(table))
+    ],
+    ids=lambda value: value.name if isinstance(value, schemas.Table) else "",
+)
+def test_the_real_tables_refuse_a_bad_row(
+    shop: Shop, table: schemas.Table, column: str, bad: Callable[[], Column], refusal: str
+) -> None:
+    assert shop.first is not None
+    rows = shop.first.tables.read(table).limit(1).withColumn(column, bad())
+    with pytest.raises(Exception, match=refusal):
+        rows.write.format("delta").mode("append").save(shop.first.tables.name_of(table))
 
 
 def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
     assert shop.first is not None
     again = pipeline(shop.folder, *shop.settings)
     before = again.tables.versions(schemas.TABLES.values())
-    # What a run that was killed has left.
+    # As a killed run leaves it.
     again.tables.staged(schemas.ITEM_CAPTIONS, again.tables.read(schemas.ITEM_CAPTIONS))
-    outcomes = again.run(STAGES)
+    results = again.run(STAGES)
     assert list((shop.folder / "tables").glob("_*")) == []
-    assert [(outcome.stage, outcome.status) for outcome in outcomes] == [
-        (stage, "unchanged") for stage in STAGES
-    ]
-    assert {outcome.details["unchanged_since"] for outcome in outcomes} == {shop.first.run_id}
+    assert [result.stage for result in results] == list(STAGES)
+    assert {result.status for result in results} == {"unchanged"}
+    assert {result.details["unchanged_since"] for result in results} == {shop.first.run_id}
     after = again.tables.versions(schemas.TABLES.values())
     assert after.pop("runs") == before.pop("runs") + len(STAGES)
     assert after == before
 
 
-def told(shop: Shop) -> list[str]:
+def command_options(shop: Shop) -> list[str]:
     """The shop's settings, as the command line takes them."""
-    places = (
+    locations = (
         f"tables={shop.folder}/tables",
         f"index.folder={shop.folder}/index",
         f"report.path={shop.folder}/r.html",
     )
-    return [
-        "--config",
-        "test.yaml",
-        *[part for each in (*places, *shop.settings) for part in ("--set", each)],
-    ]
+    return ["--config", "test.yaml", *assignments(*locations, *shop.settings)]
+
+
+def assignments(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def test_the_figures_of_an_evaluation_are_printed_as_json(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert shop.first is not None
-    assert main(["evaluate", "--json", *told(shop)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["run_id"], found["config"]["k"]) == (shop.first.run_id, 10)
-    assert found["versions"] == shop.outcomes["evaluate"].versions
-    assert found["details"]["time"]["users"] > 30
-    assert len(found["metrics"]) == shop.first.tables.read(schemas.METRICS).count()
+    assert main(["evaluate", "--json", *command_options(shop)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["run_id"], printed["config"]["k"]) == (shop.first.run_id, 10)
+    assert printed["versions"] == shop.results["evaluate"].versions
+    assert printed["details"]["time"]["users"] > 30
+    assert len(printed["metrics"]) == shop.first.tables.read(schemas.METRICS).count()
     blend = [
         row
-        for row in found["metrics"]
+        for row in printed["metrics"]
         if (row["arm"], row["metric"], row["k"]) == ("blend", "recall", 20)
     ]
     assert [row["slice"] for row in blend] == ["all"]
@@ -476,130 +514,156 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(
 def test_tune_writes_a_configuration_that_can_be_used(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_DECAYS", "_HALF_LIVES", "_LAST", "_TASTES", "_SPOKEN", "_POWERS", "_APART"):
-        monkeypatch.setattr(tune, name, ())
-    monkeypatch.setattr(tune, "_SHARES", (0.5,))
+    tried = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.5,)}
+    monkeypatch.setattr(tune, "OPTIONS", tried)
     out = tmp_path / "tuned.yaml"
-    assert main(["tune", "--out", str(out), "--representation", "title", *told(shop)]) == 0
+    options = command_options(shop)
+    assert main(["tune", "--out", str(out), "--representation", "title", *options]) == 0
     comments = [line for line in out.read_text().splitlines() if line.startswith("#")]
-    assert sum("<- best" in line for line in comments) in (
-        1,
-        2,
-    )  # the best may be one of content only
+    # The best may be one of content only.
+    assert sum("<- best" in line for line in comments) in (1, 2)
     config = load([out])
     assert (config.representation, set(config.evaluate.custom_arms)) == ("title", {"content"})
     assert config.item_item.share in {0.0, 0.4, 0.45, 0.5, 0.55, 0.6}
-    assert main(["tune", "--out", str(tmp_path / "gone" / "tuned.yaml"), *told(shop)]) == 2
+    missing = str(tmp_path / "gone" / "tuned.yaml")
+    assert main(["tune", "--out", missing, *options]) == 2
 
 
 def test_a_run_that_redoes_everything_changes_nothing(
     shop: Shop, pipeline: Callable[..., Pipeline]
 ) -> None:
     assert shop.first is not None
-    before = {
-        table.name: content(shop.first, table)
-        for table in schemas.TABLES.values()
-        if table.name != "runs"
-    }
+    others = [table for table in schemas.TABLES.values() if table not in OF_RUNS]
+    before = {table.name: content(shop.first, table) for table in others}
+    metrics = content(shop.first, schemas.METRICS)
     # As after a run that was killed before it could record itself.
-    shop.first.spark.sql(
-        f"DELETE FROM delta.`{shop.first.tables.name_of(schemas.RUNS)}` WHERE stage != 'index'"
-    )
+    state = shop.first.tables.sql_name(schemas.STATE)
+    shop.first.spark.sql(f"DELETE FROM {state} WHERE stage != 'index'")
     again = pipeline(shop.folder, *shop.settings)
-    outcomes = {outcome.stage: outcome for outcome in again.run(STAGES)}
+    results = {result.stage: result for result in again.run(STAGES)}
     # No log file and no photo is opened again.
-    assert "interactions" not in outcomes["ingest"].details
-    assert json.loads(outcomes["ingest"].details["photos"]) == {
-        "in": 62,
-        "ok": 0,
-        "rejected": 0,
-        "skipped": 62,
-    }
-    assert counts(outcomes["caption"]) == (0, 0, 57)
-    assert counts(outcomes["embed"]) == (0, 0, 180)
-    for table in schemas.TABLES.values():
-        if table.name == "metrics":
-            assert content(again, table) == sorted(
-                2 * before[table.name]
-            )  # a run's metrics are its own
-        elif table.name != "runs":
-            assert content(again, table) == before[table.name], table.name
+    assert "interactions" not in results["ingest"].details
+    photos = json.loads(results["ingest"].details["photos"])
+    assert photos == {"in": 62, "ok": 0, "rejected": 0, "skipped": 62}
+    assert counts(results["caption"]) == (0, 0, 57)
+    assert counts(results["embed"]) == (0, 0, 180)
+    # A run's metrics are its own.
+    assert content(again, schemas.METRICS) == sorted(2 * metrics)
+    assert {table.name: content(again, table) for table in others} == before
 
 
-def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_makes_whole(
+def test_a_copied_shop_opens_its_own_index(
+    shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shop.first is not None
+    copy = tmp_path / "copy"
+    for name in ("tables", "index"):
+        shutil.copytree(shop.folder / name, copy / name)
+    opened: set[Path] = set()
+    open_searcher = Searcher.open
+
+    def recording(folder: Path, *args: object, **options: object) -> Searcher:
+        opened.add(folder.parent)
+        return open_searcher(folder, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Searcher, "open", recording)
+    moved = pipeline(copy, *shop.settings)
+    index, profiles = moved.run(["index", "profiles"])
+    assert (index.status, profiles.status) == ("unchanged", "unchanged")
+    (recommend,) = pipeline(copy, *shop.settings, "recommend.explain=false").run(["recommend"])
+    assert counts(recommend) == counts(shop.results["recommend"])
+    assert opened == {copy / "index"}
+
+
+def test_a_failed_stage_leaves_its_state(
+    shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    shutil.copytree(shop.folder / "tables", tmp_path / "tables")
+    # Without the index folder.
+    run = pipeline(tmp_path, *shop.settings)
+    before = run.context.states()["recommend"]
+    with pytest.raises(RunError):
+        run.run(["recommend"])
+    run.context.forget()
+    assert run.context.states()["recommend"] == before
+
+
+def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_completes(
     shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     assert shop.first is not None
     # The tables are named by a URI here.
-    tables, index, page = (
-        f"tables=file://{tmp_path}/tables",
-        f"{tmp_path}/index",
-        f"{tmp_path}/report.html",
-    )
-    settings = (tables, f"index.folder={index}", f"report.path={page}", *shop.settings, QUICK)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])",
-        "run",
-    ]
-    command += ["--config", "test.yaml", *[part for each in settings for part in ("--set", each)]]
-    with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
-        )
-    # In the middle of a stage: its photos are read, and not yet in their table.
-    while not (tmp_path / "tables" / "_staging_photos").exists():
-        assert driver.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert [path.name for path in (tmp_path / "tables").glob("_*")] == [
-        "_lease-000001.json",
-        "_staging_photos",
-    ]
-
+    tables = f"tables=file://{tmp_path}/tables"
+    _kill_a_driver(shop, tables, tmp_path)
+    left = [path.name for path in (tmp_path / "tables").glob("_*")]
+    assert left == ["_lease-000001.json", "_staging_photos"]
     stages = [stage for stage in STAGES if stage != "evaluate"]
-    again, killed = pipeline(tmp_path, *shop.settings, tables), threading.Event()
+    again = pipeline(tmp_path, *shop.settings, tables)
+    killed = threading.Event()
     killer = threading.Thread(target=_kill_a_worker, args=(killed,))
     killer.start()
     try:
         again.run(stages)
-    except Exception as died:
-        assert "Python worker exited unexpectedly" in str(died)
+    except Exception as error:
+        assert "Python worker exited unexpectedly" in str(error)
         again.run(stages)
     finally:
         killed.set()
         killer.join()
     for table in schemas.TABLES.values():
-        if table.name not in ("runs", "metrics"):
+        if table not in OF_RUNS:
             assert content(again, table) == content(shop.first, table), table.name
     assert list((tmp_path / "tables").glob("_*")) == []
+
+
+def _kill_a_driver(shop: Shop, tables: str, folder: Path) -> None:
+    """Run all stages in a process, and kill it when photos are staged and not yet in `photos`."""
+    locations = (tables, f"index.folder={folder}/index", f"report.path={folder}/report.html")
+    code = "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])"
+    options = ["--config", "test.yaml", *assignments(*locations, *shop.settings, QUICK)]
+    command = [sys.executable, "-c", code, "run", *options]
+    with (folder / "log").open("wb") as log:
+        driver = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, start_new_session=True
+        )
+    while not (folder / "tables" / "_staging_photos").exists():
+        assert driver.poll() is None, (folder / "log").read_text()
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
 
 
 def _kill_a_worker(killed: threading.Event) -> None:
     """SIGKILL to the first Python worker of this process's Spark that is at work."""
     while not killed.wait(0.02):
-        for place in Path("/proc").glob("[0-9]*"):
+        for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                state, daemon = _state(place)
-                _, jvm = _state(Path("/proc", daemon))
-                _, driver = _state(Path("/proc", jvm))
-                if state == "R" and int(driver) == os.getpid():
-                    os.kill(int(place.name), signal.SIGKILL)
+                worker = _process_state(process)
+                daemon = _process_state(Path("/proc", worker.parent))
+                jvm = _process_state(Path("/proc", daemon.parent))
+                if worker.state == "R" and int(jvm.parent) == os.getpid():
+                    os.kill(int(process.name), signal.SIGKILL)
                     killed.set()
 
 
-def _state(process: Path) -> tuple[str, str]:
-    """Its state, R while it runs, and its parent."""
-    state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
-    return state, parent
+class _ProcessState(NamedTuple):
+    state: str
+    """R while it runs."""
+    parent: str
+
+
+def _process_state(process: Path) -> _ProcessState:
+    return _ProcessState(*(process / "stat").read_text().rpartition(")")[2].split()[:2])
 
 
 def content(run: Pipeline, table: schemas.Table) -> list[str]:
-    """Every row as text, without photos' bytes and the columns that say when or by whom it was made."""
-    left_out = {"image", "run_id", *table.volatile}
-    return sorted(str(row) for row in run.tables.read(table).drop(*left_out).collect())
+    """Every row as text, without photos' bytes and what says when or by which run it was made."""
+    ignored = {"image", "run_id", *table.volatile}
+    return sorted(str(row) for row in run.tables.read(table).drop(*ignored).collect())
+
+
+OF_RUNS = (schemas.RUNS, schemas.STATE, schemas.METRICS)
+"""Tables whose rows differ from run to run."""
 
 
 FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
@@ -621,13 +685,13 @@ FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
         ["caption.model.backend=transformers", "caption.model.model={tmp}/nowhere"],
     ),
     "missing encoder": (UsageError, "no model folder", ["embed.encoder={tmp}/nowhere"]),
-    "table of another schema": (RunError, "bytes is missing", ["tables={tmp}/other"]),
+    "table of another schema": (RunError, "size is missing", ["tables={tmp}/other"]),
     "no permission": (RunError, "nothing can be written to", ["tables=/proc/nowhere/tables"]),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_goes_wrong_is_said_in_one_paragraph_and_changes_no_table(
+def test_an_error_is_one_paragraph_and_changes_no_table(
     spark: SparkSession, shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, fault: str
 ) -> None:
     (tmp_path / "empty.csv").write_text("item_id,title\n")
@@ -635,15 +699,15 @@ def test_what_goes_wrong_is_said_in_one_paragraph_and_changes_no_table(
         "user_id,item_id,event_type,event_time\nann,gone,view,2025-01-01\n"
     )
     if fault == "table of another schema":
-        spark.sql("SELECT 'x' AS uri").write.format("delta").save(str(tmp_path / "other" / "files"))
-    kind, said, settings = FAULTS[fault]
-    places = [tmp_path / "other", shop.folder / "tables"]
-    before = [sorted(place.rglob("*")) for place in places]
-    with pytest.raises(kind, match=said) as raised:
-        pipeline(
-            shop.folder, *shop.settings, *[each.format(tmp=tmp_path) for each in settings]
-        ).run(STAGES, lambda outcome: None)
+        other = spark.sql("SELECT 'x' AS file")
+        other.write.format("delta").save(str(tmp_path / "other" / "ingested_files"))
+    kind, message, settings = FAULTS[fault]
+    folders = [tmp_path / "other", shop.folder / "tables"]
+    before = [sorted(folder.rglob("*")) for folder in folders]
+    settings = [setting.format(tmp=tmp_path) for setting in settings]
+    with pytest.raises(kind, match=message) as raised:
+        pipeline(shop.folder, *shop.settings, *settings).run(STAGES)
     assert raised.value.exit_code == (2 if kind is UsageError else 1)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 600
-    assert [sorted(place.rglob("*")) for place in places] == before
+    assert [sorted(folder.rglob("*")) for folder in folders] == before

@@ -1,8 +1,8 @@
-"""Profiles: literal events to literal weights, and the mean vector against numpy."""
+"""Profiles: literal events to literal weights, the mean vector against numpy, incremental runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import count
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import index as index_stage
 from vlm4rec_spark.spark.shipping import ship
@@ -27,29 +25,35 @@ if TYPE_CHECKING:
 
     from vlm4rec_spark.pipeline import Pipeline
 
+Event = tuple[str, str, str, str]
+"""User, item, type and time."""
 SETTINGS = ProfileSettings(bot_events_per_day=3)
 DIMENSION = 24
 
 
-def log(spark: SparkSession, *events: tuple[str, str, str, str]) -> DataFrame:
-    """Interactions of (user, item, type, time)."""
-    rows = [
-        (f"e{n}", user, item, kind, at, at.date())
-        for n, (user, item, kind, at) in enumerate(
-            (u, i, k, datetime.fromisoformat(t)) for u, i, k, t in events
-        )
-    ]
+def log(
+    spark: SparkSession,
+    events: Sequence[Event],
+    event_ids: Sequence[str] = (),
+) -> DataFrame:
+    rows = []
+    for number, (user, item, event_type, time) in enumerate(events):
+        event_id = event_ids[number] if event_ids else f"e{number}"
+        at = datetime.fromisoformat(time)
+        rows.append((event_id, user, item, event_type, at, at.date()))
     return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
 
 
 def histories(
-    spark: SparkSession,
-    events: list[tuple[str, str, str, str]],
-    settings: ProfileSettings = SETTINGS,
+    spark: SparkSession, events: Sequence[Event], settings: ProfileSettings = SETTINGS
 ) -> dict[str, dict]:
     items = spark.createDataFrame([(item,) for item in "ABCD"], "item_id STRING")
-    rows = profiles.histories(log(spark, *events), items, settings).collect()
+    rows = profiles.histories(log(spark, events), items, settings).collect()
     return {row["user_id"]: row.asDict(recursive=True) for row in rows}
+
+
+def weights(profile: dict) -> dict[str, float]:
+    return {item["item_id"]: item["weight"] for item in profile["history"]}
 
 
 EVENTS = [
@@ -60,14 +64,12 @@ EVENTS = [
     ("ann", "gone", "purchase", "2025-04-01 12:00:00"),
     ("ben", "D", "scroll", "2025-01-01 12:00:00"),
     ("cat", "gone", "view", "2025-01-01 12:00:00"),
-    *[("bot", "A", "view", f"2025-01-01 12:00:0{n}") for n in range(4)],
-    *[("fan", "B", "view", f"2025-01-0{n} 12:00:00") for n in range(1, 5)],
+    *[("bot", "A", "view", f"2025-01-01 12:00:0{second}") for second in range(4)],
+    *[("fan", "B", "view", f"2025-01-0{day} 12:00:00") for day in range(1, 5)],
 ]
 
 
-def test_what_was_sent_back_is_seen_but_no_taste_until_it_is_taken_up_again(
-    spark: SparkSession,
-) -> None:
+def test_a_returned_item_is_seen_but_counts_only_by_later_events(spark: SparkSession) -> None:
     events = [
         ("ann", "A", "purchase", "2025-01-01 12:00:00"),
         ("ann", "A", "return", "2025-01-09 12:00:00"),
@@ -78,59 +80,57 @@ def test_what_was_sent_back_is_seen_but_no_taste_until_it_is_taken_up_again(
         ("ben", "A", "hide", "2025-01-02 12:00:00"),
     ]
     settings = ProfileSettings(negative_events=("return", "hide"), half_life_days=None)
-    found = histories(spark, events, settings)
-    assert {item["item_id"]: item["weight"] for item in found["ann"]["history"]} == {"B": 1, "C": 1}
-    assert (found["ann"]["seen"], found["ann"]["events"]) == (["A", "B", "C"], 2)
-    assert set(found) == {"ann"}
+    by_user = histories(spark, events, settings)
+    assert weights(by_user["ann"]) == {"B": 1, "C": 1}
+    assert by_user["ann"]["seen"] == ["A", "B", "C"]
+    assert by_user["ann"]["events"] == 2
+    assert set(by_user) == {"ann"}
 
 
-def test_a_session_counts_once(spark: SparkSession) -> None:
+def test_a_repeated_event_counts_once_per_session(spark: SparkSession) -> None:
     events = [("ann", "A", "view", f"2025-01-01 12:{minute:02d}:00") for minute in (0, 20, 40)]
     events += [
         ("ann", "A", "view", "2025-01-01 13:20:00"),
         ("ann", "A", "cart", "2025-01-01 12:21:00"),
         ("ann", "B", "view", "2025-01-01 12:22:00"),
     ]
-    found = histories(spark, events, ProfileSettings(session_minutes=30, half_life_days=None))
+    by_user = histories(spark, events, ProfileSettings(session_minutes=30, half_life_days=None))
     # Each view but the last is within half an hour of the one before it.
-    assert {item["item_id"]: item["weight"] for item in found["ann"]["history"]} == {
-        "A": 1 + 1 + 3,
-        "B": 1,
-    }
+    assert weights(by_user["ann"]) == {"A": 1 + 1 + 3, "B": 1}
     assert histories(spark, events, ProfileSettings(session_minutes=30, min_items=3)) == {}
 
 
 def test_weights_seen_bots_and_unknown_items(spark: SparkSession) -> None:
-    found = histories(spark, EVENTS)
-    # ben only scrolled, cat's item isn't in the catalogue, bot made four events on one day and fan only one.
-    assert set(found) == {"ann", "fan"}
-    ann = found["ann"]
-    # A: view 60 days before the last event that counts, 1 x 0.5, and a purchase, 5 x 1. B: cart 30 days before it.
-    assert [item["item_id"] for item in ann["history"]] == ["A", "B"]
-    assert [item["weight"] for item in ann["history"]] == pytest.approx(
-        [5.5, 3 * 0.5**0.5], rel=1e-15
-    )
+    by_user = histories(spark, EVENTS)
+    # ben only scrolled, cat's item isn't in the catalogue. bot has four events on a day, fan one.
+    assert set(by_user) == {"ann", "fan"}
+    ann = by_user["ann"]
+    # A: a view 60 days before the last event that counts, 1 x 0.5, and a purchase, 5 x 1.
+    # B: a cart 30 days before it.
+    assert list(weights(ann)) == ["A", "B"]
+    assert weights(ann) == pytest.approx({"A": 5.5, "B": 3 * 0.5**0.5}, rel=1e-15)
     assert ann["seen"] == ["A", "B", "C"]
-    assert (ann["events"], ann["last_event_at"]) == (3, datetime(2025, 3, 2, 12))
-    assert found["fan"]["events"] == 4
+    assert ann["events"] == 3
+    assert ann["last_event_at"] == datetime(2025, 3, 2, 12)
+    assert by_user["fan"]["events"] == 4
 
 
-def test_a_quiet_users_profile_does_not_change(spark: SparkSession) -> None:
+def test_the_profile_of_a_quiet_user_does_not_change(spark: SparkSession) -> None:
     later = [*EVENTS, ("new", "D", "purchase", "2030-01-01 12:00:00")]
     assert histories(spark, later)["ann"] == histories(spark, EVENTS)["ann"]
 
 
 def test_without_half_life_and_with_the_last_item_only(spark: SparkSession) -> None:
-    settings = ProfileSettings(
-        event_weights={"view": 2.0, "cart": 7.0}, half_life_days=None, last_n=1
-    )
+    event_weights = {"view": 2.0, "cart": 7.0}
+    settings = ProfileSettings(event_weights=event_weights, half_life_days=None, last_n=1)
     ann = histories(spark, EVENTS, settings)["ann"]
     # The purchase doesn't count now, so the cart of B is the latest event.
-    assert ann["history"] == [{"item_id": "B", "weight": 7.0}]
-    assert (ann["seen"], ann["events"]) == (["A", "B", "C"], 2)
+    assert weights(ann) == {"B": 7.0}
+    assert ann["seen"] == ["A", "B", "C"]
+    assert ann["events"] == 2
 
 
-def test_an_item_weighs_less_for_each_that_came_later(spark: SparkSession) -> None:
+def test_an_item_weighs_less_for_each_later_item(spark: SparkSession) -> None:
     events = [
         ("ann", item, "view", f"2025-01-0{day} 12:00:00") for day, item in enumerate("ABC", 1)
     ]
@@ -145,133 +145,179 @@ def test_an_item_weighs_less_for_each_that_came_later(spark: SparkSession) -> No
 def vectors() -> dict[str, np.ndarray]:
     drawn = np.random.default_rng(3).standard_normal((40, DIMENSION))
     drawn = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
-    return {f"i{n:02d}": vector for n, vector in enumerate(drawn)}
+    return {f"i{number:02d}": vector for number, vector in enumerate(drawn)}
+
+
+@pytest.fixture
+def open_searcher(
+    spark: SparkSession, tmp_path: Path, vectors: dict[str, np.ndarray]
+) -> Callable[[], Searcher]:
+    folder = tmp_path / "test_profiles"
+    matrix = np.stack(list(vectors.values()))
+    Searcher.build(
+        folder,
+        "x",
+        list(vectors),
+        matrix,
+        [""] * len(vectors),
+        ann_min_items=10**6,
+    )
+    return ship(spark, folder, 1.0, Searcher.open)
+
+
+def random_histories() -> dict[str, list[tuple[str, float]]]:
+    """Item ids and weights of 30 users, and of two with an item outside the index."""
+    rng = np.random.default_rng(4)
+    by_user = {}
+    for user in range(30):
+        items = rng.permutation(40)[: 1 + user % 9]
+        item_weights = rng.random(9) + 0.1
+        by_user[f"u{user:02d}"] = [
+            (f"i{item:02d}", float(weight))
+            for item, weight in zip(items, item_weights, strict=False)
+        ]
+    by_user["unknown"] = [("gone", 1.0)]
+    by_user["half"] = [("gone", 9.0), ("i00", 1.0)]
+    return by_user
 
 
 def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
-    spark: SparkSession, tmp_path: Path, vectors: dict[str, np.ndarray]
+    spark: SparkSession,
+    vectors: dict[str, np.ndarray],
+    open_searcher: Callable[[], Searcher],
 ) -> None:
-    table = pa.table(
-        {
-            "item_id": list(vectors),
-            "embedding": pa.array([v.tolist() for v in vectors.values()], pa.list_(pa.float32())),
-            "content_sha256": ["-"] * len(vectors),
-            "text": [""] * len(vectors),
-        }
-    )
-    searcher = ship(
-        spark,
-        build_index(table, "caption", "test", tmp_path, ann_min_items=10**6),
-        1.0,
-        Searcher.open,
-    )
-    rng = np.random.default_rng(4)
-    drawn = {
-        f"u{n:02d}": [
-            (f"i{i:02d}", float(w))
-            for i, w in zip(rng.permutation(40)[: 1 + n % 9], rng.random(9) + 0.1, strict=False)
-        ]
-        for n in range(30)
-    }
-    drawn |= {"unknown": [("gone", 1.0)], "half": [("gone", 9.0), ("i00", 1.0)]}
-    now = datetime(2025, 1, 1)
+    by_user = random_histories()
     frame = spark.createDataFrame(
-        [(user, history, ["x"], 1, now) for user, history in drawn.items()],
-        "user_id STRING, history ARRAY<STRUCT<item_id: STRING, weight: DOUBLE>>, seen ARRAY<STRING>, events BIGINT, "
-        "last_event_at TIMESTAMP",
+        [(user, history, ["x"], 1, datetime(2025, 1, 1)) for user, history in by_user.items()],
+        "user_id STRING, history ARRAY<STRUCT<item_id: STRING, weight: DOUBLE>>, "
+        "seen ARRAY<STRING>, events BIGINT, last_event_at TIMESTAMP",
     )
-    found = []
-    for partitions in (1, 7):
-        made = profiles.with_embedding(
-            frame.repartition(partitions, "user_id"), "caption", searcher
+
+    def embeddings(partitions: int) -> dict[str, list[float]]:
+        rows = frame.repartition(partitions, "user_id")
+        embedded = profiles.with_embedding(rows, "caption", open_searcher)
+        return {row["user_id"]: row["embedding"] for row in embedded.collect()}
+
+    by_numpy = embeddings(1)
+    assert embeddings(7) == by_numpy
+    assert by_numpy.pop("unknown") is None
+    for user, embedding in by_numpy.items():
+        indexed = [(item, weight) for item, weight in by_user[user] if item in vectors]
+        total = sum(weight * vectors[item].astype(np.float64) for item, weight in indexed)
+        np.testing.assert_allclose(
+            embedding,
+            total / np.linalg.norm(total),
+            rtol=0,
+            atol=1e-7,
         )
-        found.append({row["user_id"]: row["embedding"] for row in made.collect()})
-    assert found[0] == found[1]
-    assert found[0].pop("unknown") is None
-    for user, embedding in found[0].items():
-        total = sum(
-            weight * vectors[item].astype(np.float64)
-            for item, weight in drawn[user]
-            if item in vectors
-        )
-        np.testing.assert_allclose(embedding, total / np.linalg.norm(total), rtol=0, atol=1e-7)
 
 
-def test_new_events_and_items_touch_only_their_users_and_all_is_as_if_made_anew(
-    spark: SparkSession, pipeline: Callable[..., Pipeline], tmp_path: Path
+class Nights:
+    """A shop with a random log, run night by night."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+        self.titles = {f"i{number}": f"Thing {number} of {number % 3}" for number in range(12)}
+        self.items = list(self.titles)
+        self._rng = np.random.default_rng(0)
+        self._event_numbers = count()
+
+    def run(
+        self, day: int, users: list[str], items: list[str] | None = None
+    ) -> tuple[set[str], int]:
+        """Three events per user, then a run.
+
+        Returns the users whose rows changed, and how many profiles were rebuilt. Asserts that the
+        table equals a full rebuild.
+        """
+        self._add_events(day, users, items or self.items)
+        self._write_items()
+        tables = self.pipeline.tables
+        version = tables.versions([schemas.PROFILES]).get("profiles")
+        result = self.pipeline.run(["embed", "index", "profiles"])[-1]
+        assert self.profiles().orderBy("user_id").collect() == self._full_rebuild()
+        changes = []
+        if version is not None:
+            changes = tables.changed_since(schemas.PROFILES, version).collect()
+        return {row["user_id"] for row in changes}, int(result.details["users_rebuilt"])
+
+    def profiles(self) -> DataFrame:
+        return self.pipeline.tables.read(schemas.PROFILES)
+
+    def users_of(self, item: str) -> set[str]:
+        events = self.pipeline.tables.read(schemas.INTERACTIONS).where(F.col("item_id") == item)
+        return {row["user_id"] for row in events.collect()}
+
+    def identify(self, anonymous_id: str, user_id: str) -> None:
+        self._upsert(schemas.IDENTITIES, [(anonymous_id, user_id, None)])
+
+    def _add_events(
+        self,
+        day: int,
+        users: list[str],
+        items: list[str],
+    ) -> None:
+        events = []
+        for user in users:
+            for item in self._rng.choice(items, 3, replace=False):
+                clock = f"{self._rng.integers(24):02d}:{self._rng.integers(60):02d}:00"
+                events.append((user, item, "view", f"2025-01-{day:02d} {clock}"))
+        event_ids = [f"e{next(self._event_numbers)}" for _ in events]
+        rows = log(self.pipeline.spark, events, event_ids)
+        self.pipeline.tables.insert(schemas.INTERACTIONS, rows)
+
+    def _write_items(self) -> None:
+        blank = dict.fromkeys(schemas.ITEMS.columns)
+        blank |= {"available": True, "updated_at": datetime(2025, 1, 1)}
+        rows = [blank | {"item_id": item, "title": title} for item, title in self.titles.items()]
+        self._upsert(schemas.ITEMS, [tuple(row.values()) for row in rows])
+
+    def _upsert(
+        self,
+        table: schemas.Table,
+        rows: list[tuple],
+    ) -> None:
+        frame = self.pipeline.spark.createDataFrame(rows, table.schema)
+        self.pipeline.tables.upsert(table, frame)
+
+    def _full_rebuild(self) -> list:
+        context = self.pipeline.context
+        rows = profiles.histories(
+            context.log(), context.read(schemas.ITEMS), context.config.profiles
+        )
+        opens = partial(Searcher.open, index_stage.index_folder(context))
+        return profiles.with_embedding(rows, "title", opens).orderBy("user_id").collect()
+
+
+@pytest.fixture
+def nights(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Nights:
+    settings = ("representation=title", "profiles.half_life_days=7")
+    return Nights(pipeline(tmp_path, *settings, "profiles.bot_events_per_day=20"))
+
+
+def test_a_night_rebuilds_only_profiles_of_users_whose_events_or_items_changed(
+    nights: Nights,
 ) -> None:
-    """A random log in six nights; the third brings a new item, and one that is called otherwise from then on."""
-    rng, titles, made = (
-        np.random.default_rng(0),
-        {f"i{n}": f"Thing {n} of {n % 3}" for n in range(12)},
-        count(),
-    )
-    run = pipeline(
-        tmp_path,
-        "representation=title",
-        "profiles.half_life_days=7",
-        "profiles.bot_events_per_day=20",
-    )
-
-    def night(day: int, users: list[str], items: list[str]) -> tuple[set[str], str]:
-        """Users whose rows changed, and how many were made again."""
-        events = [
-            (
-                user,
-                item,
-                "view",
-                f"2025-01-{day:02d} {rng.integers(24):02d}:{rng.integers(60):02d}:00",
-            )
-            for user in users
-            for item in rng.choice(items, 3, replace=False)
-        ]
-        rows = log(spark, *events).collect()
-        numbered = spark.createDataFrame(
-            [(f"e{next(made)}", *row[1:]) for row in rows], schemas.INTERACTIONS.schema
-        )
-        run.tables.insert(schemas.INTERACTIONS, numbered)
-        now = datetime(2025, 1, 1)
-        catalogue = [(item, title, *[None] * 8, True, None, now) for item, title in titles.items()]
-        run.tables.upsert(schemas.ITEMS, spark.createDataFrame(catalogue, schemas.ITEMS.schema))
-        before = run.tables.versions([schemas.PROFILES]).get("profiles")
-        outcome = run.run(["embed", "index", "profiles"])[-1]
-        # Everything made anew, by the stage's own functions.
-        whole = profiles.histories(
-            run.context.log(), run.context.read(schemas.ITEMS), run.config.profiles
-        )
-        opens = partial(Searcher.open, index_stage.index_folder(run.context))
-        anew = profiles.with_embedding(whole, "title", opens).orderBy("user_id").collect()
-        assert run.tables.read(schemas.PROFILES).orderBy("user_id").collect() == anew
-        changed = (
-            [] if before is None else run.tables.changed_since(schemas.PROFILES, before).collect()
-        )
-        return {row["user_id"] for row in changed}, outcome.details["users_rebuilt"]
-
-    def known_as(anonymous: str, user: str) -> None:
-        row = spark.createDataFrame([(anonymous, user, None)], schemas.IDENTITIES.schema)
-        run.tables.upsert(schemas.IDENTITIES, row)
-
-    known_as("visitor", "u20")
-    everybody, known = [f"u{n:02d}" for n in range(30)], list(titles)
-    assert night(1, everybody, known)[1] == "30"
-    # u00 and u01 also meet what isn't in the catalogue yet.
-    assert night(2, everybody[:2], ["late", "later", "i1"]) == ({"u00", "u01"}, "2")
-    titles |= {"late": "A late thing", "i3": "Another name"}
-    renamed = {
-        row["user_id"]
-        for row in run.tables.read(schemas.INTERACTIONS).where("item_id = 'i3'").collect()
-    }
-    touched, rebuilt = night(3, ["u05", "new"], known)
-    assert {"u00", "u01", "u05", "new"} | renamed == touched
-    assert int(rebuilt) == len(touched) < 20
-    # A bot's day takes the profile away.
-    assert night(4, ["u07"] * 10, known) == ({"u07"}, "1")
-    # Somebody signs in; a visitor who is known by now counts as the user.
-    known_as("u10", "u11")
-    assert night(5, ["visitor"], known) == ({"u10", "u11", "u20"}, "3")
-    assert "u10" not in {row["user_id"] for row in run.tables.read(schemas.PROFILES).collect()}
-    # What a run by other settings wrote before it was killed is written over, whoever's events are new.
-    other = run.tables.read(schemas.PROFILES).withColumn("events", F.lit(77).cast("long"))
-    run.tables.upsert(schemas.PROFILES, other)
-    touched, rebuilt = night(6, ["u08"], known)
-    assert ("u09" in touched, int(rebuilt)) == (True, 30)
+    nights.identify("visitor", "u20")
+    users = [f"u{number:02d}" for number in range(30)]
+    _, rebuilt = nights.run(1, users)
+    assert rebuilt == 30
+    # u00 and u01 also have events on items that aren't in the catalogue yet.
+    assert nights.run(2, users[:2], ["late", "later", "i1"]) == ({"u00", "u01"}, 2)
+    # One of these items comes into the catalogue, and i3 gets another title.
+    nights.titles |= {"late": "A late thing", "i3": "Another name"}
+    expected = {"u00", "u01", "u05", "new"} | nights.users_of("i3")
+    assert nights.run(3, ["u05", "new"]) == (expected, len(expected))
+    assert len(expected) < 20
+    # A day with bot traffic takes the profile away.
+    assert nights.run(4, ["u07"] * 10) == ({"u07"}, 1)
+    # An anonymous user is identified. An identified visitor counts as the user.
+    nights.identify("u10", "u11")
+    assert nights.run(5, ["visitor"]) == ({"u10", "u11", "u20"}, 3)
+    assert nights.profiles().where("user_id = 'u10'").isEmpty()
+    # A run with other settings that was killed may have written rows: all are rebuilt.
+    foreign_rows = nights.profiles().withColumn("events", F.lit(77).cast("long"))
+    nights.pipeline.tables.upsert(schemas.PROFILES, foreign_rows)
+    changed, rebuilt = nights.run(6, ["u08"])
+    assert "u09" in changed
+    assert rebuilt == 30

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,57 +23,92 @@ if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline
 
 TEN = datetime(2025, 1, 1, 10)
+CAPS = {"brand": 2, "attributes.fit": 1}
 
 
 def items(spark: SparkSession, *rows: dict[str, object]) -> DataFrame:
-    bare = dict.fromkeys(schemas.ITEMS.columns) | {"available": True, "updated_at": TEN}
-    return spark.createDataFrame(
-        [tuple((bare | row).values()) for row in rows], schemas.ITEMS.schema
+    blank = dict.fromkeys(schemas.ITEMS.columns) | {"available": True, "updated_at": TEN}
+    tuples = [tuple((blank | row).values()) for row in rows]
+    return spark.createDataFrame(tuples, schemas.ITEMS.schema)
+
+
+@pytest.fixture
+def searcher(tmp_path: Path) -> Searcher:
+    """Items a to e; e isn't in the catalogue of `rule_rows`."""
+    vectors = np.eye(5, dtype=np.float32)
+    Searcher.build(
+        tmp_path / "x",
+        "x",
+        list("abcde"),
+        vectors,
+        [""] * 5,
+        ann_min_items=2**62,
     )
+    return Searcher.open(tmp_path / "x")
 
 
-def test_rules_groups_and_joined_variants(spark: SparkSession, tmp_path: Path) -> None:
-    there = items(
+@pytest.fixture
+def rule_rows(spark: SparkSession) -> DataFrame:
+    """a and b have the same parent, b and c the same photo."""
+    slim = {"fit": "slim"}
+    catalogue = items(
         spark,
-        {
-            "item_id": "a",
-            "price": 5.0,
-            "parent_id": "P",
-            "brand": "x",
-            "attributes": {"fit": "slim"},
-        },
+        {"item_id": "a", "price": 5.0, "parent_id": "P", "brand": "x", "attributes": slim},
         {"item_id": "b", "price": 50.0, "parent_id": "P", "brand": "x"},
         {"item_id": "c", "price": None, "brand": "y"},
-        {"item_id": "d", "price": 7.0, "available": False, "attributes": {"fit": "slim"}},
+        {"item_id": "d", "price": 7.0, "available": False, "attributes": slim},
         {"item_id": "not indexed", "price": 1.0},
     )
-    # a and b have a parent in common, b and c a photo.
     photos = spark.createDataFrame(
         [("b", 0, "s1"), ("c", 0, "s1"), ("a", 1, "s2"), ("d", 0, "s2")],
         "item_id STRING, position INT, image_sha256 STRING",
     )
-    rules = [Rule(items="price < 10"), Rule(items="true", users="region = 'EU'")]
-    caps = {"brand": 2, "attributes.fit": 1}
-    rows = rules.item_rows(there, photos, rules, caps).toArrow()
-    Searcher.build(tmp_path / "x", "x", list("abcde"), np.eye(5, dtype=np.float32), [""] * 5, 2**62)
-    searcher = Searcher.open(tmp_path / "x")
-    made = rules.offer(rows, searcher, ["parent", "photo"], caps, None, None)
-    assert made.allowed.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
-    assert made.eligible(0).tolist() == [True, True, True, False, False]
-    assert made.eligible(0b010).tolist() == [True, False, False, False, False]
-    a, b, c, d, _ = made.variants.tolist()
-    assert a == b == c != d
-    (brands, most), (fits, one) = made.caps
-    assert (most, one) == (2, 1)
+    shop_rules = [Rule(items="price < 10"), Rule(items="true", users="region = 'EU'")]
+    return rules.rules_by_item(catalogue, photos, shop_rules, CAPS)
+
+
+def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: Searcher) -> None:
+    list_rules = rules.list_rules(
+        rule_rows.toArrow(),
+        searcher,
+        [],
+        CAPS,
+    )
+    assert list_rules.passed_rules.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
+    assert list_rules.eligible(0).tolist() == [True, True, True, False, False]
+    assert list_rules.eligible(0b010).tolist() == [True, False, False, False, False]
+    assert list_rules.variants is None
+
+
+def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher: Searcher) -> None:
+    list_rules = rules.list_rules(
+        rule_rows.toArrow(),
+        searcher,
+        [],
+        CAPS,
+    )
+    (brands, brand_limit), (fits, fit_limit) = list_rules.caps
+    assert brand_limit == 2
+    assert fit_limit == 1
     assert brands[0] == brands[1] != brands[2] != -1
     assert brands[3] == brands[4] == fits[1] == fits[4] == -1
     assert fits[0] == fits[3] >= 0
-    parents = rules.offer(rows, searcher, ["parent"], {}, 0.9, 0.1, 0.3)
-    assert parents.variants[0] == parents.variants[1] != parents.variants[2]
-    assert (parents.caps, parents.alike, parents.least, parents.diversity) == ([], 0.9, 0.1, 0.3)
 
 
-def test_rules_apply_to_whom_they_say(spark: SparkSession) -> None:
+def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher: Searcher) -> None:
+    rows = rule_rows.toArrow()
+    a, b, c, d, _ = rules.list_rules(
+        rows,
+        searcher,
+        ["parent", "photo"],
+        {},
+    ).variants.tolist()
+    assert a == b == c != d
+    a, b, c, *_ = rules.list_rules(rows, searcher, ["parent"], {}).variants.tolist()
+    assert a == b != c
+
+
+def test_rules_apply_to_the_users_they_name(spark: SparkSession) -> None:
     users = spark.createDataFrame(
         [
             ("eu", "new", "EU", None, None),
@@ -82,16 +117,17 @@ def test_rules_apply_to_whom_they_say(spark: SparkSession) -> None:
         ],
         schemas.USERS.schema,
     )
-    rules = [
+    shop_rules = [
         Rule(items="a", users="region = 'EU'"),
         Rule(items="b"),
         Rule(items="c", users="segment = 'new'"),
     ]
-    everybody, some = rules.applying(users, rules)
+    everybody, by_user = rules.rules_by_user(users, shop_rules)
     assert everybody == 0b0100
-    assert some is not None
-    assert {row["user_id"]: row["rules"] for row in some.collect()} == {"eu": 0b1010, "us": 0b1000}
-    assert rules.applying(users, rules[1:2]) == (0b0010, None)
+    assert by_user is not None
+    bits = {row["user_id"]: row["rules"] for row in by_user.collect()}
+    assert bits == {"eu": 0b1010, "us": 0b1000}
+    assert rules.rules_by_user(users, shop_rules[1:2]) == (0b0010, None)
 
 
 @pytest.mark.parametrize(
@@ -100,18 +136,22 @@ def test_rules_apply_to_whom_they_say(spark: SparkSession) -> None:
         (
             Rule(items="prize < 3"),
             {},
-            r"recommend\.rules\[0\]\.items: 'prize < 3' can't be asked of the table items",
+            r"recommend\.rules\[0\]\.items: 'prize < 3' doesn't fit the table items: ",
         ),
-        (Rule(items="price <"), {}, r"recommend\.rules\[0\]\.items: 'price <' can't be asked"),
+        (
+            Rule(items="price <"),
+            {},
+            r"recommend\.rules\[0\]\.items: 'price <' doesn't fit the table items: ",
+        ),
         (
             Rule(items="price"),
             {},
-            r"recommend\.rules\[0\]\.items: 'price' is no condition, it gives a double",
+            r"recommend\.rules\[0\]\.items: expected a boolean expression, got a double: 'price'",
         ),
         (
             Rule(items="true", users="town = 'X'"),
             {},
-            r"recommend\.rules\[0\]\.users: .* of the table users",
+            r"recommend\.rules\[0\]\.users: .* the table users: ",
         ),
         (
             Rule(items="true"),
@@ -120,7 +160,7 @@ def test_rules_apply_to_whom_they_say(spark: SparkSession) -> None:
         ),
     ],
 )
-def test_what_the_tables_do_not_know_is_wrong_use(
+def test_rules_and_caps_of_unknown_columns_are_usage_errors(
     spark: SparkSession, rule: Rule, caps: dict[str, int], message: str
 ) -> None:
     tables = [spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)]
@@ -128,9 +168,8 @@ def test_what_the_tables_do_not_know_is_wrong_use(
         rules.check(*tables, [rule], caps)
 
 
-def test_bought_stays_away_viewed_comes_again_and_coffee_after_a_month(spark: SparkSession) -> None:
-    kinds = {"tv": None, "cup": "cup", "coffee": "food"}
-    there = items(spark, *({"item_id": item, "category": kind} for item, kind in kinds.items()))
+@pytest.fixture
+def coffee_log(spark: SparkSession) -> DataFrame:
     events = [
         ("ann", "tv", "view", "2025-03-01"),
         ("ann", "coffee", "purchase", "2025-01-01"),
@@ -142,122 +181,150 @@ def test_bought_stays_away_viewed_comes_again_and_coffee_after_a_month(spark: Sp
         ("cat", "coffee", "view", "2025-02-27"),
         ("end", "tv", "view", "2025-03-01"),
     ]
-    rows = [
-        (f"e{n}", user, item, kind, datetime.fromisoformat(at), datetime.fromisoformat(at).date())
-        for n, (user, item, kind, at) in enumerate(events)
-    ]
-    log = spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
-
-    def kept_off(*again: str, **days: int) -> dict[str, list[str]]:
-        return {
-            row["user_id"]: row["seen"]
-            for row in rules.not_again(log, there, again, days).collect()
-        }
-
-    assert kept_off("view", food=30) == {"ann": ["cup"], "ben": ["coffee", "tv"]}
-    assert kept_off("view", food=31) == {"ann": ["cup"], "ben": ["coffee", "tv"], "cat": ["coffee"]}
-    assert kept_off()["ann"] == ["coffee", "cup", "tv"]
+    rows = []
+    for number, (user, item, event_type, date) in enumerate(events):
+        at = datetime.fromisoformat(date)
+        rows.append((f"e{number}", user, item, event_type, at, at.date()))
+    return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
 
 
-def test_the_lists_obey_all_of_it(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
-    """Thirty items of three brands and ten parents, two markets, and a list of what nobody or one user may get."""
-    rows = [f"i{n:02d},Thing {n} of {n % 7},b{n % 3},P{n % 10},{n}" for n in range(30)]
-    (tmp_path / "shop.csv").write_text(
-        "item_id,title,brand,parent_id,price\n" + "\n".join(rows) + "\n"
+def test_views_repeat_purchases_do_not_and_coffee_repeats_after_a_month(
+    spark: SparkSession, coffee_log: DataFrame
+) -> None:
+    catalogue = items(
+        spark,
+        {"item_id": "tv", "category": None},
+        {"item_id": "cup", "category": "cup"},
+        {"item_id": "coffee", "category": "food"},
     )
+
+    def seen(*repeatable: str, **days: int) -> dict[str, list[str]]:
+        rows = rules.not_repeatable(coffee_log, catalogue, repeatable, days).collect()
+        return {row["user_id"]: row["seen"] for row in rows}
+
+    assert seen("view", food=30) == {"ann": ["cup"], "ben": ["coffee", "tv"]}
+    assert seen("view", food=31) == {"ann": ["cup"], "ben": ["coffee", "tv"], "cat": ["coffee"]}
+    assert seen()["ann"] == ["coffee", "cup", "tv"]
+
+
+USERS = ("u0", "u1", "u2", "u3", "u4")
+ALLOWED = {"u3": range(5, 17), "picky": range(3, 15)}
+
+
+def write_csv(
+    file: Path,
+    header: str,
+    rows: list[str],
+) -> None:
+    file.write_text("\n".join([header, *rows]) + "\n")
+
+
+class Shop(NamedTuple):
+    folder: Path
+    settings: tuple[str, ...]
+    pipeline: Pipeline
+
+
+@pytest.fixture(scope="module")
+def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Lists of thirty items of three brands and ten parents, for two markets."""
+    folder = tmp_path_factory.mktemp("shop")
+    catalogue = [f"i{n:02d},Thing {n} of {n % 7},b{n % 3},P{n % 10},{n}" for n in range(30)]
+    write_csv(folder / "shop.csv", "item_id,title,brand,parent_id,price", catalogue)
     log = [
-        f"u{u},i{(7 * u + n) % 30:02d},{kind},2025-01-0{n + 1}T00:00:00Z"
-        for u in range(6)
-        for n, kind in enumerate(("view", "purchase", "view"))
+        f"u{user},i{(7 * user + n) % 30:02d},{event_type},2025-01-0{n + 1}T00:00:00Z"
+        for user in range(6)
+        for n, event_type in enumerate(("view", "purchase", "view"))
     ]
-    (tmp_path / "log.csv").write_text(
-        "user_id,item_id,event_type,event_time\n" + "\n".join(log) + "\n"
-    )
-    markets = "".join(f"u{u},{'EU' if u % 2 else 'US'},\n" for u in range(5))
-    (tmp_path / "users.csv").write_text(
-        f"user_id,region,consent\n{markets}u5,EU,no\nfresh,EU,yes\npicky,EU,yes\n"
-    )
-    (tmp_path / "deny.csv").write_text("user_id,item_id\n,i01\nu0,i02\n")
-    allowed = {"u3": range(5, 17), "picky": range(3, 15)}
-    pairs = [f"{user},i{n:02d}" for user, numbers in allowed.items() for n in numbers]
-    (tmp_path / "allow.csv").write_text("user_id,item_id\n" + "\n".join(pairs) + "\n")
+    write_csv(folder / "log.csv", "user_id,item_id,event_type,event_time", log)
+    users = [f"u{user},{'EU' if user % 2 else 'US'}," for user in range(5)]
+    users += ["u5,EU,no", "fresh,EU,yes", "picky,EU,yes"]
+    write_csv(folder / "users.csv", "user_id,region,consent", users)
+    write_csv(folder / "deny.csv", "user_id,item_id", [",i01", "u0,i02"])
+    pairs = [f"{user},i{n:02d}" for user, numbers in ALLOWED.items() for n in numbers]
+    write_csv(folder / "allow.csv", "user_id,item_id", pairs)
     settings = (
-        f"ingest.items.path=[{tmp_path}/shop.csv]",
-        f"ingest.interactions.path=[{tmp_path}/log.csv]",
-        f"ingest.users.path=[{tmp_path}/users.csv]",
-        f"recommend.deny.path=[{tmp_path}/deny.csv]",
-        f"recommend.allow.path=[{tmp_path}/allow.csv]",
+        f"ingest.items.path=[{folder}/shop.csv]",
+        f"ingest.interactions.path=[{folder}/log.csv]",
+        f"ingest.users.path=[{folder}/users.csv]",
+        f"recommend.deny.path=[{folder}/deny.csv]",
+        f"recommend.allow.path=[{folder}/allow.csv]",
         "recommend.k=6",
         "representation=title",
         "recommend.caps={brand: 3}",
         "recommend.repeatable_events=[view]",
         "recommend.rules=[{items: price < 25}, {items: price >= 5, users: \"region = 'EU'\"}]",
     )
-    run = pipeline(tmp_path, *settings)
+    run = pipeline(folder, *settings)
     run.run(["ingest", "embed", "index", "profiles", "recommend"])
-    lists = {
-        row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()
-    }
-    assert set(lists) == {"u0", "u1", "u2", "u3", "u4", "fresh", "picky"}  # u5 refused
-    hidden, viewed = 0, 0
-    for user in ("u0", "u1", "u2", "u3", "u4"):
-        numbers = [int(item["item_id"][1:]) for item in lists[user]]
-        collapsed = [
-            (int(item["item_id"][1:]), int(other[1:]))
-            for item in lists[user]
-            for other in item["collapsed"]
-        ]
-        assert len(numbers) == 6
-        assert max(numbers) < 25
-        assert min(numbers) >= (5 if user in ("u1", "u3") else 0)
-        assert 1 not in numbers
-        assert user != "u0" or 2 not in numbers
-        assert max(Counter(n % 3 for n in numbers).values()) <= 3
-        assert len({n % 10 for n in numbers}) == 6
-        assert all(one % 10 == other % 10 for one, other in collapsed)
-        bought = (7 * int(user[1]) + 1) % 30
-        assert bought not in numbers
-        hidden += len(collapsed)
-        viewed += len({(7 * int(user[1]) + n) % 30 for n in (0, 2)} & {*numbers})
-    assert hidden > 0
-    assert viewed > 0
+    return Shop(folder, settings, run)
+
+
+def read_lists(pipeline: Pipeline) -> dict[str, list]:
+    rows = pipeline.tables.read(schemas.RECOMMENDATIONS).collect()
+    return {row["user_id"]: row["items"] for row in rows}
+
+
+def numbers(items: list) -> list[int]:
+    return [int(item["item_id"][1:]) for item in items]
+
+
+def check_list(user: str, items: list) -> None:
+    """Price, market, denied items, brands, parents and purchases."""
+    listed = numbers(items)
+    market_start = 5 if user in ("u1", "u3") else 0
+    assert len(listed) == 6
+    assert market_start <= min(listed) <= max(listed) < 25
+    assert 1 not in listed
+    assert user != "u0" or 2 not in listed
+    assert max(Counter(number % 3 for number in listed).values()) <= 3
+    assert len({number % 10 for number in listed}) == 6
+    for number, item in zip(listed, items, strict=True):
+        assert all(int(variant[1:]) % 10 == number % 10 for variant in item["collapsed"])
+    assert (7 * int(user[1]) + 1) % 30 not in listed
+
+
+def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop) -> None:
+    lists = read_lists(shop.pipeline)
+    assert set(lists) == {*USERS, "fresh", "picky"}  # u5 refused
+    for user in USERS:
+        check_list(user, lists[user])
+    assert any(item["collapsed"] for user in USERS for item in lists[user])
+    viewed = [{(7 * int(user[1]) + n) % 30 for n in (0, 2)} for user in USERS]
+    assert any(views & {*numbers(lists[user])} for user, views in zip(USERS, viewed, strict=True))
     assert {item["source"] for item in lists["fresh"]} == {"popular"}
-    # Another list of what is denied makes other lists, though no table has changed.
-    first = lists["u1"][0]["item_id"]
-    with (tmp_path / "deny.csv").open("a") as more:
-        more.write(f"u1,{first}\n")
-    (again,) = run.run(["recommend"])
-    assert again.status == "ok"
-    changed = {
-        row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()
-    }
-    assert first not in {item["item_id"] for item in changed["u1"]}
-    assert [item["item_id"] for item in changed["u2"]] == [item["item_id"] for item in lists["u2"]]
-    fresh = {int(item["item_id"][1:]) for item in lists["fresh"]}
-    assert min(fresh) >= 5
-    assert max(fresh) < 25
-    for user, numbers in allowed.items():
-        assert {int(item["item_id"][1:]) for item in lists[user]} <= {n for n in numbers if n >= 5}
+    assert 5 <= min(numbers(lists["fresh"])) <= max(numbers(lists["fresh"])) < 25
+    for user, allowed in ALLOWED.items():
+        assert {*numbers(lists[user])} <= {number for number in allowed if number >= 5}
     assert len(lists["picky"]) > 1
-    last = lists["fresh"][-1]["item_id"]
-    assert lists["fresh"][0]["item_id"] != last
-    # What is popular is counted anew.
-    with (tmp_path / "log.csv").open("a") as more:
-        more.writelines(f"new{n},{last},view,2025-01-04T00:00:00Z\n" for n in range(9))
-    # Diversity makes other lists of the same best items, in an order that isn't that of the scores.
-    run = pipeline(tmp_path, *settings, "recommend.diversity=0.7")
+
+
+def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop) -> None:
+    lists = read_lists(shop.pipeline)
+    best = lists["u1"][0]["item_id"]
+    with (shop.folder / "deny.csv").open("a") as deny:
+        deny.write(f"u1,{best}\n")
+    (result,) = shop.pipeline.run(["recommend"])
+    assert result.status == "ok"
+    changed = read_lists(shop.pipeline)
+    assert best not in {item["item_id"] for item in changed["u1"]}
+    assert numbers(changed["u2"]) == numbers(lists["u2"])
+
+
+def test_diversity_reorders_lists_and_popularity_follows_the_log(
+    pipeline: Callable[..., Pipeline], shop: Shop
+) -> None:
+    lists = read_lists(shop.pipeline)
+    least_popular = lists["fresh"][-1]["item_id"]
+    assert lists["fresh"][0]["item_id"] != least_popular
+    with (shop.folder / "log.csv").open("a") as log:
+        log.writelines(f"new{n},{least_popular},view,2025-01-04T00:00:00Z\n" for n in range(9))
+    run = pipeline(shop.folder, *shop.settings, "recommend.diversity=0.7")
     run.run(["ingest", "profiles", "recommend"])
-    diverse = {
-        row["user_id"]: row["items"] for row in run.tables.read(schemas.RECOMMENDATIONS).collect()
-    }
-    assert diverse["fresh"][0]["item_id"] == last
-    scores = {
-        user: [item["score"] for item in diverse[user]] for user in ("u0", "u1", "u2", "u3", "u4")
-    }
-    assert {user: max(mine) for user, mine in scores.items()} == {
-        user: mine[0] for user, mine in scores.items()
-    }
-    assert {user: mine[0] for user, mine in scores.items()} == {
-        user: changed[user][0]["score"] for user in scores
-    }
-    assert any(mine != sorted(mine, reverse=True) for mine in scores.values())
+    diverse = read_lists(run)
+    assert diverse["fresh"][0]["item_id"] == least_popular
+    # The best item stays first. The order of the others isn't that of the scores.
+    scores = {user: [item["score"] for item in diverse[user]] for user in USERS}
+    for user in USERS:
+        assert max(scores[user]) == scores[user][0] == lists[user][0]["score"]
+    assert any(user_scores != sorted(user_scores, reverse=True) for user_scores in scores.values())

@@ -1,4 +1,4 @@
-"""Tables: what Delta refuses, what each way of writing touches, and who is refused before any work."""
+"""Tables: what Delta refuses, what each write touches, and the checks before any work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,18 +16,25 @@ import pandas as pd
 import pytest
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.storage import layout, schemas
+from vlm4rec_spark.storage import layout, schemas, state
 from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage.state import (
+    CalibrationState,
+    ProfilesState,
+    StageOutput,
+    StageState,
+    TriedEffort,
+)
 from vlm4rec_spark.storage.tables import CONFLICTS, Tables
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-THINGS = Table(
-    "things",
-    "Things with a price.",
-    """id STRING NOT NULL COMMENT 'Id of the thing', price DOUBLE COMMENT 'Its price', tags MAP<STRING, STRING>,
-    at TIMESTAMP""",
+PRODUCTS = Table(
+    "products",
+    "Products with a price.",
+    """id STRING NOT NULL COMMENT 'Id of the product', price DOUBLE COMMENT 'Its price',
+    tags MAP<STRING, STRING>, at TIMESTAMP""",
     key=("id",),
     checks=(("not_free", "price > 0"),),
     volatile=("at",),
@@ -44,21 +51,21 @@ def tables(spark: SparkSession, tmp_path: Path) -> Tables:
 
 
 @pytest.fixture
-def things(tables: Tables) -> Tables:
-    """Table `things` with a and b, as of Monday."""
+def products(tables: Tables) -> Tables:
+    """Table `products` with a and b, as of Monday."""
     tables.insert(
-        THINGS, rows(tables, ("a", 1.0, {"x": "1", "y": "2"}, MONDAY), ("b", 2.0, None, MONDAY))
+        PRODUCTS, rows(tables, ("a", 1.0, {"x": "1", "y": "2"}, MONDAY), ("b", 2.0, None, MONDAY))
     )
     return tables
 
 
 def rows(tables: Tables, *values: tuple) -> DataFrame:
-    return tables.spark.createDataFrame(list(values), THINGS.schema.simpleString())
+    return tables.spark.createDataFrame(list(values), PRODUCTS.schema.simpleString())
 
 
 def content(tables: Tables) -> dict[str, tuple]:
     return {
-        row["id"]: (row["price"], row["tags"], row["at"]) for row in tables.read(THINGS).collect()
+        row["id"]: (row["price"], row["tags"], row["at"]) for row in tables.read(PRODUCTS).collect()
     }
 
 
@@ -67,7 +74,7 @@ def changes(tables: Tables, since: int) -> list[tuple[str, str]]:
     feed = (
         tables.spark.read.format("delta")
         .options(readChangeFeed=True, startingVersion=0)
-        .load(tables.name_of(THINGS))
+        .load(tables.name_of(PRODUCTS))
     )
     new = feed.where(feed["_commit_version"] > since)
     return sorted((row["id"], row["_change_type"]) for row in new.collect())
@@ -75,108 +82,114 @@ def changes(tables: Tables, since: int) -> list[tuple[str, str]]:
 
 def version(tables: Tables) -> int:
     tables.forget()
-    return tables.versions([THINGS])["things"]
+    return tables.versions([PRODUCTS])["products"]
 
 
-def test_comments_not_null_and_checks_are_part_of_the_table(things: Tables) -> None:
-    detail = things.spark.sql(f"DESCRIBE DETAIL delta.`{things.name_of(THINGS)}`").collect()[0]
-    assert detail["description"] == "Things with a price."
+def test_comments_not_null_and_checks_are_part_of_the_table(products: Tables) -> None:
+    detail = products.spark.sql(f"DESCRIBE DETAIL delta.`{products.name_of(PRODUCTS)}`").collect()[
+        0
+    ]
+    assert detail["description"] == "Products with a price."
     assert detail["properties"]["delta.constraints.not_free"] == "price > 0"
-    field = things.read(THINGS).schema["id"]
-    assert field.metadata["comment"] == "Id of the thing"
+    field = products.read(PRODUCTS).schema["id"]
+    assert field.metadata["comment"] == "Id of the product"
     # Not through this package: what any other writer gets.
     for bad, refusal in (
         ((None, 1.0, None, None), "NOT NULL"),
         (("c", 0.0, None, None), "CHECK constraint not_free"),
     ):
         with pytest.raises(Exception, match=refusal):
-            rows(things, bad).write.format("delta").mode("append").save(things.name_of(THINGS))
-    assert things.read(THINGS).count() == 2
+            rows(products, bad).write.format("delta").mode("append").save(
+                products.name_of(PRODUCTS)
+            )
+    assert products.read(PRODUCTS).count() == 2
 
 
-def test_insert_adds_only_new_keys(things: Tables) -> None:
-    again = rows(things, ("a", 9.0, None, TUESDAY), ("c", 3.0, None, TUESDAY))
-    assert things.insert(THINGS, again) == 1
-    assert things.insert(THINGS, again) == 0
-    assert content(things) == {
+def test_insert_adds_only_new_keys(products: Tables) -> None:
+    delivery = rows(products, ("a", 9.0, None, TUESDAY), ("c", 3.0, None, TUESDAY))
+    assert products.insert(PRODUCTS, delivery) == 1
+    assert products.insert(PRODUCTS, delivery) == 0
+    assert content(products) == {
         "a": (1.0, {"x": "1", "y": "2"}, MONDAY),
         "b": (2.0, None, MONDAY),
         "c": (3.0, None, TUESDAY),
     }
 
 
-def test_upsert_touches_only_rows_that_differ(things: Tables) -> None:
+def test_upsert_touches_only_rows_that_differ(products: Tables) -> None:
     # a differs in the volatile time and in the order of its map, which is to say not at all.
     new = rows(
-        things,
+        products,
         ("a", 1.0, {"y": "2", "x": "1"}, TUESDAY),
         ("b", 2.5, None, TUESDAY),
         ("c", 3.0, None, TUESDAY),
     )
-    before = version(things)
-    things.upsert(THINGS, new)
-    assert changes(things, before) == [
+    before = version(products)
+    products.upsert(PRODUCTS, new)
+    assert changes(products, before) == [
         ("b", "update_postimage"),
         ("b", "update_preimage"),
         ("c", "insert"),
     ]
-    assert content(things)["a"] == (1.0, {"x": "1", "y": "2"}, MONDAY)
-    assert content(things)["b"] == (2.5, None, TUESDAY)
-    before = version(things)
+    assert content(products)["a"] == (1.0, {"x": "1", "y": "2"}, MONDAY)
+    assert content(products)["b"] == (2.5, None, TUESDAY)
+    before = version(products)
     for _ in range(11):  # more than are looked at first
-        things.upsert(THINGS, new)
-    assert changes(things, before) == []
-    assert version(things) == before
-    assert things.commits(THINGS)[0]["version"] == before + 11
+        products.upsert(PRODUCTS, new)
+    assert changes(products, before) == []
+    assert version(products) == before
+    assert products.commits(PRODUCTS)[0]["version"] == before + 11
 
 
-def test_upsert_sees_a_change_inside_a_map_and_from_null(things: Tables) -> None:
-    before = version(things)
-    things.upsert(
-        THINGS, rows(things, ("a", 1.0, {"x": "1", "y": "3"}, MONDAY), ("b", 2.0, {}, MONDAY))
+def test_upsert_sees_a_change_inside_a_map_and_from_null(products: Tables) -> None:
+    before = version(products)
+    products.upsert(
+        PRODUCTS, rows(products, ("a", 1.0, {"x": "1", "y": "3"}, MONDAY), ("b", 2.0, {}, MONDAY))
     )
-    assert {item for item, _ in changes(things, before)} == {"a", "b"}
+    assert {item for item, _ in changes(products, before)} == {"a", "b"}
 
 
-def test_sync_deletes_what_is_gone_and_touches_nothing_twice(things: Tables) -> None:
-    new = rows(things, ("a", 1.0, {"x": "1", "y": "2"}, TUESDAY), ("c", 3.0, None, TUESDAY))
-    before = version(things)
-    things.sync(THINGS, new)
-    assert changes(things, before) == [("b", "delete"), ("c", "insert")]
-    before = version(things)
-    things.sync(THINGS, new)
-    assert changes(things, before) == []
-    assert version(things) == before
+def test_sync_deletes_what_is_gone_and_touches_nothing_twice(products: Tables) -> None:
+    new = rows(products, ("a", 1.0, {"x": "1", "y": "2"}, TUESDAY), ("c", 3.0, None, TUESDAY))
+    before = version(products)
+    products.sync(PRODUCTS, new)
+    assert changes(products, before) == [("b", "delete"), ("c", "insert")]
+    before = version(products)
+    products.sync(PRODUCTS, new)
+    assert changes(products, before) == []
+    assert version(products) == before
 
 
-def test_replace_can_be_of_some_rows(things: Tables) -> None:
-    things.replace(THINGS, rows(things, ("a", 5.0, None, TUESDAY)), where="id = 'a'")
-    assert content(things) == {"a": (5.0, None, TUESDAY), "b": (2.0, None, MONDAY)}
+def test_replace_can_be_of_some_rows(products: Tables) -> None:
+    products.replace(PRODUCTS, rows(products, ("a", 5.0, None, TUESDAY)), where="id = 'a'")
+    assert content(products) == {"a": (5.0, None, TUESDAY), "b": (2.0, None, MONDAY)}
 
 
-def test_replace_keeps_constraints_and_is_all_or_nothing(things: Tables) -> None:
-    things.replace(THINGS, rows(things, ("z", 7.0, None, MONDAY)))
+def test_replace_keeps_constraints_and_is_all_or_nothing(products: Tables) -> None:
+    products.replace(PRODUCTS, rows(products, ("z", 7.0, None, MONDAY)))
     with pytest.raises(Exception, match="CHECK constraint not_free"):
-        things.replace(THINGS, rows(things, ("y", 1.0, None, MONDAY), ("x", -1.0, None, MONDAY)))
-    assert content(things) == {"z": (7.0, None, MONDAY)}
-    assert things.read(THINGS).schema["id"].metadata["comment"] == "Id of the thing"
+        products.replace(
+            PRODUCTS, rows(products, ("y", 1.0, None, MONDAY), ("x", -1.0, None, MONDAY))
+        )
+    assert content(products) == {"z": (7.0, None, MONDAY)}
+    assert products.read(PRODUCTS).schema["id"].metadata["comment"] == "Id of the product"
 
 
 def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables) -> None:
-    assert tables.read(THINGS).count() == 0
-    assert tables.versions([THINGS]) == {}
-    tables.insert(THINGS, rows(tables, ("a", 1.0, None, MONDAY)))
+    assert tables.read(PRODUCTS).count() == 0
+    assert tables.versions([PRODUCTS]) == {}
+    tables.insert(PRODUCTS, rows(tables, ("a", 1.0, None, MONDAY)))
     first = version(tables)
-    tables.insert(THINGS, rows(tables, ("b", 2.0, None, MONDAY)))
-    assert tables.read(THINGS, first).count() == 1
+    tables.insert(PRODUCTS, rows(tables, ("b", 2.0, None, MONDAY)))
+    assert tables.read(PRODUCTS, first).count() == 1
     new = rows(tables, ("b", 2.0, None, MONDAY), ("c", 3.0, None, MONDAY))
-    assert [row["id"] for row in tables.pending(new, THINGS).collect()] == ["c"]
+    assert [row["id"] for row in tables.pending(new, PRODUCTS).collect()] == ["c"]
 
 
 def test_a_table_of_another_schema_is_refused(spark: SparkSession, tables: Tables) -> None:
     folder = Path(tables.location)
-    other = spark.sql("SELECT 'a' AS item_id, '1' AS price")
-    other.write.format("delta").save(str(folder / "items"))
+    items = spark.sql("SELECT 'a' AS item_id, '1' AS price")
+    items.write.format("delta").save(str(folder / "items"))
     before = sorted(folder.rglob("*"))
     with pytest.raises(RunError, match="price is string, expected double") as refused:
         layout.check(tables)
@@ -191,27 +204,27 @@ def test_the_check_leaves_no_trace(tables: Tables) -> None:
 
 
 def test_a_table_of_another_layout_is_refused(
-    things: Tables, monkeypatch: pytest.MonkeyPatch
+    products: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "TABLES", {"things": THINGS})
-    name = things.sql_name(THINGS)
-    layout.check(things)
-    things.spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ('vlm4rec.layout' = '4')")
-    before = version(things)
+    monkeypatch.setattr(layout, "TABLES", {"products": PRODUCTS})
+    name = products.sql_name(PRODUCTS)
+    layout.check(products)
+    products.spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ('vlm4rec.layout' = '4')")
+    before = version(products)
     with pytest.raises(RunError) as refused:
-        layout.check(things)
+        layout.check(products)
     assert str(refused.value) == (
-        f"The table {things.name_of(THINGS)} has layout 4; this release reads layout 1 only. Start "
-        "in a new folder, with --set tables=…. Captions that were paid for can be brought over "
-        "with `vlm4rec import-captions`."
+        f"The table {products.name_of(PRODUCTS)} has layout 4; this release reads layout 1 "
+        "only. Start in a new folder, with --set tables=…. Captions that were paid for can be "
+        "brought over with `vlm4rec import-captions`."
     )
-    assert version(things) == before
-    things.spark.sql(f"ALTER TABLE {name} UNSET TBLPROPERTIES ('vlm4rec.layout')")
-    layout.check(things)
+    assert version(products) == before
+    products.spark.sql(f"ALTER TABLE {name} UNSET TBLPROPERTIES ('vlm4rec.layout')")
+    layout.check(products)
 
 
 def test_a_write_that_another_writer_overtakes_is_done_again(
-    things: Tables, monkeypatch: pytest.MonkeyPatch
+    products: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
@@ -221,19 +234,19 @@ def test_a_write_that_another_writer_overtakes_is_done_again(
             time.sleep(2)
             yield batch
 
-    new = rows(things, ("a", 5.0, None, TUESDAY)).mapInPandas(slowly, THINGS.schema)
-    update = f"UPDATE delta.`{things.name_of(THINGS)}` SET price = 7.0 WHERE id = 'b'"
-    other = threading.Timer(1, things.spark.sql, (update,))
-    other.start()
-    things.upsert(THINGS, new)
-    other.join()
+    new = rows(products, ("a", 5.0, None, TUESDAY)).mapInPandas(slowly, PRODUCTS.schema)
+    update = f"UPDATE delta.`{products.name_of(PRODUCTS)}` SET price = 7.0 WHERE id = 'b'"
+    writer = threading.Timer(1, products.spark.sql, (update,))
+    writer.start()
+    products.upsert(PRODUCTS, new)
+    writer.join()
     # Both rows lie in one file, so one of the two writers had to start again.
     assert len(waited) == 1
-    assert content(things) == {"a": (5.0, None, TUESDAY), "b": (7.0, None, MONDAY)}
+    assert content(products) == {"a": (5.0, None, TUESDAY), "b": (7.0, None, MONDAY)}
 
 
 def test_a_writer_that_never_lets_anybody_pass_is_named(
-    things: Tables, monkeypatch: pytest.MonkeyPatch
+    products: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
@@ -242,9 +255,10 @@ def test_a_writer_that_never_lets_anybody_pass_is_named(
         raise CONFLICTS[0]("another was quicker")
 
     with pytest.raises(
-        RunError, match=r"keeps writing to .*things at the same time \(ConcurrentAppendException\)"
+        RunError,
+        match=r"keeps writing to .*products at the same time \(ConcurrentAppendException\)",
     ):
-        things.commit(THINGS, overtaken)
+        products.commit(PRODUCTS, overtaken)
     assert waited == sorted(waited)
     assert len(waited) == 5
 
@@ -274,16 +288,16 @@ def test_a_full_disk_is_reported_and_the_old_rows_stay(
     spark: SparkSession, small_disk: Path
 ) -> None:
     tables = Tables(spark, str(small_disk / "tables"))
-    tables.insert(THINGS, rows(tables, ("a", 1.0, None, MONDAY)))
+    tables.insert(PRODUCTS, rows(tables, ("a", 1.0, None, MONDAY)))
     huge = rows(tables, ("b", 2.0, {"x": secrets.token_hex(2_000_000)}, MONDAY))
     for write in (tables.insert, tables.upsert, tables.sync, tables.replace, tables.staged):
-        with pytest.raises(RunError, match=r"The disk that holds .*things is full") as full:
-            write(THINGS, huge)
+        with pytest.raises(RunError, match=r"The disk that holds .*products is full") as full:
+            write(PRODUCTS, huge)
         assert "\n" not in str(full.value)
     assert content(tables) == {"a": (1.0, None, MONDAY)}
-    tables.unstage(THINGS)
+    tables.unstage(PRODUCTS)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    assert tables.insert(THINGS, huge) == 1
+    assert tables.insert(PRODUCTS, huge) == 1
     assert content(tables).keys() == {"a", "b"}
 
 
@@ -297,15 +311,15 @@ def named(spark: SparkSession) -> Iterator[Tables]:
 def test_tables_named_by_catalog_and_schema(named: Tables) -> None:
     layout.check(named)
     two = rows(named, ("a", 1.0, None, MONDAY), ("b", 2.0, None, MONDAY))
-    assert named.insert(THINGS, two) == 2
-    assert named.insert(THINGS, rows(named, ("a", 1.0, None, MONDAY))) == 0
-    named.upsert(THINGS, named.staged(THINGS, rows(named, ("b", 2.5, None, MONDAY))))
-    named.unstage(THINGS)
+    assert named.insert(PRODUCTS, two) == 2
+    assert named.insert(PRODUCTS, rows(named, ("a", 1.0, None, MONDAY))) == 0
+    named.upsert(PRODUCTS, named.staged(PRODUCTS, rows(named, ("b", 2.5, None, MONDAY))))
+    named.unstage(PRODUCTS)
     assert content(named) == {"a": (1.0, None, MONDAY), "b": (2.5, None, MONDAY)}
     with pytest.raises(Exception, match="CHECK constraint not_free"):
-        named.replace(THINGS, rows(named, ("c", 0.0, None, MONDAY)))
+        named.replace(PRODUCTS, rows(named, ("c", 0.0, None, MONDAY)))
     shown = named.spark.sql("SHOW TABLES IN shop").collect()
-    assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["things"]
+    assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["products"]
 
 
 def test_a_missing_schema_is_named(spark: SparkSession) -> None:
@@ -332,7 +346,9 @@ def test_files_carry_no_statistics_of_users(tables: Tables) -> None:
         row = tables.spark.sql(visit.format(user, day))
         tables.insert(PERSONAL, row.withColumn("tags", row["tags"].cast("array<string>")))
     tables.delta(PERSONAL).optimize().executeCompaction()
-    for statistics in statistics_in_log(tables, PERSONAL):
+    all_statistics = statistics_in_log(tables, PERSONAL)
+    assert len(all_statistics) == 3
+    for statistics in all_statistics:
         assert statistics["minValues"].keys() == {"day", "shop"}
         assert statistics["nullCount"].keys() == {"day", "shop"}
     log = "".join(path.read_text() for path in log_files(tables, PERSONAL))
@@ -363,3 +379,22 @@ def statistics_in_log(tables: Tables, table: Table) -> list[dict]:
         for line in path.read_text().splitlines()
     ]
     return [json.loads(action["add"]["stats"]) for action in actions if "add" in action]
+
+
+def test_state_holds_one_typed_row_per_stage(tables: Tables) -> None:
+    tried = (TriedEffort(1, 10, 0.7, 0.68, 900.0), TriedEffort(4, 20, 0.97, 0.96, 600.0))
+    approximate = CalibrationState(0.95, 4, 20, 0.97, 0.96, 1_000, 50.0, tried)
+    exact = CalibrationState(0.95, None, None, 1.0, 1.0, 10, None, ())
+    index = stage_state("index", StageOutput(representation="caption", index_id="i1"))
+    profiles = stage_state("profiles", StageOutput(profiles=ProfilesState("sha", 3, None)))
+    before = stage_state("recommend", StageOutput(index_id="i0", calibration=exact))
+    after = stage_state("recommend", StageOutput(index_id="i1", calibration=approximate))
+    for row in (before, index, profiles, after):
+        state.write(tables, row)
+    assert state.read(tables) == {"index": index, "profiles": profiles, "recommend": after}
+    assert approximate.chosen == tried[1]
+    assert exact.chosen is None
+
+
+def stage_state(stage: str, output: StageOutput) -> StageState:
+    return StageState(stage, "f" * 64, {"items": 3}, output, "r1", MONDAY.replace(tzinfo=UTC))

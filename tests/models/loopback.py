@@ -1,4 +1,4 @@
-"""A server of the endpoint backend's dialects on loopback, which does with each request what a script says."""
+"""A loopback server that speaks the endpoint backend's dialects. A script decides its replies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 
 @dataclass
 class Reply:
-    """What the server does with a request: wait, then answer, or `cut` the connection after so many bytes."""
+    """A response. `cut` closes the connection after that many bytes of the body."""
 
     body: Any = b""
     status: int = 200
@@ -27,7 +27,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReceivedRequest:
     at: float
     path: str
     headers: dict[str, str]
@@ -38,8 +38,16 @@ class Seen:
         return self.body["messages"][0]["content"]
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        return {name: value for name, value in self.body.items() if name != "messages"}
+
+    @property
+    def prompt(self) -> str:
+        return self.parts[1]["text"]
+
+    @property
     def jpeg(self) -> str:
-        """In base64, with what stands before it."""
+        """In base64, with its data URL prefix if it has one."""
         image = self.parts[0]
         return image["image_url"]["url"] if "image_url" in image else image["source"]["data"]
 
@@ -49,18 +57,32 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, dialect: str):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.dialect, self.seen, self.released = dialect, list[Seen](), threading.Event()
-        self.script: Callable[[int, Seen], Reply] = lambda number, seen: Reply(
-            said(self.dialect, "A grey thing.")
-        )
-        self.lock, self.busy, self.most = threading.Lock(), 0, 0
+        self.dialect = dialect
+        self.received: list[ReceivedRequest] = []
+        self.script: Callable[[int, ReceivedRequest], Reply]
+        self.always(self.says("A grey thing."))
+        self.released = threading.Event()
+        self.lock = threading.Lock()
+        self.busy = 0
+        self.max_busy = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}" + ("/v1" if self.dialect == "openai" else "")
 
+    def says(self, text: Any, stalls: bool = False) -> Reply:
+        """A response with this text in the server's dialect."""
+        return Reply(response_body(self.dialect, text), stalls=stalls)
+
+    def always(self, reply: Reply) -> None:
+        self.script = lambda number, request: reply
+
+    def at_first(self, reply: Reply) -> None:
+        """The first request gets this reply, and later ones a caption."""
+        self.script = lambda number, request: self.says("Done.") if number else reply
+
     def handle_error(self, *_: Any) -> None:
-        """Clients that hang up are what is tested here."""
+        """Clients hang up in these tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,27 +93,27 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = ReceivedRequest(time.monotonic(), self.path, headers, body)
         with server.lock:
-            seen = Seen(
-                time.monotonic(), self.path, {k.lower(): v for k, v in self.headers.items()}, body
-            )
-            server.seen.append(seen)
-            number, server.busy = len(server.seen) - 1, server.busy + 1
-            server.most = max(server.most, server.busy)
+            number = len(server.received)
+            server.received.append(request)
+            server.busy += 1
+            server.max_busy = max(server.max_busy, server.busy)
         try:
-            reply = server.script(number, seen)
+            reply = server.script(number, request)
             if reply.stalls:
                 server.released.wait(30)
         finally:
-            with server.lock:  # before the client can know, and send the next one
+            with server.lock:  # before the client can send its next request
                 server.busy -= 1
+        self.respond(reply)
+
+    def respond(self, reply: Reply) -> None:
         data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         self.send_response(reply.status)
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(data)),
-        } | reply.headers
-        for name, value in headers.items():
+        for name, value in (headers | reply.headers).items():
             self.send_header(name, value)
         if reply.cut is not None:
             self.close_connection = True
@@ -99,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.end_headers()
         if reply.trickles:
-            while not server.released.wait(0.05):
+            while not self.server.released.wait(0.05):
                 self.wfile.write(b" ")
         self.wfile.write(data[: reply.cut])
 
@@ -107,29 +129,27 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def said(
+def response_body(
     dialect: str,
     content: Any,
-    end: str | None = None,
+    finish_reason: str | None = None,
     tokens: tuple[int, int] = (100, 20),
-    **more: Any,
+    **fields: Any,
 ) -> Any:
-    """A reply of the dialect with this content: a text, or whatever stands in its place."""
+    """A response in the dialect. `content` is a text, or anything in its place."""
     if dialect == "openai":
-        usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-        message = {"role": "assistant", "content": content} | more
+        message = {"role": "assistant", "content": content} | fields
         return {
-            "choices": [{"index": 0, "message": message, "finish_reason": end or "stop"}],
-            "usage": usage,
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason or "stop"}],
+            "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]},
         }
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    usage = {"input_tokens": tokens[0], "output_tokens": tokens[1]}
     return {
         "type": "message",
         "content": blocks,
-        "stop_reason": end or "end_turn",
-        "usage": usage,
-    } | more
+        "stop_reason": finish_reason or "end_turn",
+        "usage": {"input_tokens": tokens[0], "output_tokens": tokens[1]},
+    } | fields
 
 
 @contextmanager

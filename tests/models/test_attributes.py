@@ -1,13 +1,17 @@
-"""The JSON of a structured prompt: what is taken, what is refused, and the text that it becomes."""
+"""The JSON of a structured prompt: what is accepted, what is refused, and its text."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from vlm4rec_spark.models.captioning import attributes, caption_checks
+from vlm4rec_spark.models.captioning import attributes
 from vlm4rec_spark.models.captioning.attributes import Attributes, AttributesError, parse
+from vlm4rec_spark.models.captioning.caption_checks import check_structured
 
 BOOT = '{"kind": "ankle boot", "colour": "black", "material": "leather", "use": "walking"}'
+BOOT_ATTRIBUTES = json.loads(BOOT)
 
 
 @pytest.mark.parametrize(
@@ -16,31 +20,27 @@ BOOT = '{"kind": "ankle boot", "colour": "black", "material": "leather", "use": 
         BOOT,
         f"```json\n{BOOT}\n```",
         f"Here it is: {BOOT} I hope that this helps!",
-        '{"kind": " ankle\\n boot. ", "colour": "black", "material": ["leather", null], "use": "walking", "size": 43}',
-        '{"use": "walking", "colour": "black", "kind": "ankle boot", "material": "leather", "style": "unknown", '
-        '"pattern": "N/A", "occasion": null}',
+        '{"kind": " ankle\\n boot. ", "colour": "black", "material": ["leather", null], '
+        '"use": "walking", "size": 43}',
+        '{"use": "walking", "colour": "black", "kind": "ankle boot", "material": "leather", '
+        '"style": "unknown", "pattern": "N/A", "occasion": null}',
     ],
 )
-def test_an_object_is_taken_whatever_stands_around_it(answer: str) -> None:
-    found = parse(answer)
-    assert found == Attributes(kind="ankle boot", colour="black", material="leather", use="walking")
-    assert list(found.known.items()) == [
-        ("kind", "ankle boot"),
-        ("colour", "black"),
-        ("material", "leather"),
-        ("use", "walking"),
-    ]
-    assert found.text == "ankle boot, black, leather, walking."
+def test_an_object_is_accepted_whatever_surrounds_it(answer: str) -> None:
+    boot = parse(answer)
+    assert boot == Attributes(**BOOT_ATTRIBUTES)
+    assert list(boot.non_empty.items()) == list(BOOT_ATTRIBUTES.items())
+    assert boot.text == "ankle boot, black, leather, walking."
 
 
 def test_a_value_is_a_phrase() -> None:
-    found = parse(f'{{"kind": "shoe", "colour": ["red", "blue"], "style": "{"very " * 100}"}}')
-    assert found.colour == "red, blue"
-    assert found.style == ("very " * 20).rstrip()
+    shoe = parse(f'{{"kind": "shoe", "colour": ["red", "blue"], "style": "{"very " * 100}"}}')
+    assert shoe.colour == "red, blue"
+    assert shoe.style == ("very " * 20).rstrip()
 
 
 @pytest.mark.parametrize(
-    ("answer", "why"),
+    ("answer", "message"),
     [
         ("", "no JSON object: "),
         ("A red shoe.", "no JSON object: A red shoe."),
@@ -53,39 +53,35 @@ def test_a_value_is_a_phrase() -> None:
         ('{"kind": "unknown"}', "kind: it is empty: "),
         (
             '{"kind": "shoe", "colour": {"r": 1}}',
-            "colour: Value error, a text, or a list of texts, was asked for: ",
+            "colour: Value error, expected a text or a list of texts: ",
         ),
-        ('{"kind": 3}', "kind: Value error, a text"),
+        ('{"kind": 3}', "kind: Value error, expected a text"),
         ("{} and {}", "Invalid JSON: trailing characters"),
         ('{"kind":' * 5_000 + "}" * 5_000, "Invalid JSON: recursion limit exceeded"),
     ],
 )
-def test_what_is_no_such_object_is_refused_and_says_why(answer: str, why: str) -> None:
-    with pytest.raises(AttributesError) as refused:
+def test_other_answers_are_refused_with_a_reason(answer: str, message: str) -> None:
+    with pytest.raises(AttributesError) as failure:
         parse(answer)
-    assert str(refused.value).startswith(why)
-    assert len(str(refused.value)) < 400
+    assert str(failure.value).startswith(message)
+    assert len(str(failure.value)) < 400
 
 
-def test_the_prompts_words_and_the_schema_name_the_same_attributes() -> None:
+def test_the_prompt_and_the_schema_have_the_same_attributes() -> None:
     assert (
         list(attributes.SCHEMA["properties"])
         == attributes.SCHEMA["required"]
         == list(Attributes.model_fields)
     )
-    assert attributes.NAMED.startswith('"kind" (what it is), "colour" (its main colours), ')
+    assert attributes.PROMPT_KEYS.startswith('"kind" (what it is), "colour" (its main colours), ')
     full = dict.fromkeys(Attributes.model_fields, "x")
     assert Attributes(**full).text == "x, x, x, x, x, x, x."
 
 
-def test_an_answer_in_json_is_judged_by_its_text_and_another_by_what_it_is() -> None:
-    known = {"kind": "ankle boot", "colour": "black", "material": "leather", "use": "walking"}
-    assert caption_checks.structured(BOOT, "Say it.") == (
-        "ankle boot, black, leather, walking.",
-        known,
-        None,
-    )
-    answers = {
+def test_an_answer_in_json_is_checked_by_its_text() -> None:
+    checked = check_structured(BOOT, "Say it.")
+    assert checked == ("ankle boot, black, leather, walking.", BOOT_ATTRIBUTES, None)
+    error_classes = {
         '{"kind": "boot"}': "too_short",
         "I'm sorry, I can't help with that.": "refusal",
         "": "empty_caption",
@@ -93,8 +89,7 @@ def test_an_answer_in_json_is_judged_by_its_text_and_another_by_what_it_is() -> 
         '{"kind": ': "too_short",
         "A pair of boots of black leather": "bad_attributes",
     }
-    faults = {
-        answer: caption_checks.structured(answer, "Say it in JSON, please.")[2]
-        for answer in answers
-    }
-    assert {answer: fault and fault[0] for answer, fault in faults.items()} == answers
+    for answer, error_class in error_classes.items():
+        rejection = check_structured(answer, "Say it in JSON, please.").rejection
+        assert rejection
+        assert rejection.error_class == error_class, answer

@@ -1,10 +1,10 @@
-"""Captions that aren't descriptions."""
+"""Captions that aren't descriptions are rejected."""
 
 from __future__ import annotations
 
 import pytest
 
-from vlm4rec_spark.models.captioning.caption_checks import fault
+from vlm4rec_spark.models.captioning.caption_checks import check_caption
 
 PROMPT = "Describe the product in this photo for somebody who cannot see it. Two sentences at most."
 
@@ -19,11 +19,12 @@ PROMPT = "Describe the product in this photo for somebody who cannot see it. Two
         "The product in this photo is a wooden chair with four legs and a round seat.",
         "赤い木綿のシャツ",
         "Ein roter Stuhl aus Holz, schlicht, für die Küche.",
-        "A set of plates: a white plate, a blue plate, a green plate and a red plate, each with a thin golden rim.",
+        "A set of plates: a white plate, a blue plate, a green plate and a red plate, "
+        "each with a thin golden rim.",
     ],
 )
 def test_a_description_passes(caption: str) -> None:
-    assert fault(caption, PROMPT) is None
+    assert check_caption(caption, PROMPT) is None
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_a_description_passes(caption: str) -> None:
         ("A blue bag with a strap. " * 6, "repetition"),
     ],
 )
-def test_what_is_no_description_is_rejected_with_a_reason(caption: str, error_class: str) -> None:
-    found = fault(caption, PROMPT)
-    assert found is not None
-    assert found[0] == error_class
-    assert found[1]
+def test_other_texts_are_rejected_with_a_reason(caption: str, error_class: str) -> None:
+    rejection = check_caption(caption, PROMPT)
+    assert rejection
+    assert rejection.error_class == error_class
+    assert rejection.reason

@@ -1,4 +1,4 @@
-"""The caption audit's figures worked out by hand, and captioners that don't look at the photo shown up by them."""
+"""The caption audit's metrics by hand; captioners that don't look at the photo are exposed."""
 
 from __future__ import annotations
 
@@ -13,78 +13,92 @@ from vlm4rec_spark.evaluation.caption_metrics import Figure, Miss
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.perturbations import blank_photo, perturbed
 
-COLOURS = ("red", "navy blue", "blue", "green")
+COLORS = ("red", "navy blue", "blue", "green")
 
 
-def value(figures: list[Figure], metric: str) -> float | None:
-    (figure,) = (figure for figure in figures if figure.metric == metric)
-    return figure.value
+def values(figures: list[Figure]) -> dict[str, float | None]:
+    return {figure.metric: figure.value for figure in figures}
 
 
 @pytest.mark.parametrize("n", [2, 3, 40])
-def test_a_derangement_gives_everybody_another_and_leaves_nobody_out(n: int) -> None:
-    others = caption_metrics.derangement(n, 0)
-    assert sorted(others) == list(range(n))
-    assert not (others == np.arange(n)).any()
-    assert (caption_metrics.derangement(40, 0) == caption_metrics.derangement(40, 0)).all()
-    assert (caption_metrics.derangement(40, 0) != caption_metrics.derangement(40, 1)).any()
+def test_a_derangement_maps_no_index_to_itself(n: int) -> None:
+    successors = caption_metrics.derangement(n, 0)
+    assert sorted(successors) == list(range(n))
+    assert not (successors == np.arange(n)).any()
+
+
+def test_a_derangement_depends_on_the_seed() -> None:
+    first = caption_metrics.derangement(40, 0)
+    assert (first == caption_metrics.derangement(40, 0)).all()
+    assert (first != caption_metrics.derangement(40, 1)).any()
 
 
 def test_a_mean_of_few_gives_no_number() -> None:
     assert caption_metrics.mean("x", [1.0] * 29, 0) == Figure("x", None, 29)
-    assert caption_metrics.mean("x", [1.0] * 30, 0, k=7) == Figure("x", 1.0, 30, 1.0, 1.0, 7)
+    assert caption_metrics.mean(
+        "x",
+        [1.0] * 30,
+        0,
+        k=7,
+    ) == Figure(
+        "x",
+        1.0,
+        30,
+        1.0,
+        1.0,
+        7,
+    )
     assert caption_metrics.distinct("x", 3, 29).value is None
     assert caption_metrics.distinct("x", 12, 40) == Figure("x", 0.3, 40)
 
 
 def catalogue() -> tuple[list[str], list[dict[str, str | None]]]:
-    """40 items, 10 of each colour; the captions of eight green ones say red."""
-    colours = [COLOURS[n % 4] for n in range(40)]
-    seen = ["red" if n % 4 == 3 and n >= 8 else colour for n, colour in enumerate(colours)]
-    rows: list[dict[str, str | None]] = [
-        {
-            "colour": colour.upper(),
-            "code": f"K{n}",
-            "kind": "mug",
-            "season": None,
-            "size": "9 cm" if n % 2 else "8 cm",
-        }
-        for n, colour in enumerate(colours)
-    ]
-    return [
-        f"A {colour} mug, {number} of {seen.count(colour)}." for number, colour in enumerate(seen)
-    ], rows
+    """40 items, 10 of each color; the captions of eight green ones say red."""
+    captions = []
+    rows: list[dict[str, str | None]] = []
+    for n in range(40):
+        color = COLORS[n % 4]
+        named = "red" if color == "green" and n >= 8 else color
+        captions.append(f"A {named} mug, number {n}.")
+        rows.append(
+            {
+                "colour": color.upper(),
+                "code": f"K{n}",
+                "kind": "mug",
+                "season": None,
+                "size": "9 cm" if n % 2 else "8 cm",
+            }
+        )
+    return captions, rows
 
 
 def test_agreement_is_the_share_whose_caption_names_the_catalogues_value() -> None:
     figures, misses = caption_metrics.agreement(*catalogue(), seed=0)
-    # One kind, as many codes as items and sizes that no caption names: nothing can be said of them.
-    assert [figure.metric for figure in figures] == [
-        "agreement/colour",
-        "agreement_shuffled/colour",
-    ]
+    # One kind, a code per item, and sizes that no caption names: these tell nothing.
+    names = [figure.metric for figure in figures]
+    assert names == ["agreement/colour", "agreement_shuffled/colour"]
+    agreement = figures[0]
     # The navy blue ones aren't blue ones: the longest phrase counts.
-    assert (figures[0].value, figures[0].items) == (pytest.approx(32 / 40), 40)
-    assert figures[0].low < figures[0].value < figures[0].high  # type: ignore[operator]
-    assert misses == [Miss(place, "colour", "green") for place in range(11, 40, 4)]
+    assert agreement.value == pytest.approx(32 / 40)
+    assert agreement.items == 40
+    assert agreement.low < agreement.value < agreement.high  # type: ignore[operator]
+    assert misses == [Miss(index, "colour", "green") for index in range(11, 40, 4)]
 
 
-def test_shuffled_captions_agree_as_chance_would_have_it_and_so_do_captions_that_name_everything() -> (
-    None
-):
-    rows = [{"colour": COLOURS[n % 4]} for n in range(400)]
-    right = [f"A {row['colour']} mug." for row in rows]
-    found, _ = caption_metrics.agreement(right, rows, seed=0)
-    assert value(found, "agreement/colour") == 1
-    assert value(found, "agreement_shuffled/colour") == pytest.approx(0.25, abs=0.06)
-    found, misses = caption_metrics.agreement(
-        ["It may be red, green, blue or navy blue."] * 400, rows, seed=0
-    )
-    assert (
-        value(found, "agreement/colour"),
-        value(found, "agreement_shuffled/colour"),
-        misses,
-    ) == (1, 1, [])
+def test_shuffled_captions_agree_by_chance() -> None:
+    rows = [{"colour": COLORS[n % 4]} for n in range(400)]
+    captions = [f"A {row['colour']} mug." for row in rows]
+    metrics = values(caption_metrics.agreement(captions, rows, seed=0)[0])
+    assert metrics["agreement/colour"] == 1
+    assert metrics["agreement_shuffled/colour"] == pytest.approx(0.25, abs=0.06)
+
+
+def test_captions_that_name_everything_are_no_better_than_shuffled_ones() -> None:
+    rows = [{"colour": COLORS[n % 4]} for n in range(400)]
+    captions = ["It may be red, green, blue or navy blue."] * 400
+    figures, misses = caption_metrics.agreement(captions, rows, seed=0)
+    assert values(figures) == {"agreement/colour": 1, "agreement_shuffled/colour": 1}
+    assert misses == []
 
 
 def test_an_attribute_of_few_items_gives_no_number() -> None:
@@ -95,81 +109,113 @@ def test_an_attribute_of_few_items_gives_no_number() -> None:
 
 
 def test_misses_are_spread_over_attributes_and_items() -> None:
-    found = [
-        Miss(0, "a", "x"),
-        Miss(1, "a", "x"),
-        Miss(2, "a", "x"),
-        Miss(0, "b", "y"),
-        Miss(3, "b", "y"),
-    ]
-    assert caption_metrics.spread(found, 3) == [
-        Miss(0, "a", "x"),
-        Miss(1, "a", "x"),
-        Miss(3, "b", "y"),
-    ]
+    of_a = [Miss(index, "a", "x") for index in range(3)]
+    of_b = [Miss(0, "b", "y"), Miss(3, "b", "y")]
+    assert caption_metrics.spread([*of_a, *of_b], 3) == [of_a[0], of_a[1], of_b[1]]
 
 
 def test_drift_counts_texts_that_have_changed() -> None:
-    before, now = ["A red mug."] * 40, ["A red mug."] * 30 + ["A crimson mug."] * 10
-    found = caption_metrics.drift(before, now, np.array([1.0] * 30 + [0.6] * 10), seed=0)
-    assert (value(found, "drift_changed"), value(found, "drift_cosine")) == (
-        0.25,
-        pytest.approx(0.9),
+    before = ["A red mug."] * 40
+    now = ["A red mug."] * 30 + ["A crimson mug."] * 10
+    cosines = np.array([1.0] * 30 + [0.6] * 10)
+    metrics = values(
+        caption_metrics.drift(
+            before,
+            now,
+            cosines,
+            seed=0,
+        )
     )
-    assert caption_metrics.drift([], [], np.zeros(0), 0) == []
-    assert value(caption_metrics.drift(before[:5], now[:5], np.ones(5), 0), "drift_changed") is None
+    assert metrics == {"drift_changed": 0.25, "drift_cosine": pytest.approx(0.9)}
+    assert (
+        caption_metrics.drift(
+            [],
+            [],
+            np.zeros(0),
+            0,
+        )
+        == []
+    )
+    few = values(
+        caption_metrics.drift(
+            before[:5],
+            now[:5],
+            np.ones(5),
+            0,
+        )
+    )
+    assert few["drift_changed"] is None
 
 
 def test_ranks_by_hand_with_ties_at_the_mean_of_the_tied() -> None:
-    known = np.array([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [0, 1], [0, 1]], np.float32)
-    said = np.array([[1, 0], [0.8, 0.6], [1, 0], [0, 0]], np.float32)
-    # Two of 1.0 share the ranks 1 and 2; .96 is before two of .8; three of 0 share 4, 5 and 6; six share 1 to 6.
-    assert caption_metrics.ranks(said, known, np.array([1, 0, 4, 2])).tolist() == [1.5, 2.5, 5, 3.5]
+    captions = np.array([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [0, 1], [0, 1]], np.float32)
+    queries = np.array([[1, 0], [0.8, 0.6], [1, 0], [0, 0]], np.float32)
+    ranks = caption_metrics.ranks(queries, captions, np.array([1, 0, 4, 2]))
+    # Two of 1.0 share the ranks 1 and 2. One of .96 comes before two of .8.
+    # Three of 0 share 4, 5 and 6. Six share 1 to 6.
+    assert ranks.tolist() == [1.5, 2.5, 5, 3.5]
 
 
-def test_one_caption_for_all_is_shown_up_by_every_figure() -> None:
-    captions, vectors = ["A nice thing."] * 40, np.tile(np.float32([0.6, 0.8]), (40, 1))
+def self_retrieval(vectors: np.ndarray) -> dict[str, float | None]:
+    ranks = caption_metrics.ranks(vectors, vectors, np.arange(len(vectors)))
+    return values(caption_metrics.retrieval(ranks, len(vectors), seed=0))
+
+
+def test_one_caption_for_all_fails_every_check() -> None:
+    captions = ["A nice thing."] * 40
+    vectors = np.tile(np.float32([0.6, 0.8]), (40, 1))
     assert caption_metrics.distinct("distinct_share", len(set(captions)), 40).value == 1 / 40
-    found = caption_metrics.blank(captions, vectors, "A nice thing.", vectors[0], seed=0)
-    assert value(found, "blank_equal") == 1
-    assert value(found, "blank_cosine") == value(found, "pair_cosine") == pytest.approx(1)
-    found = caption_metrics.retrieval(
-        caption_metrics.ranks(vectors, vectors, np.arange(40)), 40, seed=0
+    blank = values(
+        caption_metrics.blank(
+            captions,
+            vectors,
+            captions[0],
+            vectors[0],
+            seed=0,
+        )
     )
-    assert value(found, "self_median_rank") == value(found, "self_median_rank_chance") == 20.5
-    assert value(found, "self_rank_1") == value(found, "self_rank_10") == 0
+    assert blank["blank_equal"] == 1
+    assert blank["blank_cosine"] == blank["pair_cosine"] == pytest.approx(1)
+    metrics = self_retrieval(vectors)
+    assert metrics["self_median_rank"] == metrics["self_median_rank_chance"] == 20.5
+    assert metrics["self_rank_1"] == metrics["self_rank_10"] == 0
 
 
 def test_captions_of_their_own_are_found_first() -> None:
     vectors = np.eye(40, dtype=np.float32)
-    found = caption_metrics.retrieval(
-        caption_metrics.ranks(vectors, vectors, np.arange(40)), 40, seed=0
+    metrics = self_retrieval(vectors)
+    assert metrics["self_rank_1"] == metrics["self_rank_10"] == metrics["self_median_rank"] == 1
+    assert metrics["self_rank_1_chance"] == 1 / 40
+    assert metrics["self_rank_10_chance"] == 10 / 40
+    captions = [f"Thing {n}." for n in range(40)]
+    nothing = np.zeros(40, np.float32)
+    blank = caption_metrics.blank(
+        captions,
+        vectors,
+        "A grey wall.",
+        nothing,
+        0,
     )
-    assert [value(found, name) for name in ("self_rank_1", "self_rank_10", "self_median_rank")] == [
-        1,
-        1,
-        1,
-    ]
-    assert value(found, "self_rank_1_chance") == 1 / 40
-    assert value(found, "self_rank_10_chance") == 10 / 40
-    found = caption_metrics.blank(
-        [f"Thing {n}." for n in range(40)], vectors, "A grey wall.", np.zeros(40, np.float32), 0
-    )
-    assert [figure.value for figure in found] == [0, 0, 0]
+    assert [figure.value for figure in blank] == [0, 0, 0]
     assert caption_metrics.retrieval(np.zeros(0), 40, seed=0) == []
 
 
-def test_a_photo_taken_again_is_mirrored_without_its_margins_and_one_of_nothing_can_be_shown() -> (
-    None
-):
+def test_a_perturbed_photo_is_mirrored_without_its_margins() -> None:
     photo = Image.new("RGB", (200, 100), "white")
     photo.paste("red", (0, 0, 100, 100))
     out = io.BytesIO()
     photo.save(out, "PNG")
-    again = decode(perturbed(out.getvalue(), 672), 672)
-    assert again.size == (188, 94)
-    left, right = (again.getpixel((x, 47)) for x in (20, 168))
-    assert min(left) > 240 and right[0] > 240 and max(right[1:]) < 20  # type: ignore[arg-type,type-var,index]
+    mirrored = decode(perturbed(out.getvalue(), 672), 672)
+    assert mirrored.size == (188, 94)
+    pixels = np.asarray(mirrored)
+    left = pixels[47, 20]
+    right = pixels[47, 168]
+    assert left.min() > 240
+    assert right[0] > 240
+    assert right[1:].max() < 20
+
+
+def test_a_blank_photo_is_grey_and_can_be_decoded() -> None:
     grey = np.asarray(decode(blank_photo(), 672), int)
     assert 8 < grey.max() - grey.min() < 40
     assert np.ptp(grey, axis=(1, 2)).max() == 0

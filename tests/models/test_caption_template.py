@@ -1,4 +1,4 @@
-"""Sentences from attributes, and attributes from sentences: one is the other's inverse."""
+"""Captions from attributes and attributes from captions: each is the other's inverse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import itertools
 
 import pytest
 
-from vlm4rec_spark.models.captioning.caption_template import named, sentence, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import (
+    attribute_values,
+    caption_from_attributes,
+    extract_attributes,
+)
 
 VALUES = {
     "kind": ["shirt", "casual shoes", "evening dress", "dress", "sports shoes"],
@@ -18,60 +22,72 @@ VALUES = {
 
 
 @pytest.mark.parametrize(
-    ("attributes", "said"),
+    ("kind", "caption"),
     [
-        ({"kind": "shirt"}, "A navy blue shirt for men, for everyday use."),
-        ({"kind": "casual shoes"}, "Casual shoes in navy blue, for men, good for everyday use."),
-        ({"kind": "dress"}, "For men, a navy blue dress, meant for everyday use."),
-        ({"kind": "watch"}, "A watch in navy blue, for men, good for everyday use."),
-        ({"kind": "kurta"}, "This is a navy blue kurta for men, made for everyday use."),
+        ("shirt", "A navy blue shirt for men, for everyday use."),
+        ("casual shoes", "Casual shoes in navy blue, for men, good for everyday use."),
+        ("dress", "For men, a navy blue dress, meant for everyday use."),
+        ("watch", "A watch in navy blue, for men, good for everyday use."),
+        ("kurta", "This is a navy blue kurta for men, made for everyday use."),
     ],
 )
-def test_each_kind_has_its_wording(attributes: dict[str, str], said: str) -> None:
-    assert (
-        sentence(attributes | {"colour": "navy blue", "audience": "men", "use": "everyday use"})
-        == said
-    )
+def test_the_kind_decides_the_wording(kind: str, caption: str) -> None:
+    attributes = {"kind": kind, "colour": "navy blue", "audience": "men", "use": "everyday use"}
+    assert caption_from_attributes(attributes) == caption
 
 
-def test_what_is_not_known_is_not_said() -> None:
-    assert sentence({"kind": "dress"}) == "A dress."
-    assert sentence({"kind": "dress", "colour": "", "pattern": "  "}) == "A dress."
-    assert sentence({"colour": "orange"}) == "This is an orange product."
-    assert sentence(
-        {"kind": "dress", "pattern": "striped", "material": "cotton", "style": "rustic"}
-    ) == ("A striped cotton dress, in a rustic style.")
-    assert (
-        sentence({"kind": "dress", "season": "summer\n and spring"})
-        == "A dress, season summer and spring."
-    )
+@pytest.mark.parametrize(
+    ("attributes", "caption"),
+    [
+        ({"kind": "dress"}, "A dress."),
+        ({"kind": "dress", "colour": "", "pattern": "  "}, "A dress."),
+        ({"colour": "orange"}, "This is an orange product."),
+        (
+            {"kind": "dress", "pattern": "striped", "material": "cotton", "style": "rustic"},
+            "A striped cotton dress, in a rustic style.",
+        ),
+        ({"kind": "dress", "season": "summer\n and spring"}, "A dress, season summer and spring."),
+    ],
+)
+def test_missing_attributes_are_left_out(attributes: dict[str, str], caption: str) -> None:
+    assert caption_from_attributes(attributes) == caption
 
 
-def test_a_sentence_names_what_it_was_made_of() -> None:
-    made = 0
-    for values in itertools.product(*([None, *each] for each in VALUES.values())):
-        attributes = {name: value for name, value in zip(VALUES, values, strict=True) if value}
-        if attributes:
-            assert named(sentence(attributes), VALUES) == attributes, sentence(attributes)
-            made += 1
-    assert made == 6 * 4 * 2 * 4 * 4 - 1
+def test_a_caption_gives_its_attributes_back() -> None:
+    choices = itertools.product(*([None, *values] for values in VALUES.values()))
+    products = [
+        {name: value for name, value in zip(VALUES, choice, strict=True) if value}
+        for choice in choices
+    ]
+    products.remove({})
+    assert len(products) == 6 * 4 * 2 * 4 * 4 - 1
+    for attributes in products:
+        caption = caption_from_attributes(attributes)
+        assert extract_attributes(caption, VALUES) == attributes, caption
 
 
-def test_the_longest_phrase_counts_and_its_words_are_used_up() -> None:
-    values = {"kind": ["sports shoes", "dress"], "use": ["sports"], "colour": ["blue", "navy blue"]}
-    assert named("Navy blue sports shoes.", values) == {
-        "colour": "navy blue",
-        "kind": "sports shoes",
+@pytest.mark.parametrize(
+    ("text", "attributes"),
+    [
+        ("Navy blue sports shoes.", {"colour": "navy blue", "kind": "sports shoes"}),
+        ("Sports shoes for sports, not a dress.", {"kind": "sports shoes", "use": "sports"}),
+        # Whole words only. A hyphen is part of a word.
+        ("A bluegreen address of t-shirts", {}),
+        ("", {}),
+    ],
+)
+def test_the_longest_phrase_wins_and_uses_up_its_words(
+    text: str, attributes: dict[str, str]
+) -> None:
+    values = {
+        "kind": ["sports shoes", "dress"],
+        "use": ["sports"],
+        "colour": ["blue", "navy blue"],
+        "top": ["shirts"],
     }
-    assert named("Sports shoes for sports, not a dress.", values) == {
-        "kind": "sports shoes",
-        "use": "sports",
-    }
-    # Whole words only, and hyphens belong to them.
-    assert named("A bluegreen address of t-shirts", values | {"top": ["shirts"]}) == {}
-    assert named("", values) == {}
+    assert extract_attributes(text, values) == attributes
 
 
-def test_the_vocabulary_holds_each_value_once() -> None:
+def test_attribute_values_are_distinct_and_sorted() -> None:
     rows = [{"kind": "dress", "colour": "red"}, {"kind": "hat", "colour": ""}, {"kind": "dress"}]
-    assert vocabulary(rows) == {"kind": ["dress", "hat"], "colour": ["red"]}
+    assert attribute_values(rows) == {"kind": ["dress", "hat"], "colour": ["red"]}

@@ -1,4 +1,4 @@
-"""The endpoint backend and a real server on loopback, which answers, stalls, throttles, breaks, lies and refuses."""
+"""The endpoint backend against a loopback server that answers, stalls, throttles and fails."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from loopback import VARIABLES, Reply, Seen, Server, said, serving
+from loopback import VARIABLES, ReceivedRequest, Reply, Server, response_body, serving
 from PIL import Image
 from pydantic import ValidationError
 
@@ -33,13 +33,14 @@ from vlm4rec_spark.models.captioning.captioner import (
 
 KEY = "sk-test-0123456789-abcdefghij"
 openai_only = pytest.mark.parametrize("dialect", ["openai"])
-"""For what comes after or before a dialect."""
+"""For behaviour that doesn't depend on the dialect."""
 GREY = Image.new("RGB", (8, 8), (128, 128, 128))
 
 
-def refused(message: str, **more: Any) -> dict[str, Any]:
+def error_body(message: str, **fields: Any) -> dict[str, Any]:
     """An error's body, in both dialects."""
-    return {"type": "error", "error": {"type": "invalid_request_error", "message": message} | more}
+    error = {"type": "invalid_request_error", "message": message} | fields
+    return {"type": "error", "error": error}
 
 
 @pytest.fixture(params=["openai", "anthropic"])
@@ -49,8 +50,8 @@ def dialect(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def server(dialect: str) -> Iterator[Server]:
-    with serving(dialect) as made:
-        yield made
+    with serving(dialect) as server:
+        yield server
 
 
 Make = Callable[..., EndpointCaptioner]
@@ -58,123 +59,123 @@ Make = Callable[..., EndpointCaptioner]
 
 @pytest.fixture
 def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """A captioner that asks the server, with short waits."""
+    """Makes captioners of the server, with short waits."""
     monkeypatch.setenv(VARIABLES[server.dialect], KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(module, "_FIRST_WAIT", 0.01)
-    made = list[EndpointCaptioner]()
+    captioners = list[EndpointCaptioner]()
 
-    def captioner(json_schema: dict[str, Any] | None = None, **options: Any) -> EndpointCaptioner:
+    def make_captioner(
+        json_schema: dict[str, Any] | None = None, **options: Any
+    ) -> EndpointCaptioner:
         settings = EndpointSettings.model_validate(
             {"dialect": server.dialect, "url": server.url} | options
         )
         model = ModelSettings(
             backend="endpoint", model="eyes-1", max_new_tokens=40, endpoint=settings
         )
-        one = load_captioner(model, json_schema=json_schema)
-        assert isinstance(one, EndpointCaptioner)
-        made.append(one)
-        return one
+        captioner = load_captioner(model, json_schema=json_schema)
+        assert isinstance(captioner, EndpointCaptioner)
+        captioners.append(captioner)
+        return captioner
 
-    yield captioner
-    for one in made:
-        one.close()
+    yield make_captioner
+    for captioner in captioners:
+        captioner.close()
 
 
 def photos(count: int) -> list[Request]:
     return [Request(f"photo-{n}", GREY, f"Say {n}.") for n in range(count)]
 
 
-def answered(captioner: EndpointCaptioner, requests: Iterable[Request]) -> dict[str, Answer]:
-    """Everything asked at once; each key has one answer."""
-    keys = []
+def answer_all(captioner: EndpointCaptioner, requests: Sequence[Request]) -> dict[str, Answer]:
+    """The answers to concurrent requests. Each key has exactly one."""
     for request in requests:
         captioner.add(request)
-        keys.append(request.key)
     answers = list[Answer]()
-    while len(answers) < len(keys):
-        some = captioner.step()
-        assert some
-        answers += some
-    assert sorted(answer.key for answer in answers) == sorted(keys)
-    return {answer.key: answer for answer in answers}
+    while len(answers) < len(requests):
+        new = captioner.step()
+        assert new
+        answers += new
+    by_key = {answer.key: answer for answer in answers}
+    assert len(by_key) == len(answers)
+    assert by_key.keys() == {request.key for request in requests}
+    return by_key
 
 
-def one(captioner: EndpointCaptioner) -> Answer:
-    (answer,) = answered(captioner, photos(1)).values()
+def answer_one(captioner: EndpointCaptioner) -> Answer:
+    (answer,) = answer_all(captioner, photos(1)).values()
     return answer
 
 
-def test_the_photo_the_prompt_and_the_bounds_arrive(server: Server, make: Make) -> None:
-    two = Image.new("RGB", (60, 40), (250, 10, 10))
-    two.paste((10, 10, 250), (30, 0, 60, 40))
-    answers = answered(make(), [Request("a", two, "What is it?\nIn 5 words – “please”.")])
+def test_the_photo_and_the_prompt_arrive(server: Server, make: Make) -> None:
+    photo = Image.new("RGB", (60, 40), (250, 10, 10))
+    photo.paste((10, 10, 250), (30, 0, 60, 40))
+    answers = answer_all(make(), [Request("a", photo, "What is it?\nIn 5 words – “please”.")])
     assert answers == {"a": Answer("a", "A grey thing.", 100, 20)}
-    (seen,) = server.seen
-    image = Image.open(
-        io.BytesIO(base64.b64decode(seen.jpeg.removeprefix("data:image/jpeg;base64,")))
-    )
+    (request,) = server.received
+    jpeg = base64.b64decode(request.jpeg.removeprefix("data:image/jpeg;base64,"))
+    image = Image.open(io.BytesIO(jpeg))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (60, 40))
-    for place, colour in (((10, 20), (250, 10, 10)), ((50, 20), (10, 10, 250))):
-        assert image.getpixel(place) == pytest.approx(colour, abs=4)
-    assert seen.parts[1] == {"type": "text", "text": "What is it?\nIn 5 words – “please”."}
-    assert [message["role"] for message in seen.body["messages"]] == ["user"]
-    bounds = {key: value for key, value in seen.body.items() if key != "messages"}
-    assert KEY in seen.headers.get("authorization", "") + seen.headers.get("x-api-key", "")
+    assert image.getpixel((10, 20)) == pytest.approx((250, 10, 10), abs=4)
+    assert image.getpixel((50, 20)) == pytest.approx((10, 10, 250), abs=4)
+    assert request.parts[1] == {"type": "text", "text": "What is it?\nIn 5 words – “please”."}
+    assert [message["role"] for message in request.body["messages"]] == ["user"]
+
+
+def test_each_dialect_has_its_path_and_parameters(server: Server, make: Make) -> None:
+    answer_one(make())
+    (request,) = server.received
+    assert KEY in request.headers.get("authorization", "") + request.headers.get("x-api-key", "")
+    photo = request.parts[0]
     if server.dialect == "openai":
-        assert bounds == {"model": "eyes-1", "max_tokens": 40, "temperature": 0}
-        assert seen.path == "/v1/chat/completions"
-        assert seen.parts[0]["type"] == "image_url"
+        assert request.path == "/v1/chat/completions"
+        assert request.parameters == {"model": "eyes-1", "max_tokens": 40, "temperature": 0}
+        assert photo["type"] == "image_url"
     else:
-        assert bounds == {"model": "eyes-1", "max_tokens": 40}
-        assert seen.path == "/v1/messages"
-        source = {key: value for key, value in seen.parts[0]["source"].items() if key != "data"}
-        assert (seen.parts[0]["type"], source) == (
-            "image",
-            {"type": "base64", "media_type": "image/jpeg"},
-        )
+        assert request.path == "/v1/messages"
+        assert request.parameters == {"model": "eyes-1", "max_tokens": 40}
+        source = {"type": "base64", "media_type": "image/jpeg", "data": request.jpeg}
+        assert photo == {"type": "image", "source": source}
 
 
-def test_the_kind_of_json_is_told_in_the_dialects_words(server: Server, make: Make) -> None:
+def test_the_json_schema_is_sent_in_the_dialects_way(server: Server, make: Make) -> None:
     schema = {"type": "object", "properties": {"kind": {"type": "string"}}}
-    server.script = lambda *_: Reply(said(server.dialect, '{"kind": "shoe"}'))
-    assert one(make(schema)).text == '{"kind": "shoe"}'
-    (seen,) = server.seen
+    server.always(server.says('{"kind": "shoe"}'))
+    assert answer_one(make(schema)).text == '{"kind": "shoe"}'
+    (request,) = server.received
     if server.dialect == "openai":
-        assert seen.body["response_format"] == {
+        assert request.body["response_format"] == {
             "type": "json_schema",
             "json_schema": {"name": "attributes", "schema": schema, "strict": True},
         }
     else:
-        assert seen.body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
+        assert request.body["output_config"] == {
+            "format": {"type": "json_schema", "schema": schema}
+        }
 
 
-def test_every_request_has_its_own_answer_and_so_many_are_on_their_way(
-    server: Server, make: Make
-) -> None:
-    together = threading.Barrier(4)
+def test_concurrent_requests_have_their_own_answers(server: Server, make: Make) -> None:
+    barrier = threading.Barrier(4)
 
-    def script(number: int, seen: Seen) -> Reply:
-        together.wait(20)  # it breaks unless four are here at once
-        if number < 4:  # a fifth, were there one, has time to come
+    def script(number: int, request: ReceivedRequest) -> Reply:
+        barrier.wait(20)  # it breaks unless four requests are here together
+        if number < 4:  # gives a fifth one time to come
             time.sleep(0.2)
-        prompt = seen.parts[1]["text"]
-        return Reply(said(server.dialect, f"The {prompt}", tokens=(int(prompt[4:-1]), 7)))
+        tokens = (int(request.prompt[4:-1]), 7)
+        return Reply(response_body(server.dialect, f"The {request.prompt}", tokens=tokens))
 
     server.script = script
     captioner = make(concurrency=4, tries=1)
-    assert captioner.at_once == 4
-    # More than it wants to hold: it doesn't send more for that.
-    answers = answered(captioner, photos(20))
+    assert captioner.max_in_flight == 4
+    # Even if it gets more requests, it doesn't send more at a time.
+    answers = answer_all(captioner, photos(20))
     assert answers == {f"photo-{n}": Answer(f"photo-{n}", f"The Say {n}.", n, 7) for n in range(20)}
-    assert (server.most, len(server.seen)) == (4, 20)
+    assert (server.max_busy, len(server.received)) == (4, 20)
 
 
-def test_step_does_not_wait_for_the_slow_ones(server: Server, make: Make) -> None:
-    def script(number: int, seen: Seen) -> Reply:
-        return Reply(said(server.dialect, "Done."), stalls=seen.parts[1]["text"] == "Say 0.")
-
-    server.script = script
+def test_step_does_not_wait_for_slow_requests(server: Server, make: Make) -> None:
+    server.script = lambda _, request: server.says("Done.", stalls=request.prompt == "Say 0.")
     captioner = make()
     for request in photos(3):
         captioner.add(request)
@@ -205,29 +206,28 @@ PARTS = [
 def test_an_answer_may_be_empty_or_come_in_parts(
     server: Server, make: Make, content: Any, text: str
 ) -> None:
-    server.script = lambda *_: Reply(said(server.dialect, content))
-    assert one(make()) == Answer("photo-0", text, 100, 20)
+    server.always(server.says(content))
+    assert answer_one(make()) == Answer("photo-0", text, 100, 20)
 
 
 @pytest.mark.parametrize(
     "usage", [{}, {"usage": None}, {"usage": {}}], ids=["missing", "null", "empty"]
 )
 def test_usage_may_be_missing(server: Server, make: Make, usage: dict[str, Any]) -> None:
-    reply = {
-        key: value for key, value in said(server.dialect, "A shoe.").items() if key != "usage"
-    } | usage
-    server.script = lambda *_: Reply(reply)
-    assert one(make()) == Answer("photo-0", "A shoe.", 0, 0)
+    body = response_body(server.dialect, "A shoe.")
+    del body["usage"]
+    server.always(Reply(body | usage))
+    assert answer_one(make()) == Answer("photo-0", "A shoe.", 0, 0)
 
 
 NO_JSON = "Invalid JSON: expected value at line 1 column 1"
 CALL = {"type": "tool_use", "id": "1", "name": "look", "input": {}}
-LIES = {
+BAD_BODIES = {
     "html": (b"<html>Please\n log in</html>", f"{NO_JSON}; it began: <html>Please log in</html>"),
     "empty": (b"", "Invalid JSON"),
     "truncated": (b'{"choices": [{"message": {"content": "A sh', "Invalid JSON"),
-    "no text in utf-8": (b'{"content": "\xff\xfe"}', "Invalid JSON"),
-    "half a sign": (
+    "not utf-8": (b'{"content": "\xff\xfe"}', "Invalid JSON"),
+    "half a character": (
         b'{"content": [{"text": "\\ud800"}], "choices": [{"message": {"content": "\\ud800"}}]}',
         "Invalid",
     ),
@@ -250,70 +250,66 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize(("body", "words"), LIES.values(), ids=LIES)
-def test_a_lie_is_a_bad_answer_and_not_asked_for_again(
-    server: Server, make: Make, body: Any, words: str
+@pytest.mark.parametrize(("body", "message"), BAD_BODIES.values(), ids=BAD_BODIES)
+def test_a_bad_body_is_a_bad_answer_without_retry(
+    server: Server, make: Make, body: Any, message: str
 ) -> None:
-    kind = "text/html" if body == LIES["html"][0] else "application/json"
-    server.script = lambda *_: Reply(body, headers={"Content-Type": kind})
-    answer = one(make())
-    assert (answer.text, answer.error_class, len(server.seen)) == (None, "bad_answer", 1)
-    assert words in (answer.error or "")
+    content_type = "text/html" if body == BAD_BODIES["html"][0] else "application/json"
+    server.always(Reply(body, headers={"Content-Type": content_type}))
+    answer = answer_one(make())
+    assert (answer.text, answer.error_class, len(server.received)) == (None, "bad_answer", 1)
+    assert message in (answer.error or "")
 
 
-def test_a_tools_call_is_no_text(server: Server, make: Make) -> None:
-    openai = said("openai", None, "tool_calls", tool_calls=[CALL])
-    server.script = lambda *_: Reply(
-        openai if server.dialect == "openai" else said("anthropic", [CALL], "tool_use")
-    )
-    answer = one(make())
-    assert (answer.error_class, answer.input_tokens, answer.output_tokens) == (
-        "bad_answer",
-        100,
-        20,
-    )
-    end = "tool_calls" if server.dialect == "openai" else "tool_use"
-    assert answer.error == f"there is no text; it ended by {end}"
+@pytest.mark.parametrize(
+    ("dialect", "body", "reason"),
+    [
+        ("openai", response_body("openai", None, "tool_calls", tool_calls=[CALL]), "tool_calls"),
+        ("anthropic", response_body("anthropic", [CALL], "tool_use"), "tool_use"),
+    ],
+)
+def test_a_tool_call_is_no_text(server: Server, make: Make, body: Any, reason: str) -> None:
+    server.always(Reply(body))
+    error = f"there is no text; it ended by {reason}"
+    assert answer_one(make()) == Answer("photo-0", None, 100, 20, "bad_answer", error)
 
 
 @pytest.mark.parametrize("status", [400, 409, 413, 422])
-def test_what_is_wrong_with_a_request_is_not_asked_again(
-    server: Server, make: Make, status: int
+def test_a_bad_request_is_not_retried(server: Server, make: Make, status: int) -> None:
+    server.always(Reply(error_body("image  too\n large", code=7), status))
+    answer = answer_one(make())
+    assert (answer.text, answer.error_class, len(server.received)) == (None, "bad_request", 1)
+    error = answer.error or ""
+    assert error.startswith(f"status {status}: {{")
+    assert "image too" in error.replace("\\n", " ").replace("  ", " ")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body", "reason"),
+    [
+        ("openai", response_body("openai", None, refusal="I'd rather not."), "I'd rather not."),
+        ("openai", response_body("openai", "A per", "content_filter"), "content_filter"),
+        ("anthropic", response_body("anthropic", [], "refusal"), "refusal"),
+        ("anthropic", response_body("anthropic", "I won't.", "refusal"), "I won't."),
+    ],
+)
+def test_a_refusal_has_its_own_error_class(
+    server: Server, make: Make, body: Any, reason: str
 ) -> None:
-    server.script = lambda *_: Reply(refused("image  too\n large", code=7), status)
-    answer = one(make())
-    assert (answer.text, answer.error_class, len(server.seen)) == (None, "bad_request", 1)
-    assert (answer.error or "").startswith(f"status {status}: {{")
-    assert "image too" in (answer.error or "").replace("\\n", " ").replace("  ", " ")
+    server.always(Reply(body))
+    error = f"the model refused: {reason}"
+    assert answer_one(make()) == Answer("photo-0", None, 100, 20, "refusal", error)
+    assert len(server.received) == 1
 
 
-REFUSALS = [
-    (
-        "openai",
-        Reply(said("openai", None, refusal="I'd rather not.")),
-        "the model refused: I'd rather not.",
-    ),
-    (
-        "openai",
-        Reply(said("openai", "A per", "content_filter")),
-        "the model refused: content_filter",
-    ),
-    ("openai", Reply(refused("no", code="content_filter"), 400), "status 400: "),
-    ("openai", Reply(refused("no", code="content_policy_violation"), 400), "status 400: "),
-    ("anthropic", Reply(said("anthropic", [], "refusal")), "the model refused: refusal"),
-    ("anthropic", Reply(said("anthropic", "I won't.", "refusal")), "the model refused: I won't."),
-]
-
-
-@pytest.mark.parametrize(("dialect", "reply", "words"), REFUSALS)
-def test_a_refusal_has_a_class_of_its_own(
-    server: Server, make: Make, reply: Reply, words: str
-) -> None:
-    server.script = lambda *_: reply
-    answer = one(make())
-    assert (answer.text, answer.error_class, len(server.seen)) == (None, "refusal", 1)
-    assert (answer.error or "").startswith(words)
-    assert answer.input_tokens + answer.output_tokens == (120 if reply.status == 200 else 0)
+@openai_only
+@pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
+def test_a_filtered_request_is_a_refusal(server: Server, make: Make, code: str) -> None:
+    server.always(Reply(error_body("no", code=code), 400))
+    answer = answer_one(make())
+    assert (answer.text, answer.error_class, len(server.received)) == (None, "refusal", 1)
+    assert (answer.error or "").startswith("status 400: ")
+    assert answer.input_tokens + answer.output_tokens == 0
 
 
 TROUBLES = {
@@ -332,19 +328,19 @@ TROUBLES = {
 }
 
 
-@pytest.mark.parametrize(("trouble", "error_class", "words"), TROUBLES.values(), ids=TROUBLES)
-def test_a_server_in_trouble_is_tried_again_until_it_recovers(
-    server: Server, make: Make, trouble: Reply, error_class: str, words: str
+@pytest.mark.parametrize(("trouble", "error_class", "message"), TROUBLES.values(), ids=TROUBLES)
+def test_a_server_in_trouble_is_retried_until_it_recovers(
+    server: Server, make: Make, trouble: Reply, error_class: str, message: str
 ) -> None:
-    good = Reply(said(server.dialect, "At last."))
+    good = server.says("At last.")
     server.script = lambda number, _: trouble if number < 2 or number > 2 else good
     captioner = make(tries=3)
-    assert one(captioner) == Answer("photo-0", "At last.", 100, 20)
-    assert len(server.seen) == 3
-    # And this time it doesn't.
-    answer = one(captioner)
-    assert (answer.text, answer.error_class, len(server.seen)) == (None, error_class, 6)
-    assert (answer.error or "").endswith(words)
+    assert answer_one(captioner) == Answer("photo-0", "At last.", 100, 20)
+    assert len(server.received) == 3
+    # This time it doesn't recover.
+    answer = answer_one(captioner)
+    assert (answer.text, answer.error_class, len(server.received)) == (None, error_class, 6)
+    assert (answer.error or "").endswith(message)
 
 
 @pytest.mark.parametrize(
@@ -352,66 +348,63 @@ def test_a_server_in_trouble_is_tried_again_until_it_recovers(
     [Reply(b"", stalls=True), Reply(b"{}" * 50, trickles=True)],
     ids=["silent", "drop by drop"],
 )
-def test_a_server_that_hangs_costs_its_time_and_no_more(
-    server: Server, make: Make, hangs: Reply
-) -> None:
-    server.script = lambda *_: hangs
+def test_a_server_that_hangs_costs_its_timeouts(server: Server, make: Make, hangs: Reply) -> None:
+    server.always(hangs)
     began = time.monotonic()
-    answer = one(make(timeout_seconds=0.25, tries=2))
+    answer = answer_one(make(timeout_seconds=0.25, tries=2))
     assert 0.5 <= time.monotonic() - began < 5
     assert answer == Answer("photo-0", None, 0, 0, "timed_out", "no answer within 0.25 s (2 tries)")
-    assert len(server.seen) <= 2
+    assert len(server.received) <= 2
 
 
-def test_nobody_there(make: Make) -> None:
+def test_a_port_without_a_server_is_unreachable(make: Make) -> None:
     closed = Server("openai")
     closed.server_close()
-    answer = one(make(url=f"http://127.0.0.1:{closed.server_port}", tries=2))
+    answer = answer_one(make(url=f"http://127.0.0.1:{closed.server_port}", tries=2))
     assert answer.error_class == "unreachable"
     assert answer.error == "ConnectError: All connection attempts failed (2 tries)"
 
 
 @pytest.mark.parametrize("status", [429, 503, 529])
-def test_a_throttled_request_holds_the_others_as_long_as_the_server_asks(
+def test_a_throttled_request_delays_the_others_as_long_as_the_server_asks(
     server: Server, make: Make, status: int
 ) -> None:
-    good = Reply(said(server.dialect, "Done."))
-    server.script = lambda number, _: good if number else Reply(b"", status, {"Retry-After": "0.4"})
+    server.at_first(Reply(b"", status, {"Retry-After": "0.4"}))
     captioner = make(tries=1)
-    assert one(captioner).error_class == ("server_error" if status == 503 else "throttled")
-    assert {answer.text for answer in answered(captioner, photos(3)).values()} == {"Done."}
-    throttled, *others = (seen.at for seen in server.seen)
+    assert answer_one(captioner).error_class == ("server_error" if status == 503 else "throttled")
+    assert {answer.text for answer in answer_all(captioner, photos(3)).values()} == {"Done."}
+    throttled, *others = (request.at for request in server.received)
     assert len(others) == 3
     assert min(others) >= throttled + 0.4
 
 
-def test_a_throttled_request_is_sent_again_after_its_wait(server: Server, make: Make) -> None:
-    good = Reply(said(server.dialect, "Done."))
-    server.script = lambda number, _: good if number else Reply(b"", 429, {"Retry-After": "0.4"})
-    assert one(make()).text == "Done."
-    first, second = (seen.at for seen in server.seen)
+def test_a_throttled_request_is_retried_after_its_wait(server: Server, make: Make) -> None:
+    server.at_first(Reply(b"", 429, {"Retry-After": "0.4"}))
+    assert answer_one(make()).text == "Done."
+    first, second = (request.at for request in server.received)
     assert second >= first + 0.4
 
 
 @openai_only
-def test_the_answer_after_the_last_try_is_not_kept_back(server: Server, make: Make) -> None:
-    server.script = lambda *_: Reply(b"", 429, {"Retry-After": "30"})
+def test_no_wait_follows_the_last_try(server: Server, make: Make) -> None:
+    server.always(Reply(b"", 429, {"Retry-After": "30"}))
     began = time.monotonic()
-    assert one(make(tries=1)).error_class == "throttled"
+    assert answer_one(make(tries=1)).error_class == "throttled"
     assert time.monotonic() - began < 15
 
 
 @openai_only
 def test_retry_after_may_be_a_date(server: Server, make: Make) -> None:
     until = int(time.time()) + 2
-    date, arrived = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True), list[float]()
+    date = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
+    arrived = list[float]()
 
-    def script(number: int, _: Seen) -> Reply:
+    def script(number: int, _: ReceivedRequest) -> Reply:
         arrived.append(time.time())
-        return Reply(said("openai", "Done.")) if number else Reply(b"", 429, {"Retry-After": date})
+        return server.says("Done.") if number else Reply(b"", 429, {"Retry-After": date})
 
     server.script = script
-    assert one(make()).text == "Done."
+    assert answer_one(make()).text == "Done."
     assert arrived[0] < until <= arrived[1]
 
 
@@ -430,159 +423,147 @@ def test_retry_after_may_be_a_date(server: Server, make: Make) -> None:
         "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
     ],
 )
-def test_an_odd_retry_after_is_capped_or_passed_over(
+def test_an_odd_retry_after_is_capped_or_ignored(
     server: Server, make: Make, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LONGEST_WAIT", 0.05)
-    server.script = lambda number, _: (
-        Reply(said("openai", "Done."), 200) if number else Reply(b"", 429, {"Retry-After": value})
-    )
+    monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 0.05)
+    server.at_first(Reply(b"", 429, {"Retry-After": value}))
     began = time.monotonic()
-    assert one(make(tries=2)).text == "Done."
+    assert answer_one(make(tries=2)).text == "Done."
     assert time.monotonic() - began < 5
 
 
 @openai_only
-def test_without_retry_after_waits_double_with_full_jitter_and_hold_the_others(
+def test_waits_without_retry_after_double_with_full_jitter(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bounds = list[tuple[float, float]]()
+    ranges = list[tuple[float, float]]()
 
     def longest(low: float, high: float) -> float:
-        bounds.append((low, high))
+        ranges.append((low, high))
         return high
 
     monkeypatch.setattr(random, "uniform", longest)
     monkeypatch.setattr(module, "_FIRST_WAIT", 0.06)
-    monkeypatch.setattr(module, "LONGEST_WAIT", 0.3)
-    server.script = lambda *_: Reply(b"", 429)
+    monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 0.3)
+    server.always(Reply(b"", 429))
     captioner = make(tries=4)
-    one(captioner)
-    assert bounds == [(0, 0.06), (0, 0.12), (0, 0.24), (0, 0.3)]
-    server.script = lambda *_: Reply(said("openai", "Done."))
-    assert one(captioner).text == "Done."
-    sent = [seen.at for seen in server.seen]
+    answer_one(captioner)
+    assert ranges == [(0, 0.06), (0, 0.12), (0, 0.24), (0, 0.3)]
+    server.always(server.says("Done."))
+    assert answer_one(captioner).text == "Done."
+    sent = [request.at for request in server.received]
     assert len(sent) == 5
-    for sooner, later, (_, wait) in zip(sent, sent[1:], bounds, strict=False):
-        assert later - sooner >= wait
+    # The last wait delays the next request.
+    for earlier, later, (_, wait) in zip(sent[:-1], sent[1:], ranges, strict=True):
+        assert later - earlier >= wait
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_what_is_wrong_for_every_photo_ends_the_run(
+def test_a_status_that_every_photo_would_get_ends_the_run(
     server: Server, make: Make, status: int
 ) -> None:
-    server.script = lambda *_: Reply(refused("no such thing"), status)
-    captioner = make()
-    for request in photos(3):
-        captioner.add(request)
+    server.always(Reply(error_body("no such thing"), status))
     with pytest.raises(RunError, match="no such thing") as failure:
-        captioner.step()
-    words = str(failure.value)
-    assert words.startswith(server.url)
-    assert f" doesn't serve the model eyes-1: status {status}: " in words
-    assert words.endswith(f"and the environment variable {VARIABLES[server.dialect]}.")
-    assert len(server.seen) <= 3
+        answer_all(make(), photos(3))
+    message = str(failure.value)
+    assert message.startswith(server.url)
+    assert f" doesn't serve the model eyes-1: status {status}: " in message
+    assert message.endswith(f"and the environment variable {VARIABLES[server.dialect]}.")
+    assert len(server.received) <= 3
 
 
 @openai_only
 def test_an_account_without_credit_ends_the_run(server: Server, make: Make) -> None:
-    server.script = lambda *_: Reply(
-        refused("You exceeded your quota", code="insufficient_quota"), 429
-    )
-    captioner = make()
-    captioner.add(photos(1)[0])
+    body = error_body("You exceeded your quota", code="insufficient_quota")
+    server.always(Reply(body, 429))
     with pytest.raises(RunError, match="You exceeded your quota"):
-        captioner.step()
-    assert len(server.seen) == 1
+        answer_one(make())
+    assert len(server.received) == 1
 
 
-def echo(seen: Seen, status: int, before: int = 0) -> Reply:
-    return Reply(b"x" * before + seen.headers["authorization"].encode(), status)
+def echo_key(request: ReceivedRequest, status: int, prefix: str = "") -> Reply:
+    return Reply((prefix + request.headers["authorization"]).encode(), status)
 
 
 @pytest.mark.parametrize(
-    "before", [0, 180, 465], ids=["at once", "where a body is cut", "where an error is cut"]
+    "prefix",
+    ["", "x" * 180, "x" * 465],
+    ids=["at the start", "where a body is cut", "where an error is cut"],
 )
-def test_a_key_that_the_server_sends_back_is_in_no_error(
-    server: Server, make: Make, before: int, caplog: pytest.LogCaptureFixture
+def test_a_returned_key_is_in_no_error(
+    server: Server, make: Make, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    server.script = lambda number, seen: echo(seen, [400, 200, 500][number], before)
+    server.script = lambda number, request: echo_key(request, [400, 200, 500][number], prefix)
     captioner = make(tries=1)
-    for error_class, expected in (
-        ("bad_request", f"status 400: {'x' * before}Bearer ***"),
-        ("bad_answer", f"{NO_JSON}; it began: " + f"{'x' * before}Bearer ***"[:200]),
-        ("server_error", f"status 500: {'x' * before}Bearer ***"),
+    body = f"{prefix}Bearer ***"
+    for error_class, error in (
+        ("bad_request", f"status 400: {body}"),
+        ("bad_answer", f"{NO_JSON}; it began: {body[:200]}"),
+        ("server_error", f"status 500: {body}"),
     ):
-        answer = one(captioner)
-        assert (answer.error_class, answer.error) == (error_class, expected)
+        assert answer_one(captioner) == Answer("photo-0", None, 0, 0, error_class, error)
     assert KEY not in caplog.text + repr(captioner)
 
 
 def test_an_error_is_cut(server: Server, make: Make) -> None:
-    server.script = lambda *_: Reply(b"x" * 100_000, 400)
-    assert one(make()).error == "status 400: " + "x" * 488
+    server.always(Reply(b"x" * 100_000, 400))
+    assert answer_one(make()).error == "status 400: " + "x" * 488
 
 
-def test_a_key_that_the_server_sends_back_is_in_no_caption_and_no_failure(
-    server: Server, make: Make
-) -> None:
+def test_a_returned_key_is_in_no_caption_and_no_failure(server: Server, make: Make) -> None:
     replies = [
-        Reply(said(server.dialect, f"A {KEY} shoe.")),
-        Reply(said(server.dialect, 5, note=f"Bearer {KEY}")),
+        server.says(f"A {KEY} shoe."),
+        Reply(response_body(server.dialect, 5, note=f"Bearer {KEY}")),
     ]
-    server.script = lambda number, seen: [*replies, echo(seen, 401)][number]
+    server.script = lambda number, request: [*replies, echo_key(request, 401)][number]
     captioner = make(tries=1)
-    assert one(captioner).text == "A *** shoe."
-    assert KEY[:8] not in str(one(captioner))
-    captioner.add(photos(1)[0])
+    assert answer_one(captioner).text == "A *** shoe."
+    assert KEY[:8] not in str(answer_one(captioner))
     with pytest.raises(RunError, match=r"\*\*\*") as failure:
-        captioner.step()
+        answer_one(captioner)
     assert KEY[:8] not in str(failure.value)
 
 
-def test_a_short_key_is_no_secret_to_a_caption(
+def test_a_short_key_is_not_removed_from_captions(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLES[server.dialect], "shoe")
-    server.script = lambda number, _: (
-        Reply(said(server.dialect, "A shoe.")) if number else Reply(b"no shoe", 400)
-    )
+    monkeypatch.setenv(VARIABLES[server.dialect], "Done")
+    server.at_first(Reply(b"not Done", 400))
     captioner = make()
-    assert one(captioner).error == "status 400: no ***"
-    assert one(captioner).text == "A shoe."
+    assert answer_one(captioner).error == "status 400: not ***"
+    assert answer_one(captioner).text == "Done."
 
 
-def test_a_server_of_ones_own_needs_no_key_but_the_providers_does(
+def test_a_provider_needs_a_key_and_another_server_does_not(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variable = VARIABLES[server.dialect]
     for missing in (None, " \n"):
         monkeypatch.delenv(variable) if missing is None else monkeypatch.setenv(variable, missing)
-        assert one(make()).text == "A grey thing."
+        assert answer_one(make()).text == "A grey thing."
         with pytest.raises(UsageError, match=f"^The environment variable {variable} isn't set"):
             make(url=None)
     monkeypatch.setenv(variable, f" {KEY}\n")
     make(url=None)
-    one(make())
-    assert server.seen[-1].headers["authorization"] == f"Bearer {KEY}"
+    answer_one(make())
+    assert server.received[-1].headers["authorization"] == f"Bearer {KEY}"
 
 
 @pytest.mark.parametrize("key", ["sk-abc\nsk-def", "sk-abc\N{HORIZONTAL ELLIPSIS}"])
-def test_a_key_that_no_header_can_hold_is_not_repeated(
+def test_a_malformed_key_is_not_repeated(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv(VARIABLES[server.dialect], key)
     with pytest.raises(UsageError) as failure:
         make()
     variable = VARIABLES[server.dialect]
-    assert (
-        str(failure.value)
-        == f"The environment variable {variable} holds characters that no key has."
-    )
+    error = f"The environment variable {variable} holds characters that no key has."
+    assert str(failure.value) == error
 
 
-def test_a_missing_client_is_said_with_its_command(
+def test_a_missing_client_names_its_pip_command(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, server.dialect, None)
@@ -593,30 +574,26 @@ def test_a_missing_client_is_said_with_its_command(
 
 
 @openai_only
-def test_what_a_reasoning_model_refuses_is_left_out_from_then_on(
-    server: Server, make: Make
-) -> None:
-    def script(number: int, seen: Seen) -> Reply:
-        if "max_tokens" in seen.body:
-            return Reply(refused("Use it", param="max_tokens", code="unsupported_parameter"), 400)
-        if "temperature" in seen.body:
-            return Reply(refused("Only 1", param="temperature", code="unsupported_value"), 400)
-        if "response_format" in seen.body:
-            return Reply(
-                refused("No schema", param="response_format", code="unsupported_value"), 400
-            )
-        return Reply(said("openai", "A shoe."))
+def test_refused_parameters_are_dropped_or_replaced(server: Server, make: Make) -> None:
+    refusals = {
+        "max_tokens": "unsupported_parameter",
+        "temperature": "unsupported_value",
+        "response_format": "unsupported_value",
+    }
+
+    def script(number: int, request: ReceivedRequest) -> Reply:
+        for name, code in refusals.items():
+            if name in request.body:
+                return Reply(error_body("no", param=name, code=code), 400)
+        return server.says("A shoe.")
 
     server.script = script
     captioner = make({"type": "object"}, tries=1)
-    assert {answer.text for answer in answered(captioner, photos(5)).values()} == {"A shoe."}
-    asked = len(server.seen)
-    assert one(captioner).text == "A shoe."
-    assert len(server.seen) == asked + 1
-    assert {key: value for key, value in server.seen[-1].body.items() if key != "messages"} == {
-        "model": "eyes-1",
-        "max_completion_tokens": 40,
-    }
+    assert {answer.text for answer in answer_all(captioner, photos(5)).values()} == {"A shoe."}
+    count = len(server.received)
+    assert answer_one(captioner).text == "A shoe."
+    assert len(server.received) == count + 1
+    assert server.received[-1].parameters == {"model": "eyes-1", "max_completion_tokens": 40}
 
 
 @openai_only
@@ -629,80 +606,81 @@ def test_what_a_reasoning_model_refuses_is_left_out_from_then_on(
         {"param": "temperature", "code": {"a": 1}},
     ],
 )
-def test_no_other_complaint_changes_what_is_asked(
+def test_other_errors_change_no_parameters(
     server: Server, make: Make, error: dict[str, Any]
 ) -> None:
-    server.script = lambda *_: Reply(refused("no", **error), 400)
+    server.always(Reply(error_body("no", **error), 400))
     captioner = make()
-    assert [one(captioner).error_class for _ in range(2)] == ["bad_request"] * 2
-    assert [seen.body["temperature"] for seen in server.seen] == [0, 0]
+    assert [answer_one(captioner).error_class for _ in range(2)] == ["bad_request"] * 2
+    assert [request.body["temperature"] for request in server.received] == [0, 0]
 
 
 @openai_only
-def test_the_minutes_tokens_pace_the_requests(
+def test_the_tokens_per_minute_delay_requests(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MINUTE", 0.4)
     monkeypatch.setattr(module, "_FIRST_ESTIMATE", 120)
-    # 120 tokens each, of 250: two at once, and the next two when the minute of the first ones is over.
+    # 120 of 250 tokens per request: two start now, and the next two a minute later.
     captioner = make(tokens_per_minute=250)
-    assert len(answered(captioner, photos(5))) == 5
-    sent = [seen.at for seen in server.seen]
-    assert sent[4] - sent[0] >= 0.6  # two minutes, less what the first one took on its way
+    assert len(answer_all(captioner, photos(5))) == 5
+    sent = [request.at for request in server.received]
+    assert sent[4] - sent[0] >= 0.6  # two minutes, less the first request's time to arrive
 
 
 @openai_only
-def test_what_answers_cost_corrects_the_estimate(
+def test_used_tokens_correct_the_estimate(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Cheaper than thought: the first one goes alone, and then all of them fit into the minute.
+    # Cheaper than estimated: after the first one, all fit into the minute.
     began = time.monotonic()
-    assert len(answered(make(tokens_per_minute=1_500), photos(10))) == 10
+    assert len(answer_all(make(tokens_per_minute=1_500), photos(10))) == 10
     assert time.monotonic() - began < 50
-    # Dearer than thought: a request that is more than the budget goes, but alone.
+    # More expensive than estimated: a request beyond the budget goes alone.
     monkeypatch.setattr(module, "_MINUTE", 0.4)
     monkeypatch.setattr(module, "_FIRST_ESTIMATE", 1)
     captioner = make(tokens_per_minute=100)
-    one(captioner)
-    server.seen.clear()
-    assert len(answered(captioner, photos(3))) == 3
-    first, _, third = (seen.at for seen in server.seen)
+    answer_one(captioner)
+    server.received.clear()
+    assert len(answer_all(captioner, photos(3))) == 3
+    first, _, third = (request.at for request in server.received)
     assert third - first >= 0.6
 
 
 @openai_only
-def test_a_process_ends_though_the_server_hangs(server: Server, make: Make) -> None:
-    server.script = lambda _, seen: Reply(
-        said("openai", "Done."), stalls=seen.parts[1]["text"] != "Say a."
-    )
+def test_a_process_ends_while_the_server_hangs(server: Server, make: Make) -> None:
+    server.script = lambda _, request: server.says("Done.", stalls=request.prompt != "Say a.")
     code = f"""
 from PIL import Image
-from vlm4rec_spark.models.captioners import EndpointSettings, Request
-from vlm4rec_spark.models.captioners.endpoint import EndpointCaptioner
+from vlm4rec_spark.models.captioning.captioner import EndpointSettings, Request
+from vlm4rec_spark.models.captioning.backends.endpoint import EndpointCaptioner
+def request(key):
+    return Request(key, Image.new("RGB", (8, 8)), f"Say {{key}}.")
 settings = EndpointSettings(url={server.url!r}, timeout_seconds=600)
-captioner, never_asked = EndpointCaptioner("eyes-1", 40, settings), EndpointCaptioner("eyes-1", 40, settings)
-never_asked.add(Request("d", Image.new("RGB", (8, 8)), "Say d."))
+captioner = EndpointCaptioner("eyes-1", 40, settings)
+never_stepped = EndpointCaptioner("eyes-1", 40, settings)
+never_stepped.add(request("d"))
 for key in ("a", "b"):
-    captioner.add(Request(key, Image.new("RGB", (8, 8)), f"Say {{key}}."))
+    captioner.add(request(key))
 print(captioner.step()[0].text)
-captioner.add(Request("c", Image.new("RGB", (8, 8)), "Say c."))
+captioner.add(request("c"))
 """
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
     )
-    assert (ended.stdout, ended.stderr, ended.returncode) == ("Done.\n", "", 0)
+    assert (process.stdout, process.stderr, process.returncode) == ("Done.\n", "", 0)
 
 
-def test_a_models_id_is_its_name_and_nothing_of_the_server() -> None:
-    def named(**settings: Any) -> str:
+def test_the_model_id_has_the_models_name_and_nothing_of_the_server() -> None:
+    def model_id(**settings: Any) -> str:
         return ModelSettings(backend="endpoint", **settings).model_id()
 
-    assert named(model="gpt-9") == "gpt-9@endpoint"
-    assert named(model="/not/there", revision="b7") == "/not/there@endpoint@b7"
-    other = EndpointSettings(
+    assert model_id(model="gpt-9") == "gpt-9@endpoint"
+    assert model_id(model="/not/there", revision="b7") == "/not/there@endpoint@b7"
+    endpoint = EndpointSettings(
         dialect="anthropic", url="http://a:1/v1", concurrency=2, timeout_seconds=1, tries=1
     )
-    assert named(model="gpt-9", endpoint=other) == "gpt-9@endpoint"
+    assert model_id(model="gpt-9", endpoint=endpoint) == "gpt-9@endpoint"
 
 
 @pytest.mark.parametrize(
@@ -721,6 +699,6 @@ def test_a_models_id_is_its_name_and_nothing_of_the_server() -> None:
         {"key": KEY},
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EndpointSettings.model_validate(settings)

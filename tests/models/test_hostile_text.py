@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm4rec_spark.models.encoding.text_encoder import clean, load_embedder
-from vlm4rec_spark.models.index.searcher import _telling_words
+from vlm4rec_spark.models.index.telling_words import telling_words
 
 MILLION = 1_000_000
 FRAGMENTS = (
@@ -63,7 +63,7 @@ def test_any_text_becomes_printable_and_short(text: str, max_words: int) -> None
 def test_a_text_of_a_million_characters(fragment: str, times: int) -> None:
     cleaned = clean(fragment * times, 256)
     assert len(cleaned.split()) <= 256
-    _, words = _telling_words([cleaned])
+    words = telling_words([cleaned]).vocabulary
     assert set(words) <= set(cleaned.lower().split())
 
 

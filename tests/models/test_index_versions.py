@@ -72,11 +72,11 @@ def later(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_items_that_came_and_changed_are_found_and_those_that_went_are_not(first: Searcher) -> None:
     items, vectors = later(3)
     second = built(first.folder.parent, items, vectors, first)
-    assert (second.base, second.manifest["leaves"]) == (first.index_id, first.manifest["leaves"])
-    assert 95 <= len(second.fresh) <= 100
+    assert (second.base, second.leaves) == (first.index_id, first.leaves)
+    assert 95 <= len(second.delta) <= 100
     queries = vectors_of(np.arange(200), seed=5)
     truth = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :K]
-    found, scores = second.search(queries, Effort(second.manifest["leaves"], 400))
+    found, scores = second.search(queries, Effort(second.leaves, 400))
     top = np.take_along_axis(
         found, np.argsort(-np.where(found >= 0, scores, -9), axis=1, kind="stable")[:, :K], 1
     )
@@ -91,9 +91,9 @@ def test_items_that_came_and_changed_are_found_and_those_that_went_are_not(first
     )
     assert all(len({*row}) == len(row) for row in (mine[mine >= 0].tolist() for mine in found))
     # What a smaller search finds are the first of a larger one's, whoever is asked for beside.
-    few, _ = second.search(queries, Effort(second.manifest["leaves"], 50))
+    few, _ = second.search(queries, Effort(second.leaves, 50))
     assert few.tolist() == found[:, :50].tolist()
-    few, _ = second.search(queries[7:8], Effort(second.manifest["leaves"], 50))
+    few, _ = second.search(queries[7:8], Effort(second.leaves, 50))
     assert few[0].tolist() == found[7, :50].tolist()
 
 
@@ -113,18 +113,18 @@ def test_a_version_that_rests_on_one_that_rests_on_a_base(first: Searcher) -> No
     # An item that went and is back as it was is searched beside the codes, and found.
     items = np.arange(0, 2 * ITEMS, 2)
     back = built(folder, items, vectors_of(items), second)
-    queries = vectors_of(items)[back.fresh]
+    queries = vectors_of(items)[back.delta]
     found, _ = back.search(queries, Effort(1, 5))
     assert [
         row[row >= 0][0] for row in found
-    ] == back.fresh.tolist()  # before it may stand its code, which is gone
+    ] == back.delta.tolist()  # before it may stand its code, which is gone
 
 
 def test_too_much_news_another_dimension_or_size_builds_anew(
     first: Searcher, tmp_path: Path
 ) -> None:
     items, vectors = later(3)
-    assert not first.rests([f"i{item:05d}" for item in items], vectors, 16, 0.05)
+    assert not first.can_be_base([f"i{item:05d}" for item in items], vectors, 16, 0.05)
     assert built(tmp_path, items, vectors, first, share=0.05).base != first.index_id
     assert built(tmp_path, items, unit(vectors[:, :16]), first).base != first.index_id
     assert built(tmp_path, items, vectors, first, ann_min_items=10**6).base != first.index_id

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.list_rules import ListRules
-from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.list_rules import Cap, ListRules
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 
 DIMENSION = 8
@@ -38,7 +38,7 @@ def brute_force(
         wanted = rules | 1
         if len(taken) == k or (offer.min_score is not None and scores[item] < offer.min_score):
             break
-        if offer.allowed[item] & wanted != wanted or item in seen:
+        if offer.passed_rules[item] & wanted != wanted or item in seen:
             continue
         twins = [
             place
@@ -69,7 +69,7 @@ def diverse(
     ranked = [
         item
         for item in sorted(range(len(scores)), key=lambda item: (-scores[item], item))
-        if offer.allowed[item] & wanted == wanted
+        if offer.passed_rules[item] & wanted == wanted
         and item not in seen
         and (offer.min_score is None or scores[item] >= offer.min_score)
     ]
@@ -133,7 +133,7 @@ def test_all_together_equal_brute_force(tmp_path: Path) -> None:
             allowed,
             rng.integers(-1, 1 + items // 2, items) if rng.random() < 0.7 else None,
             [
-                (rng.integers(-1, 3, items), int(rng.integers(1, 4)))
+                Cap(rng.integers(-1, 3, items), int(rng.integers(1, 4)))
                 for _ in range(rng.integers(0, 3))
             ],
             float(rng.choice([0.9, 0.99])) if rng.random() < 0.4 else None,
@@ -151,7 +151,7 @@ def test_all_together_equal_brute_force(tmp_path: Path) -> None:
             for _ in range(users)
         ]
         top, scores, hidden = recommend_lists(
-            Searcher.open(folder), asked, seen, offer, rules, k, None, only
+            Searcher.open(folder), ListRequests(asked, seen, rules, only), offer, k, None
         )
         for user in range(users):
             mine = only[user]
@@ -189,15 +189,15 @@ def test_an_approximate_search_fills_every_place_that_can_be_filled(
     # One in a hundred passes the rule; brands of which one may stand there twice.
     allowed = np.ones(items, np.int64) | ((np.arange(items) % 100 == 7).astype(np.int64) << 1)
     offer = ListRules(
-        allowed, np.arange(items) // 4, [(np.arange(items) % 5, 2)], diversity=diversity
+        allowed, np.arange(items) // 4, [Cap(np.arange(items) % 5, 2)], diversity=diversity
     )
     rules, asked = (
         np.array([0, 2]),
         MeanQuery(unit(rng.standard_normal((2, DIMENSION))), [np.empty(0, np.int64)] * 2),
     )
-    top, _, _ = recommend_lists(
-        Searcher.open(tmp_path / "x"), asked, [np.arange(3)] * 2, offer, rules, k, Effort(leaves, k)
-    )
+    requests = ListRequests(asked, [np.arange(3)] * 2, rules)
+    searcher = Searcher.open(tmp_path / "x")
+    top = recommend_lists(searcher, requests, offer, k, Effort(leaves, k)).items
     assert sorted(top[1][top[1] >= 0].tolist()) == [7, 107]
     assert (top[0] >= 0).all()
     assert Counter((top[0] % 5).tolist()) == dict.fromkeys(range(5), 2)
@@ -218,7 +218,8 @@ def lists(
         )
     nothing = [np.empty(0, np.int64)] * len(queries)
     asked, rules = MeanQuery(queries, nothing), np.zeros(len(queries), np.int64)
-    return recommend_lists(Searcher.open(folder), asked, nothing, offer, rules, k, None)[0].tolist()
+    requests = ListRequests(asked, nothing, rules)
+    return recommend_lists(Searcher.open(folder), requests, offer, k, None).items.tolist()
 
 
 def test_diversity_says_what_is_not_said_yet(tmp_path: Path) -> None:
@@ -254,9 +255,7 @@ def test_a_list_is_chosen_out_of_the_best_of_its_user_whoever_is_asked_for_besid
     assert [
         lists(tmp_path / "x", vectors, query[None], offer, 4)[0] for query in queries
     ] == together
-    monkeypatch.setattr(
-        "vlm4rec_spark.models.ranking.list_rules._FLOATS_AT_ONCE", 7 * 20 * DIMENSION
-    )
+    monkeypatch.setattr("vlm4rec_spark.models.ranking.list_rules._BLOCK_FLOATS", 7 * 20 * DIMENSION)
     assert lists(tmp_path / "x", vectors, queries, offer, 4) == together
     ranked = np.argsort(np.argsort(-(queries @ vectors.T), axis=1), axis=1)
     deepest = np.take_along_axis(ranked, np.array(together), 1).max(axis=1)

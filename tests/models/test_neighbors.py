@@ -11,7 +11,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
-from vlm4rec_spark.models.index.neighbors import Neighbors
+from vlm4rec_spark.models.index.neighbors import NeighborBlock, Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.top_k import Candidates
@@ -55,10 +55,10 @@ def made(searcher: Searcher, tmp_path: Path) -> Callable[..., Neighbors]:
     return make
 
 
-def parts(searcher: Searcher, depth: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def parts(searcher: Searcher, depth: int) -> Iterator[NeighborBlock]:
     for first in (8_000, 0, 4_000):
         some = searcher.vectors[first : first + 4_000]
-        yield first, *searcher.search(some, Effort(EFFORT.leaves, depth))
+        yield NeighborBlock(first, *searcher.search(some, Effort(EFFORT.leaves, depth)))
 
 
 def world() -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:

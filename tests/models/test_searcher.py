@@ -20,7 +20,7 @@ from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import Candidates
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
-from vlm4rec_spark.stages.recommend import calibrate, without
+from vlm4rec_spark.stages.recommend import all_items_except, calibrate
 
 ITEMS, DIMENSION, K = 2_000, 32, 10
 IDS = [f"i{number:04d}" for number in range(ITEMS)]
@@ -88,7 +88,7 @@ def test_what_was_built_comes_back_from_the_folder(tmp_path: Path) -> None:
     assert (opened.index_id, len(opened), opened.approximate) == ("small", 3, False)
     assert opened.ids.tolist() == ["a", "b", "ç/3"]
     assert isinstance(opened.vectors.base, np.memmap)
-    positions, scores = opened.exact(np.array([[0.8, 0.6]], np.float32))
+    positions, scores = opened.score_all(np.array([[0.8, 0.6]], np.float32))
     assert positions.tolist() == [[0, 1, 2]]
     assert scores.round(6).tolist() == np.array([[0.8, 0.6, 0.96]], np.float32).tolist()
 
@@ -231,7 +231,7 @@ def test_below_the_size_search_is_exact_and_from_it_on_scann(tmp_path: Path) -> 
 
 def test_all_leaves_find_what_brute_force_finds(searcher: Searcher) -> None:
     queries = clustered(200, seed=3)
-    leaves = searcher.manifest["leaves"]
+    leaves = searcher.leaves
     assert leaves == 45
     found, scores = searcher.search(queries, Effort(leaves, 200))
     top = np.take_along_axis(found, np.argsort(-scores, axis=1)[:, :K], 1)
@@ -283,7 +283,7 @@ def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
     vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
     Searcher.build(tmp_path / "x", "x", IDS[:1_000], vectors, [""] * 1_000, ann_min_items=16)
     opened = Searcher.open(tmp_path / "x")
-    for effort in (None, Effort(opened.manifest["leaves"], 150)):
+    for effort in (None, Effort(opened.leaves, 150)):
         top, _ = retrieve(
             opened, means(vectors[[0, 500]]), [NOBODY] * 2, np.ones(1_000, bool), 10, effort
         )
@@ -327,7 +327,7 @@ def test_every_query_is_answered_whatever_the_catalogue_is_like(
 
     assert lists(None).tolist() == truth.tolist()
     if opened.approximate:
-        leaves = opened.manifest["leaves"]
+        leaves = opened.leaves
         assert lists(Effort(leaves, count)).tolist() == truth.tolist()
         # Of what lies close together ScaNN's codes tell little apart, even in all leaves.
         assert recall(lists(Effort(leaves, 16 * K)), truth) >= (0.7 if shape == "skewed" else 0.99)
@@ -342,7 +342,7 @@ def test_a_query_that_can_not_be_answered_is_named(
         queries = np.stack([clustered(1, seed=19)[0, : len(query)], query])
         return retrieve(searcher, means(queries), [NOBODY] * 2, np.ones(ITEMS, bool), K, effort)[0]
 
-    with pytest.raises(RunError, match="A query of 31 dimensions was asked of an index of 32"):
+    with pytest.raises(RunError, match="The query vectors have 31 dimensions, the index has 32"):
         ask(np.ones(31, np.float32))
     for wrong in (np.nan, np.inf):
         with pytest.raises(RunError, match="NaN or infinite"):
@@ -379,7 +379,7 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
 def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
     queries = clustered(30, seed=9)
     withdrawn = np.unique(brute_force(queries, 50))
-    eligible = without(searcher, [IDS[item] for item in withdrawn] + ["gone"]).eligible(0)
+    eligible = all_items_except(searcher, [IDS[item] for item in withdrawn] + ["gone"]).eligible(0)
     assert int(eligible.sum()) == ITEMS - len(withdrawn)
     top, _ = retrieve(searcher, means(queries), [NOBODY] * 30, eligible, K, Effort(1, 100))
     assert (top >= 0).all()
@@ -392,7 +392,7 @@ def test_exact_lists_do_not_depend_on_the_block(
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
     excluded = [np.arange(user) for user in range(50)]
     top, scores = retrieve(searcher, means(queries), excluded, everything, K, None)
-    monkeypatch.setattr("vlm4rec_spark.models.ranking.user_queries._SCORES_AT_ONCE", 7 * ITEMS)
+    monkeypatch.setattr("vlm4rec_spark.models.ranking.user_queries._BLOCK_SCORES", 7 * ITEMS)
     again, scores_again = retrieve(searcher, means(queries), excluded, everything, K, None)
     assert (again.tolist(), scores_again.tolist()) == (top.tolist(), scores.tolist())
 
@@ -402,15 +402,15 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
 ) -> None:
     queries, everything = clustered(50, seed=10), np.ones(ITEMS, bool)
     exact = [retrieve(searcher, means(queries), [NOBODY] * 50, everything, K, None)]
-    asked = Searcher.exact
+    asked = Searcher.score_all
     noise = np.random.default_rng(1)
 
-    def blurred(self: Searcher, queries: np.ndarray, among: np.ndarray | None) -> Candidates:
-        positions, scores = asked(self, queries, among)
+    def blurred(self: Searcher, queries: np.ndarray, subset: np.ndarray | None) -> Candidates:
+        positions, scores = asked(self, queries, subset)
         error = noise.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
         return Candidates(positions, scores + error)
 
-    monkeypatch.setattr(Searcher, "exact", blurred)
+    monkeypatch.setattr(Searcher, "score_all", blurred)
     exact.append(retrieve(searcher, means(queries), [NOBODY] * 50, everything, K, None))
     assert exact[0][0].tolist() == exact[1][0].tolist()
     assert exact[0][1].tolist() == exact[1][1].tolist()
@@ -494,7 +494,7 @@ def test_a_promise_that_no_effort_holds_means_exact_search(tmp_path: Path) -> No
         3,
         1.0,
     )
-    assert (found.effort, found.recall, found.words(6)) == (None, 1.0, "exact")
+    assert (found.effort, found.recall, found.describe(6)) == (None, 1.0, "exact")
 
 
 def test_nothing_to_calibrate_means_exact_search(tmp_path: Path, searcher: Searcher) -> None:

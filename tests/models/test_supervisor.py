@@ -1,4 +1,4 @@
-"""The model's child process: what its death, hang or hunger costs, and whom they are put down to."""
+"""The model's child process: what its death, hang or memory use costs, and who is blamed."""
 
 from __future__ import annotations
 
@@ -7,62 +7,77 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from loopback import Reply, serving
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.captioning.captioner import EndpointSettings, ModelSettings
-from vlm4rec_spark.models.captioning.supervisor import Photo, Result, Supervisor, last_words
+from vlm4rec_spark.models.captioning.supervisor import (
+    InFlight,
+    Photo,
+    Result,
+    Supervisor,
+    last_words,
+    suspects,
+)
 
 
-def photo(colour: str) -> bytes:
+def png(colour: str) -> bytes:
     buffer = io.BytesIO()
     image = Image.new("RGB", (8, 8), colour)
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
+    image.putpixel((0, 0), (255, 255, 255))  # a photo of a single colour is refused as blank
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
-DARKER = photo("#000040")
+RED = png("red")
+GREEN = png("green")
+GREY = png("grey")
+DARKER = png("#000040")
+"""The fake sees blue 4 in GREY, and blue 2 in DARKER."""
 
 
 @pytest.fixture
 def supervised() -> Iterator[type[Supervisor]]:
-    made = []
+    """A supervisor of the fake, closed after the test."""
+    supervisors = []
 
-    class Made(Supervisor):
+    class FakeSupervisor(Supervisor):
         def __init__(
-            self, requests: str, batch_size: int = 4, seconds: float = 20, memory: int | None = None
+            self,
+            instructions: str,
+            batch_size: int = 4,
+            seconds: float = 20,
+            memory: int | None = None,
         ):
-            super().__init__(
-                ModelSettings(backend="fake", model=requests), batch_size, seconds, memory
-            )
-            made.append(self)
+            model = ModelSettings(backend="fake", model=instructions)
+            super().__init__(model, batch_size, seconds, memory)
+            supervisors.append(self)
 
-    yield Made
-    for one in made:
-        one.close()
+    yield FakeSupervisor
+    for supervisor in supervisors:
+        supervisor.close()
 
 
-def captioned(supervisor: Supervisor, *images: bytes) -> dict[str, str]:
-    """By the photo's place its text, or its error class; each place once."""
-    results = list(
-        supervisor.caption(Photo(str(n), image, "Say it.") for n, image in enumerate(images))
-    )
-    assert sorted(result.key for result in results) == sorted(str(n) for n in range(len(images)))
-    return {
-        result.key: result.error_class or result.text.removesuffix(".").split()[-1]
-        for result in results
-    }  # type: ignore[union-attr]
+def photos(*images: bytes) -> Iterator[Photo]:
+    for number, image in enumerate(images):
+        yield Photo(str(number), image, "Say it.")
+
+
+def outcomes(supervisor: Supervisor, *images: bytes) -> list[str]:
+    """Per photo its error class, or the blue that the fake sees. Each photo has one result."""
+    results = {}
+    for result in supervisor.caption(photos(*images)):
+        assert result.key not in results
+        results[result.key] = result.error_class or (result.text or "").rstrip(".").split()[-1]
+    return [results.pop(str(number)) for number in range(len(images))]
 
 
 def calls(file: Path) -> int:
@@ -73,15 +88,14 @@ def calls(file: Path) -> int:
 def test_every_photo_has_one_result_whatever_the_batch(
     supervised: type[Supervisor], batch_size: int
 ) -> None:
-    run = supervised("none", batch_size)
+    supervisor = supervised("none", batch_size)
     images = [GREY, b"", b"<html>", GREY[:-30], *[DARKER, GREY] * 10]
-    expected = {"0": "4", "1": "empty", "2": "html_page", "3": "truncated"}
-    expected |= {str(n): "2" if n % 2 == 0 else "4" for n in range(4, 24)}
-    assert captioned(run, *images) == expected
+    expected = ["4", "empty", "html_page", "truncated", *["2", "4"] * 10]
+    assert outcomes(supervisor, *images) == expected
     # The same child serves the next task.
-    before = run.pid
-    assert captioned(run, GREY) == {"0": "4"}
-    assert run.pid == before
+    pid = supervisor.pid
+    assert outcomes(supervisor, GREY) == ["4"]
+    assert supervisor.pid == pid
 
 
 @pytest.mark.parametrize(
@@ -97,68 +111,86 @@ def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
     supervised: type[Supervisor], tmp_path: Path, fault: str, error_class: str
 ) -> None:
     count = tmp_path / "calls"
-    run = supervised(
-        f"{fault}:red+count={count}", 4, seconds=1.5 if fault == "hang" else 20, memory=400_000_000
-    )
-    images = [GREY] * 5 + [RED] + [GREY] * 10
-    assert captioned(run, *images) == {str(n): error_class if n == 5 else "4" for n in range(16)}
-    # The killer's batch is asked for again, photo by photo, and nothing else.
+    seconds = 1.5 if fault == "hang" else 20
+    supervisor = supervised(f"{fault}:red+count={count}", 4, seconds, memory=400_000_000)
+    expected = ["4"] * 5 + [error_class] + ["4"] * 10
+    assert outcomes(supervisor, *[GREY] * 5, RED, *[GREY] * 10) == expected
+    # Only the killer's batch is repeated, photo by photo.
     assert 16 <= calls(count) <= 16 + 4
 
 
-def test_two_killers_in_one_batch_are_both_found(supervised: type[Supervisor]) -> None:
-    assert captioned(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == {
-        "0": "model_died",
-        "1": "4",
-        "2": "model_died",
-        "3": "4",
-        "4": "4",
-    }
+def test_two_killers_in_one_batch_both_fail(supervised: type[Supervisor]) -> None:
+    expected = ["model_died", "4", "model_died", "4", "4"]
+    assert outcomes(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == expected
 
 
-def test_two_killers_of_two_kinds_in_one_batch_each_have_their_own_class(
+def test_two_killers_in_one_batch_have_their_own_error_classes(
     supervised: type[Supervisor],
 ) -> None:
-    run = supervised("exit:red+hang:green", 16, seconds=1)
-    assert captioned(run, RED, GREEN, *[GREY] * 6) == {"0": "model_died", "1": "model_hung"} | {
-        str(n): "4" for n in range(2, 8)
-    }
+    supervisor = supervised("exit:red+hang:green", 16, seconds=1)
+    expected = ["model_died", "model_hung", *["4"] * 6]
+    assert outcomes(supervisor, RED, GREEN, *[GREY] * 6) == expected
 
 
 def test_a_photo_that_waits_behind_a_killer_is_not_blamed(
     supervised: type[Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, started = subprocess.Popen, list[Any]()
+    popen = subprocess.Popen
+    started = list[Any]()
 
-    def counted(*args: Any, **options: Any) -> subprocess.Popen:
+    def count(*args: Any, **options: Any) -> subprocess.Popen:
         started.append(args)
-        return start(*args, **options)
+        return popen(*args, **options)
 
-    monkeypatch.setattr(subprocess, "Popen", counted)
-    # Three photos are on their way at once, two of them killers: the model works on the one, and not on the other.
-    images = [RED, GREY, RED, GREY, GREY]
-    said = captioned(supervised("hang:red", 1, seconds=4), *images)
-    assert said == {str(n): "model_hung" if n in (0, 2) else "4" for n in range(5)}
-    # Each killer ends a child twice; the second would end only one, were it blamed for the first one's as well.
+    monkeypatch.setattr(subprocess, "Popen", count)
+    # Three photos are in flight, two of them killers. The model works on one at a time.
+    supervisor = supervised("hang:red", 1, seconds=4)
+    expected = ["model_hung", "4", "model_hung", "4", "4"]
+    assert outcomes(supervisor, RED, GREY, RED, GREY, GREY) == expected
+    # Each killer ends two children. If the second were blamed for the first, it would end one.
     assert len(started) == 2 + 2 + 1
 
 
+def states(flights: list[InFlight]) -> list[str]:
+    return [flight.state for flight in flights]
+
+
+def test_the_model_and_the_decoders_are_blamed_and_for_a_hang_the_model_first() -> None:
+    photo = Photo("a", GREY, "Say it.")
+    flights = [
+        InFlight(photo, state=state) for state in ("sent", "decoding", "decoded", "captioning")
+    ]
+    assert states(suspects(flights, hung=False)) == ["decoding", "captioning"]
+    assert states(suspects(flights, hung=True)) == ["captioning"]
+    # Decoding is excused once.
+    assert states(suspects(flights, hung=True)) == ["decoding", "captioning"]
+    assert states(suspects(flights[:3], hung=True)) == ["decoding"]
+
+
+def test_a_caller_that_reads_late_finds_no_hang(supervised: type[Supervisor]) -> None:
+    supervisor = supervised("none", 1, seconds=2)
+    results = supervisor.caption(photos(*[GREY] * 4))
+    next(results)
+    pid = supervisor.pid
+    time.sleep(3)
+    assert [result.error_class for result in results] == [None] * 3
+    assert supervisor.pid == pid
+
+
 def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> None:
-    (result,) = supervised("exit:red").caption([Photo("a", RED, "Say it.")])
+    (result,) = supervised("exit:red").caption(photos(RED))
     assert result.error == "the process ended with exit code 3"
-    (result,) = supervised("hang:red", seconds=1).caption([Photo("a", RED, "Say it.")])
-    assert result.error == "no answer within 1 s; the process was ended"
+    (result,) = supervised("hang:red", seconds=1).caption(photos(RED))
+    assert result.error == "no answer within 1 s; the process was killed"
 
 
-def test_a_child_that_somebody_kills_loses_nothing(
-    supervised: type[Supervisor], tmp_path: Path
-) -> None:
+def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path: Path) -> None:
     count = tmp_path / "calls"
-    run = supervised(f"ms=50+count={count}")
+    supervisor = supervised(f"ms=50+count={count}")
     results: list[Result] = []
-    for n, result in enumerate(run.caption(Photo(str(n), GREY, "Say it.") for n in range(40))):
-        if n in (4, 20):
-            os.kill(run.pid, signal.SIGKILL)
+    for result in supervisor.caption(photos(*[GREY] * 40)):
+        if len(results) in (4, 20):
+            os.kill(supervisor.pid, signal.SIGKILL)
         results.append(result)
     assert sorted(int(result.key) for result in results) == list(range(40))
     assert {result.error for result in results} == {None}
@@ -166,82 +198,72 @@ def test_a_child_that_somebody_kills_loses_nothing(
 
 
 def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[Supervisor]) -> None:
-    run = supervised("none")
-    run.idle_seconds = 0.5
-    assert captioned(run, GREY) == {"0": "4"}
-    assert run.pid is not None
-    assert psutil.wait_procs([psutil.Process(run.pid)], timeout=10)[1] == []
-    assert captioned(run, GREY, b"") == {"0": "4", "1": "empty"}
+    supervisor = supervised("none")
+    supervisor.idle_seconds = 0.5
+    assert outcomes(supervisor, GREY) == ["4"]
+    assert supervisor.pid is not None
+    assert psutil.wait_procs([psutil.Process(supervisor.pid)], timeout=10)[1] == []
+    assert outcomes(supervisor, GREY, b"") == ["4", "empty"]
 
 
 def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]) -> None:
-    results = list(
-        supervised("exit:red", 1).caption(Photo(str(n), RED, "Say it.") for n in range(40))
-    )
+    results = list(supervised("exit:red", 1).caption(photos(*[RED] * 40)))
     assert 1 <= len(results) <= 10
     assert {result.error_class for result in results} == {"model_died"}
 
 
-def test_stop_ends_after_the_batches_that_were_begun(supervised: type[Supervisor]) -> None:
-    run, done = supervised("none"), list[Result]()
-    for result in run.caption(
-        (Photo(str(n), GREY, "Say it.") for n in range(100)), stop=lambda: len(done) >= 10
-    ):
-        done.append(result)
-    assert 10 <= len(done) <= 20
+def test_stop_ends_after_the_batches_at_work(supervised: type[Supervisor]) -> None:
+    results = list[Result]()
+    captioning = supervised("none").caption(photos(*[GREY] * 100), stop=lambda: len(results) >= 10)
+    for result in captioning:
+        results.append(result)
+    assert 10 <= len(results) <= 20
 
 
-def test_a_task_that_is_given_up_leaves_no_answers_to_the_next(
-    supervised: type[Supervisor],
-) -> None:
-    run = supervised("none")
-    first = run.caption(Photo(str(n), GREY, "Say it.") for n in range(20))
+def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised: type[Supervisor]) -> None:
+    supervisor = supervised("none")
+    first = supervisor.caption(photos(*[GREY] * 20))
     next(first)
     first.close()
-    assert captioned(run, DARKER, GREY) == {"0": "2", "1": "4"}
+    assert outcomes(supervisor, DARKER, GREY) == ["2", "4"]
 
 
-def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_words(
+def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-no-such-key")
 
-    class Stranger(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(401)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = EndpointSettings(url=f"http://127.0.0.1:{server.server_port}/v1")
-        run = Supervisor(ModelSettings(backend="endpoint", model="gpt", endpoint=endpoint), 4, 20)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving("openai") as server:
+        server.always(Reply(status=401))
+        endpoint = EndpointSettings(url=server.url)
+        model = ModelSettings(backend="endpoint", model="gpt", endpoint=endpoint)
+        supervisor = Supervisor(model, 4, 20)
         with pytest.raises(
             RunError, match=r"^The captioner can't go on: .* the model gpt: status 401"
         ):
-            list(run.caption(Photo(str(n), GREY, "Say it.") for n in range(40)))
-        server.shutdown()
-    assert run.pid is None
+            list(supervisor.caption(photos(*[GREY] * 40)))
+    assert supervisor.pid is None
 
 
-def test_a_server_that_is_tried_for_long_is_no_model_that_hangs() -> None:
+def test_an_endpoint_may_be_silent_for_all_its_tries() -> None:
     slow = EndpointSettings(timeout_seconds=100, tries=9)
-    assert ModelSettings(backend="endpoint", endpoint=slow).longest_silence == 9 * (100 + 2 * 60)
-    assert ModelSettings(endpoint=slow).longest_silence == 0
+    model = ModelSettings(backend="endpoint", endpoint=slow)
+    assert model.max_silence_seconds == 9 * (100 + 2 * 60)
+    assert ModelSettings(endpoint=slow).max_silence_seconds == 0
 
 
-def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
-    run = Supervisor(ModelSettings(model=str(tmp_path / "none")), 4, 20)
+def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path: Path) -> None:
+    supervisor = Supervisor(ModelSettings(model=str(tmp_path / "none")), 4, 20)
     with pytest.raises(RunError, match=r"^The captioner can't be loaded: OSError: .*none"):
-        list(run.caption([Photo("a", GREY, "Say it.")]))
-    assert run.pid is None
+        list(supervisor.caption(photos(GREY)))
+    assert supervisor.pid is None
 
 
 def test_the_last_words_are_the_error_that_a_log_points_to() -> None:
-    log = """(EngineCore pid=7) ERROR 11-26 12:53:10 [core.py:1165] Traceback (most recent call last):\r
-(EngineCore pid=7) ERROR 11-26 12:53:10 [core.py:1165] ValueError: No available memory for the cache blocks.\r
+    prefix = "(EngineCore pid=7) ERROR 11-26 12:53:10 [core.py:1165]"
+    log = f"""{prefix} Traceback (most recent call last):\r
+{prefix} ValueError: No available memory for the cache blocks.\r
 Traceback (most recent call last):
   File "core_client.py", line 567, in __init__
 """
@@ -255,53 +277,51 @@ Traceback (most recent call last):
 def test_the_child_never_outlives_its_parent() -> None:
     code = """
 import time
-from vlm4rec_spark.models.captioners import ModelSettings
-from vlm4rec_spark.models.supervisor import Photo, Supervisor
-run = Supervisor(ModelSettings(backend="fake", model="hang:red"), 4, 600)
+from vlm4rec_spark.models.captioning.captioner import ModelSettings
+from vlm4rec_spark.models.captioning.supervisor import Photo, Supervisor
+supervisor = Supervisor(ModelSettings(backend="fake", model="hang:red"), 1, 600)
 def photos():
     yield Photo("a", RED, "Say it.")
-    print(run.pid, flush=True)
+    print(supervisor.pid, flush=True)
     time.sleep(3_600)
-list(run.caption(photos()))
+list(supervisor.caption(photos()))
 """
-    code = code.replace("RED", repr(RED)).replace("4, 600", "1, 600")
+    code = code.replace("RED", repr(RED))
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
-        time.sleep(0.5)  # it hangs over the photo
-        # Nor can it hear that its socket is closed: so it is in a GPU's driver that has gone wrong.
+        time.sleep(0.5)  # until it hangs on the photo
+        # A suspended process can't see that its socket is closed, as in a broken GPU driver.
         child.suspend()
         parent.kill()
     alive = psutil.wait_procs([child], timeout=10)[1]
-    for one in alive:
-        one.kill()
+    for process in alive:
+        process.kill()
     assert alive == []
 
 
-def test_time_that_the_model_waits_is_told_from_time_that_it_works(
-    supervised: type[Supervisor],
-) -> None:
+def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]) -> None:
     def slow() -> Iterator[Photo]:
-        for n in range(4):
+        for photo in photos(*[GREY] * 4):
             time.sleep(0.1)
-            yield Photo(str(n), GREY, "Say it.")
+            yield photo
 
     results = list(supervised("ms=20", 1).caption(slow()))
     assert 0.08 <= sum(result.seconds for result in results) < 0.3
     assert sum(result.waited for result in results) > 0.1
 
 
-def test_photos_that_are_long_in_coming_are_not_the_models_fault(
-    supervised: type[Supervisor],
-) -> None:
-    def slow() -> Iterator[Photo]:
-        for n in range(4):
-            yield Photo(str(n), GREY, "Say it.")
-            time.sleep(1.5 if n == 1 else 0)
-            children.append(run.pid)
+def test_a_slow_source_of_photos_is_no_hang(supervised: type[Supervisor]) -> None:
+    supervisor = supervised("none", 4, seconds=1)
+    pids = set()
 
-    run, children = supervised("none", 4, seconds=1), list[int | None]()
-    assert [result.error_class for result in run.caption(slow())] == [None] * 4
-    assert set(children) == {run.pid}
+    def slow() -> Iterator[Photo]:
+        for photo in photos(*[GREY] * 4):
+            yield photo
+            time.sleep(1.5 if photo.key == "1" else 0)
+            pids.add(supervisor.pid)
+
+    assert [result.error_class for result in supervisor.caption(slow())] == [None] * 4
+    assert pids == {supervisor.pid}

@@ -10,7 +10,7 @@ import pytest
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
-from vlm4rec_spark.models.index.searcher import Effort, Searcher
+from vlm4rec_spark.models.index.searcher import Effort, IndexArrays, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.top_k import Candidates, flat_exclusions, top_k
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
@@ -19,7 +19,7 @@ from vlm4rec_spark.models.ranking.user_queries import (
     MeanQuery,
     MultiInterestQuery,
     Queries,
-    nearest,
+    nearest_history_items,
 )
 
 ITEMS, DIMENSION, K = 300, 12, 10
@@ -41,9 +41,8 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 def bare(ids: str, vectors: np.ndarray) -> Searcher:
     """An item for each letter, without words, searched exactly."""
     words, none = np.empty((len(ids), 0), np.int32), pa.array([], pa.string())
-    return Searcher(
-        Path(), pa.array(list(ids)), words, none, vectors, np.arange(len(ids)), None, {}
-    )
+    arrays = IndexArrays(pa.array(list(ids)), vectors, words, none, np.arange(len(ids)))
+    return Searcher(Path(), {}, arrays)
 
 
 def drawn(users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -88,7 +87,7 @@ def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
     asked = MaxSimilarityQuery(positions, weights)
     top, scores = lists(asked.score_all(searcher), positions)
     found, approximate = lists(
-        asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
+        asked.search(searcher, Effort(searcher.leaves, ITEMS), NO_MORE), positions
     )
     assert found == top
     assert top[0] == [-1] * K  # no history, no list
@@ -148,10 +147,10 @@ def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Search
         np.array([[2, 3, 1]] * 2 + [[0, -1, 2]]),
     )
     none = [[-1, -1, -1], [2, -1, 2]]
-    assert nearest(histories, None, small, items).tolist() == [[1, 0, 1], *none]
+    assert nearest_history_items(histories, None, small, items).tolist() == [[1, 0, 1], *none]
     # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
     weights = [np.array([0.1, 1, 0.1]), np.array([]), np.ones(1)]
-    assert nearest(histories, weights, small, items).tolist() == [[0, 0, 1], *none]
+    assert nearest_history_items(histories, weights, small, items).tolist() == [[0, 0, 1], *none]
 
 
 def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
@@ -163,7 +162,9 @@ def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
     )
     small = bare("abcdef", vectors)
     history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
-    made = MultiInterestQuery.of([history, history[:0]], [weights, weights[:0]], small, 3)
+    made = MultiInterestQuery.from_histories(
+        [history, history[:0]], [weights, weights[:0]], small, 3
+    )
     heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))
     groups = [(3, 4), (0, 1, 2), (5,)]  # in the order of their first items
     expected = unit(
@@ -186,16 +187,14 @@ def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(
 ) -> None:
     positions, weights = drawn(30)
     whole: Queries = MaxSimilarityQuery(positions, weights)
-    many: Queries = MultiInterestQuery.of(positions, weights, searcher, 20)
+    many: Queries = MultiInterestQuery.from_histories(positions, weights, searcher, 20)
     assert (
         lists(many.score_all(searcher), positions)[0]
         == lists(whole.score_all(searcher), positions)[0]
     )
-    found, _ = lists(
-        many.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
-    )
+    found, _ = lists(many.search(searcher, Effort(searcher.leaves, ITEMS), NO_MORE), positions)
     assert found == lists(many.score_all(searcher), positions)[0]
-    one = MultiInterestQuery.of(positions[1:], weights[1:], searcher, 1)
+    one = MultiInterestQuery.from_histories(positions[1:], weights[1:], searcher, 1)
     totals = [
         heavy @ searcher.vectors[mine]
         for mine, heavy in zip(positions[1:], weights[1:], strict=True)
@@ -299,7 +298,7 @@ def test_a_part_of_the_items_is_scored_as_among_all(
         assert found[0].tolist() == expected[0].tolist()
         np.testing.assert_allclose(found[1], expected[1], atol=2e-6)
         assert (expected[0] >= 0).any()
-        for effort in (None, Effort(searcher.manifest["leaves"], ITEMS)):
+        for effort in (None, Effort(searcher.leaves, ITEMS)):
             top, _ = retrieve(searcher, tastes, positions, eligible, K, effort)
             assert top.tolist() == expected[0].tolist()
             nothing, _ = retrieve(searcher, tastes, positions, np.zeros(ITEMS, bool), K, effort)
@@ -312,7 +311,7 @@ def test_a_blend_by_scann_gives_the_exact_lists(
     asked, positions, _ = blended(together[0], 0.4)
     top, scores = lists(asked.score_all(searcher), positions)
     found, approximate = lists(
-        asked.search(searcher, Effort(searcher.manifest["leaves"], ITEMS), NO_MORE), positions
+        asked.search(searcher, Effort(searcher.leaves, ITEMS), NO_MORE), positions
     )
     assert found == top
     np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)

@@ -77,7 +77,7 @@ def _asked(photos: DataFrame, items: DataFrame | None, prompt: Prompt) -> DataFr
     @F.pandas_udf("string")  # type: ignore[call-overload]
     def about(values: pd.DataFrame) -> pd.Series:
         known = values.astype(object).where(values.notna(), None)
-        return pd.Series([prompt.about(row) for row in known.to_dict("records")], dtype=object)
+        return pd.Series([prompt.render(row) for row in known.to_dict("records")], dtype=object)
 
     fields = items.select("item_id", F.struct(*prompt.fields).alias("fields"))
     return photos.join(fields, on="item_id", how="left").withColumn("prompt", about("fields"))

@@ -145,9 +145,9 @@ def row(result: Result, prompt: str, structured: bool = False) -> dict:
     """A row of RESULT without the columns that don't come from the model: the caption, or why there is none."""
     text, known, fault = result.text, None, None
     if text is not None and structured:
-        text, known, fault = caption_checks.structured(text, prompt)
+        text, known, fault = caption_checks.check_structured(text, prompt)
     elif text is not None:
-        fault = caption_checks.fault(text, prompt)
+        fault = caption_checks.check_caption(text, prompt)
     refused = fault or result.error_class == "refusal"
     status = "rejected" if refused else "failed" if result.text is None else "ok"
     error_class, error = fault or (result.error_class, result.error)

@@ -183,7 +183,7 @@ for _name, _help in _HELP.items():
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 def export() -> None:
-    """The name of `publish` before 0.9."""
+    """The old name of `publish`."""
     raise UsageError("export is called publish now: vlm4rec publish.")
 
 

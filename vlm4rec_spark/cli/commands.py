@@ -19,7 +19,7 @@ from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
 from vlm4rec_spark.pipeline import STAGES, Pipeline, Reporter, StageResult
-from vlm4rec_spark.report.data import figures
+from vlm4rec_spark.report.data import parse_details
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import progress
 from vlm4rec_spark.spark.session import session
@@ -249,7 +249,7 @@ def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     metrics = pipeline.tables.read(schemas.METRICS)
     metrics = metrics.where(metrics["run_id"] == run_id).drop("run_id")
     rows = metrics.orderBy("split", "arm", "metric", "k", "slice").collect()
-    details = {name: figures(text) or text for name, text in sorted(run["details"].items())}
+    details = {name: parse_details(text) or text for name, text in sorted(run["details"].items())}
     return {
         "run_id": run_id,
         "versions": run["versions"],

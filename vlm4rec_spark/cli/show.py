@@ -260,10 +260,10 @@ def _neighbors(searcher: Searcher, position: np.ndarray) -> dict[str, float]:
     query = np.asarray(searcher.vectors[position])
     if searcher.approximate:
         # Half of the leaves: one query is cheap, and a person wants the true neighbors.
-        effort = Effort(max(1, searcher.manifest["leaves"] // 2), 10 * _NEIGHBORS)
+        effort = Effort(max(1, searcher.leaves // 2), 10 * _NEIGHBORS)
         candidates = searcher.search(query, effort)
     else:
-        candidates = searcher.exact(query)
+        candidates = searcher.score_all(query)
     itself = flat_exclusions([position], len(searcher))
     allowed = np.ones(len(searcher), bool)
     rows, scores = top_k(*candidates, itself, allowed, _NEIGHBORS)

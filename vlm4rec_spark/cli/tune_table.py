@@ -17,8 +17,8 @@ _SHOWN = 8
 
 def write(tuned: Tuned, out: Path) -> None:
     """The best settings as YAML, all trials as comments above them."""
-    content_arm = overrides(tuned.best_content.in_use) | {"item_item": {"share": 0.0}}
-    settings = overrides(tuned.best.in_use)
+    content_arm = overrides(tuned.best_content.serving) | {"item_item": {"share": 0.0}}
+    settings = overrides(tuned.best.serving)
     settings["evaluate"] = {"custom_arms": {"content": content_arm}}
     comments = "".join(f"# {line}".rstrip() + "\n" for line in _comments(tuned))
     tmp = out.with_name(f"{out.name}.tmp")
@@ -47,11 +47,11 @@ def show(tuned: Tuned, console: Console) -> None:
     table.add_column("last changed")
     for name in (f"recall@{tuned.k}", f"ndcg@{tuned.k}", f"95 % of {tuned.metric}"):
         table.add_column(name, justify="right")
-    ranked = sorted(tuned.trials, key=lambda trial: -getattr(trial, tuned.metric))[:_SHOWN]
+    ranked = sorted(tuned.trials, key=lambda trial: -tuned.value(trial))[:_SHOWN]
     if tuned.best_content not in ranked:
         ranked.append(tuned.best_content)
     for trial in ranked:
-        name = trial.what if trial.blended else f"{trial.what} (content only)"
+        name = trial.description if trial.blended else f"{trial.description} (content only)"
         table.add_row(name, f"{trial.recall:.4f}", f"{trial.ndcg:.4f}", _interval(trial))
     console.print(table)
 
@@ -60,7 +60,7 @@ def _comment(trial: Trial, tuned: Tuned) -> str:
     marks = {id(tuned.best_content): " <- best content", id(tuned.best): " <- best"}
     mark = marks.get(id(trial), "")
     metrics = f"recall {trial.recall:.4f}  ndcg {trial.ndcg:.4f}  {_interval(trial)}"
-    return f"{metrics}  {trial.what}{mark}"
+    return f"{metrics}  {trial.description}{mark}"
 
 
 def _interval(trial: Trial) -> str:

@@ -1,10 +1,11 @@
-"""What is compared: arms, each the configuration in use with something else in a few places. Knows names and settings.
+"""What is compared: arms. An arm is the serving configuration with a few settings replaced. Knows
+names and settings.
 
-An arm named after a representation of `embeddings` ranks by its vectors with the mean of the history; after a slash
-stands another profile shape (`caption/max_similarity`). `fusion_average` and `fusion_concat` put the vectors of the
-representation in use and of the photo together. `random`, `popularity` and `als` rank without content, `cooccurrence`
-by what is found together with the history; `blend` ranks as the lists in use are ranked, with a share of it. Other arms
-are defined in the configuration.
+An arm named after a representation of `embeddings` ranks by its vectors and the mean of the
+history. A profile shape may follow a slash (`caption/max_similarity`). `fusion_average` and
+`fusion_concat` join the vectors of the served representation and of the photo. `random`,
+`popularity` and `als` rank without content; `cooccurrence` ranks by what other histories hold
+together. `blend` ranks like the served lists, with a share of co-occurrence.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ from vlm4rec_spark.stages.profiles import ProfileSettings
 BASELINES = ("random", "popularity", "als", "cooccurrence")
 BLEND = "blend"
 IMAGE = "image"
-_SHARE = 0.4
-"""Co-occurrence's share in the arm `blend` where the lists in use have none."""
-_PLAIN = {"shape": "mean", "half_life_days": None, "position_decay": 1.0}
+_DEFAULT_BLEND_SHARE = 0.4
+"""Co-occurrence's share in the arm `blend` if the served lists have none."""
+_WITHOUT_DECAY = {"shape": "mean", "half_life_days": None, "position_decay": 1.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "mean": {"shape": "mean"},
-    "plain_mean": {**_PLAIN, "event_weights": 1.0},
-    "event_weighted": _PLAIN,
-    "recency_time": {**_PLAIN, "half_life_days": 30.0},
-    "recency_position": {**_PLAIN, "position_decay": 0.9},
+    "plain_mean": {**_WITHOUT_DECAY, "event_weights": 1.0},
+    "event_weighted": _WITHOUT_DECAY,
+    "recency_time": {**_WITHOUT_DECAY, "half_life_days": 30.0},
+    "recency_position": {**_WITHOUT_DECAY, "position_decay": 0.9},
     "max_similarity": {"shape": "max_similarity"},
     "multi_taste": {"shape": "multi_taste"},
 }
-"""What may stand after a slash, and what it changes in `profiles`; a single event weight is that of every type."""
+"""What may follow the slash, and the `profiles` settings it replaces. A single event weight holds
+for every type."""
 
 
 def _average(text: np.ndarray, image: np.ndarray) -> np.ndarray:
     if text.shape[1] != image.shape[1]:
         raise UsageError(
-            f"evaluate.arms: fusion_average needs vectors of one length; those of the texts have "
-            f"{text.shape[1]}, those of the photos {image.shape[1]}. Take fusion_concat."
+            f"evaluate.arms: fusion_average needs vectors of one length. Texts have "
+            f"{text.shape[1]} dimensions, photos {image.shape[1]}. Use fusion_concat."
         )
     return text + image
 
@@ -56,12 +58,12 @@ FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "fusion_average": _average,
     "fusion_concat": _concatenation,
 }
-"""Unit vectors of texts and photos, (items, dimension) each, to one vector per item, of any length. Learned ones have
-their place here."""
+"""Join unit vectors of texts and photos, both (items, dimension), to one vector per item, of any
+length and dimension. Learned fusions belong here."""
 
 
 class Overrides(BaseModel):
-    """What an arm of the configuration's own has otherwise than the lists in use; anything else is the same."""
+    """The settings that a custom arm replaces. All others are those of the served lists."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,14 +72,14 @@ class Overrides(BaseModel):
     item_item: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _apply(self) -> Overrides:
+    def _check_sections(self) -> Overrides:
         ProfileSettings(**self.profiles)
         ItemItemSettings(**self.item_item)
         return self
 
 
 class EvaluateSettings(BaseModel):
-    """Splits, arms and how much is judged; how many captions are looked at, and how many photos asked about again."""
+    """Splits, arms and limits of an evaluation, and the sizes of the caption audit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -98,7 +100,7 @@ class EvaluateSettings(BaseModel):
 
     @field_validator("cut", mode="before")
     @classmethod
-    def _time(cls, cut: object) -> object:
+    def _check_cut(cls, cut: object) -> object:
         # YAML reads 2025-05-01 as a date.
         if isinstance(cut, str):
             datetime.fromisoformat(cut)
@@ -106,105 +108,112 @@ class EvaluateSettings(BaseModel):
 
     @field_validator("arms")
     @classmethod
-    def _shaped(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_shapes(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
-            if "/" in arm and arm.partition("/")[2] not in SHAPES:
-                raise ValueError(
-                    f"{arm}: after the slash stands a profile shape, {' or '.join(SHAPES)}"
-                )
+            _, slash, shape = arm.partition("/")
+            if slash and shape not in SHAPES:
+                raise ValueError(f"{arm}: a profile shape follows the slash: {' or '.join(SHAPES)}")
         return tuple(dict.fromkeys(arms))
 
     @field_validator("splits")
     @classmethod
-    def _known(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_splits(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := set(splits) - {"time", "leave_one_out", "replay"}:
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: a split is time, leave_one_out or replay"
-            )
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"{names}: a split is time, leave_one_out or replay")
         return splits
 
     @field_validator("also_k")
     @classmethod
-    def _positive(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_lengths(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
         if min(lengths, default=1) < 1:
             raise ValueError("a list has at least one item")
         return tuple(sorted(set(lengths)))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """At how many items lists are judged, the shortest first."""
+        """The list lengths at which metrics are computed, the shortest first."""
         return tuple(sorted({self.k, *self.also_k}))
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """The settings that the lists in use are made with."""
+    """The settings that the served lists are made with."""
 
     representation: str
     profiles: ProfileSettings
     item_item: ItemItemSettings
 
+    def with_overrides(
+        self,
+        representation: str | None = None,
+        profiles: Mapping[str, Any] | None = None,
+        item_item: Mapping[str, Any] | None = None,
+    ) -> ServingConfig:
+        """A copy with these settings replaced. Raises UsageError for values that contradict each
+        other."""
+        try:
+            return ServingConfig(
+                representation or self.representation,
+                ProfileSettings(**self.profiles.model_dump() | dict(profiles or {})),
+                ItemItemSettings(**self.item_item.model_dump() | dict(item_item or {})),
+            )
+        except ValidationError as error:
+            raise UsageError(f"the settings of an arm are invalid: {first_words(error)}") from error
+
 
 @dataclass(frozen=True)
 class Arm:
-    """How an arm ranks, and for `matched` the settings that it does so by."""
+    """How an arm ranks. An arm that ranks by `profiles` does so with the settings in `serving`."""
 
     name: str
-    ranks: Literal["random", "popularity", "als", "matched"]
-    by: ServingConfig
+    ranking: Literal["random", "popularity", "als", "profiles"]
+    serving: ServingConfig
+
+    @property
+    def needs_vectors(self) -> bool:
+        return self.ranking == "profiles" and self.serving.item_item.share < 1
 
 
-def resolve(name: str, define: Mapping[str, Overrides], in_use: ServingConfig) -> Arm:
-    """The arm of a name; one that is defined, or a representation, known or not, if it is none of ours."""
+def resolve(
+    name: str,
+    custom_arms: Mapping[str, Overrides],
+    serving: ServingConfig,
+) -> Arm:
+    """The arm of this name: a baseline, a custom arm, `blend`, or else a representation, which need
+    not exist."""
     if name in ("random", "popularity", "als"):
-        return Arm(name, name, in_use)  # type: ignore[arg-type]
-    if name in define:
-        own = define[name]
-        return Arm(
-            name, "matched", changed(in_use, own.representation, own.profiles, own.item_item)
-        )
-    if name == "cooccurrence":
-        return Arm(name, "matched", changed(in_use, item_item={"share": 1.0}))
-    if name == BLEND:
-        return Arm(
-            name, "matched", changed(in_use, item_item={"share": in_use.item_item.share or _SHARE})
-        )
-    representation, _, shape = name.partition("/")
-    shaped = dict(SHAPES[shape or "mean"])
-    if "event_weights" in shaped:
-        shaped["event_weights"] = dict.fromkeys(
-            in_use.profiles.event_weights, shaped["event_weights"]
-        )
-    return Arm(name, "matched", changed(in_use, representation, shaped, {"share": 0.0}))
+        return Arm(name, name, serving)  # type: ignore[arg-type]
+    return Arm(name, "profiles", _arm_settings(name, custom_arms, serving))
 
 
-def changed(
-    in_use: ServingConfig,
-    representation: str | None = None,
-    profiles: Mapping[str, Any] | None = None,
-    item_item: Mapping[str, Any] | None = None,
+def _arm_settings(
+    name: str,
+    custom_arms: Mapping[str, Overrides],
+    serving: ServingConfig,
 ) -> ServingConfig:
-    """The settings with others in their place. Raises UsageError for values that don't go together."""
-    try:
-        return ServingConfig(
-            representation or in_use.representation,
-            ProfileSettings(**in_use.profiles.model_dump() | dict(profiles or {})),
-            ItemItemSettings(**in_use.item_item.model_dump() | dict(item_item or {})),
-        )
-    except ValidationError as wrong:
-        raise UsageError(f"an arm's settings don't go together: {first_words(wrong)}") from wrong
+    if name in custom_arms:
+        custom = custom_arms[name]
+        return serving.with_overrides(custom.representation, custom.profiles, custom.item_item)
+    if name == "cooccurrence":
+        return serving.with_overrides(item_item={"share": 1.0})
+    if name == BLEND:
+        share = serving.item_item.share or _DEFAULT_BLEND_SHARE
+        return serving.with_overrides(item_item={"share": share})
+    representation, _, shape = name.partition("/")
+    profiles = dict(SHAPES[shape or "mean"])
+    if "event_weights" in profiles:
+        types = serving.profiles.event_weights
+        profiles["event_weights"] = dict.fromkeys(types, profiles["event_weights"])
+    return serving.with_overrides(representation, profiles, {"share": 0.0})
 
 
-def vectors_of(representation: str, in_use: ServingConfig) -> set[str]:
-    """The representations of `embeddings` that this one is made of."""
-    return {in_use.representation, IMAGE} if representation in FUSIONS else {representation}
-
-
-def needed(arms: Iterable[Arm], in_use: ServingConfig) -> set[str]:
-    """The representations of which the arms need vectors."""
-    return {
-        name
-        for arm in arms
-        if arm.ranks == "matched" and arm.by.item_item.share < 1
-        for name in vectors_of(arm.by.representation, in_use)
-    }
+def required_representations(arms: Iterable[Arm], serving: ServingConfig) -> set[str]:
+    """The representations whose vectors the arms need."""
+    required = set()
+    for arm in arms:
+        if arm.needs_vectors and arm.serving.representation in FUSIONS:
+            required |= {serving.representation, IMAGE}
+        elif arm.needs_vectors:
+            required.add(arm.serving.representation)
+    return required

@@ -1,31 +1,33 @@
-"""Figures on captions: do they tell items apart, are they right, have they changed, do they come from the photos?
+"""Metrics of captions: do they tell items apart, are they right, have they changed, do they come
+from the photos?
 
-From plain texts and unit vectors, each figure beside a control. Knows neither Spark, nor a captioner, nor where the
-texts come from. The same seed gives the same numbers.
+From plain texts and unit vectors, each metric next to a control. Knows neither Spark, nor a
+captioner, nor where the texts come from. The same seed gives the same numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
-from vlm4rec_spark.models.captioning.caption_template import named, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
 
 SPLIT = "captions"
-"""What stands in the column `split` of `metrics`."""
-LEAST_ITEMS = 30
-"""Fewer give no number: its interval would say nothing."""
-MOST_VALUES = 500
-"""An attribute with more is a text or a number of the item's own, which no caption names."""
-_CLOSE = 10
+"""The value of the column `split` of `metrics`."""
+MIN_ITEMS = 30
+"""Fewer items give no number: its interval would say nothing."""
+MAX_VALUES = 500
+"""An attribute with more values is free text or a number of the item's own, which no caption names.
+"""
+_TOP = 10
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of `metrics` without run_id and arm; `value` is None for fewer than LEAST_ITEMS items."""
+    """A row of `metrics` without run_id and arm; `value` is None for fewer than MIN_ITEMS items."""
 
     metric: str
     value: float | None
@@ -35,111 +37,121 @@ class Figure:
     k: int = 0
 
     def row(self, arm: str) -> dict:
-        return {
-            "split": SPLIT,
-            "arm": arm,
-            "metric": self.metric,
-            "k": self.k,
-            "slice": "all",
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "users": self.items,
-            "control": None,
-            "p_value": None,
-        }
+        row = asdict(self) | {"split": SPLIT, "arm": arm, "control": "", "slice": "all"}
+        row["users"] = row.pop("items")
+        return row
 
 
 @dataclass(frozen=True)
 class Miss:
-    """The caption at a place doesn't name what the catalogue says of its item."""
+    """The caption at this index doesn't name the catalogue's value of an attribute."""
 
-    place: int
+    index: int
     attribute: str
     value: str
 
 
-def mean(metric: str, values: Sequence[float] | np.ndarray, seed: int, k: int = 0) -> Figure:
+def mean(
+    metric: str,
+    values: Sequence[float] | np.ndarray,
+    seed: int,
+    k: int = 0,
+) -> Figure:
     """The mean over items, with its 95 % bootstrap interval."""
     array = np.asarray(values, float)
-    if len(array) < LEAST_ITEMS:
+    if len(array) < MIN_ITEMS:
         return Figure(metric, None, len(array), k=k)
     low, high = bootstrap_interval(array, seed)
-    return Figure(metric, float(array.mean()), len(array), low, high, k)
+    return Figure(
+        metric,
+        float(array.mean()),
+        len(array),
+        low,
+        high,
+        k,
+    )
 
 
 def derangement(n: int, seed: int) -> np.ndarray:
-    """For each of n >= 2 places another one, so that every place is somebody's: one ring through all of them."""
+    """A permutation of n >= 2 indexes that is one single cycle: no index maps to itself."""
     order = np.random.default_rng(seed).permutation(n)
-    others = np.empty(n, int)
-    others[order] = np.roll(order, 1)
-    return others
+    successors = np.empty(n, int)
+    successors[order] = np.roll(order, 1)
+    return successors
 
 
-def distinct(metric: str, texts: int, captions: int) -> Figure:
-    """The share of distinct texts. Without an interval: resampling makes twins."""
-    return Figure(metric, texts / captions if captions >= LEAST_ITEMS else None, captions)
+def distinct(
+    metric: str,
+    texts: int,
+    captions: int,
+) -> Figure:
+    """The share of distinct texts. It has no interval: resampling makes duplicates."""
+    return Figure(metric, texts / captions if captions >= MIN_ITEMS else None, captions)
 
 
 def agreement(
-    captions: Sequence[str], catalogue: Sequence[Mapping[str, str | None]], seed: int
+    captions: Sequence[str],
+    catalogue: Sequence[Mapping[str, str | None]],
+    seed: int,
 ) -> tuple[list[Figure], list[Miss]]:
-    """Of each attribute the share of items whose caption names the catalogue's value, and where it doesn't.
+    """For each attribute, the share of items whose caption names the catalogue's value; and the
+    captions that don't.
 
-    Beside each stands `agreement_shuffled/…`, the same with the captions of other items' photos: what captions reach
-    that know the catalogue's words but haven't seen the photo. Only values that some caption names count, since of the
-    others it isn't known whether they can be seen; attributes with fewer than LEAST_ITEMS items with such a value are
-    left out.
+    The control `agreement_shuffled/…` takes the captions of other items: what captions reach that
+    know the catalogue's words but not the photo. Only values that some caption names count, since
+    others may not be visible. Attributes with fewer than MIN_ITEMS such items are left out.
     """
     figures: list[Figure] = []
     misses: list[Miss] = []
-    if len(captions) < LEAST_ITEMS:
+    if len(captions) < MIN_ITEMS:
         return figures, misses
-    others = derangement(len(captions), seed)
-    known = [{name: _plain(value) for name, value in row.items() if value} for row in catalogue]
-    for name, values in sorted(vocabulary(known).items()):
-        if not 2 <= len(values) <= MOST_VALUES:
+    shuffled = derangement(len(captions), seed)
+    rows = [{name: _normalized(value) for name, value in row.items() if value} for row in catalogue]
+    for name, values in sorted(attribute_values(rows).items()):
+        if not 2 <= len(values) <= MAX_VALUES:
             continue
-        # Each value under a name of its own: `named` then finds all that stand in a caption, not the first only.
-        said = [set(named(caption, {value: [value] for value in values})) for caption in captions]
-        spoken = set().union(*said)
-        judged = [(place, row[name]) for place, row in enumerate(known) if row.get(name) in spoken]
-        if len(judged) < LEAST_ITEMS:
+        caption_values = _named_values(captions, values)
+        nameable = set().union(*caption_values)
+        expected = [(n, row[name]) for n, row in enumerate(rows) if row.get(name) in nameable]
+        if len(expected) < MIN_ITEMS:
             continue
-        right = [value in said[place] for place, value in judged]
-        figures.append(mean(f"agreement/{name}", right, seed))
-        figures.append(
-            mean(
-                f"agreement_shuffled/{name}",
-                [value in said[others[at]] for at, value in judged],
-                seed,
-            )
-        )
-        misses += [
-            Miss(place, name, value)
-            for (place, value), hit in zip(judged, right, strict=True)
-            if not hit
-        ]
+        hits = [value in caption_values[n] for n, value in expected]
+        control = [value in caption_values[shuffled[n]] for n, value in expected]
+        figures.append(mean(f"agreement/{name}", hits, seed))
+        figures.append(mean(f"agreement_shuffled/{name}", control, seed))
+        misses += [Miss(n, name, value) for n, value in expected if value not in caption_values[n]]
     return figures, misses
 
 
-def spread(misses: Sequence[Miss], most: int) -> list[Miss]:
-    """The first misses of every attribute in turn, one of an item."""
-    nth: dict[str, int] = {}
+def _named_values(captions: Sequence[str], values: Sequence[str]) -> list[set[str]]:
+    """The values that each caption names."""
+    # Each value as an attribute: of one attribute only the first named value would be returned.
+    phrases = {value: [value] for value in values}
+    return [set(extract_attributes(caption, phrases)) for caption in captions]
+
+
+def spread(misses: Sequence[Miss], limit: int) -> list[Miss]:
+    """The first misses of every attribute in turn, at most one per item."""
+    counts: dict[str, int] = {}
     turns = []
     for miss in misses:
-        turns.append((nth.setdefault(miss.attribute, 0), miss.attribute, miss.place))
-        nth[miss.attribute] += 1
+        turn = counts.get(miss.attribute, 0)
+        counts[miss.attribute] = turn + 1
+        turns.append((turn, miss.attribute, miss.index, miss))
     by_item: dict[int, Miss] = {}
-    for _, miss in sorted(zip(turns, misses, strict=True), key=lambda pair: pair[0]):
-        by_item.setdefault(miss.place, miss)
-    return list(by_item.values())[:most]
+    for *_, miss in sorted(turns, key=lambda turn: turn[:3]):
+        by_item.setdefault(miss.index, miss)
+    return list(by_item.values())[:limit]
 
 
 def drift(
-    before: Sequence[str], now: Sequence[str], cosines: np.ndarray, seed: int
+    before: Sequence[str],
+    now: Sequence[str],
+    cosines: np.ndarray,
+    seed: int,
 ) -> list[Figure]:
-    """How many captions aren't what they were, and how near they are to it; none where no photo had another."""
+    """How many captions have changed, and their similarity to the earlier ones; none without
+    earlier captions."""
     if not now:
         return []
     changed = [old != new for old, new in zip(before, now, strict=True)]
@@ -147,9 +159,14 @@ def drift(
 
 
 def blank(
-    captions: Sequence[str], vectors: np.ndarray, text: str, vector: np.ndarray, seed: int
+    captions: Sequence[str],
+    vectors: np.ndarray,
+    text: str,
+    vector: np.ndarray,
+    seed: int,
 ) -> list[Figure]:
-    """Captions beside what is said of a photo that shows nothing: as near to it as to each other, they show nothing."""
+    """Captions against the text of a blank photo. Captions as near to it as to each other show
+    nothing."""
     figures = [
         mean("blank_equal", [caption == text for caption in captions], seed),
         mean("blank_cosine", vectors @ vector, seed),
@@ -160,34 +177,45 @@ def blank(
     return figures
 
 
-def ranks(said: np.ndarray, known: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Rank, from 1, of known[own[i]] among `known` (n, d) by cosine with said[i]; (m, d), all of unit length.
+def ranks(
+    queries: np.ndarray,
+    captions: np.ndarray,
+    own: np.ndarray,
+) -> np.ndarray:
+    """Rank, from 1, of captions[own[i]] among `captions` (n, d) by cosine with queries[i]; (m, d),
+    all of unit length.
 
-    Ties count as the mean rank of the tied, so that captions that are all alike give the rank of chance.
+    Ties count as the mean rank of the tied, so captions that are all equal give the rank of chance.
     """
     # Equal vectors once: their products with another may differ in the last digit.
-    alone, place, count = np.unique(known, axis=0, return_inverse=True, return_counts=True)
-    cosines = np.round(said @ alone.T, 6)
-    mine = np.take_along_axis(cosines, place.reshape(-1)[own][:, None], axis=1)
-    return (cosines > mine) @ count + ((cosines == mine) @ count + 1) / 2
+    unique, inverse, counts = np.unique(captions, axis=0, return_inverse=True, return_counts=True)
+    cosines = np.round(queries @ unique.T, 6)
+    own_cosines = np.take_along_axis(cosines, inverse.reshape(-1)[own][:, None], axis=1)
+    return (cosines > own_cosines) @ counts + ((cosines == own_cosines) @ counts + 1) / 2
 
 
-def retrieval(found: np.ndarray, captions: int, seed: int) -> list[Figure]:
-    """Self-retrieval from the `ranks` of photos among so many captions, beside what chance would give."""
-    if not len(found):
+def retrieval(
+    own_ranks: np.ndarray,
+    captions: int,
+    seed: int,
+) -> list[Figure]:
+    """Self-retrieval from the `ranks` of photos among so many captions, with what chance would
+    give."""
+    photos = len(own_ranks)
+    if not photos:
         return []
     figures = []
-    for k in (1, _CLOSE):
-        figures.append(mean(f"self_rank_{k}", found <= k, seed, k))
-        figures.append(Figure(f"self_rank_{k}_chance", min(1.0, k / captions), len(found), k=k))
-    median = float(np.median(found)) if len(found) >= LEAST_ITEMS else None
+    for k in (1, _TOP):
+        figures.append(mean(f"self_rank_{k}", own_ranks <= k, seed, k))
+        figures.append(Figure(f"self_rank_{k}_chance", min(1.0, k / captions), photos, k=k))
+    median = float(np.median(own_ranks)) if photos >= MIN_ITEMS else None
     return [
         *figures,
-        Figure("self_median_rank", median, len(found)),
-        Figure("self_median_rank_chance", (captions + 1) / 2, len(found)),
+        Figure("self_median_rank", median, photos),
+        Figure("self_median_rank_chance", (captions + 1) / 2, photos),
     ]
 
 
-def _plain(text: str) -> str:
-    """Values that differ in case or spaces only are one."""
+def _normalized(text: str) -> str:
+    """Values that differ only in case or spaces are one."""
     return " ".join(text.lower().split())

@@ -1,4 +1,4 @@
-"""Runs the arms as of each cut and judges their lists. Writes nothing but temporary indexes."""
+"""Runs the arms as of each cut and measures their lists. Writes nothing but temporary indexes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -18,82 +19,91 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation import arms, guards, metric_rows, splits
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
-from vlm4rec_spark.evaluation.metrics import hits
+from vlm4rec_spark.evaluation.metric_rows import ArmLists
+from vlm4rec_spark.evaluation.metrics import hit_mask
 from vlm4rec_spark.evaluation.point_in_time import EvaluationTables, PointInTime
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.stages import profiles
 
-__all__ = [
-    "EvaluationTables",
-    "candidates",
-    "codes",
-    "evaluate",
-    "needed",
-    "open_point_in_time",
-    "without_bots",
-]
-
-_APART = 3
-"""Users of each kind whom one arm served and the other didn't, for the report."""
+_DISCORDANT_USERS = 3
+"""Users for the report, of each kind: hit by the served arm only, and by the control only."""
 
 
-def needed(settings: EvaluateSettings, in_use: ServingConfig) -> set[str]:
-    """The representations of which the arms need vectors."""
-    return arms.needed(
-        [arms.resolve(name, settings.custom_arms, in_use) for name in settings.arms], in_use
-    )
+class Evaluation(NamedTuple):
+    """Rows of `metrics` without run_id, and facts about each split as JSON."""
+
+    rows: list[dict]
+    details: dict[str, str]
+
+
+def required_representations(settings: EvaluateSettings, serving: ServingConfig) -> set[str]:
+    """The representations whose vectors the arms need."""
+    return arms.required_representations(_resolve(settings, serving), serving)
+
+
+def _resolve(settings: EvaluateSettings, serving: ServingConfig) -> list[Arm]:
+    return [arms.resolve(name, settings.custom_arms, serving) for name in settings.arms]
 
 
 def evaluate(
     spark: SparkSession,
     tables: EvaluationTables,
     settings: EvaluateSettings,
-    in_use: ServingConfig,
-    say: Callable[[str], None],
-) -> tuple[list[dict], dict[str, str]]:
-    """Rows of `metrics` (without run_id) and, per split, what was judged; none where nobody can be judged.
+    serving: ServingConfig,
+    info: Callable[[str], None],
+) -> Evaluation:
+    """Evaluate all arms on all splits. A split without test users gives no rows.
 
-    Raises RunError for a leak, UsageError for arms that can't be made.
+    Raises RunError for a leak, UsageError for arms that can't be built.
     """
-    chosen = [arms.resolve(name, settings.custom_arms, in_use) for name in settings.arms]
-    rows, details = [], {}
-    log = without_bots(tables.interactions, in_use)
-    complete = candidates(tables, arms.needed(chosen, in_use)).persist()
+    resolved = _resolve(settings, serving)
+    log = without_bots(tables.interactions, serving)
+    complete = candidates(tables, arms.required_representations(resolved, serving)).persist()
     available = tables.items.where("available").count()
+    evaluation = Evaluation([], {})
     if not complete.count():
-        say(
-            f"nothing to judge: no available item has a vector of its own in each of {', '.join(settings.arms)}"
-        )
-        return [], {}
+        names = ", ".join(settings.arms)
+        info(f"nothing to evaluate: no available item has its own vector in each of {names}")
+        return evaluation
     for split in splits.of(log, settings):
-        with open_point_in_time(spark, tables, complete, split, settings, in_use) as world:
-            if world is None:
-                say(
-                    f"{split.name}: nobody to judge, no user has a new item after {split.cut or 'the first event'}"
-                )
+        with open_point_in_time(
+            spark,
+            tables,
+            complete,
+            split,
+            settings,
+            serving,
+        ) as snapshot:
+            if snapshot is None:
+                cut = split.cut or "the first event"
+                info(f"{split.name}: no test users, nobody has a new item after {cut}")
                 continue
-            found, facts = _judge(world, split, chosen, say)
-            rows += found
-            facts["left_out_share"] = round(1 - len(world.items) / available, 4)
-            details[split.name] = json.dumps(facts)
+            rows, facts = _evaluate_split(snapshot, resolved, info)
+            evaluation.rows.extend(rows)
+            facts["left_out_share"] = round(1 - len(snapshot.item_ids) / available, 4)
+            evaluation.details[split.name] = json.dumps(facts)
     complete.unpersist()
-    return rows, details
+    return evaluation
 
 
-def without_bots(log: DataFrame, in_use: ServingConfig) -> DataFrame:
-    """The log without bots: their clicks would blur the popularity, and a bot can't be judged."""
-    robots = profiles.bots(log, in_use.profiles.bot_events_per_day)
-    return log.join(robots, on="user_id", how="left_anti")
+def without_bots(log: DataFrame, serving: ServingConfig) -> DataFrame:
+    """The log without bots: they would blur the popularity, and are no test users."""
+    bots = profiles.bots(log, serving.profiles.bot_events_per_day)
+    return log.join(bots, on="user_id", how="left_anti")
 
 
-def candidates(tables: EvaluationTables, needed: set[str]) -> DataFrame:
-    """item_id of the available items that every arm can rank: a real vector in each representation, no fallback."""
-    real = tables.embeddings.where(~F.col("fallback") & F.col("representation").isin(*needed))
-    counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("there"))
-    complete = counted.where(F.col("there") == len(needed))
+def candidates(tables: EvaluationTables, representations: set[str]) -> DataFrame:
+    """item_id of the available items that every arm can rank: a real vector in each representation,
+    no fallback."""
     available = tables.items.where("available").select("item_id")
-    return available.join(complete, on="item_id", how="left_semi") if needed else available
+    if not representations:
+        return available
+    required = F.col("representation").isin(*representations)
+    real = tables.embeddings.where(~F.col("fallback") & required)
+    counted = real.groupBy("item_id").agg(F.countDistinct("representation").alias("vectors"))
+    complete = counted.where(F.col("vectors") == len(representations))
+    return available.join(complete, on="item_id", how="left_semi")
 
 
 @contextmanager
@@ -103,137 +113,193 @@ def open_point_in_time(
     complete: DataFrame,
     split: Split,
     settings: EvaluateSettings,
-    in_use: ServingConfig,
+    serving: ServingConfig,
 ) -> Iterator[PointInTime | None]:
-    """What is known at a split's cut, for the users who can be judged; None where there is none of them."""
-    known = split.train.persist()
+    """What is known at a split's cut, for its test users; None if there are none. complete: the
+    candidates' item_id."""
+    split = replace(split, train=split.train.persist())
     order = F.xxhash64("user_id", F.lit(settings.seed))
-    everyone = splits.relevant(known, split.test, complete)
-    judged = everyone.orderBy(order, "user_id").limit(settings.max_users).persist()
-    ids = pd.Index(sorted(row["item_id"] for row in complete.collect()), dtype=object)
+    everyone = splits.relevant(split.train, split.test, complete)
+    test_users = everyone.orderBy(order, "user_id").limit(settings.max_users).persist()
+    item_ids = pd.Index(sorted(row["item_id"] for row in complete.collect()), dtype=object)
     with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
-        world = PointInTime(
-            spark, tables, complete, ids, known, judged, settings, in_use, Path(folder), split.cut
+        snapshot = PointInTime(
+            spark,
+            tables,
+            complete,
+            item_ids,
+            split,
+            test_users,
+            settings,
+            serving,
+            Path(folder),
         )
         try:
-            yield None if judged.isEmpty() else world
+            yield None if test_users.isEmpty() else snapshot
         finally:
-            world.close()
-            judged.unpersist()
-            known.unpersist()
+            snapshot.close()
+            test_users.unpersist()
+            split.train.unpersist()
 
 
-def _judge(
-    world: PointInTime, split: Split, chosen: Sequence[Arm], say: Callable[[str], None]
+def _evaluate_split(
+    snapshot: PointInTime,
+    resolved: Sequence[Arm],
+    info: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, object]]:
-    settings, users, items = world.settings, world.users, len(world.items)
+    """Rows of `metrics`, and facts about the split for the run's details."""
+    split = snapshot.split
+    settings = snapshot.settings
+    users = snapshot.users
+    items = len(snapshot.item_ids)
     guards.no_leak(split.name, split.cut, users)
-    relevant = codes(users["relevant"], world.items)
-    seen = codes(users["seen"], world.items)
-    lists, started = {}, time.monotonic()
-    for done, arm in enumerate(chosen):
-        left = (
-            f", {(time.monotonic() - started) / done * (len(chosen) - done):.0f} s left"
-            if done
-            else ""
-        )
-        say(f"{split.name}: {arm.name}, {len(users):,} users, {items:,} candidates{left}")
-        lists[arm.name] = world.lists(arm, settings.lengths[-1])
-        guards.nothing_seen(arm.name, lists[arm.name], seen, items)
-    ranked = sorted(arms.needed(chosen, world.in_use))
-    beside = (
-        world.in_use.representation
-        if world.in_use.representation in ranked
-        else next(iter(ranked), None)
+    lists = _lists(snapshot, resolved, info)
+    representations = arms.required_representations(resolved, snapshot.serving)
+    vectors = {name: _candidate_vectors(snapshot, name) for name in sorted(representations)}
+    # Diversity is measured in the served representation, or else in the first one.
+    diverse_in = next(iter(vectors), "")
+    if snapshot.serving.representation in vectors:
+        diverse_in = snapshot.serving.representation
+    arm_lists = ArmLists(
+        lists,
+        codes(users["relevant"], snapshot.item_ids),
+        items,
+        snapshot.user_counts,
+        snapshot.total_users,
+        vectors.get(diverse_in),
     )
-    known_by, everybody = world.known_by()
-    vectors = {name: _of(world, name) for name in ranked}
-    judged = metric_rows.Judged(
-        lists, relevant, items, known_by, everybody, vectors[beside] if beside else None
-    )
-    catalogue = _catalogue(world)
-    found = list(
-        metric_rows.rows(
-            split.name, judged, slices(users, split.cut, known_by, catalogue), settings
-        )
-    )
-    identical = {name: guards.identical(each) for name, each in vectors.items()}
-    above = [
-        name
-        for name, each in metric_rows.shuffled(judged, settings).items()
-        if guards.above_chance(each, settings.k, items)
-    ]
-    for name, count in identical.items():
-        if count > guards.ALARM * items:
-            say(
-                f"{split.name}: {count:,} of {items:,} candidates share their {name} vector with another: their texts "
-                "or photos are the same, or lost what told them apart"
-            )
-    for name in above:
-        say(f"{split.name}: {name} finds more of exchanged items than chance does: something leaks")
+    parts = slices(users, split.cut, snapshot.user_counts, _catalogue(snapshot))
+    rows = list(metric_rows.rows(split.name, arm_lists, parts, settings))
+    duplicates = {name: guards.count_duplicates(matrix) for name, matrix in vectors.items()}
+    leaking = metric_rows.above_chance(arm_lists, settings)
+    for warning in _warnings(duplicates, leaking, items):
+        info(f"{split.name}: {warning}")
     facts: dict[str, object] = {
         "cut": split.cut,
         "users": len(users),
         "candidates": items,
-        "identical_vectors": identical,
-        "above_chance": above,
-        "apart": _discordant_users(world, lists, relevant, beside),
+        "identical_vectors": duplicates,
+        "above_chance": leaking,
+        "discordant_users": _discordant_users(snapshot, arm_lists, diverse_in),
     }
-    return found, facts | ({"settled": world.chosen} if world.chosen else {})
+    if snapshot.tuned:
+        facts["tuned"] = snapshot.tuned
+    return rows, facts
 
 
-def codes(lists: pd.Series, items: pd.Index) -> np.ndarray:
+def _lists(
+    snapshot: PointInTime,
+    resolved: Sequence[Arm],
+    info: Callable[[str], None],
+) -> dict[str, np.ndarray]:
+    """The longest lists of each arm, (users, longest) of positions. Raises RunError if one holds a
+    seen item."""
+    users = len(snapshot.users)
+    items = len(snapshot.item_ids)
+    seen = codes(snapshot.users["seen"], snapshot.item_ids)
+    lists: dict[str, np.ndarray] = {}
+    started = time.monotonic()
+    for done, arm in enumerate(resolved):
+        line = f"{snapshot.split.name}: {arm.name}, {users:,} users, {items:,} candidates"
+        if done:
+            remaining = (time.monotonic() - started) / done * (len(resolved) - done)
+            line += f", {remaining:.0f} s left"
+        info(line)
+        lists[arm.name] = snapshot.lists(arm, snapshot.settings.lengths[-1])
+        guards.nothing_seen(arm.name, lists[arm.name], seen, items)
+    return lists
+
+
+def _warnings(
+    duplicates: Mapping[str, int],
+    above_chance: Sequence[str],
+    items: int,
+) -> Iterator[str]:
+    for name, count in duplicates.items():
+        if count > guards.ALARM * items:
+            yield (
+                f"{count:,} of {items:,} candidates share their {name} vector with another. "
+                "Their texts or photos are equal, or lost what distinguished them."
+            )
+    for arm in above_chance:
+        yield f"{arm} predicts shuffled items better than chance: something leaks"
+
+
+def codes(lists: pd.Series, item_ids: pd.Index) -> np.ndarray:
     """Sorted codes, as in `metrics`, of lists of ids; ids that are no candidates are skipped."""
-    sizes = [0 if each is None else len(each) for each in lists]
-    flat = [item for each in lists if each is not None for item in each]
-    place = items.get_indexer(pd.Index(flat, dtype=object))
-    codes = np.repeat(np.arange(len(lists), dtype=np.int64), sizes) * len(items) + place
-    return np.sort(codes[place >= 0])
+    sizes = [0 if ids is None else len(ids) for ids in lists]
+    flat = [item_id for ids in lists if ids is not None for item_id in ids]
+    positions = item_ids.get_indexer(pd.Index(flat, dtype=object))
+    users = np.repeat(np.arange(len(lists), dtype=np.int64), sizes)
+    return np.sort((users * len(item_ids) + positions)[positions >= 0])
 
 
-def _of(world: PointInTime, representation: str) -> np.ndarray:
-    searcher = world.searcher(representation)
-    return np.asarray(searcher.vectors[searcher.positions(world.items.tolist())])
+def _candidate_vectors(snapshot: PointInTime, representation: str) -> np.ndarray:
+    searcher = snapshot.searcher(representation)
+    return np.asarray(searcher.vectors[searcher.positions(snapshot.item_ids.tolist())])
 
 
-def _catalogue(world: PointInTime) -> pd.DataFrame:
-    """category and first_seen_at of the candidates; null where the table hasn't got them."""
-    there = world.tables.items
-    names = ("category", "first_seen_at")
-    columns = [F.col(name) if name in there.columns else F.lit(None).alias(name) for name in names]
-    mine = there.join(world.candidates, on="item_id", how="left_semi")
-    rows = cast(pd.DataFrame, mine.select("item_id", *columns).toPandas())
-    return rows.set_index("item_id").reindex(world.items)
+def _catalogue(snapshot: PointInTime) -> pd.DataFrame:
+    """category and first_seen_at of the candidates; null if the table lacks the column."""
+    items = snapshot.tables.items
+    columns = [
+        F.col(name) if name in items.columns else F.lit(None).alias(name)
+        for name in ("category", "first_seen_at")
+    ]
+    rows = items.join(snapshot.candidates, on="item_id", how="left_semi")
+    catalogue = cast(pd.DataFrame, rows.select("item_id", *columns).toPandas())
+    return catalogue.set_index("item_id").reindex(snapshot.item_ids)
+
+
+def _served_arm(serving: ServingConfig) -> str:
+    """The name of the arm that ranks like the served lists."""
+    if serving.item_item.share:
+        return arms.BLEND
+    shape = serving.profiles.shape
+    return serving.representation if shape == "mean" else f"{serving.representation}/{shape}"
 
 
 def _discordant_users(
-    world: PointInTime, lists: dict[str, np.ndarray], relevant: np.ndarray, beside: str | None
+    snapshot: PointInTime,
+    arm_lists: ArmLists,
+    fallback: str,
 ) -> list[dict]:
-    """Users for whom the arm of the lists in use found something and the control nothing, and the other way round."""
-    settings = world.settings
-    mine = arms.BLEND if world.in_use.item_item.share else world.in_use.representation
-    shape = world.in_use.profiles.shape
-    mine = mine if mine == arms.BLEND or shape == "mean" else f"{mine}/{shape}"
-    mine = mine if mine in lists else beside or ""
-    if mine not in lists or settings.control not in lists or mine == settings.control:
+    """A few users whose list has a hit by the served arm and none by the control, and the reverse.
+
+    `fallback` is the arm that is compared if the served one isn't among the lists.
+    """
+    control = snapshot.settings.control
+    served = _served_arm(snapshot.serving)
+    if served not in arm_lists.lists:
+        served = fallback
+    if not {served, control} <= arm_lists.lists.keys() or served == control:
         return []
-    found = {
-        arm: hits(lists[arm][:, : settings.k], relevant, len(world.items))
-        for arm in (mine, settings.control)
-    }
-    apart = []
-    for one, other in ((mine, settings.control), (settings.control, mine)):
-        only = np.flatnonzero(found[one].any(axis=1) & ~found[other].any(axis=1))
-        for user in np.random.default_rng(settings.seed).permutation(only)[:_APART]:
-            rank = int(found[one][user].argmax())
-            apart.append(
-                {
-                    "user_id": world.users["user_id"][user],
-                    "by": one,
-                    "not_by": other,
-                    "rank": rank + 1,
-                    "item_id": world.items[lists[one][user, rank]],
-                    "instead": [world.items[item] for item in lists[other][user, :3] if item >= 0],
-                }
-            )
-    return apart
+    pairs = ((served, control), (control, served))
+    return [user for hit, missed in pairs for user in _hit_by_one(snapshot, arm_lists, hit, missed)]
+
+
+def _hit_by_one(
+    snapshot: PointInTime,
+    arm_lists: ArmLists,
+    hit_by: str,
+    missed_by: str,
+) -> Iterator[dict]:
+    """A few users with a hit among the top k of one arm and none of the other."""
+    settings = snapshot.settings
+    item_ids = snapshot.item_ids
+    hit_list = arm_lists.lists[hit_by]
+    missed_list = arm_lists.lists[missed_by]
+    hits = hit_mask(hit_list[:, : settings.k], arm_lists.relevant, arm_lists.items)
+    misses = hit_mask(missed_list[:, : settings.k], arm_lists.relevant, arm_lists.items)
+    users = np.flatnonzero(hits.any(axis=1) & ~misses.any(axis=1))
+    shuffled = np.random.default_rng(settings.seed).permutation(users)
+    for user in shuffled[:_DISCORDANT_USERS]:
+        rank = int(hits[user].argmax())
+        yield {
+            "user_id": snapshot.users["user_id"][user],
+            "hit_by": hit_by,
+            "missed_by": missed_by,
+            "rank": rank + 1,
+            "item_id": item_ids[hit_list[user, rank]],
+            "instead": [item_ids[item] for item in missed_list[user, :3] if item >= 0],
+        }

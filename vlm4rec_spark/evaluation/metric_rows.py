@@ -1,174 +1,234 @@
-"""Lists of arms to rows of `metrics`: values with intervals, paired differences, slices. numpy and pandas only."""
+"""Lists of arms to rows of `metrics`: values with intervals, paired differences, slices. numpy and
+pandas only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm4rec_spark.evaluation import guards
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
-from vlm4rec_spark.evaluation.inference import ends, holm, paired_p_values, resampled
-from vlm4rec_spark.evaluation.metrics import ACCURACY, beyond_accuracy, hits, per_user, together
-from vlm4rec_spark.evaluation.slices import LEAST_USERS, Slice
+from vlm4rec_spark.evaluation.inference import holm, interval, paired_p_values, resampled_means
+from vlm4rec_spark.evaluation.metrics import (
+    ACCURACY,
+    aggregate_diversity,
+    beyond_accuracy,
+    hit_mask,
+    per_user,
+)
+from vlm4rec_spark.evaluation.slices import MIN_USERS, Slice
 
 SLICED = ("recall", "ndcg")
-DIFFERENCE = "_difference"
-"""What stands after a metric's name where it is the arm's less its control's."""
 SHUFFLED = "recall_shuffled"
-_Key = tuple[str, str, int]
-"""Arm, metric and length."""
+_OPTIONAL = (
+    "value",
+    "low",
+    "high",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "p_value",
+)
+"""Columns that are null for too few users, or without a control."""
+
+
+class _Key(NamedTuple):
+    arm: str
+    metric: str
+    k: int
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Lists of some users, (users, longest) of positions by arm, and what is relevant to them as sorted codes.
+class ArmLists:
+    """Lists of the test users by arm, (users, longest) of positions, and their relevant items as
+    sorted codes.
 
-    vectors: float32 (items, dimension), in which lists are called diverse, None for no such figures. known_by: users of
-    `everybody` who know each item.
+    vectors: float32 (items, dimension), the space in which diversity is measured; None for no such
+    metric. user_counts: how many of `total_users` know each item.
     """
 
     lists: Mapping[str, np.ndarray]
     relevant: np.ndarray
     items: int
-    known_by: np.ndarray
-    everybody: int
+    user_counts: np.ndarray
+    total_users: int
     vectors: np.ndarray | None
 
-    def found(self, arm: str, relevant: np.ndarray | None = None) -> np.ndarray:
-        return hits(self.lists[arm], self.relevant if relevant is None else relevant, self.items)
+    @property
+    def users(self) -> int:
+        return len(next(iter(self.lists.values())))
 
-    def sizes(self, relevant: np.ndarray | None = None) -> np.ndarray:
+    def hit_mask(self, arm: str, relevant: np.ndarray) -> np.ndarray:
+        return hit_mask(self.lists[arm], relevant, self.items)
+
+    def relevant_counts(self, relevant: np.ndarray) -> np.ndarray:
         """How many items are relevant to each user."""
-        users = len(next(iter(self.lists.values())))
-        return np.bincount(
-            (self.relevant if relevant is None else relevant) // self.items, minlength=users
-        )
+        return np.bincount(relevant // self.items, minlength=self.users)
 
 
 def rows(
-    split: str, judged: Judged, slices: Iterable[Slice], settings: EvaluateSettings
+    split: str,
+    arm_lists: ArmLists,
+    slices: Iterable[Slice],
+    settings: EvaluateSettings,
 ) -> Iterator[dict]:
-    """Rows of `metrics` without run_id; a user counts 0 where a list finds nothing."""
-    yield from _overall(split, judged, settings)
-    for each in slices:
-        yield from _sliced(split, judged, each, settings)
+    """Rows of `metrics` without run_id. A user whose list has no hit counts 0."""
+    yield from _overall(split, arm_lists, settings)
+    for part in slices:
+        yield from _sliced(split, arm_lists, part, settings)
 
 
-def shuffled(judged: Judged, settings: EvaluateSettings) -> dict[str, np.ndarray]:
-    """By arm the recall at k of each user where the relevant items are exchanged for others: chance, if all is well."""
-    relevant, k = guards.shuffled(judged.relevant, judged.items, settings.seed), settings.k
-    sizes = judged.sizes()
-    return {arm: per_user(judged.found(arm, relevant), sizes, k)["recall"] for arm in judged.lists}
-
-
-def _overall(split: str, judged: Judged, settings: EvaluateSettings) -> Iterator[dict]:
-    sizes, columns = judged.sizes(), dict[_Key, np.ndarray]()
-    for arm, top in judged.lists.items():
-        found = judged.found(arm)
-        for k in settings.lengths:
-            columns |= {
-                (arm, metric, k): each for metric, each in per_user(found, sizes, k).items()
-            }
-        if judged.vectors is not None:
-            short = top[:, : settings.k]
-            told = beyond_accuracy(short, judged.vectors, judged.known_by, judged.everybody)
-            columns |= {(arm, metric, settings.k): each for metric, each in told.items()}
-    columns |= {
-        (arm, SHUFFLED, settings.k): each for arm, each in shuffled(judged, settings).items()
+def shuffled_recall(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[str, np.ndarray]:
+    """By arm, each user's recall at k on shuffled items: chance, unless something leaks."""
+    relevant = guards.shuffle_items(arm_lists.relevant, arm_lists.items, settings.seed)
+    counts = arm_lists.relevant_counts(relevant)
+    return {
+        arm: per_user(arm_lists.hit_mask(arm, relevant), counts, settings.k)["recall"]
+        for arm in arm_lists.lists
     }
-    if len(sizes) < LEAST_USERS:
-        yield from (_row(split, key, len(sizes)) for key in columns)
+
+
+def above_chance(arm_lists: ArmLists, settings: EvaluateSettings) -> list[str]:
+    """Arms whose `shuffled_recall` exceeds chance."""
+    return [
+        arm
+        for arm, recall in shuffled_recall(arm_lists, settings).items()
+        if guards.above_chance(recall, settings.k, arm_lists.items)
+    ]
+
+
+def _overall(
+    split: str,
+    arm_lists: ArmLists,
+    settings: EvaluateSettings,
+) -> Iterator[dict]:
+    columns = _user_metrics(arm_lists, settings)
+    if arm_lists.users < MIN_USERS:
+        yield from (_row(split, key, arm_lists.users) for key in columns)
         return
     values = np.stack(list(columns.values()), axis=1)
-    means, place = resampled(values, settings.seed), {key: n for n, key in enumerate(columns)}
-    low, high = ends(means)
+    resampled = resampled_means(values, settings.seed)
+    users = (~np.isnan(values)).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        value = np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0)
-    p_values = _against(values, place, settings)
-    for key, n in place.items():
-        if np.isnan(value[n]):
-            yield _row(split, key, 0)
-            continue
-        row = _row(split, key, int((~np.isnan(values[:, n])).sum()))
-        row |= {"value": float(value[n]), "low": float(low[n]), "high": float(high[n])}
-        yield row | (
-            {"control": settings.control, "p_value": p_values[key]} if key in p_values else {}
-        )
-    for arm, metric, k in p_values:
-        mine, theirs = place[arm, metric, k], place[settings.control, metric, k]
-        first, last = ends(means[:, [mine]] - means[:, [theirs]])[:, 0]
-        yield _row(split, (arm, metric + DIFFERENCE, k), len(values)) | {
-            "value": float(value[mine] - value[theirs]),
-            "low": float(first),
-            "high": float(last),
-            "control": settings.control,
-            "p_value": p_values[arm, metric, k],
-        }
-    for arm, top in judged.lists.items():
-        for metric, figure in together(top[:, : settings.k], judged.items).items():
-            yield _row(split, (arm, metric, settings.k), len(sizes)) | {"value": figure}
-
-
-def _against(
-    values: np.ndarray, place: Mapping[_Key, int], settings: EvaluateSettings
-) -> dict[_Key, float]:
-    """p-values of the arms against the control, corrected for the number of arms; none where it isn't among them."""
-    corrected = dict[_Key, float]()
-    for k in settings.lengths:
-        for metric in ACCURACY:
-            if (settings.control, metric, k) not in place:
-                continue
-            keys = [key for key in place if key[1:] == (metric, k) and key[0] != settings.control]
-            control = values[:, place[settings.control, metric, k]]
-            differences = values[:, [place[key] for key in keys]] - control[:, None]
-            raw = paired_p_values(differences, settings.seed).tolist() if keys else []
-            corrected |= dict(zip(keys, holm(raw), strict=True))
-    return corrected
-
-
-def _sliced(split: str, judged: Judged, part: Slice, settings: EvaluateSettings) -> Iterator[dict]:
-    relevant = judged.relevant
-    if part.items is not None:
-        relevant = relevant[part.items[relevant % judged.items]]
-    sizes = judged.sizes(relevant)
-    members = part.users & (sizes > 0)
-    users, keys = (
-        int(members.sum()),
-        [(arm, metric, settings.k) for arm in judged.lists for metric in SLICED],
+        means = np.nansum(values, axis=0) / users
+    low, high = interval(resampled)
+    compared = _comparisons(
+        list(columns),
+        values,
+        means,
+        resampled,
+        settings,
     )
-    if users < LEAST_USERS:
+    for column, key in enumerate(columns):
+        row = _row(split, key, int(users[column]))
+        if users[column]:
+            row |= _estimate(means[column], low[column], high[column])
+        yield row | compared.get(key, {})
+    for arm, top in arm_lists.lists.items():
+        for metric, value in aggregate_diversity(top[:, : settings.k], arm_lists.items).items():
+            key = _Key(arm, metric, settings.k)
+            yield _row(split, key, arm_lists.users) | {"value": value}
+
+
+def _user_metrics(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[_Key, np.ndarray]:
+    """All metrics of single users: (users,) by arm, metric and length."""
+    columns: dict[_Key, np.ndarray] = {}
+    counts = arm_lists.relevant_counts(arm_lists.relevant)
+    for arm, top in arm_lists.lists.items():
+        hits = arm_lists.hit_mask(arm, arm_lists.relevant)
+        for k in settings.lengths:
+            for metric, values in per_user(hits, counts, k).items():
+                columns[_Key(arm, metric, k)] = values
+        if arm_lists.vectors is not None:
+            novelty_and_diversity = beyond_accuracy(
+                top[:, : settings.k],
+                arm_lists.vectors,
+                arm_lists.user_counts,
+                arm_lists.total_users,
+            )
+            for metric, values in novelty_and_diversity.items():
+                columns[_Key(arm, metric, settings.k)] = values
+    for arm, values in shuffled_recall(arm_lists, settings).items():
+        columns[_Key(arm, SHUFFLED, settings.k)] = values
+    return columns
+
+
+def _comparisons(
+    keys: Sequence[_Key],
+    values: np.ndarray,
+    means: np.ndarray,
+    resampled: np.ndarray,
+    settings: EvaluateSettings,
+) -> dict[_Key, dict]:
+    """Differences to the control with p-values corrected for the number of arms; none if the
+    control isn't an arm."""
+    column = {key: number for number, key in enumerate(keys)}
+    compared: dict[_Key, dict] = {}
+    for control in keys:
+        if control.arm != settings.control or control.metric not in ACCURACY:
+            continue
+        others = [key for key in keys if key[1:] == control[1:] and key != control]
+        if not others:
+            continue
+        arms = [column[key] for key in others]
+        base = column[control]
+        low, high = interval(resampled[:, arms] - resampled[:, [base]])
+        raw = paired_p_values(values[:, arms] - values[:, [base]], settings.seed).tolist()
+        for number, (key, p_value) in enumerate(zip(others, holm(raw), strict=True)):
+            compared[key] = {
+                "control": settings.control,
+                "difference": float(means[column[key]] - means[base]),
+                "difference_low": float(low[number]),
+                "difference_high": float(high[number]),
+                "p_value": p_value,
+            }
+    return compared
+
+
+def _sliced(
+    split: str,
+    arm_lists: ArmLists,
+    part: Slice,
+    settings: EvaluateSettings,
+) -> Iterator[dict]:
+    relevant = arm_lists.relevant
+    if part.items is not None:
+        relevant = relevant[part.items[relevant % arm_lists.items]]
+    counts = arm_lists.relevant_counts(relevant)
+    members = part.users & (counts > 0)
+    users = int(members.sum())
+    keys = [_Key(arm, metric, settings.k) for arm in arm_lists.lists for metric in SLICED]
+    if users < MIN_USERS:
         yield from (_row(split, key, users, part.name) for key in keys)
         return
     columns = []
-    for arm in judged.lists:
-        # All of them are members' own: nobody else's have a size.
-        found = per_user(judged.found(arm, relevant)[members], sizes[members], settings.k)
-        columns += [found[metric] for metric in SLICED]
+    for arm in arm_lists.lists:
+        hits = arm_lists.hit_mask(arm, relevant)[members]
+        member_metrics = per_user(hits, counts[members], settings.k)
+        columns += [member_metrics[metric] for metric in SLICED]
     values = np.stack(columns, axis=1)
-    low, high = ends(resampled(values, settings.seed))
-    for n, key in enumerate(keys):
-        row = _row(split, key, users, part.name)
-        yield row | {
-            "value": float(values[:, n].mean()),
-            "low": float(low[n]),
-            "high": float(high[n]),
-        }
+    low, high = interval(resampled_means(values, settings.seed))
+    for column, key in enumerate(keys):
+        estimate = _estimate(values[:, column].mean(), low[column], high[column])
+        yield _row(split, key, users, part.name) | estimate
 
 
-def _row(split: str, key: _Key, users: int, slice_: str = "all") -> dict:
-    arm, metric, k = key
-    return {
-        "split": split,
-        "arm": arm,
-        "metric": metric,
-        "k": k,
-        "slice": slice_,
-        "users": users,
-        "value": None,
-        "low": None,
-        "high": None,
-        "control": None,
-        "p_value": None,
-    }
+def _estimate(
+    value: float,
+    low: float,
+    high: float,
+) -> dict[str, float]:
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def _row(
+    split: str,
+    key: _Key,
+    users: int,
+    slice_: str = "all",
+) -> dict:
+    row = {"split": split, **key._asdict(), "slice": slice_, "users": users, "control": ""}
+    return row | dict.fromkeys(_OPTIONAL)

@@ -1,7 +1,8 @@
-"""Ranking metrics of lists of positions. numpy only; the accuracy metrics agree with ranx (a test holds them together).
+"""Ranking metrics of lists of positions. numpy only. A test compares the accuracy metrics with
+those of ranx.
 
-A list is a row of positions in the candidates, best first, -1 past its end. What is relevant to the users is one sorted
-array of codes, `user * items + position`.
+A list is a row of candidate positions, best first, -1 past its end. The users' relevant items are
+one sorted array of codes, `user * items + position`.
 """
 
 from __future__ import annotations
@@ -10,74 +11,105 @@ import numpy as np
 
 ACCURACY = ("recall", "ndcg", "mrr", "hit_rate")
 NEAR_DUPLICATE = 0.98
-"""Cosine from which on two items of a list are taken for one."""
+"""Two items of a list whose cosine is at least this count as near-duplicates."""
+_BLOCK = 1_024
+"""Lists whose pairs are compared at once."""
 
 
-def hits(top: np.ndarray, relevant: np.ndarray, items: int) -> np.ndarray:
-    """bool, as `top` (users, length): whether the item at each rank is relevant."""
-    codes = np.arange(len(top), dtype=np.int64)[:, None] * items + top
+def hit_mask(
+    top: np.ndarray,
+    relevant: np.ndarray,
+    items: int,
+) -> np.ndarray:
+    """bool, shaped like `top` (users, length): whether the item at each rank is relevant."""
     if not len(relevant):
         return np.zeros(top.shape, bool)
-    place = np.searchsorted(relevant, codes).clip(max=len(relevant) - 1)
-    return (relevant[place] == codes) & (top >= 0)
+    codes = np.arange(len(top), dtype=np.int64)[:, None] * items + top
+    nearest = np.searchsorted(relevant, codes).clip(max=len(relevant) - 1)
+    return (relevant[nearest] == codes) & (top >= 0)
 
 
-def per_user(found: np.ndarray, sizes: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """ACCURACY at k by user, from `hits` and the number of relevant items of each user, at least 1.
+def per_user(
+    hits: np.ndarray,
+    relevant_counts: np.ndarray,
+    k: int,
+) -> dict[str, np.ndarray]:
+    """ACCURACY at k by user, from the `hit_mask` and the number of relevant items of each user, at
+    least 1.
 
-    NDCG with binary gains and log2 discount (Järvelin and Kekäläinen 2002), the ideal list cut at k. MRR is the
-    reciprocal rank of the first hit, 0 without one (Voorhees 1999).
+    NDCG has binary gains and a log2 discount (Järvelin and Kekäläinen 2002); the ideal list is cut
+    at k. MRR is the reciprocal rank of the first hit, 0 without one (Voorhees 1999).
     """
-    found = found[:, :k]
-    ranks = np.arange(1, found.shape[1] + 1)
+    hits = hits[:, :k]
+    ranks = np.arange(1, hits.shape[1] + 1)
     discount = 1 / np.log2(ranks + 1)
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])[
-        np.minimum(sizes, k)
-    ]
+    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
     return {
-        "recall": found.sum(axis=1) / sizes,
-        "ndcg": found @ discount / ideal,
-        "mrr": (found / ranks).max(axis=1, initial=0.0),
-        "hit_rate": found.any(axis=1).astype(float),
+        "recall": hits.sum(axis=1) / relevant_counts,
+        "ndcg": hits @ discount / ideal[np.minimum(relevant_counts, k)],
+        "mrr": (hits / ranks).max(axis=1, initial=0.0),
+        "hit_rate": hits.any(axis=1).astype(float),
     }
 
 
 def beyond_accuracy(
-    top: np.ndarray, vectors: np.ndarray, users: np.ndarray, everybody: int
+    top: np.ndarray,
+    vectors: np.ndarray,
+    user_counts: np.ndarray,
+    total_users: int,
 ) -> dict[str, np.ndarray]:
-    """What a list is like, whatever is relevant, by user; NaN for users without enough of one.
+    """Novelty, intra-list distance and near-duplicate share by user; NaN for lists that are too
+    short.
 
-    vectors: float32 (items, dimension), unit; users: how many of `everybody` know each item.
+    vectors: float32 (items, dimension), unit; user_counts: how many of `total_users` know each
+    item.
 
-    Novelty is the mean self-information of the items, -log2 of the share of users who know one (Zhou et al. 2010), an
-    item that nobody knows counted as half a user's. Intra-list distance is the mean of 1 - cosine over pairs of the
-    list (Ziegler et al. 2005); the near-duplicate share is that of items to which an earlier one of the list is as near
-    as NEAR_DUPLICATE.
+    Novelty is the mean self-information of the items, -log2 of the share of users who know one
+    (Zhou et al. 2010). An item that nobody knows counts as half a user's.
     """
-    there = top >= 0
-    length = there.sum(axis=1)
-    told = -np.log2(np.maximum(users, 0.5) / max(everybody, 1))
+    valid = top >= 0
+    lengths = valid.sum(axis=1)
+    bits = -np.log2(np.maximum(user_counts, 0.5) / max(total_users, 1))
     with np.errstate(invalid="ignore"):
-        novelty = np.where(there, told[top], 0).sum(axis=1) / np.where(length, length, np.nan)
-    distance, twins = np.full(len(top), np.nan), np.full(len(top), np.nan)
-    for start in range(0, len(top), 1_024):
-        block, here = vectors[top[start : start + 1_024]], there[start : start + 1_024]
-        cosine = block @ block.transpose(0, 2, 1)
-        pairs = np.tril(here[:, :, None] & here[:, None, :], -1)
-        count, items = pairs.sum(axis=(1, 2)), here.sum(axis=1)
-        some = count > 0
-        distance[start : start + 1_024][some] = (
-            1 - np.where(pairs, cosine, 0).sum(axis=(1, 2))[some] / count[some]
-        )
-        near = (pairs & (cosine >= NEAR_DUPLICATE)).any(axis=2).sum(axis=1)
-        twins[start : start + 1_024][some] = near[some] / items[some]
-    return {"novelty": novelty, "intra_list_distance": distance, "near_duplicate_share": twins}
+        novelty = np.where(valid, bits[top], 0).sum(axis=1) / np.where(lengths, lengths, np.nan)
+    diversity = [
+        _diversity(top[start : start + _BLOCK], vectors) for start in range(0, len(top), _BLOCK)
+    ]
+    distance, duplicates = np.concatenate([np.zeros((2, 0)), *diversity], axis=1)
+    return {
+        "novelty": novelty,
+        "intra_list_distance": distance,
+        "near_duplicate_share": duplicates,
+    }
 
 
-def together(top: np.ndarray, items: int) -> dict[str, float]:
-    """Of all lists together the share of the candidates that are on a list, and the Gini index of how often each is.
+def _diversity(top: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Intra-list distance and near-duplicate share, (2, lists); NaN for lists of fewer than two
+    items.
 
-    Gini 0: all are recommended equally often; towards 1: a single one takes all places (Fleder and Hosanagar 2009).
+    The distance is the mean of 1 - cosine over pairs of the list (Ziegler et al. 2005). The share
+    is that of items with a near-duplicate earlier in the list.
+    """
+    valid = top >= 0
+    block = vectors[top]
+    cosines = block @ block.transpose(0, 2, 1)
+    pairs = np.tril(valid[:, :, None] & valid[:, None, :], -1)
+    pair_counts = pairs.sum(axis=(1, 2))
+    several = pair_counts > 0
+    cosine_sums = np.where(pairs, cosines, 0).sum(axis=(1, 2))
+    duplicates = (pairs & (cosines >= NEAR_DUPLICATE)).any(axis=2).sum(axis=1)
+    diversity = np.full((2, len(top)), np.nan)
+    diversity[0, several] = 1 - cosine_sums[several] / pair_counts[several]
+    diversity[1, several] = duplicates[several] / valid.sum(axis=1)[several]
+    return diversity
+
+
+def aggregate_diversity(top: np.ndarray, items: int) -> dict[str, float]:
+    """Over all lists: the share of candidates that are on any list, and the Gini index of how often
+    each is.
+
+    Gini is 0 if all are recommended equally often, towards 1 if one fills all lists (Fleder and
+    Hosanagar 2009).
     """
     counts = np.sort(np.bincount(top[top >= 0].ravel(), minlength=items)).astype(np.float64)
     total = counts.sum()

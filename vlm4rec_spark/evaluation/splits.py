@@ -1,19 +1,24 @@
-"""The log cut into what is known and what is to be guessed. Knows time; knows no arm and no metric."""
+"""The log cut into train and test events. Knows time; knows no arm and no metric."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 
+_MINUTE = 60_000_000
+"""Microseconds."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """Known events and hidden ones; `cut`: the time that divides them, None where each user's last is hidden."""
+    """Train and test events. `cut` is the time between them, None if the test holds each user's
+    last event."""
 
     name: str
     cut: str | None
@@ -34,58 +39,60 @@ def of(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
 
 
 def replay(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
-    """Cuts one after another, each judged by the events up to the next; the test part is divided into equal times."""
-    first = settings.cut or last_share(log, settings.test_share)
+    """Successive cuts at equal distances in the test part. Each is tested on the events up to the
+    next."""
+    first = F.to_timestamp(F.lit(settings.cut or last_share(log, settings.test_share)))
+    start = _evaluated(log, F.unix_micros(first))
     end = log.agg(F.unix_micros(F.max("event_time"))).first()[0] + 1  # type: ignore[index]
-    start = log.sparkSession.range(1).select(F.unix_micros(F.to_timestamp(F.lit(first)))).first()[0]  # type: ignore[index]
-    # At whole minutes, that their names can be read.
-    edges = [
-        start + (end - start) * part // settings.replay_cuts // 60_000_000 * 60_000_000
-        for part in range(settings.replay_cuts)
-    ]
-    for number, (at, until) in enumerate(zip(edges, [*edges[1:], end], strict=True)):
-        micros = F.unix_micros("event_time")
-        moment = (
-            log.sparkSession.range(1)
-            .select(F.timestamp_micros(F.lit(at)).cast("string"))
-            .first()[0]
-        )  # type: ignore[index]
-        known, hidden = log.where(micros < at), log.where((micros >= at) & (micros < until))
-        yield Split(f"replay {number + 1}", str(moment), known, hidden)
+    count = settings.replay_cuts
+    # At whole minutes, so that their names can be read.
+    cuts = [start + (end - start) * part // count // _MINUTE * _MINUTE for part in range(count)]
+    micros = F.unix_micros("event_time")
+    for number, (cut, until) in enumerate(zip(cuts, [*cuts[1:], end], strict=True), 1):
+        time = _evaluated(log, F.timestamp_micros(F.lit(cut)).cast("string"))
+        test = log.where((micros >= cut) & (micros < until))
+        yield Split(f"replay {number}", str(time), log.where(micros < cut), test)
+
+
+def _evaluated(log: DataFrame, constant: Column) -> Any:
+    """The value that Spark, in its own time zone, gives a constant expression."""
+    return log.sparkSession.range(1).select(constant).first()[0]  # type: ignore[index]
 
 
 def validation(split: Split, test_share: float) -> Split:
-    """The same kind of split once more, of what is known: what settings may be chosen by."""
+    """The same kind of split within the train events: what settings may be tuned on."""
+    name = f"{split.name}, validation"
     if split.cut is None:
-        return Split(f"{split.name}, validation", None, *leave_one_out(split.train))
+        return Split(name, None, *leave_one_out(split.train))
     cut = last_share(split.train, test_share)
-    return Split(f"{split.name}, validation", cut, *time_split(split.train, cut))
+    return Split(name, cut, *time_split(split.train, cut))
 
 
 def time_split(interactions: DataFrame, cut: str) -> tuple[DataFrame, DataFrame]:
-    """Events before the cut, and those from it on."""
-    at = F.to_timestamp(F.lit(cut))
-    return interactions.where(F.col("event_time") < at), interactions.where(
-        F.col("event_time") >= at
-    )
+    """Events before the cut, and events from the cut on."""
+    before = F.col("event_time") < F.to_timestamp(F.lit(cut))
+    return interactions.where(before), interactions.where(~before)
 
 
 def leave_one_out(interactions: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Every event but the user's last, and the last one; a user with a single event has no last."""
+    """All events but each user's last, and the last ones. A user with a single event keeps it in
+    train."""
     user = Window.partitionBy("user_id")
-    ordered = interactions.withColumn(
-        "from_end", F.row_number().over(user.orderBy(F.desc("event_time"), F.desc("event_id")))
-    ).withColumn("length", F.count(F.lit(1)).over(user))
+    latest_first = user.orderBy(F.desc("event_time"), F.desc("event_id"))
+    ordered = interactions.withColumn("from_end", F.row_number().over(latest_first))
+    ordered = ordered.withColumn("length", F.count(F.lit(1)).over(user))
     last = (F.col("from_end") == 1) & (F.col("length") > 1)
     extra = ("from_end", "length")
     return ordered.where(~last).drop(*extra), ordered.where(last).drop(*extra)
 
 
 def last_share(interactions: DataFrame, share: float) -> str:
-    """The start of the day from which on about `share` of all events lie: the default cut of the time split."""
+    """The start of the first day such that about `share` of all events follow: the default cut of
+    the time split."""
     days = interactions.groupBy("event_date").agg(F.count(F.lit(1)).alias("events"))
     rows = sorted((row["event_date"], row["events"]) for row in days.collect())
-    total, later = sum(events for _, events in rows), 0
+    total = sum(events for _, events in rows)
+    later = 0
     for day, events in reversed(rows):
         later += events
         if later >= share * total:
@@ -93,20 +100,22 @@ def last_share(interactions: DataFrame, share: float) -> str:
     raise ValueError("the log is empty")
 
 
-def relevant(known: DataFrame, hidden: DataFrame, candidates: DataFrame) -> DataFrame:
-    """user_id, relevant: the candidate items of a user's hidden events that aren't in the user's known ones.
+def relevant(
+    train: DataFrame,
+    test: DataFrame,
+    candidates: DataFrame,
+) -> DataFrame:
+    """user_id, relevant: the candidate items of a user's test events that aren't in the user's
+    train events.
 
-    Users without such an item, or without a known event on any item, can't be judged and are left out.
+    Users without such an item, or without a train event, can't be tested and are left out.
     """
+    known = train.select("user_id", "item_id").distinct()
     new = (
-        hidden.select("user_id", "item_id")
+        test.select("user_id", "item_id")
         .distinct()
-        .join(
-            known.select("user_id", "item_id").distinct(),
-            on=["user_id", "item_id"],
-            how="left_anti",
-        )
+        .join(known, on=["user_id", "item_id"], how="left_anti")
         .join(candidates.select("item_id"), on="item_id", how="left_semi")
-        .join(known.select("user_id").distinct(), on="user_id", how="left_semi")
+        .join(train.select("user_id").distinct(), on="user_id", how="left_semi")
     )
     return new.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("relevant"))

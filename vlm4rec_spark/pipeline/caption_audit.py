@@ -202,7 +202,7 @@ def _judge(
     found += [*agreeing, *figures.drift(before, now, cosines, seed)]
     if sample.asked is None:
         return found, [
-            _example(sample, miss.place) | {"attribute": miss.attribute, "value": miss.value}
+            _example(sample, miss.index) | {"attribute": miss.attribute, "value": miss.value}
             for miss in figures.spread(misses, _EXAMPLES)
         ]
     more, examples = _judge_again(sample, sample.asked, vectors, seed)

@@ -81,7 +81,7 @@ def ask(context: RunContext, sampled: Sequence[Row]) -> Asked | None:
     )
     columns = ["caption_key", "image_sha256", "uri", "image", "attempts", "prompt", "rank"]
     again = recaption(there.select(*columns), settings.model.max_side, http)
-    blank, about = perturbations.blank_photo(), prompt.about({}) if prompt.fields else None
+    blank, about = perturbations.blank_photo(), prompt.render({}) if prompt.fields else None
     one = (_NOTHING, hashlib.sha256(blank).hexdigest(), None, blank, 0, about, len(chosen))
     tasks = max(1, min(gpus.slots(context.spark), -(-len(chosen) // settings.batch_size)))
     made = worker.caption_photos(

@@ -29,7 +29,7 @@ def evaluate(context: RunContext, result: StageResult) -> None:
     )
     result.ok = sum(json.loads(split)["users"] for split in result.details.values())
     rows += caption_audit.audit(context, result)
-    rows = [row | {"run_id": context.run_id, "control": row["control"] or ""} for row in rows]
+    rows = [row | {"run_id": context.run_id} for row in rows]
     metrics = context.spark.createDataFrame(rows, schemas.METRICS.schema)
     context.tables.insert(schemas.METRICS, metrics)
 
@@ -70,7 +70,7 @@ def _tables(
     embeddings = _embeddings(context)
     rows = embeddings.select("representation").distinct().collect()
     representations = {row["representation"] for row in rows}
-    if unknown := evaluation.needed(settings, serving) - representations:
+    if unknown := evaluation.required_representations(settings, serving) - representations:
         raise RunError(
             f"evaluate.arms: {', '.join(sorted(unknown))}: neither a baseline "
             f"({', '.join(arms.BASELINES)}) nor blend nor a fusion nor one of "

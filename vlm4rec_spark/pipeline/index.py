@@ -46,7 +46,7 @@ def index(context: RunContext, result: StageResult) -> None:
         "dimension": str(searcher.vectors.shape[1]),
         "approximate": str(searcher.approximate).lower(),
         "base": searcher.base,
-        "delta": str(len(searcher.fresh)),
+        "delta": str(len(searcher.delta)),
         "representation": representation,
         "bytes": str(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())),
     }

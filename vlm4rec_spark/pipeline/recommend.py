@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -20,7 +19,7 @@ from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.calibration import Calibration, Tried
+from vlm4rec_spark.models.ranking.calibration import Calibration, EffortTrial
 from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules
 from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.pipeline.index import index_folder, index_id
@@ -42,7 +41,7 @@ _EVERYBODY = "coalesce(user_id, '') = ''"
 class _Inputs:
     """What the lists are made from.
 
-    `item_rows` are those of `rules.item_rows`, and `list_rules` is made of them. `refused` holds
+    `item_rows` are those of `rules.rules_by_item`, and `list_rules` is made of them. `refused` holds
     the user_id of users without consent. `usable` holds the profiles that have a vector and
     consent, with the user's rules.
     """
@@ -68,7 +67,7 @@ class _Search:
     calibration: Calibration
     description: str
     users: int
-    matching: stage.Matching
+    matching: stage.ProfileScoring
     open_searcher: Callable[[], Searcher]
 
 
@@ -117,15 +116,13 @@ def _load(context: RunContext) -> _Inputs:
     users = context.tables.read(schemas.USERS)
     items = _with_availability(context, context.read(schemas.ITEMS))
     photos = context.tables.read(schemas.PHOTOS)
-    item_rows = rules.item_rows(items, photos, settings.rules, settings.caps)
-    list_rules = rules.list_rules(
-        item_rows.toArrow(),
-        searcher,
-        settings.variants,
-        settings.caps,
-        settings.similarity_threshold,
-        settings.min_score,
-        settings.diversity,
+    item_rows = rules.rules_by_item(items, photos, settings.rules, settings.caps)
+    list_rules = rules.list_rules(item_rows.toArrow(), searcher, settings.variants, settings.caps)
+    list_rules = replace(
+        list_rules,
+        similarity_threshold=settings.similarity_threshold,
+        min_score=settings.min_score,
+        diversity=settings.diversity,
     )
     refused = users.where(~F.col("consent")).select("user_id")
     with_vector = profiles.where(F.col("embedding").isNotNull())
@@ -144,7 +141,7 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
     calibration = stage.calibrate(
         searcher, sample, inputs.list_rules, settings.k, settings.target_recall, matching
     )
-    description = calibration.words(searcher.manifest["leaves"])
+    description = calibration.describe(searcher.leaves)
     users = inputs.usable.count()
     context.reporter.info(
         f"recommending for {users:,} users, {description}, recall {calibration.recall:.3f} on "
@@ -162,7 +159,7 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
         depth += inputs.list_rules.initial_depth(settings.k) - settings.k
         deep = replace(calibration.effort, candidates=depth)
         open_neighbors = _open_neighbors(context, inputs, search, deep, sample)
-        search = replace(search, matching=replace(matching, neighbors=open_neighbors))
+        search = replace(search, matching=replace(matching, open_neighbors=open_neighbors))
     return search
 
 
@@ -181,7 +178,7 @@ def _score(context: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
     if settings.popularity_fallback:
         log = _without_bots(context, context.log())
         users = _users_without_profile(context, log, inputs)
-        by_popularity = popularity.ByPopularity(_popular_items(context, log, inputs))
+        by_popularity = popularity.PopularityScoring(_popular_items(context, log, inputs))
         popular_lists = stage.recommend(
             users, search.open_searcher, inputs.list_rules, settings.k, None, by_popularity
         )
@@ -233,11 +230,11 @@ def _calibration_state(calibration: Calibration, target_recall: float) -> Calibr
         calibration.low,
         calibration.users,
         calibration.exact_per_second,
-        tuple(_tried_effort(tried) for tried in calibration.tried),
+        tuple(_tried_effort(tried) for tried in calibration.trials),
     )
 
 
-def _tried_effort(tried: Tried) -> TriedEffort:
+def _tried_effort(tried: EffortTrial) -> TriedEffort:
     effort = tried.effort
     return TriedEffort(effort.leaves, effort.candidates, tried.recall, tried.low, tried.per_second)
 
@@ -247,7 +244,7 @@ def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> 
     settings = context.config.recommend
     rows = _with_rule_bits(context, rows, users)
     if settings.repeatable_events or settings.repurchase_days:
-        excluded = rules.not_again(
+        excluded = rules.not_repeatable(
             context.log(),
             context.read(schemas.ITEMS),
             settings.repeatable_events,
@@ -268,7 +265,7 @@ def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> 
 
 def _with_rule_bits(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
     """The rows with `rules`, the bits of the rules that apply to the user."""
-    everybody, some = rules.applying(users, context.config.recommend.rules)
+    everybody, some = rules.rules_by_user(users, context.config.recommend.rules)
     bits = F.lit(everybody).cast("bigint")
     if some is not None:
         rows = rows.join(some, on="user_id", how="left")
@@ -332,29 +329,31 @@ def _users_without_profile(context: RunContext, log: DataFrame, inputs: _Inputs)
     return _with_user_rules(context, rows, users)
 
 
-def _popular_items(context: RunContext, log: DataFrame, inputs: _Inputs) -> popularity.Best:
+def _popular_items(
+    context: RunContext, log: DataFrame, inputs: _Inputs
+) -> popularity.PopularByRules:
     """The popular items of each segment, for each combination of rules that applies to a user."""
-    everybody, some = rules.applying(inputs.users, context.config.recommend.rules)
+    everybody, some = rules.rules_by_user(inputs.users, context.config.recommend.rules)
     combinations = {everybody}
     if some is not None:
         bits = some.select("rules").distinct().collect()
         combinations |= {everybody | row["rules"] for row in bits}
-    counts = popularity.counts(log, context.read(schemas.ITEMS), inputs.users).persist()
-    best: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+    counts = popularity.count_users(log, context.read(schemas.ITEMS), inputs.users).persist()
+    popular = {}
     for combination in sorted(combinations):
         required = F.lit(combination | AVAILABLE)
         allowed = inputs.item_rows.where(F.col("allowed").bitwiseAND(required) == required)
-        shares = popularity.best(counts, allowed).toArrow()
-        best |= popularity.placed(shares, combination, inputs.searcher)
+        shares = popularity.popular_items(counts, allowed).toArrow()
+        popular[combination] = popularity.by_position(shares, inputs.searcher)
     counts.unpersist()
-    return best
+    return popular
 
 
-def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> stage.Matching:
+def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> stage.ProfileScoring:
     """By the profiles' shape, and with co-occurrence counted in the profiles if it has a share."""
     settings = context.config.item_item
-    content = stage.Matching(
-        context.config.profiles.shape, tastes_per_user=context.config.profiles.tastes
+    content = stage.ProfileScoring(
+        context.config.profiles.shape, max_interests=context.config.profiles.tastes
     )
     if not settings.share:
         return content
@@ -364,7 +363,7 @@ def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> s
     folder = build_item_item(pairs, searcher, Path(context.config.index.folder) / "item_item")
     opens = ship(context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open)
     return replace(
-        content, share=settings.share, position_decay=settings.position_decay, opens=opens
+        content, share=settings.share, position_decay=settings.position_decay, open_item_item=opens
     )
 
 

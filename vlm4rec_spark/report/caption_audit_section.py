@@ -1,6 +1,7 @@
-"""The caption audit in plain words: each figure beside its control, and what a good one looks like; its examples.
+"""The caption audit in plain words: each metric with its control, and what a good value looks like;
+its examples.
 
-Knows the metrics of split `captions` and the figures of evaluate; knows no HTML.
+Knows the metrics of split `captions` and the details of evaluate; knows no HTML.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vlm4rec_spark.report.data import AuditExample, Metric, ReportData, StageRun, figures
-from vlm4rec_spark.report.thumbnails import Album, Place
+from vlm4rec_spark.report.data import AuditExample, MetricRow, ReportData, StageRun, parse_details
+from vlm4rec_spark.report.thumbnails import PhotoKey, Thumbnails
 
 SPLIT = "captions"
 _DETAILS = "caption_audit"
@@ -17,194 +18,220 @@ _DETAILS = "caption_audit"
 
 @dataclass(frozen=True)
 class AuditLine:
-    """A figure, as a share unless it is a `number`; `doubtful` where it isn't apart from its control."""
+    """A metric as a share, or a plain `number`. `doubtful` if it is no better than its control."""
 
     what: str
-    figure: Metric
-    control: str
+    metric: MetricRow
     good: str
-    against: Metric | None = None
+    control: MetricRow | None = None
+    control_name: str = ""
     number: bool = False
     doubtful: bool = False
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found of one captioner's captions; `notes` are sentences."""
+    """The audit of one captioner; `notes` are sentences."""
 
     model: str
     notes: tuple[str, ...]
     lines: tuple[AuditLine, ...]
 
 
+@dataclass(frozen=True)
+class _Check:
+    """How a metric of the table is shown. `control` is the metric that it must exceed.
+
+    With `lower` it must not exceed its control.
+    """
+
+    metric: str
+    what: str
+    good: str
+    control: str = ""
+    control_name: str = ""
+    lower: bool = False
+    number: bool = False
+
+
+_DISTINCT = (
+    _Check(
+        "distinct_share",
+        "Distinct captions, in the sample",
+        "near 100 %: photos that share a caption can't be told apart",
+    ),
+    _Check(
+        "distinct_share_all",
+        "Distinct captions, of all in force",
+        "less in a large catalogue",
+    ),
+)
+_RETRIEVAL_AND_DRIFT = (
+    _Check(
+        "self_rank_1",
+        "Photos that find their own caption first, described anew",
+        "far above chance",
+        "self_rank_1_chance",
+        "chance",
+    ),
+    _Check(
+        "self_rank_10",
+        "Photos that find their own caption in the top 10",
+        "far above chance",
+        "self_rank_10_chance",
+        "chance",
+    ),
+    _Check(
+        "self_median_rank",
+        "Median rank of a photo's own caption",
+        "1 or a little more",
+        "self_median_rank_chance",
+        "chance",
+        lower=True,
+        number=True,
+    ),
+    _Check(
+        "blank_equal",
+        "Captions that equal the caption of a blank photo",
+        "0 %",
+    ),
+    _Check(
+        "blank_cosine",
+        "Their similarity to that caption (cosine)",
+        "no higher than the control",
+        "pair_cosine",
+        "two photos' captions",
+        lower=True,
+        number=True,
+    ),
+    _Check(
+        "drift_changed",
+        "Captions that differ from the photo's earlier one",
+        "as many as the change of model or prompt should change",
+    ),
+    _Check(
+        "drift_cosine",
+        "Similarity of the two (cosine)",
+        "near 1 if only words have changed",
+        number=True,
+    ),
+)
+
+
 class AuditExamples:
     """The examples of the latest evaluation; each needs its photo."""
 
     def __init__(self, evaluated: StageRun | None):
-        few = figures(evaluated.details.get(_DETAILS)).get("examples") if evaluated else None
-        self._few = (
-            [each for each in few if isinstance(each, dict)] if isinstance(few, list) else []
-        )
+        details = parse_details(evaluated.details.get(_DETAILS)) if evaluated else {}
+        self._examples = _objects(details.get("examples"))
 
     @property
-    def places(self) -> list[Place]:
-        return [(each["item_id"], each["position"]) for each in self._few]
+    def photo_keys(self) -> list[PhotoKey]:
+        return [(example["item_id"], example["position"]) for example in self._examples]
 
-    def shown(self, album: Album) -> tuple[AuditExample, ...]:
+    def with_photos(self, thumbnails: Thumbnails) -> tuple[AuditExample, ...]:
         return tuple(
             AuditExample(
-                album.photo(place, each["caption"]),
-                each.get("again"),
-                each.get("rank"),
-                each.get("attribute"),
-                each.get("value"),
+                thumbnails.photo(key, example["caption"]),
+                example.get("again"),
+                example.get("rank"),
+                example.get("attribute"),
+                example.get("value"),
             )
-            for place, each in zip(self.places, self._few, strict=True)
+            for key, example in zip(self.photo_keys, self._examples, strict=True)
         )
 
 
 def audits(data: ReportData) -> list[Audit]:
-    """One for each captioner whose captions were looked at; none where there were too few for any figure."""
-    evaluated = data.run("evaluate")
-    told = figures(evaluated.details.get(_DETAILS)) if evaluated else {}
-    by_model: dict[str, dict[str, Metric]] = {}
-    for metric in data.metrics:
-        if metric.split == SPLIT and metric.value is not None:
-            by_model.setdefault(metric.arm, {})[metric.metric] = metric
-    said = told.get("captioners")
-    notes = (
-        {str(each.get("model")): each for each in said if isinstance(each, dict)}
-        if isinstance(said, list)
-        else {}
-    )
-    found = [
-        Audit(model, tuple(_notes(notes.get(model, {}))), lines)
-        for model, metrics in by_model.items()
-        if (lines := tuple(_lines(metrics)))
+    """One per captioner, in the order of the run's details; none without any value."""
+    details = parse_details(data.details("evaluate").get(_DETAILS))
+    captioners = {
+        str(captioner.get("model")): captioner for captioner in _objects(details.get("captioners"))
+    }
+    by_model: dict[str, dict[str, MetricRow]] = {}
+    for row in data.metrics:
+        if row.split == SPLIT and row.value is not None:
+            by_model.setdefault(row.arm, {})[row.metric] = row
+    order = [*captioners, *sorted(by_model.keys() - captioners.keys())]
+    audits = [
+        Audit(model, tuple(_notes(captioners.get(model, {}))), tuple(_lines(by_model[model])))
+        for model in order
+        if model in by_model
     ]
-    order = list(notes)
-    return sorted(
-        found,
-        key=lambda audit: (order.index(audit.model) if audit.model in notes else 99, audit.model),
-    )
+    return [audit for audit in audits if audit.lines]
 
 
 def trouble(data: ReportData) -> str:
-    """Why the captioner couldn't be asked again; empty where it could, or wasn't to be."""
-    evaluated = data.run("evaluate")
-    return str(figures(evaluated.details.get(_DETAILS)).get("trouble", "")) if evaluated else ""
+    """Why the captioner couldn't describe the sample again; empty if it could, or wasn't asked
+    to."""
+    details = parse_details(data.details("evaluate").get(_DETAILS))
+    return str(details.get("trouble", ""))
 
 
-def _notes(told: Mapping[str, object]) -> Iterator[str]:
-    if told.get("sampled"):
-        yield f"{told['sampled']:,} of {told['in_force']:,} captions in force were looked at."
-    if told.get("asked"):
-        yield f"{told['asked']:,} of the photos were described a second time, mirrored and with their margins cut."
-    failures = told.get("failures")
+def _objects(value: object) -> list[dict]:
+    """The JSON objects in a list; none if it isn't a list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _notes(captioner: Mapping[str, object]) -> Iterator[str]:
+    if captioner.get("sampled"):
+        sampled = captioner["sampled"]
+        yield f"The sample is {sampled:,} of {captioner['in_force']:,} captions in force."
+    if captioner.get("asked"):
+        yield (
+            f"The model described {captioner['asked']:,} of the photos a second time, mirrored "
+            "and with their margins cut."
+        )
+    failures = captioner.get("failures")
     if isinstance(failures, dict) and failures:
         classes = ", ".join(
             f"{str(name).replace('_', ' ')} {count:,}" for name, count in failures.items()
         )
-        yield f"{sum(failures.values()):,} of them got no caption then ({classes}) and count as not found."
-    if told.get("of_nothing"):
-        yield f"Of a photo that shows nothing but grey the model says: “{told['of_nothing']}”"
-    elif told.get("refused"):
-        yield "Of a photo that shows nothing but grey the model gives no caption, as it should."
-    earlier = told.get("earlier")
+        total = sum(failures.values())
+        yield f"{total:,} of them got no caption then ({classes}) and count as not found."
+    if captioner.get("of_nothing"):
+        yield f"For a blank grey photo the model says: “{captioner['of_nothing']}”"
+    elif captioner.get("refused"):
+        yield "For a blank grey photo the model gives no caption, as it should."
+    earlier = captioner.get("earlier")
     if isinstance(earlier, list) and earlier:
         yield f"Earlier captions of these photos are by {'; '.join(map(str, earlier))}."
 
 
-def _lines(by_name: Mapping[str, Metric]) -> Iterator[AuditLine]:
-    def line(
-        name: str,
-        what: str,
-        control: str,
-        good: str,
-        against: str = "",
-        sign: int = 1,
-        number: bool = False,
-    ) -> Iterator[AuditLine]:
-        if name in by_name:
-            other = by_name.get(against)
-            doubtful = other is not None and not _apart(by_name[name], other, sign)
-            yield AuditLine(
-                what, by_name[name], control if other else "", good, other, number, doubtful
-            )
-
-    yield from line(
-        "distinct_share",
-        "Distinct captions, of those looked at",
-        "",
-        "near 100 %: photos that share a caption can't be told apart",
-    )
-    yield from line(
-        "distinct_share_all", "Distinct captions, of all in force", "", "less in a large catalogue"
-    )
-    for name in sorted(by_name):
-        kind, _, attribute = name.partition("/")
-        if kind == "agreement":
-            yield from line(
-                name,
-                f"Captions that name the catalogue's {attribute}",
-                "captions of other photos",
-                "far above the control",
-                f"agreement_shuffled/{attribute}",
-            )
-    asked = "Photos that find their own caption "
-    yield from line(
-        "self_rank_1",
-        f"{asked}first, described anew",
-        "chance",
-        "far above chance",
-        "self_rank_1_chance",
-    )
-    yield from line(
-        "self_rank_10",
-        f"{asked}among the nearest 10",
-        "chance",
-        "far above chance",
-        "self_rank_10_chance",
-    )
-    yield from line(
-        "self_median_rank",
-        "Rank of a photo's own caption, the median",
-        "chance",
-        "1 or a little more",
-        "self_median_rank_chance",
-        -1,
-        number=True,
-    )
-    yield from line(
-        "blank_equal", "Captions that are just what is said of a photo of nothing", "", "0 %"
-    )
-    yield from line(
-        "blank_cosine",
-        "Their similarity to that text (cosine)",
-        "two photos' captions",
-        "no higher than the control",
-        "pair_cosine",
-        -1,
-        number=True,
-    )
-    yield from line(
-        "drift_changed",
-        "Captions that have changed since the photo's earlier one",
-        "",
-        "as many as the change of model or prompt is meant for",
-    )
-    yield from line(
-        "drift_cosine",
-        "Similarity of the two (cosine)",
-        "",
-        "near 1 where only words have changed",
-        number=True,
-    )
+def _lines(metrics: Mapping[str, MetricRow]) -> Iterator[AuditLine]:
+    attributes = sorted(name.partition("/")[2] for name in metrics if name.startswith("agreement/"))
+    agreement = [
+        _Check(
+            f"agreement/{attribute}",
+            f"Captions that name the catalogue's {attribute}",
+            "far above the control",
+            f"agreement_shuffled/{attribute}",
+            "captions of other photos",
+        )
+        for attribute in attributes
+    ]
+    for check in (*_DISTINCT, *agreement, *_RETRIEVAL_AND_DRIFT):
+        if check.metric not in metrics:
+            continue
+        metric = metrics[check.metric]
+        control = metrics.get(check.control)
+        yield AuditLine(
+            check.what,
+            metric,
+            check.good,
+            control,
+            check.control_name if control else "",
+            check.number,
+            doubtful=control is not None and not _passes(metric, control, check.lower),
+        )
 
 
-def _apart(figure: Metric, control: Metric, sign: int) -> bool:
-    """Whether the figure lies on the good side of its control: clearly above (1), or not clearly above (-1)."""
-    if figure.low is None or figure.value is None or control.value is None:
-        return (figure.value or 0) * sign > (control.value or 0) * sign
-    above = figure.low > (control.value if control.high is None else control.high)
-    return above if sign > 0 else not above
+def _passes(metric: MetricRow, control: MetricRow, lower: bool) -> bool:
+    """Whether the metric is clearly above its control; with `lower`, whether it isn't clearly
+    above."""
+    value = metric.value or 0
+    limit = control.value or 0
+    if metric.low is None or metric.value is None or control.value is None:
+        return value < limit if lower else value > limit
+    clearly_above = metric.low > (control.value if control.high is None else control.high)
+    return clearly_above != lower

@@ -1,16 +1,22 @@
-"""What the report shows, as plain values: the seam between collecting (Spark) and rendering (Jinja2).
+"""What the report shows, as plain values: the seam between collecting (Spark) and rendering
+(Jinja2).
 
-Knows no DataFrame and no HTML. Everything is bounded and in a fixed order, so that equal tables give an equal page.
+Knows no DataFrame and no HTML. Everything is bounded and ordered, so equal tables give an equal
+page.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.storage.state import CalibrationState
 
 
 class ReportSettings(BaseModel):
@@ -20,14 +26,14 @@ class ReportSettings(BaseModel):
 
     path: str = Field("report.html", min_length=1)
     users: int = Field(6, ge=0, le=100)
-    """Users whose history and recommendations are shown; one of them with a short history."""
+    """Users whose history and recommendations are shown; one of them has a short history."""
     photos: int = Field(24, ge=0, le=500)
-    """Photos shown beside their captions."""
+    """Photos shown with their captions."""
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """The latest good run of a stage; `failed_since`: a later one that failed."""
+    """The latest good run of a stage. `failed_since` is the time of a later run that failed."""
 
     stage: str
     run_id: str
@@ -45,7 +51,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What the last run that took any items, photos or interactions found; read = taken + rejected + skipped."""
+    """The last run that took any rows of this source; read = taken + rejected + skipped."""
 
     name: str
     read: int
@@ -57,7 +63,7 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Rows of a source that were not taken for one reason, with one of them."""
+    """How many rows of a source were rejected for one reason, with an example."""
 
     source: str
     reason: str
@@ -66,8 +72,8 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class ShownPhoto:
-    """An item's photo as a `data:` URI, or what is wrong with it. The caption is what the model said of it."""
+class PhotoCard:
+    """An item's photo as a `data:` URI, or the problem with it, and the model's caption."""
 
     item_id: str
     title: str | None = None
@@ -75,43 +81,46 @@ class ShownPhoto:
     problem: str = "no photo"
     caption: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
-    """What a structured prompt was told of it, by name."""
+    """The model's answers to a structured prompt, by name."""
 
 
 @dataclass(frozen=True)
-class Failure:
+class CaptionFailure:
     """A photo without a caption, and why."""
 
-    photo: ShownPhoto
+    photo: PhotoCard
     error_class: str
     error: str
 
 
 @dataclass(frozen=True)
-class Captions:
-    """How the captions in force came about, with some of them."""
+class CaptionSummary:
+    """How the captions in force were made, with examples."""
 
     statuses: Mapping[str, int] = field(default_factory=dict)
     failed_classes: Mapping[str, int] = field(default_factory=dict)
-    samples: tuple[ShownPhoto, ...] = ()
-    failures: tuple[Failure, ...] = ()
-    worked: StageRun | None = None
-    """The last run in which the model had something to do."""
-    shortest: tuple[ShownPhoto, ...] = ()
-    longest: tuple[ShownPhoto, ...] = ()
+    samples: tuple[PhotoCard, ...] = ()
+    failures: tuple[CaptionFailure, ...] = ()
+    model_run: StageRun | None = None
+    """The last run in which the model described photos."""
+    shortest: tuple[PhotoCard, ...] = ()
+    longest: tuple[PhotoCard, ...] = ()
     covered: int = 0
     """Items that have a caption."""
     attributes: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
-    """Of each attribute the commonest values, with the photos that have them."""
+    """The commonest values of each attribute, with their number of photos."""
 
 
 @dataclass(frozen=True)
 class AuditExample:
-    """A photo whose caption is in doubt: described `again` otherwise (None: not at all), its own caption at that rank;
-    or its caption doesn't name what the catalogue says."""
+    """A photo whose caption is in doubt.
 
-    photo: ShownPhoto
-    again: str | None = None
+    Either a second description differs (`second_caption`, None if there is none) and the photo's
+    caption has this `rank`. Or the caption doesn't name the catalogue's value of an attribute.
+    """
+
+    photo: PhotoCard
+    second_caption: str | None = None
     rank: float | None = None
     attribute: str | None = None
     value: str | None = None
@@ -121,16 +130,16 @@ class AuditExample:
 class SharedPhoto:
     """Identical bytes under several items."""
 
-    photo: ShownPhoto
+    photo: PhotoCard
     other_item_id: str
     items: int
 
 
 @dataclass(frozen=True)
-class PhotoStock:
-    """What kinds of photos there are, among `looked_at`, and which contents stand under several items."""
+class PhotoSummary:
+    """The kinds of photos in a sample, and the contents that several items share."""
 
-    looked_at: int = 0
+    sampled: int = 0
     kinds: Mapping[str, int] = field(default_factory=dict)
     shared_contents: int = 0
     shared_photos: int = 0
@@ -138,30 +147,30 @@ class PhotoStock:
 
 
 @dataclass(frozen=True)
-class Recommended:
-    """One recommendation, the history item that it is nearest to, and what shares its place."""
+class RecommendedItem:
+    """A recommendation, the closest item of the history, and the variants that it stands for."""
 
-    photo: ShownPhoto
+    photo: PhotoCard
     score: float
-    because: ShownPhoto | None = None
+    because: PhotoCard | None = None
     terms: tuple[str, ...] = ()
-    collapsed: tuple[ShownPhoto, ...] = ()
+    collapsed: tuple[PhotoCard, ...] = ()
 
 
 @dataclass(frozen=True)
-class User:
-    """A user's history, most recent first (`history_items` of them, some shown), and their list in rank order."""
+class UserCard:
+    """A user's list in rank order, and the latest of their `history_items`, latest first."""
 
     user_id: str
     history_items: int
     events: int
-    history: tuple[ShownPhoto, ...]
-    recommended: tuple[Recommended, ...]
+    history: tuple[PhotoCard, ...]
+    recommended: tuple[RecommendedItem, ...]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One row of the table `metrics`; value is None where the slice has too few users for a number."""
+class MetricRow:
+    """A row of the table `metrics`; value is None if the slice has too few users for a number."""
 
     split: str
     arm: str
@@ -172,61 +181,59 @@ class Metric:
     low: float | None
     high: float | None
     users: int
-    control: str | None = None
+    control: str = ""
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
     p_value: float | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval of the difference to the control excludes 0."""
+        if self.difference_low is None or self.difference_high is None:
+            return False
+        return not self.difference_low <= 0 <= self.difference_high
+
+    def as_difference(self) -> MetricRow:
+        """The difference to the control in place of the value."""
+        return replace(
+            self,
+            value=self.difference,
+            low=self.difference_low,
+            high=self.difference_high,
+        )
 
 
 @dataclass(frozen=True)
 class DiscordantUser:
-    """A user for whom the arm `by` found an item, at this rank, and `not_by` nothing, which recommended others."""
+    """A user with a hit by one arm, at this rank, and none by the other, which had `instead`."""
 
     split: str
     user_id: str
-    by: str
-    not_by: str
+    hit_by: str
+    missed_by: str
     rank: int
-    found: ShownPhoto
-    instead: tuple[ShownPhoto, ...] = ()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting of the search that the calibration tried: recall, its lower 95 % bound, lists a second."""
-
-    leaves: int
-    candidates: int
-    recall: float
-    low: float
-    per_second: float
-
-
-@dataclass(frozen=True)
-class RecallCurve:
-    """What recommend tried before it took a search. `exact`: lists a second of exact search. `k`: of the recall.
-
-    `taken`: None for exact search."""
-
-    tried: tuple[Setting, ...]
-    promise: float
-    exact: float | None
-    taken: Setting | None
-    k: str
+    hit: PhotoCard
+    instead: tuple[PhotoCard, ...] = ()
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything on the page. `counts`: rows of items, photos, captions, interactions, users with a list."""
+    """Everything on the page. `counts`: items, photos, captions, interactions, users with a
+    list."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     runs: tuple[StageRun, ...] = ()
     sources: tuple[SourceSummary, ...] = ()
     rejections: tuple[Rejection, ...] = ()
-    stock: PhotoStock = PhotoStock()
-    captions: Captions = Captions()
-    audit: tuple[AuditExample, ...] = ()
-    users: tuple[User, ...] = ()
-    metrics: tuple[Metric, ...] = ()
-    apart: tuple[DiscordantUser, ...] = ()
+    photos: PhotoSummary = PhotoSummary()
+    captions: CaptionSummary = CaptionSummary()
+    audit_examples: tuple[AuditExample, ...] = ()
+    users: tuple[UserCard, ...] = ()
+    metrics: tuple[MetricRow, ...] = ()
+    discordant_users: tuple[DiscordantUser, ...] = ()
+    calibration: CalibrationState | None = None
+    """The search that recommend chose for the lists."""
 
     @property
     def latest_at(self) -> datetime | None:
@@ -235,17 +242,22 @@ class ReportData:
     def run(self, stage: str) -> StageRun | None:
         return next((run for run in self.runs if run.stage == stage), None)
 
+    def details(self, stage: str) -> Mapping[str, str]:
+        """The details of the stage's run; empty without a run."""
+        run = self.run(stage)
+        return run.details if run else {}
 
-def arm_name(arm: str) -> str:
+
+def arm_label(arm: str) -> str:
     """`title_caption/max_similarity` as people read it."""
     representation, _, shape = arm.partition("/")
     return ", ".join(filter(None, [representation.replace("_", " + "), shape.replace("_", " ")]))
 
 
-def figures(text: str | None) -> dict[str, object]:
-    """A structure out of `runs.details`; empty where there is none or it can't be read."""
+def parse_details(text: str | None) -> dict[str, object]:
+    """The JSON object in a value of `runs.details`; empty if there is none or it can't be read."""
     try:
-        found = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

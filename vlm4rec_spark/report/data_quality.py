@@ -1,149 +1,144 @@
-"""What was unusual in the data although it was taken, and what became of it. Knows the stages' figures; no HTML."""
+"""What was unusual in the data that was taken, and how it was handled. Knows the stages' run
+details; no HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vlm4rec_spark.report.data import ReportData, StageRun, figures
+from vlm4rec_spark.report.data import ReportData, parse_details
 
-_BROKEN = {
+_ERROR_CLASSES = {
     "empty": "Photos without a single byte",
     "not_an_image": "Photos that are something else",
     "html_page": "Photos that are a web page under a photo's name",
     "svg": "Photos that are an SVG drawing under a photo's name",
-    "unsupported": "Photos of a kind that isn't decoded here",
+    "unsupported": "Photos in a format that isn't decoded",
     "truncated": "Photos that end early or are damaged",
-    "too_large": "Photos with more pixels than are decoded",
-    "too_small": "Photos with a side of a few pixels only",
-    "blank": "Photos of one colour all over",
-    "empty_caption": "Photos of which the model said nothing",
-    "too_short": "Photos of which the model said fewer than three words",
+    "too_large": "Photos with too many pixels to decode",
+    "too_small": "Photos with a side of only a few pixels",
+    "blank": "Photos of a single color",
+    "empty_caption": "Photos for which the model answered nothing",
+    "too_short": "Photos with a caption of fewer than three words",
     "refusal": "Photos that the model refused to describe",
     "echo": "Photos for which the model repeated its prompt",
     "repetition": "Photos for which the model repeated itself",
-    "unreadable": "Photos that could not be read at their place any more",
-    "changed_since": "Photos that were no longer those that had been ingested",
+    "unreadable": "Photos that could no longer be read",
+    "changed_since": "Photos that had changed since they were ingested",
     "bad_attributes": "Photos for which the model gave no usable JSON",
-    "model_died": "Photos over which the model's process ended",
-    "model_hung": "Photos over which the model gave no answer in time",
-    "out_of_memory": "Photos over which the model ran out of memory",
+    "model_died": "Photos on which the model's process died",
+    "model_hung": "Photos on which the model gave no answer in time",
+    "out_of_memory": "Photos on which the model ran out of memory",
 }
 _KINDS = {
-    "CMYK": ("Photos in printing colours (CMYK)", "converted to RGB"),
-    "transparent": ("Photos with transparency", "laid on white"),
-    "turned by EXIF": ("Photos that the camera says are turned", "turned upright"),
-    "animated": ("Animated photos", "first frame taken"),
+    "CMYK": ("Photos in printing colors (CMYK)", "converted to RGB"),
+    "transparent": ("Photos with transparency", "placed on white"),
+    "turned by EXIF": ("Photos that the camera marks as turned", "turned upright"),
+    "animated": ("Animated photos", "first frame used"),
 }
 _REPEATED = {
     "items": ("Catalogue rows that repeat another", "taken once"),
-    "photos": ("Photos that were there already, unchanged", "not read again"),
+    "photos": ("Photos that were already there, unchanged", "not read again"),
     "interactions": ("Events that repeat another", "counted once"),
 }
 
 
 @dataclass(frozen=True)
-class Finding:
-    """How often something was met, and what was done about it."""
+class DataIssue:
+    """How often something unusual occurred, and how it was handled."""
 
     what: str
     count: int
-    fate: str
+    handling: str
 
 
-def findings(data: ReportData) -> list[Finding]:
-    """In the order of the data's way: photos, catalogue, log, users. What didn't occur is left out."""
-    return [finding for finding in (*_photos(data), *_log(data), *_texts(data)) if finding.count]
+def data_issues(data: ReportData) -> list[DataIssue]:
+    """In the order of the pipeline: photos, catalogue, log, users, texts. Issues that didn't occur
+    are left out."""
+    issues = (*_photos(data), *_log(data), *_users(data), *_texts(data))
+    return [issue for issue in issues if issue.count]
 
 
-def _photos(data: ReportData) -> Iterator[Finding]:
+def _photos(data: ReportData) -> Iterator[DataIssue]:
     for error_class, count in data.captions.failed_classes.items():
-        what = _BROKEN.get(error_class, f"Photos on which the model failed with {error_class}")
-        yield Finding(what, count, "no caption; the item goes by its title")
-    yield Finding(
-        "Photos whose very bytes another item has too",
-        data.stock.shared_photos,
-        f"{data.stock.shared_contents:,} distinct, each captioned once",
+        what = _ERROR_CLASSES.get(error_class, f"Photos on which the model failed: {error_class}")
+        yield DataIssue(what, count, "no caption; the item's title is used")
+    yield DataIssue(
+        "Photos whose exact bytes another item also has",
+        data.photos.shared_photos,
+        f"{data.photos.shared_contents:,} distinct, each captioned once",
     )
-    for word, (what, fate) in _KINDS.items():
-        count = sum(n for kind, n in data.stock.kinds.items() if word in kind.split(", "))
-        yield Finding(
-            what,
-            count,
-            fate if _all_seen(data) else f"{fate} ({data.stock.looked_at:,} photos looked at)",
-        )
-    details = _details(data.run("ingest"))
-    yield Finding(
-        "Items without a photo", _int(details, "items_without_photo"), "go by their title"
-    )
+    sampled = ""
+    if data.photos.sampled < data.counts.get("photos", 0):
+        sampled = f" (in a sample of {data.photos.sampled:,} photos)"
+    for word, (what, handling) in _KINDS.items():
+        counts = [count for kind, count in data.photos.kinds.items() if word in kind.split(", ")]
+        yield DataIssue(what, sum(counts), handling + sampled)
+    without_photo = _int(data.details("ingest"), "items_without_photo")
+    yield DataIssue("Items without a photo", without_photo, "their title is used")
 
 
-def _log(data: ReportData) -> Iterator[Finding]:
+def _log(data: ReportData) -> Iterator[DataIssue]:
     for source in data.sources:
-        what, fate = _REPEATED[source.name]
-        yield Finding(what, source.skipped, fate)
-    details = _details(data.run("ingest"))
-    yield Finding(
-        "Events of items that the catalogue lacks",
-        _int(details, "unknown_item_events"),
-        "kept, but count for nobody",
+        what, handling = _REPEATED[source.name]
+        yield DataIssue(what, source.skipped, handling)
+    ingest = data.details("ingest")
+    yield DataIssue(
+        "Events on items that the catalogue lacks",
+        _int(ingest, "unknown_item_events"),
+        "stored, but not used",
     )
-    yield Finding(
-        "Items that nobody touched",
-        _int(details, "untouched_items"),
+    yield DataIssue(
+        "Items without any event",
+        _int(ingest, "untouched_items"),
         "can be recommended all the same",
     )
-    profiles = _details(data.run("profiles"))
-    yield Finding(
+
+
+def _users(data: ReportData) -> Iterator[DataIssue]:
+    profiles = data.details("profiles")
+    yield DataIssue(
         "Users with more events in a day than a person makes",
         _int(profiles, "bot_users"),
-        f"taken for bots; their {_int(profiles, 'bot_events'):,} events count for nothing",
+        f"treated as bots; their {_int(profiles, 'bot_events'):,} events are not used",
     )
-    yield Finding(
+    yield DataIssue(
         "Users without a usable history",
         _int(profiles, "users_without_history"),
         "no profile, so no list of their own",
     )
 
 
-def _texts(data: ReportData) -> Iterator[Finding]:
-    embed = _details(data.run("embed"))
-    yield Finding(
-        "Items without a caption", _int(embed, "fallback"), "their title is encoded instead"
-    )
-    untidy = {name: str(count) for name, count in figures(embed.get("text_problems")).items()}
-    yield Finding(
-        "Titles and captions with page scripts",
-        _int(untidy, "scripts"),
+def _texts(data: ReportData) -> Iterator[DataIssue]:
+    embed = data.details("embed")
+    yield DataIssue("Items without a caption", _int(embed, "fallback"), "their title is encoded")
+    problems = parse_details(embed.get("text_problems"))
+    yield DataIssue(
+        "Titles and captions with scripts",
+        _int(problems, "scripts"),
         "the scripts aren't encoded",
     )
-    yield Finding(
-        "Titles and captions with markup", _int(untidy, "markup"), "the markup isn't encoded"
+    yield DataIssue(
+        "Titles and captions with markup",
+        _int(problems, "markup"),
+        "the markup isn't encoded",
     )
-    yield Finding(
+    yield DataIssue(
         "Titles and captions that are too long",
-        _int(untidy, "too_long"),
+        _int(problems, "too_long"),
         "encoded up to embed.max_words",
     )
-    identical = figures(embed.get("identical_vectors"))
+    identical = parse_details(embed.get("identical_vectors"))
     for representation in sorted(identical):
-        yield Finding(
-            f"Items whose {representation.replace('_', ' + ')} vector another item has too",
-            _int({representation: str(identical[representation])}, representation),
-            "told apart by nothing but their id",
+        yield DataIssue(
+            f"Items whose {representation.replace('_', ' + ')} vector another item also has",
+            _int(identical, representation),
+            "told apart only by their id",
         )
 
 
-def _all_seen(data: ReportData) -> bool:
-    return data.stock.looked_at >= data.counts.get("photos", 0)
-
-
-def _details(run: StageRun | None) -> Mapping[str, str]:
-    return run.details if run else {}
-
-
-def _int(details: Mapping[str, str], key: str) -> int:
+def _int(details: Mapping[str, object], key: str) -> int:
     try:
-        return int(float(details.get(key, 0)))
+        return int(float(str(details.get(key, 0))))
     except ValueError:
         return 0

@@ -1,4 +1,5 @@
-"""Metrics put in order for the page: the headline, charts and tables per split. Knows no HTML but the charts' SVG."""
+"""Metrics put in order for the page: the headline, charts and tables per split. Knows no HTML but
+the charts' SVG."""
 
 from __future__ import annotations
 
@@ -7,7 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlm4rec_spark.report import caption_audit_section, charts
-from vlm4rec_spark.report.data import DiscordantUser, Metric, ReportData, arm_name, figures
+from vlm4rec_spark.report.charts import ForestPanel, SlicePanel
+from vlm4rec_spark.report.data import (
+    DiscordantUser,
+    MetricRow,
+    ReportData,
+    arm_label,
+    parse_details,
+)
 
 ARMS = (
     "random",
@@ -26,32 +34,37 @@ ARMS = (
 )
 METRICS = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR", "hit_rate": "Hit rate"}
 _PLOTTED = ("recall", "ndcg", "mrr")
+_COMPARED = ("recall", "ndcg")
 BEYOND = {
     "coverage": "Coverage",
     "gini": "Gini",
     "novelty": "Novelty, bits",
     "intra_list_distance": "Distance in a list",
     "near_duplicate_share": "Near-duplicates",
-    "recall_shuffled": "Recall, items exchanged",
+    "recall_shuffled": "Recall, shuffled items",
 }
 _SPLITS = {"time": "Split by time", "leave_one_out": "Leave one out"}
 _FAMILIES = {
     "segment": "Segment",
     "history": "Items in the history",
     "last seen": "Days since the last event",
-    "popularity": "Popularity of what they chose, in tenths of the items",
-    "items": "What they chose was new",
-    "category": "Category of what they chose",
+    "popularity": "Popularity of the chosen items, in tenths of all items",
+    "items": "New items that were chosen",
+    "category": "Category of the chosen items",
 }
-_LINES = 4
+_MAX_LINES = 4
+"""Arms in the charts by slice."""
+_DEFAULT_K = 10
+_Table = dict[str, dict[str, MetricRow]]
+"""By arm and column."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What the arm in use scores against its control, on one metric and all users."""
+    """Recall over all users of the served arm and of its control."""
 
-    arm: Metric
-    control: Metric
+    arm: MetricRow
+    control: MetricRow
 
     @property
     def subject(self) -> str:
@@ -61,23 +74,25 @@ class Headline:
             "title": "Titles find",
             "title_caption": "Titles and captions find",
         }
-        return subject.get(self.arm.arm, f"{arm_name(self.arm.arm).capitalize()} finds")
+        return subject.get(self.arm.arm, f"{arm_label(self.arm.arm).capitalize()} finds")
 
     @property
-    def apart(self) -> bool:
-        low, high = self.arm.low, self.control.high
-        return low is not None and high is not None and low > high
+    def separate(self) -> bool:
+        """Whether the arm's interval lies above the control's."""
+        if self.arm.low is None or self.control.high is None:
+            return False
+        return self.arm.low > self.control.high
 
     @property
-    def times(self) -> float | None:
-        return (
-            self.arm.value / self.control.value if self.arm.value and self.control.value else None
-        )
+    def ratio(self) -> float | None:
+        if not self.arm.value or not self.control.value:
+            return None
+        return self.arm.value / self.control.value
 
 
 @dataclass(frozen=True)
 class SplitSection:
-    """One split: charts as SVG ("" for none), tables of arm -> column -> Metric, users whom one arm served alone."""
+    """One split: charts as SVG ("" for none), and tables of arm -> column -> MetricRow."""
 
     title: str
     k: int
@@ -85,211 +100,227 @@ class SplitSection:
     forest: str
     differences: str
     multiples: str
-    by_metric: Mapping[str, Mapping[str, Metric]]
-    beyond: Mapping[str, Mapping[str, Metric]]
-    other_k: Mapping[str, Mapping[str, Metric]]
-    apart: tuple[DiscordantUser, ...]
-    highlight: str
-    compared: str | None
-    """The arm that the others are compared with."""
-    unseen: tuple[str, ...]
-    """Arms of which no difference from it is seen."""
+    accuracy: Mapping[str, Mapping[str, MetricRow]]
+    beyond: Mapping[str, Mapping[str, MetricRow]]
+    other_k: Mapping[str, Mapping[str, MetricRow]]
+    discordant_users: tuple[DiscordantUser, ...]
+    served: str
+    """The arm that ranks like the served lists."""
+    control: str
+    """The arm that the others are compared with; empty for none."""
+    indistinct: tuple[str, ...]
+    """Arms whose recall doesn't differ from the control's."""
     chance: float | None
+    """Recall of a list drawn at random."""
 
 
-def arm_in_use(data: ReportData) -> str:
-    """The arm that production lists are made with: a blend, or representation and shape of the profiles."""
-    lists = data.run("recommend")
-    if lists and float(lists.details.get("cooccurrence_share", 0)):
+def served_arm(data: ReportData) -> str:
+    """The arm that ranks like the served lists: a blend, or the profiles' representation and
+    shape."""
+    if float(data.details("recommend").get("cooccurrence_share", 0)):
         return "blend"
-    profiles = data.run("profiles")
-    details = profiles.details if profiles else {}
-    shape = details.get("shape", "mean")
-    return details.get("representation", "caption") + (f"/{shape}" if shape != "mean" else "")
+    profiles = data.details("profiles")
+    representation = profiles.get("representation", "caption")
+    shape = profiles.get("shape", "mean")
+    return representation if shape == "mean" else f"{representation}/{shape}"
 
 
 def headline(data: ReportData) -> Headline | None:
-    """Recall over all users of the arm in use against its control, by time if that was evaluated; None without both."""
-    for split in _splits(data.metrics):
-        rows = {
-            metric.arm: metric for metric in _of(data.metrics, split) if metric.metric == "recall"
-        }
-        arm = rows.get(arm_in_use(data))
-        control = rows.get((arm and arm.control) or "popularity")
-        if (
-            arm
-            and control
-            and arm is not control
-            and arm.value is not None
-            and control.value is not None
-        ):
-            return Headline(arm, control)
+    """From the first split, by time if there is one, that has a recall for both; None without
+    any."""
+    for split in _split_names(data.metrics):
+        overall = _overall(data.metrics, split)
+        recall = {row.arm: row for row in overall if row.metric == "recall"}
+        arm = recall.get(served_arm(data))
+        if arm is None:
+            continue
+        control = recall.get(arm.control or "popularity")
+        if control is None or control is arm or None in (arm.value, control.value):
+            continue
+        return Headline(arm, control)
     return None
 
 
 def splits(data: ReportData) -> list[SplitSection]:
-    evaluated = data.run("evaluate")
-    return [
-        _split(
-            data, name, figures(evaluated.details.get(name)) if evaluated else {}, arm_in_use(data)
-        )
-        for name in _splits(data.metrics)
-    ]
+    return [_section(data, split) for split in _split_names(data.metrics)]
 
 
-def _split(
-    data: ReportData, name: str, facts: Mapping[str, object], highlight: str
-) -> SplitSection:
-    overall = _of(data.metrics, name)
+def _section(data: ReportData, split: str) -> SplitSection:
+    facts = parse_details(data.details("evaluate").get(split))
+    overall = _overall(data.metrics, split)
     k = overall[0].k if overall else 0
-    found = {(metric.arm, metric.metric): metric for metric in overall}
-    base, shape = _place(ARMS), _place(())
-    arms = sorted(
-        {metric.arm for metric in overall},
-        key=lambda arm: (base(arm.partition("/")[0]), shape(arm)),
-    )
-    compared = next((m.control for m in overall if m.control and m.p_value is not None), None)
-    others = [arm for arm in arms if (arm, "recall_difference") in found]
-    plotted = [metric for metric in _PLOTTED if any((arm, metric) in found for arm in arms)]
-    panels = [
-        (f"{METRICS[metric]}@{k}", [found.get((arm, metric)) for arm in arms]) for metric in plotted
-    ]
-    apart = [
-        (
-            f"{METRICS[metric]}@{k}, less {arm_name(compared or '')}",
-            [found.get((arm, f"{metric}_difference")) for arm in others],
-        )
-        for metric in plotted[:2]
-    ]
-    candidates = facts.get("candidates")
+    rows = {(row.arm, row.metric): row for row in overall}
+    arms = _sorted_arms({row.arm for row in overall})
+    control = next((row.control for row in overall if row.p_value is not None), "")
+    differing = [arm for arm in arms if _difference(rows.get((arm, "recall")))]
+    served = served_arm(data)
     return SplitSection(
-        title=_SPLITS.get(name, name.capitalize()),
+        title=_SPLITS.get(split, split.capitalize()),
         k=k,
         facts=facts,
-        forest=charts.forest(panels, arms, highlight) if panels else "",
-        differences=charts.forest(apart, others, highlight) if others else "",
-        multiples=_multiples(data.metrics, name, k, found, highlight, compared),
-        by_metric=_table(found, arms, METRICS),
-        beyond=_table(found, arms, BEYOND),
-        other_k=_lengths(data.metrics, name, arms, k),
-        apart=tuple(each for each in data.apart if each.split == name),
-        highlight=highlight,
-        compared=compared,
-        unseen=tuple(arm for arm in others if not _seen(found[arm, "recall_difference"])),
-        chance=min(1.0, k / candidates) if isinstance(candidates, int) and candidates else None,
+        forest=_forest(rows, arms, k, served),
+        differences=_differences(rows, differing, k, served, control),
+        multiples=_multiples(data.metrics, overall, served, control),
+        accuracy=_table(rows, arms, METRICS),
+        beyond=_table(rows, arms, BEYOND),
+        other_k=_other_lengths(data.metrics, split, arms, k),
+        discordant_users=tuple(user for user in data.discordant_users if user.split == split),
+        served=served,
+        control=control,
+        indistinct=tuple(arm for arm in differing if not rows[arm, "recall"].differs),
+        chance=_chance(facts, k),
     )
+
+
+def _chance(facts: Mapping[str, object], k: int) -> float | None:
+    candidates = facts.get("candidates")
+    if not isinstance(candidates, int) or not candidates:
+        return None
+    return min(1.0, k / candidates)
+
+
+def _difference(row: MetricRow | None) -> MetricRow | None:
+    return row.as_difference() if row and row.difference is not None else None
+
+
+def _forest(
+    rows: Mapping[tuple[str, str], MetricRow], arms: Sequence[str], k: int, served: str
+) -> str:
+    panels = [
+        ForestPanel(f"{METRICS[metric]}@{k}", [rows.get((arm, metric)) for arm in arms])
+        for metric in _PLOTTED
+        if any((arm, metric) in rows for arm in arms)
+    ]
+    return charts.forest(panels, arms, served) if panels else ""
+
+
+def _differences(
+    rows: Mapping[tuple[str, str], MetricRow],
+    arms: Sequence[str],
+    k: int,
+    served: str,
+    control: str,
+) -> str:
+    panels = []
+    for metric in _COMPARED:
+        differences = [_difference(rows.get((arm, metric))) for arm in arms]
+        title = f"{METRICS[metric]}@{k}, less {arm_label(control)}"
+        if any(differences):
+            panels.append(ForestPanel(title, differences))
+    return charts.forest(panels, arms, served) if panels else ""
 
 
 def _table(
-    found: Mapping[tuple[str, str], Metric], arms: Sequence[str], names: Mapping[str, str]
-) -> dict[str, dict[str, Metric]]:
-    """By arm and column; no rows where no arm has any of them."""
+    rows: Mapping[tuple[str, str], MetricRow], arms: Sequence[str], columns: Mapping[str, str]
+) -> _Table:
+    """No rows if no arm has any of the columns."""
     table = {
-        arm: {said: found[arm, name] for name, said in names.items() if (arm, name) in found}
+        arm: {title: rows[arm, name] for name, title in columns.items() if (arm, name) in rows}
         for arm in arms
     }
     return table if any(table.values()) else {}
 
 
-def _lengths(
-    metrics: Sequence[Metric], split: str, arms: Sequence[str], k: int
-) -> dict[str, dict[str, Metric]]:
-    """Recall and NDCG at the other lengths, as columns."""
-    ours = [
-        m
-        for m in metrics
-        if m.split == split and m.slice == "all" and m.k != k and m.metric in ("recall", "ndcg")
+def _other_lengths(metrics: Sequence[MetricRow], split: str, arms: Sequence[str], k: int) -> _Table:
+    """Recall and NDCG at the other list lengths, as columns."""
+    rows = [
+        row
+        for row in metrics
+        if row.split == split and row.slice == "all" and row.k != k and row.metric in _COMPARED
     ]
-    ordered = sorted(ours, key=lambda m: (m.k, _place(tuple(METRICS))(m.metric)))
-    table = {
-        arm: {f"{METRICS[m.metric]}@{m.k}": m for m in ordered if m.arm == arm} for arm in arms
-    }
+    rows.sort(key=lambda row: (row.k, _COMPARED.index(row.metric)))
+    table: _Table = {arm: {} for arm in arms}
+    for row in rows:
+        if row.arm in table:
+            table[row.arm][f"{METRICS[row.metric]}@{row.k}"] = row
     return table if any(table.values()) else {}
 
 
-def _seen(difference: Metric) -> bool:
-    """Whether a difference is one: its interval doesn't hold 0."""
-    return (
-        difference.low is not None
-        and difference.high is not None
-        and not difference.low <= 0 <= difference.high
-    )
-
-
 def _multiples(
-    metrics: Sequence[Metric],
-    split: str,
-    k: int,
-    found: Mapping[tuple[str, str], Metric],
-    highlight: str,
-    compared: str | None,
+    metrics: Sequence[MetricRow], overall: Sequence[MetricRow], served: str, control: str
 ) -> str:
-    """Recall by slice of the arm in use, its control and the best others."""
+    """Recall by slice of the served arm, the control and the best others."""
+    arms = _best_arms(overall, served, control)
+    if not arms:
+        return ""
+    split = overall[0].split
+    k = overall[0].k
     sliced = {
-        (m.slice, m.arm): m
-        for m in metrics
-        if (m.split, m.metric, m.k) == (split, "recall", k) and m.slice != "all"
+        (row.slice, row.arm): row
+        for row in metrics
+        if (row.split, row.metric, row.k) == (split, "recall", k) and row.slice != "all"
     }
-    recalls = [
-        m
-        for (arm, name), m in found.items()
-        if name == "recall" and m.value is not None and arm != "oracle"
+    panels = [_slice_panel(sliced, family, arms) for family in _FAMILIES]
+    shown = [
+        panel
+        for panel in panels
+        if any(row and row.value is not None for line in panel.lines.values() for row in line)
     ]
-    by_recall = sorted(recalls, key=lambda m: -(m.value or 0))
-    wanted = dict.fromkeys([highlight, compared or "", *(metric.arm for metric in by_recall)])
-    arms = [arm for arm in wanted if (arm, "recall") in found][:_LINES]
-    panels = []
-    for family, title in _FAMILIES.items():
-        names = sorted(
-            {name for name, _ in sliced if name.startswith(f"{family} ")}, key=_first_number
-        )
-        lines = {arm: [sliced.get((name, arm)) for name in names] for arm in arms}
-        if any(metric and metric.value is not None for line in lines.values() for metric in line):
-            users = {
-                name: m.users if m.value is not None else None for (name, _), m in sliced.items()
-            }
-            panels.append((title, [_labelled(name, family, users[name]) for name in names], lines))
-    return charts.multiples(panels, highlight) if panels and arms else ""
+    return charts.multiples(shown, served) if shown else ""
+
+
+def _best_arms(overall: Sequence[MetricRow], served: str, control: str) -> list[str]:
+    """The served arm, the control, and others by recall, if they have one; the oracle isn't one of
+    the others."""
+    recall = {row.arm: row.value for row in overall if row.metric == "recall"}
+    others = [arm for arm, value in recall.items() if value is not None and arm != "oracle"]
+    others.sort(key=lambda arm: -(recall[arm] or 0))
+    arms = dict.fromkeys([served, control, *others])
+    return [arm for arm in arms if arm in recall][:_MAX_LINES]
+
+
+def _slice_panel(
+    sliced: Mapping[tuple[str, str], MetricRow], family: str, arms: Sequence[str]
+) -> SlicePanel:
+    """The slices of a family, such as `history`, in their order."""
+    names = {name for name, _ in sliced if name.startswith(f"{family} ")}
+    ordered = sorted(names, key=_first_number)
+    users = {
+        name: row.users if row.value is not None else None for (name, _), row in sliced.items()
+    }
+    labels = [_slice_label(name, family, users[name]) for name in ordered]
+    lines = {arm: [sliced.get((name, arm)) for name in ordered] for arm in arms}
+    return SlicePanel(_FAMILIES[family], labels, lines)
 
 
 def _first_number(slice_: str) -> tuple[int, str]:
-    found = re.search(r"\d+", slice_)
-    return int(found[0]) if found else -1, slice_
+    digits = re.search(r"\d+", slice_)
+    return int(digits[0]) if digits else -1, slice_
 
 
-def _labelled(slice_: str, family: str, users: int | None) -> str:
-    """The slice's name below the axis, and how many users are in it; None for too few."""
+def _slice_label(slice_: str, family: str, users: int | None) -> str:
+    """The slice's name, and below it the number of its users, None for too few."""
     name = slice_.removeprefix(f"{family} ").removesuffix(" of 10").removesuffix(" days")
     return f"{name}\n{'too few' if users is None else format(users, ',')}"
 
 
-def _of(metrics: Sequence[Metric], split: str) -> list[Metric]:
-    """The rows over all users of a split, at 10 or else at the longest list that was judged."""
-    rows = [metric for metric in metrics if metric.split == split and metric.slice == "all"]
-    ks = {metric.k for metric in rows}
-    k = 10 if 10 in ks else max(ks, default=0)
-    return [metric for metric in rows if metric.k == k]
+def _overall(metrics: Sequence[MetricRow], split: str) -> list[MetricRow]:
+    """The rows over all users of a split at k = 10, or at the longest k if 10 wasn't evaluated."""
+    rows = [row for row in metrics if row.split == split and row.slice == "all"]
+    lengths = {row.k for row in rows}
+    k = _DEFAULT_K if _DEFAULT_K in lengths else max(lengths, default=0)
+    return [row for row in rows if row.k == k]
 
 
-def _splits(metrics: Sequence[Metric]) -> list[str]:
-    # Figures on captions, which are no scores of lists, stand with the captions.
-    return sorted(
-        {metric.split for metric in metrics} - {caption_audit_section.SPLIT},
-        key=_place(tuple(_SPLITS)),
-    )
+def _split_names(metrics: Sequence[MetricRow]) -> list[str]:
+    # Metrics of captions are no scores of lists: they are shown with the captions.
+    names = {row.split for row in metrics} - {caption_audit_section.SPLIT}
+    return sorted(names, key=_order(_SPLITS))
 
 
-def _place(order: Iterable[str]) -> Callable[[str], tuple[int, str, int, str]]:
-    """A sort key: the known ones in their order, others by name after them; "5-19" before "20+"."""
-    known = {name: place for place, name in enumerate(order)}
+def _sorted_arms(arms: Iterable[str]) -> list[str]:
+    by_name = _order(ARMS)
+    by_shape = _order(())
+    return sorted(arms, key=lambda arm: (by_name(arm.partition("/")[0]), by_shape(arm)))
 
-    def place(name: str) -> tuple[int, str, int, str]:
-        digits = "".join(c if c.isdigit() else " " for c in name).split()
-        return (
-            known.get(name, len(known)),
-            name.rstrip("0123456789-+ "),
-            int(digits[0]) if digits else -1,
-            name,
-        )
 
-    return place
+def _order(names: Iterable[str]) -> Callable[[str], tuple[int, str, int, str]]:
+    """A sort key: these names first, others alphabetically, numbers by size ("5-19" before
+    "20+")."""
+    rank = {name: number for number, name in enumerate(names)}
+
+    def key(name: str) -> tuple[int, str, int, str]:
+        number, _ = _first_number(name)
+        return rank.get(name, len(rank)), name.rstrip("0123456789-+ "), number, name
+
+    return key

@@ -1,8 +1,10 @@
-"""`ReportData` to one self-contained HTML page. Knows Jinja2 and how figures are written for people; knows no Spark."""
+"""`ReportData` to one self-contained HTML page. Knows Jinja2 and how figures are written for
+people; knows no Spark."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from statistics import median
 
@@ -11,72 +13,81 @@ from markupsafe import Markup
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.report import caption_audit_section, charts
-from vlm4rec_spark.report.data import Metric, ReportData, ShownPhoto, arm_name
-from vlm4rec_spark.report.data_quality import findings
+from vlm4rec_spark.report.data import MetricRow, PhotoCard, ReportData, arm_label
+from vlm4rec_spark.report.data_quality import data_issues
 from vlm4rec_spark.report.metrics_section import headline, splits
-from vlm4rec_spark.report.recall_curve import calibration
 
 _LONG_CAPTION = 140
-"""Characters from which captions stand beside their photo instead of under it."""
+"""Median characters above which captions stand next to their photo instead of under it."""
+_BYTE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def render(data: ReportData) -> str:
-    """The page. Titles, captions and ids come from strangers: everything is escaped but the charts."""
-    # Without the file ending that Jinja2 goes by, autoescape has to be said.
-    pages = Environment(
+    """The page. Titles, captions and ids come from strangers: everything is escaped but the
+    charts."""
+    # The template names lack the ending by which Jinja2 would turn autoescape on.
+    environment = Environment(
         loader=PackageLoader("vlm4rec_spark.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {
-        "count": _count,
-        "share": _share,
-        "duration": _duration,
-        "moment": _moment,
-        "size": _size,
-        "interval": _interval,
+    environment.filters |= {
         "alt": _alt,
-        "arm": arm_name,
-        "p_value": _p_value,
+        "arm": arm_label,
         "audited": _audited,
+        "count": _count,
+        "duration": _duration,
+        "interval": _interval,
+        "moment": _moment,
+        "p_value": _p_value,
+        "share": _share,
+        "size": _size,
     }
-    tried = calibration(data.run("recommend"))
-    return pages.get_template("report.html.j2").render(
+    attributes = data.captions.attributes
+    caption_lengths = [len(photo.caption or "") for photo in data.captions.samples]
+    return environment.get_template("report.html.j2").render(
         data=data,
         headline=headline(data),
         splits=splits(data),
         audits=caption_audit_section.audits(data),
         trouble=caption_audit_section.trouble(data),
-        findings=findings(data),
+        data_issues=data_issues(data),
         details={run.stage: run.details for run in data.runs},
-        attributes={
-            name: charts.values(counts) for name, counts in data.captions.attributes.items()
-        },
+        attributes={name: charts.values(counts) for name, counts in attributes.items()},
         durations=charts.durations(data.runs) if data.runs else "",
-        long_captions=median([len(photo.caption or "") for photo in data.captions.samples] or [0])
-        > _LONG_CAPTION,
-        columns=lambda table: list(dict.fromkeys(name for row in table.values() for name in row)),
+        long_captions=median(caption_lengths or [0]) > _LONG_CAPTION,
+        columns=_columns,
         recall_lost=_recall_lost(data),
-        calibration=tried,
-        recall_curve=charts.recall_curve(tried) if tried else "",
+        recall_curve=_recall_curve(data),
         svg=Markup,
         version=__version__,
     )
 
 
+def _columns(table: Mapping[str, Mapping[str, MetricRow]]) -> list[str]:
+    """The columns that any row of a table has."""
+    return list(dict.fromkeys(name for row in table.values() for name in row))
+
+
+def _recall_curve(data: ReportData) -> str:
+    """The calibration's chart, "" if it tried nothing, as for a small catalogue."""
+    if data.calibration is None or not data.calibration.tried:
+        return ""
+    return charts.recall_curve(data.calibration, data.details("recommend").get("k", "k"))
+
+
 def _recall_lost(data: ReportData) -> str:
-    """What the index of the lists in use misses of an exact search's lists, "" where search is exact."""
-    run = data.run("recommend")
+    """The share of exact search's lists that the served index misses, "" if search is exact."""
     try:
-        lost = 1 - float(run.details["recall_measured"]) if run else 0.0
+        lost = 1 - float(data.details("recommend")["recall_measured"])
     except (KeyError, ValueError):
         return ""
     return _share(lost) if lost > 0 else ""
 
 
 def _count(number: object) -> str:
-    """1234567 as 1,234,567 and 2.50 as 2.5, numbers in text too; anything else as it is."""
+    """1234567 as 1,234,567 and 2.50 as 2.5, also numbers in text; other text unchanged."""
     text = str(number)
     try:
         return f"{float(text):,.2f}".removesuffix("0").removesuffix(".0")
@@ -98,15 +109,13 @@ def _duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _moment(time: object) -> str:
-    """A UTC time, or one written in ISO 8601; anything else as it is."""
+    """A UTC time, as a datetime or in ISO 8601; other text unchanged."""
     if not isinstance(time, datetime):
         try:
             time = datetime.fromisoformat(str(time))
@@ -120,32 +129,30 @@ def _size(number: object) -> str:
         size = float(str(number))
     except ValueError:
         return str(number)
-    power = min(int(math.log10(max(size, 1))) // 3, 4)
-    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+    power = min(int(math.log10(max(size, 1))) // 3, len(_BYTE_UNITS) - 1)
+    return f"{size / 1000**power:.3g} {_BYTE_UNITS[power]}"
 
 
-def _interval(metric: Metric) -> str:
-    return (
-        "" if metric.low is None or metric.high is None else f"{metric.low:.3f}–{metric.high:.3f}"
-    )
+def _interval(metric: MetricRow) -> str:
+    if metric.low is None or metric.high is None:
+        return ""
+    return f"{metric.low:.3f}–{metric.high:.3f}"
 
 
-def _audited(metric: Metric, number: bool) -> Markup:
+def _audited(metric: MetricRow, number: bool) -> Markup:
     """A share or a number, with its interval below."""
     write = _count if number else _share
-    ends = (
-        ""
-        if metric.low is None or metric.high is None
-        else f"{write(metric.low)}–{write(metric.high)}"
-    )
-    return Markup('{}<span class="low-high">{}</span>').format(write(metric.value), ends)
+    interval = ""
+    if metric.low is not None and metric.high is not None:
+        interval = f"{write(metric.low)}–{write(metric.high)}"
+    return Markup('{}<span class="low-high">{}</span>').format(write(metric.value), interval)
 
 
-def _alt(photo: ShownPhoto) -> str:
-    return ": ".join(part for part in (photo.title or photo.item_id, photo.caption) if part)
+def _alt(photo: PhotoCard) -> str:
+    return ": ".join(filter(None, (photo.title or photo.item_id, photo.caption)))
 
 
-def _p_value(metric: Metric | None) -> str:
+def _p_value(metric: MetricRow | None) -> str:
     if metric is None or metric.p_value is None:
         return "–"
     return "< 0.001" if metric.p_value < 0.001 else f"{metric.p_value:.3f}"

@@ -1,4 +1,5 @@
-"""Photo bytes to a small JPEG, and to the name of their kind. Knows Pillow; knows no table and no HTML."""
+"""Photo bytes to a small JPEG and to the name of their kind. Knows Pillow; knows no table and no
+HTML."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def thumbnail(data: bytes) -> bytes:
 
 
 def kind(data: bytes) -> str:
-    """What the photo is in words, by its header: "JPEG", or such as "JPEG, CMYK", or "unreadable"."""
+    """The photo's kind by its header: "JPEG", or such as "JPEG, CMYK", or "unreadable"."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -37,6 +38,6 @@ def kind(data: bytes) -> str:
                     words.append("animated")
                 if image.width * image.height > MAX_PIXELS:
                     words.append("too large")
-    except Exception:  # Pillow's format plug-ins raise whatever they like on damaged headers
+    except Exception:  # Pillow's plug-ins raise anything on damaged headers
         return "unreadable"
     return ", ".join(words)

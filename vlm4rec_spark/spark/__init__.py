@@ -1,1 +1,1 @@
-"""Everything that asks the Spark session or its JVM for something: the session, jars, progress, shipping files to workers."""
+"""All that needs the Spark session or its JVM: session, jars, progress, shipping files to workers."""

@@ -7,7 +7,7 @@ from pyspark.sql import DataFrame
 
 
 class IndexSettings(BaseModel):
-    """Where indexes are stored (a folder that the driver can write), and when search is approximate."""
+    """Where indexes are stored, and when search is approximate. The driver writes the folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

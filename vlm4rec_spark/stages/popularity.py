@@ -1,4 +1,4 @@
-"""What is popular, for users of whose taste nothing is known. Knows events and segments; no vector."""
+"""Popular items, for users without a usable profile. Knows events and segments; knows no vector."""
 
 from __future__ import annotations
 
@@ -7,112 +7,136 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.popularity_query import PopularityQuery
+from vlm4rec_spark.models.ranking.top_k import Candidates
 
 ALL = ""
-"""The segment of those who are in none, and what everybody has met."""
-_PRIOR = 20
-"""So many users of everybody's kind are added to a segment, so that few of its own don't decide alone (the additive
-smoothing of a binomial share towards the overall one)."""
-_MOST = 1_000
-"""Popular items that are kept for each segment."""
+"""The segment of everybody, and of users who are in no other."""
+_PRIOR_USERS = 20
+"""So many average users are added to each segment, so that a few of its own don't decide alone.
 
-Best = Mapping[tuple[str, int], tuple[np.ndarray, np.ndarray]]
-"""By segment and bits of rules: positions of the popular items, sorted, and their shares."""
+This is additive smoothing of a binomial share towards the overall share.
+"""
+_MAX_ITEMS = 1_000
+"""Popular items per segment."""
 
 
-def counts(log: DataFrame, items: DataFrame, users: DataFrame) -> DataFrame:
-    """segment, item_id, users, of: how many users of a segment have met the item, of how many who have met any item.
+PopularByRules = Mapping[int, Mapping[str, Candidates]]
+"""The popular items by rule bits, then by segment, sorted by position.
 
-    Users are counted in their own segment and in ALL.
+The scores are the float64 shares of users who know each item.
+"""
+
+_NO_ITEMS = Candidates(np.empty(0, np.int64), np.empty(0))
+
+
+def count_users(
+    log: DataFrame,
+    items: DataFrame,
+    users: DataFrame,
+) -> DataFrame:
+    """segment, item_id, users, segment_users: how many users know an item, by segment.
+
+    `users` counts the segment's users with an event on the item. `segment_users` counts the
+    segment's users with an event on any item. Each user counts in their own segment and in ALL.
     """
-    people = (
+    user_items = (
         log.select("user_id", "item_id")
         .join(items.select("item_id"), on="item_id", how="left_semi")
         .distinct()
     )
-    of_whom = people.join(users.select("user_id", "segment"), on="user_id", how="left")
-    each = F.explode(
-        F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))
-    ).alias("segment")
-    counted = of_whom.select("user_id", "item_id", each)
-    size = counted.groupBy("segment").agg(F.countDistinct("user_id").alias("of"))
-    met = counted.groupBy("segment", "item_id").agg(F.count(F.lit(1)).alias("users"))
-    return met.join(F.broadcast(size), on="segment", how="inner").select(
-        "segment", "item_id", "users", "of"
+    segments = F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))
+    counted = user_items.join(
+        users.select("user_id", "segment"), on="user_id", how="left"
+    ).withColumn("segment", F.explode(segments))
+    sizes = counted.groupBy("segment").agg(F.countDistinct("user_id").alias("segment_users"))
+    by_item = counted.groupBy("segment", "item_id").agg(F.count(F.lit(1)).alias("users"))
+    return by_item.join(F.broadcast(sizes), on="segment", how="inner").select(
+        "segment", "item_id", "users", "segment_users"
     )
 
 
-def best(popularity: DataFrame, offered: DataFrame) -> DataFrame:
-    """segment, item_id, share: of the items `offered` (item_id) those that are most popular in each segment.
+def popular_items(user_counts: DataFrame, allowed: DataFrame) -> DataFrame:
+    """segment, item_id, share: the most popular of the `allowed` items (item_id) in each segment.
 
-    popularity: rows of `counts`; they are read several times.
-    A share is that of the segment's users who have met the item, smoothed towards that of all users.
+    The share is that of the segment's users who have an event on the item, smoothed towards that of
+    all users. `user_counts` are rows of `count_users`; they are read several times.
     """
-    there = popularity.join(offered.select("item_id"), on="item_id", how="left_semi")
-    overall = there.where(F.col("segment") == ALL)
-    of_all = overall.select("item_id", (F.col("users") / F.col("of")).alias("overall"))
-    most = of_all.orderBy(F.desc("overall"), "item_id").limit(_MOST).select("item_id")
-    sizes = popularity.where(F.col("segment") != ALL).select("segment", "of").distinct()
-    mine = there.where(F.col("segment") != ALL).select("segment", "item_id", "users")
-    pairs = (
-        mine.select("segment", "item_id")
-        .unionByName(sizes.select("segment").crossJoin(most))
-        .distinct()
+    counts = user_counts.join(allowed.select("item_id"), on="item_id", how="left_semi")
+    overall = counts.where(F.col("segment") == ALL).select(
+        "item_id", (F.col("users") / F.col("segment_users")).alias("overall")
     )
-    smoothed = (F.coalesce("users", F.lit(0)) + _PRIOR * F.col("overall")) / (F.col("of") + _PRIOR)
-    shares = (
-        pairs.join(mine, on=["segment", "item_id"], how="left")
+    in_segment = F.col("segment") != ALL
+    sizes = user_counts.where(in_segment).select("segment", "segment_users").distinct()
+    own_counts = counts.where(in_segment).select("segment", "item_id", "users")
+    # What is popular overall may be popular in a segment that has no event on it.
+    popular_overall = overall.orderBy(F.desc("overall"), "item_id").limit(_MAX_ITEMS)
+    candidates = own_counts.select("segment", "item_id").unionByName(
+        sizes.select("segment").crossJoin(popular_overall.select("item_id"))
+    )
+    counted = (
+        candidates.distinct()
+        .join(own_counts, on=["segment", "item_id"], how="left")
         .join(F.broadcast(sizes), on="segment", how="inner")
-        .join(of_all, on="item_id", how="inner")
-        .select("segment", "item_id", smoothed.alias("share"))
-        .unionByName(
-            of_all.select(F.lit(ALL).alias("segment"), "item_id", F.col("overall").alias("share"))
-        )
+        .join(overall, on="item_id", how="inner")
     )
-    rank = F.row_number().over(Window.partitionBy("segment").orderBy(F.desc("share"), "item_id"))
-    return shares.withColumn("rank", rank).where(F.col("rank") <= _MOST).drop("rank")
+    shares = counted.select("segment", "item_id", _smoothed_share().alias("share"))
+    overall_shares = overall.select(
+        F.lit(ALL).alias("segment"), "item_id", F.col("overall").alias("share")
+    )
+    return _most_popular(shares.unionByName(overall_shares))
 
 
-def placed(
-    rows: pa.Table, bits: int, searcher: Searcher
-) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
-    """`best` by the positions of an index; items that it doesn't hold are left out."""
-    segments = rows["segment"].combine_chunks()
-    place, share = searcher.positions_of(rows["item_id"].combine_chunks()), rows["share"].to_numpy()
-    found = {}
-    named = segments.dictionary_encode()
-    number = named.indices.to_numpy()
-    for own, segment in enumerate(named.dictionary.to_pylist()):
-        here = np.flatnonzero((number == own) & (place >= 0))
-        order = here[np.argsort(place[here])]
-        found[segment, bits] = place[order], share[order]
-    return found
+def _smoothed_share() -> Column:
+    users = F.coalesce("users", F.lit(0)) + _PRIOR_USERS * F.col("overall")
+    return users / (F.col("segment_users") + _PRIOR_USERS)
 
 
-class ByPopularity:
-    """A way of matching: by what is popular in the user's segment, where that is known, else by what is with all."""
+def _most_popular(shares: DataFrame) -> DataFrame:
+    by_share = Window.partitionBy("segment").orderBy(F.desc("share"), "item_id")
+    ranked = shares.withColumn("rank", F.row_number().over(by_share))
+    return ranked.where(F.col("rank") <= _MAX_ITEMS).drop("rank")
+
+
+def by_position(rows: pa.Table, searcher: Searcher) -> dict[str, Candidates]:
+    """Rows of `popular_items` by segment; items outside the index are left out."""
+    positions = searcher.positions_of(rows["item_id"].combine_chunks())
+    shares = rows["share"].to_numpy()
+    segments = rows["segment"].combine_chunks().dictionary_encode()
+    codes = segments.indices.to_numpy()
+    by_segment = {}
+    for code, segment in enumerate(segments.dictionary.to_pylist()):
+        indexed = np.flatnonzero((codes == code) & (positions >= 0))
+        order = indexed[np.argsort(positions[indexed])]
+        by_segment[segment] = Candidates(positions[order], shares[order])
+    return by_segment
+
+
+class PopularityScoring:
+    """Scores items by their popularity in the user's segment; without a known one, in ALL."""
 
     sources: ClassVar[tuple[str, str]] = ("popular", "popular")
     by_history = False
 
-    def __init__(self, popular: Best):
+    def __init__(self, popular: PopularByRules):
         self._popular = popular
 
-    def tastes(
-        self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True
+    def queries(
+        self, batch: pa.RecordBatch, searcher: Searcher, explain: bool = True
     ) -> PopularityQuery:
-        """Of rows with `segment` (null: none) and `rules`, as `offers.applying` gives them."""
-        nothing = np.empty(0, np.int64), np.empty(0)
-        wanted = zip(
-            batch.column("segment").to_pylist(), batch.column("rules").to_pylist(), strict=True
-        )
-        mine = [
-            self._popular.get((segment or ALL, bits)) or self._popular.get((ALL, bits), nothing)
-            for segment, bits in wanted
+        """Queries of rows with `segment` (null: none) and `rules` (bits)."""
+        segments = batch.column("segment").to_pylist()
+        rules = batch.column("rules").to_pylist()
+        popular = [
+            self._popular_items(segment or ALL, bits)
+            for segment, bits in zip(segments, rules, strict=True)
         ]
-        return PopularityQuery([positions for positions, _ in mine], [shares for _, shares in mine])
+        return PopularityQuery(popular)
+
+    def _popular_items(self, segment: str, rules: int) -> Candidates:
+        by_segment = self._popular.get(rules, {})
+        return by_segment.get(segment, by_segment.get(ALL, _NO_ITEMS))

@@ -1,6 +1,6 @@
-"""The log to weighted histories and their mean vectors. SQL decides which events count; numpy adds up.
+"""The log to weighted histories and their mean vectors. SQL decides which events count; numpy sums.
 
-Knows events and weights; the item vectors come from the index artefact.
+Knows events and weights. The item vectors come from the index artifact.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame, GroupedData, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
@@ -19,6 +19,8 @@ from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking import history
 from vlm4rec_spark.models.ranking.user_queries import Shape
 from vlm4rec_spark.storage.schemas import PROFILES
+
+_HISTORY_COLUMNS = ("user_id", "history", "seen", "events", "last_event_at")
 
 
 class ProfileSettings(BaseModel):
@@ -43,96 +45,107 @@ class ProfileSettings(BaseModel):
 
 
 def identified(interactions: DataFrame, identities: DataFrame) -> DataFrame:
-    """The events, those of an anonymous id under the user that it belongs to; a user's own id is taken as it is."""
-    known = identities.select(
-        F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("known")
+    """The events with each anonymous id replaced by its user's id; user ids stay as they are."""
+    owners = identities.select(
+        F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("owner")
     )
-    merged = interactions.join(known, on="user_id", how="left")
-    return merged.withColumn("user_id", F.coalesce("known", "user_id")).select(
-        *interactions.columns
-    )
+    events = interactions.join(owners, on="user_id", how="left")
+    user_id = F.coalesce("owner", "user_id")
+    return events.withColumn("user_id", user_id).select(*interactions.columns)
 
 
 def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
-    """user_id of those with more events than a person makes on any one day."""
-    # Few have so many events on all days together: only theirs are counted by day.
-    busy = interactions.groupBy("user_id").agg(F.count(F.lit(1)).alias("events"))
-    busy = busy.where(F.col("events") > bot_events_per_day).select("user_id")
-    daily = (
-        interactions.join(busy, on="user_id", how="left_semi")
-        .groupBy("user_id", "event_date")
-        .agg(F.count(F.lit(1)).alias("events"))
-    )
-    return daily.where(F.col("events") > bot_events_per_day).select("user_id").distinct()
+    """user_id of users with more than `bot_events_per_day` events on any one day."""
+    # Few users have so many events in total: only theirs are counted by day.
+    busy = _with_more_events(interactions.groupBy("user_id"), bot_events_per_day)
+    daily = interactions.join(busy.select("user_id"), on="user_id", how="left_semi")
+    days = _with_more_events(daily.groupBy("user_id", "event_date"), bot_events_per_day)
+    return days.select("user_id").distinct()
 
 
-def histories(interactions: DataFrame, items: DataFrame, settings: ProfileSettings) -> DataFrame:
+def _with_more_events(groups: GroupedData, events: int) -> DataFrame:
+    counts = groups.agg(F.count(F.lit(1)).alias("events"))
+    return counts.where(F.col("events") > events)
+
+
+def histories(
+    interactions: DataFrame,
+    items: DataFrame,
+    settings: ProfileSettings,
+) -> DataFrame:
     """user_id, history, seen, events, last_event_at of every user with an event that counts.
 
-    An item's weight is the sum over its events of event weight x 2^(-age / half-life), times position_decay for each
-    item that came later; age is counted back from the user's own last event, so a quiet user's profile doesn't change.
-    `history` holds the last_n items, latest first. An item with a negative event is in none until it is taken up again;
-    an event that repeats the one before it of its kind within a session counts once; who has fewer than least_items in
-    the history has no profile.
+    An item's weight is the sum over its events of event weight x 2^(-age / half-life), times
+    position_decay for each item that came later. Age is counted from the user's own last event, so
+    the profile of a quiet user doesn't change. `history` holds the last_n items, latest first.
+    An item with a negative event counts only by its later events. Within a session a repeated event
+    counts once. Users with fewer than min_items in the history have no profile.
     """
-    # Bots go before the rows are divided by user: one of them may have more events than a worker holds.
-    few = bots(interactions, settings.bot_events_per_day)
+    # Bots go before the rows are divided by user: one may have more events than a worker can hold.
+    robots = bots(interactions, settings.bot_events_per_day)
     events = (
-        interactions.join(F.broadcast(few), on="user_id", how="left_anti")
+        interactions.join(F.broadcast(robots), on="user_id", how="left_anti")
         .join(items.select("item_id"), on="item_id", how="left_semi")
         .select("user_id", "item_id", "event_type", "event_time")
     )
-    weights = F.create_map(
-        *[F.lit(part) for pair in settings.event_weights.items() for part in pair]
-    )
-    counts = _first_of_session(settings) & _liked(settings)
-    # A window, since repartition() is a mere wish: where a join below has divided by user already, Spark 4.2 drops it,
-    # and may then drop that join's division too (adaptive execution, local shuffle reads), which tears users apart.
-    # Of equal times the lighter event first: the order in which floats are added may not depend on chance.
+    pairs = [F.lit(value) for pair in settings.event_weights.items() for value in pair]
+    weight = F.create_map(*pairs)[F.col("event_type")]
+    counts = _first_of_session(settings) & _after_negative_events(settings)
+    # A window, because repartition() isn't binding. Spark 4.2 drops it if a join below has divided
+    # the rows by user already. Then it may drop that join's division too (adaptive execution, local
+    # shuffle reads), which splits a user between tasks.
+    # Of equal times the lighter event first: floats must be added in the same order every time.
     in_order = Window.partitionBy("user_id").orderBy("item_id", "event_time", "weight")
     rows = (
-        events.withColumn("weight", F.when(counts, weights[F.col("event_type")]))
-        .withColumn("place", F.row_number().over(in_order))
-        .select("user_id", "item_id", "event_time", "weight", "place")
+        events.withColumn("weight", F.when(counts, weight))
+        .withColumn("user_row", F.row_number().over(in_order))
+        .select("user_id", "item_id", "event_time", "weight", "user_row")
     )
-    numbers = settings.half_life_days, settings.position_decay, settings.last_n, settings.min_items
+    half_life_days = settings.half_life_days
+    position_decay = settings.position_decay
+    last_n = settings.last_n
+    min_items = settings.min_items
 
-    def gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def gather(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for users in history.whole_users(batches):
-            yield history.gather(users, *numbers)
+            yield history.weighted_histories(
+                users, half_life_days, position_decay, last_n, min_items
+            )
 
-    return rows.mapInArrow(gathered, StructType([PROFILES.schema[name] for name in _HISTORY]))
-
-
-_HISTORY = ("user_id", "history", "seen", "events", "last_event_at")
+    schema = StructType([PROFILES.schema[name] for name in _HISTORY_COLUMNS])
+    return rows.mapInArrow(gather, schema)
 
 
 def _first_of_session(settings: ProfileSettings) -> Column:
-    """False for an event that follows one of the same user, item and type within so many minutes."""
+    """False for an event within session_minutes of one of the same user, item and type."""
     if settings.session_minutes is None:
         return F.lit(True)
     same = Window.partitionBy("user_id", "item_id", "event_type").orderBy("event_time")
-    apart = F.unix_micros("event_time") - F.lag(F.unix_micros("event_time")).over(same)
-    return apart.isNull() | (apart > int(settings.session_minutes * 60_000_000))
+    micros = F.unix_micros("event_time")
+    since_previous = micros - F.lag(micros).over(same)
+    session_micros = int(settings.session_minutes * 60_000_000)
+    return since_previous.isNull() | (since_previous > session_micros)
 
 
-def _liked(settings: ProfileSettings) -> Column:
-    """False for the events up to the last negative one of their user and item, and for those themselves."""
+def _after_negative_events(settings: ProfileSettings) -> Column:
+    """False for events up to the last negative event of the same user and item, and for itself."""
     if not settings.negative_events:
         return F.lit(True)
     negative = F.col("event_type").isin(*settings.negative_events)
-    last = F.max(F.when(negative, F.col("event_time"))).over(
-        Window.partitionBy("user_id", "item_id")
-    )
-    return last.isNull() | (F.col("event_time") > last)
+    same = Window.partitionBy("user_id", "item_id")
+    last_negative = F.max(F.when(negative, F.col("event_time"))).over(same)
+    return last_negative.isNull() | (F.col("event_time") > last_negative)
 
 
 def with_embedding(
     rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]
 ) -> DataFrame:
-    """Rows of `profiles`: each history with the unit vector of its weighted mean, null when no item has a vector."""
-    schema = PROFILES.schema
-    bare = rows.select(
+    """Rows of `profiles`: `rows` of histories with the unit vector of their weighted mean.
+
+    The vector is null if no item of the history is in the index.
+    """
+    columns = PROFILES.schema.fieldNames()
+    without_vector = rows.select(
         "user_id",
         F.lit(representation).alias("representation"),
         "history",
@@ -141,42 +154,40 @@ def with_embedding(
         "last_event_at",
     )
 
-    def mean(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def add_embedding(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         for batch in batches:
             embedding = _mean_vectors(batch.column("history"), searcher)
-            yield pa.RecordBatch.from_arrays(
-                [
-                    batch.column(name) if name != "embedding" else embedding
-                    for name in schema.fieldNames()
-                ],
-                names=schema.fieldNames(),
-            )
+            yield batch.append_column("embedding", embedding).select(columns)
 
-    return bare.mapInArrow(mean, schema)
+    return without_vector.mapInArrow(add_embedding, PROFILES.schema)
 
 
 def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:
     """One unit vector per history; null where none of its items is in the index."""
-    flat = histories.flatten()
+    entries = histories.flatten()
     users = np.repeat(np.arange(len(histories)), np.asarray(histories.value_lengths()))
-    # Each item is looked up once, however many have it.
-    named = flat.field("item_id").dictionary_encode()
-    positions = searcher.positions(named.dictionary.to_pylist())[named.indices.to_numpy()]
-    known = positions >= 0
-    users, positions = users[known], positions[known]
-    weights = flat.field("weight").to_numpy(zero_copy_only=False)[known]
+    positions = searcher.positions_of(entries.field("item_id"))
+    indexed = positions >= 0
+    weights = entries.field("weight").to_numpy(zero_copy_only=False)[indexed]
+    positions = positions[indexed]
+    users = users[indexed]
     starts = np.flatnonzero(np.diff(users, prepend=-1))
     totals = np.empty((len(starts), searcher.vectors.shape[1]))
     for row, (start, end) in enumerate(zip(starts, [*starts[1:], len(users)], strict=True)):
-        totals[row] = weights[start:end] @ searcher.vectors[positions[start:end]].astype(np.float64)
+        vectors = searcher.vectors[positions[start:end]].astype(np.float64)
+        totals[row] = weights[start:end] @ vectors
     lengths = np.linalg.norm(totals, axis=1)
-    sound = lengths > 0
-    made = (totals[sound] / lengths[sound, None]).astype(np.float32)
+    nonzero = lengths > 0
+    means = (totals[nonzero] / lengths[nonzero, None]).astype(np.float32)
     with_vector = np.zeros(len(histories), bool)
-    with_vector[users[starts[sound]]] = True
-    offsets = np.concatenate([[0], np.cumsum(with_vector)]) * made.shape[1]
-    mask = pa.array(~with_vector)
+    with_vector[users[starts[nonzero]]] = True
+    return _nullable_rows(means, with_vector)
+
+
+def _nullable_rows(vectors: np.ndarray, present: np.ndarray) -> pa.ListArray:
+    """The vectors, one per true value of `present`, with nulls between them."""
+    offsets = np.concatenate([[0], np.cumsum(present)]) * vectors.shape[1]
     return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(made.ravel()), mask=mask
+        pa.array(offsets, pa.int32()), pa.array(vectors.ravel()), mask=pa.array(~present)
     )

@@ -8,9 +8,12 @@ from pyspark.sql import functions as F
 
 def long(recommendations: DataFrame, items: DataFrame) -> DataFrame:
     """One row per user and rank: the columns of `export_long`."""
-    ranked = recommendations.select(
-        "user_id", "list", F.posexplode("items").alias("position", "item")
-    ).select(
+    exploded = recommendations.select(
+        "user_id",
+        "list",
+        F.posexplode("items").alias("position", "item"),
+    )
+    ranked = exploded.select(
         "user_id",
         "list",
         (F.col("position") + 1).alias("rank"),
@@ -18,7 +21,8 @@ def long(recommendations: DataFrame, items: DataFrame) -> DataFrame:
         "item.score",
         "item.because_item_id",
     )
-    return ranked.join(items.select("item_id", "title"), on="item_id", how="left").select(
+    titles = items.select("item_id", "title")
+    return ranked.join(titles, on="item_id", how="left").select(
         "user_id", "list", "rank", "item_id", "title", "score", "because_item_id"
     )
 

@@ -1,6 +1,6 @@
-"""Profiles to everybody's k best items: calibrate the search on this run's profiles, then one pass.
+"""Profiles to the k best items of every user: calibrates the search on a sample, then one pass.
 
-Knows exclusions, recall and reasons; candidates come from the searcher, the order from `models/ranking.py`.
+Knows profiles, exclusions and explanations. Candidates and their order come from `models/ranking`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
-from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MOST_RULES, ListRules, Rule
-from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
+from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest_effort
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MAX_RULES, ListRules, Rule
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, RankedLists, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
     MeanQuery,
@@ -31,8 +31,14 @@ from vlm4rec_spark.models.ranking.user_queries import (
 )
 from vlm4rec_spark.sources.reader import Source
 
-_TERMS = 3
-_PAIRS_AT_ONCE = 4_096
+_MAX_TERMS = 3
+_PAIRS_PER_BLOCK = 4_096
+_PROFILE_COLUMNS = ("user_id", "embedding", "seen", "history", "segment", "rules", "only")
+_ITEM_TYPE = (
+    "STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
+    "source: STRING, collapsed: ARRAY<STRING>>"
+)
+_LIST_SCHEMA = f"user_id STRING, items ARRAY<{_ITEM_TYPE}>, k INT, index_id STRING"
 
 
 class RecommendSettings(BaseModel):
@@ -45,7 +51,7 @@ class RecommendSettings(BaseModel):
     recall_sample: int = Field(1_000, ge=1)
     explain: bool = True
     popularity_fallback: bool = True
-    rules: tuple[Rule, ...] = Field((), max_length=MOST_RULES)
+    rules: tuple[Rule, ...] = Field((), max_length=MAX_RULES)
     allow: Source = Source()
     deny: Source = Source()
     caps: dict[str, PositiveInt] = {}
@@ -57,25 +63,31 @@ class RecommendSettings(BaseModel):
     repurchase_days: dict[str, PositiveInt] = {}
 
 
-class Matches(Protocol):
-    """How profiles are matched with items; `sources` says of what an item speaks without and with co-occurrence,
-    `by_history` whether scores hang on the history itself."""
+class Scoring(Protocol):
+    """How items get their scores for a user.
+
+    `sources` names the two score sources: content, and item-item scores. `by_history` is true if
+    scores depend on single history items.
+    """
 
     sources: ClassVar[tuple[str, str]]
 
     @property
     def by_history(self) -> bool: ...
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Queries: ...
+    def queries(
+        self, batch: pa.RecordBatch, searcher: Searcher, explain: bool = True
+    ) -> Queries: ...
 
 
 @dataclass(frozen=True)
-class Matching:
-    """How an item's score comes from a profile: the profile's shape, and the share that co-occurrence has.
+class ProfileScoring:
+    """Scores items by the user's profile: its shape, and a share of item-item scores.
 
-    `opens` gives a worker the co-occurrence that the driver has built. There an item of the history weighs
-    `position_decay` of the one after it, beyond what its weight says. `tastes_per_user`: into how many a history is
-    divided at most, where the shape is multi_taste. `neighbours` spares max_similarity searches, and changes no list.
+    max_interests: into how many interests the shape multi_taste divides a history at most.
+    open_item_item: opens in a worker the scores that the driver has built.
+    position_decay: for item-item scores, a history item weighs this much of the item after it.
+    open_neighbors: saves searches for the shape max_similarity, and changes no list.
     """
 
     sources: ClassVar[tuple[str, str]] = ("content", "cooccurrence")
@@ -83,65 +95,102 @@ class Matching:
     shape: Shape = "mean"
     share: float = 0.0
     position_decay: float = 1.0
-    opens: Callable[[], ItemItemScores] | None = None
-    tastes_per_user: int = 3
-    neighbors: Callable[[], Neighbors] | None = None
+    open_item_item: Callable[[], ItemItemScores] | None = None
+    max_interests: int = 3
+    open_neighbors: Callable[[], Neighbors] | None = None
 
     @property
     def by_history(self) -> bool:
         return self.shape != "mean" or self.share > 0
 
-    def tastes(self, batch: pa.RecordBatch, searcher: Searcher, why: bool = True) -> Queries:
-        """Of profiles that have a vector; weights are those of `history` over its heaviest. Not `why`: for lists whose
-        reasons nobody asks for."""
-        blended = self.share > 0 and self.opens is not None
-        if self.shape == "mean" and not blended and not why:
-            return MeanQuery(_queries(batch.column("embedding")), None)
-        history, flat = batch.column("history"), batch.column("history").flatten()
-        positions = _per_user(searcher.positions_of(flat.field("item_id")), history)
-        known = [mine >= 0 for mine in positions]
-        positions = [mine[there] for mine, there in zip(positions, known, strict=True)]
-        weights = _per_user(flat.field("weight").to_numpy(zero_copy_only=False), history)
-        weights = [mine[there] for mine, there in zip(weights, known, strict=True)]
-        weights = [mine / mine.max(initial=1e-300) for mine in weights]
-        content: Queries = MeanQuery(_queries(batch.column("embedding")), positions)
-        if self.shape == "max_similarity":
-            near = self.neighbors() if self.neighbors else None
-            content = MaxSimilarityQuery(
-                positions, [mine.astype(np.float32) for mine in weights], near
-            )
-        elif self.shape == "multi_taste":
-            content = MultiInterestQuery.of(positions, weights, searcher, self.tastes_per_user)
-        if not blended or self.opens is None:
+    def queries(
+        self,
+        batch: pa.RecordBatch,
+        searcher: Searcher,
+        explain: bool = True,
+    ) -> Queries:
+        """Queries of profiles that have a vector.
+
+        Weights are those of `history`, divided by the user's largest. Without `explain` the queries
+        may be unable to explain their items.
+        """
+        blended = self.share > 0 and self.open_item_item is not None
+        if self.shape == "mean" and not blended and not explain:
+            return MeanQuery(_vectors(batch.column("embedding")), None)
+        positions, weights = _indexed_history(batch.column("history"), searcher)
+        content = self._content_queries(batch, searcher, positions, weights)
+        if not blended or self.open_item_item is None:
             return content
-        later = [mine * self.position_decay ** np.arange(len(mine)) for mine in weights]
-        return BlendedQuery(content, self.opens(), self.share, positions, later)
+        decayed = [
+            user_weights * self.position_decay ** np.arange(len(user_weights))
+            for user_weights in weights
+        ]
+        return BlendedQuery(
+            content,
+            self.open_item_item(),
+            self.share,
+            positions,
+            decayed,
+        )
+
+    def _content_queries(
+        self,
+        batch: pa.RecordBatch,
+        searcher: Searcher,
+        positions: list[np.ndarray],
+        weights: list[np.ndarray],
+    ) -> Queries:
+        if self.shape == "max_similarity":
+            neighbors = self.open_neighbors() if self.open_neighbors else None
+            single = [user_weights.astype(np.float32) for user_weights in weights]
+            return MaxSimilarityQuery(positions, single, neighbors)
+        if self.shape == "multi_taste":
+            return MultiInterestQuery.from_histories(
+                positions, weights, searcher, self.max_interests
+            )
+        return MeanQuery(_vectors(batch.column("embedding")), positions)
 
 
-CONTENT = Matching()
+CONTENT = ProfileScoring()
+
+
+@dataclass(frozen=True)
+class _ListSpec:
+    """What the lists of all users have in common."""
+
+    list_rules: ListRules
+    k: int
+    effort: Effort | None
+    scoring: Scoring
+    explain: bool
 
 
 def calibrate(
     searcher: Searcher,
     sample: pa.Table,
-    offer: ListRules,
+    list_rules: ListRules,
     k: int,
     promise: float,
-    matching: Matches = CONTENT,
+    scoring: Scoring = CONTENT,
 ) -> Calibration:
-    """As `models/calibration.py` does, on `sample`: embedding, history and seen of some profiles, and `rules` where
-    some apply to some of them."""
+    """Find the cheapest search with recall@k of at least `promise` on a sample of profiles.
+
+    `sample` has embedding, history and seen, and optionally `rules` (bits). See
+    `models/ranking/calibration.py`.
+    """
     if not searcher.approximate or len(sample) == 0:
         return Calibration(None, 1.0, 1.0, len(sample))
     (batch,) = sample.combine_chunks().to_batches()
-    asked, excluded = matching.tastes(batch, searcher), _positions(batch.column("seen"), searcher)
-    return cheapest(searcher, asked, excluded, offer, _rules(batch), k, promise)
+    queries = scoring.queries(batch, searcher)
+    seen = _positions(batch.column("seen"), searcher)
+    requests = ListRequests(queries, seen, _rule_bits(batch))
+    return cheapest_effort(searcher, requests, list_rules, k, promise)
 
 
-def without(searcher: Searcher, withdrawn: Sequence[str]) -> ListRules:
-    """All items of the index but these, with no rule and no groups."""
+def all_items_except(searcher: Searcher, item_ids: Sequence[str]) -> ListRules:
+    """All items of the index but these, with no rules and no groups."""
     allowed = np.full(len(searcher), AVAILABLE, np.int64)
-    positions = searcher.positions(withdrawn)
+    positions = searcher.positions(item_ids)
     allowed[positions[positions >= 0]] = 0
     return ListRules(allowed)
 
@@ -149,137 +198,169 @@ def without(searcher: Searcher, withdrawn: Sequence[str]) -> ListRules:
 def recommend(
     profiles: DataFrame,
     open_searcher: Callable[[], Searcher],
-    offer: ListRules,
+    list_rules: ListRules,
     k: int,
     effort: Effort | None,
-    matching: Matches = CONTENT,
-    why: bool = True,
+    scoring: Scoring = CONTENT,
+    explain: bool = True,
 ) -> DataFrame:
-    """user_id, items, k and index_id of every profile that has a vector, or needs none; items in rank order, with the
-    reason if `why`.
+    """user_id, items (in rank order), k and index_id of every profile with a vector.
 
-    profiles: as in the table, with these optional columns: `rules` (bits of the rules that apply to the user), `only`
-    (the items that the user may get; null: all), `segment`.
+    Rows without the column embedding need no vector. Optional columns of `profiles`: `rules` (bits
+    of the user's rules), `only` (the items that the user may get; null: all) and `segment`.
+    `effort` of None means exact search. With `explain` each item says because of which item.
     """
+    spec = _ListSpec(list_rules, k, effort, scoring, explain)
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         searcher = open_searcher()
         for batch in batches:
             if len(batch):
-                yield _ranked(batch, searcher, offer, k, effort, matching, why)
+                yield _recommend_batch(batch, searcher, spec)
 
-    rows = (
-        profiles.where(F.col("embedding").isNotNull())
-        if "embedding" in profiles.columns
-        else profiles
-    )
-    # Histories are most of what goes to Python.
-    spared = () if why or matching.by_history else ("history",)
-    return rows.select(
-        *(name for name in _ASKED if name in rows.columns and name not in spared)
-    ).mapInArrow(rank, f"user_id STRING, items ARRAY<{_ITEM}>, k INT, index_id STRING")
+    if "embedding" in profiles.columns:
+        profiles = profiles.where(F.col("embedding").isNotNull())
+    columns = [name for name in _PROFILE_COLUMNS if name in profiles.columns]
+    # Histories are most of what Spark sends to Python.
+    if not explain and not scoring.by_history and "history" in columns:
+        columns.remove("history")
+    return profiles.select(*columns).mapInArrow(rank, _LIST_SCHEMA)
 
 
-_ASKED = ("user_id", "embedding", "seen", "history", "segment", "rules", "only")
-
-
-_ITEM = (
-    "STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING, because_terms: ARRAY<STRING>, "
-    "source: STRING, collapsed: ARRAY<STRING>>"
-)
-
-
-def _ranked(
+def _recommend_batch(
     batch: pa.RecordBatch,
     searcher: Searcher,
-    offer: ListRules,
-    k: int,
-    effort: Effort | None,
-    matching: Matches,
-    why: bool,
+    spec: _ListSpec,
 ) -> pa.RecordBatch:
-    asked, names = matching.tastes(batch, searcher, why), batch.schema.names
-    excluded, only = _positions(batch.column("seen"), searcher), None
-    if "only" in names and batch.column("only").null_count < len(batch):
-        narrowed = batch.column("only").is_valid().to_numpy(zero_copy_only=False)
-        mine = _positions(batch.column("only").fill_null([]), searcher)
-        only = [items if has else None for items, has in zip(mine, narrowed, strict=True)]
-    top, scores, collapsed = recommend_lists(
-        searcher, asked, excluded, offer, _rules(batch), k, effort, only
+    queries = spec.scoring.queries(batch, searcher, spec.explain)
+    requests = ListRequests(
+        queries,
+        _positions(batch.column("seen"), searcher),
+        _rule_bits(batch),
+        _only(batch, searcher),
     )
-    kept = top >= 0
-    because, together = np.full(top.shape, -1, np.int64), np.zeros(top.shape, bool)
-    if why:
-        because, together = asked.explain(searcher, top)
-    chosen, reasons, together = top[kept], because[kept], together[kept]
-    reason = searcher.names.take(pa.array(reasons, mask=reasons < 0))
-    spoke = pa.array(together.astype(np.int8), mask=np.full(len(together), not why))
-    items = pa.StructArray.from_arrays(
-        [
-            searcher.names.take(pa.array(chosen)),
-            pa.array(scores[kept]),
-            reason,
-            shared_terms(searcher, chosen, reasons),
-            pa.array(matching.sources).take(spoke),
-            _hidden(collapsed, kept, searcher),
-        ],
-        names=["item_id", "score", "because_item_id", "because_terms", "source", "collapsed"],
-    )
-    offsets = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
-    return pa.RecordBatch.from_arrays(
-        [
-            batch.column("user_id"),
-            pa.ListArray.from_arrays(pa.array(offsets), items),
-            pa.array(np.full(len(batch), k, np.int32)),
-            pa.array([searcher.index_id] * len(batch)),
-        ],
-        names=["user_id", "items", "k", "index_id"],
+    lists = recommend_lists(searcher, requests, spec.list_rules, spec.k, spec.effort)
+    filled = lists.items >= 0
+    columns = {
+        "item_id": searcher.arrow_ids.take(pa.array(lists.items[filled])),
+        "score": pa.array(lists.scores[filled]),
+        **_explanations(queries, lists.items, searcher, spec),
+        "collapsed": _collapsed_ids(lists, searcher),
+    }
+    items = pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
+    offsets = _offsets(filled.sum(axis=1))
+    return pa.RecordBatch.from_pydict(
+        {
+            "user_id": batch.column("user_id"),
+            "items": pa.ListArray.from_arrays(offsets, items),
+            "k": pa.array(np.full(len(batch), spec.k, np.int32)),
+            "index_id": pa.array([searcher.index_id] * len(batch)),
+        }
     )
 
 
-def _hidden(collapsed: np.ndarray, kept: np.ndarray, searcher: Searcher) -> pa.ListArray:
-    """The ids of the items that each place hides, best first; kept: bool (users, k)."""
-    users, places, items = collapsed.T
-    cell = users * kept.shape[1] + places
-    order = np.argsort(cell, kind="stable")
-    sizes = np.bincount(cell, minlength=kept.size)[kept.ravel()]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), searcher.names.take(pa.array(items[order])))
+def _explanations(
+    queries: Queries, positions: np.ndarray, searcher: Searcher, spec: _ListSpec
+) -> dict[str, pa.Array]:
+    """The columns because_item_id, because_terms and source of all list items.
+
+    All are null or empty if the lists aren't to be explained. positions: (users, k), -1 for none.
+    """
+    filled = positions >= 0
+    items = positions[filled]
+    reasons = np.full(len(items), -1, np.int64)
+    source = pa.nulls(len(items), pa.int64())
+    if spec.explain:
+        because, by_item_item = queries.explain(searcher, positions)
+        reasons = because[filled]
+        source = pa.array(by_item_item[filled].astype(np.int64))
+    return {
+        "because_item_id": searcher.arrow_ids.take(pa.array(reasons, mask=reasons < 0)),
+        "because_terms": shared_terms(searcher, items, reasons),
+        "source": pa.array(spec.scoring.sources).take(source),
+    }
 
 
-def shared_terms(searcher: Searcher, items: np.ndarray, reasons: np.ndarray) -> pa.ListArray:
-    """Of each item (position) the most telling words that its text shares with that of its reason; none where that is
-    -1."""
-    shared = np.full((len(items), _TERMS), -1, np.int64)
-    count = np.zeros(len(items), np.int64)
-    for start in range(0, len(items), _PAIRS_AT_ONCE):
-        part = slice(start, start + _PAIRS_AT_ONCE)
-        mine, others = searcher.words[items[part]], searcher.words[reasons[part]]
-        both = (
-            (mine[:, :, None] == others[:, None, :]).any(axis=2)
-            & (mine >= 0)
-            & (reasons[part] >= 0)[:, None]
-        )
-        place = np.cumsum(both, axis=1) - 1
-        rows, columns = np.nonzero(both & (place < _TERMS))
-        shared[start + rows, place[rows, columns]] = mine[rows, columns]
-        count[part] = both.sum(axis=1).clip(max=_TERMS)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(count)]).astype(np.int32))
-    return pa.ListArray.from_arrays(
-        offsets, searcher.vocabulary.take(pa.array(shared[shared >= 0]))
-    )
+def _only(batch: pa.RecordBatch, searcher: Searcher) -> list[np.ndarray | None] | None:
+    """Positions of the items that a user may get, None for users who may get all of them."""
+    if "only" not in batch.schema.names:
+        return None
+    only = batch.column("only")
+    if only.null_count == len(batch):
+        return None
+    restricted = only.is_valid().to_pylist()
+    positions = _positions(only.fill_null([]), searcher)
+    return [
+        user_positions if is_restricted else None
+        for user_positions, is_restricted in zip(positions, restricted, strict=True)
+    ]
 
 
-def _rules(batch: pa.RecordBatch) -> np.ndarray:
+def _collapsed_ids(lists: RankedLists, searcher: Searcher) -> pa.ListArray:
+    """The ids of the items collapsed into each list item, best first."""
+    filled = lists.items >= 0
+    users, ranks, positions = lists.collapsed.T
+    cells = users * filled.shape[1] + ranks
+    order = np.argsort(cells, kind="stable")
+    sizes = np.bincount(cells, minlength=filled.size)[filled.ravel()]
+    ids = searcher.arrow_ids.take(pa.array(positions[order]))
+    return pa.ListArray.from_arrays(_offsets(sizes), ids)
+
+
+def shared_terms(
+    searcher: Searcher,
+    items: np.ndarray,
+    reasons: np.ndarray,
+) -> pa.ListArray:
+    """The rarest words that the text of each item (position) shares with that of its reason.
+
+    At most three words; none where the reason is -1.
+    """
+    terms = np.full((len(items), _MAX_TERMS), -1, np.int64)
+    counts = np.zeros(len(items), np.int64)
+    for start in range(0, len(items), _PAIRS_PER_BLOCK):
+        block = slice(start, start + _PAIRS_PER_BLOCK)
+        item_words = searcher.words[items[block]]
+        reason_words = searcher.words[reasons[block]]
+        shared = (item_words[:, :, None] == reason_words[:, None, :]).any(axis=2)
+        shared &= item_words >= 0
+        shared &= (reasons[block] >= 0)[:, None]
+        rank = np.cumsum(shared, axis=1) - 1
+        rows, columns = np.nonzero(shared & (rank < _MAX_TERMS))
+        terms[start + rows, rank[rows, columns]] = item_words[rows, columns]
+        counts[block] = shared.sum(axis=1).clip(max=_MAX_TERMS)
+    words = searcher.vocabulary.take(pa.array(terms[terms >= 0]))
+    return pa.ListArray.from_arrays(_offsets(counts), words)
+
+
+def _indexed_history(
+    history: pa.ListArray, searcher: Searcher
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Positions and weights of each user's history items that are in the index.
+
+    Weights are divided by the user's largest.
+    """
+    entries = history.flatten()
+    positions = _per_user(searcher.positions_of(entries.field("item_id")), history)
+    weights = _per_user(entries.field("weight").to_numpy(zero_copy_only=False), history)
+    for user, user_positions in enumerate(positions):
+        indexed = user_positions >= 0
+        user_weights = weights[user][indexed]
+        positions[user] = user_positions[indexed]
+        # The smallest normal double: an empty history has no largest weight.
+        weights[user] = user_weights / user_weights.max(initial=1e-300)
+    return positions, weights
+
+
+def _rule_bits(batch: pa.RecordBatch) -> np.ndarray:
     """int64 (users,)."""
-    return (
-        batch.column("rules").to_numpy()
-        if "rules" in batch.schema.names
-        else np.zeros(len(batch), np.int64)
-    )
+    if "rules" not in batch.schema.names:
+        return np.zeros(len(batch), np.int64)
+    return batch.column("rules").to_numpy()
 
 
-def _queries(embedding: pa.ListArray) -> np.ndarray:
+def _vectors(embedding: pa.ListArray) -> np.ndarray:
+    """float32 (users, dimension)."""
     return np.asarray(embedding.flatten(), np.float32).reshape(len(embedding), -1)
 
 
@@ -288,5 +369,9 @@ def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
 
 
 def _per_user(values: np.ndarray, lists: pa.ListArray) -> list[np.ndarray]:
-    ends = np.cumsum(np.asarray(lists.value_lengths())).tolist()
-    return [values[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    ends = np.cumsum(np.asarray(lists.value_lengths()))
+    return np.split(values, ends)[:-1]
+
+
+def _offsets(sizes: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))

@@ -1,11 +1,12 @@
-"""Rules, groups and exclusions in SQL: what may be recommended, to whom, and what a user may not get again.
+"""Rules, groups and exclusions in SQL: which items may be recommended to whom.
 
-Knows tables; which of the allowed items get a place is `models/offer.py`'s.
+Knows tables. Which of the allowed items get on a list is decided by `models/ranking/list_rules.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,152 +16,184 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules, Rule
+from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, Cap, ListRules, Rule
 
-_MORE = "attributes."
+_ATTRIBUTE_PREFIX = "attributes."
+_MICROS_PER_DAY = 86_400_000_000
+
+
+class UserRules(NamedTuple):
+    """Which rules apply to whom, as bits.
+
+    `by_user` (user_id, rules) holds the users to whom more rules apply than to everybody. It is
+    None if no rule is limited to some users.
+    """
+
+    everybody: int
+    by_user: DataFrame | None
 
 
 def check(
     items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
 ) -> None:
-    """Raise UsageError for a predicate or a column that the tables' columns don't know; reads no row."""
+    """Raise UsageError for a rule or a cap that doesn't fit the tables' columns; reads no row."""
     for number, rule in enumerate(rules):
-        for rows, name, predicate in ((items, "items", rule.items), (users, "users", rule.users)):
-            if predicate is None:
-                continue
-            try:
-                kind = rows.select(F.expr(predicate)).schema[0].dataType.typeName()
-            except AnalysisException as wrong:
-                said = str(wrong).splitlines()[0]
-                raise UsageError(
-                    f"recommend.rules[{number}].{name}: {predicate!r} can't be asked of the table {name}: "
-                    f"{said}"
-                ) from None
-            if kind != "boolean":
-                raise UsageError(
-                    f"recommend.rules[{number}].{name}: {predicate!r} is no condition, it gives a {kind}."
-                )
+        key = f"recommend.rules[{number}]"
+        _check_predicate(f"{key}.items", rule.items, items, "items")
+        if rule.users is not None:
+            _check_predicate(f"{key}.users", rule.users, users, "users")
     for column in caps:
-        if not column.startswith(_MORE) and column not in items.columns:
+        if not column.startswith(_ATTRIBUTE_PREFIX) and column not in items.columns:
             raise UsageError(
                 f"recommend.caps: the table items has no column {column!r}. It has "
-                f"{', '.join(items.columns)}; other columns are attributes.NAME."
+                f"{', '.join(items.columns)}. Other columns are named attributes.NAME."
             )
 
 
-def item_rows(
+def _check_predicate(
+    key: str,
+    predicate: str,
+    rows: DataFrame,
+    table: str,
+) -> None:
+    try:
+        kind = rows.select(F.expr(predicate)).schema[0].dataType.typeName()
+    except AnalysisException as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{key}: {predicate!r} doesn't fit the table {table}: {reason}") from None
+    if kind != "boolean":
+        raise UsageError(f"{key}: expected a boolean expression, got a {kind}: {predicate!r}")
+
+
+def rules_by_item(
     items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
 ) -> DataFrame:
-    """item_id, allowed (bits as in Offer), parent, photo (of the main one), cap_0, cap_1, …: for the driver."""
-    allowed = F.when(F.col("available"), AVAILABLE).otherwise(0).cast("bigint")
+    """item_id, allowed (bits as in ListRules), parent, photo, cap_0, cap_1, …: for the driver.
+
+    `photo` is the hash of the main photo. `cap_n` is the group of the n-th cap.
+    """
+    allowed = _bit(F.col("available"), AVAILABLE)
     for number, rule in enumerate(rules):
-        allowed = allowed.bitwiseOR(
-            F.when(F.expr(rule.items), F.lit(2 << number)).otherwise(0).cast("bigint")
-        )
-    main = photos.where(F.col("position") == 0).select(
-        "item_id", F.col("image_sha256").alias("photo")
-    )
+        allowed = allowed.bitwiseOR(_bit(F.expr(rule.items), _rule_bit(number)))
     groups = [
         _group(column).cast("string").alias(f"cap_{number}") for number, column in enumerate(caps)
     ]
+    main_photos = photos.where(F.col("position") == 0).select(
+        "item_id", F.col("image_sha256").alias("photo")
+    )
     rows = items.select(
         "item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups
     )
-    return rows.join(main, on="item_id", how="left")
+    return rows.join(main_photos, on="item_id", how="left")
+
+
+def _rule_bit(number: int) -> int:
+    # Bit 0 is AVAILABLE.
+    return 2 << number
+
+
+def _bit(condition: Column, bit: int) -> Column:
+    return F.when(condition, F.lit(bit)).otherwise(0).cast("bigint")
 
 
 def _group(column: str) -> Column:
-    return (
-        F.col("attributes")[column.removeprefix(_MORE)]
-        if column.startswith(_MORE)
-        else F.col(column)
-    )
+    if column.startswith(_ATTRIBUTE_PREFIX):
+        return F.col("attributes")[column.removeprefix(_ATTRIBUTE_PREFIX)]
+    return F.col(column)
 
 
 def list_rules(
-    rows: pa.Table,
-    searcher: Searcher,
-    variants: Sequence[str],
-    caps: Mapping[str, int],
-    alike: float | None,
-    least: float | None,
-    diversity: float = 0.0,
+    rows: pa.Table, searcher: Searcher, variants: Sequence[str], caps: Mapping[str, int]
 ) -> ListRules:
-    """The offer of `item_rows`, by the positions of an index; an item of the index that isn't there isn't offered.
+    """Rows of `rules_by_item` by the positions of an index, without thresholds.
 
-    variants: of "parent" and "photo" what makes two items variants of each other, also over a third one.
+    An item of the index without a row isn't allowed. Variants share a value of one of the columns
+    `variants` ("parent", "photo"), or are joined through a third item.
     """
-    place = searcher.positions_of(rows["item_id"].combine_chunks())
-    known, place = place >= 0, place[place >= 0]
-    allowed = np.zeros(len(searcher), np.int64)
-    allowed[place] = rows["allowed"].to_numpy()[known]
+    positions = searcher.positions_of(rows["item_id"].combine_chunks())
+    indexed = positions >= 0
+    positions = positions[indexed]
 
-    def numbers(name: str) -> np.ndarray:
-        codes = (
-            rows[name]
-            .combine_chunks()
-            .dictionary_encode()
-            .indices.fill_null(-1)
-            .to_numpy()
-            .astype(np.int64)
-        )
-        spread = np.full(len(searcher), -1, np.int64)
-        spread[place] = codes[known]
-        return spread
+    def by_position(values: np.ndarray, default: int) -> np.ndarray:
+        column = np.full(len(searcher), default, np.int64)
+        column[positions] = values[indexed]
+        return column
 
-    same = _joined([numbers(name) for name in variants]) if variants else None
-    if same is not None and len(np.unique(same)) == len(same):
-        same = None  # nobody's variants: lists are simply the best items
-    limits = [(numbers(f"cap_{number}"), most) for number, most in enumerate(caps.values())]
-    return ListRules(allowed, same, limits, alike, least, diversity)
+    def codes(name: str) -> np.ndarray:
+        """The column's values as numbers, -1 for null."""
+        indices = rows[name].combine_chunks().dictionary_encode().indices
+        return by_position(indices.fill_null(-1).to_numpy(), -1)
+
+    groups = None
+    if variants:
+        groups = _connected_groups([codes(name) for name in variants])
+        if len(np.unique(groups)) == len(groups):
+            groups = None  # No item has a variant: lists are simply the best items.
+    limits = [Cap(codes(f"cap_{number}"), limit) for number, limit in enumerate(caps.values())]
+    allowed = by_position(rows["allowed"].to_numpy(), 0)
+    return ListRules(allowed, groups, limits)
 
 
-def _joined(groups: Sequence[np.ndarray]) -> np.ndarray:
-    """Numbers of the groups that come of joining all that share an item."""
+def _connected_groups(groupings: Sequence[np.ndarray]) -> np.ndarray:
+    """The group number of each item after joining all groups that share an item.
+
+    groupings: of each column the number per item, int64 (items,), -1 for none.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    items, start, ones, others = len(groups[0]), len(groups[0]), [], []
-    for numbers in groups:
-        there = np.flatnonzero(numbers >= 0)
-        ones.append(there)
-        others.append(start + numbers[there])
-        start += int(numbers.max(initial=-1)) + 1
-    one, other = np.concatenate(ones), np.concatenate(others)
-    graph = coo_array((np.ones(len(one), np.int8), (one, other)), shape=(start, start))
-    return connected_components(graph, directed=False)[1][:items].astype(np.int64)
+    # A graph whose nodes are the items and then the groups of each column.
+    nodes = len(groupings[0])
+    item_nodes = []
+    group_nodes = []
+    for numbers in groupings:
+        grouped = np.flatnonzero(numbers >= 0)
+        item_nodes.append(grouped)
+        group_nodes.append(nodes + numbers[grouped])
+        nodes += int(numbers.max(initial=-1)) + 1
+    edges = (np.concatenate(item_nodes), np.concatenate(group_nodes))
+    graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(nodes, nodes))
+    _, components = connected_components(graph, directed=False)
+    return components[: len(groupings[0])].astype(np.int64)
 
 
-def applying(users: DataFrame, rules: Sequence[Rule]) -> tuple[int, DataFrame | None]:
-    """The bits of the rules for everybody; and user_id, rules of those to whom others apply, None if none does."""
-    everybody, some = 0, list[Column]()
+def rules_by_user(users: DataFrame, rules: Sequence[Rule]) -> UserRules:
+    """The rules that apply to everybody, and those that apply to some users."""
+    everybody = 0
+    bits = F.lit(0).cast("bigint")
     for number, rule in enumerate(rules):
         if rule.users is None:
-            everybody |= 2 << number
+            everybody |= _rule_bit(number)
         else:
-            some.append(F.when(F.expr(rule.users), F.lit(2 << number)).otherwise(0).cast("bigint"))
-    if not some:
-        return everybody, None
-    bits = some[0]
-    for other in some[1:]:
-        bits = bits.bitwiseOR(other)
-    return everybody, users.select("user_id", bits.alias("rules")).where(F.col("rules") != 0)
+            bits = bits.bitwiseOR(_bit(F.expr(rule.users), _rule_bit(number)))
+    if all(rule.users is None for rule in rules):
+        return UserRules(everybody, None)
+    by_user = users.select("user_id", bits.alias("rules"))
+    return UserRules(everybody, by_user.where(F.col("rules") != 0))
 
 
-def not_again(
-    log: DataFrame, items: DataFrame, again: Sequence[str], repurchase_days: Mapping[str, int]
+def not_repeatable(
+    log: DataFrame,
+    items: DataFrame,
+    repeatable_events: Sequence[str],
+    repurchase_days: Mapping[str, int],
 ) -> DataFrame:
-    """user_id, seen: the items that a user's events keep off the list.
+    """user_id, seen: the items that may not be recommended to a user again.
 
-    Events of the types `again` keep nothing off; others do so for ever, or where the item's category has a window for
-    that many days before the log's last event.
+    Events of the types `repeatable_events` exclude nothing. Any other event excludes its item for
+    ever, or for the days that its category has in `repurchase_days`, counted back from the log's
+    last event.
     """
-    events = log.where(~F.col("event_type").isin(*again)) if again else log
-    known = events.join(items.select("item_id", "category"), on="item_id", how="inner")
+    events = log
+    if repeatable_events:
+        events = log.where(~F.col("event_type").isin(*repeatable_events))
+    events = events.join(items.select("item_id", "category"), on="item_id", how="inner")
     if repurchase_days:
-        days = F.create_map(*[F.lit(part) for pair in repurchase_days.items() for part in pair])
-        end = log.agg(F.max("event_time").alias("end"))
-        window = days[F.col("category")]
-        past = F.unix_micros("end") - F.unix_micros("event_time") > window * F.lit(86_400_000_000)
-        known = known.crossJoin(F.broadcast(end)).where(window.isNull() | ~past)
-    return known.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
+        pairs = [F.lit(value) for pair in repurchase_days.items() for value in pair]
+        days = F.create_map(*pairs)[F.col("category")]
+        log_end = log.agg(F.max("event_time").alias("log_end"))
+        age = F.unix_micros("log_end") - F.unix_micros("event_time")
+        excluded = days.isNull() | (age <= days * F.lit(_MICROS_PER_DAY))
+        events = events.crossJoin(F.broadcast(log_end)).where(excluded)
+    seen = F.array_sort(F.collect_set("item_id")).alias("seen")
+    return events.groupBy("user_id").agg(seen)

@@ -41,6 +41,14 @@ class CalibrationState(NamedTuple):
     exact_lists_per_second: float | None
     tried: tuple[TriedEffort, ...]
 
+    @property
+    def chosen(self) -> TriedEffort | None:
+        """The measurements of the chosen effort; None for exact search."""
+        for effort in self.tried:
+            if (effort.leaves, effort.candidates) == (self.leaves, self.candidates):
+                return effort
+        return None
+
 
 class ProfilesState(NamedTuple):
     """What an incremental run of profiles compares. A version is None where there was no table."""

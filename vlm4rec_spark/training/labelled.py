@@ -18,7 +18,10 @@ import pandas as pd
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.models.captioning.caption_template import sentence, vocabulary
+from vlm4rec_spark.models.captioning.caption_template import (
+    attribute_values,
+    caption_from_attributes,
+)
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
 _HELD_OUT = 20
@@ -70,7 +73,7 @@ def read(
         else [""] * len(rows)
     )
     sentences = [
-        " ".join(own.split()) or (sentence(row) if row else "")
+        " ".join(own.split()) or (caption_from_attributes(row) if row else "")
         for own, row in zip(said, told, strict=True)
     ]
     photos, reasons, digests = _decoded(rows[columns["photo"]].tolist(), table, side, work, say)
@@ -86,7 +89,7 @@ def read(
             f"needed. Left out: {json.dumps(rejected)}."
         )
     told = [told[place] for place in good]
-    values = vocabulary(told)
+    values = attribute_values(told)
     places = {
         name: {value: place for place, value in enumerate(each)} for name, each in values.items()
     }

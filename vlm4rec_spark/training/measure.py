@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm4rec_spark.models.captioning.caption_template import named
+from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.captioning.captioner import (
     ModelSettings,
     Request,
-    answers,
+    caption_all,
     load_captioner,
 )
 from vlm4rec_spark.models.captioning.prompts import load_prompt
@@ -52,7 +52,7 @@ def describe(
 
 
 def _texts(captioner, batch: Sequence[Request]) -> list[str]:  # type: ignore[no-untyped-def]
-    return [answer.text or "" for answer in answers(captioner, batch).values()]
+    return [answer.text or "" for answer in caption_all(captioner, batch).values()]
 
 
 def shares(
@@ -63,8 +63,8 @@ def shares(
 ) -> dict[str, Share]:
     """By attribute, over the photos whose true value is known."""
     said, nothing, found = (
-        [named(caption, values) for caption in captions],
-        named(blank, values),
+        [extract_attributes(caption, values) for caption in captions],
+        extract_attributes(blank, values),
         {},
     )
     for name in values:

@@ -1,1 +1,1 @@
-"""Captioning without Spark: prompts, backends, the process around the model, checks of its answers."""
+"""Captioning without Spark: prompts, backends, the model's process, checks of its answers."""

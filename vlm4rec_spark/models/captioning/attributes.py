@@ -1,6 +1,6 @@
-"""Attributes of a product: the JSON that a structured prompt asks for, checked, and the text that is made of it.
+"""A product's attributes: the JSON that a structured prompt asks for, its checks, and its text.
 
-Knows no model and no prompt's words.
+Knows no model and no prompt's wording.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-_LONGEST = 100
-"""Characters of a value. A phrase is asked for; what is longer is a description that has gone astray."""
-_NOTHING = {
+_MAX_LENGTH = 100
+"""Characters of a value. A longer one is a misplaced description, not a phrase."""
+_MISSING = {
     "",
     "unknown",
     "none",
@@ -23,28 +23,28 @@ _NOTHING = {
     "unspecified",
     "unclear",
 }
-"""What models write where they are asked to leave a value empty."""
+"""What models write instead of leaving a value empty."""
 
 
 class AttributesError(Exception):
-    """The answer isn't what was asked for; says why."""
+    """The answer isn't the JSON that was asked for. Its text says why."""
 
 
 def _phrase(value: Any) -> str:
-    """A text, of several the first ones; "" for what says that nothing is known."""
+    """One text, cut to its maximum length; "" if it says that nothing is known."""
     parts = value if isinstance(value, list) else [value]
     if not all(part is None or isinstance(part, str) for part in parts):
-        raise ValueError("a text, or a list of texts, was asked for")
+        raise ValueError("expected a text or a list of texts")
     words = (" ".join((part or "").split()).strip(" .") for part in parts)
-    known = [word for word in words if word.lower() not in _NOTHING]
-    return ", ".join(known)[:_LONGEST].rstrip(" ,")
+    informative = [word for word in words if word.lower() not in _MISSING]
+    return ", ".join(informative)[:_MAX_LENGTH].rstrip(" ,")
 
 
 _Phrase = Annotated[str, BeforeValidator(_phrase)]
 
 
 class Attributes(BaseModel):
-    """What a photo says of the product; "" where it doesn't say. The order is that of the text."""
+    """What a photo shows of the product; "" for what it doesn't show. In the order of the text."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,36 +57,37 @@ class Attributes(BaseModel):
     occasion: Annotated[_Phrase, Field(description="when, where or by whom")] = ""
 
     @property
-    def known(self) -> dict[str, str]:
-        """Those that aren't empty."""
+    def non_empty(self) -> dict[str, str]:
+        """Attributes that have a value."""
         return {name: value for name, value in self if value}
 
     @property
     def text(self) -> str:
-        """What is embedded: the values alone, since names that stand in every text make all texts alike."""
-        return ", ".join(self.known.values()) + "."
+        """The text to embed: values only, because repeated names make all texts similar."""
+        return ", ".join(self.non_empty.values()) + "."
 
 
-NAMED = ", ".join(
+PROMPT_KEYS = ", ".join(
     f'"{name}" ({field.description})' for name, field in Attributes.model_fields.items()
 )
-"""The attributes as a prompt names them."""
+"""The attributes as a prompt lists them."""
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         name: {"type": "string", "description": field.description}
         for name, field in Attributes.model_fields.items()
     },
-    # OpenAI and Anthropic take a schema only where it requires every property and allows no other.
+    # OpenAI and Anthropic accept a schema only if it requires every property and allows no others.
     "required": list(Attributes.model_fields),
     "additionalProperties": False,
 }
-"""The same as a JSON schema, for backends that can hold a model to one."""
+"""The attributes as a JSON schema, for backends with guided decoding."""
 
 
 def parse(answer: str) -> Attributes:
-    """The attributes in a model's answer: its JSON object, whatever stands before and after. Raises AttributesError."""
-    start, end = answer.find("{"), answer.rfind("}")
+    """The attributes in an answer's JSON object, whatever surrounds it. Raises AttributesError."""
+    start = answer.find("{")
+    end = answer.rfind("}")
     if start < 0:
         raise AttributesError(f"no JSON object: {answer[:200]}")
     if end < start:
@@ -94,13 +95,11 @@ def parse(answer: str) -> Attributes:
             f"the JSON ends early (see caption.model.max_new_tokens): {answer[:200]}"
         )
     try:
-        found = Attributes.model_validate_json(answer[start : end + 1])
-    except ValidationError as wrong:
-        first = wrong.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise AttributesError(
-            f"{f'{place}: ' if place else ''}{first['msg']}: {answer[:200]}"
-        ) from None
-    if not found.kind:
+        parsed = Attributes.model_validate_json(answer[start : end + 1])
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        words = [".".join(map(str, error["loc"])), error["msg"], answer[:200]]
+        raise AttributesError(": ".join(filter(None, words))) from None
+    if not parsed.kind:
         raise AttributesError(f"kind: it is empty: {answer[:200]}")
-    return found
+    return parsed

@@ -1,61 +1,84 @@
-"""What a model said, judged: captions that aren't descriptions are rejected with a reason. Knows text, no model."""
+"""Rejects captions that aren't descriptions, with a reason. Knows text; knows no model."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from vlm4rec_spark.models.captioning import attributes
 
 _WORDS = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")
-"""Chinese and Japanese write no spaces: each of their signs counts as a word."""
-_FEWEST_WORDS = 3
-_REPEATED_WORDS = 12
-"""From so many words on a text is looked at for loops: shorter ones may well say a word twice."""
+"""Chinese and Japanese are written without spaces: each character counts as a word."""
+_MIN_WORDS = 3
 _NGRAM = 3
-_ECHO = 0.6
+_MIN_NGRAMS_FOR_REPETITION = 12
+"""A shorter text may well repeat a word."""
+_ECHO_SHARE = 0.6
 _REFUSAL = re.compile(
-    r"^\W*(i'?m sorry|i am sorry|sorry\b|i apologi[sz]e|i (can ?not|can'?t|am unable|'m unable|won'?t)|i'?m unable|"
-    r"unfortunately,? i|as an ai\b|there is no image|no image (was|is)|please (provide|upload))",
+    r"^\W*(i'?m sorry|i am sorry|sorry\b|i apologi[sz]e"
+    r"|i (can ?not|can'?t|am unable|'m unable|won'?t)|i'?m unable|unfortunately,? i|as an ai\b"
+    r"|there is no image|no image (was|is)|please (provide|upload))",
     re.IGNORECASE,
 )
-"""How English-speaking models begin when they describe nothing; in other languages a refusal passes."""
+"""How English-speaking models begin a refusal. Refusals in other languages pass."""
 
 
-Fault = tuple[str, str]
-"""Class and reason."""
+class CaptionRejection(NamedTuple):
+    """Why a text isn't a caption."""
+
+    error_class: str
+    reason: str
 
 
-def structured(answer: str, prompt: str) -> tuple[str, dict[str, str], Fault | None]:
-    """The text that an answer in JSON becomes, the attributes in it, and its fault, as of `fault` or bad_attributes."""
+class CheckedAnswer(NamedTuple):
+    """A structured answer's text and attributes, and why it is rejected if it is."""
+
+    text: str
+    attributes: dict[str, str]
+    rejection: CaptionRejection | None
+
+
+def check_structured(answer: str, prompt: str) -> CheckedAnswer:
+    """Parse an answer in JSON and check its text.
+
+    Its rejection has a class of `check_caption`, or else bad_attributes.
+    """
     try:
-        found = attributes.parse(answer)
-    except attributes.AttributesError as wrong:
-        # A refusal or a loop is called what it is.
-        return answer, {}, fault(answer, prompt) or ("bad_attributes", str(wrong))
-    return found.text, found.known, fault(found.text, prompt)
+        parsed = attributes.parse(answer)
+    except attributes.AttributesError as failure:
+        # A refusal or a loop keeps its own class.
+        rejection = check_caption(answer, prompt) or CaptionRejection(
+            "bad_attributes", str(failure)
+        )
+        return CheckedAnswer(answer, {}, rejection)
+    return CheckedAnswer(parsed.text, parsed.non_empty, check_caption(parsed.text, prompt))
 
 
-def fault(caption: str, prompt: str) -> Fault | None:
-    """Class and reason for which a caption isn't one, or None: it will do.
+def check_caption(caption: str, prompt: str) -> CaptionRejection | None:
+    """Why `caption` isn't a description; None if it is one.
 
-    The classes: empty_caption; too_short, under three words; refusal; echo, where at least 60 % of its three-word
-    sequences stand in the prompt; repetition, where fewer than half of twelve or more such sequences are distinct.
+    The classes, of which n-grams have three words:
+    empty_caption;
+    refusal;
+    too_short: under three words;
+    echo: at least 60 % of its n-grams are in the prompt;
+    repetition: of at least twelve n-grams, under half are distinct.
     """
     words = _WORDS.findall(caption.lower())
     if not words:
-        return "empty_caption", "the model said nothing"
+        return CaptionRejection("empty_caption", "the model said nothing")
     if _REFUSAL.match(caption.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")):
-        return "refusal", f"the model refused: {caption[:200]}"
-    if len(words) < _FEWEST_WORDS:
-        return "too_short", f"fewer than {_FEWEST_WORDS} words: {caption[:200]}"
-    said = _ngrams(words)
-    asked = set(_ngrams(_WORDS.findall(prompt.lower())))
-    if sum(ngram in asked for ngram in said) >= _ECHO * len(said):
-        return "echo", f"the model repeated the prompt: {caption[:200]}"
-    if len(said) >= _REPEATED_WORDS and len(set(said)) < len(said) / 2:
-        return "repetition", f"the model repeated itself: {caption[:200]}"
+        return CaptionRejection("refusal", f"the model refused: {caption[:200]}")
+    if len(words) < _MIN_WORDS:
+        return CaptionRejection("too_short", f"fewer than {_MIN_WORDS} words: {caption[:200]}")
+    ngrams = _ngrams(words)
+    prompt_ngrams = set(_ngrams(_WORDS.findall(prompt.lower())))
+    if sum(ngram in prompt_ngrams for ngram in ngrams) >= _ECHO_SHARE * len(ngrams):
+        return CaptionRejection("echo", f"the model repeated the prompt: {caption[:200]}")
+    if len(ngrams) >= _MIN_NGRAMS_FOR_REPETITION and len(set(ngrams)) < len(ngrams) / 2:
+        return CaptionRejection("repetition", f"the model repeated itself: {caption[:200]}")
     return None
 
 
 def _ngrams(words: list[str]) -> list[tuple[str, ...]]:
-    return [tuple(words[place : place + _NGRAM]) for place in range(len(words) - _NGRAM + 1)]
+    return [tuple(words[start : start + _NGRAM]) for start in range(len(words) - _NGRAM + 1)]

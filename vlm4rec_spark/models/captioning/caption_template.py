@@ -1,99 +1,115 @@
-"""A sentence from a product's attributes, and the attributes that a sentence names. Knows words; no model, no photo."""
+"""A caption from a product's attributes, and attributes from a caption. Knows no model."""
 
 from __future__ import annotations
 
 import re
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-_LOOK = ("colour", "pattern", "material", "kind")
-"""In the order in which English puts them."""
-_KNOWN = (*_LOOK, "audience", "style", "use")
+_BEFORE_KIND = ("colour", "pattern", "material")
+"""The order of English adjectives."""
+_PLACED = {*_BEFORE_KIND, "kind", "audience", "style", "use"}
+_USE_WORDS = ("for", "made for", "good for", "meant for")
 
 
-def sentence(attributes: Mapping[str, str]) -> str:
-    """One English sentence that says these attributes and nothing else; those that are missing or empty it leaves out.
+def caption_from_attributes(attributes: Mapping[str, str]) -> str:
+    """One English sentence that says exactly these attributes, without the empty ones.
 
-    `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` have places of their own, others follow by
-    their names. Which of four wordings is used depends on the kind alone: the words between the attributes then add
-    no noise to the sentences' vectors.
+    `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` have fixed places.
+    Others follow, each after its name.
+    The kind alone decides which of four wordings is used.
+    So the wording adds no noise to the sentences' vectors.
     """
-    said = {
+    values = {
         name: " ".join(value.split())
         for name, value in attributes.items()
         if value and value.strip()
     }
-    kind = said.get("kind", "product")
-    look = " ".join([said[name] for name in _LOOK if name in said and name != "kind"] + [kind])
-    plural = kind.endswith("s") and not kind.endswith("ss")
-    wording = zlib.crc32(kind.encode()) % 4
-    audience = f"for {said['audience']}" if "audience" in said else ""
-    style = f"in a {said['style']} style" if "style" in said else ""
-    use, rest = (
-        said.get("use", ""),
-        [f"{name} {value}" for name, value in said.items() if name not in _KNOWN],
-    )
-    if wording == 0:
-        parts = [
-            " ".join(filter(None, [_noun(look, plural), audience])),
-            style,
-            use and f"for {use}",
-        ]
-    elif wording == 1:
-        shown = f"{'these are' if plural else 'this is'} {_noun(look, plural)}"
-        parts = [" ".join(filter(None, [shown, audience])), style, use and f"made for {use}"]
-    elif wording == 2:
-        coloured = (
-            f"{_noun(look.removeprefix(said['colour'] + ' '), plural)} in {said['colour']}"
-            if "colour" in said
-            else _noun(look, plural)
-        )
-        parts = [coloured, audience, style, use and f"good for {use}"]
-    else:
-        parts = [audience, _noun(look, plural), style, use and f"meant for {use}"]
-    text = ", ".join(filter(None, [*parts, *rest]))
+    others = [f"{name} {value}" for name, value in values.items() if name not in _PLACED]
+    text = ", ".join(filter(None, [*_placed_parts(values), *others]))
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _noun(words: str, plural: bool) -> str:
-    return words if plural else f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+def _placed_parts(values: Mapping[str, str]) -> list[str]:
+    """The sentence's parts, of which some may be empty."""
+    kind = values.get("kind", "product")
+    plural = kind.endswith("s") and not kind.endswith("ss")
+    adjectives = [values[name] for name in _BEFORE_KIND if name in values]
+    product = _with_article([*adjectives, kind], plural)
+    audience = f"for {values['audience']}" if "audience" in values else ""
+    style = f"in a {values['style']} style" if "style" in values else ""
+    wording = zlib.crc32(kind.encode()) % len(_USE_WORDS)
+    use = f"{_USE_WORDS[wording]} {values['use']}" if "use" in values else ""
+    if wording == 0:
+        return [f"{product} {audience}".rstrip(), style, use]
+    if wording == 1:
+        verb = "these are" if plural else "this is"
+        return [f"{verb} {product} {audience}".rstrip(), style, use]
+    if wording == 2:
+        if "colour" in values:
+            product = f"{_with_article([*adjectives[1:], kind], plural)} in {values['colour']}"
+        return [product, audience, style, use]
+    return [audience, product, style, use]
 
 
-def vocabulary(rows: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
-    """The values of each attribute, sorted: what `named` looks for."""
-    found: dict[str, set[str]] = {}
+def _with_article(words: list[str], plural: bool) -> str:
+    noun = " ".join(words)
+    if plural:
+        return noun
+    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"
+
+
+def attribute_values(rows: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """All values of each attribute, sorted, as `extract_attributes` takes them."""
+    values: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.items():
             if value:
-                found.setdefault(name, set()).add(value)
-    return {name: sorted(values) for name, values in found.items()}
+                values.setdefault(name, set()).add(value)
+    return {name: sorted(distinct) for name, distinct in values.items()}
 
 
-def named(text: str, values: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """The attributes that `text` names: of each the first of its `values` that stands in it, as whole words.
+class _Phrase(NamedTuple):
+    words: tuple[str, ...]
+    attribute: str
+    value: str
 
-    Read from left to right; where several values begin at a word the longest counts, and its words are used up: the
-    kind "casual shoes" isn't the use "casual". An attribute of which no value stands there is missing.
+
+def extract_attributes(text: str, values: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The attributes in `text`: for each, the first of its `values` that occurs as whole words.
+
+    The text is read from left to right. The longest value at a word wins and uses up its words:
+    the kind "casual shoes" isn't also the use "casual".
+    An attribute without an occurring value is left out.
     """
-    phrases = sorted(
-        (
-            (tuple(_WORD.findall(value.lower())), name, value)
-            for name, each in values.items()
-            for value in each
-        ),
-        key=lambda phrase: -len(phrase[0]),
-    )
-    by_first: dict[str, list[tuple[tuple[str, ...], str, str]]] = {}
-    for phrase in phrases:
-        if phrase[0]:
-            by_first.setdefault(phrase[0][0], []).append(phrase)
-    words, found, place = _WORD.findall(text.lower()), {}, 0
-    while place < len(words):
-        taken = 1
-        for spelled, name, value in by_first.get(words[place], ()):
-            if name not in found and tuple(words[place : place + len(spelled)]) == spelled:
-                found[name], taken = value, len(spelled)
+    phrases = _phrases_by_first_word(values)
+    words = _WORD.findall(text.lower())
+    extracted: dict[str, str] = {}
+    position = 0
+    while position < len(words):
+        step = 1
+        for phrase in phrases.get(words[position], ()):
+            end = position + len(phrase.words)
+            if phrase.attribute not in extracted and tuple(words[position:end]) == phrase.words:
+                extracted[phrase.attribute] = phrase.value
+                step = len(phrase.words)
                 break
-        place += taken
-    return found
+        position += step
+    return extracted
+
+
+def _phrases_by_first_word(values: Mapping[str, Iterable[str]]) -> dict[str, list[_Phrase]]:
+    """The longest phrases come first."""
+    phrases = [
+        _Phrase(tuple(_WORD.findall(value.lower())), attribute, value)
+        for attribute, names in values.items()
+        for value in names
+    ]
+    phrases.sort(key=lambda phrase: -len(phrase.words))
+    by_first_word: dict[str, list[_Phrase]] = {}
+    for phrase in phrases:
+        if phrase.words:
+            by_first_word.setdefault(phrase.words[0], []).append(phrase)
+    return by_first_word

@@ -1,8 +1,8 @@
-"""Captioners: photos and prompts in, descriptions out. One file per backend behind one protocol."""
+"""The protocol of captioning backends, their settings, and the factory that loads one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vlm4rec_spark.models.model_id import pinned_id
 
-LONGEST_WAIT = 60.0
-"""Seconds. Limits are given per minute: a server that asks for more is down, and a later run is the better retry."""
+MAX_WAIT_SECONDS = 60.0
+"""Providers set limits per minute. A server that asks for a longer wait is down."""
 PACKAGED_MODEL = Path(__file__).with_name("packaged")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A photo (RGB), the prompt for it, and the key that its answer bears."""
+    """A photo (RGB), its prompt, and the key that its answer carries."""
 
     key: str
     image: Image
@@ -28,7 +28,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request: a text, which may be empty (that is for the caller to judge), or an error's class."""
+    """The outcome of a request: a text, perhaps an empty one, or an error class."""
 
     key: str
     text: str | None
@@ -39,51 +39,50 @@ class Answer:
 
 
 class Captioner(Protocol):
-    """A stream: requests go in one by one, answers come out in any order, one for each.
+    """A stream: requests go in one by one, and one answer per request comes out, in any order.
 
-    One thread drives it: `add` what is at hand, `step`, and so on.
+    One thread drives it: it adds the requests at hand, calls `step`, and repeats.
     """
 
-    at_once: int
-    """The most requests that it wants to hold: those at work, and enough others that it needn't wait."""
-    batch: int
-    """`step` is worth its while from so many on; with fewer it is called when no more are coming."""
-    begins: Callable[[Sequence[str]], None]
-    """Called with the keys of the requests on which work begins: if the process ends now, it was over these."""
+    max_in_flight: int
+    """The most requests to give it before they are answered. Enough to keep it busy."""
+    batch_size: int
+    """`step` is efficient from this many requests on. With fewer, wait if more are coming."""
+    on_begin: Callable[[Sequence[str]], None]
+    """Called with the keys of requests as their work begins: suspects, if the process ends now."""
 
     def add(self, request: Request) -> None:
-        """Take a request; returns at once."""
+        """Queue a request. Returns at once."""
         ...
 
     def step(self) -> list[Answer]:
-        """Work until some of the requests held are answered. Not called while none is held.
+        """Work until some requests are answered. Not called while there are none.
 
-        What is wrong with a single request is its answer. Raises RunError where no request can be served, such as for
-        a wrong key to an endpoint: the run then fails with these words.
+        An error in one request is that request's answer.
+        Raises RunError, which ends the run, when no request can be served: a wrong key, say.
         """
         ...
 
 
-def answers(captioner: Captioner, requests: Iterable[Request]) -> dict[str, Answer]:
-    """All of them by key, in the order of the requests; for a few at a time."""
-    wanted = list(requests)
-    for request in wanted:
+def caption_all(captioner: Captioner, requests: Sequence[Request]) -> dict[str, Answer]:
+    """Answers by key, in the order of the requests. Meant for a few requests at a time."""
+    for request in requests:
         captioner.add(request)
-    found: dict[str, Answer] = {}
-    while len(found) < len(wanted):
-        found |= {answer.key: answer for answer in captioner.step()}
-    return {request.key: found[request.key] for request in wanted}
+    answers: dict[str, Answer] = {}
+    while len(answers) < len(requests):
+        answers |= {answer.key: answer for answer in captioner.step()}
+    return {request.key: answers[request.key] for request in requests}
 
 
 class EndpointSettings(BaseModel):
-    """Where the endpoint backend asks, and how hard. None of it changes a text, nor is it part of the caption key."""
+    """The endpoint backend's server and limits. No part of the caption key: they change no text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dialect: Literal["openai", "anthropic"] = "openai"
-    # Without credentials: it stands in error texts, and the settings are kept in the tables.
+    # No credentials in it: it appears in error messages, and the settings are stored in tables.
     url: str | None = Field(None, pattern=r"^https?://[^\s@?]+$")
-    # The clients open a thousand connections at most.
+    # The clients open at most a thousand connections.
     concurrency: int = Field(16, ge=1, le=1_000)
     timeout_seconds: float = Field(60.0, gt=0)
     tries: int = Field(5, ge=1, le=20)
@@ -91,7 +90,7 @@ class EndpointSettings(BaseModel):
 
 
 class ModelSettings(BaseModel):
-    """Which model captions, and what changes its text; `endpoint` and `compiled` don't, nor are they in the key."""
+    """The model and what changes its text. The key leaves out `endpoint` and `torch_compile`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -114,29 +113,29 @@ class ModelSettings(BaseModel):
         return str(PACKAGED_MODEL) if self.model == "packaged" else self.model
 
     @property
-    def longest_silence(self) -> float:
-        """Seconds for which nothing may come although all is well: a server is tried again and again."""
-        tried = self.endpoint.tries * (self.endpoint.timeout_seconds + 2 * LONGEST_WAIT)
-        return tried if self.backend == "endpoint" else 0.0
+    def max_silence_seconds(self) -> float:
+        """How long a healthy captioner may go without an answer: the endpoint retries."""
+        if self.backend != "endpoint":
+            return 0.0
+        return self.endpoint.tries * (self.endpoint.timeout_seconds + 2 * MAX_WAIT_SECONDS)
 
     def model_id(self) -> str:
-        """Model at revision or content hash. Raises UsageError when the model folder isn't there."""
+        """The model's name, at its revision or content hash. UsageError for a missing folder."""
         if self.backend == "fake":
             return f"fake-{self.model}@1"
         if self.backend == "endpoint":
-            return f"{self.model}@endpoint" + (
-                f"@{self.revision}" if self.revision != "main" else ""
-            )
+            revision = f"@{self.revision}" if self.revision != "main" else ""
+            return f"{self.model}@endpoint{revision}"
         return pinned_id("caption.model.model", self.source, self.revision)
 
 
 def load_captioner(
     settings: ModelSettings, batch_size: int = 16, json_schema: dict[str, Any] | None = None
 ) -> Captioner:
-    """Load the model; slow. Raises what the backend raises, UsageError for a missing library.
+    """Load the model, which is slow. Raises the backend's errors; UsageError for a missing library.
 
-    With a `json_schema` the answers are JSON of that kind where the backend can hold the model to it (guided decoding):
-    vllm and endpoint can, transformers can't.
+    `json_schema` makes answers JSON of that schema in vllm and endpoint, by guided decoding.
+    The transformers backend ignores it.
     """
     if settings.backend == "fake":
         from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner

@@ -1,6 +1,6 @@
-"""The process around the model: photos' bytes in, captions out, over one socket. Decodes ahead of the model.
+"""The process around the model: photos' bytes in, captions out, over one socket.
 
-Started by `supervisor.py` and by nobody else. It ends when its parent does, whatever either of them is doing.
+Decodes ahead of the model. Only `supervisor.py` starts it. It always ends when its parent does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.captioning.backends.batches import error_class
+from vlm4rec_spark.models.captioning.backends.batches import error_class, failed
 from vlm4rec_spark.models.captioning.captioner import (
     Answer,
     Captioner,
@@ -27,171 +28,175 @@ from vlm4rec_spark.models.captioning.captioner import (
     Request,
     load_captioner,
 )
-from vlm4rec_spark.models.photos.decode import PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that the kernel sends to a process when its parent ends."""
 _DECODERS = 2
-"""Threads. One decodes 60 JPEGs or 15 PNGs of 2,000 pixels a second (benchmarks/decode.py); a GPU captions 11."""
+"""Threads. One decodes 60 JPEGs or 15 PNGs of 2,000 pixels a second; a GPU captions 11 photos.
+
+Measured by benchmarks/decode.py.
+"""
 
 
 def main(handle: int, parent: int, idle_seconds: float) -> None:
-    """Serve the parent at the socket `handle` until it hangs up, or has had nothing to ask for so long."""
+    """Serve the parent at socket `handle` until it hangs up or is silent for `idle_seconds`."""
     _end_with(parent)
-    _be_the_first_to_go()
-    wire = _Wire(handle)
-    hello = wire.receive()
-    settings = ModelSettings.model_validate_json(json.dumps(hello["model"]))
+    _offer_to_the_oom_killer()
+    channel = _Channel(handle)
+    settings = channel.receive()
+    model = ModelSettings.model_validate_json(json.dumps(settings["model"]))
     try:
-        captioner = load_captioner(settings, hello["batch_size"], hello["json_schema"])
+        captioner = load_captioner(model, settings["batch_size"], settings["json_schema"])
     except Exception as failure:
-        shared = error_class(failure) == "out_of_memory" and "CUDA" in str(failure)
-        hint = (
-            " Does another task use this GPU? See spark.task.resource.gpu.amount." if shared else ""
-        )
-        wire.send({"cannot": f"be loaded: {type(failure).__name__}: {failure}"[:2_000] + hint})
+        error = f"be loaded: {type(failure).__name__}: {failure}"[:2_000]
+        if error_class(failure) == "out_of_memory" and "CUDA" in str(failure):
+            error += " Does another task use this GPU? See spark.task.resource.gpu.amount."
+        channel.send({"cannot": error})
         return
-    wire.send({"at_once": captioner.at_once})
-    captioner.begins = lambda keys: wire.send({"at_work": list(keys)})
-    intake = _Intake()
-    threading.Thread(
-        target=_decode_ahead, args=(wire, settings.max_side, intake), daemon=True
-    ).start()
+    channel.send({"max_in_flight": captioner.max_in_flight})
+    captioner.on_begin = lambda keys: channel.send_state("captioning", keys)
+    queue = _DecodedQueue()
+    decoding = threading.Thread(
+        target=_decode_ahead, args=(channel, model.max_side, queue), daemon=True
+    )
+    decoding.start()
     try:
-        _serve(captioner, intake, wire, idle_seconds)
+        _serve(captioner, queue, channel, idle_seconds)
     except RunError as failure:
-        wire.send({"cannot": f"go on: {failure}"[:2_000]})
+        channel.send({"cannot": f"go on: {failure}"[:2_000]})
 
 
-def _serve(captioner: Captioner, intake: _Intake, wire: _Wire, idle_seconds: float) -> None:
-    held, worked, waited = 0, 0.0, 0.0
+def _serve(
+    captioner: Captioner, queue: _DecodedQueue, channel: _Channel, idle_seconds: float
+) -> None:
+    in_model = 0
+    worked = 0.0
+    waited = 0.0
     while True:
         began = time.perf_counter()
-        ready = intake.take(held, captioner.batch, idle_seconds)
-        if ready is None:
-            return  # the parent may live on with other work, and a GPU's memory isn't there to be held
-        for request in ready:
+        requests = queue.take(in_model, captioner.batch_size, idle_seconds)
+        if requests is None:
+            return  # an idle model shouldn't occupy a GPU while the parent does other work
+        for request in requests:
             captioner.add(request)
-        held += len(ready)
-        if not held:
+        in_model += len(requests)
+        if not in_model:
             continue
-        taken = time.perf_counter()
+        ready = time.perf_counter()
         # Before the first photo of a run nobody waited for this model.
-        waited += max(0.0, taken - max(began, intake.since))
+        waited += max(0.0, ready - max(began, queue.run_began))
         answers = captioner.step()
-        worked += time.perf_counter() - taken
+        worked += time.perf_counter() - ready
         if answers:
-            held -= len(answers)
-            wire.send(
-                {
-                    "answers": [_row(answer) for answer in answers],
-                    "seconds": worked,
-                    "waited": waited,
-                }
-            )
-            worked = waited = 0.0
+            in_model -= len(answers)
+            channel.send_answers(answers, seconds=worked, waited=waited)
+            worked = 0.0
+            waited = 0.0
 
 
-def _row(answer: Answer) -> list[Any]:
-    return [
-        answer.key,
-        answer.text,
-        answer.input_tokens,
-        answer.output_tokens,
-        answer.error_class,
-        answer.error,
-    ]
-
-
-class _Wire:
-    """JSON and bytes, both ways, and nothing that would have to be unpickled. Several threads may send."""
+class _Channel:
+    """JSON and bytes in both directions, without pickles. Several threads may send."""
 
     def __init__(self, handle: int):
-        self._ends, self._lock = Connection(handle), threading.Lock()
+        self._connection = Connection(handle)
+        self._lock = threading.Lock()
 
     def receive(self) -> dict[str, Any]:
-        return json.loads(self._ends.recv_bytes())
+        return json.loads(self.receive_bytes())
 
     def receive_bytes(self) -> bytes:
-        return self._ends.recv_bytes()
+        return self._connection.recv_bytes()
 
     def send(self, message: dict[str, Any]) -> None:
         with self._lock:
-            self._ends.send_bytes(json.dumps(message).encode())
+            self._connection.send_bytes(json.dumps(message).encode())
+
+    def send_state(self, state: str, keys: Sequence[str]) -> None:
+        self.send({"state": state, "keys": list(keys)})
+
+    def send_answers(self, answers: Sequence[Answer], **times: float) -> None:
+        self.send({"answers": [vars(answer) for answer in answers], **times})
 
 
-class _Intake:
-    """Photos between the wire and the model; the parent sees to it that they are few."""
+class _DecodedQueue:
+    """Photos between the channel and the model. The parent limits their number."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._ready: list[Request] = []
-        self._undecoded, self._all = 0, False
-        self.since = 0.0
-        """When the run began that the photos belong to, by time.perf_counter."""
+        self._decoded: list[Request] = []
+        self._decoding = 0
+        self._ended = False
+        self.run_began = 0.0
+        """When the photos' run began, by time.perf_counter."""
 
-    def comes(self, first: bool) -> None:
+    def announce(self, first_of_run: bool) -> None:
+        """A photo has arrived and will be decoded."""
         with self._changed:
-            self._undecoded, self._all = self._undecoded + 1, False
-            if first:
-                self.since = time.perf_counter()
+            self._decoding += 1
+            self._ended = False
+            if first_of_run:
+                self.run_began = time.perf_counter()
 
-    def decoded(self, request: Request | None) -> None:
-        """None for a photo that is none."""
+    def put(self, request: Request | None) -> None:
+        """Add a decoded photo; None for one that can't be decoded."""
         with self._changed:
-            self._undecoded -= 1
-            self._ready += [request] if request else []
+            self._decoding -= 1
+            if request:
+                self._decoded.append(request)
             self._changed.notify()
 
-    def that_is_all(self) -> None:
-        """No more are coming until these are answered."""
+    def end(self) -> None:
+        """No more photos come until the present ones are answered."""
         with self._changed:
-            self._all = True
+            self._ended = True
             self._changed.notify()
 
-    def take(self, held: int, enough: int, idle_seconds: float) -> list[Request] | None:
-        """What is decoded, waited for until it makes `enough` with those `held`, or is all that comes.
+    def take(self, in_model: int, batch_size: int, idle_seconds: float) -> list[Request] | None:
+        """The decoded photos, once they make a batch with those `in_model`, or no more come.
 
-        None when nothing has come for so long.
+        None if nothing came for `idle_seconds`.
         """
 
-        def worth_it() -> bool:
-            there = held + len(self._ready)
-            return there >= enough or (self._all and not self._undecoded)
+        def ready() -> bool:
+            full = in_model + len(self._decoded) >= batch_size
+            return full or (self._ended and not self._decoding)
 
         with self._changed:
-            while not self._changed.wait_for(worth_it, idle_seconds):
-                if not held and not self._ready and not self._undecoded:
+            while not self._changed.wait_for(ready, idle_seconds):
+                if not in_model and not self._decoded and not self._decoding:
                     return None
-            ready, self._ready = self._ready, []
-            self._all &= bool(held or ready)
-            return ready
+            requests = self._decoded
+            self._decoded = []
+            if not in_model and not requests:
+                self._ended = False
+            return requests
 
 
-def _decode_ahead(wire: _Wire, max_side: int, intake: _Intake) -> None:
-    """Photos from the wire to images, on other threads than the model's."""
+def _decode_ahead(channel: _Channel, max_side: int, queue: _DecodedQueue) -> None:
+    """Decode the channel's photos, on other threads than the model's."""
 
-    def one(key: str, prompt: str, data: bytes) -> None:
-        wire.send({"decoding": key})
-        request, bad = None, None
+    def decode_one(key: str, prompt: str, data: bytes) -> None:
+        channel.send_state("decoding", [key])
+        request = None
         try:
             request = Request(key, decode(data, max_side), prompt)
-        except PhotoError as refused:
-            bad = Answer(key, None, error_class=refused.error_class, error=str(refused))
-        except Exception as unforeseen:
-            bad = Answer(key, None, error_class=error_class(unforeseen), error=str(unforeseen))
-        wire.send({"answers": [_row(bad)]} if bad else {"decoded": key})
-        intake.decoded(request)
+        except Exception as failure:
+            channel.send_answers([failed(key, failure)])
+        else:
+            channel.send_state("decoded", [key])
+        queue.put(request)
 
     decoders = ThreadPoolExecutor(_DECODERS)
     try:
         while True:
-            photo = wire.receive()
-            if "key" in photo:
-                intake.comes(photo["first"])
-                decoders.submit(one, photo["key"], photo["prompt"], wire.receive_bytes())
+            header = channel.receive()
+            if "key" in header:
+                queue.announce(header["first_of_run"])
+                data = channel.receive_bytes()
+                decoders.submit(decode_one, header["key"], header["prompt"], data)
             else:
-                intake.that_is_all()
+                queue.end()
     except (EOFError, OSError):  # the parent has hung up
         os._exit(0)
 
@@ -203,15 +208,15 @@ def _end_with(parent: int) -> None:
         os._exit(0)
 
 
-def _be_the_first_to_go() -> None:
-    """Where memory runs out, the kernel shall end this process: its parent and the executor's JVM can go on."""
-    with suppress(OSError):  # elsewhere than on Linux, or in a sandbox
+def _offer_to_the_oom_killer() -> None:
+    """If memory runs out, the kernel ends this process. Its parent and the executor's JVM go on."""
+    with suppress(OSError):  # not on Linux, or in a sandbox
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 if __name__ == "__mp_main__":
-    # A process that multiprocessing has started for a backend, with this file in it: vLLM's engine. It would live on
-    # after this one is killed, and keep the GPU (vLLM issue 55510).
+    # multiprocessing started this process for a backend, with this file in it: vLLM's engine.
+    # It would outlive its killed parent and keep the GPU (vLLM issue 55510).
     _end_with(os.getppid())
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

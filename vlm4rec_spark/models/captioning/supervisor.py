@@ -1,6 +1,6 @@
-"""Captions photos in a child process that may die, hang or eat memory: each time it costs one batch, not the run.
+"""Captions photos in a child process: if it dies, hangs or uses up memory, one batch is lost.
 
-Knows deadlines and who is to blame; knows neither Spark nor which model runs (`child.py` does).
+Knows deadlines and suspects. Knows neither Spark nor the model, which `child.py` runs.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from typing import Any
 import psutil
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.captioning.captioner import ModelSettings
+from vlm4rec_spark.models.captioning.captioner import Answer, ModelSettings
 
 _POLL_SECONDS = 0.2
 _LOAD_SECONDS = 3_600
 """Weights of 70 GB over a slow network take a while."""
-_ELSEWHERE = "root cause"
-"""Where vLLM's engine ends it says 'See root cause above', or 'See stack trace (above) for the root cause'."""
+_MAX_LOADS = 3
+_MAX_DEATHS = 10
+"""So many ends of the child without an answer in between are the model's fault."""
+_POINTER = "root cause"
+"""vLLM's last line is 'See root cause above' or 'See stack trace (above) for the root cause'."""
 _ERROR = re.compile(r"\b\w*(Error|Exception): .+")
-_LOAD_TRIES = 3
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc shall keep freed pages for the next tensor: a small model on a CPU is 8 % faster so (benchmarks)."""
-_DEATHS_IN_A_ROW = 10
-"""So many ends of the child without an answer in between are the model's fault, not the photos'."""
+"""glibc then reuses freed pages: a small model is 8 % faster on a CPU (benchmarks)."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo's bytes as delivered, the prompt for it, and the key that its result bears."""
+    """A photo's bytes as delivered, its prompt, and the key that its result carries."""
 
     key: str
     data: bytes
@@ -52,9 +52,10 @@ class Photo:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a photo: a text (which may be empty), or an error and its class. `seconds`: its share of work.
+    """The outcome of a photo: a text, which may be empty, or an error and its class.
 
-    `waited`: the seconds that the model was idle before the photo's batch, shared among its photos.
+    `seconds`: the photo's share of the model's work.
+    `waited`: its share of the seconds that the model was idle before the photo's batch.
     """
 
     key: str
@@ -68,24 +69,90 @@ class Result:
 
 
 @dataclass
-class _Flight:
+class InFlight:
+    """A photo that was sent to the child and has no result yet."""
+
     photo: Photo
-    struck: bool = False
-    """Whether the child has ended over it before."""
+    suspected: bool = False
+    """The child ended once while it worked on this photo."""
+    excused: bool = False
+    """The child hung once while it decoded this photo and the model had others."""
     state: str = "sent"
-    """sent, decoding, decoded, at_work."""
+    """sent, decoding, decoded or captioning."""
 
 
-class _End(Exception):
-    """The child is no more. `error_class` is model_died, model_hung or out_of_memory."""
+class _ChildEnded(Exception):
+    """`error_class` is model_died, model_hung or out_of_memory."""
 
     def __init__(self, error_class: str, error: str):
         super().__init__(error)
         self.error_class = error_class
 
 
+class _Child:
+    """The child process, the connection to it, and the log of what it prints."""
+
+    def __init__(self, idle_seconds: float, send_seconds: float, environment: dict[str, str]):
+        parent_end, child_end = socket.socketpair()
+        # A child that hangs doesn't read, so sending needs a limit too.
+        limit = struct.pack("ll", math.ceil(send_seconds), 0)
+        parent_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        # If the package comes from an archive, only this process knows the path to it.
+        path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+        # The log's last line says more about an end than a signal's number.
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
+        module = "vlm4rec_spark.models.captioning.child"
+        arguments = (child_end.fileno(), os.getpid(), idle_seconds)
+        with child_end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                pass_fds=[child_end.fileno()],
+                env=_MALLOC | os.environ | environment | {"PYTHONPATH": path},
+            )
+        self.connection = Connection(parent_end.detach())
+        self.statistics = psutil.Process(self.process.pid)
+        self.loaded = False
+
+    def memory_bytes(self) -> int:
+        """0 if the process has ended: reading its connection says so."""
+        try:
+            return self.statistics.memory_info().rss
+        except psutil.NoSuchProcess:
+            return 0
+
+    def end(self) -> _ChildEnded:
+        """Why the process ended by itself, as far as can be told."""
+        try:
+            code = self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code is not None and code < 0:
+            error = f"the process ended by {signal.Signals(-code).name}"
+        else:
+            error = f"the process ended with exit code {code}"
+        if code == -signal.SIGKILL:
+            error += " (the kernel does that when memory runs out)"
+        if last := self.last_words():
+            error += f"; its last output: {last}"
+        return _ChildEnded("model_died", error)
+
+    def last_words(self) -> str:
+        self.log.seek(0, os.SEEK_END)
+        self.log.seek(max(0, self.log.tell() - 50_000))
+        return last_words(self.log.read().decode(errors="replace"))[:500]
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
 class Supervisor:
-    """One model in one child process, started when the first photo comes and kept until `close`."""
+    """One model in one child process, started for the first photo and kept until `close`."""
 
     def __init__(
         self,
@@ -96,279 +163,265 @@ class Supervisor:
         gpu: str | None = None,
         json_schema: dict[str, Any] | None = None,
     ):
-        """`batch_seconds` is the longest without an answer, `memory_bytes` the most that the child may hold.
-
-        `gpu` is the address of the only GPU that it shall see; None: all that there are.
-        `json_schema` is what answers shall be like, where the backend can see to it.
-        Without `memory_bytes` it is four fifths of the machine's, or of the container's.
+        """`batch_seconds`: the longest time without an answer.
+        `memory_bytes`: the child's limit; by default 80 % of the machine or container.
+        `gpu`: the address of the only GPU that the child sees; None for all.
+        `json_schema`: the schema of the answers, in backends that can enforce it.
         """
-        self._model, self._batch_size, self._json_schema = model, batch_size, json_schema
-        self._batch_seconds = max(batch_seconds, model.longest_silence)
-        self._gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        self._memory = memory_bytes or int(0.8 * _memory_here())
-        self._child: subprocess.Popen | None = None
-        self._deaths, self._failed_loads, self._at_once = 0, 0, 1
-        self._flying: dict[str, _Flight] = {}
-        self._told_all, self._last = False, 0.0
+        self._model = model
+        self._batch_size = batch_size
+        self._json_schema = json_schema
+        self._batch_seconds = max(batch_seconds, model.max_silence_seconds)
+        self._environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        self._memory_limit = memory_bytes or int(0.8 * _machine_memory())
+        self._child: _Child | None = None
+        self._in_flight: dict[str, InFlight] = {}
+        self._max_in_flight = 1
+        self._deaths = 0
+        self._failed_loads = 0
+        self._announced_end = False
+        self._last_message = 0.0
+        self._next_memory_check = 0.0
         self.idle_seconds = 60.0
-        """After so long without a photo the child ends; Spark ends an idle Python worker after as much."""
+        """The child ends after this long without a photo, as Spark's idle Python workers do."""
         self.run = ""
-        """Another run begins where this changes: what the model waited before doesn't count."""
-        self._counted = ""
+        """The id of the run. The model's idle time before a new run doesn't count."""
+        self._last_run = ""
 
     def caption(
         self, photos: Iterable[Photo], stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Result]:
-        """A result for every photo, in any order. Once `stop()` holds, no further photo is begun: the rest has none.
+        """One result per photo, in any order. Photos not begun when `stop()` turns true have none.
 
-        Photos over which the child ends are tried again one by one, and one over which it ends a second time is an
-        error. Raises RunError when the model can't be loaded, or can serve no photo at all. When the child ends ten
-        times in a row the rest has no result either.
+        Photos that the child worked on when it ended are retried one by one.
+        If it ends again, that photo's result is an error.
+        After ten ends in a row the remaining photos have no result.
+        Raises RunError when the model can't be loaded, or can serve no photo at all.
         """
-        source, again, self._deaths = iter(photos), deque[_Flight](), 0
+        source = iter(photos)
+        retries = deque[InFlight]()
+        self._deaths = 0
         try:
             while True:
                 try:
-                    while self._has_room(again) and self._deaths < _DEATHS_IN_A_ROW and not stop():
-                        if again:
-                            self._send(again.popleft())
-                        elif (photo := self._next(source)) is not None:
-                            self._send(_Flight(photo))
-                        else:
-                            break
-                    if not self._flying:
+                    self._fill(source, retries, stop)
+                    if not self._in_flight:
                         return
-                    self._tell_all()
+                    self._announce_end()
                     yield from self._results(self._receive())
-                except _End as end:
-                    yield from self._after(end, again)
+                except _ChildEnded as end:
+                    yield from self._after(end, retries)
         finally:
-            if (
-                self._flying
-            ):  # whoever asked has gone, and the answers would be taken for the next one's
+            # The caller is gone. The next one must not get its answers.
+            if self._in_flight:
                 self.close()
-                self._flying.clear()
 
     def close(self) -> None:
         """End the child."""
         if self._child is not None:
-            self._wire.close()
-            self._child.kill()
-            self._child.wait()
-            self._said.close()
-            self._child = None
+            self._child.close()
+        self._child = None
+        self._in_flight.clear()
 
     @property
     def pid(self) -> int | None:
-        """The child's, where there is one."""
-        return self._child.pid if self._child else None
+        """The child's process id, if there is a child."""
+        return self._child.process.pid if self._child else None
 
-    def _next(self, source: Iterator[Photo]) -> Photo | None:
+    def _fill(
+        self, source: Iterator[Photo], retries: deque[InFlight], stop: Callable[[], bool]
+    ) -> None:
+        """Send photos while there is room. Retries go first."""
+        while self._has_room(retries) and self._deaths < _MAX_DEATHS and not stop():
+            flight = retries.popleft() if retries else self._next(source)
+            if flight is None:
+                return
+            self._send(flight)
+
+    def _has_room(self, retries: deque[InFlight]) -> bool:
+        # A suspect travels alone, so that another end of the child is clearly its fault.
+        suspected = any(flight.suspected for flight in self._in_flight.values())
+        alone = suspected or bool(retries and retries[0].suspected)
+        return len(self._in_flight) < (1 if alone else self._max_in_flight)
+
+    def _next(self, source: Iterator[Photo]) -> InFlight | None:
         began = time.monotonic()
         photo = next(source, None)
-        # The time in which a photo was fetched isn't the model's.
-        self._last += time.monotonic() - began
-        return photo
+        # The model isn't to blame for the time it takes to fetch a photo.
+        self._last_message += time.monotonic() - began
+        return InFlight(photo) if photo else None
 
-    def _has_room(self, again: deque[_Flight]) -> bool:
-        # A photo under suspicion is tried with no other on its way, so that the child's end can be put down to it.
-        coming = [*self._flying.values(), *([again[0]] if again else [])]
-        suspected = any(flight.struck for flight in coming)
-        return len(self._flying) < (1 if suspected else self._at_once)
+    def _send(self, flight: InFlight) -> None:
+        photo = flight.photo
+        self._in_flight[photo.key] = flight
+        child = self._child or self._start()
+        if len(self._in_flight) == 1:
+            self._last_message = time.monotonic()
+        first_of_run = self.run != self._last_run
+        header = {"key": photo.key, "prompt": photo.prompt, "first_of_run": first_of_run}
+        self._write(child, json.dumps(header).encode(), photo.data)
+        self._last_run = self.run
+        self._announced_end = False
 
-    def _send(self, flight: _Flight) -> None:
-        self._flying[flight.photo.key] = flight
-        if self._child is None:
-            self._start()
-        if len(self._flying) == 1:
-            self._last = time.monotonic()
-        head = {
-            "key": flight.photo.key,
-            "prompt": flight.photo.prompt,
-            "first": self.run != self._counted,
-        }
-        self._say(head, flight.photo.data)
-        self._counted, self._told_all = self.run, False
+    def _announce_end(self) -> None:
+        """Tell the child not to wait for more photos, if there is room that none fills."""
+        assert self._child
+        if len(self._in_flight) < self._max_in_flight and not self._announced_end:
+            self._write(self._child, json.dumps({"end": True}).encode())
+            self._announced_end = True
 
-    def _tell_all(self) -> None:
-        """Where fewer photos are on their way than there is room for, the model needn't wait for more."""
-        if len(self._flying) < self._at_once and not self._told_all:
-            self._say({"all": True})
-            self._told_all = True
-
-    def _say(self, message: dict[str, Any], data: bytes | None = None) -> None:
+    def _write(self, child: _Child, *messages: bytes) -> None:
         try:
-            self._wire.send_bytes(json.dumps(message).encode())
-            if data is not None:
-                self._wire.send_bytes(data)
+            for message in messages:
+                child.connection.send_bytes(message)
         except BlockingIOError:
-            raise self._hung() from None
+            raise self._hung(child) from None
         except OSError:
-            raise self._ended() from None
+            raise child.end() from None
 
-    def _start(self) -> None:
-        """Start the child and wait until it has loaded the model. Raises RunError when it can't, _End when it ends."""
-        ours, theirs = socket.socketpair()
-        # A child that hangs doesn't read either.
-        ours.setsockopt(
-            socket.SOL_SOCKET,
-            socket.SO_SNDTIMEO,
-            struct.pack("ll", math.ceil(self._batch_seconds), 0),
-        )
-        # Where the package has come by an archive, only this process knows the way to it.
-        path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
-        # What it writes goes to a file, whose last line says more of its end than a signal's number.
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
-        with theirs:
-            self._child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "vlm4rec_spark.models.captioning.child",
-                    *map(str, (theirs.fileno(), os.getpid(), self.idle_seconds)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                pass_fds=[theirs.fileno()],
-                env=_MALLOC | os.environ | self._gpu | {"PYTHONPATH": path},
-            )
-        self._wire, self._process = Connection(ours.detach()), psutil.Process(self._child.pid)
-        self._loaded, self._last, self._look = False, time.monotonic(), 0.0
-        try:
-            hello = {
-                "model": self._model.model_dump(mode="json"),
-                "batch_size": self._batch_size,
-                "json_schema": self._json_schema,
-            }
-            self._wire.send_bytes(json.dumps(hello).encode())
-        except OSError:
-            raise self._ended() from None
-        self._at_once = self._receive()["at_once"]
-        self._loaded, self._failed_loads = True, 0
+    def _start(self) -> _Child:
+        """Start the child and wait for its model. Raises RunError if the model can't be loaded."""
+        child = _Child(self.idle_seconds, self._batch_seconds, self._environment)
+        self._child = child
+        self._last_message = time.monotonic()
+        self._next_memory_check = 0.0
+        settings = {
+            "model": self._model.model_dump(mode="json"),
+            "batch_size": self._batch_size,
+            "json_schema": self._json_schema,
+        }
+        self._write(child, json.dumps(settings).encode())
+        self._max_in_flight = self._receive()["max_in_flight"]
+        child.loaded = True
+        self._failed_loads = 0
+        return child
 
     def _receive(self) -> dict[str, Any]:
-        """The child's next message. Raises _End, or RunError when it says that it can't serve."""
-        while not self._wire.poll(_POLL_SECONDS):
-            self._watch()
-        self._watch()
+        """The child's next message. Raises _ChildEnded, or RunError if it can't serve any photo."""
+        child = self._child
+        assert child
+        # A message that waits here is a sign of life, however late this process reads it.
+        while not child.connection.poll(_POLL_SECONDS):
+            if time.monotonic() - self._last_message > self._limit(child):
+                raise self._hung(child)
+            self._check_memory(child)
+        self._check_memory(child)
         try:
-            message = json.loads(self._wire.recv_bytes())
+            message = json.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
-            raise self._ended() from None
+            raise child.end() from None
         if "cannot" in message:
-            cause = f" {self._last_words()}" if _ELSEWHERE in message["cannot"] else ""
+            error = f"The captioner can't {message['cannot']}"
+            if _POINTER in error:
+                error += f" {child.last_words()}"
             self.close()
-            self._flying.clear()
-            raise RunError(f"The captioner can't {message['cannot']}{cause}")
+            raise RunError(error)
         return message
 
     def _results(self, message: dict[str, Any]) -> Iterator[Result]:
-        """What a message means."""
-        self._last = time.monotonic()
-        if "answers" not in message:
-            ((state, keys),) = message.items()
-            for key in [keys] if isinstance(keys, str) else keys:
-                self._flying[key].state = state
+        """The results in a message; none if it reports photos' states."""
+        self._last_message = time.monotonic()
+        if "state" in message:
+            for key in message["keys"]:
+                self._in_flight[key].state = message["state"]
             return
-        answers = message["answers"]
-        if "seconds" in message:  # they come from the model
+        answers = [Answer(**answer) for answer in message["answers"]]
+        # Without a time they come from the decoder: the model may still be broken.
+        if "seconds" in message:
             self._deaths = 0
-        seconds, waited = (message.get(name, 0.0) / len(answers) for name in ("seconds", "waited"))
-        for key, text, tokens_in, tokens_out, error_class, error in answers:
-            del self._flying[key]
-            if text is None:
-                yield Result(key, None, None, None, error_class, error, seconds, waited)
-            else:
-                yield Result(key, text, tokens_in, tokens_out, None, None, seconds, waited)
-
-    def _after(self, end: _End, again: deque[_Flight]) -> Iterator[Result]:
-        """Blame the photos that the model worked on and those that were being decoded; the others come again."""
-        was_loaded, flying = self._loaded, list(self._flying.values())
-        self.close()
-        self._flying.clear()
-        if not was_loaded:
-            self._failed_loads += 1
-            if self._failed_loads == _LOAD_TRIES:
-                raise RunError(
-                    f"The captioner's process ended {_LOAD_TRIES} times while it loaded the model: {end}"
-                )
-        suspects, others = list[_Flight](), list[_Flight]()
-        for flight in flying:
-            blamed = flight.state in ("decoding", "at_work")
-            if blamed and flight.struck:
-                yield Result(
-                    flight.photo.key, None, None, None, end.error_class, str(end), 0.0, 0.0
-                )
-            elif blamed:
-                suspects.append(_Flight(flight.photo, struck=True))
-            else:
-                others.append(_Flight(flight.photo, flight.struck))
-        self._deaths += was_loaded
-        again.extendleft(reversed(suspects + others))
-
-    def _watch(self) -> None:
-        """End a child that takes too long or holds too much. Raises _End."""
-        limit = self._batch_seconds if self._loaded else _LOAD_SECONDS
-        if time.monotonic() - self._last > limit:
-            raise self._hung()
-        if time.monotonic() < self._look:  # a message for each photo comes in between
-            return
-        self._look = time.monotonic() + _POLL_SECONDS
-        try:
-            held = self._process.memory_info().rss
-        except psutil.NoSuchProcess:  # reading its socket will say so
-            return
-        if held > self._memory:
-            self.close()
-            raise _End(
-                "out_of_memory",
-                f"the process held {held / 1e9:.1f} GB, more than {self._memory / 1e9:.1f} GB, "
-                "and was ended",
+        seconds = message.get("seconds", 0.0) / len(answers)
+        waited = message.get("waited", 0.0) / len(answers)
+        for answer in answers:
+            del self._in_flight[answer.key]
+            failed = answer.text is None
+            yield Result(
+                answer.key,
+                answer.text,
+                None if failed else answer.input_tokens,
+                None if failed else answer.output_tokens,
+                answer.error_class,
+                answer.error,
+                seconds,
+                waited,
             )
 
-    def _ended(self) -> _End:
-        """Why the child is no more, as far as can be told."""
-        assert self._child is not None
-        try:
-            code = self._child.wait(10)
-        except subprocess.TimeoutExpired:
-            code = None
-        last = self._last_words()
-        how = (
-            f"by {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"with exit code {code}"
-        )
-        if code == -signal.SIGKILL:
-            how += " (the kernel does that where memory runs out)"
-        return _End(
-            "model_died",
-            f"the process ended {how}" + (f"; it said last: {last[:500]}" if last else ""),
-        )
-
-    def _last_words(self) -> str:
-        self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, self._said.tell() - 50_000))
-        return last_words(self._said.read().decode(errors="replace"))[:500]
-
-    def _hung(self) -> _End:
+    def _after(self, end: _ChildEnded, retries: deque[InFlight]) -> Iterator[Result]:
+        """Queue the photos in flight again, suspects first. A second suspicion is an error."""
+        assert self._child
+        loaded = self._child.loaded
+        in_flight = list(self._in_flight.values())
         self.close()
-        limit = self._batch_seconds if self._loaded else _LOAD_SECONDS
-        return _End("model_hung", f"no answer within {limit:g} s; the process was ended")
+        if loaded:
+            self._deaths += 1
+        else:
+            self._failed_loads += 1
+            if self._failed_loads == _MAX_LOADS:
+                raise RunError(
+                    f"The captioner's process ended {_MAX_LOADS} times "
+                    f"while it loaded the model: {end}"
+                )
+        blamed = suspects(in_flight, hung=end.error_class == "model_hung")
+        failed = [flight for flight in blamed if flight.suspected]
+        retried = [flight for flight in blamed if not flight.suspected]
+        others = [flight for flight in in_flight if flight not in blamed]
+        for flight in retried:
+            flight.suspected = True
+        for flight in in_flight:
+            flight.state = "sent"
+        retries.extendleft(reversed(retried + others))
+        for flight in failed:
+            key = flight.photo.key
+            yield Result(key, None, None, None, end.error_class, str(end), 0.0, 0.0)
+
+    def _check_memory(self, child: _Child) -> None:
+        # Not for every message: each photo has several.
+        if time.monotonic() < self._next_memory_check:
+            return
+        self._next_memory_check = time.monotonic() + _POLL_SECONDS
+        used = child.memory_bytes()
+        if used > self._memory_limit:
+            raise _ChildEnded(
+                "out_of_memory",
+                f"the process used {used / 1e9:.1f} GB, more than its limit of "
+                f"{self._memory_limit / 1e9:.1f} GB, and was killed",
+            )
+
+    def _limit(self, child: _Child) -> float:
+        """Seconds without a message."""
+        return self._batch_seconds if child.loaded else _LOAD_SECONDS
+
+    def _hung(self, child: _Child) -> _ChildEnded:
+        error = f"no answer within {self._limit(child):g} s; the process was killed"
+        return _ChildEnded("model_hung", error)
 
 
-def last_words(said: str) -> str:
-    """Of what a process wrote the last line; where that only points to an error above it, that error's."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if not lines or _ELSEWHERE not in lines[-1]:
+def suspects(in_flight: Iterable[InFlight], hung: bool) -> list[InFlight]:
+    """The photos that may have ended the child: those it captioned and those it decoded.
+
+    If it `hung` while it captioned, decoding is excused once: a busy machine decodes late.
+    """
+    flights = list(in_flight)
+    captioning = hung and any(flight.state == "captioning" for flight in flights)
+    blamed = []
+    for flight in flights:
+        if captioning and flight.state == "decoding" and not flight.excused:
+            flight.excused = True
+        elif flight.state in ("decoding", "captioning"):
+            blamed.append(flight)
+    return blamed
+
+
+def last_words(output: str) -> str:
+    """A process's last line of output. If it points to an error above, the last error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if not lines or _POINTER not in lines[-1]:
         return lines[-1] if lines else ""
-    errors = (_ERROR.search(line) for line in reversed(lines) if _ELSEWHERE not in line)
+    errors = (_ERROR.search(line) for line in reversed(lines) if _POINTER not in line)
     return next((error[0] for error in errors if error), lines[-1])
 
 
-def _memory_here() -> int:
-    """Bytes that this machine has, or that the container may use."""
+def _machine_memory() -> int:
+    """Bytes that this machine has, or that its container may use."""
     total = int(psutil.virtual_memory().total)
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))

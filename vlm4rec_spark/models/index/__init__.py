@@ -1,1 +1,1 @@
-"""The index artifact and its companions: files that any Python process can open and search."""
+"""The index and its companion folders: files that any Python process can open and search."""

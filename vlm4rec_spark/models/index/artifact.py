@@ -1,4 +1,7 @@
-"""An immutable folder that any Python process can open: its manifest, written last, holds every file's checksum."""
+"""Artifact folders: immutable, and opened by any Python process.
+
+The manifest is written last and holds the checksum of every file. Knows files, not their content.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +15,65 @@ from pathlib import Path
 
 from vlm4rec_spark.errors import RunError
 
+_UNUSED_S = 86_400
+"""Seconds after which a folder that nobody used is deleted."""
 
-def seal(folder: Path, facts: dict) -> None:
-    """Write manifest.json with the facts, and the checksums of the files that are there."""
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"
-    )
-    manifest = facts | {"sha256": {str(file.relative_to(folder)): _sha256(file) for file in files}}
+
+def seal(folder: Path, details: dict) -> None:
+    """Write manifest.json with the details and the checksums of all files in the folder."""
+    checksums = {
+        str(path.relative_to(folder)): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+    content = json.dumps(details | {"sha256": checksums}, indent=1)
     # Renamed into place: a torn manifest would pass for a finished folder, which isn't built again.
-    aside = folder / "manifest.json.aside"
-    aside.write_text(json.dumps(manifest, indent=1))
-    aside.rename(folder / "manifest.json")
+    draft = folder / "manifest.json.tmp"
+    draft.write_text(content)
+    draft.rename(folder / "manifest.json")
 
 
-def manifest(what: str, folder: Path, known: int, again: str, verify: bool = True) -> dict:
-    """The manifest of a sound folder. Raises RunError when it is incomplete, damaged or of another format.
+def read_manifest(
+    folder: Path,
+    kind: str,
+    supported_format: int,
+    advice: str,
+    verify: bool = True,
+) -> dict:
+    """Read the manifest, and verify the files' checksums.
 
-    `what` names the folder for people, `known` is the format that can be read, `again` says what to do.
+    kind: the folder's name in messages. advice: the last sentence of each message, what to do.
+    Raises RunError if the folder is incomplete, damaged or of another format.
     """
+    name = f"The {kind} folder {folder}"
     try:
-        found = dict(json.loads((folder / "manifest.json").read_text()))
-    except (OSError, ValueError, TypeError) as broken:
-        raise RunError(f"The {what} folder {folder} is incomplete ({broken}). {again}") from None
-    if found.get("format") != known:
-        other = found.get("format")
-        raise RunError(
-            f"The {what} folder {folder} has format {other}; this release reads {known}. {again}"
-        )
-    for name, expected in found["sha256"].items() if verify else ():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            raise RunError(
-                f"The {what} folder {folder} is damaged: {name} doesn't match its checksum. {again}"
-            )
-    return found
+        manifest = dict(json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{name} is incomplete ({error}). {advice}") from None
+    stored = manifest.get("format")
+    if stored != supported_format:
+        message = f"{name} has format {stored}; this release reads {supported_format}. {advice}"
+        raise RunError(message)
+    checksums = manifest["sha256"] if verify else {}
+    for file, checksum in checksums.items():
+        path = folder / file
+        if not path.is_file() or _sha256(path) != checksum:
+            raise RunError(f"{name} is damaged: {file} doesn't match its checksum. {advice}")
+    return manifest
 
 
-def reused(target: Path, opens: Callable[[Path], object]) -> bool:
-    """Whether a sound folder is there, which then counts as used now. A torn or damaged one is removed, as are those
-    beside it that nobody has used for a day."""
-    for old in target.parent.iterdir() if target.parent.is_dir() else ():
-        if old != target and time.time() - old.stat().st_mtime > 86_400:
-            shutil.rmtree(old, ignore_errors=True)
+def reuse(target: Path, open_folder: Callable[[Path], object]) -> bool:
+    """Whether `target` is a sound folder. If so, it counts as used now.
+
+    A torn or damaged `target` is removed. So are other folders in its parent that nobody used for a
+    day.
+    """
+    siblings = target.parent.iterdir() if target.parent.is_dir() else ()
+    for sibling in siblings:
+        if sibling != target and time.time() - sibling.stat().st_mtime > _UNUSED_S:
+            shutil.rmtree(sibling, ignore_errors=True)
     try:
-        opens(target)
+        open_folder(target)
     except RunError:
         shutil.rmtree(target, ignore_errors=True)
         return False

@@ -30,12 +30,12 @@ def build_index(
     base: Searcher | None = None,
     rebuild_threshold: float = 0.0,
 ) -> Path:
-    """Build the index of item_id, embedding, content_sha256 and text under `folder`; return its path.
+    """Build the index of `rows` under `folder` and return its path.
 
-    `rows` are sorted by item_id. A sound index of the same content is kept. The new index reuses the
-    codes of the version `base`, unless more than a share of `rebuild_threshold` of the items was
-    added, removed or changed since. Runs in one process and holds all vectors: items x dimension x
-    4 bytes, twice while ScaNN trains.
+    rows: item_id, embedding, content_sha256 and text, sorted by item_id. A sound index of the same
+    content is kept. The new index reuses the codes of the version `base`, unless more than a share
+    of `rebuild_threshold` of the items was added, removed or changed since. Runs in one process and
+    holds all vectors: items x dimension x 4 bytes, twice while ScaNN trains.
     """
     ids = rows["item_id"].to_pylist()
     vectors = _matrix(rows["embedding"])
@@ -51,10 +51,10 @@ def build_index(
     )
     if base and base.manifest["content"] == content:
         return base.folder
-    if base and not base.rests(ids, vectors, ann_min_items, rebuild_threshold):
+    if base and not base.can_be_base(ids, vectors, ann_min_items, rebuild_threshold):
         base = None
     base_id = base.base if base else ""
-    reused_codes = _sha256(base.still(ids, vectors)) if base else ""
+    reused_codes = _sha256(base.coded_rows(ids, vectors)) if base else ""
     index_id = _digest(content, base_id, reused_codes)[:16]
     target = folder / index_id
     try:
@@ -63,16 +63,29 @@ def build_index(
     except RunError:  # missing, incomplete or damaged
         shutil.rmtree(target, ignore_errors=True)
     texts = [text or "" for text in rows["text"].to_pylist()]
-    Searcher.build(target, index_id, ids, vectors, texts, ann_min_items, base, content)
+    Searcher.build(
+        target,
+        index_id,
+        ids,
+        vectors,
+        texts,
+        ann_min_items,
+        base,
+        content,
+    )
     return target
 
 
-def build_item_item(pairs: pa.Table, searcher: Searcher, folder: Path) -> Path:
-    """Build the folder of item_id, other_id and strength under `folder`; return its path.
+def build_item_item(
+    pairs: pa.Table,
+    searcher: Searcher,
+    folder: Path,
+) -> Path:
+    """Build the folder of item-item scores under `folder` and return its path.
 
-    A sound folder of the same content is kept. Pairs with an item outside the index are left out.
-    Folders that weren't used for a day are deleted. Holds all pairs: items x max_neighbors x about
-    60 bytes.
+    pairs: item_id, other_id and strength. A sound folder of the same content is kept. Pairs with an
+    item outside the index are left out. Folders that weren't used for a day are deleted. Holds all
+    pairs: items x max_neighbors x about 60 bytes.
     """
     first = searcher.positions(pairs["item_id"].to_pylist())
     second = searcher.positions(pairs["other_id"].to_pylist())
@@ -83,8 +96,13 @@ def build_item_item(pairs: pa.Table, searcher: Searcher, folder: Path) -> Path:
     columns = (first[order], second[order], strengths[order])
     digests = [_sha256(column) for column in columns]
     target = folder / _digest(ITEM_ITEM_FORMAT, searcher.index_id, *digests)[:16]
-    if not artifact.reused(target, ItemItemScores.open):
-        ItemItemScores.build(target, searcher.index_id, len(searcher), *columns)
+    if not artifact.reuse(target, ItemItemScores.open):
+        ItemItemScores.build(
+            target,
+            searcher.index_id,
+            len(searcher),
+            *columns,
+        )
     return target
 
 

@@ -1,10 +1,11 @@
-"""Which items are found together in histories, as a folder beside the index that any Python process can open.
+"""Items that occur together in histories, as a folder that any Python process can open.
 
-    manifest.json     written last: the index whose positions these are, and the checksum of every file
-    positions.npy     int32 (items, kept): row i holds the items found with item i, strongest first, -1 past the last
-    strengths.npy     float32 (items, kept): how strongly, 0 past the last
+    manifest.json     written last: the index whose positions these are, and all checksums
+    positions.npy     int32 (items, max_neighbors): row i has the items found with item i,
+                      strongest first, -1 past the last
+    strengths.npy     float32 (items, max_neighbors): how strongly, 0 past the last
 
-Knows positions of an index; knows neither users nor where the counts come from.
+Knows positions of an index. Doesn't know users, or where the counts come from.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from vlm4rec_spark.models.index import artifact
-from vlm4rec_spark.models.ranking.top_k import Candidates
+from vlm4rec_spark.models.ranking.top_k import Candidates, rank_in_group
 
 FORMAT = 1
-_AGAIN = "Run the recommend stage again."
+_ADVICE = "Run the recommend stage again."
 
 
 @dataclass(frozen=True)
@@ -37,38 +38,45 @@ class ItemItemScores:
         second: np.ndarray,
         strengths: np.ndarray,
     ) -> None:
-        """Write the folder from rows of (position, position of an item found with it, strength), each pair once."""
+        """Write the folder from pairs: two positions and the strength, each pair once."""
         order = np.lexsort((second, -strengths, first))
-        first, second, strengths = first[order], second[order], strengths[order]
-        counts = np.bincount(first, minlength=items)
-        place = np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-        shape = items, max(1, int(counts.max(initial=0)))
-        positions, strong = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        positions[first, place], strong[first, place] = second, strengths
+        rows = first[order]
+        counts = np.bincount(rows, minlength=items)
+        columns = rank_in_group(counts)
+        max_neighbors = max(1, int(counts.max(initial=0)))
+        positions = np.full((items, max_neighbors), -1, np.int32)
+        positions[rows, columns] = second[order]
+        strength_table = np.zeros((items, max_neighbors), np.float32)
+        strength_table[rows, columns] = strengths[order]
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "positions.npy", positions)
-        np.save(folder / "strengths.npy", strong)
-        artifact.seal(
-            folder, {"format": FORMAT, "index_id": index_id, "items": items, "kept": shape[1]}
-        )
+        np.save(folder / "strengths.npy", strength_table)
+        details = {
+            "format": FORMAT,
+            "index_id": index_id,
+            "items": items,
+            "max_neighbors": max_neighbors,
+        }
+        artifact.seal(folder, details)
 
     @classmethod
     def open(cls, folder: Path) -> ItemItemScores:
-        """Open the folder. Raises RunError when it is incomplete, damaged or of another format."""
-        artifact.manifest("cooccurrence", folder, FORMAT, _AGAIN)
-        return cls(
-            *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "strengths"))
-        )
+        """Open the folder. Raises RunError if it is incomplete, damaged or of another format."""
+        artifact.read_manifest(folder, "cooccurrence", FORMAT, _ADVICE)
+        positions = np.load(folder / "positions.npy", mmap_mode="r")
+        strengths = np.load(folder / "strengths.npy", mmap_mode="r")
+        return cls(positions, strengths)
 
     def scores_for(self, history: np.ndarray, weights: np.ndarray) -> Candidates:
-        """The items found with those of a history, by position, and how strongly: float64, the strongest is 1.
+        """The items found with those of one user's history: sorted positions and float64 scores.
 
-        An item's strength is the sum over the history of weight times strength; the scale is the user's own, so that
-        it means the same in a small log and in a large one.
+        A score is the sum over the history of weight times strength. It is scaled so that the
+        user's strongest item has 1. So it means the same in small and large logs.
         """
-        near = self.positions[history]
-        there = near >= 0
-        spoken = (self.strengths[history].astype(np.float64) * weights[:, None])[there]
-        found, rows = np.unique(near[there].astype(np.int64), return_inverse=True)
-        total = np.bincount(rows, spoken, len(found))
-        return Candidates(found, total / total.max(initial=1e-300))
+        neighbors = self.positions[history]
+        filled = neighbors >= 0
+        strengths = self.strengths[history].astype(np.float64) * weights[:, None]
+        neighbor_items = neighbors[filled].astype(np.int64)
+        items, groups = np.unique(neighbor_items, return_inverse=True)
+        totals = np.bincount(groups, strengths[filled], len(items))
+        return Candidates(items, totals / totals.max(initial=1e-300))

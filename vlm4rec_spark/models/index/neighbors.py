@@ -1,12 +1,12 @@
-"""Every item's nearest items, searched once for all users, as a folder beside the index that any process can open.
+"""Every item's nearest items, searched once for all users, as a folder that any process can open.
 
-    manifest.json    written last: the index whose positions these are, how they were searched, the checksums
-    positions.npy    int32 (items, depth), memory-mapped: row i holds what a search for item i finds, -1 past the last
-    cosines.npy      float32 (items, depth), memory-mapped: exact cosines with item i; what stands at a -1 counts for
-                     nothing
+    manifest.json    written last: the index whose positions these are, the effort, all checksums
+    positions.npy    int32 (items, depth): row i has the result of a search for item i,
+                     -1 past the last
+    cosines.npy      float32 (items, depth): exact cosines with item i; without meaning at a -1
 
-A row is in the order in which the search found it, so that its first n are what a search for n finds. Knows positions
-of an index; knows neither users nor how the search is divided.
+A row keeps the order of the search. So its first n are the result of a search for n candidates.
+Knows positions of an index. Doesn't know users, or how the search is distributed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +27,23 @@ from vlm4rec_spark.models.index.searcher import Effort, Searcher
 
 FORMAT = 1
 BYTES = 8
-"""Of each item and each neighbour: a position and a cosine."""
-_AGAIN = "Run the recommend stage again."
+"""Per item and neighbor: a position and a cosine."""
 _USERS_SERVED = 0.9
 _DEPTH_STEP = 32
+_ADVICE = "Run the recommend stage again."
+
+
+class NeighborBlock(NamedTuple):
+    """Rows of the table from `first_item` on, both arrays (rows, depth)."""
+
+    first_item: int
+    positions: np.ndarray
+    cosines: np.ndarray
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Both arrays, memory-mapped, of one index; `leaves` were searched for each item."""
+    """Both arrays, memory-mapped, of one index. `leaves` were searched for each item."""
 
     positions: np.ndarray
     cosines: np.ndarray
@@ -50,64 +59,74 @@ class Neighbors:
         folder: Path,
         searcher: Searcher,
         effort: Effort,
-        parts: Iterable[tuple[int, np.ndarray, np.ndarray]],
+        blocks: Iterable[NeighborBlock],
     ) -> None:
-        """Write the folder from parts: the position of the first item, then positions and cosines (items, depth).
+        """Write the folder from blocks that cover the index. One block is in memory at a time.
 
-        The parts cover the index; one is in memory at a time. effort: that of each search, its candidates the depth.
+        effort: that of each search; its candidates are the depth.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        shape = len(searcher), min(effort.candidates, len(searcher))
-        positions, cosines = (
-            np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-            for name, dtype in (("positions", np.int32), ("cosines", np.float32))
-        )
-        for first, near, similar in parts:
-            positions[first : first + len(near)], cosines[first : first + len(near)] = near, similar
-        for whole in (positions, cosines):
-            whole.flush()
-        artifact.seal(
-            folder,
-            {
-                "format": FORMAT,
-                "index_id": searcher.index_id,
-                "items": shape[0],
-                "depth": shape[1],
-                "leaves": effort.leaves,
-            },
-        )
+        items = len(searcher)
+        depth = min(effort.candidates, items)
+        positions = _create(folder / "positions.npy", np.int32, (items, depth))
+        cosines = _create(folder / "cosines.npy", np.float32, (items, depth))
+        for block in blocks:
+            rows = slice(block.first_item, block.first_item + len(block.positions))
+            positions[rows] = block.positions
+            cosines[rows] = block.cosines
+        positions.flush()
+        cosines.flush()
+        details = {
+            "format": FORMAT,
+            "index_id": searcher.index_id,
+            "items": items,
+            "depth": depth,
+            "leaves": effort.leaves,
+        }
+        artifact.seal(folder, details)
 
     @classmethod
     def open(cls, folder: Path) -> Neighbors:
-        """Open the folder. Raises RunError when it is incomplete, damaged or of another format."""
-        told = artifact.manifest("neighbours", folder, FORMAT, _AGAIN)
-        # As plain arrays: each look into a memmap makes another memmap, which takes longer than the look.
-        mapped = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("positions", "cosines")
-        )
-        positions, cosines = map(np.asarray, mapped)
-        return cls(positions, cosines, told["index_id"], told["leaves"])
+        """Open the folder. Raises RunError if it is incomplete, damaged or of another format."""
+        manifest = artifact.read_manifest(folder, "neighbours", FORMAT, _ADVICE)
+        # As plain arrays: each slice of a memmap is another memmap, which is slow to make.
+        positions = np.asarray(np.load(folder / "positions.npy", mmap_mode="r"))
+        cosines = np.asarray(np.load(folder / "cosines.npy", mmap_mode="r"))
+        return cls(positions, cosines, manifest["index_id"], manifest["leaves"])
 
-    def merged_for(self, searcher: Searcher, effort: Effort) -> bool:
-        """Whether a search with this effort's leaves finds the same. Raises RunError where the index is another."""
+    def replace_search(self, searcher: Searcher, effort: Effort) -> bool:
+        """Whether a search with this effort's leaves finds the same neighbors.
+
+        Raises RunError if the neighbors are those of another index.
+        """
         if self.index_id != searcher.index_id:
             raise RunError(
-                f"The neighbours are those of index {self.index_id}, not of {searcher.index_id}. {_AGAIN}"
+                f"The neighbours are those of index {self.index_id}, "
+                f"not of {searcher.index_id}. {_ADVICE}"
             )
         return self.leaves == effort.leaves
 
 
-def pays_off(sample: pa.Table, users: int, items: int) -> bool:
+def pays_off(
+    sample: pa.Table,
+    users: int,
+    items: int,
+) -> bool:
     """True if the histories of `users` users hold more items than the index, judged by a sample."""
     sampled = pc.sum(pc.list_value_length(sample["history"])).as_py() or 0
     return users * sampled > items * len(sample)
 
 
-def needed_depth(candidates: int, sample: pa.Table, items: int) -> int:
-    """Neighbors per item that are enough for nine users in ten: the candidates and the user's `seen`.
+def needed_depth(
+    candidates: int,
+    sample: pa.Table,
+    items: int,
+) -> int:
+    """Neighbors per item that are enough for nine users in ten.
 
-    Rounded up to a multiple of 32, so that a few new events don't need a new file. For users who
-    have seen more, neighbors are searched as if there were no file.
+    These users need the candidates and as many as they have `seen`. Rounded up to a multiple of 32,
+    so that a few new events don't need a new file. For users who have seen more, neighbors are
+    searched as if there were no file.
     """
     seen = pc.list_value_length(sample["seen"]).to_numpy()
     enough = candidates + np.quantile(seen, _USERS_SERVED)
@@ -117,3 +136,11 @@ def needed_depth(candidates: int, sample: pa.Table, items: int) -> int:
 def size_gb(items: int, depth: int) -> float:
     """Size of the folder on disk."""
     return items * depth * BYTES / 1e9
+
+
+def _create(
+    file: Path,
+    dtype: type,
+    shape: tuple[int, int],
+) -> np.memmap:
+    return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)

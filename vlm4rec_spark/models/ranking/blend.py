@@ -1,4 +1,4 @@
-"""Tastes by content, blended with what is found together with users' histories. numpy only."""
+"""Queries that blend content with items found together in histories. Imports numpy only."""
 
 from __future__ import annotations
 
@@ -9,93 +9,128 @@ import numpy as np
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.top_k import Candidates
-from vlm4rec_spark.models.ranking.user_queries import Explanations, Queries, padded, within
+from vlm4rec_spark.models.ranking.user_queries import (
+    Explanations,
+    Queries,
+    pad,
+    pad_positions,
+    restrict,
+)
 
 
 class BlendedQuery:
-    """Content and co-occurrence: an item scores (1 - share) x its content score + share x how strongly it is found with
-    the user's history, the strongest 1. Without anything found the order is that of the content; with a share of 1 only
-    what is found is recommended.
+    """An item scores (1 - share) x its content score + share x its item-item score.
+
+    A user's strongest item-item score is 1. A user without any gets the order of the content. With
+    a share of 1 only items with an item-item score are recommended.
     """
 
     def __init__(
         self,
         content: Queries,
-        cooccurrence: ItemItemScores,
+        item_item: ItemItemScores,
         share: float,
-        positions: Sequence[np.ndarray],
+        histories: Sequence[np.ndarray],
         weights: Sequence[np.ndarray],
     ):
-        """positions: int64, of each user's items in the index, latest first; weights: of each of them."""
-        self._content, self._cooccurrence, self._share = content, cooccurrence, share
-        self._positions, self._weights = positions, weights
+        """histories: int64 positions of each user's items, latest first. weights: of each item."""
+        self._content = content
+        self._item_item = item_item
+        self._share = share
+        self._histories = histories
+        self._weights = weights
 
     def __len__(self) -> int:
         return len(self._content)
 
     def take(self, users: np.ndarray) -> BlendedQuery:
-        mine = ([each[user] for user in users] for each in (self._positions, self._weights))
-        return BlendedQuery(self._content.take(users), self._cooccurrence, self._share, *mine)
+        return BlendedQuery(
+            self._content.take(users),
+            self._item_item,
+            self._share,
+            [self._histories[user] for user in users],
+            [self._weights[user] for user in users],
+        )
 
     def max_users_per_block(self, items: int) -> int:
         return self._content.max_users_per_block(items)
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+        item_item = [restrict(candidates, subset) for candidates in self._item_item_candidates()]
         if self._share == 1:
-            return padded([within(among, *self._found(user))[1] for user in range(len(self))])
-        positions, scores = self._content.score_all(searcher, among)
-        scores = (1 - self._share) * scores
-        for user in range(len(self)):
-            columns, (found, strong) = within(among, *self._found(user))
-            if len(found) and positions[user, 0] < 0:  # no content to speak
-                positions[user, columns], scores[user, columns] = found, 0
-            scores[user, columns] += self._share * strong.astype(np.float32)
+            return pad(item_item)
+        content = self._content.score_all(searcher, subset)
+        positions = content.positions
+        scores = (1 - self._share) * content.scores
+        for user, candidates in enumerate(item_item):
+            columns = candidates.positions
+            if subset is not None:
+                columns = np.searchsorted(subset, columns)
+            if len(columns) and positions[user, 0] < 0:  # the user has no content score
+                positions[user, columns] = candidates.positions
+                scores[user, columns] = 0
+            scores[user, columns] += self._share * candidates.scores.astype(np.float32)
         return Candidates(positions, scores)
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
-        """The best of either part, as many of each as the effort asks for, scored by both."""
+    def search(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> Candidates:
+        """The best candidates of each part, as many as the effort says, scored by both parts."""
         if self._share == 1:
             return self.score_all(searcher)
-        near, _ = self._content.search(searcher, effort, more)
-        wanted = []
-        for user in range(len(self)):
-            found, strong = self._found(user)
-            strongest = found[np.argsort(-strong, kind="stable")[: effort.candidates + more[user]]]
-            wanted.append(np.union1d(near[user][near[user] >= 0], strongest))
-        positions, _ = padded([Candidates(mine, np.zeros(len(mine))) for mine in wanted])
+        content = self._content.search(searcher, effort, extra)
+        depths = effort.candidates + extra
+        unions = []
+        for user, item_item in enumerate(self._item_item_candidates()):
+            order = np.argsort(-item_item.scores, kind="stable")
+            strongest = item_item.positions[order[: depths[user]]]
+            content_items = content.positions[user]
+            content_items = content_items[content_items >= 0]
+            unions.append(np.union1d(content_items, strongest))
+        positions = pad_positions(unions)
         return Candidates(positions, self.scores(searcher, positions).astype(np.float32))
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        found = self._share * self._strengths(range(len(self)), positions)
+        item_item = self._share * self._item_item_scores(positions)
         if self._share == 1:
-            return found
-        return (1 - self._share) * np.nan_to_num(self._content.scores(searcher, positions)) + found
+            return item_item
+        content = np.nan_to_num(self._content.scores(searcher, positions))
+        return (1 - self._share) * content + item_item
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        """Co-occurrence where it makes more of the score; then the item of the history that adds most to it."""
-        because, _ = self._content.explain(searcher, items)
-        strong = self._strengths(range(len(self)), items)
+        """By item-item scores where they are the larger part of the score.
+
+        Then the history item is the one that adds most to it.
+        """
+        history_items = self._content.explain(searcher, items).history_items
+        item_item = self._item_item_scores(items)
         content = np.nan_to_num(self._content.scores(searcher, items))
-        by = (self._share * strong > (1 - self._share) * content) & (strong > 0)
-        for user in np.flatnonzero(by.any(axis=1)).tolist():
-            history = self._positions[user]
-            near, weighted = self._cooccurrence.positions[history], self._weights[user][:, None]
-            each = self._cooccurrence.strengths[history] * weighted
-            adds = np.array(
-                [np.where(near == item, each, 0).max(axis=1) for item in items[user, by[user]]]
-            )
-            because[user, by[user]] = history[adds.argmax(axis=1)]
-        return Explanations(because, by)
+        larger = self._share * item_item > (1 - self._share) * content
+        by_item_item = larger & (item_item > 0)
+        for user in np.flatnonzero(by_item_item.any(axis=1)).tolist():
+            columns = by_item_item[user]
+            history_items[user, columns] = self._strongest_item(user, items[user, columns])
+        return Explanations(history_items, by_item_item)
 
-    def _found(self, user: int) -> Candidates:
-        return self._cooccurrence.scores_for(self._positions[user], self._weights[user])
+    def _strongest_item(self, user: int, items: np.ndarray) -> np.ndarray:
+        """The item of the user's history that adds most to the item-item score of each item."""
+        history = self._histories[user]
+        neighbors = self._item_item.positions[history]
+        strengths = self._item_item.strengths[history] * self._weights[user][:, None]
+        added = [np.where(neighbors == item, strengths, 0).max(axis=1) for item in items]
+        return history[np.array(added).argmax(axis=1)]
 
-    def _strengths(self, users: Sequence[int] | range, positions: np.ndarray) -> np.ndarray:
+    def _item_item_candidates(self) -> list[Candidates]:
+        """Items with an item-item score of each user, by position."""
+        users = zip(self._histories, self._weights, strict=True)
+        return [self._item_item.scores_for(history, weights) for history, weights in users]
+
+    def _item_item_scores(self, positions: np.ndarray) -> np.ndarray:
         """float64, of the same shape as the positions (users, items)."""
-        strengths = np.zeros(positions.shape)
-        for row, user in enumerate(users):
-            found, strong = self._found(user)
-            if len(found):
-                place = np.searchsorted(found, positions[row]).clip(max=len(found) - 1)
-                strengths[row] = np.where(found[place] == positions[row], strong[place], 0)
-        return strengths
+        scores = np.empty(positions.shape)
+        for user, candidates in enumerate(self._item_item_candidates()):
+            scores[user] = candidates.lookup(positions[user], 0.0)
+        return scores

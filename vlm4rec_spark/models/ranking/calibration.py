@@ -1,24 +1,23 @@
-"""How hard an approximate search has to try, measured on some users' tastes against exact search. numpy only."""
+"""The effort that an approximate search needs, measured against exact search."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
-from vlm4rec_spark.models.ranking.top_k_lists import recommend_lists
-from vlm4rec_spark.models.ranking.user_queries import Queries
+from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, recommend_lists
 
-_CANDIDATES = (1, 2, 4, 8, 16)
-"""Times k: candidates that are rescored, beside those that the user may not get."""
+_CANDIDATE_FACTORS = (1, 2, 4, 8, 16)
+"""Times k: candidates that are rescored, in addition to a user's exclusions."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """An effort, the recall@k measured with it, its lower 95 % bound, and lists a second on the driver."""
+class EffortTrial:
+    """An effort, the recall@k measured with it, its lower 95 % bound, and lists per second."""
 
     effort: Effort
     recall: float
@@ -28,77 +27,84 @@ class Tried:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The search to use (None: exact) and the recall@k measured on `users` profiles with its lower 95 % bound.
+    """The search to use (None: exact), and the recall@k with its lower 95 % bound on `users` users.
 
-    `tried`: the efforts that were measured on the way; `exact_per_second`: lists of an exact search.
+    trials: the measured efforts. exact_per_second: lists per second of an exact search.
     """
 
     effort: Effort | None
     recall: float
     low: float
     users: int
-    tried: tuple[Tried, ...] = ()
+    trials: tuple[EffortTrial, ...] = ()
     exact_per_second: float | None = None
 
-    def words(self, leaves: int) -> str:
-        if self.effort is None:
+    def describe(self, leaves: int) -> str:
+        """The search in words; leaves: those of the index."""
+        effort = self.effort
+        if effort is None:
             return "exact"
-        return (
-            f"ScaNN, {self.effort.leaves} of {leaves} leaves, {self.effort.candidates} candidates"
-        )
+        return f"ScaNN, {effort.leaves} of {leaves} leaves, {effort.candidates} candidates"
 
 
-def cheapest(
+def cheapest_effort(
     searcher: Searcher,
-    asked: Queries,
-    excluded: list[np.ndarray],
-    offer: ListRules,
-    rules: np.ndarray,
+    requests: ListRequests,
+    list_rules: ListRules,
     k: int,
     promise: float,
 ) -> Calibration:
-    """The cheapest effort whose lower 95 % bound of recall@k against exact search holds the promise.
+    """The cheapest effort whose lower 95 % bound of recall@k is at least `promise`.
 
-    Recall is that of the best eligible items, before any share a place. Exact search when no effort holds it, or when
-    none that does is cheaper. Costs are reckoned, not timed, so that the same index and tastes give the same effort.
+    Recall is measured on eligible items before variants are collapsed. Search is exact if no effort
+    reaches the promise, or none that does is cheaper. Costs are computed, not timed. So the same
+    index and queries give the same effort.
     """
+    eligibility = ListRules(list_rules.passed_rules)
     started = time.monotonic()
-    bare = ListRules(offer.allowed)
-    truth = recommend_lists(searcher, asked, excluded, bare, rules, k, None).items
-    exact_per_second = len(asked) / (time.monotonic() - started)
-    if (truth < 0).all():
-        return Calibration(None, 1.0, 1.0, len(asked))
+    exact_lists = recommend_lists(searcher, requests, eligibility, k, None).items
+    exact_per_second = len(requests) / (time.monotonic() - started)
+    users = int((exact_lists >= 0).any(axis=1).sum())
+    if not users:
+        return Calibration(None, 1.0, 1.0, len(requests))
 
-    def measure(effort: Effort) -> Tried:
-        started = time.monotonic()
-        found = recommend_lists(searcher, asked, excluded, bare, rules, k, effort).items
-        seconds = time.monotonic() - started
-        shares = _recall(found, truth)
-        low = shares.mean() - 1.96 * shares.std() / np.sqrt(len(shares))
-        return Tried(effort, float(shares.mean()), float(low), len(asked) / seconds)
-
-    tried: list[Tried] = []
-    chosen, least = None, float(EXACT_COST * len(searcher))
-    for candidates in (k * factor for factor in _CANDIDATES):
-        leaves = 1
-        while (
-            leaves < searcher.manifest["leaves"]
-            and Effort(leaves, candidates).cost(searcher) < least
-        ):
-            tried.append(measure(Effort(leaves, candidates)))
-            if tried[-1].low >= promise:
-                chosen, least = tried[-1], tried[-1].effort.cost(searcher)
-            leaves *= 2
-    there = len(_recall(truth, truth))
-    if chosen is None:
-        return Calibration(None, 1.0, 1.0, there, tuple(tried), exact_per_second)
-    return Calibration(
-        chosen.effort, chosen.recall, chosen.low, there, tuple(tried), exact_per_second
-    )
+    trials: list[EffortTrial] = []
+    best = Calibration(None, 1.0, 1.0, users)
+    min_cost = float(EXACT_COST * len(searcher))
+    for factor in _CANDIDATE_FACTORS:
+        effort = Effort(1, factor * k)
+        while effort.leaves < searcher.leaves and effort.cost(searcher) < min_cost:
+            trial = _measure(searcher, requests, eligibility, effort, exact_lists)
+            trials.append(trial)
+            if trial.low >= promise:
+                best = Calibration(effort, trial.recall, trial.low, users)
+                min_cost = effort.cost(searcher)
+            effort = Effort(2 * effort.leaves, effort.candidates)
+    return replace(best, trials=tuple(trials), exact_per_second=exact_per_second)
 
 
-def _recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Share of each user's exact list that was found; users without a list are left out."""
-    hits = (found[:, :, None] == truth[:, None, :]) & (truth[:, None, :] >= 0)
-    length = (truth >= 0).sum(axis=1)
-    return hits.any(axis=1).sum(axis=1)[length > 0] / length[length > 0]
+def _measure(
+    searcher: Searcher,
+    requests: ListRequests,
+    eligibility: ListRules,
+    effort: Effort,
+    exact_lists: np.ndarray,
+) -> EffortTrial:
+    started = time.monotonic()
+    k = exact_lists.shape[1]
+    lists = recommend_lists(searcher, requests, eligibility, k, effort).items
+    seconds = time.monotonic() - started
+    recalls = _recalls(lists, exact_lists)
+    mean = float(recalls.mean())
+    margin = 1.96 * recalls.std() / np.sqrt(len(recalls))
+    return EffortTrial(effort, mean, float(mean - margin), len(requests) / seconds)
+
+
+def _recalls(lists: np.ndarray, exact_lists: np.ndarray) -> np.ndarray:
+    """The share of each user's exact list that was found. Users without a list are left out."""
+    is_item = exact_lists >= 0
+    hits = (lists[:, :, None] == exact_lists[:, None, :]) & is_item[:, None, :]
+    lengths = is_item.sum(axis=1)
+    hit_counts = hits.any(axis=1).sum(axis=1)
+    has_list = lengths > 0
+    return hit_counts[has_list] / lengths[has_list]

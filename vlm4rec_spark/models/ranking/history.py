@@ -1,118 +1,197 @@
-"""Events to weighted histories, whole columns at a time. Knows arrays; which events count is decided before.
+"""Events to weighted histories, whole columns at a time.
 
-Rows come sorted by user, item and time, so that each group's floats are added in the same order however the log was
-divided among processes.
+Knows arrays. Which events count is decided before.
+
+Rows come sorted by user, item and time. So each group's floats are added in the same order, however
+the log was partitioned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlm4rec_spark.models.ranking.top_k import rank_in_group
+
 HISTORY = pa.list_(pa.struct([("item_id", pa.string()), ("weight", pa.float64())]))
+_DAY_US = 86_400e6
 
 
 def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The same rows, divided between users only. `place` counts each user's rows from 1."""
-    waiting: list[pa.RecordBatch] = []
+    """The same rows as tables that divide no user's rows.
+
+    `user_row` numbers a user's rows from 1.
+    """
+    pending: list[pa.RecordBatch] = []
     for batch in batches:
-        starts = np.flatnonzero(batch.column("place").to_numpy() == 1)
+        starts = np.flatnonzero(batch.column("user_row").to_numpy() == 1)
         if len(starts):
-            complete = [*waiting, batch.slice(0, starts[-1])]
+            complete = [*pending, batch.slice(0, starts[-1])]
             if any(map(len, complete)):
                 yield pa.Table.from_batches(complete)
-            waiting, batch = [], batch.slice(starts[-1])
-        waiting.append(batch)
-    if any(map(len, waiting)):
-        yield pa.Table.from_batches(waiting)
+            pending = []
+            batch = batch.slice(starts[-1])
+        pending.append(batch)
+    if any(map(len, pending)):
+        yield pa.Table.from_batches(pending)
 
 
-def gather(
+class _Events(NamedTuple):
+    """Rows that count: time (microseconds), weight, and the numbers of their user and pair.
+
+    A pair is a user and an item. Users and pairs are numbered in the order of the rows.
+    """
+
+    times: np.ndarray
+    weights: np.ndarray
+    users: np.ndarray
+    pairs: np.ndarray
+
+
+class _Pairs(NamedTuple):
+    """Number and weight of pairs with an event that counts, by user, latest first."""
+
+    numbers: np.ndarray
+    weights: np.ndarray
+
+
+class _Users(NamedTuple):
+    """Users with an event that counts: number, events, last event, items. Sorted by number."""
+
+    numbers: np.ndarray
+    events: np.ndarray
+    last_event: np.ndarray
+    items: np.ndarray
+
+
+def weighted_histories(
     rows: pa.Table,
     half_life_days: float | None,
     position_decay: float,
     last_n: int,
-    least_items: int,
+    min_items: int,
 ) -> pa.RecordBatch:
-    """user_id, history, seen, events, last_event_at of the users that have `least_items` items which count.
+    """user_id, history, seen, events, last_event_at of users with at least `min_items` items.
 
-    rows: user_id, item_id, event_time (timestamp in microseconds), weight (float64, null where the event marks the item
-    as seen and counts for nothing) and place (of the row among the user's, from 1), sorted by the first three; all rows
-    of a user.
+    rows: all of a user's, sorted by user_id, item_id and event_time (timestamp in microseconds).
+    Also weight (float64) and user_row (number of the user's row, from 1). The weight is null if the
+    event only marks the item as seen.
     """
-    user, item = rows["user_id"].combine_chunks(), rows["item_id"].combine_chunks()
-    at = rows["event_time"].combine_chunks().cast(pa.int64()).to_numpy(zero_copy_only=False)
-    weight = rows["weight"].combine_chunks().to_numpy(zero_copy_only=False)
-    user_starts = np.flatnonzero(rows["place"].to_numpy() == 1)
-    pair_starts = np.union1d(user_starts, _starts(item))
-    pair = _numbered(pair_starts, len(at))
-    owner = _numbered(user_starts, len(at))
+    item_ids = rows["item_id"].combine_chunks()
+    user_starts = np.flatnonzero(rows["user_row"].to_numpy() == 1)
+    pair_starts = np.union1d(user_starts, _run_starts(item_ids))
+    events = _weighted_events(rows, user_starts, pair_starts)
+    users = _group_users(events)
+    pairs = _group_pairs(_decay(events, users, half_life_days))
+    sizes = np.minimum(users.items, last_n)
+    enough = sizes >= min_items
+    ranks = rank_in_group(users.items)
+    in_history = (ranks < last_n) & np.repeat(enough, users.items)
+    history_items = _take(item_ids, pair_starts[pairs.numbers[in_history]])
+    weights = pairs.weights[in_history] * position_decay ** ranks[in_history]
+    user_numbers = users.numbers[enough]
+    user_ids = rows["user_id"].combine_chunks()
+    last_event_at = pa.array(users.last_event[enough], pa.timestamp("us"))
+    columns = {
+        "user_id": _take(user_ids, user_starts[user_numbers]),
+        "history": _history_lists(history_items, weights, sizes[enough]),
+        "seen": _seen(item_ids, user_starts, pair_starts, user_numbers),
+        "events": pa.array(users.events[enough]),
+        "last_event_at": last_event_at.cast(rows.schema.field("event_time").type),
+    }
+    return pa.RecordBatch.from_pydict(columns)
 
-    counts = np.flatnonzero(~np.isnan(weight))
-    weight, at, pair, owner = weight[counts], at[counts], pair[counts], owner[counts]
-    pairs, firsts, events = np.unique(pair, return_index=True, return_counts=True)
-    _, mine, users_events = np.unique(owner, return_index=True, return_counts=True)
-    last = np.maximum.reduceat(at, mine) if len(mine) else at
-    if half_life_days:
-        age_days = (np.repeat(last, users_events) - at) / 86_400e6
-        weight = weight * np.exp2(-age_days / half_life_days)
-    total = np.add.reduceat(weight, firsts) if len(firsts) else weight
-    latest = at[firsts + events - 1] if len(firsts) else at
 
-    holder = owner[firsts]
-    order = np.lexsort((pairs, -latest, holder))
-    holders, begin, held = np.unique(holder, return_index=True, return_counts=True)
-    rank = np.arange(len(order)) - np.repeat(begin, held)
-    size = np.minimum(held, last_n)
-    enough = size >= least_items
-    kept = (rank < last_n) & np.repeat(enough, held)
-    chosen, rank = order[kept], rank[kept]
-    history = pa.StructArray.from_arrays(
-        [
-            item.take(pa.array(pair_starts[pairs[chosen]])),
-            pa.array(total[chosen] * position_decay**rank),
-        ],
-        fields=list(HISTORY.value_type),
-    )
-    seen_starts = np.searchsorted(pair_starts, user_starts)
-    seen_sizes = np.diff(np.append(seen_starts, len(pair_starts)))
-    kept_users = holders[enough]
-    seen = pa.ListArray.from_arrays(
-        _offsets(seen_sizes[kept_users]),
-        item.take(
-            pa.array(
-                pair_starts[np.repeat(np.isin(np.arange(len(user_starts)), kept_users), seen_sizes)]
-            )
-        ),
-    )
-    return pa.RecordBatch.from_arrays(
-        [
-            user.take(pa.array(user_starts[kept_users])),
-            pa.ListArray.from_arrays(_offsets(size[enough]), history),
-            seen,
-            pa.array(users_events[enough]),
-            pa.array(last[enough], pa.timestamp("us")).cast(rows.schema.field("event_time").type),
-        ],
-        names=["user_id", "history", "seen", "events", "last_event_at"],
+def _history_lists(
+    items: pa.Array,
+    weights: np.ndarray,
+    sizes: np.ndarray,
+) -> pa.ListArray:
+    """Lists of these sizes, of items with weights."""
+    fields = list(HISTORY.value_type)
+    entries = pa.StructArray.from_arrays([items, pa.array(weights)], fields=fields)
+    return pa.ListArray.from_arrays(_offsets(sizes), entries)
+
+
+def _weighted_events(
+    rows: pa.Table,
+    user_starts: np.ndarray,
+    pair_starts: np.ndarray,
+) -> _Events:
+    times = rows["event_time"].combine_chunks().cast(pa.int64()).to_numpy(zero_copy_only=False)
+    weights = rows["weight"].combine_chunks().to_numpy(zero_copy_only=False)
+    counts = np.flatnonzero(~np.isnan(weights))
+    return _Events(
+        times[counts],
+        weights[counts],
+        _run_numbers(user_starts, len(times))[counts],
+        _run_numbers(pair_starts, len(times))[counts],
     )
 
 
-def _starts(values: pa.Array) -> np.ndarray:
+def _group_users(events: _Events) -> _Users:
+    numbers, starts, counts = np.unique(events.users, return_index=True, return_counts=True)
+    last_event = np.maximum.reduceat(events.times, starts)
+    is_new_pair = np.diff(events.pairs, prepend=-1) > 0
+    _, items = np.unique(events.users[is_new_pair], return_counts=True)
+    return _Users(numbers, counts, last_event, items)
+
+
+def _decay(
+    events: _Events,
+    users: _Users,
+    half_life_days: float | None,
+) -> _Events:
+    """The events with weights that halve with age. Age counts back from the user's last event."""
+    if not half_life_days:
+        return events
+    age_days = (np.repeat(users.last_event, users.events) - events.times) / _DAY_US
+    return events._replace(weights=events.weights * np.exp2(-age_days / half_life_days))
+
+
+def _group_pairs(events: _Events) -> _Pairs:
+    numbers, starts, counts = np.unique(events.pairs, return_index=True, return_counts=True)
+    weights = np.add.reduceat(events.weights, starts)
+    latest = events.times[starts + counts - 1]
+    order = np.lexsort((numbers, -latest, events.users[starts]))
+    return _Pairs(numbers[order], weights[order])
+
+
+def _seen(
+    item_ids: pa.Array,
+    user_starts: np.ndarray,
+    pair_starts: np.ndarray,
+    user_numbers: np.ndarray,
+) -> pa.ListArray:
+    """All items of the users with these numbers, also those whose events don't count."""
+    first_pairs = np.searchsorted(pair_starts, user_starts)
+    sizes = np.diff(np.append(first_pairs, len(pair_starts)))
+    wanted = np.isin(np.arange(len(user_starts)), user_numbers)
+    rows = pair_starts[np.repeat(wanted, sizes)]
+    return pa.ListArray.from_arrays(_offsets(sizes[user_numbers]), _take(item_ids, rows))
+
+
+def _run_starts(values: pa.Array) -> np.ndarray:
     """int64 positions where a run of equal values begins."""
     if not len(values):
         return np.empty(0, np.int64)
-    other = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)).to_numpy(
-        zero_copy_only=False
-    )
-    return np.concatenate([[0], np.flatnonzero(other) + 1])
+    changes = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1))
+    change_rows = np.flatnonzero(changes.to_numpy(zero_copy_only=False))
+    return np.concatenate([[0], change_rows + 1])
 
 
-def _numbered(starts: np.ndarray, rows: int) -> np.ndarray:
-    """For each row the number of its run."""
-    return np.repeat(np.arange(len(starts)), np.diff(np.append(starts, rows)))
+def _run_numbers(starts: np.ndarray, rows: int) -> np.ndarray:
+    """The number of each row's run."""
+    sizes = np.diff(np.append(starts, rows))
+    return np.repeat(np.arange(len(starts)), sizes)
+
+
+def _take(values: pa.Array, rows: np.ndarray) -> pa.Array:
+    return values.take(pa.array(rows))
 
 
 def _offsets(sizes: np.ndarray) -> pa.Array:

@@ -1,6 +1,6 @@
-"""What a shop lets be on a list: items by rule, and groups of items that share its places. numpy only.
+"""A shop's rules for lists: eligible items, variants, caps and diversity. Imports numpy only.
 
-Knows positions of the index; knows neither SQL nor users' ids.
+Knows positions of the index, not SQL or users' ids.
 """
 
 from __future__ import annotations
@@ -12,21 +12,29 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS
+from vlm4rec_spark.models.index.blocks import blocks
+from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates
 
 AVAILABLE = 1
-"""The bit of the rule that holds for everybody: the item is there at all."""
-MOST_RULES = 62
-"""As many as an int64 has bits for, beside AVAILABLE."""
-POOL = 5
-"""Times k: diversity chooses from so many of the best candidates; from four times as many, and so on, for a list that
-they don't fill."""
-_FLOATS_AT_ONCE = 2**20
-"""Of candidates' vectors: so many users' at a time, that they stay in the core's caches."""
+"""The bit of the rule that holds for everybody: the item is available."""
+MAX_RULES = 62
+"""The bits of an int64, without the sign and AVAILABLE."""
+DIVERSITY_POOL = 5
+"""Times k: diversity chooses from this many best candidates.
+
+A list that they don't fill gets four times as many, and so on.
+"""
+_BLOCK_FLOATS = 2**20
+"""Of candidates' vectors at a time, so that they stay in the core's caches."""
+_BLOCK_USERS = 256
+"""Their vectors stay in the cores' caches."""
 
 
 class Rule(BaseModel):
-    """Which items may be recommended, and to whom: SQL predicates over `items` and `users`; null is false."""
+    """Which items may be recommended, and to whom: SQL predicates over `items` and `users`.
+
+    Null counts as false.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,11 +42,19 @@ class Rule(BaseModel):
     users: str | None = Field(None, min_length=1)
 
 
-class Selection(NamedTuple):
-    """What `ListRules.select` has chosen from ranked candidates of some users.
+class Cap(NamedTuple):
+    """A list may have at most `limit` items of a group. groups: int64 (items,), -1: no group."""
 
-    ranks: int64 (users, k), -1 where a place is free. collapsed: int64 (n, 3), user, rank on the list and position of each
-    hidden variant. complete: bool (users,), the list is made, or further candidates can't fill it.
+    groups: np.ndarray
+    limit: int
+
+
+class Selection(NamedTuple):
+    """Which ranked candidates of some users get on their lists.
+
+    ranks: int64 (users, k), ranks of the candidates, -1 past the end of a list. collapsed: int64
+    (n, 3), user, rank on the list and position of each hidden variant. complete: bool (users,), the
+    list is full, or further candidates can't fill it.
     """
 
     ranks: np.ndarray
@@ -48,16 +64,17 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class ListRules:
-    """By position in the index. allowed: int64 (items,), bit r + 1 says that the item passes rule r, bit 0 AVAILABLE.
+    """The rules, by position in the index.
 
-    variants: int64 (items,), items of one number take one place, -1: alone. caps: such numbers, and how many of one may
-    be on a list. alike: an item of a higher cosine with one on the list counts as its variant. least: lowest score.
-    diversity: what unlikeness counts against the score, in [0, 1); 0: lists go by score alone.
+    passed_rules: int64 (items,); bit r + 1 says that the item passes rule r, bit 0 is AVAILABLE.
+    variants: int64 (items,); items of one number are variants of each other, -1 has none.
+    similarity_threshold: items of a higher cosine count as variants. min_score: the lowest score.
+    diversity: weight of dissimilarity against the score, in [0, 1); 0 ranks by score alone.
     """
 
-    allowed: np.ndarray
+    passed_rules: np.ndarray
     variants: np.ndarray | None = None
-    caps: Sequence[tuple[np.ndarray, int]] = ()
+    caps: Sequence[Cap] = ()
     similarity_threshold: float | None = None
     min_score: float | None = None
     diversity: float = 0.0
@@ -65,127 +82,209 @@ class ListRules:
     @property
     def unrestricted(self) -> bool:
         """Whether a list is simply the best eligible items."""
+        no_variants = self.variants is None and self.similarity_threshold is None
         by_score = self.min_score is None and not self.diversity
-        return (
-            self.variants is None
-            and not self.caps
-            and self.similarity_threshold is None
-            and by_score
-        )
+        return no_variants and by_score and not self.caps
 
     def initial_depth(self, k: int) -> int:
-        """How many candidates of each user `places` wants to begin with."""
-        return POOL * k if self.diversity else k
+        """How many candidates of each user `select` needs at first."""
+        return DIVERSITY_POOL * k if self.diversity else k
 
     def eligible(self, rules: int) -> np.ndarray:
         """bool (items,), for users to whom the rules of these bits apply."""
-        wanted = rules | AVAILABLE
-        return (self.allowed & wanted) == wanted
+        required = rules | AVAILABLE
+        return (self.passed_rules & required) == required
 
-    def select(self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int) -> Selection:
-        """Which of the ranked candidates, positions `top` and their scores (users, depth), get the k places.
+    def select(
+        self,
+        candidates: Candidates,
+        vectors: np.ndarray,
+        k: int,
+    ) -> Selection:
+        """Select k of each user's ranked candidates.
 
-        Taken from the best on: one that is a variant of a taken one is collapsed into its place, one of a full group or
-        of too low a score is passed over. Returns ranks (users, k), -1 where a place is free; and the collapsed ones,
-        (n, 3): user, place, position; and bool (users,): the list is made, or further candidates can't fill it.
+        A variant of a selected item is collapsed into it. An item of a full group or of too low a
+        score is skipped.
         """
         if self.diversity:
-            return self._diverse(top, scores, vectors, k)
-        users, depth = top.shape
-        ranks, taken = np.full((users, k), -1, np.int64), np.full((users, k), -1, np.int64)
-        count, collapsed = np.zeros(users, np.int64), []
-        low = np.zeros(users, bool)
-        for rank in range(depth):
-            item = top[:, rank]
-            if self.min_score is not None:
-                low |= (item >= 0) & (scores[:, rank] < self.min_score)
-            live = (item >= 0) & (count < k) & ~low
-            if not live.any():
-                break
-            twin = live[:, None] & (taken >= 0) & self._same(item, taken, vectors)
-            hidden = np.flatnonzero(twin.any(axis=1))
-            collapsed.append(np.stack([hidden, twin[hidden].argmax(axis=1), item[hidden]], axis=1))
-            live[hidden] = False
-            for groups, most in self.caps:
-                group = groups[item]
-                of_it = ((groups[taken] == group[:, None]) & (taken >= 0)).sum(axis=1)
-                live &= (group < 0) | (of_it < most)
-            chosen = np.flatnonzero(live)
-            ranks[chosen, count[chosen]], taken[chosen, count[chosen]] = rank, item[chosen]
-            count[chosen] += 1
-        ended = (count == k) | low | (top[:, -1] < 0)
-        hidden_items = np.concatenate(collapsed) if collapsed else np.empty((0, 3), np.int64)
-        return Selection(ranks, hidden_items, ended)
+            return self._select_diverse(candidates, vectors, k)
+        return self._select_best(candidates, vectors, k)
 
-    def _same(self, item: np.ndarray, taken: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """bool (users, k): the item is a variant of the one in the place."""
-        same = np.zeros(taken.shape, bool)
-        if self.variants is not None:
-            group = self.variants[item]
-            same |= (self.variants[taken] == group[:, None]) & (group >= 0)[:, None]
-        if self.similarity_threshold is not None:
-            for start in range(
-                0, len(item), 256
-            ):  # so many users' vectors at a time stay in the cores' caches
-                part = slice(start, start + 256)
-                cosines = np.matmul(vectors[taken[part]], vectors[item[part], :, None])[:, :, 0]
-                same[part] |= np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
-        return same
-
-    def _diverse(
-        self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
+    def _select_best(
+        self,
+        candidates: Candidates,
+        vectors: np.ndarray,
+        k: int,
     ) -> Selection:
-        """As `places`, by maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998): first the best candidate,
-        then always the one of highest (1 - diversity) * score - diversity * highest cosine with an item on the list.
-
-        These values are rounded; of equal ones the better ranked is taken. All candidates that are variants of an item
-        on the list are collapsed, each into the first such place.
-        """
-        users, depth = top.shape
-        ranks, shared = np.full((users, k), -1, np.int64), np.full((users, depth), -1, np.int64)
-        step = max(1, _FLOATS_AT_ONCE // (depth * vectors.shape[1]))
-        for start in range(0, users, step):
-            part = slice(start, start + step)
-            ranks[part], shared[part] = self._spread(top[part], scores[part], vectors, k)
-        hidden, rank = np.nonzero(shared >= 0)
-        ended = (ranks[:, -1] >= 0) | (top[:, -1] < 0)
-        if self.min_score is not None:
-            ended |= scores[:, -1] < self.min_score
-        collapsed = np.stack([hidden, shared[hidden, rank], top[hidden, rank]], axis=1)
-        return Selection(ranks, collapsed, ended)
-
-    def _spread(
-        self, top: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks (users, k) of the chosen, -1 where none is left; and the place that each candidate shares, or -1."""
-        users = np.arange(len(top))
-        near = vectors[top].astype(np.float64)
-        ranks, shared = np.full((len(top), k), -1, np.int64), np.full(top.shape, -1, np.int64)
-        # As far as can be from a list on which nothing is yet.
-        closest = np.full(top.shape, -1.0)
-        free = top >= 0 if self.min_score is None else (top >= 0) & (scores >= self.min_score)
-        variants = np.full(top.shape, -1) if self.variants is None else self.variants[top]
-        groups = [
-            (numbers[top], np.zeros(top.shape, np.int64), most) for numbers, most in self.caps
-        ]
-        for place in range(k):
-            allowed = free.copy()
-            for group, listed, most in groups:
-                allowed &= (group < 0) | (listed < most)
-            worth = np.round((1 - self.diversity) * scores - self.diversity * closest, SCORE_DIGITS)
-            rank = np.where(allowed, worth, -np.inf).argmax(axis=1)
-            found = allowed[users, rank]
-            if not found.any():
+        """Go through the candidates from the best on."""
+        users, depth = candidates.positions.shape
+        lists = _OpenLists(users, k)
+        too_low = np.zeros(users, bool)
+        collapsed = [np.empty((0, 3), np.int64)]
+        for rank in range(depth):
+            items = candidates.positions[:, rank]
+            if self.min_score is not None:
+                too_low |= (items >= 0) & (candidates.scores[:, rank] < self.min_score)
+            fits = (items >= 0) & (lists.lengths < k) & ~too_low
+            if not fits.any():
                 break
-            ranks[found, place] = rank[found]
-            free[users[found], rank[found]] = False
-            cosines = np.matmul(near, near[users, rank][:, :, None])[:, :, 0]
-            closest = np.maximum(closest, cosines)
-            for group, listed, _ in groups:
-                listed += group == group[users, rank][:, None]
-            twins = (variants == variants[users, rank][:, None]) & (variants >= 0)
-            if self.similarity_threshold is not None:
-                twins |= np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
-            twins &= free & found[:, None]
-            shared[twins], free[twins] = place, False
-        return ranks, shared
+            is_variant = self._variants_of(items, lists.items, vectors)
+            is_variant &= fits[:, None] & (lists.items >= 0)
+            hidden = np.flatnonzero(is_variant.any(axis=1))
+            hiding_ranks = is_variant[hidden].argmax(axis=1)
+            collapsed.append(np.stack([hidden, hiding_ranks, items[hidden]], axis=1))
+            fits[hidden] = False
+            fits &= self._within_caps(items, lists.items)
+            lists.append(np.flatnonzero(fits), rank, items)
+        complete = (lists.lengths == k) | too_low | (candidates.positions[:, -1] < 0)
+        return Selection(lists.ranks, np.concatenate(collapsed), complete)
+
+    def _variants_of(
+        self,
+        items: np.ndarray,
+        listed: np.ndarray,
+        vectors: np.ndarray,
+    ) -> np.ndarray:
+        """bool (users, k): the user's item is a variant of the listed one."""
+        is_variant = np.zeros(listed.shape, bool)
+        if self.variants is not None:
+            group = self.variants[items][:, None]
+            is_variant |= (self.variants[listed] == group) & (group >= 0)
+        if self.similarity_threshold is not None:
+            for block in blocks(len(items), _BLOCK_USERS):
+                item_vectors = vectors[items[block], :, None]
+                cosines = np.matmul(vectors[listed[block]], item_vectors)[:, :, 0]
+                is_variant[block] |= self.is_similar(cosines)
+        return is_variant
+
+    def is_similar(self, cosines: np.ndarray) -> np.ndarray:
+        """bool, items of these cosines count as variants."""
+        return np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
+
+    def _within_caps(self, items: np.ndarray, listed: np.ndarray) -> np.ndarray:
+        """bool (users,): the user's list has room for another item of the item's groups."""
+        within = np.ones(len(items), bool)
+        for groups, limit in self.caps:
+            group = groups[items]
+            same_group = (groups[listed] == group[:, None]) & (listed >= 0)
+            within &= (group < 0) | (same_group.sum(axis=1) < limit)
+        return within
+
+    def _select_diverse(
+        self,
+        candidates: Candidates,
+        vectors: np.ndarray,
+        k: int,
+    ) -> Selection:
+        """By maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998).
+
+        The first item is the best candidate. The next one always has the highest
+        (1 - diversity) * score - diversity * highest cosine with a listed item. These values are
+        rounded; of equals the better ranked is selected. All candidates that are variants of a
+        selected item are collapsed into the first such item.
+        """
+        positions, scores = candidates
+        users, depth = positions.shape
+        ranks = np.full((users, k), -1, np.int64)
+        hidden_by = np.full((users, depth), -1, np.int64)
+        for block in blocks(users, _BLOCK_FLOATS, depth * vectors.shape[1]):
+            pool = _DiversePool(self, Candidates(positions[block], scores[block]), vectors)
+            for list_rank in range(k):
+                chosen = pool.next_best()
+                found = chosen >= 0
+                if not found.any():
+                    break
+                ranks[block, list_rank] = chosen
+                hidden_by[block][pool.select(chosen)] = list_rank
+        hidden, columns = np.nonzero(hidden_by >= 0)
+        hiding_ranks = hidden_by[hidden, columns]
+        collapsed = np.stack([hidden, hiding_ranks, positions[hidden, columns]], axis=1)
+        complete = (ranks[:, -1] >= 0) | (positions[:, -1] < 0)
+        if self.min_score is not None:
+            complete |= scores[:, -1] < self.min_score
+        return Selection(ranks, collapsed, complete)
+
+
+class _OpenLists:
+    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,)."""
+
+    def __init__(self, users: int, k: int):
+        self.ranks = np.full((users, k), -1, np.int64)
+        self.items = np.full((users, k), -1, np.int64)
+        self.lengths = np.zeros(users, np.int64)
+
+    def append(
+        self,
+        users: np.ndarray,
+        rank: int,
+        items: np.ndarray,
+    ) -> None:
+        """Add the candidate of this rank to the lists of some users; items: of all users."""
+        columns = self.lengths[users]
+        self.ranks[users, columns] = rank
+        self.items[users, columns] = items[users]
+        self.lengths[users] += 1
+
+
+class _DiversePool:
+    """The candidates of some users that aren't listed or hidden yet, all arrays (users, depth)."""
+
+    def __init__(
+        self,
+        rules: ListRules,
+        candidates: Candidates,
+        vectors: np.ndarray,
+    ):
+        positions, scores = candidates
+        self.rules = rules
+        self.users = np.arange(len(positions))
+        self.vectors = vectors[positions].astype(np.float64)
+        self.relevance = (1 - rules.diversity) * scores
+        # -1: the highest cosine with an empty list is as low as can be.
+        self.highest_cosines = np.full(positions.shape, -1.0)
+        self.free = positions >= 0
+        if rules.min_score is not None:
+            self.free &= scores >= rules.min_score
+        self.variants = np.full(positions.shape, -1)
+        if rules.variants is not None:
+            self.variants = rules.variants[positions]
+        self.caps = [
+            _PoolCap(groups[positions], limit, np.zeros(positions.shape, np.int64))
+            for groups, limit in rules.caps
+        ]
+
+    def next_best(self) -> np.ndarray:
+        """The rank of each user's next candidate; -1 if there is none."""
+        allowed = self.free.copy()
+        for cap in self.caps:
+            allowed &= (cap.groups < 0) | (cap.listed < cap.limit)
+        values = self.relevance - self.rules.diversity * self.highest_cosines
+        rounded = np.round(values, SCORE_DIGITS)
+        ranks = np.where(allowed, rounded, -np.inf).argmax(axis=1)
+        return np.where(allowed[self.users, ranks], ranks, -1)
+
+    def select(self, ranks: np.ndarray) -> np.ndarray:
+        """List the candidates of these ranks, -1: none. Returns the variants that they hide."""
+        found = ranks >= 0
+        self.free[self.users[found], ranks[found]] = False
+        selected_vectors = self.vectors[self.users, ranks]
+        cosines = np.matmul(self.vectors, selected_vectors[:, :, None])[:, :, 0]
+        self.highest_cosines = np.maximum(self.highest_cosines, cosines)
+        for cap in self.caps:
+            selected_groups = cap.groups[self.users, ranks]
+            cap.listed[...] += cap.groups == selected_groups[:, None]
+        selected_variants = self.variants[self.users, ranks]
+        hidden = (self.variants == selected_variants[:, None]) & (self.variants >= 0)
+        if self.rules.similarity_threshold is not None:
+            hidden |= self.rules.is_similar(cosines)
+        hidden &= self.free & found[:, None]
+        self.free[hidden] = False
+        return hidden
+
+
+class _PoolCap(NamedTuple):
+    """A cap with each candidate's group, and how many of the group are listed (users, depth)."""
+
+    groups: np.ndarray
+    limit: int
+    listed: np.ndarray

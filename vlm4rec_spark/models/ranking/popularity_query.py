@@ -1,4 +1,4 @@
-"""What is popular, asked for as tastes are: the same for all users of a segment. numpy only."""
+"""Queries of users without a usable history: they get what is popular. Imports numpy only."""
 
 from __future__ import annotations
 
@@ -8,47 +8,45 @@ import numpy as np
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.top_k import Candidates
-from vlm4rec_spark.models.ranking.user_queries import Explanations, padded, within
+from vlm4rec_spark.models.ranking.user_queries import Explanations, pad, restrict
 
-_SCORES_AT_ONCE = 2**22
+_BLOCK_SCORES = 2**22
 
 
 class PopularityQuery:
-    """Of users of whose taste nothing is known: an item scores how popular it is with their like."""
+    """An item scores its popularity in the user's segment."""
 
-    def __init__(self, positions: Sequence[np.ndarray], shares: Sequence[np.ndarray]):
-        """Of each user: int64 positions of popular items in the index, sorted, and the float64 share of each."""
-        self._positions, self._shares = positions, shares
+    def __init__(self, popular: Sequence[Candidates]):
+        """popular: items of each user, sorted by position, with their float64 popularity."""
+        self._popular = popular
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self._popular)
 
     def take(self, users: np.ndarray) -> PopularityQuery:
-        return PopularityQuery(
-            [self._positions[user] for user in users], [self._shares[user] for user in users]
-        )
+        return PopularityQuery([self._popular[user] for user in users])
 
     def max_users_per_block(self, items: int) -> int:
-        return max(1, _SCORES_AT_ONCE // max(1, *map(len, self._positions), 1))
+        longest = max((len(popular.positions) for popular in self._popular), default=1)
+        return max(1, _BLOCK_SCORES // max(1, longest))
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
-        return padded(
-            [
-                within(among, mine, shares)[1]
-                for mine, shares in zip(self._positions, self._shares, strict=True)
-            ]
-        )
+    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+        return pad([restrict(popular, subset) for popular in self._popular])
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
+    def search(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> Candidates:
         return self.score_all(searcher)
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        found = np.full(positions.shape, np.nan)
-        for user, (mine, shares) in enumerate(zip(self._positions, self._shares, strict=True)):
-            if len(mine):
-                place = np.searchsorted(mine, positions[user]).clip(max=len(mine) - 1)
-                found[user] = np.where(mine[place] == positions[user], shares[place], np.nan)
-        return found
+        scores = np.empty(positions.shape)
+        for user, popular in enumerate(self._popular):
+            scores[user] = popular.lookup(positions[user], np.nan)
+        return scores
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        return Explanations(np.full(items.shape, -1, np.int64), np.zeros(items.shape, bool))
+        history_items = np.full(items.shape, -1, np.int64)
+        return Explanations(history_items, np.zeros(items.shape, bool))

@@ -1,104 +1,172 @@
-"""Candidates and exclusions to the final list. numpy only, so that a server can rank with it too.
+"""The k best of a user's candidates, without excluded and ineligible items. Imports numpy only.
 
 Positions are rows of the index, which is sorted by item id: a lower position is a smaller id.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 SCORE_DIGITS = 6
 """Scores are rounded before ties break by item id."""
-_FEW = 4
-"""From so many times as many candidates as are needed on, most are put aside before the rest are ordered."""
 SPARE = 8
-"""So many more than k are taken by float32 scores, whose last digits change with the batch size, and scored again."""
+"""Candidates beyond k that are scored again.
+
+The first scores are float32, and their last digits change with the batch size.
+"""
+_SHORTLIST_FACTOR = 4
+"""With this many times more candidates than needed, a shortlist is made before the sort."""
 
 
 class Candidates(NamedTuple):
-    """Items of users or queries: positions int64, -1 for none, and scores, both (users, candidates)."""
+    """Items and their scores, both (users, candidates), or (candidates,) for one user.
+
+    positions: int64; -1 is no candidate.
+    """
 
     positions: np.ndarray
     scores: np.ndarray
 
+    def lookup(self, items: np.ndarray, default: float) -> np.ndarray:
+        """Scores of `items` among one user's candidates, which are sorted by position.
 
-def flat_exclusions(excluded: list[np.ndarray], items: int) -> np.ndarray:
-    """Sorted int64 codes `user * items + position` of the positions that each user must not get, each once; -1 is
-    skipped."""
+        An item that isn't a candidate has the score `default`.
+        """
+        if not len(self.positions):
+            return np.full(items.shape, default)
+        index = np.searchsorted(self.positions, items)
+        index = index.clip(max=len(self.positions) - 1)
+        return np.where(self.positions[index] == items, self.scores[index], default)
+
+
+def flat_exclusions(excluded: Sequence[np.ndarray], items: int) -> np.ndarray:
+    """Sorted int64 codes `user * items + position` of the positions that users must not get.
+
+    Each code stands once. A position of -1 is skipped.
+    """
+    if not len(excluded):
+        return np.empty(0, np.int64)
     sizes = [len(positions) for positions in excluded]
     users = np.repeat(np.arange(len(excluded), dtype=np.int64), sizes)
-    positions = np.concatenate(excluded).astype(np.int64) if sizes else np.empty(0, np.int64)
-    known = positions >= 0
-    return np.unique(users[known] * items + positions[known])
+    positions = np.concatenate(excluded).astype(np.int64)
+    in_index = positions >= 0
+    return np.unique(users[in_index] * items + positions[in_index])
 
 
 def top_k(
-    positions: np.ndarray, scores: np.ndarray, exclusions: np.ndarray, eligible: np.ndarray, k: int
+    positions: np.ndarray,
+    scores: np.ndarray,
+    exclusions: np.ndarray,
+    eligible: np.ndarray,
+    k: int,
 ) -> Candidates:
     """The best k eligible candidates of every user that aren't excluded.
 
-    positions, scores: (users, candidates); a position of -1 is no candidate; no position may stand twice in a row.
-    exclusions: as `flat_exclusions` makes them. eligible: bool (items,). Returns positions and rounded scores, both
-    (users, k), best first, ties by position; -1 and NaN where a user has fewer.
+    positions, scores: (users, candidates), as in `Candidates`; a row has each position once.
+    exclusions: as `flat_exclusions` makes them. eligible: bool (items,). Returns positions and
+    rounded scores, both (users, k), best first, ties by position. -1 and NaN fill short rows.
     """
-    users, items = len(positions), len(eligible)
+    items = len(eligible)
     allowed = (positions >= 0) & eligible[positions]
-    depth = k + int(np.bincount(exclusions // items).max()) if len(exclusions) else k
-    if positions.shape[1] > _FEW * depth:
+    depth = k + _max_exclusions(exclusions, items)
+    if positions.shape[1] > _SHORTLIST_FACTOR * depth:
         positions, scores = _shortlist(positions, scores, allowed, depth)
         allowed = positions >= 0
-    codes = np.arange(users, dtype=np.int64)[:, None] * items + positions
     if len(exclusions):
-        found = np.searchsorted(exclusions, codes)
-        allowed &= exclusions[np.minimum(found, len(exclusions) - 1)] != codes
-    # One integer per candidate that orders by rounded score, then by position: a full order, so the cut is stable.
-    rounded = np.round(np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS).astype(
-        np.int64
-    )
-    order = np.where(allowed, rounded * items + (items - 1 - positions), -np.iinfo(np.int64).max)
-    width = min(k, positions.shape[1])
-    part = (
-        np.argpartition(-order, width - 1, axis=1)[:, :width]
-        if width < positions.shape[1]
-        else None
-    )
-    chosen = (
-        np.broadcast_to(np.arange(positions.shape[1]), positions.shape) if part is None else part
-    )
-    chosen = np.take_along_axis(
-        chosen, np.argsort(-np.take_along_axis(order, chosen, 1), axis=1, kind="stable"), 1
-    )
-    kept = np.take_along_axis(allowed, chosen, 1)
-    top = np.full((users, k), -1, np.int64)
-    best = np.full((users, k), np.nan)
-    top[:, :width] = np.where(kept, np.take_along_axis(positions, chosen, 1), -1)
-    best[:, :width] = np.where(
-        kept, np.take_along_axis(rounded, chosen, 1) / 10**SCORE_DIGITS, np.nan
-    )
-    return Candidates(top, best)
+        allowed &= ~_excluded(positions, exclusions, items)
+    # Scores as integers: then a candidate's score and position fit in one sort key.
+    scaled = np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS
+    rounded = np.round(scaled).astype(np.int64)
+    # A full order, so the cut is stable.
+    keys = rounded * items + (items - 1 - positions)
+    columns = _largest(np.where(allowed, keys, -np.iinfo(np.int64).max), k)
+    valid = np.take_along_axis(allowed, columns, 1)
+    best_positions = np.take_along_axis(positions, columns, 1)
+    best_scores = np.take_along_axis(rounded, columns, 1) / 10**SCORE_DIGITS
+    width = columns.shape[1]
+    top = no_candidates(len(positions), k)
+    top.positions[:, :width] = np.where(valid, best_positions, -1)
+    top.scores[:, :width] = np.where(valid, best_scores, np.nan)
+    return top
+
+
+def order_by_score(candidates: Candidates, k: int) -> Candidates:
+    """The first k candidates by score, ordered and padded as by `top_k`."""
+    positions = candidates.positions
+    scores = np.where(positions >= 0, candidates.scores, -np.inf)
+    rounded = np.round(scores, SCORE_DIGITS)
+    columns = np.lexsort((positions, -rounded), axis=1)[:, :k]
+    top = np.take_along_axis(positions, columns, 1)
+    top_scores = np.take_along_axis(rounded, columns, 1)
+    return Candidates(top, np.where(top >= 0, top_scores, np.nan))
+
+
+def no_candidates(
+    users: int,
+    width: int,
+    dtype: npt.DTypeLike = np.float64,
+) -> Candidates:
+    """Arrays (users, width) without a candidate: -1 and NaN."""
+    positions = np.full((users, width), -1, np.int64)
+    return Candidates(positions, np.full((users, width), np.nan, dtype))
+
+
+def rank_in_group(sizes: np.ndarray) -> np.ndarray:
+    """The rank of each row within its group, from 0, for sorted groups of these sizes."""
+    starts = np.cumsum(sizes) - sizes
+    return np.arange(sizes.sum()) - np.repeat(starts, sizes)
+
+
+def _max_exclusions(exclusions: np.ndarray, items: int) -> int:
+    """The largest number of exclusions of a user."""
+    return int(np.bincount(exclusions // items).max(initial=0))
+
+
+def _excluded(
+    positions: np.ndarray,
+    exclusions: np.ndarray,
+    items: int,
+) -> np.ndarray:
+    """bool (users, candidates): the user must not get the item."""
+    users = np.arange(len(positions), dtype=np.int64)
+    codes = users[:, None] * items + positions
+    index = np.searchsorted(exclusions, codes)
+    index = np.minimum(index, len(exclusions) - 1)
+    return exclusions[index] == codes
+
+
+def _largest(keys: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k largest keys of each row, largest first."""
+    width = min(k, keys.shape[1])
+    if width < keys.shape[1]:
+        columns = np.argpartition(-keys, width - 1, axis=1)[:, :width]
+    else:
+        columns = np.broadcast_to(np.arange(width), keys.shape)
+    chosen_keys = np.take_along_axis(keys, columns, 1)
+    order = np.argsort(-chosen_keys, axis=1, kind="stable")
+    return np.take_along_axis(columns, order, 1)
 
 
 def _shortlist(
-    positions: np.ndarray, scores: np.ndarray, allowed: np.ndarray, depth: int
+    positions: np.ndarray,
+    scores: np.ndarray,
+    allowed: np.ndarray,
+    depth: int,
 ) -> Candidates:
-    """The `depth` best allowed candidates of each user and those that rounding may put among them; -1 past the last."""
+    """The `depth` best allowed candidates of each user, and those that rounding may add to them."""
     masked = np.where(allowed, scores, np.float32("-inf"))
-    last = masked.shape[1] - depth
-    least = np.partition(masked, last, axis=1)[:, last, None] - 2 * 10.0**-SCORE_DIGITS
-    rows, columns = np.nonzero(allowed & (masked >= least))
-    sizes = np.bincount(rows, minlength=len(masked))
-    place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    shape = len(masked), max(int(sizes.max(initial=0)), 1)
-    near, near_scores = np.full(shape, -1, np.int64), np.full(shape, np.nan, scores.dtype)
-    near[rows, place], near_scores[rows, place] = positions[rows, columns], scores[rows, columns]
-    return Candidates(near, near_scores)
-
-
-def ordered(positions: np.ndarray, scores: np.ndarray, k: int) -> Candidates:
-    """The first k of the positions, (users, candidates), by their scores; ordered and padded as by `top_k`."""
-    rounded = np.round(np.where(positions >= 0, scores, -np.inf), SCORE_DIGITS)
-    chosen = np.lexsort((positions, -rounded), axis=1)[:, :k]
-    top = np.take_along_axis(positions, chosen, 1)
-    return Candidates(top, np.where(top >= 0, np.take_along_axis(rounded, chosen, 1), np.nan))
+    cut = masked.shape[1] - depth
+    last_scores = np.partition(masked, cut, axis=1)[:, cut, None]
+    min_scores = last_scores - 2 * 10.0**-SCORE_DIGITS
+    rows, columns = np.nonzero(allowed & (masked >= min_scores))
+    counts = np.bincount(rows, minlength=len(masked))
+    ranks = rank_in_group(counts)
+    width = max(int(counts.max(initial=0)), 1)
+    shortlist = no_candidates(len(masked), width, scores.dtype)
+    shortlist.positions[rows, ranks] = positions[rows, columns]
+    shortlist.scores[rows, ranks] = scores[rows, columns]
+    return shortlist

@@ -1,31 +1,41 @@
-"""Tastes to everybody's list: candidates, exclusions, rules and shared places together, until every list is full.
+"""Queries to everybody's list: candidates, exclusions and rules together, until every list is full.
 
-numpy only, so that a server can make lists too. Knows positions of the index; knows no user's id.
+Imports numpy only, so that a server can make lists too. Knows positions of the index, no user's id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
-from vlm4rec_spark.models.ranking.list_rules import ListRules
-from vlm4rec_spark.models.ranking.top_k import SPARE, Candidates, flat_exclusions, ordered, top_k
-from vlm4rec_spark.models.ranking.user_queries import Queries, padded
+from vlm4rec_spark.models.ranking.list_rules import ListRules, Selection
+from vlm4rec_spark.models.ranking.top_k import (
+    SPARE,
+    Candidates,
+    flat_exclusions,
+    no_candidates,
+    order_by_score,
+    top_k,
+)
+from vlm4rec_spark.models.ranking.user_queries import Queries, pad_positions
 
-_USERS_AT_ONCE = 1_024
-_PLACES_AT_ONCE = 2**22
-"""Candidates are held at a time, however deep a list has to be ranked."""
-_DEEP = 64
-"""Times k: where so many candidates haven't filled a list, the search is exact."""
+_BLOCK_USERS = 1_024
+_BLOCK_CANDIDATES = 2**22
+"""Candidates in memory at a time, however deep a list has to be ranked."""
+_MAX_SEARCH_DEPTH = 64
+"""Times k: if so many candidates haven't filled a list, its search is exact."""
 
 
 class RankedLists(NamedTuple):
-    """Finished lists: positions of items and their scores, both (users, k), -1 and NaN past the end.
+    """Finished lists: positions of items and scores, both (users, k), -1 and NaN past the end.
 
-    collapsed: int64 (n, 3), user, rank and position of each item that a variant on the list hides.
+    collapsed: int64 (n, 3), user, rank on the list and position of each item that is hidden as a
+    variant.
     """
 
     items: np.ndarray
@@ -33,135 +43,231 @@ class RankedLists(NamedTuple):
     collapsed: np.ndarray
 
 
+@dataclass(frozen=True)
+class ListRequests:
+    """What lists are made from, for each user.
+
+    excluded: int64 positions of items that the user must not get; -1 is skipped. rules: int64
+    (users,), bits of the rules that apply to the user. only: the positions that a user may get, -1
+    for an item outside the index; None for a user who may get all.
+    """
+
+    queries: Queries
+    excluded: Sequence[np.ndarray]
+    rules: np.ndarray
+    only: Sequence[np.ndarray | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def take(self, users: np.ndarray) -> ListRequests:
+        only = self.only
+        return ListRequests(
+            self.queries.take(users),
+            [self.excluded[user] for user in users],
+            self.rules[users],
+            None if only is None else [only[user] for user in users],
+        )
+
+    def has_only(self) -> np.ndarray:
+        """bool (users,): the user may get some items only."""
+        if self.only is None:
+            return np.zeros(len(self), bool)
+        return np.array([items is not None for items in self.only], bool)
+
+
 def retrieve(
     searcher: Searcher,
-    asked: Queries,
-    excluded: list[np.ndarray],
+    queries: Queries,
+    excluded: Sequence[np.ndarray],
     eligible: np.ndarray,
     k: int,
     effort: Effort | None,
 ) -> Candidates:
-    """Positions and scores (users, k) of the best eligible items, -1 and NaN only where the catalogue has no more.
+    """The best eligible items, (users, k). -1 and NaN fill a row only if the catalogue has no more.
 
-    With an `effort`, as many candidates more are fetched as the user may not get, and users who fall short are searched
-    exactly. So is everybody where so few items are eligible that this costs less.
+    excluded: as in `ListRequests`. With an `effort`, as many additional candidates are searched as
+    the user has exclusions. Users whose list isn't full are then searched exactly. So is everybody
+    if so few items are eligible that this costs less.
     """
-    top, score = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
-    few = np.flatnonzero(eligible)
-    if not len(few):
-        return Candidates(top, score)
-    if effort is not None and EXACT_COST * len(few) < effort.cost(searcher):
-        effort = None
-    among = few if 2 * len(few) < len(searcher) else None
-    rows = (
-        asked.max_users_per_block(len(searcher) if among is None else len(few))
-        if effort is None
-        else _USERS_AT_ONCE
-    )
-    # Users with as many exclusions stand together: the block's most sets how much is fetched for all of it.
+    best = no_candidates(len(queries), k)
+    if not eligible.any():
+        return best
+    search = _plan(searcher, eligible, effort)
+    # Users with as many exclusions share a block: the most of them decide on its depth.
     order = np.argsort([len(positions) for positions in excluded], kind="stable")
-    for start in range(0, len(asked), rows):
-        users = order[start : start + rows]
-        block, block_excluded = asked.take(users), [excluded[user] for user in users]
-        exclusions = flat_exclusions(block_excluded, len(searcher))
-        if effort is None:
-            found = block.score_all(searcher, among)
+    for block in blocks(len(queries), search.max_users(queries)):
+        users = order[block]
+        block_excluded = [excluded[user] for user in users]
+        top = search.top_k(queries.take(users), block_excluded, k)
+        best.positions[users], best.scores[users] = top
+    short = np.flatnonzero((best.positions < 0).any(axis=1))
+    if search.effort is not None and len(short):
+        short_excluded = [excluded[user] for user in short.tolist()]
+        exact = retrieve(searcher, queries.take(short), short_excluded, eligible, k, None)
+        best.positions[short], best.scores[short] = exact
+    return best
+
+
+@dataclass(frozen=True)
+class _Retrieval:
+    """How the eligible items are searched.
+
+    subset: their positions, if it pays to score these items only. effort: None is exact.
+    """
+
+    searcher: Searcher
+    eligible: np.ndarray
+    subset: np.ndarray | None
+    effort: Effort | None
+
+    def max_users(self, queries: Queries) -> int:
+        """Users per block."""
+        if self.effort is not None:
+            return _BLOCK_USERS
+        items = len(self.searcher) if self.subset is None else len(self.subset)
+        return queries.max_users_per_block(items)
+
+    def top_k(
+        self,
+        queries: Queries,
+        excluded: Sequence[np.ndarray],
+        k: int,
+    ) -> Candidates:
+        if self.effort is None:
+            found = queries.score_all(self.searcher, self.subset)
         else:
-            more = np.array([len(positions) for positions in block_excluded], np.int64)
-            found = block.search(searcher, effort, more)
-        near, scores = top_k(*found, exclusions, eligible, k + SPARE)
-        # What a search has scored in float64 is scored for good.
-        scores = scores if found.scores.dtype == np.float64 else block.scores(searcher, near)
-        top[users], score[users] = ordered(near, scores, k)
-    short = np.flatnonzero(top[:, -1] < 0) if k else np.empty(0, np.int64)
-    if effort is not None and len(short):
-        top[short], score[short] = retrieve(
-            searcher, asked.take(short), [excluded[user] for user in short], eligible, k, None
-        )
-    return Candidates(top, score)
+            extra = np.array([len(positions) for positions in excluded], np.int64)
+            found = queries.search(self.searcher, self.effort, extra)
+        exclusions = flat_exclusions(excluded, len(self.searcher))
+        top = top_k(*found, exclusions, self.eligible, k + SPARE)
+        if found.scores.dtype != np.float64:
+            top = _rescore(top, self.searcher, queries)
+        return order_by_score(top, k)
+
+
+def _plan(
+    searcher: Searcher,
+    eligible: np.ndarray,
+    effort: Effort | None,
+) -> _Retrieval:
+    items = np.flatnonzero(eligible)
+    if effort is not None and EXACT_COST * len(items) < effort.cost(searcher):
+        effort = None
+    subset = items if 2 * len(items) < len(searcher) else None
+    return _Retrieval(searcher, eligible, subset, effort)
+
+
+def _rescore(
+    candidates: Candidates,
+    searcher: Searcher,
+    queries: Queries,
+) -> Candidates:
+    return candidates._replace(scores=queries.scores(searcher, candidates.positions))
+
+
+class _Lists:
+    """Lists of all users while they are made."""
+
+    def __init__(self, users: int, k: int):
+        self.best = no_candidates(users, k)
+        self.collapsed = [np.empty((0, 3), np.int64)]
+
+    def write(
+        self,
+        users: np.ndarray,
+        candidates: Candidates,
+        selection: Selection,
+    ) -> None:
+        """Write the complete lists of some users, to whom candidates and selection belong."""
+        complete = selection.complete
+        ranks = selection.ranks[complete]
+        is_item = ranks >= 0
+        positions = np.take_along_axis(candidates.positions[complete], ranks, 1)
+        scores = np.take_along_axis(candidates.scores[complete], ranks, 1)
+        self.best.positions[users[complete]] = np.where(is_item, positions, -1)
+        self.best.scores[users[complete]] = np.where(is_item, scores, np.nan)
+        hidden = selection.collapsed[complete[selection.collapsed[:, 0]]]
+        hidden[:, 0] = users[hidden[:, 0]]
+        self.collapsed.append(hidden)
 
 
 def recommend_lists(
     searcher: Searcher,
-    asked: Queries,
-    excluded: list[np.ndarray],
-    offer: ListRules,
-    rules: np.ndarray,
+    requests: ListRequests,
+    list_rules: ListRules,
     k: int,
     effort: Effort | None,
-    only: Sequence[np.ndarray | None] | None = None,
 ) -> RankedLists:
-    """As `best`, by the offer and the rules (bits, int64 (users,)) of each user; and what was collapsed, (n, 3): user,
-    place, position.
-
-    As many candidates are ranked as it takes to fill the places. only: of users who may get no others, the positions of
-    their items, -1 for one that the index doesn't hold.
-    """
-    top, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan)
-    collapsed = [np.empty((0, 3), np.int64)]
-    narrowed = np.array(
-        [only is not None and only[user] is not None for user in range(len(asked))], bool
-    )
-
-    def ranked(users: np.ndarray, bits: int, depth: int) -> Candidates:
-        block, mine, eligible = (
-            asked.take(users),
-            [excluded[user] for user in users],
-            offer.eligible(bits),
-        )
-        if only is not None and narrowed[users[0]]:
-            return _of_these(searcher, block, mine, eligible, depth, [only[user] for user in users])
-        deep = (
-            Effort(effort.leaves, effort.candidates + depth - k)
-            if effort and depth <= _DEEP * k
-            else None
-        )
-        return retrieve(searcher, block, mine, eligible, depth, deep)
-
-    for bits, narrow in sorted({*zip(rules.tolist(), narrowed.tolist(), strict=True)}):
-        waiting, depth = (
-            np.flatnonzero((rules == bits) & (narrowed == narrow)),
-            offer.initial_depth(k),
-        )
-        while len(waiting):
-            left, step = [np.empty(0, np.int64)], max(1, _PLACES_AT_ONCE // depth)
-            for users in (waiting[start : start + step] for start in range(0, len(waiting), step)):
-                near, near_scores = ranked(users, bits, depth)
-                if offer.unrestricted:
-                    top[users], scores[users] = near, near_scores
+    """The k best items of each user by the rules. Ranks as many candidates as that takes."""
+    lists = _Lists(len(requests), k)
+    for group in _groups(requests):
+        eligible = list_rules.eligible(int(requests.rules[group[0]]))
+        depth = list_rules.initial_depth(k)
+        while len(group):
+            incomplete = [np.empty(0, np.int64)]
+            for block in blocks(len(group), _BLOCK_CANDIDATES, depth):
+                users = group[block]
+                block_requests = requests.take(users)
+                deeper = _deepen(effort, k, depth)
+                candidates = _rank(searcher, block_requests, eligible, depth, deeper)
+                if list_rules.unrestricted:
+                    lists.best.positions[users], lists.best.scores[users] = candidates
                     continue
-                ranks, twins, ended = offer.select(near, near_scores, searcher.vectors, k)
-                ended |= depth >= len(searcher)
-                done = users[ended]
-                there = ranks[ended] >= 0
-                top[done] = np.where(there, np.take_along_axis(near[ended], ranks[ended], 1), -1)
-                scores[done] = np.where(
-                    there, np.take_along_axis(near_scores[ended], ranks[ended], 1), np.nan
-                )
-                twins = twins[ended[twins[:, 0]]]
-                collapsed.append(np.column_stack([users[twins[:, 0]], twins[:, 1:]]))
-                left.append(users[~ended])
-            waiting, depth = np.concatenate(left), min(4 * depth, len(searcher))
-    return RankedLists(top, scores, np.concatenate(collapsed))
+                selection = list_rules.select(candidates, searcher.vectors, k)
+                if depth >= len(searcher):
+                    selection.complete[:] = True
+                lists.write(users, candidates, selection)
+                incomplete.append(users[~selection.complete])
+            group = np.concatenate(incomplete)
+            depth = min(4 * depth, len(searcher))
+    return RankedLists(*lists.best, np.concatenate(lists.collapsed))
 
 
-def _of_these(
+def _groups(requests: ListRequests) -> list[np.ndarray]:
+    """The users divided by the rules that apply, and by whether they may get some items only."""
+    keys = np.stack([requests.rules, requests.has_only()], axis=1)
+    distinct = np.unique(keys, axis=0)
+    return [np.flatnonzero((keys == key).all(axis=1)) for key in distinct]
+
+
+def _deepen(
+    effort: Effort | None,
+    k: int,
+    depth: int,
+) -> Effort | None:
+    """The effort for lists of `depth` items instead of k; None if exact search is better."""
+    if effort is None or depth > _MAX_SEARCH_DEPTH * k:
+        return None
+    return Effort(effort.leaves, effort.candidates + depth - k)
+
+
+def _rank(
     searcher: Searcher,
-    asked: Queries,
-    excluded: list[np.ndarray],
+    requests: ListRequests,
     eligible: np.ndarray,
     k: int,
-    only: Sequence[np.ndarray | None],
+    effort: Effort | None,
 ) -> Candidates:
-    """As `best`, each user's list out of the items that are theirs alone."""
-    mine = [
-        np.unique(items[items >= 0]) if items is not None else np.empty(0, np.int64)
-        for items in only
-    ]
-    candidates, _ = padded([Candidates(items, np.zeros(len(items))) for items in mine])
-    if not candidates.shape[1]:
-        return Candidates(np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), np.nan))
-    scores = asked.scores(searcher, candidates)
-    there = np.where(np.isnan(scores), -1, candidates)  # of what a user's taste says nothing
-    top, _ = top_k(there, scores, flat_exclusions(excluded, len(searcher)), eligible, k)
-    return ordered(top, asked.scores(searcher, top), k)
+    """As `retrieve`, for a group of users."""
+    if requests.has_only().any():
+        return _rank_only(searcher, requests, eligible, k)
+    return retrieve(searcher, requests.queries, requests.excluded, eligible, k, effort)
+
+
+def _rank_only(
+    searcher: Searcher,
+    requests: ListRequests,
+    eligible: np.ndarray,
+    k: int,
+) -> Candidates:
+    """As `retrieve`, out of the items that each user may get only."""
+    only = [np.unique(items[items >= 0]) for items in requests.only or () if items is not None]
+    positions = pad_positions(only)
+    if not positions.shape[1]:
+        return no_candidates(len(requests), k)
+    scores = requests.queries.scores(searcher, positions)
+    positions = np.where(np.isnan(scores), -1, positions)
+    exclusions = flat_exclusions(requests.excluded, len(searcher))
+    top = top_k(positions, scores, exclusions, eligible, k)
+    return order_by_score(_rescore(top, searcher, requests.queries), k)

@@ -1,7 +1,8 @@
-"""What a search is asked with: users' tastes, each one vector (mean), a weighted history (max_similarity) or a few
-vectors (multi_taste).
+"""What the index is searched for: users' queries.
 
-numpy only, so that a server can ask with them too. Knows vectors and weights; knows neither exclusions nor rules.
+A query is one vector (mean), a weighted history (max_similarity) or a few vectors (multi_taste).
+Imports numpy only, so that a server can search too. Knows vectors and weights, not exclusions or
+rules.
 """
 
 from __future__ import annotations
@@ -12,134 +13,175 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates
+from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates, no_candidates
 
 Shape = Literal["mean", "max_similarity", "multi_taste"]
-_SCORES_AT_ONCE = 2**24
-"""Exact search holds one float32 per query and item: 64 MB of them at a time."""
-_DEPTH_AT_ONCE = 4_096
-_FLOATS_AT_ONCE = 2**20
+_BLOCK_SCORES = 2**24
+"""Exact search holds this many float32 scores, one per query and item: 64 MB."""
+_BLOCK_ITEMS = 4_096
+_BLOCK_FLOATS = 2**20
 """Vectors that are compared at a time stay in the cores' caches."""
 
 
 class Explanations(NamedTuple):
-    """Of recommended items, both (users, items): the position of the history item that speaks for each, -1 without one;
-    and whether it speaks by co-occurrence (bool) rather than by content."""
+    """Why items were recommended, both arrays (users, items).
+
+    history_items: int64 position of the history item that speaks most for the item, -1 without one.
+    by_item_item: bool, it speaks by the item-item score and not by content.
+    """
 
     history_items: np.ndarray
     by_item_item: np.ndarray
 
 
 class Queries(Protocol):
-    """Of some users, in an order."""
+    """Queries of some users, in an order."""
 
     def __len__(self) -> int: ...
 
     def take(self, users: np.ndarray) -> Queries:
-        """Those at the positions `users` (int64)."""
+        """The queries of the users at these positions (int64)."""
         ...
 
     def max_users_per_block(self, items: int) -> int:
-        """How many users can be scored exactly against so many items in the memory that there is for it."""
+        """How many users can be scored exactly against so many items in memory."""
         ...
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
-        """Every item, or those at the sorted positions `among`, as a candidate of every user: positions and scores,
-        both (users, items)."""
+    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+        """Every item as a candidate of every user.
+
+        subset: sorted positions; only these items are scored.
+        """
         ...
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
-        """Approximate candidates with exact scores, both (users, candidates); a position of -1 is none.
+    def search(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> Candidates:
+        """Approximate candidates with exact scores.
 
-        more: int64 (users,), as many candidates each user gets beside the effort's, whoever is asked for besides.
+        extra: int64 (users,), candidates that each user gets beyond the effort's. A user's
+        candidates don't depend on the other users.
         """
         ...
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        """float64 scores of some items of each user, (users, items), whatever else is scored at the same time."""
+        """float64 scores of some items of each user, (users, items).
+
+        A score doesn't depend on what else is scored at the same time.
+        """
         ...
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        """For each item of each user, positions (users, items), that of the history item that speaks for it most, -1
-        without one; and whether it speaks by co-occurrence (bool) rather than by content."""
+        """Why each item was recommended; items: positions (users, items)."""
         ...
 
 
-def nearest(
+def nearest_history_items(
     histories: Sequence[np.ndarray],
     weights: Sequence[np.ndarray] | None,
     searcher: Searcher,
     items: np.ndarray,
 ) -> np.ndarray:
-    """For each item of each user, (users, items), the item of the user's history of highest (weighted) cosine; ties:
-    the earlier one; -1 without any."""
-    because = np.full(items.shape, -1, np.int64)
+    """The item of the user's history with the highest (weighted) cosine, for each of `items`.
+
+    items: positions (users, items). Returns positions of the same shape; -1 without a history. Of
+    equals the earlier one is returned.
+    """
+    nearest = np.full(items.shape, -1, np.int64)
     sizes = np.array([len(history) for history in histories], np.int64)
-    for size in np.unique(sizes[sizes > 0]):
-        alike = np.flatnonzero(sizes == size)
-        step = max(1, _FLOATS_AT_ONCE // (searcher.vectors.shape[1] * (int(size) + items.shape[1])))
-        for start in range(0, len(alike), step):
-            users = alike[start : start + step]
-            mine = np.stack([histories[user] for user in users])
-            near = np.matmul(
-                searcher.vectors[items[users]], searcher.vectors[mine].transpose(0, 2, 1)
-            )
+    for size in np.unique(sizes[sizes > 0]).tolist():
+        same_size = np.flatnonzero(sizes == size)
+        floats_per_user = searcher.vectors.shape[1] * (size + items.shape[1])
+        for block in blocks(len(same_size), _BLOCK_FLOATS, floats_per_user):
+            users = same_size[block]
+            history = np.stack([histories[user] for user in users])
+            history_vectors = searcher.vectors[history].transpose(0, 2, 1)
+            cosines = np.matmul(searcher.vectors[items[users]], history_vectors)
             if weights is not None:
-                near = near * np.stack([weights[user] for user in users])[:, None, :]
-            because[users] = np.take_along_axis(
-                mine, np.round(near, SCORE_DIGITS).argmax(axis=2), 1
-            )
-    because[items < 0] = -1
-    return because
+                cosines = cosines * np.stack([weights[user] for user in users])[:, None, :]
+            columns = np.round(cosines, SCORE_DIGITS).argmax(axis=2)
+            nearest[users] = np.take_along_axis(history, columns, 1)
+    nearest[items < 0] = -1
+    return nearest
+
+
+def _explain_by_content(
+    histories: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray] | None,
+    searcher: Searcher,
+    items: np.ndarray,
+) -> Explanations:
+    history_items = nearest_history_items(histories, weights, searcher, items)
+    return Explanations(history_items, np.zeros(items.shape, bool))
 
 
 class MeanQuery:
-    """One unit vector per user; an item scores its cosine with it."""
+    """One unit vector per user. An item scores its cosine with it."""
 
     def __init__(self, vectors: np.ndarray, histories: Sequence[np.ndarray] | None):
-        """vectors: float32 (users, dimension). histories: int64 positions of each user's items, for the reasons; None
-        where nobody asks for any."""
-        self._vectors, self._histories = vectors, histories
+        """vectors: float32 (users, dimension). histories: int64 positions of each user's items.
+
+        Histories only explain. They are None if nobody asks for reasons.
+        """
+        self._vectors = vectors
+        self._histories = histories
 
     def __len__(self) -> int:
         return len(self._vectors)
 
     def take(self, users: np.ndarray) -> MeanQuery:
-        histories = None if self._histories is None else [self._histories[user] for user in users]
+        histories = self._histories
+        if histories is not None:
+            histories = [histories[user] for user in users]
         return MeanQuery(self._vectors[users], histories)
 
     def max_users_per_block(self, items: int) -> int:
-        return max(1, _SCORES_AT_ONCE // items)
+        return max(1, _BLOCK_SCORES // items)
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
-        return searcher.exact(self._vectors, among)
+    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+        return searcher.score_all(self._vectors, subset)
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
-        positions, scores = searcher.search(self._vectors, effort.with_more(more))
-        positions[np.arange(positions.shape[1]) >= effort.candidates + more[:, None]] = -1
-        return Candidates(positions, scores)
+    def search(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> Candidates:
+        candidates = searcher.search(self._vectors, effort.with_extra(extra))
+        depths = effort.candidates + extra
+        columns = np.arange(candidates.positions.shape[1])
+        candidates.positions[columns >= depths[:, None]] = -1
+        return candidates
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        found = np.empty(positions.shape)
-        for user, (vector, items) in enumerate(zip(self._vectors, positions, strict=True)):
-            for start in range(0, len(items), _DEPTH_AT_ONCE):
-                part = slice(start, start + _DEPTH_AT_ONCE)
-                found[user, part] = searcher.vectors[items[part]].astype(
-                    np.float64
-                ) @ vector.astype(np.float64)
-        return found
+        scores = np.empty(positions.shape)
+        vectors = self._vectors.astype(np.float64)
+        for user, items in enumerate(positions):
+            for block in blocks(len(items), _BLOCK_ITEMS):
+                item_vectors = searcher.vectors[items[block]].astype(np.float64)
+                scores[user, block] = item_vectors @ vectors[user]
+        return scores
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        none = [np.empty(0, np.int64)] * len(self)
-        return Explanations(
-            nearest(self._histories or none, None, searcher, items), np.zeros(items.shape, bool)
-        )
+        histories = self._histories or [np.empty(0, np.int64)] * len(self)
+        return _explain_by_content(histories, None, searcher, items)
 
 
-class _Several(ABC):
-    """Some weighted vectors per user; an item scores its highest weighted cosine with one of them."""
+class _UserVectors(NamedTuple):
+    """vectors: float32 (vectors, dimension), each once. rows: the rows of each user's vectors."""
+
+    vectors: np.ndarray
+    rows: list[np.ndarray]
+
+
+class _MultiVectorQuery(ABC):
+    """Some weighted vectors per user. An item scores its highest weighted cosine with one."""
 
     _weights: Sequence[np.ndarray]
 
@@ -148,115 +190,130 @@ class _Several(ABC):
 
     def max_users_per_block(self, items: int) -> int:
         longest = max((len(weights) for weights in self._weights), default=1)
-        return max(1, _SCORES_AT_ONCE // items // max(1, longest))
+        return max(1, _BLOCK_SCORES // items // max(1, longest))
 
-    def score_all(self, searcher: Searcher, among: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
         """No candidates (-1) for a user without a history in this index."""
-        distinct, rows = self._asked(searcher)
-        items = np.arange(len(searcher)) if among is None else among
-        _, similar = searcher.exact(distinct, among)
-        positions = np.full((len(self), len(items)), -1, np.int64)
-        scores = np.full(positions.shape, np.nan, np.float32)
-        for user, (mine, weights) in enumerate(zip(rows, self._weights, strict=True)):
-            if len(mine):
-                positions[user] = items
-                scores[user] = (similar[mine] * weights[:, None]).max(axis=0)
-        return Candidates(positions, scores)
+        vectors, rows = self._all_vectors(searcher)
+        items, cosines = searcher.score_all(vectors, subset)
+        candidates = no_candidates(len(self), items.shape[1], np.float32)
+        for user, weights in enumerate(self._weights):
+            if len(weights):
+                weighted = cosines[rows[user]] * weights[:, None]
+                candidates.positions[user] = items[rows[user][0]]
+                candidates.scores[user] = weighted.max(axis=0)
+        return candidates
 
-    def search(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> Candidates:
-        """The items nearest to each vector, searched once for all who have it, merged for each user.
+    def search(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> Candidates:
+        """The nearest items of each vector, merged for each user. Each vector is searched once.
 
-        An item of the exact list is among the k + e nearest of the vector that it scores best with, where e of the
-        items may not be recommended to the user: with so many candidates only ScaNN's own misses are missing.
+        With e of the items excluded for a user, each item of the exact list is among the k + e
+        nearest of its best vector. So only what ScaNN itself misses can be missing.
         """
-        return padded(self._candidates(searcher, effort, more))
+        return pad(self._search_users(searcher, effort, extra))
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        found = np.full(positions.shape, np.nan)
-        for user, (weights, items) in enumerate(zip(self._weights, positions, strict=True)):
+        scores = np.full(positions.shape, np.nan)
+        for user, weights in enumerate(self._weights):
             if len(weights):
-                mine = self._of(user, searcher).astype(np.float64)
-                found[user] = (searcher.vectors[items].astype(np.float64) @ mine.T * weights).max(
-                    axis=1
-                )
-        return found
+                vectors = self._vectors_of(user, searcher).astype(np.float64)
+                item_vectors = searcher.vectors[positions[user]].astype(np.float64)
+                scores[user] = (item_vectors @ vectors.T * weights).max(axis=1)
+        return scores
 
-    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[Candidates]:
-        """Of each user as `_merged`."""
-        distinct, rows = self._asked(searcher)
-        found, cosines = searcher.search(distinct, effort.with_more(more))
-        cosines, deep = cosines.astype(np.float32), effort.candidates + more
-        return [
-            _merged(found[mine, :most], cosines[mine, :most] * weights[:, None])
-            for mine, weights, most in zip(rows, self._weights, deep.tolist(), strict=True)
-        ]
+    def _search_users(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> list[Candidates]:
+        vectors, rows = self._all_vectors(searcher)
+        found, cosines = searcher.search(vectors, effort.with_extra(extra))
+        cosines = cosines.astype(np.float32)
+        depths = (effort.candidates + extra).tolist()
+        merged = []
+        for user_rows, weights, depth in zip(rows, self._weights, depths, strict=True):
+            weighted = cosines[user_rows, :depth] * weights[:, None]
+            merged.append(_merge(found[user_rows, :depth], weighted))
+        return merged
 
     @abstractmethod
-    def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The vectors of all users, each once, and per user which of them are theirs."""
+    def _all_vectors(self, searcher: Searcher) -> _UserVectors:
+        """The vectors of all users."""
 
     @abstractmethod
-    def _of(self, user: int, searcher: Searcher) -> np.ndarray:
-        """A user's vectors, (vectors, dimension)."""
+    def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
+        """One user's vectors, (vectors, dimension)."""
 
 
-class MaxSimilarityQuery(_Several):
-    """A weighted history per user; an item scores its highest weighted cosine with one of its items."""
+class MaxSimilarityQuery(_MultiVectorQuery):
+    """A weighted history per user. An item scores its highest weighted cosine with one item."""
 
     def __init__(
         self,
-        positions: Sequence[np.ndarray],
+        histories: Sequence[np.ndarray],
         weights: Sequence[np.ndarray],
         neighbors: Neighbors | None = None,
     ):
-        """positions: int64, of each user's items in the index; weights: float32, the heaviest of each user is 1;
-        neighbours: spare searches, and change no list."""
-        self._positions, self._weights, self._neighbours = positions, weights, neighbors
+        """histories: int64 positions of each user's items.
+
+        weights: float32 of each item, a user's heaviest is 1. neighbors: save searches, and change
+        no list.
+        """
+        self._histories = histories
+        self._weights = weights
+        self._neighbors = neighbors
 
     def take(self, users: np.ndarray) -> MaxSimilarityQuery:
-        positions, weights = (
-            [each[user] for user in users] for each in (self._positions, self._weights)
-        )
-        return MaxSimilarityQuery(positions, weights, self._neighbours)
+        histories = [self._histories[user] for user in users]
+        weights = [self._weights[user] for user in users]
+        return MaxSimilarityQuery(histories, weights, self._neighbors)
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        return Explanations(
-            nearest(self._positions, self._weights, searcher, items), np.zeros(items.shape, bool)
-        )
+        return _explain_by_content(self._histories, self._weights, searcher, items)
 
-    def _candidates(self, searcher: Searcher, effort: Effort, more: np.ndarray) -> list[Candidates]:
-        """Out of the neighbours, where they are deep enough for the user."""
-        known, deep = self._neighbours, effort.candidates + more
-        if known is None or not known.merged_for(searcher, effort):
-            return super()._candidates(searcher, effort, more)
-        beyond = np.flatnonzero(deep > known.depth)
-        searched = iter(
-            super(MaxSimilarityQuery, self.take(beyond))._candidates(searcher, effort, more[beyond])
-        )
-        return [
-            next(searched)
-            if most > known.depth
-            else _merged(
-                known.positions[mine, :most], known.cosines[mine, :most] * weights[:, None]
-            )
-            for mine, weights, most in zip(
-                self._positions, self._weights, deep.tolist(), strict=True
-            )
-        ]
+    def _search_users(
+        self,
+        searcher: Searcher,
+        effort: Effort,
+        extra: np.ndarray,
+    ) -> list[Candidates]:
+        """From the stored neighbors, if they are deep enough for the user."""
+        neighbors = self._neighbors
+        if neighbors is None or not neighbors.replace_search(searcher, effort):
+            return super()._search_users(searcher, effort, extra)
+        depths = effort.candidates + extra
+        too_deep = np.flatnonzero(depths > neighbors.depth)
+        without_neighbors = MaxSimilarityQuery(self._histories, self._weights)
+        deep_queries = without_neighbors.take(too_deep)
+        searched = deep_queries._search_users(searcher, effort, extra[too_deep])
+        candidates = dict(zip(too_deep.tolist(), searched, strict=True))
+        for user, depth in enumerate(depths.tolist()):
+            if depth <= neighbors.depth:
+                history = self._histories[user]
+                cosines = neighbors.cosines[history, :depth] * self._weights[user][:, None]
+                candidates[user] = _merge(neighbors.positions[history, :depth], cosines)
+        return [candidates[user] for user in range(len(self))]
 
-    def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
-        flat = np.concatenate(self._positions) if len(self) else np.empty(0, np.int64)
-        distinct, rows = np.unique(flat, return_inverse=True)
-        return searcher.vectors[distinct], _split(rows, self._positions)
+    def _all_vectors(self, searcher: Searcher) -> _UserVectors:
+        items = np.concatenate([np.empty(0, np.int64), *self._histories])
+        distinct, rows = np.unique(items, return_inverse=True)
+        return _UserVectors(searcher.vectors[distinct], _split(rows, self._histories))
 
-    def _of(self, user: int, searcher: Searcher) -> np.ndarray:
-        return searcher.vectors[self._positions[user]]
+    def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
+        return searcher.vectors[self._histories[user]]
 
 
-class MultiInterestQuery(_Several):
-    """A few tastes per user: the history divided into groups of items that are alike, each the mean of its items.
+class MultiInterestQuery(_MultiVectorQuery):
+    """A few interests per user: groups of similar items of the history, each as its mean.
 
-    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020); a taste weighs what its heaviest item does.
+    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020). An interest has the weight
+    of its heaviest item.
     """
 
     def __init__(
@@ -265,98 +322,119 @@ class MultiInterestQuery(_Several):
         weights: Sequence[np.ndarray],
         histories: Sequence[np.ndarray],
     ):
-        """vectors: float32 (tastes, dimension) of each user, unit; weights: of each taste, the heaviest of a user is 1;
-        histories: int64 positions of each user's items, for the reasons."""
-        self._vectors, self._weights, self._histories = vectors, weights, histories
+        """vectors: float32 (interests, dimension) of each user, unit.
+
+        weights: of each interest, a user's heaviest is 1. histories: int64 positions of each user's
+        items, for the reasons.
+        """
+        self._vectors = vectors
+        self._weights = weights
+        self._histories = histories
 
     @classmethod
-    def of(
+    def from_histories(
         cls,
-        positions: Sequence[np.ndarray],
+        histories: Sequence[np.ndarray],
         weights: Sequence[np.ndarray],
         searcher: Searcher,
-        most: int,
+        max_interests: int,
     ) -> MultiInterestQuery:
-        """At most `most` tastes of each user, out of the positions and weights of the history's items."""
-        made = [
-            _clusters(searcher.vectors[mine], heavy, most)
-            for mine, heavy in zip(positions, weights, strict=True)
-        ]
-        return cls([vectors for vectors, _ in made], [heavy for _, heavy in made], positions)
+        """Cluster each user's history; histories and weights as in `MaxSimilarityQuery`."""
+        vectors = []
+        interest_weights = []
+        for history, item_weights in zip(histories, weights, strict=True):
+            interests = _cluster(searcher.vectors[history], item_weights, max_interests)
+            vectors.append(interests.vectors)
+            interest_weights.append(interests.weights)
+        return cls(vectors, interest_weights, histories)
 
     def take(self, users: np.ndarray) -> MultiInterestQuery:
-        mine = (
-            [each[user] for user in users]
-            for each in (self._vectors, self._weights, self._histories)
+        return MultiInterestQuery(
+            [self._vectors[user] for user in users],
+            [self._weights[user] for user in users],
+            [self._histories[user] for user in users],
         )
-        return MultiInterestQuery(*mine)
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        return Explanations(
-            nearest(self._histories, None, searcher, items), np.zeros(items.shape, bool)
-        )
+        return _explain_by_content(self._histories, None, searcher, items)
 
-    def _asked(self, searcher: Searcher) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _all_vectors(self, searcher: Searcher) -> _UserVectors:
         empty = np.empty((0, searcher.vectors.shape[1]), np.float32)
         vectors = np.concatenate([empty, *self._vectors])
-        return vectors, _split(np.arange(len(vectors)), self._weights)
+        return _UserVectors(vectors, _split(np.arange(len(vectors)), self._weights))
 
-    def _of(self, user: int, searcher: Searcher) -> np.ndarray:
+    def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
         return self._vectors[user]
 
 
-def _clusters(vectors: np.ndarray, weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors and weights of the groups, in the order of their first items."""
-    if len(vectors) > most:
+class _Interests(NamedTuple):
+    """Unit vectors, float32 (interests, dimension), and their weights."""
+
+    vectors: np.ndarray
+    weights: np.ndarray
+
+
+def _cluster(
+    vectors: np.ndarray,
+    weights: np.ndarray,
+    max_interests: int,
+) -> _Interests:
+    """The interests of one user, in the order of their first items."""
+    groups = np.arange(len(vectors))
+    if len(vectors) > max_interests:
         from scipy.cluster.hierarchy import fcluster, linkage
 
-        group = fcluster(linkage(vectors.astype(np.float64), "ward"), most, "maxclust")
-    else:
-        group = np.arange(len(vectors))
-    found, heavy = [], []
-    for each in dict.fromkeys(group.tolist()):
-        members = group == each
+        tree = linkage(vectors.astype(np.float64), "ward")
+        groups = fcluster(tree, max_interests, "maxclust")
+    centers = np.empty((len(np.unique(groups)), vectors.shape[1]), np.float32)
+    center_weights = np.empty(len(centers), np.float32)
+    for row, group in enumerate(dict.fromkeys(groups.tolist())):
+        members = groups == group
         total = weights[members] @ vectors[members].astype(np.float64)
-        found.append(total / max(np.linalg.norm(total), 1e-12))
-        heavy.append(weights[members].max())
-    return np.asarray(found, np.float32).reshape(-1, vectors.shape[1]), np.asarray(
-        heavy, np.float32
-    )
+        centers[row] = total / max(np.linalg.norm(total), 1e-12)
+        center_weights[row] = weights[members].max()
+    return _Interests(centers, center_weights)
 
 
-def _split(rows: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The rows by user, each as many as the user has of `like`."""
-    ends = np.cumsum([len(each) for each in like], dtype=np.int64).tolist()
-    return [rows[start:end] for start, end in zip([0, *ends][:-1], ends, strict=True)]
+def _split(rows: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Divide the rows into groups of the same sizes."""
+    sizes = [len(group) for group in groups]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    return np.split(rows, ends[:-1]) if sizes else []
 
 
-def within(
-    among: np.ndarray | None, items: np.ndarray, scores: np.ndarray
-) -> tuple[np.ndarray, Candidates]:
-    """Where the items stand in `among` (sorted positions, None: all), and those that do, with their scores."""
-    if among is None:
-        return items, Candidates(items, scores)
-    place = np.searchsorted(among, items)
-    there = (place < len(among)) & (among[place.clip(max=len(among) - 1)] == items)
-    return place[there], Candidates(items[there], scores[there])
+def restrict(candidates: Candidates, subset: np.ndarray | None) -> Candidates:
+    """One user's candidates that are in `subset` (sorted positions; None: all)."""
+    if subset is None:
+        return candidates
+    index = np.searchsorted(subset, candidates.positions)
+    index = index.clip(max=len(subset) - 1)
+    inside = subset[index] == candidates.positions
+    return Candidates(candidates.positions[inside], candidates.scores[inside])
 
 
-def padded(lists: Sequence[Candidates]) -> Candidates:
-    """Positions and scores of each user as rows of the same length, -1 and NaN past the last."""
-    width = max((len(positions) for positions, _ in lists), default=0)
-    positions, scores = (
-        np.full((len(lists), width), -1, np.int64),
-        np.full((len(lists), width), np.nan, np.float32),
-    )
-    for user, (mine, best) in enumerate(lists):
-        positions[user, : len(mine)], scores[user, : len(mine)] = mine, best
-    return Candidates(positions, scores)
+def pad(lists: Sequence[Candidates]) -> Candidates:
+    """Each user's candidates as rows of the same length, -1 and NaN past the last."""
+    width = max((len(candidates.positions) for candidates in lists), default=0)
+    padded = no_candidates(len(lists), width, np.float32)
+    for user, (positions, scores) in enumerate(lists):
+        padded.positions[user, : len(positions)] = positions
+        padded.scores[user, : len(positions)] = scores
+    return padded
 
 
-def _merged(positions: np.ndarray, scores: np.ndarray) -> Candidates:
-    """Each candidate once, with its highest score."""
-    flat, best = positions.ravel(), scores.ravel()
-    order = np.lexsort((-best, flat))
-    flat, best = flat[order], best[order]
-    first = (np.diff(flat, prepend=-1) > 0) & (flat >= 0)
-    return Candidates(flat[first], best[first])
+def pad_positions(lists: Sequence[np.ndarray]) -> np.ndarray:
+    """Each user's positions as rows of the same length, -1 past the last."""
+    return pad([Candidates(items, np.zeros(len(items))) for items in lists]).positions
+
+
+def _merge(positions: np.ndarray, scores: np.ndarray) -> Candidates:
+    """Each candidate once, with its highest score, sorted by position."""
+    flat_positions = positions.ravel()
+    flat_scores = scores.ravel()
+    order = np.lexsort((-flat_scores, flat_positions))
+    flat_positions = flat_positions[order]
+    flat_scores = flat_scores[order]
+    is_new = np.diff(flat_positions, prepend=-1) > 0
+    is_first = is_new & (flat_positions >= 0)
+    return Candidates(flat_positions[is_first], flat_scores[is_first])

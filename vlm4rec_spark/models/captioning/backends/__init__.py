@@ -1,1 +1,1 @@
-"""One file per captioning backend, behind the protocol of captioner.py."""
+"""One file per captioning backend. All follow the protocol of captioner.py."""

@@ -1,6 +1,6 @@
-"""A stream made of batches: which requests are described together, and what is done when that fails.
+"""A captioner that works in batches: which requests go together, and what follows a failure.
 
-Knows sizes, memory that runs out and single culprits; the model is its subclass's.
+Knows sizes, out-of-memory errors and single failing requests. Its subclasses know the model.
 """
 
 from __future__ import annotations
@@ -10,78 +10,83 @@ from collections.abc import Callable, Sequence
 
 from vlm4rec_spark.models.captioning.captioner import Answer, Request
 
-_POOL = 3
-"""Batches' worth of requests at hand: one at work, and two out of which the next is chosen by size."""
+_BATCHES_IN_FLIGHT = 3
+"""One at work, and two from which the next is chosen by size."""
 _GROW_AFTER = 16
-"""Batches that went well after memory ran out, before a batch twice as large is tried again."""
+"""Successful batches after an out-of-memory error before a batch twice as large is tried."""
 
 
 class BatchCaptioner(ABC):
-    """A Captioner whose model describes `batch` requests at a time."""
+    """A Captioner whose model describes `batch_size` requests at a time."""
 
     def __init__(self, batch_size: int):
-        self.batch, self.at_once = batch_size, _POOL * batch_size
-        self.begins: Callable[[Sequence[str]], None] = lambda keys: None
-        self._fits, self._went_well = batch_size, 0
-        self._held: list[Request] = []
-        self._alone: list[Request] = []
+        self.batch_size = batch_size
+        self.max_in_flight = _BATCHES_IN_FLIGHT * batch_size
+        self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
+        self._fitting_size = batch_size
+        self._successes = 0
+        self._waiting: list[Request] = []
+        self._singles: list[Request] = []
 
     @abstractmethod
     def describe(self, batch: Sequence[Request]) -> list[Answer]:
-        """One answer per request, in order, all from one call of the model. May raise anything."""
+        """One answer per request, in order, from one call of the model. May raise anything."""
 
     def add(self, request: Request) -> None:
-        self._held.append(request)
+        self._waiting.append(request)
 
     def step(self) -> list[Answer]:
-        """Describe the oldest request and those at hand whose photos are nearest to its in size: padding is work too.
+        """Describe the oldest request, with those of similar photo size: padding costs time.
 
-        A batch for which memory runs out is halved, and batches grow again later; one that fails otherwise is tried
-        again request by request.
+        A batch that runs out of memory is halved, and later batches grow again.
+        A batch with another error is retried request by request.
         """
         while True:
-            batch = [self._alone.pop(0)] if self._alone else self._nearest()
-            self.begins([request.key for request in batch])
+            batch = [self._singles.pop(0)] if self._singles else self._next_batch()
+            self.on_begin([request.key for request in batch])
             try:
                 answers = self.describe(batch)
             except Exception as failure:
                 if len(batch) == 1:
-                    return [
-                        Answer(
-                            batch[0].key, None, error_class=error_class(failure), error=str(failure)
-                        )
-                    ]
+                    return [failed(batch[0].key, failure)]
                 if error_class(failure) == "out_of_memory":
-                    self._held, self._fits, self._went_well = (
-                        [*batch, *self._held],
-                        len(batch) // 2,
-                        0,
-                    )
+                    self._waiting = [*batch, *self._waiting]
+                    self._fitting_size = len(batch) // 2
+                    self._successes = 0
                 else:
-                    self._alone = batch
+                    self._singles = batch
             else:
                 self._grow()
                 return answers
 
-    def _nearest(self) -> list[Request]:
-        width, height = self._held[0].image.size
-        away = [
-            abs(request.image.width - width) + abs(request.image.height - height)
-            for request in self._held
+    def _next_batch(self) -> list[Request]:
+        width, height = self._waiting[0].image.size
+
+        def size_difference(index: int) -> int:
+            image = self._waiting[index].image
+            return abs(image.width - width) + abs(image.height - height)
+
+        indices = sorted(range(len(self._waiting)), key=size_difference)[: self._fitting_size]
+        batch = [self._waiting[index] for index in indices]
+        self._waiting = [
+            request for index, request in enumerate(self._waiting) if index not in indices
         ]
-        chosen = sorted(range(len(away)), key=away.__getitem__)[: self._fits]
-        batch = [self._held[place] for place in chosen]
-        self._held = [request for place, request in enumerate(self._held) if place not in chosen]
         return batch
 
     def _grow(self) -> None:
-        self._went_well += 1
-        if self._fits < self.batch and self._went_well == _GROW_AFTER:
-            self._fits, self._went_well = min(self.batch, 2 * self._fits), 0
+        self._successes += 1
+        if self._fitting_size < self.batch_size and self._successes == _GROW_AFTER:
+            self._fitting_size = min(self.batch_size, 2 * self._fitting_size)
+            self._successes = 0
+
+
+def failed(key: str, failure: Exception) -> Answer:
+    """The answer to a request that raised `failure`."""
+    return Answer(key, None, error_class=error_class(failure), error=str(failure))
 
 
 def error_class(failure: Exception) -> str:
-    """What the table `captions` calls it."""
-    name = type(failure).__name__
+    """The error's class in the table `captions`: its own if it has one, else its type."""
+    name = getattr(failure, "error_class", type(failure).__name__)
     # MemoryError, torch.OutOfMemoryError
     return "out_of_memory" if "Memory" in name else name

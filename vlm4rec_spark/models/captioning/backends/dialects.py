@@ -1,6 +1,6 @@
-"""The protocols of the endpoint backend: how a photo is asked about, and which part of the reply is the answer.
+"""The endpoint backend's protocols: how to send a photo, and where a response has the answer.
 
-A reply's shape is checked here and not by the clients, which take any. Knows nothing of failures and retries.
+Responses are validated here, because the clients accept any shape. Knows no retries.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
-"""What some of OpenAI's models refuse, and what they take in its place. Answers are checked in any case."""
+_REPLACEMENTS = {
+    "max_tokens": "max_completion_tokens",
+    "temperature": None,
+    "response_format": None,
+}
+"""Parameters that some OpenAI models refuse, and their replacements. Answers are checked anyway."""
 _UNSUPPORTED = ("unsupported_parameter", "unsupported_value")
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelResponse:
     text: str | None
-    """None where the reply has no text; an empty one is a text."""
+    """None if the response has no text. An empty text counts as one."""
     refusal: str | None
-    end: str | None
+    finish_reason: str | None
     """Why the model stopped, in the server's words."""
     input_tokens: int
     output_tokens: int
 
 
 class OpenAI:
-    """Greedy where the model lets itself be told so."""
+    """Decodes greedily, unless the model refuses the parameter."""
 
-    variable = "OPENAI_API_KEY"
+    key_variable = "OPENAI_API_KEY"
 
     def __init__(
         self,
@@ -37,23 +41,24 @@ class OpenAI:
         max_new_tokens: int,
         url: str | None,
         key: str,
-        json_schema: dict[str, Any] | None = None,
+        json_schema: dict[str, Any] | None,
     ):
         import openai
 
         self.library: Any = openai
-        # The captioner waits and tries again by itself.
+        # The captioner does the waiting and the retries.
         self.client: Any = openai.AsyncOpenAI(
             base_url=url, api_key=key, max_retries=0, timeout=None
         )
         self._model = model
-        # Not every server knows the newer max_completion_tokens, and one that doesn't would set no bound at all.
+        # Not every server knows the newer max_completion_tokens. Others would set no limit at all.
         self._parameters: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0}
         if json_schema:
             schema = {"name": "attributes", "schema": json_schema, "strict": True}
             self._parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
 
-    async def ask(self, photo: str, prompt: str) -> Any:
+    async def send(self, photo: str, prompt: str) -> Any:
+        """`photo` is a JPEG in base64."""
         image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{photo}"}}
         messages = [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
         create = self.client.chat.completions.with_raw_response.create
@@ -61,24 +66,25 @@ class OpenAI:
             sent = dict(self._parameters)
             try:
                 return await create(model=self._model, messages=messages, **sent)
-            except self.library.BadRequestError as refused:
-                name = str(refused.param)
-                if not (refused.code in _UNSUPPORTED and name in _INSTEAD and name in sent):
+            except self.library.BadRequestError as failure:
+                name = str(failure.param)
+                unsupported = failure.code in _UNSUPPORTED and name in _REPLACEMENTS
+                if not unsupported or name not in sent:
                     raise
-                value, instead = self._parameters.pop(name, None), _INSTEAD[name]
-                if instead and value is not None:  # None: another request has learnt it meanwhile
-                    self._parameters[instead] = value
+                value = self._parameters.pop(name, None)
+                replacement = _REPLACEMENTS[name]
+                if replacement and value is not None:  # None: a concurrent request replaced it
+                    self._parameters[replacement] = value
 
-    def read(self, body: bytes) -> Said:
-        """Raises ValidationError where it isn't a reply."""
-        reply = _Completion.model_validate_json(body)
-        choice, usage = reply.choices[0], reply.usage or _CompletionUsage()
-        refusal = choice.message.refusal or (
-            "content_filter" if choice.finish_reason == "content_filter" else None
-        )
-        return Said(
+    def parse(self, body: bytes) -> ModelResponse:
+        """Raises ValidationError if the body isn't a completion."""
+        completion = _Completion.model_validate_json(body)
+        choice = completion.choices[0]
+        usage = completion.usage or _CompletionUsage()
+        filtered = "content_filter" if choice.finish_reason == "content_filter" else None
+        return ModelResponse(
             _text(choice.message.content),
-            refusal,
+            choice.message.refusal or filtered,
             choice.finish_reason,
             usage.prompt_tokens or 0,
             usage.completion_tokens or 0,
@@ -86,9 +92,9 @@ class OpenAI:
 
 
 class Anthropic:
-    """No temperature is sent: from version 2026-10-21 of the protocol on, which the client speaks, it is an error."""
+    """Sends no temperature: the protocol refuses it since version 2026-10-21."""
 
-    variable = "ANTHROPIC_API_KEY"
+    key_variable = "ANTHROPIC_API_KEY"
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class Anthropic:
         max_new_tokens: int,
         url: str | None,
         key: str,
-        json_schema: dict[str, Any] | None = None,
+        json_schema: dict[str, Any] | None,
     ):
         import anthropic
 
@@ -104,13 +110,15 @@ class Anthropic:
         self.client: Any = anthropic.AsyncAnthropic(
             base_url=url, api_key=key, max_retries=0, timeout=None
         )
-        self._model, self._parameters = model, dict[str, Any](max_tokens=max_new_tokens)
+        self._model = model
+        self._parameters: dict[str, Any] = {"max_tokens": max_new_tokens}
         if json_schema:
             self._parameters["output_config"] = {
                 "format": {"type": "json_schema", "schema": json_schema}
             }
 
-    async def ask(self, photo: str, prompt: str) -> Any:
+    async def send(self, photo: str, prompt: str) -> Any:
+        """`photo` is a JPEG in base64."""
         image = {
             "type": "image",
             "source": {"type": "base64", "media_type": "image/jpeg", "data": photo},
@@ -119,18 +127,22 @@ class Anthropic:
         create = self.client.messages.with_raw_response.create
         return await create(model=self._model, messages=messages, **self._parameters)
 
-    def read(self, body: bytes) -> Said:
-        """Raises ValidationError where it isn't a reply."""
-        reply = _Message.model_validate_json(body)
-        text, usage = _text(reply.content), reply.usage or _MessageUsage()
-        refusal = (text or "refusal") if reply.stop_reason == "refusal" else None
-        return Said(
-            text, refusal, reply.stop_reason, usage.input_tokens or 0, usage.output_tokens or 0
+    def parse(self, body: bytes) -> ModelResponse:
+        """Raises ValidationError if the body isn't a message."""
+        message = _Message.model_validate_json(body)
+        text = _text(message.content)
+        usage = message.usage or _MessageUsage()
+        return ModelResponse(
+            text,
+            (text or "refusal") if message.stop_reason == "refusal" else None,
+            message.stop_reason,
+            usage.input_tokens or 0,
+            usage.output_tokens or 0,
         )
 
 
 class _Part(BaseModel):
-    """Of a message. One without a text is a tool's call, or a thought."""
+    """A part of a message. Tool calls and thoughts have no text."""
 
     text: str | None = None
 
@@ -154,7 +166,7 @@ class _CompletionUsage(BaseModel):
 
 
 class _Completion(BaseModel):
-    """OpenAI's reply."""
+    """OpenAI's response."""
 
     choices: Annotated[list[_Choice], Field(min_length=1)]
     usage: _CompletionUsage | None = None
@@ -166,7 +178,7 @@ class _MessageUsage(BaseModel):
 
 
 class _Message(BaseModel):
-    """Anthropic's reply."""
+    """Anthropic's response."""
 
     content: list[_Part]
     stop_reason: str | None = None

@@ -1,7 +1,8 @@
-"""Captions by a server that speaks OpenAI's or Anthropic's protocol: theirs, or a vLLM or SGLang of one's own.
+"""Captions from a server with OpenAI's or Anthropic's protocol.
 
-Knows requests, retries, pace and what a server can do wrong; `dialects.py` knows the protocols.
-The key comes from the environment, goes to the server, and is struck out of whatever comes back.
+It can be a provider, or your own vLLM or SGLang.
+Knows retries, rate limits and server errors; `dialects.py` knows the protocols.
+The key comes from the environment, goes only to the server, and is removed from all responses.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ from pydantic import ValidationError
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.captioning.backends.dialects import Anthropic, OpenAI
 from vlm4rec_spark.models.captioning.captioner import (
-    LONGEST_WAIT,
+    MAX_WAIT_SECONDS,
     Answer,
     EndpointSettings,
     Request,
 )
 
 _FIRST_WAIT = 1.0
-"""Seconds, at most, before the second try; twice as many before each further one. Five tries take up to 15 s so."""
+"""The longest wait in seconds before the second try. It doubles each time: 15 s for five tries."""
 _MINUTE = 60.0
 _FIRST_ESTIMATE = 3_000
-"""Tokens of a request while none has been answered: LLaVA-NeXT's for a photo of 672 pixels, and few take more."""
+"""Tokens of a request before the first answer: LLaVA-NeXT's for 672 pixels. Few take more."""
 _POLL_SECONDS = 0.1
-_ERROR_LENGTH = 500
-_SHORTEST_SECRET = 8
-"""Characters. A local server's key may be `EMPTY` or `none`, which a caption may well say."""
-_NOT_ABOUT_THE_PHOTO = {401, 402, 403, 404}
-_SLOW_DOWN = {429, 503, 529}
+_MAX_ERROR_LENGTH = 500
+_MIN_SECRET_LENGTH = 8
+"""Characters. A local server's key may be `EMPTY` or `none`, words that captions may contain."""
+_FATAL = {401, 402, 403, 404}
+"""Statuses that any photo would get."""
+_OVERLOADED = {429, 503, 529}
 _FILTERED = ("content_filter", "content_policy_violation")
 
 
 class EndpointCaptioner:
-    """`concurrency` requests at once on one event loop, which runs while `step` does: no thread outlives its owner."""
+    """Up to `concurrency` open requests. Their event loop runs inside `step`: no thread needed."""
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class EndpointCaptioner:
         dialect: type[OpenAI] | type[Anthropic] = (
             Anthropic if settings.dialect == "anthropic" else OpenAI
         )
-        self._key = _key(dialect.variable, settings.url)
+        self._key = _read_key(dialect.key_variable, settings.url)
         try:
             self._dialect = dialect(
                 model, max_new_tokens, settings.url, self._key or "none", json_schema
@@ -67,203 +69,208 @@ class EndpointCaptioner:
             raise UsageError(
                 f"{missing}. The endpoint backend needs: pip install 'vlm4rec_spark[endpoint]'"
             ) from None
-        self.at_once, self.batch = settings.concurrency, 1
-        self.begins: Callable[[Sequence[str]], None] = lambda keys: None
-        self._model, self._settings = model, settings
-        self._pace, self._room = (
-            _Pace(settings.tokens_per_minute),
-            asyncio.Semaphore(settings.concurrency),
-        )
-        self._runner, self._held = asyncio.Runner(), set[asyncio.Task[Answer]]()
-        # Called by itself when the process ends: a request on its way then is given up without a complaint.
+        self.max_in_flight = settings.concurrency
+        self.batch_size = 1
+        self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
+        self._model = model
+        self._settings = settings
+        self._rate_limit = _RateLimit(settings.tokens_per_minute)
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._runner = asyncio.Runner()
+        self._tasks = set[asyncio.Task[Answer]]()
+        # Also runs when the process ends, which then drops open requests without warnings.
         self.close = weakref.finalize(self, _hang_up, self._runner, self._dialect.client)
 
     def add(self, request: Request) -> None:
         jpeg = io.BytesIO()
         request.image.save(jpeg, "JPEG", quality=90)
-        serving = self._serve(
-            request.key, base64.b64encode(jpeg.getvalue()).decode(), request.prompt
-        )
-        self.begins([request.key])
-        self._held.add(self._runner.get_loop().create_task(serving))
+        photo = base64.b64encode(jpeg.getvalue()).decode()
+        self.on_begin([request.key])
+        answering = self._answer(request.key, photo, request.prompt)
+        self._tasks.add(self._runner.get_loop().create_task(answering))
 
     def step(self) -> list[Answer]:
-        done, self._held = self._runner.run(
-            asyncio.wait(self._held, return_when=asyncio.FIRST_COMPLETED)
+        done, self._tasks = self._runner.run(
+            asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         )
-        # All of them are asked: asyncio complains of an exception that nobody has seen.
+        # Read all exceptions: asyncio warns of those that nobody reads.
         for failure in [task.exception() for task in done]:
             if failure:
                 raise failure
         return [task.result() for task in done]
 
-    async def _serve(self, key: str, photo: str, prompt: str) -> Answer:
-        """The answer to a request, after as many tries as it takes and is allowed."""
-        async with self._room:
-            for tried in range(1, self._settings.tries + 1):
-                spent = await self._pace.turn()
-                try:
-                    async with asyncio.timeout(self._settings.timeout_seconds):
-                        reply = await self._dialect.ask(photo, prompt)
-                    return self._answer(key, reply.http_response.content, spent)
-                except TimeoutError:
-                    words = f"no answer within {self._settings.timeout_seconds:g} s"
-                    failure = _Failure("timed_out", words, again=True)
-                except self._dialect.library.APIConnectionError as error:
-                    cause = error.__cause__
-                    words = f"{type(cause).__name__}: {cause}" if cause else str(error)
-                    failure = _Failure("unreachable", words, again=True)
-                except self._dialect.library.APIStatusError as error:
-                    failure = self._failure(error)
-                wait = failure.wait + random.uniform(
-                    0, min(LONGEST_WAIT, _FIRST_WAIT * 2 ** (tried - 1))
-                )
-                if failure.everybody:
-                    self._pace.hold(wait)
-                if not failure.again or tried == self._settings.tries:
+    async def _answer(self, key: str, photo: str, prompt: str) -> Answer:
+        """The answer to a request, after the allowed number of tries at most."""
+        async with self._slots:
+            for attempt in range(1, self._settings.tries + 1):
+                outcome = await self._try(key, photo, prompt)
+                if isinstance(outcome, Answer):
+                    return outcome
+                failure = outcome
+                longest = min(MAX_WAIT_SECONDS, _FIRST_WAIT * 2 ** (attempt - 1))
+                wait = failure.retry_after + random.uniform(0, longest)
+                if failure.overloaded:
+                    self._rate_limit.pause(wait)
+                if not failure.transient or attempt == self._settings.tries:
                     break
-                if not failure.everybody:
+                if not failure.overloaded:
                     await asyncio.sleep(wait)
-        words = failure.words + (f" ({tried} tries)" if tried > 1 else "")
-        return Answer(key, None, error_class=failure.error_class, error=self._clean(words))
+        tries = f" ({attempt} tries)" if attempt > 1 else ""
+        error = self._clean(failure.message + tries)
+        return Answer(key, None, error_class=failure.error_class, error=error)
 
-    def _answer(self, key: str, body: bytes, spent: _Spent) -> Answer:
-        """What the server said with status 200, which need not be an answer."""
+    async def _try(self, key: str, photo: str, prompt: str) -> Answer | _Failure:
+        reservation = await self._rate_limit.acquire()
         try:
-            said = self._dialect.read(body)
-        except ValidationError as lie:
-            # Not the error's own text, which quotes parts of the body, and with them perhaps parts of a key.
-            faults = "; ".join(
-                f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in lie.errors()
-            )
-            begin = self._clean(body.decode(errors="replace"))[:200]
-            return Answer(
-                key,
-                None,
-                error_class="bad_answer",
-                error=self._clean(f"{faults}; it began: {begin}"),
-            )
-        tokens = (said.input_tokens, said.output_tokens)
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                response = await self._dialect.send(photo, prompt)
+        except TimeoutError:
+            message = f"no answer within {self._settings.timeout_seconds:g} s"
+            return _Failure("timed_out", message, transient=True)
+        except self._dialect.library.APIConnectionError as error:
+            cause = error.__cause__
+            message = f"{type(cause).__name__}: {cause}" if cause else str(error)
+            return _Failure("unreachable", message, transient=True)
+        except self._dialect.library.APIStatusError as error:
+            return self._status_failure(error)
+        return self._read(key, response.http_response.content, reservation)
+
+    def _read(self, key: str, body: bytes, reservation: _Reservation) -> Answer:
+        """The answer in a response of status 200, which may be an error."""
+        try:
+            response = self._dialect.parse(body)
+        except ValidationError as failure:
+            # Not the error's own text: it quotes the body, and so perhaps parts of a key.
+            error = self._clean(f"{_reasons(failure)}; it began: {self._clean(body)[:200]}")
+            return Answer(key, None, error_class="bad_answer", error=error)
+        tokens = (response.input_tokens, response.output_tokens)
         if any(tokens):
-            self._pace.count(spent, sum(tokens))
-        if said.refusal is not None:
-            return Answer(
-                key, None, *tokens, "refusal", self._clean(f"the model refused: {said.refusal}")
-            )
-        if said.text is None:
-            return Answer(
-                key,
-                None,
-                *tokens,
-                "bad_answer",
-                self._clean(f"there is no text; it ended by {said.end}"),
-            )
-        text = (
-            said.text.replace(self._key, "***") if len(self._key) >= _SHORTEST_SECRET else said.text
-        )
+            self._rate_limit.settle(reservation, sum(tokens))
+        if response.refusal is not None:
+            error = self._clean(f"the model refused: {response.refusal}")
+            return Answer(key, None, *tokens, "refusal", error)
+        if response.text is None:
+            error = self._clean(f"there is no text; it ended by {response.finish_reason}")
+            return Answer(key, None, *tokens, "bad_answer", error)
+        text = response.text
+        if len(self._key) >= _MIN_SECRET_LENGTH:
+            text = text.replace(self._key, "***")
         return Answer(key, text, *tokens)
 
-    def _failure(self, error: Any) -> _Failure:
-        """What a status that isn't 200 means. Raises RunError where it would be the same for any photo."""
-        status, code = error.status_code, getattr(error, "code", None)
-        words = f"status {status}: {error.response.text.strip()}"
-        if status in _NOT_ABOUT_THE_PHOTO or code == "insufficient_quota":
+    def _status_failure(self, error: Any) -> _Failure:
+        """What another status than 200 means. Raises RunError if any photo would get it."""
+        status = error.status_code
+        code = getattr(error, "code", None)
+        message = f"status {status}: {error.response.text.strip()}"
+        if status in _FATAL or code == "insufficient_quota":
             raise RunError(
-                f"{self._dialect.client.base_url} doesn't serve the model {self._model}: {self._clean(words)}. "
-                "See caption.model.model, caption.model.endpoint.url and the environment variable "
-                f"{self._dialect.variable}."
+                f"{self._dialect.client.base_url} doesn't serve the model {self._model}: "
+                f"{self._clean(message)}. See caption.model.model, caption.model.endpoint.url "
+                f"and the environment variable {self._dialect.key_variable}."
             ) from None
-        if status in _SLOW_DOWN:
+        if status in _OVERLOADED:
             name = "server_error" if status == 503 else "throttled"
-            return _Failure(
-                name, words, again=True, everybody=True, wait=_wait_asked(error.response.headers)
-            )
+            retry_after = _retry_after(error.response.headers)
+            return _Failure(name, message, transient=True, overloaded=True, retry_after=retry_after)
         if status >= 500:
-            return _Failure("server_error", words, again=True)
+            return _Failure("server_error", message, transient=True)
         if status == 408:
-            return _Failure("timed_out", words, again=True)
+            return _Failure("timed_out", message, transient=True)
         if status < 400:
-            return _Failure("bad_answer", words)
-        return _Failure("refusal" if code in _FILTERED else "bad_request", words)
+            return _Failure("bad_answer", message)
+        return _Failure("refusal" if code in _FILTERED else "bad_request", message)
 
-    def _clean(self, words: str) -> str:
-        """Without the key and on one line; cut last, or half a key might be left."""
-        without = words.replace(self._key, "***") if self._key else words
-        return " ".join(without.split())[:_ERROR_LENGTH]
+    def _clean(self, message: str | bytes) -> str:
+        """On one line, without the key. Cut last, or half a key could remain."""
+        text = message if isinstance(message, str) else message.decode(errors="replace")
+        if self._key:
+            text = text.replace(self._key, "***")
+        return " ".join(text.split())[:_MAX_ERROR_LENGTH]
 
 
 @dataclass(frozen=True)
 class _Failure:
     error_class: str
-    words: str
-    again: bool = False
-    everybody: bool = False
-    """Whether the other requests shall wait as well."""
-    wait: float = 0.0
+    message: str
+    transient: bool = False
+    """Another try may succeed."""
+    overloaded: bool = False
+    """The other requests must wait as well."""
+    retry_after: float = 0.0
     """Seconds that the server asks for."""
 
 
 @dataclass
-class _Spent:
+class _Reservation:
+    """Tokens that a request uses, or may use, of the minute's budget."""
+
     at: float
     tokens: float
 
 
-class _Pace:
-    """When the next request may go: not while a throttled one waits, nor beyond the minute's tokens."""
+class _RateLimit:
+    """Delays requests: during a pause, and while the minute's tokens are used up."""
 
     def __init__(self, tokens_per_minute: int | None):
-        self._budget, self._spent = tokens_per_minute, deque[_Spent]()
-        self._mean, self._answered = float(_FIRST_ESTIMATE), 0
-        self._not_before, self._queue = 0.0, asyncio.Lock()
+        self._budget = tokens_per_minute
+        self._reservations = deque[_Reservation]()
+        self._mean_tokens = float(_FIRST_ESTIMATE)
+        self._answered = 0
+        self._paused_until = 0.0
+        self._lock = asyncio.Lock()
 
-    async def turn(self) -> _Spent:
-        """Wait. What the request will cost is an estimate, which stands where it fails: providers count tries too."""
-        async with (
-            self._queue
-        ):  # in the order in which they came; and none is sent while another one waits
-            while (wait := max(self._not_before - time.monotonic(), self._short_of_tokens())) > 0:
+    async def acquire(self) -> _Reservation:
+        """Wait for a request's turn and reserve an estimate of its tokens.
+
+        A failed request doesn't give them back: providers count failed tries too.
+        """
+        async with self._lock:  # first come, first served
+            while (wait := max(self._paused_until - time.monotonic(), self._token_wait())) > 0:
                 await asyncio.sleep(wait)
-            self._spent.append(_Spent(time.monotonic(), self._mean))
-            return self._spent[-1]
+            reservation = _Reservation(time.monotonic(), self._mean_tokens)
+            self._reservations.append(reservation)
+            return reservation
 
-    def hold(self, seconds: float) -> None:
-        self._not_before = max(self._not_before, time.monotonic() + seconds)
+    def pause(self, seconds: float) -> None:
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    def count(self, spent: _Spent, tokens: int) -> None:
-        """Put what the answer has cost in place of the estimate."""
+    def settle(self, reservation: _Reservation, tokens: int) -> None:
+        """Replace the estimate by the tokens that were used."""
         self._answered += 1
-        self._mean += (tokens - self._mean) / self._answered
-        spent.tokens = tokens
+        self._mean_tokens += (tokens - self._mean_tokens) / self._answered
+        reservation.tokens = tokens
 
-    def _short_of_tokens(self) -> float:
-        """Seconds after which to look again: a minute passes, but an answer may as well have been cheap."""
-        while self._spent and self._spent[0].at <= time.monotonic() - _MINUTE:
-            self._spent.popleft()
-        if self._budget is None or not self._spent:  # a single request may be more than the budget
-            return 0.0
-        return (
-            _POLL_SECONDS
-            if sum(each.tokens for each in self._spent) + self._mean > self._budget
-            else 0.0
-        )
+    def _token_wait(self) -> float:
+        """Seconds until the next check. Short, because a cheap answer can free tokens any time."""
+        while self._reservations and self._reservations[0].at <= time.monotonic() - _MINUTE:
+            self._reservations.popleft()
+        if self._budget is None or not self._reservations:
+            return 0.0  # a single request may exceed the budget
+        reserved = sum(reservation.tokens for reservation in self._reservations)
+        return _POLL_SECONDS if reserved + self._mean_tokens > self._budget else 0.0
 
 
-def _key(variable: str, url: str | None) -> str:
-    """The key, "" where there is none. Raises UsageError where there must be one."""
+def _read_key(variable: str, url: str | None) -> str:
+    """The key, or "" if there is none. Raises UsageError if there must be one."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):  # the client would quote it in its error
         raise UsageError(f"The environment variable {variable} holds characters that no key has.")
     if not key and url is None:
         raise UsageError(
-            f"The environment variable {variable} isn't set: the captioner needs a key, or the url of a "
-            "server of your own in caption.model.endpoint.url."
+            f"The environment variable {variable} isn't set: the captioner needs a key, "
+            "or the url of a server of your own in caption.model.endpoint.url."
         )
     return key
 
 
-def _wait_asked(headers: Any) -> float:
-    """Seconds of Retry-After, which are a number or a date; 0 where it is missing or is neither."""
+def _reasons(failure: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, error['loc']))} {error['msg']}".strip() for error in failure.errors()
+    )
+
+
+def _retry_after(headers: Any) -> float:
+    """Seconds of Retry-After, which is a number or a date; 0 if it is missing or neither."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -272,13 +279,12 @@ def _wait_asked(headers: Any) -> float:
             seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError, OverflowError):
             return 0.0
-    return max(0.0, min(seconds, LONGEST_WAIT))
+    return max(0.0, min(seconds, MAX_WAIT_SECONDS))
 
 
 def _hang_up(runner: asyncio.Runner, client: Any) -> None:
-    for task in asyncio.all_tasks(
-        runner.get_loop()
-    ):  # before the loop runs again, and begins what has only been added
+    # Cancel before the loop runs again, or it would start requests that were only added.
+    for task in asyncio.all_tasks(runner.get_loop()):
         task.cancel()
     runner.run(client.close())
     runner.close()

@@ -1,4 +1,4 @@
-"""Any image-text-to-text model that transformers loads: LLaVA-NeXT, Qwen2.5-VL, SmolVLM, the packaged one.
+"""Any image-text-to-text model of transformers: LLaVA-NeXT, Qwen2.5-VL, SmolVLM, the packaged one.
 
 Knows the chat template, padding and decoding; knows nothing of photo files, retries or Spark.
 """
@@ -14,10 +14,11 @@ from vlm4rec_spark.models.captioning.captioner import Answer, Request
 
 
 class TransformersCaptioner(BatchCaptioner):
-    """Greedy descriptions from the model at `source` (a folder or a hub name), on CUDA, MPS or the CPU.
+    """Greedy descriptions by the model at `source`, a folder or hub name, on CUDA, MPS or the CPU.
 
-    `compiled`: decoding by a compiled graph over a cache of fixed size. A step is then bound by memory and not by the
-    launch of its kernels, but each new size of batch and prompt is compiled first.
+    `torch_compile`: decode by a compiled graph over a cache of fixed size.
+    Memory then limits the speed, not kernel launches.
+    Each new size of batch and prompt is compiled first.
     """
 
     def __init__(
@@ -38,57 +39,36 @@ class TransformersCaptioner(BatchCaptioner):
             ) from missing
 
         self.torch = torch
-        self.device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        self.device = _device()
         self.processor, _ = load_processor(source, revision)
-        # Answers are generated to the right of the prompt: with right padding a short prompt would see pad tokens
-        # between itself and its answer, and a photo's caption would depend on its batch.
+        # Answers follow on the right. With right padding, a short prompt would have pad tokens
+        # before its answer, and a photo's caption would depend on its batch.
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token_id is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
-        # On a CPU half precision is emulated and slower; older GPUs have no bfloat16.
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            source,
-            revision=revision,
-            dtype=torch.float32
-            if self.device == "cpu"
-            else torch.bfloat16
-            if self._bfloat16()
-            else torch.float16,
-            use_safetensors=True,
+            source, revision=revision, dtype=self._dtype(), use_safetensors=True
         )
         self.model = model.to(self.device).eval()
         self.max_new_tokens = max_new_tokens
-        # transformers compiles by itself where the cache is static and the device gains by it.
+        # With a static cache transformers compiles on devices that benefit.
         self.cache = {"cache_implementation": "static"} if torch_compile else {}
 
-    def _bfloat16(self) -> bool:
-        return self.device == "mps" or self.torch.cuda.is_bf16_supported(including_emulation=False)
+    def _dtype(self) -> Any:
+        if self.device == "cpu":
+            return self.torch.float32  # half precision is emulated there, and slower
+        if self.device == "mps" or self.torch.cuda.is_bf16_supported(including_emulation=False):
+            return self.torch.bfloat16
+        return self.torch.float16
 
     def describe(self, batch: Sequence[Request]) -> list[Answer]:
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": request.prompt}],
-                }
-            ]
-            for request in batch
-        ]
-        texts = [
-            self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats
-        ]
         inputs = self.processor(
             images=[[request.image] for request in batch],
-            text=texts,
+            text=[chat_text(self.processor, request.prompt) for request in batch],
             padding=True,
             return_tensors="pt",
         ).to(self.device, dtype=self.model.dtype)
+        pad_token = self.processor.tokenizer.pad_token_id
         try:
             with self.torch.inference_mode():
                 output = self.model.generate(
@@ -96,30 +76,48 @@ class TransformersCaptioner(BatchCaptioner):
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
                     **self.cache,
-                    pad_token_id=self.processor.tokenizer.pad_token_id,
+                    pad_token_id=pad_token,
                 )
         except self.torch.OutOfMemoryError:
-            self.torch.cuda.empty_cache()  # or the smaller batch finds the same memory in pieces
+            self.torch.cuda.empty_cache()  # defragments it for the smaller batch
             raise
-        said = output[:, inputs["input_ids"].shape[1] :]
-        captions = self.processor.batch_decode(said, skip_special_tokens=True)
-        tokens_in = inputs["attention_mask"].sum(dim=1).tolist()
-        tokens_out = (said != self.processor.tokenizer.pad_token_id).sum(dim=1).tolist()
+        generated = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(generated, skip_special_tokens=True)
+        input_tokens = inputs["attention_mask"].sum(dim=1).tolist()
+        output_tokens = (generated != pad_token).sum(dim=1).tolist()
         return [
-            Answer(request.key, " ".join(text.split()), int(a), int(b))
-            for request, text, a, b in zip(batch, captions, tokens_in, tokens_out, strict=True)
+            Answer(request.key, " ".join(text.split()), int(tokens_in), int(tokens_out))
+            for request, text, tokens_in, tokens_out in zip(
+                batch, texts, input_tokens, output_tokens, strict=True
+            )
         ]
 
 
 def load_processor(source: str, revision: str) -> tuple[Any, dict[str, str]]:
-    """The model's processor, and how it was told to make pixels: by Pillow, the same in every environment.
+    """The model's processor, and the options that it was loaded with.
 
-    Those of the models that see films too can't be told: ImportError, or in older versions AttributeError.
+    Pillow makes the pixels, so they are the same in every environment.
+    Models that also take videos have no such option: ImportError, or AttributeError before.
     """
     from transformers import AutoProcessor
 
-    pixels = {"backend": "pil"}
+    options = {"backend": "pil"}
     try:
-        return AutoProcessor.from_pretrained(source, revision=revision, **pixels), pixels
+        return AutoProcessor.from_pretrained(source, revision=revision, **options), options
     except (ImportError, AttributeError):
         return AutoProcessor.from_pretrained(source, revision=revision), {}
+
+
+def chat_text(processor: Any, prompt: str) -> str:
+    """A photo and a prompt in the model's chat template, up to where the answer begins."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    chat = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(chat, add_generation_prompt=True)
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,6 +1,6 @@
-"""Captions by vLLM: a stream of photos into one engine, which keeps the GPU full across Arrow batches.
+"""Captions by vLLM: one stream of photos keeps its engine busy across Arrow batches.
 
-Knows the engine, its chat template and what is at work in it; knows nothing of photo files, retries or Spark.
+Knows the engine and its requests; knows nothing of photo files, retries or Spark.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.models.captioning.backends.batches import error_class
-from vlm4rec_spark.models.captioning.backends.transformers import load_processor
+from vlm4rec_spark.models.captioning.backends.batches import failed
+from vlm4rec_spark.models.captioning.backends.transformers import chat_text, load_processor
 from vlm4rec_spark.models.captioning.captioner import Answer, Request
 
-_AT_WORK = 128
-"""Photos in the engine. Of a 7B model with grouped heads, 128 × 2,988 tokens take 50 GB; what doesn't fit waits there.
+_ENGINE_PHOTOS = 128
+"""Photos in the engine. For a 7B model with grouped heads, 128 × 2,988 tokens take 50 GB.
 
-Twice as many would save 2 % of the time, since a step reads the weights once for all of them; and when the process
-dies, each is tried again alone.
+Twice as many would save 2 % of the time: a step reads the weights once for all photos.
+But when the process dies, each photo is retried alone.
 """
-_AHEAD = 16
-"""Photos being prepared, or ready for the engine: more than a second's work of one GPU."""
-_SETTINGS = {
-    # The engine's own process starts afresh: a copy of this one would hold our sockets open, and can't use a CUDA that
-    # was asked for before.
+_PREPARED_PHOTOS = 16
+"""Photos in preparation or ready for the engine: more than a second's work of one GPU."""
+_ENVIRONMENT = {
+    # A forked engine would keep our sockets open, and couldn't use CUDA once we have queried it.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # Nothing is drawn at random, so no kernel need be compiled for that.
+    # Greedy decoding doesn't sample, so it needs no compiled sampler.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # It reports each start to its makers otherwise.
+    # Otherwise vLLM reports every start to its authors.
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 
 class VllmCaptioner:
-    """Greedy descriptions from the model at `source` (a folder or a hub name).
+    """Greedy descriptions by the model at `source`, a folder or hub name.
 
-    The engine runs in a process of its own, as by vLLM's default, and photos are prepared on a thread of this one: in
-    one process the two would wait for each other's hold on Python's lock.
+    The engine has its own process, as is vLLM's default. A thread of this one prepares photos.
+    In one process the two would wait for Python's lock.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class VllmCaptioner:
         max_new_tokens: int,
         json_schema: dict[str, Any] | None = None,
     ):
-        os.environ |= _SETTINGS
+        os.environ |= _ENVIRONMENT
         try:
             from vllm import LLMEngine, SamplingParams
             from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -60,85 +59,78 @@ class VllmCaptioner:
                 "pip install 'vlm4rec_spark[local,vllm]' -c constraints-vllm.txt"
             ) from missing
 
-        self.at_once, self.batch = _AT_WORK + _AHEAD, 1
-        self.begins: Callable[[Sequence[str]], None] = lambda keys: None
-        self._processor, pixels = load_processor(source, revision)
-        # As for offline use, where throughput counts and not the first token: more tokens in each step.
+        self.max_in_flight = _ENGINE_PHOTOS + _PREPARED_PHOTOS
+        self.batch_size = 1
+        self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
+        self._processor, options = load_processor(source, revision)
+        # Offline use: more tokens per step, since throughput counts and not the first token.
         self._engine: Any = LLMEngine.from_engine_args(
-            _arguments(source, revision, pixels), UsageContext.LLM_CLASS
+            _arguments(source, revision, options), UsageContext.LLM_CLASS
         )
-        # The one setting of the model's own that greedy decoding in transformers heeds as well.
-        own = self._engine.model_config.get_diff_sampling_param()
+        # The only one of the model's defaults that greedy decoding in transformers also applies.
+        defaults = self._engine.model_config.get_diff_sampling_param()
         self._sampling = SamplingParams(
             temperature=0,
             max_tokens=max_new_tokens,
-            repetition_penalty=own.get("repetition_penalty", 1.0),
+            repetition_penalty=defaults.get("repetition_penalty", 1.0),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None,
         )
-        self._ahead = ThreadPoolExecutor(1)
+        self._preparer = ThreadPoolExecutor(1)
         self._prepared: deque[tuple[str, Future]] = deque()
-        self._at_work = 0
+        self._in_engine = 0
 
     def add(self, request: Request) -> None:
-        self.begins([request.key])
-        self._prepared.append((request.key, self._ahead.submit(self._prepare, request)))
+        self.on_begin([request.key])
+        self._prepared.append((request.key, self._preparer.submit(self._prepare, request)))
 
     def step(self) -> list[Answer]:
-        """One step of the engine: a token for each photo in it. Often nothing is answered yet."""
+        """One step of the engine: one token per photo. It often answers nothing yet."""
         refused = self._admit()
-        if not self._at_work:
+        if not self._in_engine:
             return refused
-        done = [self._answer(output) for output in self._engine.step()]
-        self._at_work -= len(done)
-        return refused + done
+        answers = [self._answer(output) for output in self._engine.step()]
+        self._in_engine -= len(answers)
+        return refused + answers
 
     def close(self) -> None:
-        """Give the GPU back."""
-        self._ahead.shutdown(cancel_futures=True)
+        """Free the GPU."""
+        self._preparer.shutdown(cancel_futures=True)
         self._engine.engine_core.shutdown()
 
     def _prepare(self, request: Request) -> Any:
         """The photo's tensors and the prompt's tokens, as the engine takes them."""
-        chat = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": request.prompt}],
-            }
-        ]
-        text = self._processor.apply_chat_template(chat, add_generation_prompt=True)
+        text = chat_text(self._processor, request.prompt)
         prompt = {"prompt": text, "multi_modal_data": {"image": request.image}}
         return self._engine.renderer.render_cmpl([prompt])[0]
 
     def _admit(self) -> list[Answer]:
-        """Hand the engine what is ready; wait only while it has nothing to do. What it can't take is answered."""
+        """Give the engine what is ready; wait only if it is idle. Answers refused photos."""
         refused = list[Answer]()
-        while self._prepared and self._at_work < _AT_WORK:
+        while self._prepared and self._in_engine < _ENGINE_PHOTOS:
             key, prepared = self._prepared[0]
-            if not prepared.done() and (self._at_work or refused):
+            if not prepared.done() and (self._in_engine or refused):
                 break
             self._prepared.popleft()
             try:
                 self._engine.add_request(key, prepared.result(), self._sampling)
-                self._at_work += 1
-            except ValueError as failure:  # above all, more tokens than the model has room for
+                self._in_engine += 1
+            except ValueError as failure:  # mostly more tokens than the model takes
                 refused.append(Answer(key, None, error_class="bad_request", error=str(failure)))
             except Exception as failure:
-                refused.append(
-                    Answer(key, None, error_class=error_class(failure), error=str(failure))
-                )
+                refused.append(failed(key, failure))
         return refused
 
     def _answer(self, output: Any) -> Answer:
-        said = output.outputs[0].token_ids
-        text = self._processor.tokenizer.decode(said, skip_special_tokens=True)
+        tokens = output.outputs[0].token_ids
+        text = self._processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(
-            output.request_id, " ".join(text.split()), len(output.prompt_token_ids), len(said)
+            output.request_id, " ".join(text.split()), len(output.prompt_token_ids), len(tokens)
         )
 
 
-def _arguments(source: str, revision: str, pixels: dict[str, str]) -> Any:
+def _arguments(source: str, revision: str, processor_options: dict[str, str]) -> Any:
     import torch
     from vllm import EngineArgs
 
@@ -149,17 +141,17 @@ def _arguments(source: str, revision: str, pixels: dict[str, str]) -> Any:
         tokenizer_revision=revision,
         runner="generate",
         load_format="safetensors",
-        # A CPU is for trying out: as the transformers backend has it there, and without minutes of compilation.
+        # A CPU is for trials: the transformers backend's precision, and no slow compilation.
         dtype="auto" if gpu else "float32",
         enforce_eager=not gpu,
-        # The model's own, or as much as there is memory for.
+        # The model's own maximum, or what fits in memory.
         max_model_len=-1,
-        max_num_seqs=_AT_WORK,
-        # No room is kept for films.
+        max_num_seqs=_ENGINE_PHOTOS,
+        # Reserves no memory for videos.
         limit_mm_per_prompt={"image": 1, "video": 0},
-        # Each photo comes once, before the words that prompts share: nothing would be found in a cache.
+        # Each photo occurs once and precedes the prompt's words, so a cache would never hit.
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
-        mm_processor_kwargs=pixels,
+        mm_processor_kwargs=processor_options,
         disable_log_stats=True,
     )
