@@ -29,6 +29,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.photo_files import PhotoSource, photo_files
 from vlm4rec_spark.sources.reader import Source
@@ -719,9 +720,14 @@ def check_ingested(run: Pipeline, files: dict[Path, bytes]) -> int:
     return sum(row["occurrences"] for row in rejected)
 
 
+def source_counts(ingested: StageResult, source: str) -> dict[str, int]:
+    figures = group_of_details(ingested.details, source)
+    return {name: int(count) for name, count in figures.items()}
+
+
 def check_counts(ingested: StageResult, rejected_items: int, rejected: int) -> None:
     sources = ("items", "interactions", "photos")
-    counts = {name: json.loads(ingested.details[name]) for name in sources}
+    counts = {name: source_counts(ingested, name) for name in sources}
     for count in counts.values():
         assert count["in"] == count["ok"] + count["rejected"] + count["skipped"]
     assert counts["items"]["ok"] == len(IDS) + len(GOOD_ITEMS)

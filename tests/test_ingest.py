@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.stages import ingest
@@ -275,7 +276,7 @@ def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
 
 def figures(result: StageResult, source: str) -> tuple[int, int, int]:
     """Of the source's rows: ok, rejected, skipped."""
-    counts = json.loads(result.details[source])
+    counts = {name: int(count) for name, count in group_of_details(result.details, source).items()}
     assert counts["in"] == counts["ok"] + counts["rejected"] + counts["skipped"]
     return counts["ok"], counts["rejected"], counts["skipped"]
 

@@ -97,9 +97,9 @@ def all_runs() -> tuple[StageRun, ...]:
         a_run(
             "embed",
             encoder_id="minilm@1",
-            identical_vectors='{"caption": 2}',
+            **{"identical_vectors.caption": "2"},
             fallback="6",
-            text_problems='{"scripts": 3, "markup": 0, "too_long": 8}',
+            **{"text_problems.scripts": "3", "text_problems.too_long": "8"},
         ),
         a_run(
             "index",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ class StageResult:
     skipped: int = 0
     device_seconds: float | None = None
     details: dict[str, str] = field(default_factory=dict)
+    """Figures for people; those of a group have a dot in their names, such as items.rejected."""
     versions: dict[str, int] = field(default_factory=dict)
     output: StageOutput = field(default_factory=StageOutput)
     seconds: float = 0.0
@@ -139,6 +140,11 @@ class RunContext:
         if not settings.vision:
             return None
         return vision_encoder.vision_id(settings.vision, settings.vision_revision)
+
+
+def grouped(group: str, figures: Mapping[str, object]) -> dict[str, str]:
+    """Details of one group: `rejected` of `items` becomes `items.rejected`."""
+    return {f"{group}.{name}": str(figure) for name, figure in figures.items()}
 
 
 def first_row(rows: DataFrame) -> Row:

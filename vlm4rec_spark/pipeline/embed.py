@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
 from vlm4rec_spark.stages import embed as stage
 from vlm4rec_spark.storage import schemas
 
@@ -25,7 +23,7 @@ def embed(context: RunContext, result: StageResult) -> None:
     result.details = {
         "encoder_id": encoder,
         **_vector_figures(context, [encoder, vision or encoder]),
-        "text_problems": json.dumps(first_row(problems).asDict()),
+        **grouped("text_problems", first_row(problems).asDict()),
     }
     if vision:
         result.details |= {"vision_id": vision, "photos_unreadable": str(unreadable)}
@@ -121,4 +119,4 @@ def _vector_figures(context: RunContext, encoders: list[str]) -> dict[str, str]:
     )
     identical = {row["representation"]: row["rows"] - row["distinct"] for row in figures}
     fallback = [row["fallback"] for row in figures if row["representation"] == "caption"]
-    return {"identical_vectors": json.dumps(identical), "fallback": str(sum(fallback))}
+    return grouped("identical_vectors", identical) | {"fallback": str(sum(fallback))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.file_listing import escape_glob, list_files
 from vlm4rec_spark.sources.photo_files import photo_files
@@ -57,9 +56,8 @@ class RowCounts:
         """With some of the good rows counted as skipped."""
         return RowCounts(self.ok - repeated, self.rejected, self.skipped + repeated)
 
-    def to_json(self) -> str:
-        rows_in = self.ok + self.rejected + self.skipped
-        return json.dumps({"in": rows_in, **asdict(self)})
+    def figures(self) -> dict[str, int]:
+        return {"in": self.ok + self.rejected + self.skipped, **asdict(self)}
 
 
 def open_sources(context: RunContext) -> RawSources:
@@ -178,8 +176,9 @@ def ingest(context: RunContext, result: StageResult) -> None:
     result.ok = sum(count.ok for count in counts.values())
     result.failed = sum(count.rejected for count in counts.values())
     result.skipped = sum(count.skipped for count in counts.values())
-    result.details = {name: count.to_json() for name, count in counts.items()}
-    result.details |= _catalogue_gaps(context)
+    result.details = _catalogue_gaps(context)
+    for name, count in counts.items():
+        result.details |= grouped(name, count.figures())
 
 
 @contextmanager

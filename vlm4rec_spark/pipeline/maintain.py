@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.pipeline.context import RunContext, StageResult
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, grouped
 from vlm4rec_spark.storage import index_versions, layout, maintenance, schemas
 from vlm4rec_spark.storage.index_versions import IndexVersion
 
@@ -52,12 +52,12 @@ def maintain(context: RunContext, result: StageResult) -> None:
         bytes_freed = maintenance.vacuum(context.tables, table, hours)
         total_freed += bytes_freed or 0
         figures = {
-            "files_before": str(before),
-            "files_after": str(after),
-            "bytes_freed": "" if bytes_freed is None else str(bytes_freed),
+            "files_before": before,
+            "files_after": after,
+            "bytes_freed": "" if bytes_freed is None else bytes_freed,
             "retention": maintenance.retention(context.tables, table),
         }
-        result.details |= {f"{table.name}.{name}": figure for name, figure in figures.items()}
+        result.details |= grouped(table.name, figures)
         if before == after and bytes_freed == 0:
             result.skipped += 1
         else:

@@ -41,8 +41,8 @@ _EVERYBODY = "coalesce(user_id, '') = ''"
 class _Inputs:
     """What the lists are made from.
 
-    `item_rows` are those of `rules.rules_by_item`, and `list_rules` is made of them. `refused` holds
-    the user_id of users without consent. `usable` holds the profiles that have a vector and
+    `item_rows` are those of `rules.rules_by_item`, and `list_rules` is made of them. `refused`
+    holds the user_id of users without consent. `usable` holds the profiles that have a vector and
     consent, with the user's rules.
     """
 

@@ -22,7 +22,7 @@ from vlm4rec_spark.report.data import (
     ReportSettings,
     SourceSummary,
     StageRun,
-    parse_details,
+    group_of_details,
 )
 from vlm4rec_spark.report.samples import (
     CaptionSamples,
@@ -148,15 +148,15 @@ def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
     """Per source, the last run that took any of its rows, or else the last run that read it."""
     sources = []
     for name in _SOURCES:
-        read = [_source(name, run) for run in runs if parse_details(run.details.get(name))]
+        read = [_source(name, run) for run in runs if group_of_details(run.details, name)]
         taken = [source for source in read if source.taken]
         sources += (taken or read)[:1]
     return tuple(sources)
 
 
 def _source(name: str, run: StageRun) -> SourceSummary:
-    details = parse_details(run.details[name])
-    counts = {key: int(str(count)) for key, count in details.items()}
+    figures = group_of_details(run.details, name)
+    counts = {key: int(count) for key, count in figures.items()}
     return SourceSummary(
         name,
         read=counts.get("in", 0),

@@ -254,6 +254,16 @@ def arm_label(arm: str) -> str:
     return ", ".join(filter(None, [representation.replace("_", " + "), shape.replace("_", " ")]))
 
 
+def group_of_details(details: Mapping[str, str], group: str) -> dict[str, str]:
+    """The figures of one group: `items.rejected` is `rejected` of `items`."""
+    prefix = f"{group}."
+    return {
+        name.removeprefix(prefix): figure
+        for name, figure in details.items()
+        if name.startswith(prefix)
+    }
+
+
 def parse_details(text: str | None) -> dict[str, object]:
     """The JSON object in a value of `runs.details`; empty if there is none or it can't be read."""
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vlm4rec_spark.report.data import ReportData, parse_details
+from vlm4rec_spark.report.data import ReportData, group_of_details
 
 _ERROR_CLASSES = {
     "empty": "Photos without a single byte",
@@ -112,23 +112,23 @@ def _users(data: ReportData) -> Iterator[DataIssue]:
 def _texts(data: ReportData) -> Iterator[DataIssue]:
     embed = data.details("embed")
     yield DataIssue("Items without a caption", _int(embed, "fallback"), "their title is encoded")
-    problems = parse_details(embed.get("text_problems"))
+    text_problems = group_of_details(embed, "text_problems")
     yield DataIssue(
         "Titles and captions with scripts",
-        _int(problems, "scripts"),
+        _int(text_problems, "scripts"),
         "the scripts aren't encoded",
     )
     yield DataIssue(
         "Titles and captions with markup",
-        _int(problems, "markup"),
+        _int(text_problems, "markup"),
         "the markup isn't encoded",
     )
     yield DataIssue(
         "Titles and captions that are too long",
-        _int(problems, "too_long"),
+        _int(text_problems, "too_long"),
         "encoded up to embed.max_words",
     )
-    identical = parse_details(embed.get("identical_vectors"))
+    identical = group_of_details(embed, "identical_vectors")
     for representation in sorted(identical):
         yield DataIssue(
             f"Items whose {representation.replace('_', ' + ')} vector another item also has",

@@ -1,1 +1,1 @@
-"""All that needs the Spark session or its JVM: session, jars, progress, shipping files to workers."""
+"""All that needs the Spark session or its JVM: session, jars, progress, shipping to workers."""

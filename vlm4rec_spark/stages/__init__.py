@@ -1,1 +1,1 @@
-"""One stage per file: DataFrames and the few values it uses in, DataFrame out; no session, no IO."""
+"""One stage per file: DataFrames and the values it uses in, a DataFrame out; no session, no IO."""
