@@ -1,14 +1,16 @@
-"""Captions on one GPU: this project with vLLM and with transformers, raw vLLM, the paper's way, and the roofline.
+"""Captions on one GPU: this project, raw vLLM, the paper's way, and the roofline.
 
     python benchmarks/caption_gpu.py [--photos 512]      in the environment of constraints-vllm.txt
 
-LLaVA-NeXT-7B's shapes with random weights, photos of 672 pixels, each another, 100 new tokens. Raw vLLM has all photos
-at once and decoded; this project gets JPEGs, in the supervised process that Spark's worker uses, and once more through
-the whole caption stage where Spark and Java are there. A batch takes the same time every time, so what runs in batches
-gets a part of the photos: transformers a quarter, the paper's way a sixteenth. Without a GPU everything runs on a tiny
-model, which shows that the script works and nothing else.
+LLaVA-NeXT-7B's shapes with random weights, distinct photos of 672 pixels, 100 new tokens. Raw vLLM
+has all photos at once and decoded. This project, with vLLM and with transformers, gets JPEGs in the
+supervised process that Spark's worker uses. It gets them once more through the whole caption stage
+where Spark and Java are installed. A batch always takes the same time, so what runs in batches gets
+a part of the photos: transformers a quarter, the paper's way a sixteenth. Without a GPU everything
+runs on a tiny model, which shows that the script works and nothing else.
 
-vLLM and Spark are looked for when their turn comes, after the others: on a rented machine they may still be arriving.
+The script looks for vLLM and Spark when their turn comes, after the others: on a rented machine
+they may still be installing.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ from vlm4rec_spark.models.captioning.supervisor import Photo, Supervisor
 from vlm4rec_spark.models.photos.decode import decode
 
 GPU = torch.cuda.is_available()
-DEVICE, SHAPES, TOKENS = ("cuda", llava.BIG, 100) if GPU else ("cpu", llava.TINY, 8)
+DEVICE = "cuda" if GPU else "cpu"
+SHAPES = llava.BIG if GPU else llava.TINY
+TOKENS = 100 if GPU else 8
 BATCH = 64 if GPU else 4
-"""Of transformers: the quickest of 1, 8, 32 and 64 on an H100. The roofline is that of the same batch."""
+"""Of transformers: the fastest of 1, 8, 32 and 64 on an H100. The roofline has the same batch."""
 PAPER_BATCH = 8
 WARM = 64 if GPU else 4
-"""Photos before the clock starts: kernels are compiled and chosen for the sizes that come."""
+"""Photos before the clock starts: kernels are compiled and chosen for the sizes of the photos."""
 SECONDS = 600.0
 
 
@@ -50,33 +54,31 @@ def photos(count: int) -> list[bytes]:
 
 
 def prompt(folder: Path) -> str:
-    chat = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": llava.PROMPT}]}
-    ]
-    return load_processor(str(folder), "main")[0].apply_chat_template(
-        chat, add_generation_prompt=True
+    content = [{"type": "image"}, {"type": "text", "text": llava.PROMPT}]
+    processor, _ = load_processor(str(folder), "main")
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
     )
 
 
 def timed(work: Callable[[int], list[int]], count: int, warm: int = WARM) -> dict[str, float]:
-    """Photos per second of `work`, which describes so many and returns each one's new tokens; warm."""
+    """Photos per second of a warm `work`, which captions so many and returns their new tokens."""
     work(min(warm, count))
-    began = time.perf_counter()
+    started = time.perf_counter()
     tokens = work(count)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     assert tokens == [TOKENS] * count, "some captions ended early"
     return {"rate": count / seconds, "photos": count}
 
 
 def model(folder: Path) -> dict[str, float]:
-    """The model's folder, what the device can do, and what that makes of this job."""
+    """Write the model, and compute the roofline from the device's measured limits."""
     llava.write(folder, SHAPES, DEVICE)
     best = llava.ceilings(DEVICE)
     sample = decode(llava.photo(0, SHAPES), SHAPES.photo)
     processor, _ = load_processor(str(folder), "main")
-    tokens = processor(images=[sample], text=[prompt(folder)], return_tensors="pt")[
-        "input_ids"
-    ].shape[1]
+    inputs = processor(images=[sample], text=[prompt(folder)], return_tensors="pt")
+    tokens = inputs["input_ids"].shape[1]
     return {
         "rate": llava.roofline(SHAPES, best, tokens, TOKENS, BATCH),
         "tokens": tokens,
@@ -88,7 +90,7 @@ def model(folder: Path) -> dict[str, float]:
 def raw_vllm(folder: Path, count: int) -> dict[str, float]:
     from vllm import LLM, SamplingParams
 
-    # Without the caches, in which photos that differ would find nothing.
+    # Without caches, which don't help with distinct photos.
     engine = LLM(
         str(folder),
         load_format="safetensors",
@@ -100,14 +102,15 @@ def raw_vllm(folder: Path, count: int) -> dict[str, float]:
         enforce_eager=not GPU,
     )
     images = [decode(data, SHAPES.photo) for data in photos(count)]
-    text, sampling = prompt(folder), SamplingParams(temperature=0, max_tokens=TOKENS)
+    text = prompt(folder)
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS)
 
-    def work(some: int) -> list[int]:
-        asked = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images[:some]]
-        return [
-            len(said.outputs[0].token_ids)
-            for said in engine.generate(asked, sampling, use_tqdm=False)
+    def work(photos: int) -> list[int]:
+        requests = [
+            {"prompt": text, "multi_modal_data": {"image": image}} for image in images[:photos]
         ]
+        outputs = engine.generate(requests, sampling, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
 
     return timed(work, count)
 
@@ -119,14 +122,14 @@ def worker(folder: Path, backend: str, count: int) -> dict[str, float]:
         "max_new_tokens": TOKENS,
         "max_side": SHAPES.photo,
     }
-    supervisor, data = (
-        Supervisor(ModelSettings.model_validate(settings), BATCH, SECONDS),
-        photos(count),
-    )
+    supervisor = Supervisor(ModelSettings.model_validate(settings), BATCH, SECONDS)
+    images = photos(count)
 
-    def work(some: int) -> list[int]:
-        asked = (Photo(str(number), each, llava.PROMPT) for number, each in enumerate(data[:some]))
-        results = list(supervisor.caption(asked))
+    def work(photos: int) -> list[int]:
+        requests = (
+            Photo(str(number), image, llava.PROMPT) for number, image in enumerate(images[:photos])
+        )
+        results = list(supervisor.caption(requests))
         assert not (errors := {result.error for result in results if result.error}), errors
         return [result.output_tokens or 0 for result in results]
 
@@ -137,7 +140,7 @@ def worker(folder: Path, backend: str, count: int) -> dict[str, float]:
 
 
 def paper(folder: Path, count: int) -> dict[str, float]:
-    """`generate` on a batch of eight after the other, each prepared when its turn comes."""
+    """`generate` on one batch of eight after the other, prepared when its turn comes."""
     from transformers import AutoModelForImageTextToText
 
     processor, _ = load_processor(str(folder), "main")
@@ -146,20 +149,21 @@ def paper(folder: Path, count: int) -> dict[str, float]:
     captioner: Any = (
         AutoModelForImageTextToText.from_pretrained(folder, dtype=kind).to(DEVICE).eval()
     )
-    images, text = [decode(data, SHAPES.photo) for data in photos(count)], prompt(folder)
+    images = [decode(data, SHAPES.photo) for data in photos(count)]
+    text = prompt(folder)
 
-    def work(some: int) -> list[int]:
+    def work(photos: int) -> list[int]:
         tokens: list[int] = []
-        for start in range(0, some, PAPER_BATCH):
-            batch = images[start : min(some, start + PAPER_BATCH)]
+        for start in range(0, photos, PAPER_BATCH):
+            batch = images[start : min(photos, start + PAPER_BATCH)]
             inputs = processor(
                 images=[[image] for image in batch], text=[text] * len(batch), return_tensors="pt"
             )
             inputs = inputs.to(DEVICE, dtype=kind)
             with torch.inference_mode():
-                said = captioner.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-            tokens += [said.shape[1] - inputs["input_ids"].shape[1]] * len(batch)
-            processor.batch_decode(said, skip_special_tokens=True)
+                output = captioner.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+            tokens += [output.shape[1] - inputs["input_ids"].shape[1]] * len(batch)
+            processor.batch_decode(output, skip_special_tokens=True)
         return tokens
 
     return timed(work, count, PAPER_BATCH)
@@ -187,115 +191,120 @@ def stage(folder: Path, backend: str, count: int) -> dict[str, float]:
     ]
     run = pipeline(load([Path("test.yaml")], settings))
     store(run, count + WARM, lambda number: llava.photo(number, SHAPES))
-    pipeline(load([Path("test.yaml")], [*settings, f"caption.budget.photos={WARM}"]), run).run(
-        ["caption"]
-    )
-    (outcome,) = run.run(["caption"])
-    assert outcome.ok + outcome.failed == count
-    return {
-        "rate": count / outcome.seconds,
-        "photos": count,
-        "idle": float(outcome.details["idle_share"]),
+    warm = load([Path("test.yaml")], [*settings, f"caption.budget.photos={WARM}"])
+    pipeline(warm, run).run(["caption"])
+    (result,) = run.run(["caption"])
+    assert result.ok + result.failed == count
+    idle = float(result.details["idle_share"])
+    return {"rate": count / result.seconds, "photos": count, "idle": idle}
+
+
+Figures = dict[str, float] | None
+"""None for what couldn't be measured."""
+
+
+def measured(name: str, *words: object) -> Figures:
+    """What a process of its own measures, so that the GPU is free afterwards.
+
+    None after an error.
+    """
+    folder = Path(__file__).parent
+    # Spark's workers import this folder for the photos.
+    path = [str(folder.parent), str(folder), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "HF_HUB_OFFLINE": "1",
+        # A fork of a process that has used CUDA can't use it.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # FlashInfer would compile a kernel for sampling.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
-
-
-def measured(name: str, *words: object) -> dict[str, float] | None:
-    """What a process of its own has measured, which has given the GPU back; None where it ended with an error."""
-    here = Path(__file__).parent
-    # Spark's workers come here for the photos.
-    path = os.pathsep.join(
-        [str(here.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    # Raw vLLM's engine, too, starts afresh and not as a copy of a process that has asked for CUDA; and it does without
-    # FlashInfer, which would compile a kernel for sampling.
-    environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    environment |= (
-        {} if GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    )  # GB; half of the machine's otherwise
+    if not GPU:
+        # GB; half of the machine's otherwise.
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
     command = [sys.executable, __file__, "--one", name, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(f"{name} {' '.join(map(str, words[1:]))}: {done.stderr[-2_000:]}", file=sys.stderr)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        what = " ".join([name, *map(str, words[1:])])
+        print(f"{what}: {process.stderr[-2_000:]}", file=sys.stderr)
         return None
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def there(*names: str) -> bool:
+def installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) for name in names)
 
 
-def measurements(folder: Path, count: int) -> Iterator[tuple[str, str, dict[str, float] | None]]:
-    """Key, words and figures of each, as they come."""
-    some, few = max(BATCH, count // 4), max(PAPER_BATCH, count // 16)
+def measurements(folder: Path, count: int) -> Iterator[tuple[str, str, Figures]]:
+    """Key, words and figures of every measurement, one after the other."""
+    quarter = max(BATCH, count // 4)
+    sixteenth = max(PAPER_BATCH, count // 16)
     yield "roofline", f"roofline at batch {BATCH}", measured("model", folder)
-    yield (
-        "stage_transformers",
-        f"this, transformers, batch {BATCH}",
-        measured("worker", folder, "transformers", some),
-    )
-    yield "paper", f"the paper's way: generate, batch {PAPER_BATCH}", measured("paper", folder, few)
-    yield "vllm", "raw vLLM", measured("raw_vllm", folder, count) if there("vllm") else None
-    yield (
-        "stage_vllm",
-        "this, vLLM",
-        measured("worker", folder, "vllm", count) if there("vllm") else None,
-    )
-    spark = measured("stage", folder, "vllm", count) if there("vllm", "pyspark") else None
-    yield "spark_vllm", "this, vLLM, by Spark", spark
+    figures = measured("worker", folder, "transformers", quarter)
+    yield "stage_transformers", f"this, transformers, batch {BATCH}", figures
+    figures = measured("paper", folder, sixteenth)
+    yield "paper", f"the paper's way: generate, batch {PAPER_BATCH}", figures
+    yield "vllm", "raw vLLM", measured("raw_vllm", folder, count) if installed("vllm") else None
+    figures = measured("worker", folder, "vllm", count) if installed("vllm") else None
+    yield "stage_vllm", "this, vLLM", figures
+    figures = measured("stage", folder, "vllm", count) if installed("vllm", "pyspark") else None
+    yield "spark_vllm", "this, vLLM, by Spark", figures
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--photos", type=int, default=512 if GPU else 32)
-    options.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.one:
-        what, folder, *rest = given.one
-        call: Any = {
-            "model": model,
-            "raw_vllm": raw_vllm,
-            "worker": worker,
-            "paper": paper,
-            "stage": stage,
-        }[what]
-        print(
-            json.dumps(
-                call(Path(folder), *(int(word) if word.isdigit() else word for word in rest))
-            )
-        )
-        return
-    gpu = torch.cuda.get_device_name(0) if GPU else None
+def measure_one(name: str, folder: str, *words: str) -> dict[str, float]:
+    calls: dict[str, Any] = {
+        "model": model,
+        "raw_vllm": raw_vllm,
+        "worker": worker,
+        "paper": paper,
+        "stage": stage,
+    }
+    return calls[name](Path(folder), *(int(word) if word.isdigit() else word for word in words))
+
+
+def compare(count: int) -> dict[str, float | None]:
+    """Measure everything and show it; the rates by key."""
     kind = (
-        f"{gpu}, LLaVA-NeXT-7B's shapes"
+        f"{torch.cuda.get_device_name(0)}, LLaVA-NeXT-7B's shapes"
         if GPU
         else "No GPU: a tiny model on the CPU, whose figures mean nothing"
     )
     table = Table(title=f"{kind}, {SHAPES.photo} px, {TOKENS} new tokens", title_justify="left")
     for name in ("", "photos", "photos/s", "of the roofline"):
         table.add_column(name, justify="left" if not name else "right")
-    console, rates = Console(width=140), dict[str, float | None]()
-    with tempfile.TemporaryDirectory() as place:
-        for key, words, found in measurements(Path(place) / "llava", given.photos):
-            rates[key] = found["rate"] if found else None
-            told = {name: f"{value:,.5g}" for name, value in (found or {}).items()}
-            console.print(f"{words}: {told}")
-            share = over(rates[key], rates["roofline"])
-            table.add_row(
-                words, told.get("photos"), told.get("rate", "not measured"), str(share or "")
-            )
+    console = Console(width=140)
+    rates: dict[str, float | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for key, words, figures in measurements(Path(folder) / "llava", count):
+            rates[key] = figures["rate"] if figures else None
+            shown = {name: f"{value:,.5g}" for name, value in (figures or {}).items()}
+            console.print(f"{words}: {shown}")
+            share = ratio(rates[key], rates["roofline"])
+            rate = shown.get("rate", "not measured")
+            table.add_row(words, shown.get("photos"), rate, str(share or ""))
     console.print(table)
-    ours = rates["stage_vllm"]
-    result = {f"vs_{name}": over(ours, rates[name]) for name in ("vllm", "paper", "roofline")}
-    print(
-        json.dumps(
-            result | {"gpu": gpu} | {name: rate and round(rate, 2) for name, rate in rates.items()}
-        )
-    )
+    return rates
 
 
-def over(one: float | None, other: float | None) -> float | None:
-    return round(one / other, 3) if one and other else None
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return round(numerator / denominator, 3) if numerator and denominator else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=int, default=512 if GPU else 32)
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure_one(*options.one)))
+        return
+    rates = compare(options.photos)
+    result: dict[str, object] = {
+        f"vs_{name}": ratio(rates["stage_vllm"], rates[name])
+        for name in ("vllm", "paper", "roofline")
+    }
+    result["gpu"] = torch.cuda.get_device_name(0) if GPU else None
+    print(json.dumps(result | {name: rate and round(rate, 2) for name, rate in rates.items()}))
 
 
 if __name__ == "__main__":

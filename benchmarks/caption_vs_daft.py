@@ -1,23 +1,26 @@
-"""The same photos and the same model through this project's UDF, through Daft, and through the usual two Spark UDFs.
+"""The same photos and model through this project's UDF, Daft, and the usual two Spark UDFs.
 
     .venv/bin/python benchmarks/caption_vs_daft.py [--photos 20000] [--runs 5]
 
-The photos are distinct drawings of 224 px, as JPEGs in Parquet. The model is a LLaVA of random weights, with one layer
-each for photo and text, held to three tokens: a light one, since what surrounds it is measured. Each way calls it from
-two threads or processes of one torch thread each, with 16 photos at a time, and writes key and text to Parquet. Texts
-are compared: they are nonsense, but another for other photos.
+The photos are distinct drawings of 224 px, as JPEGs in Parquet. The model is a LLaVA of random
+weights, with one layer each for photo and text, held to three tokens. It is light, since the
+benchmark measures what is around it. Each way calls it from two threads or processes of one torch
+thread each, with 16 photos at a time, and writes key and text to Parquet. Texts are compared: they
+are nonsense, but differ by photo.
 
-- ours: `caption_photos`, as the caption stage calls it, with its defaults.
-- Daft's native runner, as its pages on images and on classes have it: `decode_image`, then a batch method of a
-  `@daft.cls()`. Image columns stay in Daft's process, so its threads share one model. Bytes that the method decodes,
-  in a process for each of two models, took longer here; one thread with two of torch's took as long.
-- two UDFs: a `pandas_udf` that decodes to 224 × 224 × 3 floats, then `predict_batch_udf`. Batches are small, or this
-  way needs more memory than machines have: in Python a photo is then 5 MB of floats.
+- this: `caption_photos`, as the caption stage calls it, with its defaults.
+- Daft's native runner, as its documentation of images and classes shows: `decode_image`, then a
+  batch method of a `@daft.cls()`. Image columns stay in Daft's process, so its threads share one
+  model. Bytes that the method decodes, in a process for each of two models, took longer here. One
+  thread with two of torch's took as long.
+- two UDFs: a `pandas_udf` that decodes to 224 × 224 × 3 floats, then `predict_batch_udf`. Batches
+  are small, or this way needs more memory than machines have: a photo is 5 MB of Python floats.
 
-Each measurement is a process of its own. Its time begins when some other photos have gone the same way, so that neither
-Spark's start nor imports nor the loading of models counts, and ends with the written result. Memory is that of the
-process and all below it, by proportional set size. The order rotates from run to run; figures are medians, ratios those
-within a run. Daft is installed into a temporary folder (310 MB): it wants older packages than .venv holds.
+Each measurement is a process of its own. Its time begins after other photos have gone the same way,
+so that Spark's start, imports and the loading of models don't count. It ends with the written
+result. Memory is that of the process and all below it, by proportional set size. The order rotates
+from run to run. Figures are medians, ratios those within a run. Daft is installed into a temporary
+folder (310 MB): it wants older packages than .venv holds.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -45,7 +49,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from llava import TEMPLATE
-from memory import held_gb
+from memory import process_tree_gb
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -66,10 +70,14 @@ WARM = 1_000
 """Photos before the clock starts."""
 ROWS = "32"
 """In a batch of the two UDFs. With 1,000 a single worker held 8 GB; with 100, 1.6."""
-MOST_GB = 10.0
+MAX_GB = 10.0
 """A way that holds more is ended: it would take the machine down with it."""
-SAME = 0.99
-"""Share of texts that must be those of our way: Daft's own decoder differs from Pillow's in single shades."""
+MIN_EQUAL = 0.99
+"""Share of texts that must be this project's.
+
+Daft's decoder differs from Pillow's in single shades.
+"""
+THIS = "this"
 
 
 def settings(folder: Path) -> CaptionSettings:
@@ -77,7 +85,7 @@ def settings(folder: Path) -> CaptionSettings:
 
 
 def write_model(folder: Path) -> None:
-    """A light LLaVA: one layer of 192 on either side. Of weights as they are drawn it says one word."""
+    """A light LLaVA: one layer of 192 on either side. With initial weights it says one word."""
     tower = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=576,
@@ -90,18 +98,21 @@ def write_model(folder: Path) -> None:
         ["A thing of wool or cotton, made for long walks and cold days."], tower, TEMPLATE
     )
     text = model.config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 192, 576, 1
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 6, 6, 32
+    text.hidden_size = 192
+    text.intermediate_size = 576
+    text.num_hidden_layers = 1
+    text.num_attention_heads = 6
+    text.num_key_value_heads = 6
+    text.head_dim = 32
     torch.manual_seed(0)
     light = type(model)(model.config)
     light.generation_config = model.generation_config
     for weights in light.parameters():
         weights.data *= 2 if weights.ndim > 1 else 1
-    # Some word is always likelier than the end or a full stop: a text of less than three words would be rejected.
-    others = [
-        token for word, token in processor.tokenizer.get_vocab().items() if not word.isalpha()
-    ]
-    light.get_output_embeddings().weight.data[others] = 0
+    # Words are always likelier than the end or a full stop: texts under three words are rejected.
+    vocabulary = processor.tokenizer.get_vocab()
+    not_words = [token for word, token in vocabulary.items() if not word.isalpha()]
+    light.get_output_embeddings().weight.data[not_words] = 0
     light.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -149,14 +160,14 @@ def texts(captioner: BatchCaptioner, images: Iterable[Image.Image]) -> list[str 
 def spark_session(more: Mapping[str, str]) -> Any:
     from vlm4rec_spark.spark.session import SparkSettings, session
 
-    # A task for each file: else Spark puts several together, and the last task runs alone.
+    # A task per file: otherwise Spark puts several together, and the last task runs alone.
     conf = {"spark.sql.files.openCostInBytes": "128m", **more}
     spark = session(SparkSettings(master=f"local[{CORES}]", driver_memory="2g", conf=conf))
     spark.sparkContext.setLogLevel("ERROR")
     return spark
 
 
-def ours(folder: Path) -> Way:
+def this(folder: Path) -> Way:
     from pyspark.sql import functions as F
 
     from vlm4rec_spark.caption.worker import Job, caption_photos
@@ -164,7 +175,8 @@ def ours(folder: Path) -> Way:
     from vlm4rec_spark.models.photos.download import HttpSettings
 
     spark = spark_session({})
-    nothing = F.lit(None).cast("string")
+    null = F.lit(None).cast("string")
+    job = Job(settings(folder), Prompt("", PROMPT), HttpSettings(), None)
 
     def run(photos: Path, out: Path) -> None:
         queue = spark.read.parquet(str(photos)).select(
@@ -173,16 +185,14 @@ def ours(folder: Path) -> Way:
             "image",
             "rank",
             F.lit(0).alias("attempts"),
-            nothing.alias("prompt"),
-            nothing.alias("uri"),
+            null.alias("prompt"),
+            null.alias("uri"),
         )
         tasks = len(list(photos.iterdir()))
-        made = caption_photos(
-            queue, Job(settings(folder), Prompt("", PROMPT), HttpSettings(), None), tasks
-        )
-        made.select(
+        captions = caption_photos(queue, job, tasks).select(
             F.col("caption_key").alias("key"), F.col("caption").alias("text")
-        ).write.parquet(str(out))
+        )
+        captions.write.parquet(str(out))
 
     return run
 
@@ -192,8 +202,9 @@ def two_udfs(folder: Path) -> Way:
     from pyspark.sql import functions as F
     from pyspark.sql.types import StringType
 
-    # The first UDF gets what the Parquet reader reads at once, whatever Arrow's limits say (seen in Spark 4.2). And the
-    # project's session saves on the JVM's compiler, which shows where Spark copies so many floats.
+    # The first UDF gets what the Parquet reader reads at once, whatever Arrow's limits are (Spark
+    # 4.2). The project's session limits the JVM's compiler, which matters where Spark copies many
+    # floats.
     spark = spark_session(
         {
             "spark.sql.parquet.columnarReaderBatchSize": ROWS,
@@ -223,8 +234,9 @@ def two_udfs(folder: Path) -> Way:
     )
 
     def run(photos: Path, out: Path) -> None:
-        found = spark.read.parquet(str(photos)).withColumn("pixels", pixels("image"))
-        found.withColumn("text", predict("pixels")).select("key", "text").write.parquet(str(out))
+        decoded = spark.read.parquet(str(photos)).withColumn("pixels", pixels("image"))
+        captions = decoded.withColumn("text", predict("pixels")).select("key", "text")
+        captions.write.parquet(str(out))
 
     return run
 
@@ -244,163 +256,172 @@ def daft(folder: Path) -> Way:
             return texts(self.captioner, map(Image.fromarray, images.to_pylist()))
 
     model = Model()
-    model.describe(
-        daft.Series.from_pylist([])
-    )  # loads it: else two of Daft's threads do so at once, and stumble
+    # Loads the model; two of Daft's threads would do so at once and fail.
+    model.describe(daft.Series.from_pylist([]))
 
     def run(photos: Path, out: Path) -> None:
-        found = daft.read_parquet(f"{photos}/*.parquet")
-        images = found["image"].decode_image(mode=daft.ImageMode.RGB)
-        found.select("key", model.describe(images).alias("text")).write_parquet(str(out))
+        rows = daft.read_parquet(f"{photos}/*.parquet")
+        images = rows["image"].decode_image(mode=daft.ImageMode.RGB)
+        rows.select("key", model.describe(images).alias("text")).write_parquet(str(out))
 
     return run
 
 
-WAYS: dict[str, Callable[[Path], Way]] = {"ours": ours, "Daft": daft, "two UDFs": two_udfs}
+WAYS: dict[str, Callable[[Path], Way]] = {THIS: this, "Daft": daft, "two UDFs": two_udfs}
 
 
 def install_daft(folder: Path) -> None:
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--target",
-        str(folder),
-    ]
-    if subprocess.run([*pip, DAFT]).returncode:
+    options = f"-m pip install --quiet --disable-pip-version-check --target {folder} {DAFT}"
+    if subprocess.run([sys.executable, *options.split()]).returncode:
         raise SystemExit(
             f"{DAFT} can't be installed by pip; this benchmark needs a network for it."
         )
 
 
-def measure(way: str, folder: Path, out: Path) -> dict[str, float]:
-    """Seconds of this way in a process of its own, and the peak of its memory in GB."""
+@dataclass
+class Run:
+    """A way's run in a process of its own."""
+
+    seconds: float
+    peak_gb: float
+    equal: float = 0.0
+    """Share of texts that are this project's."""
+
+
+def measure(way: str, folder: Path, out: Path) -> Run:
     path = [*([str(folder / "daft")] if way == "Daft" else []), os.environ.get("PYTHONPATH", "")]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     command = [sys.executable, __file__, "--one", way, str(folder), str(out)]
-    process, peak = (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment),
-        0.0,
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    peak = 0.0
     while process.poll() is None:
-        peak = max(peak, held_gb(process.pid))
-        if peak > MOST_GB:
+        peak = max(peak, process_tree_gb(process.pid))
+        if peak > MAX_GB:
             end(process.pid)
-            raise SystemExit(f"{way} held {peak:.1f} GB, more than {MOST_GB:.0f}, and was ended")
+            raise SystemExit(f"{way} held {peak:.1f} GB, more than {MAX_GB:.0f}, and was ended")
         time.sleep(0.5)
     assert process.stdout
-    if not (said := process.stdout.read()):
+    if not (output := process.stdout.read()):
         raise SystemExit(f"a measurement failed: {way}")
-    return {"seconds": float(said.splitlines()[-1]), "peak": peak}
+    return Run(float(output.splitlines()[-1]), peak)
 
 
 def end(pid: int) -> None:
     process = psutil.Process(pid)
-    for one in (process, *process.children(recursive=True)):
+    for member in (process, *process.children(recursive=True)):
         with suppress(psutil.Error):
-            one.kill()
+            member.kill()
 
 
-def answered(out: Path) -> dict[str, str]:
-    return dict(zip(*pq.read_table(out, columns=["key", "text"]).to_pydict().values(), strict=True))
+def read_texts(out: Path) -> dict[str, str]:
+    columns = pq.read_table(out, columns=["key", "text"]).to_pydict()
+    return dict(zip(columns["key"], columns["text"], strict=True))
 
 
-def all_runs(folder: Path, photos: int, runs: int) -> dict[str, list[dict[str, float]]]:
-    """What each run found of each way: seconds, peak, and the share of texts that are those of our way."""
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    first = dict[str, str]()
-    for run in range(runs):
+def all_runs(folder: Path, photos: int, runs: int) -> dict[str, list[Run]]:
+    by_way: dict[str, list[Run]] = {way: [] for way in WAYS}
+    first_texts: dict[str, str] = {}
+    for number in range(runs):
         names = list(WAYS)
-        for way in names[run % 3 :] + names[: run % 3]:
-            out = folder / f"{way}-{run}"
-            found[way].append(measure(way, folder, out))
-            texts = answered(out)
-            first = first or texts
-            found[way][-1]["same"] = (
-                sum(texts.get(key) == text for key, text in first.items()) / photos
+        for way in names[number % 3 :] + names[: number % 3]:
+            out = folder / f"{way}-{number}"
+            run = measure(way, folder, out)
+            texts = read_texts(out)
+            first_texts = first_texts or texts
+            equal = sum(texts.get(key) == text for key, text in first_texts.items())
+            run.equal = equal / photos
+            by_way[way].append(run)
+            log(
+                f"run {number + 1} of {runs}, {way}: {photos / run.seconds:,.1f} photos/s, "
+                f"{run.peak_gb:.2f} GB; {remaining(by_way, runs) / 60:.0f} min left"
             )
-            left = sum(
-                (runs - len(done)) * median(one["seconds"] for one in done)
-                for done in found.values()
-                if done
-            )
-            say(
-                f"run {run + 1} of {runs}, {way}: {photos / found[way][-1]['seconds']:,.1f} photos/s, "
-                f"{found[way][-1]['peak']:.2f} GB; {left / 60:.0f} min left"
-            )
-    return found
+    return by_way
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--photos", type=int, default=20_000)
-    options.add_argument("--runs", type=int, default=5)
-    options.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.one:
-        way, folder, out = given.one[0], Path(given.one[1]), Path(given.one[2])
-        run = WAYS[way](folder)
-        run(folder / "warm", Path(f"{out}-warm"))
-        began = time.perf_counter()
-        run(folder / "photos", out)
-        # At once: Daft's threads crash this interpreter at its end now and then, when all is written.
-        print(time.perf_counter() - began, flush=True)
-        return
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        say(f"installing {DAFT}, drawing {given.photos:,} photos")
-        install_daft(folder / "daft")
-        write_model(folder / "model")
-        draw_all(folder / "photos", 0, given.photos)
-        draw_all(folder / "warm", given.photos, WARM)
-        found = all_runs(folder, given.photos, given.runs)
-    table = Table(
-        title=f"{given.photos:,} photos, {CORES} cores, medians of {given.runs}",
-        title_justify="left",
+def remaining(by_way: dict[str, list[Run]], runs: int) -> float:
+    """Seconds of the runs to come, of ways that have run."""
+    return sum(
+        (runs - len(way_runs)) * median(run.seconds for run in way_runs)
+        for way_runs in by_way.values()
+        if way_runs
     )
-    for name in ("", "photos/s", "fewest", "most", "ours is faster by", "peak GB", "same texts"):
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_one(way: str, folder: Path, out: Path) -> None:
+    """Print the seconds of this way, once it is warm."""
+    run = WAYS[way](folder)
+    run(folder / "warm", Path(f"{out}-warm"))
+    started = time.perf_counter()
+    run(folder / "photos", out)
+    # At once: now and then Daft's threads crash the interpreter at its end.
+    print(time.perf_counter() - started, flush=True)
+
+
+def show(by_way: dict[str, list[Run]], faster: dict[str, float], photos: int) -> None:
+    runs = len(by_way[THIS])
+    title = f"{photos:,} photos, {CORES} cores, medians of {runs}"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "photos/s", "fewest", "most", "this is faster by", "peak GB", "same texts"):
         table.add_column(name, justify="right" if name else "left")
-    faster = {
-        way: median(
-            theirs["seconds"] / mine["seconds"]
-            for theirs, mine in zip(done, found["ours"], strict=True)
-        )
-        for way, done in found.items()
-    }
-    peak = {way: round(median(one["peak"] for one in done), 2) for way, done in found.items()}
-    for way, done in found.items():
-        rates = sorted(given.photos / one["seconds"] for one in done)
+    for way, way_runs in by_way.items():
+        rates = sorted(photos / run.seconds for run in way_runs)
         table.add_row(
             way,
             f"{median(rates):,.1f}",
             f"{rates[0]:,.1f}",
             f"{rates[-1]:,.1f}",
             f"{faster[way]:.2f}",
-            f"{peak[way]:.2f}",
-            f"{min(one['same'] for one in done):.2%}",
+            f"{median(run.peak_gb for run in way_runs):.2f}",
+            f"{min(run.equal for run in way_runs):.2%}",
         )
     Console(width=120).print(table)
-    if min(one["same"] for done in found.values() for one in done) < SAME:
-        raise SystemExit("the ways don't say the same, so their speed can't be compared")
-    print(
-        json.dumps(
-            {
-                "vs_daft": round(faster["Daft"], 3),
-                "vs_naive": round(faster["two UDFs"], 3),
-                "peak_gb": peak["ours"],
-                "peak_gb_daft": peak["Daft"],
-                "peak_gb_naive": peak["two UDFs"],
-            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=int, default=20_000)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        way, folder, out = options.one
+        run_one(way, Path(folder), Path(out))
+        return
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        log(f"installing {DAFT}, drawing {options.photos:,} photos")
+        install_daft(folder / "daft")
+        write_model(folder / "model")
+        draw_all(folder / "photos", 0, options.photos)
+        draw_all(folder / "warm", options.photos, WARM)
+        by_way = all_runs(folder, options.photos, options.runs)
+    print(json.dumps(summarize(by_way, options.photos)))
+
+
+def summarize(by_way: dict[str, list[Run]], photos: int) -> dict[str, float]:
+    """Show the runs; the figures that have bounds."""
+    faster = {
+        way: median(
+            run.seconds / this_run.seconds for run, this_run in zip(runs, by_way[THIS], strict=True)
         )
-    )
+        for way, runs in by_way.items()
+    }
+    show(by_way, faster, photos)
+    if min(run.equal for runs in by_way.values() for run in runs) < MIN_EQUAL:
+        raise SystemExit("the ways' texts differ, so their speed can't be compared")
+    peak = {way: round(median(run.peak_gb for run in runs), 2) for way, runs in by_way.items()}
+    return {
+        "vs_daft": round(faster["Daft"], 3),
+        "vs_naive": round(faster["two UDFs"], 3),
+        "peak_gb": peak[THIS],
+        "peak_gb_daft": peak["Daft"],
+        "peak_gb_naive": peak["two UDFs"],
+    }
 
 
 if __name__ == "__main__":

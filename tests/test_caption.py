@@ -1,4 +1,4 @@
-"""Caption: what is captioned, how often the model is called, and what a photo or a model that fails leaves behind."""
+"""Caption: what is captioned, how often the model is called, and what failures leave behind."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hostile_photos import GOOD, HOSTILE
 from PIL import Image
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from rich.console import Console
 
@@ -32,6 +34,7 @@ from vlm4rec_spark.caption.settings import Budget, Prices
 from vlm4rec_spark.cli import main, show
 from vlm4rec_spark.errors import Resumable, RunError, UsageError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
+from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.storage import schemas
 
@@ -50,15 +53,14 @@ def photo(colour: str) -> bytes:
 RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
-BLUE_TEXT, RED_TEXT = (
-    "A thing of red 0, green 0 and blue 7.",
-    "A thing of red 7, green 0 and blue 0.",
-)
+BLUE_TEXT = "A thing of red 0, green 0 and blue 7."
+RED_TEXT = "A thing of red 7, green 0 and blue 0."
 
 
 def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
     """Items and their photos, straight into the tables."""
-    spark, now = run.spark, datetime(2025, 1, 1)
+    spark = run.spark
+    now = datetime(2025, 1, 1)
     items: list[Any] = [
         (item, f"Title {item}", None, None, None, None, price, None, None, None, True, None, now)
         for item in [*images, "bare"]
@@ -72,29 +74,53 @@ def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
 
 
 def captions(run: Pipeline) -> dict[str, str]:
-    """Caption in force by item."""
+    """Current caption by item."""
     links = run.tables.read(schemas.ITEM_CAPTIONS)
     rows = links.join(run.tables.read(schemas.CAPTIONS), on="caption_key", how="inner").collect()
     return {row["item_id"]: row["caption"] for row in rows}
+
+
+class CaptionRows:
+    """The rows of the table captions, by the photo that they describe."""
+
+    def __init__(self, run: Pipeline):
+        rows = run.tables.read(schemas.CAPTIONS).collect()
+        self.by_photo = {row["image_sha256"]: row for row in rows}
+
+    def __getitem__(self, image: bytes) -> Row:
+        return self.by_photo[hashlib.sha256(image).hexdigest()]
+
+
+class Calls(NamedTuple):
+    """What a run of the stage did: calls of the model, and rows."""
+
+    calls: int
+    ok: int
+    failed: int
+    skipped: int
 
 
 class Counted:
     """Runs of the caption stage with a fake that counts its calls."""
 
     def __init__(self, make: Callable[..., Pipeline], folder: Path, requests: str = ""):
-        self.make, self.folder, self.calls, self.requests = make, folder, folder / "calls", requests
+        self.make = make
+        self.folder = folder
+        self.calls = folder / "calls"
+        self.requests = requests
 
     def run(self, *settings: str) -> Pipeline:
         return self.make(
             self.folder, f"caption.model.model=count={self.calls}{self.requests}", *settings
         )
 
-    def caption(self, run: Pipeline) -> tuple[int, int, int, int]:
-        """Calls of the model, and rows ok, failed and skipped; the plan has said how many photos there are to do."""
-        planned, before = run.plan(), self.count()
-        (outcome,) = run.run(["caption"])
-        assert outcome.ok + outcome.failed == planned.now
-        skipped = planned.wanted if outcome.status == "unchanged" else outcome.skipped
+    def caption(self, run: Pipeline) -> Calls:
+        """Run the stage, which must do what the plan says."""
+        planned = run.plan()
+        before = self.count()
+        (result,) = run.run(["caption"])
+        assert result.ok + result.failed == planned.now
+        skipped = planned.wanted if result.status == "unchanged" else result.skipped
         assert skipped == planned.wanted - planned.now
         total = (
             planned.reused
@@ -104,52 +130,46 @@ class Counted:
             + planned.to_caption
         )
         assert total == planned.wanted
-        return self.count() - before, outcome.ok, outcome.failed, skipped
+        return Calls(self.count() - before, result.ok, result.failed, skipped)
 
     def count(self) -> int:
         return self.calls.stat().st_size // 2 if self.calls.exists() else 0
 
 
-def test_each_content_is_captioned_once_and_only_what_changed_again(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+def test_each_content_is_captioned_once(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
     counted = Counted(pipeline, tmp_path)
-    images = {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""}
     run = counted.run("caption.max_failed_share=0.5")
-    store(run, images)
+    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
     planned = run.plan()
     assert (planned.wanted, planned.duplicates, planned.reasons) == (5, 1, {"new": 4})
     # Five photos of four contents: the model sees the two that are photos.
     assert counted.caption(run) == (2, 2, 2, 1)
-    assert captions(run) == {
-        "a": GREEN_TEXT,
-        "twin": GREEN_TEXT,
-        "b": "A thing of red 0, green 0 and blue 7.",
-    }
-    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    assert len(rows) == 4
-    failed = rows[hashlib.sha256(HTML).hexdigest()]
-    assert (failed["status"], failed["error_class"], failed["caption"]) == (
-        "failed",
-        "html_page",
-        None,
-    )
-    assert rows[hashlib.sha256(b"").hexdigest()]["error_class"] == "empty"
-    assert rows[hashlib.sha256(GREEN).hexdigest()]["prompt_id"] == "describe.1"
+    assert captions(run) == {"a": GREEN_TEXT, "twin": GREEN_TEXT, "b": BLUE_TEXT}
+    rows = CaptionRows(run)
+    assert len(rows.by_photo) == 4
+    failed = rows[HTML]
+    assert (failed["status"], failed["caption"]) == ("failed", None)
+    assert failed["error_class"] == "html_page"
+    assert rows[b""]["error_class"] == "empty"
+    assert rows[GREEN]["prompt_id"] == "describe.1"
 
-    # Another prompt is other content; so are another model and other parameters.
+
+def test_another_prompt_model_or_parameter_is_other_content(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path)
+    run = counted.run("caption.max_failed_share=0.5")
+    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
+    counted.caption(run)
     prompt = tmp_path / "short.1.txt"
     prompt.write_text("Say it in one word.")
-    other = counted.run("caption.max_failed_share=0.5", f"caption.prompt={prompt}")
-    assert other.plan().reasons == {"new": 2, "prompt_changed": 2}
-    assert counted.caption(other) == (2, 2, 2, 1)
-    assert pipeline(tmp_path, "caption.model.model=another").plan().reasons == {
-        "new": 2,
-        "model_changed": 2,
-    }
+    shorter = counted.run("caption.max_failed_share=0.5", f"caption.prompt={prompt}")
+    assert shorter.plan().reasons == {"new": 2, "prompt_changed": 2}
+    assert counted.caption(shorter) == (2, 2, 2, 1)
+    another = pipeline(tmp_path, "caption.model.model=another")
+    assert another.plan().reasons == {"new": 2, "model_changed": 2}
     longer = counted.run("caption.model.max_new_tokens=9", f"caption.prompt={prompt}")
     assert longer.plan().reasons == {"new": 2, "settings_changed": 2}
-
     # The old prompt's captions are still there: the same run again calls nobody.
     assert counted.caption(run) == (0, 0, 0, 5)
 
@@ -186,12 +206,12 @@ def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(
     )
     store(other, {"a": GREEN, "b": BLUE, "c": GREY})
     planned = other.plan()
-    # A new item is described as the config says, though the old way has a caption of its photo.
+    # A new item gets a caption by the config, though its photo has one by the old prompt.
     assert (planned.kept, planned.reasons) == (1, {"new": 1, "photo_changed": 1})
     assert counted.caption(other) == (2, 2, 0, 1)
     assert set(captions(other)) == {"a", "b", "c"}
-    assert captions(other)["b"] == "A thing of red 0, green 0 and blue 7."
-    # Of a photo that isn't there any more no caption stays, whatever became of the new one.
+    assert captions(other)["b"] == BLUE_TEXT
+    # The caption of a photo that was replaced goes, even if the new photo fails.
     store(other, {"a": HTML, "b": BLUE, "c": GREY})
     assert counted.caption(other) == (0, 0, 1, 2)
     assert set(captions(other)) == {"b", "c"}
@@ -209,7 +229,7 @@ def events(run: Pipeline, counts: dict[str, int]) -> None:
     )
 
 
-def test_a_budget_is_spent_on_what_is_wanted_most_night_by_night(
+def test_a_budget_goes_to_the_items_with_the_most_events_first(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     counted = Counted(pipeline, tmp_path)
@@ -223,50 +243,39 @@ def test_a_budget_is_spent_on_what_is_wanted_most_night_by_night(
     assert counted.caption(run) == (2, 2, 0, 3)
     assert set(captions(run)) == {"hot", "warm", "twin", "dull", "bare"}
     assert counted.caption(run) == (0, 0, 0, 5)
-    assert [outcome.status for outcome in run.run(["caption"])] == ["unchanged"]
+    assert [result.status for result in run.run(["caption"])] == ["unchanged"]
 
-    # Money: at 1 a token, and as many tokens as the captions so far took with another prompt.
+
+def test_a_budget_of_money_uses_the_tokens_of_earlier_captions(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    counted = Counted(pipeline, tmp_path)
+    run = counted.run()
+    store(run, {"dull": GREEN, "hot": GREY, "warm": BLUE, "bare": RED})
+    counted.caption(run)
+    # At 1 a token, and as many tokens as the captions so far took with another prompt.
     prices = ("caption.prices.million_input_tokens=1000000", "caption.budget.money=70")
     prompt = tmp_path / "four.1.txt"
     prompt.write_text("Say it in four.")
     paid = counted.run(*prices, f"caption.prompt={prompt}")
     planned = paid.plan()
-    asked = len(load_prompt("describe.1").text.split())
-    assert (planned.rates.tokens, planned.rates.input_tokens) == ("measured", asked)
-    assert (planned.to_caption, planned.now, planned.cost) == (4, 1, asked)
+    tokens = len(load_prompt("describe.1").text.split())
+    assert (planned.rates.tokens, planned.rates.input_tokens) == ("measured", tokens)
+    assert (planned.to_caption, planned.now, planned.cost) == (4, 1, tokens)
 
 
-def test_a_chunk_reads_the_files_of_its_items_and_the_most_wanted_come_first(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    run = pipeline(tmp_path)
-    # Four loads, each in its own file.
-    for shelf in "abcd":
-        store(run, {f"{shelf}{n}": photo(f"#{n:02x}{ord(shelf):02x}00") for n in range(4)})
-    photos = run.tables.read(schemas.PHOTOS)
-    assert len(photos.inputFiles()) == 4
-    events(run, {"d3": 9, "b1": 8})
-    judged = photos.select(
-        "item_id",
-        "position",
-        F.lit("new").alias("reason"),
-        F.lit(0).alias("attempts"),
-        F.lit(None).cast("string").alias("prompt"),
-        F.col("image_sha256").alias("caption_key"),
-    )
-    ordered = in_order(
-        queue(judged, run.tables.read(schemas.INTERACTIONS)), now=15, first=2
-    ).persist()
-    rows = ordered.orderBy("rank").collect()
-    assert [row["rank"] for row in rows] == list(range(15))
-    assert [row["tier"] for row in rows] == [0] * 2 + [1] * 4 + [2] * 8 + [3]
-    items = [row["item_id"] for row in rows]
-    assert items[:2] == ["b1", "d3"]
-    assert items[2:6] == sorted(items[2:6])
-    assert items[6:14] == sorted(items[6:14])
+class Shelves(NamedTuple):
+    """Photos in four files, and the queue of 15 of them in order."""
 
-    def read(first: int, last: int) -> tuple[set[str], int]:
-        part = with_photos(ordered.where(F.col("rank").between(first, last)), photos)
+    photos: DataFrame
+    ordered: DataFrame
+
+    def rows(self) -> list[Row]:
+        return self.ordered.orderBy("rank").collect()
+
+    def read(self, first: int, last: int) -> tuple[set[str], int]:
+        """The items with these ranks, and how many files of photos are read for them."""
+        part = with_photos(self.ordered.where(F.col("rank").between(first, last)), self.photos)
         files = {
             re.search(r"part-\d+-[^/]+$", file)[0]
             for file in part.inputFiles()
@@ -274,18 +283,49 @@ def test_a_chunk_reads_the_files_of_its_items_and_the_most_wanted_come_first(
         }
         return {row["item_id"] for row in part.collect()}, len(files)
 
-    assert read(0, 0) == ({"b1"}, 1)
-    assert read(0, 1) == ({"b1", "d3"}, 3)
+
+@pytest.fixture(scope="module")
+def shelves(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shelves:
+    run = pipeline(tmp_path_factory.mktemp("shelves"))
+    # Four loads, each in its own file.
+    for shelf in "abcd":
+        store(run, {f"{shelf}{n}": photo(f"#{n:02x}{ord(shelf):02x}00") for n in range(4)})
+    photos = run.tables.read(schemas.PHOTOS)
+    assert len(photos.inputFiles()) == 4
+    events(run, {"d3": 9, "b1": 8})
+    pending = photos.select(
+        "item_id",
+        "position",
+        F.lit("new").alias("reason"),
+        F.lit(0).alias("attempts"),
+        F.lit(None).cast("string").alias("prompt"),
+        F.col("image_sha256").alias("caption_key"),
+    )
+    by_events = queue(pending, run.tables.read(schemas.INTERACTIONS))
+    return Shelves(photos, in_order(by_events, now=15, first=2).persist())
+
+
+def test_the_items_with_the_most_events_come_first(shelves: Shelves) -> None:
+    rows = shelves.rows()
+    assert [row["rank"] for row in rows] == list(range(15))
+    assert [row["tier"] for row in rows] == [0] * 2 + [1] * 4 + [2] * 8 + [3]
+    items = [row["item_id"] for row in rows]
+    assert items[:2] == ["b1", "d3"]
+    assert items[2:6] == sorted(items[2:6])
+    assert items[6:14] == sorted(items[6:14])
+
+
+def test_a_chunk_reads_the_files_of_its_items(shelves: Shelves) -> None:
+    assert shelves.read(0, 0) == ({"b1"}, 1)
+    assert shelves.read(0, 1) == ({"b1", "d3"}, 3)
     # The end of one tier and the beginning of the next: not all that lies between.
-    shelves = {item[0] for item in (items[5], items[6])}
-    assert read(5, 6) == ({items[5], items[6]}, len(shelves))
+    last, first = [row["item_id"] for row in shelves.rows()[5:7]]
+    assert shelves.read(5, 6) == ({last, first}, len({last[0], first[0]}))
 
 
 def test_what_a_budget_buys() -> None:
-    rates, prices = (
-        Rates(2.0, 1_000, 100, "assumed", "assumed"),
-        Prices(device_hour=3.6, million_output_tokens=5),
-    )
+    rates = Rates(2.0, 1_000, 100, "assumed", "assumed")
+    prices = Prices(device_hour=3.6, million_output_tokens=5)
     assert rates.cost(1_000, prices) == pytest.approx(0.5 + 0.5)
     assert rates.affordable(5_000, Budget(), prices) == 5_000
     assert rates.affordable(5_000, Budget(money=1), prices) == 1_000
@@ -322,28 +362,22 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
     assert captions(run) == {"green": GREEN_TEXT}
 
 
-def test_each_of_a_folder_of_hostile_photos_has_its_class_and_every_good_one_its_caption(
+def test_every_hostile_photo_has_its_error_class_and_every_good_one_its_caption(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     run = pipeline(tmp_path, "caption.max_failed_share=1", "caption.batch_size=4")
-    store(
-        run,
-        {f"bad {name}": data for name, (data, _) in HOSTILE.items()}
-        | {f"good {n}": GOOD[n] for n in GOOD},
-    )
-    (outcome,) = run.run(["caption"])
+    hostile = {f"bad {name}": data for name, (data, _) in HOSTILE.items()}
+    store(run, hostile | {f"good {name}": image for name, image in GOOD.items()})
+    (result,) = run.run(["caption"])
     assert len(HOSTILE) >= 40
-    assert (outcome.ok, outcome.failed) == (len(GOOD), len(HOSTILE))
-    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    found = {
-        name: rows[hashlib.sha256(data).hexdigest()]["error_class"]
-        for name, (data, _) in HOSTILE.items()
-    }
-    assert found == {name: error_class for name, (_, error_class) in HOSTILE.items()}
+    assert (result.ok, result.failed) == (len(GOOD), len(HOSTILE))
+    rows = CaptionRows(run)
+    error_classes = {name: rows[data]["error_class"] for name, (data, _) in HOSTILE.items()}
+    assert error_classes == {name: error_class for name, (_, error_class) in HOSTILE.items()}
     assert set(captions(run)) == {f"good {name}" for name in GOOD}
 
 
-def test_a_prompt_with_a_title_is_asked_again_where_the_title_has_changed_and_nowhere_else(
+def test_a_prompt_with_a_title_is_used_again_only_where_the_title_has_changed(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     prompt = tmp_path / "titled.txt"
@@ -378,18 +412,16 @@ class Describer(BaseHTTPRequestHandler):
     """
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        image, text = asked["messages"][0]["content"]
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        image, text = request["messages"][0]["content"]
         jpeg = base64.b64decode(image["image_url"]["url"].partition(",")[2])
         red = Image.open(io.BytesIO(jpeg)).resize((1, 1)).getpixel((0, 0))[0]  # type: ignore[index]
-        text_said = f"{asked['model']} saw a red of {red // 32}."
-        if "response_format" in asked and red // 32:
-            keys = asked["response_format"]["json_schema"]["schema"]["required"]
-            text_said = json.dumps(
-                dict.fromkeys(keys, "") | {"kind": "Round tile", "colour": f"red {red // 32}"}
-            )
-        content = {"content": text_said}
-        message = content if red < 200 else {"refusal": "Not that one."}
+        caption = f"{request['model']} saw a red of {red // 32}."
+        if "response_format" in request and red // 32:
+            keys = request["response_format"]["json_schema"]["schema"]["required"]
+            attributes = {"kind": "Round tile", "colour": f"red {red // 32}"}
+            caption = json.dumps(dict.fromkeys(keys, "") | attributes)
+        message = {"content": caption} if red < 200 else {"refusal": "Not that one."}
         usage = {"prompt_tokens": len(text["text"].split()), "completion_tokens": 7}
         body = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
         self.send_response(200)
@@ -406,124 +438,131 @@ class Files(SimpleHTTPRequestHandler):
         pass
 
 
-def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        run = pipeline(
-            tmp_path,
-            "caption.model.backend=endpoint",
-            "caption.model.model=gpt",
-            "caption.max_failed_share=0.9",
-            f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
-        )
-        store(run, {"red": RED, "green": GREEN, "grey": GREY, "html": HTML})
-        (outcome,) = run.run(["caption"])
-        server.shutdown()
-    assert (outcome.ok, outcome.failed) == (2, 2)
-    assert captions(run) == {"green": "gpt saw a red of 0.", "grey": "gpt saw a red of 4."}
-    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    red = rows[hashlib.sha256(RED).hexdigest()]
-    assert (red["status"], red["error_class"], red["model"]) == (
-        "rejected",
-        "refusal",
-        "gpt@endpoint",
-    )
-    assert (rows[hashlib.sha256(GREY).hexdigest()]["output_tokens"], run.plan().reasons) == (7, {})
-
-
-def test_what_a_structured_prompt_is_told_stands_in_columns_in_the_report_and_where_an_item_is_shown(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Describer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        run = pipeline(
-            tmp_path,
-            "caption.model.backend=endpoint",
-            "caption.model.model=gpt",
-            "caption.max_failed_share=0.9",
-            f"caption.model.endpoint.url=http://127.0.0.1:{server.server_port}/v1",
-            "caption.prompt=structured.1",
-            f"report.path={tmp_path}/report.html",
-        )
-        # The server answers in prose over what has no red in it.
-        store(run, {"green": GREEN, "grey": GREY, "twin": GREY})
-        (outcome,) = run.run(["caption"])
-        server.shutdown()
-    assert (outcome.ok, outcome.failed) == (1, 1)
-    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    grey, green = (rows[hashlib.sha256(data).hexdigest()] for data in (GREY, GREEN))
-    assert (grey["caption"], grey["attributes"]) == (
-        "Round tile, red 4.",
-        {"kind": "Round tile", "colour": "red 4"},
-    )
-    assert (green["status"], green["error_class"], green["attributes"]) == (
-        "rejected",
-        "bad_attributes",
-        None,
-    )
-    assert green["error"] == "no JSON object: gpt saw a red of 0."
-    run.run(["report"])
-    page = (tmp_path / "report.html").read_text()
-    assert (
-        page.count("<dt>kind</dt><dd>Round tile</dd><dt>colour</dt><dd>red 4</dd>") == 3
-    )  # sample, shortest, longest
-    assert 'aria-label="kind: round tile 2"' in page
-    console = Console(file=io.StringIO(), width=200)
-    show.item(run, "twin", console)
-    assert "attributes in it: kind: Round tile, colour: red 4" in console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_photos_that_are_not_kept_are_read_at_their_place(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    images = {"a": GREEN, "b": BLUE, "c": GREEN, "d": GREY}
-    for item, image in images.items():
-        (folder / f"{item}.png").write_bytes(image)
-    handler = partial(Files, directory=str(folder))
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server with these answers."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        places = [f"a,{folder}/a.png", f"b,{folder}/b.png", f"c,{url}/c.png", f"d,{url}/d.png"]
-        (tmp_path / "items.csv").write_text("\n".join(["item_id,photo", *places]))
-        settings = (
-            f"ingest.items.path=[{tmp_path}/items.csv]",
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def caption_by_endpoint(
+    pipeline: Callable[..., Pipeline], folder: Path, images: dict[str, bytes], *settings: str
+) -> tuple[Pipeline, StageResult]:
+    with serving(Describer) as url:
+        run = pipeline(
+            folder,
+            "caption.model.backend=endpoint",
+            "caption.model.model=gpt",
+            "caption.max_failed_share=0.9",
+            f"caption.model.endpoint.url={url}/v1",
+            *settings,
+        )
+        store(run, images)
+        (result,) = run.run(["caption"])
+    return run, result
+
+
+def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    images = {"red": RED, "green": GREEN, "grey": GREY, "html": HTML}
+    run, result = caption_by_endpoint(pipeline, tmp_path, images)
+    assert (result.ok, result.failed) == (2, 2)
+    assert captions(run) == {"green": "gpt saw a red of 0.", "grey": "gpt saw a red of 4."}
+    rows = CaptionRows(run)
+    assert (rows[RED]["status"], rows[RED]["error_class"]) == ("rejected", "refusal")
+    assert rows[RED]["model"] == "gpt@endpoint"
+    assert rows[GREY]["output_tokens"] == 7
+    assert run.plan().reasons == {}
+
+
+def test_attributes_of_a_structured_prompt_are_in_columns_in_the_report_and_in_show(
+    pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    # The server answers in prose over what has no red in it.
+    images = {"green": GREEN, "grey": GREY, "twin": GREY}
+    structured = "caption.prompt=structured.1"
+    run, result = caption_by_endpoint(pipeline, tmp_path, images, structured)
+    assert (result.ok, result.failed) == (1, 1)
+    rows = CaptionRows(run)
+    assert rows[GREY]["caption"] == "Round tile, red 4."
+    assert rows[GREY]["attributes"] == {"kind": "Round tile", "colour": "red 4"}
+    assert (rows[GREEN]["status"], rows[GREEN]["attributes"]) == ("rejected", None)
+    assert rows[GREEN]["error_class"] == "bad_attributes"
+    assert rows[GREEN]["error"] == "no JSON object: gpt saw a red of 0."
+    run.run(["report"])
+    page = (tmp_path / "report.html").read_text()
+    attributes = "<dt>kind</dt><dd>Round tile</dd><dt>colour</dt><dd>red 4</dd>"
+    assert page.count(attributes) == 3  # sample, shortest, longest
+    assert 'aria-label="kind: round tile 2"' in page
+    output = io.StringIO()
+    show.item(run, "twin", Console(file=output, width=200))
+    assert "attributes in it: kind: Round tile, colour: red 4" in output.getvalue()
+
+
+class LinkedShop:
+    """Four items whose photos aren't stored: two are files and two are behind URLs."""
+
+    def __init__(self, make: Callable[..., Pipeline], folder: Path, url: str):
+        self.photos = folder / "photos"
+        self.folder = folder
+        for item, image in {"a": GREEN, "b": BLUE, "c": GREEN, "d": GREY}.items():
+            (self.photos / f"{item}.png").write_bytes(image)
+        rows = [f"{item},{self.photos}/{item}.png" for item in "ab"]
+        rows += [f"{item},{url}/{item}.png" for item in "cd"]
+        (folder / "items.csv").write_text("\n".join(["item_id,photo", *rows]))
+        self.run = make(
+            folder,
+            f"ingest.items.path=[{folder}/items.csv]",
             "ingest.photos.path_column=photo",
             "ingest.photos.http.private_addresses=true",
             "ingest.photos.http.tries=1",
+            "ingest.photos.keep=false",
             "caption.max_failed_share=1",
         )
-        run = pipeline(tmp_path, *settings, "ingest.photos.keep=false")
-        run.run(["ingest"])
-        assert [row["image"] for row in run.tables.read(schemas.PHOTOS).collect()] == [None] * 4
-        (folder / "c.png").write_bytes(RED)
-        os.utime(
-            folder / "c.png", (time.time() + 100,) * 2
-        )  # a server says what is newer, by the second
-        (folder / "d.png").unlink()
-        run.run(["caption"])
+        self.run.run(["ingest"])
 
-        def failures() -> dict[str, int]:
-            rows = run.tables.read(schemas.CAPTIONS).where("status <> 'ok'").collect()
-            return {row["error_class"]: row["attempts"] for row in rows}
+    def attempts(self) -> dict[str, int]:
+        """Of the failed captions, by error class."""
+        rows = self.run.tables.read(schemas.CAPTIONS).where("status <> 'ok'").collect()
+        return {row["error_class"]: row["attempts"] for row in rows}
 
-        # Of two items with the same bytes one is read, and a is the first.
-        assert captions(run) == {"a": GREEN_TEXT, "b": BLUE_TEXT, "c": GREEN_TEXT}
-        assert failures() == {"unreadable": 1}
-        (folder / "a.png").write_bytes(BLUE)
-        run.spark.sql(
-            f"DELETE FROM delta.`{tmp_path}/tables/captions` WHERE caption = '{GREEN_TEXT}'"
-        )
-        run.run(["caption"])
-        assert failures() == {"unreadable": 2, "changed_since": 1}
-        run.run(["ingest"])
-        run.run(["caption"])
-        server.shutdown()
+    def forget(self, text: str) -> None:
+        table = f"delta.`{self.folder}/tables/captions`"
+        self.run.spark.sql(f"DELETE FROM {table} WHERE caption = '{text}'")
+
+
+@pytest.fixture
+def linked_shop(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Iterator[LinkedShop]:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with serving(partial(Files, directory=str(photos))) as url:
+        yield LinkedShop(pipeline, tmp_path, url)
+
+
+def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop) -> None:
+    run = linked_shop.run
+    photos = linked_shop.photos
+    assert [row["image"] for row in run.tables.read(schemas.PHOTOS).collect()] == [None] * 4
+    (photos / "c.png").write_bytes(RED)
+    # A server tells the modification time by the second.
+    later = time.time() + 100
+    os.utime(photos / "c.png", (later, later))
+    (photos / "d.png").unlink()
+    run.run(["caption"])
+    # Of two items with the same bytes one is read, and a is the first.
+    assert captions(run) == {"a": GREEN_TEXT, "b": BLUE_TEXT, "c": GREEN_TEXT}
+    assert linked_shop.attempts() == {"unreadable": 1}
+    (photos / "a.png").write_bytes(BLUE)
+    linked_shop.forget(GREEN_TEXT)
+    run.run(["caption"])
+    assert linked_shop.attempts() == {"unreadable": 2, "changed_since": 1}
+    run.run(["ingest"])
+    run.run(["caption"])
     assert captions(run) == {"a": BLUE_TEXT, "b": BLUE_TEXT, "c": RED_TEXT}
 
 
-def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_other_photo(
+def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     model = "caption.model.model=exit:red+hang:green+eat:blue"
@@ -533,17 +572,16 @@ def test_photos_that_end_hang_or_fill_the_model_are_quarantined_and_cost_no_othe
     greys = {f"grey{n}": photo(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}") for n in range(37)}
     store(run, {"red": RED, "green": GREEN, "blue": BLUE} | greys)
     # Spark's local mode tries no task twice: one that failed would fail the run.
-    (outcome,) = run.run(["caption"])
-    assert (outcome.ok, outcome.failed) == (37, 3)
-    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    classes = {"red": "model_died", "green": "model_hung", "blue": "out_of_memory"}
-    assert {
-        c: rows[hashlib.sha256(photo(c)).hexdigest()]["error_class"] for c in classes
-    } == classes
+    (result,) = run.run(["caption"])
+    assert (result.ok, result.failed) == (37, 3)
+    rows = CaptionRows(run)
+    assert rows[RED]["error_class"] == "model_died"
+    assert rows[GREEN]["error_class"] == "model_hung"
+    assert rows[BLUE]["error_class"] == "out_of_memory"
     assert set(captions(run)) == set(greys)
 
 
-def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
+def test_a_stopped_run_commits_what_it_has_and_the_next_goes_on(
     pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
     counted = Counted(pipeline, tmp_path, "+ms=300")
@@ -554,100 +592,105 @@ def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_the_next_goes_on(
     hot = {f"i{n:03}" for n in range(100, 118)}
     events(run, dict.fromkeys(hot, 1))
 
-    def tell() -> None:
+    def stop() -> None:
         while counted.count() < 40:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=tell, daemon=True).start()
-    with pytest.raises(
-        Resumable, match=r"stopped by SIGTERM. \d+ photos are done and committed, \d+ are left"
-    ) as told:
+    threading.Thread(target=stop, daemon=True).start()
+    message = r"stopped by SIGTERM. \d+ photos are done and committed, \d+ are left"
+    with pytest.raises(Resumable, match=message) as stopped:
         run.run(["caption"])
-    assert told.value.exit_code == 75
-    done = run.tables.read(schemas.CAPTIONS).count()
-    assert 40 <= done < 120
-    assert len(captions(run)) == done == counted.count()
+    assert stopped.value.exit_code == 75
+    committed = run.tables.read(schemas.CAPTIONS).count()
+    assert 40 <= committed < 120
+    assert len(captions(run)) == committed == counted.count()
     assert hot <= set(captions(run))
     quick = counted.run("caption.batch_size=4")
-    assert counted.caption(quick) == (160 - done, 160 - done, 0, done)
+    assert counted.caption(quick) == (160 - committed, 160 - committed, 0, committed)
 
 
-def test_the_line_counts_what_tasks_say_and_tells_them_to_stop() -> None:
-    line = ProgressServer("127.0.0.1")
+def test_the_progress_server_counts_what_tasks_report_and_tells_them_to_stop() -> None:
+    server = ProgressServer("127.0.0.1")
     try:
-        first, second = ProgressClient(line.address), ProgressClient(line.address)
-        first.say({"photos": 3, "failed": 1})
-        second.say({"photos": 2})
-        assert line.counts == {"photos": 5, "failed": 1}
+        first = ProgressClient(server.address)
+        second = ProgressClient(server.address)
+        first.add({"photos": 3, "failed": 1})
+        second.add({"photos": 2})
+        assert server.counts == {"photos": 5, "failed": 1}
         assert not first.stopped
-        line.stop = True
+        server.stop = True
         first.flush()
         assert first.stopped
-        stranger = ProgressClient(Address("127.0.0.1", line.address.port, "guessed"))
-        stranger.say({"photos": 1_000})
-        assert line.counts["photos"] == 5
-        for caller in (first, second, stranger):
-            caller.close()
+        stranger = ProgressClient(Address("127.0.0.1", server.address.port, "guessed"))
+        stranger.add({"photos": 1_000})
+        assert server.counts["photos"] == 5
+        for client in (first, second, stranger):
+            client.close()
     finally:
-        line.close()
-    # Where nobody listens, work goes on.
-    alone = ProgressClient(line.address)
-    alone.say({"photos": 1})
+        server.close()
+    # Without a server, work goes on.
+    alone = ProgressClient(server.address)
+    alone.add({"photos": 1})
     assert not alone.stopped
     alone.close()
 
 
-def test_a_task_whose_line_breaks_leaves_no_socket_open() -> None:
-    line = ProgressServer("127.0.0.1")
-    caller = ProgressClient(line.address)
-    wire = caller._socket
-    assert wire is not None
-    wire.shutdown(socket.SHUT_WR)
-    caller.say({"photos": 1})
-    assert (wire.fileno(), caller.stopped) == (-1, False)
-    caller.close()
-    line.close()
+def test_a_broken_connection_leaves_no_socket_open() -> None:
+    server = ProgressServer("127.0.0.1")
+    client = ProgressClient(server.address)
+    connection = client._socket
+    assert connection is not None
+    connection.shutdown(socket.SHUT_WR)
+    client.add({"photos": 1})
+    assert (connection.fileno(), client.stopped) == (-1, False)
+    client.close()
+    server.close()
 
 
-def test_imported_captions_take_the_place_of_the_model(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
+@pytest.fixture
+def captions_file(tmp_path: Path) -> Source:
+    rows = ['a,"  A green chair, rather old "', "bare,Seen by nobody", "gone,Lost", "b,"]
+    file = tmp_path / "captions.csv"
+    file.write_text("\n".join(["sku,text", *rows, "a,A second text", ""]))
+    return Source(path=(str(file),), columns={"item_id": "sku"})
+
+
+def test_imported_captions_are_used_and_bad_rows_rejected(
+    pipeline: Callable[..., Pipeline], tmp_path: Path, captions_file: Source
 ) -> None:
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
-    file = tmp_path / "captions.csv"
-    file.write_text(
-        'sku,text\na,"  A green chair, rather old "\nbare,Seen by nobody\ngone,Lost\nb,\na,A second text\n'
-    )
-    source = Source(path=(str(file),), columns={"item_id": "sku"})
-    outcome = run.import_captions(source)
-    assert (outcome.ok, outcome.failed, outcome.skipped) == (2, 3, 0)
+    result = run.import_captions(captions_file)
+    assert (result.ok, result.failed, result.skipped) == (2, 3, 0)
     assert captions(run) == {"a": "A green chair, rather old", "bare": "Seen by nobody"}
-    refused = {
-        json.loads(row["row"])["sku"]: row["reason"]
-        for row in run.tables.read(schemas.REJECTED).collect()
-    }
-    assert refused == {
+    rejected = run.tables.read(schemas.REJECTED).collect()
+    assert {json.loads(row["row"])["sku"]: row["reason"] for row in rejected} == {
         "gone": "no such item in the catalogue",
         "b": "the text is empty",
         "a": "the item has another text",
     }
+    repeated = run.import_captions(captions_file)
+    assert (repeated.ok, repeated.failed, repeated.skipped) == (0, 3, 2)
+    with pytest.raises(UsageError, match="the source has no column item_id with a value"):
+        run.import_captions(Source(path=captions_file.path))
 
-    # The stage describes what is left, and leaves what was imported alone.
-    outcome = run.run(["caption"])[0]
-    assert (outcome.ok, outcome.skipped) == (1, 0)
+
+def test_the_stage_leaves_imported_captions_alone(
+    pipeline: Callable[..., Pipeline], tmp_path: Path, captions_file: Source
+) -> None:
+    run = pipeline(tmp_path)
+    store(run, {"a": GREEN, "b": BLUE})
+    run.import_captions(captions_file)
+    (result,) = run.run(["caption"])
+    assert (result.ok, result.skipped) == (1, 0)
     assert captions(run) == {
         "a": "A green chair, rather old",
         "bare": "Seen by nobody",
-        "b": "A thing of red 0, green 0 and blue 7.",
+        "b": BLUE_TEXT,
     }
-    kinds = {row["caption"]: row["status"] for row in run.tables.read(schemas.CAPTIONS).collect()}
-    assert set(kinds.values()) == {"imported", "ok"}
-
-    again = run.import_captions(source)
-    assert (again.ok, again.failed, again.skipped) == (0, 3, 2)
-    with pytest.raises(UsageError, match="the source has no column item_id with a value"):
-        run.import_captions(Source(path=(str(file),)))
+    rows = run.tables.read(schemas.CAPTIONS).collect()
+    assert {row["status"] for row in rows} == {"imported", "ok"}
 
 
 def test_too_many_failures_fail_the_run_loudly(
@@ -656,28 +699,24 @@ def test_too_many_failures_fail_the_run_loudly(
     run = pipeline(tmp_path, "caption.model.model=raise+empty", "caption.max_failed_share=0.5")
     store(run, {"red": RED, "green": GREEN, "blue": BLUE})
     with pytest.raises(RunError, match="caption: 2 of 3 photos failed") as loud:
-        run.run(["caption"])[0]
+        run.run(["caption"])
     assert "\n" not in str(loud.value)
     assert "red: the fake was asked to fail on this photo" in str(loud.value)
-    rows = {row["image_sha256"]: row for row in run.tables.read(schemas.CAPTIONS).collect()}
-    shown = ("status", "error_class", "attempts")
-    assert {
-        colour: tuple(rows[hashlib.sha256(image).hexdigest()][name] for name in shown)
-        for colour, image in (("red", RED), ("green", GREEN), ("blue", BLUE))
-    } == {
-        "red": ("failed", "RuntimeError", 1),
-        "green": ("ok", None, 1),
-        "blue": ("rejected", "empty_caption", 1),
+    rows = CaptionRows(run)
+    assert {row["attempts"] for row in rows.by_photo.values()} == {1}
+    results = {
+        image: (rows[image]["status"], rows[image]["error_class"]) for image in (RED, GREEN, BLUE)
     }
-    # What was paid for is kept.
+    assert results == {
+        RED: ("failed", "RuntimeError"),
+        GREEN: ("ok", None),
+        BLUE: ("rejected", "empty_caption"),
+    }
+    # What was paid for is committed.
     assert captions(run) == {"green": GREEN_TEXT}
     (record,) = run.tables.read(schemas.RUNS).collect()
-    assert (record["stage"], record["status"], record["rows_ok"], record["rows_failed"]) == (
-        "caption",
-        "failed",
-        1,
-        2,
-    )
+    assert (record["stage"], record["status"]) == ("caption", "failed")
+    assert (record["rows_ok"], record["rows_failed"]) == (1, 2)
 
 
 def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
@@ -686,42 +725,49 @@ def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
     counted = Counted(pipeline, tmp_path, "+refuse:green+ms=20")
     run = counted.run("caption.chunk_photos=40", "caption.batch_size=4")
     store(run, {f"i{n:03}": photo(f"#00{n + 40:02x}00") for n in range(200)})
-    with pytest.raises(
-        RunError,
-        match=r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with",
-    ):
+    message = r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with"
+    with pytest.raises(RunError, match=message):
         run.run(["caption"])
     assert counted.count() <= 100
 
 
-def test_the_plan_is_a_table_for_people_and_json_for_programs(
-    pipeline: Callable[..., Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def plan_command(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Callable[..., int]:
+    """`vlm4rec plan` on three contents of four photos; its arguments follow."""
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "c": GREY})
     events(run, {"b": 1})
-    words = [
-        f"tables={tmp_path}/tables",
-        "caption.prices.device_hour=3600",
-        "caption.budget.money=2",
-    ]
-    argv = ["--config", "test.yaml", *(word for setting in words for word in ("--set", setting))]
+    assert not run.tables.exists(schemas.CAPTIONS)
+    settings = ["--config", "test.yaml", "--set", f"tables={tmp_path}/tables"]
+
+    def plan(*arguments: str) -> int:
+        code = main(["plan", *settings, *arguments])
+        # A plan writes nothing.
+        assert not run.tables.exists(schemas.CAPTIONS)
+        return code
+
+    return plan
+
+
+BUDGET = ("--set", "caption.prices.device_hour=3600", "--set", "caption.budget.money=2")
+
+
+def test_the_plan_is_json_for_programs(
+    plan_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
-    assert main(["plan", "--json", *argv]) == 0
+    assert plan_command("--json", *BUDGET) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert {
-        name: planned[name]
-        for name in ("wanted", "duplicates", "to_caption", "now", "cost", "reasons")
-    } == {
-        "wanted": 4,
-        "duplicates": 1,
-        "to_caption": 3,
-        "now": 2,
-        "cost": 2.0,
-        "reasons": {"new": 3},
-    }
+    assert (planned["wanted"], planned["duplicates"], planned["to_caption"]) == (4, 1, 3)
+    assert (planned["now"], planned["cost"], planned["reasons"]) == (2, 2.0, {"new": 3})
     assert planned["rates"]["speed"] == "assumed"
-    assert main(["plan", *argv]) == 0
+
+
+def test_the_plan_is_a_table_for_people(
+    plan_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert plan_command(*BUDGET) == 0
     shown = capsys.readouterr().out
     for line in (
         "to caption +│ +3",
@@ -731,8 +777,7 @@ def test_the_plan_is_a_table_for_people_and_json_for_programs(
         r"cost +│ +2\.00",
     ):
         assert re.search(line, shown), line
-    assert main(["plan", *argv, "--retry-failed", "refusal"]) == 0
-    assert main(["plan", *argv, "refusal"]) == 2
+    assert plan_command(*BUDGET, "--retry-failed", "refusal") == 0
+    assert plan_command(*BUDGET, "refusal") == 2
     assert "an error class goes with --retry-failed" in capsys.readouterr().err
-    assert main(["plan", *argv[:-4]]) == 0
-    assert not run.tables.exists(schemas.CAPTIONS)
+    assert plan_command() == 0

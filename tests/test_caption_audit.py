@@ -1,4 +1,4 @@
-"""The caption audit from the tables and by asking again: a captioner that looks at photos, and one that doesn't."""
+"""The caption audit of a captioner that looks at photos, and of one that doesn't."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ from vlm4rec_spark.storage import schemas
 if TYPE_CHECKING:
     from vlm4rec_spark.pipeline import Pipeline
 
-ITEMS, WRONG, DEADLY = 40, 7, 3
+ITEMS = 40
+WRONG = 7
+"""The item whose colour the catalogue has wrong."""
+DEADLY = 3
+"""The item whose perturbed photo kills the model."""
 BLIND = "says=A nice thing for every home."
 MODEL = f"fake-{BLIND}@1"
 
 
 def photo(n: int) -> Image.Image:
-    """Each of its own colour, with a shadow and white margins. DEADLY turns mostly red where those are cut."""
-    look = (40 + n % 4 * 45, 90 + n // 4 % 4 * 45, 100 + n // 16 * 45)
+    """Of its own colour, with a shadow and white margins. Without these, DEADLY is mostly red."""
+    colour = (40 + n % 4 * 45, 90 + n // 4 % 4 * 45, 100 + n // 16 * 45)
     image = Image.new("RGB", (100, 100), "white")
-    image.paste(look, (3, 3, 97, 97))
-    image.paste(tuple(shade // 2 for shade in look), (3, 90, 97, 97))
+    image.paste(colour, (3, 3, 97, 97))
+    image.paste(tuple(shade // 2 for shade in colour), (3, 90, 97, 97))
     return image
 
 
@@ -50,65 +54,40 @@ def green(n: int) -> str:
 
 
 def store(run: Pipeline) -> None:
-    """The catalogue says of every item how green it is, of one wrongly."""
-    now, items, photos = datetime(2025, 1, 1), [], []
+    """The catalogue has every item's share of green, and a wrong one for one item."""
+    now = datetime(2025, 1, 1)
+    items = []
+    photos = []
     for n in range(ITEMS):
-        look = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
-        items.append(
-            (
-                f"i{n:02d}",
-                f"Item {n}",
-                None,
-                None,
-                None,
-                None,
-                1.0,
-                None,
-                None,
-                look,
-                True,
-                None,
-                now,
-            )
-        )
+        item = f"i{n:02d}"
+        attributes = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
+        nothing = [None] * 4
+        items.append((item, f"Item {n}", *nothing, 1.0, None, None, attributes, True, None, now))
         image = png(photo(n))
-        photos.append(
-            (f"i{n:02d}", 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)
-        )
+        digest = hashlib.sha256(image).hexdigest()
+        photos.append((item, 0, None, image, digest, len(image), None, None))
     run.tables.upsert(schemas.ITEMS, run.spark.createDataFrame(items, schemas.ITEMS.schema))
     run.tables.upsert(schemas.PHOTOS, run.spark.createDataFrame(photos, schemas.PHOTOS.schema))
 
 
 def describe(run: Pipeline, model: str, at: datetime) -> None:
-    """What the caption stage would have made of the photos, in a fraction of its time."""
-    prompt, settings = load_prompt("describe.1"), run.config.caption
-    wish = plan.CaptionSpec(prompt, settings.model.model_id(), settings)
+    """Captions as the caption stage would make them, in a fraction of its time."""
+    prompt = load_prompt("describe.1")
+    settings = run.config.caption
+    spec = plan.CaptionSpec(prompt, settings.model.model_id(), settings)
     photos = run.tables.read(schemas.PHOTOS)
-    wanted = plan.wanted_captions(photos, photos.limit(0), None, wish).collect()
+    wanted = plan.wanted_captions(photos, photos.limit(0), None, spec).collect()
     requests = [
         Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
         for row in wanted
     ]
     texts = caption_all(FakeCaptioner(model, 16), requests)
-    rows = [
-        (
-            row["caption_key"],
-            row["image_sha256"],
-            prompt.prompt_id,
-            wish.model_id,
-            texts[row["caption_key"]].text,
-            None,
-            1,
-            1,
-            "ok",
-            None,
-            None,
-            1,
-            at,
-            "r",
-        )
-        for row in wanted
-    ]
+    rest = (None, 1, 1, "ok", None, None, 1, at, "r")
+    rows = []
+    for row in wanted:
+        text = texts[row["caption_key"]].text
+        photo_and_model = (row["image_sha256"], prompt.prompt_id, spec.model_id)
+        rows.append((row["caption_key"], *photo_and_model, text, *rest))
     run.tables.insert(schemas.CAPTIONS, run.spark.createDataFrame(rows, schemas.CAPTIONS.schema))
     links = [(row["item_id"], row["position"], row["caption_key"]) for row in wanted]
     run.tables.sync(
@@ -117,45 +96,48 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
 
 
 class Audited:
-    """What an audit found, by metric, and what it told."""
+    """An audit's figures by metric, and the details for the report."""
 
     def __init__(self, run: Pipeline):
-        self.outcome = StageResult("evaluate")
-        self.rows = caption_audit.audit(run.context, self.outcome)
+        self.result = StageResult("evaluate")
+        self.rows = caption_audit.audit(run.context, self.result)
         self.values = {row["metric"]: row["value"] for row in self.rows}
-        self.told: dict[str, Any] = json.loads(self.outcome.details.get("caption_audit", "{}"))
+        self.details: dict[str, Any] = json.loads(self.result.details.get("caption_audit", "{}"))
 
 
 @pytest.fixture(scope="module")
 def audits(
     pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Audited]:
-    """Of no captions, of a captioner that doesn't look, of one that does, and of it where its worker is killed."""
-    folder, found = tmp_path_factory.mktemp("audit"), {}
+    """Without captions, and of captioners: blind, seeing, and seeing with a killed worker."""
+    folder = tmp_path_factory.mktemp("audit")
+    by_name = {}
     died = folder / "died"
     died.touch()
 
-    def make(model: str, again: int) -> Pipeline:
-        return pipeline(folder, f"caption.model.model={model}", f"evaluate.audit_again={again}")
+    def make(model: str, photos: int) -> Pipeline:
+        return pipeline(folder, f"caption.model.model={model}", f"evaluate.audit_again={photos}")
 
     run = make(BLIND, 36)
     store(run)
-    found["nothing"] = Audited(run)
+    by_name["nothing"] = Audited(run)
     describe(run, BLIND, datetime(2025, 1, 1))
-    found["blind"] = Audited(run)
+    by_name["blind"] = Audited(run)
     run = make(f"exit:red+die_once={died}", ITEMS)
     describe(run, "", datetime(2025, 1, 2))
-    found["seeing"] = Audited(run)
+    by_name["seeing"] = Audited(run)
     died.unlink()
-    found["killed"] = Audited(run)
-    return found
+    by_name["killed"] = Audited(run)
+    return by_name
 
 
-def test_without_captions_nothing_is_said(audits: dict[str, Audited]) -> None:
-    assert (audits["nothing"].rows, audits["nothing"].told) == ([], {})
+def test_without_captions_there_is_no_audit(audits: dict[str, Audited]) -> None:
+    assert (audits["nothing"].rows, audits["nothing"].details) == ([], {})
 
 
-def test_a_captioner_that_does_not_look_is_shown_up(audits: dict[str, Audited]) -> None:
+def test_a_captioner_that_does_not_look_has_the_figures_of_chance(
+    audits: dict[str, Audited],
+) -> None:
     blind = audits["blind"]
     assert {row["arm"] for row in blind.rows} == {MODEL}
     assert blind.values == {
@@ -171,10 +153,10 @@ def test_a_captioner_that_does_not_look_is_shown_up(audits: dict[str, Audited]) 
         "self_median_rank": 20.5,
         "self_median_rank_chance": 20.5,
     }
-    (captioner,) = blind.told["captioners"]
+    (captioner,) = blind.details["captioners"]
     assert captioner["of_nothing"] == "A nice thing for every home."
     assert (captioner["sampled"], captioner["in_force"], captioner["asked"]) == (ITEMS, ITEMS, 36)
-    assert [each["rank"] for each in blind.told["examples"]] == [20.5] * 12
+    assert [example["rank"] for example in blind.details["examples"]] == [20.5] * 12
 
 
 def test_a_captioner_that_looks_agrees_with_the_catalogue_and_finds_its_captions_again(
@@ -189,33 +171,31 @@ def test_a_captioner_that_looks_agrees_with_the_catalogue_and_finds_its_captions
     assert seeing.values["blank_equal"] <= 1 / ITEMS
     assert seeing.values["self_rank_10"] > 0.7
     assert seeing.values["self_median_rank"] < 6
-    # The captions of before are those of the other model.
+    # The earlier captions are those of the other model.
     assert seeing.values["drift_changed"] == 1
     assert seeing.values["drift_cosine"] < 0.9
-    assert seeing.told["captioners"][0]["earlier"] == [f"{MODEL}, describe.1"]
-    assert seeing.outcome.device_seconds is not None
+    assert seeing.details["captioners"][0]["earlier"] == [f"{MODEL}, describe.1"]
+    assert seeing.result.device_seconds is not None
 
 
 def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str, Audited]) -> None:
     seeing = audits["seeing"]
-    assert seeing.told["captioners"][0]["failures"] == {"model_died": 1}
-    worst = seeing.told["examples"][0]
+    assert seeing.details["captioners"][0]["failures"] == {"model_died": 1}
+    worst = seeing.details["examples"][0]
     assert (worst["item_id"], worst["again"], worst["rank"]) == (f"i{DEADLY:02d}", None, ITEMS)
-    assert seeing.outcome.complete
+    assert seeing.result.complete
 
 
-def test_a_captioner_that_cant_be_asked_costs_only_its_figures(audits: dict[str, Audited]) -> None:
-    killed, seeing = audits["killed"], audits["seeing"]
-    assert "Python worker exited unexpectedly" in killed.told["trouble"]
-    assert not killed.outcome.complete
-    # And the rest is what it was: equal tables give equal figures.
-    asked = [name for name in seeing.values if name.startswith(("self", "blank", "pair"))]
-    assert asked
-    assert killed.rows == [row for row in seeing.rows if row["metric"] not in asked]
-    # Where nothing was asked the examples are those that the catalogue contradicts.
-    (wrong,) = killed.told["examples"]
-    assert (wrong["item_id"], wrong["attribute"], wrong["value"]) == (
-        f"i{WRONG:02d}",
-        "green",
-        green(WRONG + 1),
-    )
+def test_a_captioner_that_fails_costs_only_its_figures(audits: dict[str, Audited]) -> None:
+    killed = audits["killed"]
+    seeing = audits["seeing"]
+    assert "Python worker exited unexpectedly" in killed.details["trouble"]
+    assert not killed.result.complete
+    # The rest stays: equal tables give equal figures.
+    by_recaptions = [n for n in seeing.values if n.startswith(("self", "blank", "pair"))]
+    assert by_recaptions
+    assert killed.rows == [row for row in seeing.rows if row["metric"] not in by_recaptions]
+    # Without new captions the examples are those that the catalogue contradicts.
+    (wrong,) = killed.details["examples"]
+    assert wrong["item_id"] == f"i{WRONG:02d}"
+    assert (wrong["attribute"], wrong["value"]) == ("green", green(WRONG + 1))

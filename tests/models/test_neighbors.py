@@ -1,13 +1,15 @@
-"""Neighbours kept in a folder: the same lists as by searching, however deep they are, and no other index's."""
+"""Stored neighbors: the same lists as by searching, however deep, and no other index's."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from small_indexes import build_index, random_histories, unit
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
@@ -18,68 +20,78 @@ from vlm4rec_spark.models.ranking.top_k import Candidates
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MaxSimilarityQuery, Queries
 
-ITEMS, DIMENSION, USERS, K = 10_000, 32, 40, 10
+ITEMS = 10_000
+DIMENSION = 32
 """With fewer items or dimensions ScaNN may search other leaves for two queries than for twenty."""
+USERS = 40
+K = 10
 EFFORT = Effort(2, 20)
+BLOCK_ITEMS = 4_000
+
+MakeNeighbors = Callable[[int], Neighbors]
 
 
-def index(folder: Path, seed: int) -> Searcher:
-    vectors = np.random.default_rng(seed).standard_normal((ITEMS, DIMENSION)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    Searcher.build(
-        folder,
-        folder.name,
-        [f"i{n:04d}" for n in range(ITEMS)],
-        vectors,
-        [""] * ITEMS,
-        ann_min_items=16,
-    )
-    return Searcher.open(folder)
+class Lists(NamedTuple):
+    items: list[list[int]]
+    scores: list[list[float]]
+
+
+class Users(NamedTuple):
+    """Histories with weights, and exclusions.
+
+    Most users' exclusions are their history. Some have two hundred more, and one has all items but
+    three. The first user has no history.
+    """
+
+    histories: list[np.ndarray]
+    weights: list[np.ndarray]
+    excluded: list[np.ndarray]
+
+
+def random_index(folder: Path, seed: int) -> Searcher:
+    return build_index(folder, unit(np.random.default_rng(seed).normal(size=(ITEMS, DIMENSION))))
 
 
 @pytest.fixture(scope="module")
 def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
-    return index(tmp_path_factory.mktemp("index") / "ours", 5)
+    return random_index(tmp_path_factory.mktemp("index") / "v1", 5)
 
 
 @pytest.fixture
-def made(searcher: Searcher, tmp_path: Path) -> Callable[..., Neighbors]:
-    """Neighbours as deep as is asked for, written in parts of 4,000 items and opened again."""
+def counting(searcher: Searcher) -> CountingSearcher:
+    return CountingSearcher.open(searcher.folder)
+
+
+@pytest.fixture
+def make_neighbors(searcher: Searcher, tmp_path: Path) -> MakeNeighbors:
+    """Writes neighbors of a given depth in blocks, and opens them."""
 
     def make(depth: int) -> Neighbors:
-        Neighbors.write(
-            tmp_path / "near", searcher, Effort(EFFORT.leaves, depth), parts(searcher, depth)
-        )
-        return Neighbors.open(tmp_path / "near")
+        effort = Effort(EFFORT.leaves, depth)
+        Neighbors.write(tmp_path / "neighbors", searcher, effort, search_blocks(searcher, effort))
+        return Neighbors.open(tmp_path / "neighbors")
 
     return make
 
 
-def parts(searcher: Searcher, depth: int) -> Iterator[NeighborBlock]:
+def search_blocks(searcher: Searcher, effort: Effort) -> Iterator[NeighborBlock]:
     for first in (8_000, 0, 4_000):
-        some = searcher.vectors[first : first + 4_000]
-        yield NeighborBlock(first, *searcher.search(some, Effort(EFFORT.leaves, depth)))
+        vectors = searcher.vectors[first : first + BLOCK_ITEMS]
+        yield NeighborBlock(first, *searcher.search(vectors, effort))
 
 
-def world() -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Histories of up to 20 items, weights of which the heaviest is 1, and exclusions: of most the history, of some two
-    hundred items besides, of one all but three. The first user has no history."""
-    rng = np.random.default_rng(6)
-    positions = [
-        rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64)
-        for user in range(USERS)
-    ]
-    weights = [rng.random(len(mine)) + 0.05 for mine in positions]
-    weights = [(mine / mine.max(initial=0.01)).astype(np.float32) for mine in weights]
-    excluded = [
-        np.union1d(mine, rng.permutation(ITEMS)[:200]) if user % 7 == 3 else mine
-        for user, mine in enumerate(positions)
-    ]
+@pytest.fixture
+def users() -> Users:
+    histories, weights = random_histories(ITEMS, USERS)
+    rng = np.random.default_rng(7)
+    excluded = list(histories)
+    for user in range(3, USERS, 7):
+        excluded[user] = np.union1d(histories[user], rng.permutation(ITEMS)[:200])
     excluded[5] = np.arange(3, ITEMS)
-    return positions, weights, excluded
+    return Users(histories, weights, excluded)
 
 
-class Counting(Searcher):
+class CountingSearcher(Searcher):
     """Counts the vectors that are searched."""
 
     searched = 0
@@ -90,115 +102,124 @@ class Counting(Searcher):
 
 
 def lists(
-    searcher: Searcher, asked: Queries, excluded: list[np.ndarray], effort: Effort = EFFORT
-) -> tuple[list, list]:
-    top, scores = retrieve(searcher, asked, excluded, np.ones(ITEMS, bool), K, effort)
-    return top.tolist(), np.nan_to_num(scores, nan=-9).tolist()
+    searcher: Searcher, queries: Queries, excluded: list[np.ndarray], effort: Effort = EFFORT
+) -> Lists:
+    top = retrieve(searcher, queries, excluded, np.ones(ITEMS, bool), K, effort)
+    scores = np.nan_to_num(top.scores, nan=-9)
+    return Lists(top.positions.tolist(), scores.tolist())
 
 
 @pytest.mark.parametrize("depth", [1, 21, 32, 64, 500])
 def test_lists_are_those_of_searching(
-    searcher: Searcher, made: Callable[..., Neighbors], depth: int
+    searcher: Searcher,
+    counting: CountingSearcher,
+    make_neighbors: MakeNeighbors,
+    users: Users,
+    depth: int,
 ) -> None:
-    positions, weights, excluded = world()
-    known = made(depth)
-    assert known.depth == depth
-    expected = lists(searcher, MaxSimilarityQuery(positions, weights), excluded)
-    assert expected[0][0] == [-1] * K
-    once = Counting.open(searcher.folder)
-    asked = MaxSimilarityQuery(positions, weights, known)
-    assert lists(once, asked, excluded) == expected
-    needed = [EFFORT.candidates + len(mine) for mine in excluded]
-    far = [mine for mine, most in zip(positions, needed, strict=True) if most > known.depth]
-    assert once.searched == len(np.unique(np.concatenate([np.empty(0, np.int64), *far])))
-    for user in (3, 5, 8):  # whoever is asked for beside
-        alone = lists(searcher, asked.take(np.array([user])), [excluded[user]])
-        assert alone == ([expected[0][user]], [expected[1][user]])
+    histories, weights, excluded = users
+    neighbors = make_neighbors(depth)
+    assert neighbors.depth == depth
+    expected = lists(searcher, MaxSimilarityQuery(histories, weights), excluded)
+    assert expected.items[0] == [-1] * K
+    queries = MaxSimilarityQuery(histories, weights, neighbors)
+    assert lists(counting, queries, excluded) == expected
+    depths = [EFFORT.candidates + len(positions) for positions in excluded]
+    too_deep = [histories[user] for user in range(USERS) if depths[user] > depth]
+    searched_items = np.unique(np.concatenate([np.empty(0, np.int64), *too_deep]))
+    assert counting.searched == len(searched_items)
+    for user in (3, 5, 8):  # a list doesn't depend on the other users
+        alone = lists(searcher, queries.take(np.array([user])), [excluded[user]])
+        assert alone == Lists([expected.items[user]], [expected.scores[user]])
 
 
-def test_nothing_is_searched_where_the_neighbours_do(
-    searcher: Searcher, made: Callable[..., Neighbors]
+def test_nothing_is_searched_if_the_neighbors_are_deep_enough(
+    searcher: Searcher, counting: CountingSearcher, make_neighbors: MakeNeighbors, users: Users
 ) -> None:
-    positions, weights, _ = world()
-    once = Counting.open(searcher.folder)
-    known = made(EFFORT.candidates + 20)
-    lists(once, MaxSimilarityQuery(positions, weights, known), positions)
-    assert once.searched == 0
-    # Other leaves find others: these are searched.
+    histories, weights, _ = users
+    queries = MaxSimilarityQuery(histories, weights, make_neighbors(EFFORT.candidates + 20))
+    lists(counting, queries, histories)
+    assert counting.searched == 0
+    # Other leaves have other neighbors: these are searched.
     harder = Effort(EFFORT.leaves + 1, EFFORT.candidates)
-    expected = lists(searcher, MaxSimilarityQuery(positions, weights), positions, harder)
-    assert lists(once, MaxSimilarityQuery(positions, weights, known), positions, harder) == expected
-    assert once.searched > 0
+    expected = lists(searcher, MaxSimilarityQuery(histories, weights), histories, harder)
+    assert lists(counting, queries, histories, harder) == expected
+    assert counting.searched > 0
 
 
-def test_an_item_is_its_own_neighbour_and_a_short_answer_is_padded(
-    searcher: Searcher, made: Callable[..., Neighbors]
-) -> None:
-    known = made(400)
-    own = np.flatnonzero((known.positions == np.arange(ITEMS)[:, None]).any(axis=1))
+def test_an_item_is_its_own_neighbor(searcher: Searcher, make_neighbors: MakeNeighbors) -> None:
+    neighbors = make_neighbors(400)
+    is_own = neighbors.positions == np.arange(ITEMS)[:, None]
+    own = np.flatnonzero(is_own.any(axis=1))
     assert len(own) > ITEMS / 2
-    there = known.positions >= 0
-    assert not there[:, -1].any()
-    rows, columns = np.nonzero(there)
-    cosines = (searcher.vectors[rows] * searcher.vectors[known.positions[rows, columns]]).sum(
-        axis=1
-    )
-    np.testing.assert_allclose(known.cosines[rows, columns], cosines, atol=1e-6)
-    # Nobody has seen anything: the history's items are on the lists, best of all.
-    positions, weights = [own[:1], own[1::-1]], [np.ones(1, np.float32), np.float32([0.4, 1])]
-    nobody = [np.empty(0, np.int64)] * 2
-    found = lists(
-        searcher, MaxSimilarityQuery(positions, weights, known), nobody, Effort(EFFORT.leaves, 300)
-    )
-    assert found == lists(
-        searcher, MaxSimilarityQuery(positions, weights), nobody, Effort(EFFORT.leaves, 300)
-    )
-    assert [row[0] for row in found[0]] == [own[0]] * 2
+    # Without exclusions the history's items are on the lists, best of all.
+    histories = [own[:1], own[1::-1]]
+    weights = [np.ones(1, np.float32), np.array([0.4, 1], np.float32)]
+    nothing = [np.empty(0, np.int64)] * 2
+    effort = Effort(EFFORT.leaves, 300)
+    queries = MaxSimilarityQuery(histories, weights, neighbors)
+    stored = lists(searcher, queries, nothing, effort)
+    assert stored == lists(searcher, MaxSimilarityQuery(histories, weights), nothing, effort)
+    assert [items[0] for items in stored.items] == [own[0]] * 2
+
+
+def test_a_short_answer_is_padded(searcher: Searcher, make_neighbors: MakeNeighbors) -> None:
+    neighbors = make_neighbors(400)
+    filled = neighbors.positions >= 0
+    assert not filled[:, -1].any()
+    rows, columns = np.nonzero(filled)
+    vectors = searcher.vectors[neighbors.positions[rows, columns]]
+    cosines = (searcher.vectors[rows] * vectors).sum(axis=1)
+    np.testing.assert_allclose(neighbors.cosines[rows, columns], cosines, atol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [32, 500])
-def test_a_blend_is_the_same_over_neighbours(
-    searcher: Searcher, made: Callable[..., Neighbors], tmp_path: Path, depth: int
+def test_a_blend_is_the_same_with_stored_neighbors(
+    searcher: Searcher, make_neighbors: MakeNeighbors, users: Users, tmp_path: Path, depth: int
 ) -> None:
-    positions, weights, excluded = world()
+    histories, weights, excluded = users
     rng = np.random.default_rng(8)
     first, second = np.divmod(np.unique(rng.integers(0, ITEMS**2, 20 * ITEMS)), ITEMS)
     strengths = rng.random(len(first)).astype(np.float32)
-    ItemItemScores.build(tmp_path / "together", "ours", ITEMS, first, second, strengths)
-    together = ItemItemScores.open(tmp_path / "together")
-    bare, known = (
-        MaxSimilarityQuery(positions, weights),
-        MaxSimilarityQuery(positions, weights, made(depth)),
+    ItemItemScores.build(tmp_path / "item_item", "v1", ITEMS, first, second, strengths)
+    item_item = ItemItemScores.open(tmp_path / "item_item")
+    stored, searched = (
+        BlendedQuery(
+            MaxSimilarityQuery(histories, weights, neighbors), item_item, 0.4, histories, weights
+        )
+        for neighbors in (make_neighbors(depth), None)
     )
-    with_it, without = (
-        BlendedQuery(content, together, 0.4, positions, weights) for content in (known, bare)
-    )
-    assert lists(searcher, with_it, excluded) == lists(searcher, without, excluded)
+    assert lists(searcher, stored, excluded) == lists(searcher, searched, excluded)
 
 
-def test_a_torn_damaged_or_foreign_folder_is_refused_by_name(
-    searcher: Searcher, made: Callable[..., Neighbors], tmp_path: Path
+def test_neighbors_of_another_index_are_refused(
+    make_neighbors: MakeNeighbors, users: Users, tmp_path: Path
 ) -> None:
-    positions, weights, excluded = world()
-    known, folder = made(8), tmp_path / "near"
-    other = index(tmp_path / "theirs", 6)
-    with pytest.raises(
-        RunError, match=r"neighbours are those of index ours, not of theirs\. Run the recommend"
-    ):
-        lists(other, MaxSimilarityQuery(positions, weights, known), excluded)
+    histories, weights, excluded = users
+    queries = MaxSimilarityQuery(histories, weights, make_neighbors(8))
+    message = r"neighbours are those of index v1, not of v2\. Run the recommend"
+    with pytest.raises(RunError, match=message):
+        lists(random_index(tmp_path / "v2", 6), queries, excluded)
 
-    def refused(words: str) -> None:
-        with pytest.raises(
-            RunError,
-            match=f"The neighbours folder {folder} {words}.* Run the recommend stage again",
-        ):
+
+def test_a_torn_or_damaged_folder_is_refused_by_name(
+    make_neighbors: MakeNeighbors, tmp_path: Path
+) -> None:
+    make_neighbors(8)
+    folder = tmp_path / "neighbors"
+    manifest_file = folder / "manifest.json"
+    cosines_file = folder / "cosines.npy"
+
+    def assert_refused(reason: str) -> None:
+        message = f"The neighbours folder {folder} {reason}.* Run the recommend stage again"
+        with pytest.raises(RunError, match=message):
             Neighbors.open(folder)
 
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    refused("has format 0; this release reads 1")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "cosines.npy").write_bytes((folder / "cosines.npy").read_bytes()[:-4])
-    refused("is damaged: cosines.npy")
-    (folder / "manifest.json").unlink()
-    refused("is incomplete")
+    manifest = json.loads(manifest_file.read_text())
+    manifest_file.write_text(json.dumps(manifest | {"format": 0}))
+    assert_refused("has format 0; this release reads 1")
+    manifest_file.write_text(json.dumps(manifest))
+    cosines_file.write_bytes(cosines_file.read_bytes()[:-4])
+    assert_refused("is damaged: cosines.npy")
+    manifest_file.unlink()
+    assert_refused("is incomplete")

@@ -1,9 +1,8 @@
-"""Training a captioner: what is read from a table, a training that is stopped goes on as it would have, the card."""
+"""Training a captioner: tables of photos, resumed trainings, augmented photos, the model card."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, SwinConfig
+from transformers import AutoProcessor, LlavaForConditionalGeneration, SwinConfig
 
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.errors import RunError, UsageError
@@ -29,16 +28,15 @@ GOOD = 120
 def photo(number: int, colour: str) -> bytes:
     rng = np.random.default_rng(number)
     pixels = np.full((40, 30, 3), 250, np.uint8)
-    pixels[8:32, 6:24] = np.clip(
-        np.array(COLOURS[colour]) + rng.integers(-20, 20, (24, 18, 1)), 0, 255
-    )
+    noise = rng.integers(-20, 20, (24, 18, 1))
+    pixels[8:32, 6:24] = np.clip(np.array(COLOURS[colour]) + noise, 0, 255)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def rows() -> pd.DataFrame:
-    """So many good photos, then one copy, and four that can't be used."""
+    """GOOD photos, then a copy of one, and four that can't be used."""
     colours = [list(COLOURS)[number % 3] for number in range(GOOD)]
     good = pd.DataFrame(
         {
@@ -51,9 +49,14 @@ def rows() -> pd.DataFrame:
     )
     good.loc[0, ["caption", "weight"]] = ["A  hat of my own.", 7.0]
     good.loc[1, "shade"] = None
-    bad = [(b"", "hat"), (b"<html>", "hat"), (None, "hat"), (photo(999, "red"), None)]
-    others = [{"photo": data, "category": kind, "weight": 1.0} for data, kind in bad]
-    return pd.concat([good, good.iloc[[5]], pd.DataFrame(others)], ignore_index=True)
+    bad = pd.DataFrame(
+        {
+            "photo": [b"", b"<html>", None, photo(999, "red")],
+            "category": ["hat", "hat", "hat", None],
+            "weight": 1.0,
+        }
+    )
+    return pd.concat([good, good.iloc[[5]], bad], ignore_index=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,39 +66,41 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-Read = Callable[[], labelled.Labelled]
+def ignore(message: object) -> None:
+    """Takes progress messages."""
+
+
+def read(table: Path) -> labelled.Labelled:
+    attributes = {"kind": "category", "colour": "shade"}
+    return labelled.read(table, COLUMNS, attributes, network.SIDE, table.parent / "work", ignore)
 
 
 @pytest.fixture(scope="module")
-def read(table: Path) -> Read:
-    attributes = {"kind": "category", "colour": "shade"}
-    return lambda: labelled.read(
-        table, COLUMNS, attributes, network.SIDE, table.parent / "work", lambda text: None
-    )
+def photos(table: Path) -> labelled.Labelled:
+    return read(table)
 
 
 def test_a_table_becomes_photos_words_and_labels(
-    read: Read, monkeypatch: pytest.MonkeyPatch
+    table: Path, photos: labelled.Labelled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = read()
-    assert found.photos.shape == (GOOD + 1, 3, 128, 128)
-    assert found.photos[3, :, 64, 64].argmax() == 0  # red
-    assert found.rejected == {"empty": 2, "html_page": 1, "unlabelled": 1}
-    assert found.values == {"kind": ["casual shoes", "hat"], "colour": ["blue", "green", "red"]}
-    assert found.labels["kind"][:3].tolist() == [0, 1, 0]
-    assert found.labels["colour"][:4].tolist() == [2, -1, 0, 2]
-    assert found.sentences[:4] == [
+    assert photos.photos.shape == (GOOD + 1, 3, 128, 128)
+    assert photos.photos[3, :, 64, 64].argmax() == 0  # red
+    assert photos.rejected == {"empty": 2, "html_page": 1, "unlabelled": 1}
+    assert photos.values == {"kind": ["casual shoes", "hat"], "colour": ["blue", "green", "red"]}
+    assert photos.labels["kind"][:3].tolist() == [0, 1, 0]
+    assert photos.labels["colour"][:4].tolist() == [2, -1, 0, 2]
+    assert photos.sentences[:4] == [
         "A hat of my own.",
         "This is a hat.",
         "Casual shoes in blue.",
         "This is a red hat.",
     ]
-    assert found.weights[:2].tolist() == [7.0, 1.0]
-    assert 0 < found.held_out.sum() < GOOD / 5
-    assert found.held_out[5] == found.held_out[GOOD]  # a photo and its copy are on one side
-    # What was decoded once isn't decoded again.
+    assert photos.weights[:2].tolist() == [7.0, 1.0]
+    assert 0 < photos.held_out.sum() < GOOD / 5
+    assert photos.held_out[5] == photos.held_out[GOOD]  # a photo and its copy are on one side
+    # A second reading decodes nothing.
     monkeypatch.setattr(labelled, "decode", None)
-    assert (read().photos == found.photos).all()
+    assert (read(table).photos == photos.photos).all()
 
 
 def test_a_csv_may_name_photos_by_their_path(tmp_path: Path) -> None:
@@ -105,33 +110,47 @@ def test_a_csv_may_name_photos_by_their_path(tmp_path: Path) -> None:
     lines = [f"files/{number}.png,hat" for number in range(100)] + ["files/gone.png,hat"]
     (tmp_path / "photos.csv").write_text("\n".join(["file,kind", *lines]))
     columns = COLUMNS | {"photo": "file"}
-    found = labelled.read(
-        tmp_path / "photos.csv", columns, {"kind": "kind"}, 32, tmp_path / "work", lambda text: None
-    )
-    assert (len(found.sentences), found.rejected) == (100, {"unreadable": 1})
-    assert found.photos[0, :, 16, 16].argmax() == 1
+    work = tmp_path / "work"
+    csv = labelled.read(tmp_path / "photos.csv", columns, {"kind": "kind"}, 32, work, ignore)
+    assert (len(csv.sentences), csv.rejected) == (100, {"unreadable": 1})
+    assert csv.photos[0, :, 16, 16].argmax() == 1
 
 
-def test_what_can_not_be_read_is_said(table: Path, tmp_path: Path) -> None:
-    def asked(file: Path, attributes: dict[str, str]) -> None:
-        labelled.read(file, COLUMNS, attributes, 32, tmp_path / "work", lambda text: None)
+def broken_table(folder: Path, name: str) -> Path:
+    file = folder / f"{name}.parquet"
+    if name == "text":
+        file.write_text("no table")
+    if name in ("few", "whole"):
+        table = rows()
+        table.iloc[-9:].to_parquet(file) if name == "few" else table.to_parquet(file)
+    return file
 
-    with pytest.raises(UsageError, match=r"gone\.parquet: there is no such table"):
-        asked(tmp_path / "gone.parquet", {"kind": "category"})
-    with pytest.raises(
-        UsageError,
-        match=r"it has no column group; it has photo, category, shade, weight, caption\.",
-    ):
-        asked(table, {"kind": "group"})
-    (tmp_path / "text.parquet").write_text("no table")
-    with pytest.raises(UsageError, match=r"text\.parquet: it can't be read as Parquet"):
-        asked(tmp_path / "text.parquet", {"kind": "category"})
-    rows().iloc[-9:].to_parquet(tmp_path / "few.parquet")
-    with pytest.raises(
-        RunError,
-        match=r"5 of 9 photos can be learnt from, at least 100 are needed\. Left out: .*html",
-    ):
-        asked(tmp_path / "few.parquet", {"kind": "category"})
+
+@pytest.mark.parametrize(
+    ("name", "column", "error", "message"),
+    [
+        ("gone", "category", UsageError, r"gone\.parquet: there is no such table"),
+        (
+            "whole",
+            "group",
+            UsageError,
+            r"it has no column group; it has photo, category, shade, weight, caption\.",
+        ),
+        ("text", "category", UsageError, r"text\.parquet: it can't be read as Parquet"),
+        (
+            "few",
+            "category",
+            RunError,
+            r"5 of 9 photos can be learnt from, at least 100 are needed\. Left out: .*html",
+        ),
+    ],
+)
+def test_a_table_that_can_not_be_used_is_an_error(
+    tmp_path: Path, name: str, column: str, error: type[Exception], message: str
+) -> None:
+    table = broken_table(tmp_path, name)
+    with pytest.raises(error, match=message):
+        labelled.read(table, COLUMNS, {"kind": column}, 32, tmp_path / "work", ignore)
 
 
 # Training
@@ -144,100 +163,134 @@ class Killed(Exception):
     pass
 
 
-def test_a_training_that_was_killed_ends_as_it_would_have(
-    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos, told = read(), list[str]()
-    curve, _ = train.train(photos, tmp_path / "whole", tmp_path, PLAN, told.append)
+@pytest.fixture(scope="module")
+def first(
+    photos: labelled.Labelled, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, train.Training]:
+    """A trained captioner's folder, and its training."""
+    folder = tmp_path_factory.mktemp("first")
+    return folder / "model", train.train(photos, folder / "model", folder, PLAN, ignore)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def trained_weights(
+    photos: labelled.Labelled, plan: train.TrainingPlan, folder: Path
+) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    train.train(photos, folder, folder, plan, ignore)
+    return weights(folder)
+
+
+def test_a_training_has_a_curve(first: tuple[Path, train.Training]) -> None:
+    curve = first[1].curve
     assert (curve[-1].seen, set(curve[-1].right)) == (24, {"kind", "colour"})
-    assert told[-1].startswith("24 of 24 photos seen, ")
+    assert first[1].seconds > 0
 
-    work, save, saved = tmp_path / "work", train._save, list[int]()
-    work.mkdir()
 
-    def kill(*given: object) -> None:
-        save(*given)  # type: ignore[arg-type]
-        saved.append(1)
+def test_a_killed_training_goes_on_to_the_same_weights(
+    photos: labelled.Labelled,
+    first: tuple[Path, train.Training],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = train._save
+    saved: list[Path] = []
+
+    def save_and_die(checkpoint: Path, state: dict) -> None:
+        save(checkpoint, state)
+        saved.append(checkpoint)
         if len(saved) == 2:
             raise Killed
 
+    messages: list[str] = []
     monkeypatch.setattr(train, "_SAVE_SECONDS", 0)
-    monkeypatch.setattr(train, "_save", kill)
+    monkeypatch.setattr(train, "_save", save_and_die)
     with pytest.raises(Killed):
-        train.train(photos, tmp_path / "parts", work, PLAN, told.append)
-    train.train(photos, tmp_path / "parts", work, PLAN, told.append)
-    assert "going on from step 2 of 4" in told
-    whole, parts = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
+        train.train(photos, tmp_path / "resumed", tmp_path, PLAN, messages.append)
+    train.train(photos, tmp_path / "resumed", tmp_path, PLAN, messages.append)
+    assert "going on from step 2 of 4" in messages
+    assert messages[-1].startswith("24 of 24 photos seen, ")
+    whole, resumed = (
+        (folder / "model.safetensors").read_bytes() for folder in (first[0], tmp_path / "resumed")
     )
-    assert whole == parts
-
-    # The ordinary backend loads it, and says words that it was taught.
-    (said,) = measure.describe(tmp_path / "parts", [Image.new("RGB", (50, 50), (200, 0, 0))])
-    assert set(said.lower().replace(".", "").replace(",", "").split()) <= set(
-        " ".join(photos.sentences).lower().replace(".", "").replace(",", "").split()
-    )
-
-    with pytest.raises(
-        UsageError, match=r"checkpoint\.pt: it belongs to a training with other photos or settings"
-    ):
-        train.train(
-            photos, tmp_path / "parts", work, train.TrainingPlan(seen=30, batch=6), told.append
-        )
+    assert whole == resumed
+    message = r"checkpoint\.pt: it belongs to a training with other photos or settings"
+    with pytest.raises(UsageError, match=message):
+        train.train(photos, tmp_path / "resumed", tmp_path, replace(PLAN, seen=30), ignore)
 
 
-def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both_know(
-    read: Read, tmp_path: Path
+def words_of(text: str) -> set[str]:
+    return set(text.lower().replace(".", "").replace(",", "").split())
+
+
+def test_the_ordinary_backend_loads_a_trained_captioner(
+    photos: labelled.Labelled, first: tuple[Path, train.Training]
 ) -> None:
-    photos = read()
-    train.train(photos, tmp_path / "first", tmp_path, PLAN, lambda text: None)
-    torch.manual_seed(0)
-    before, _ = network.build(photos.sentences)
-    network.inherit(before, AutoProcessor.from_pretrained(tmp_path / "first"), tmp_path / "first")
-    other = replace(photos, sentences=[said.replace("hat", "bonnet") for said in photos.sentences])
-    torch.manual_seed(0)
-    model, processor = network.build(other.sentences)
-    untaught = model.get_input_embeddings().weight.detach().clone()
-    network.inherit(model, processor, tmp_path / "first")
-    theirs, ours = (each.get_input_embeddings().weight for each in (before, model))
-    words = (
-        AutoProcessor.from_pretrained(tmp_path / "first").tokenizer.get_vocab(),
-        processor.tokenizer.get_vocab(),
-    )
-    assert torch.equal(ours[words[1]["red"]], theirs[words[0]["red"]])
-    assert torch.equal(ours[words[1]["bonnet"]], untaught[words[1]["bonnet"]])
-    taken, given = (each.model.vision_tower.state_dict() for each in (model, before))
-    assert all(torch.equal(taken[name], given[name]) for name in given)
+    (caption,) = measure.describe(first[0], [Image.new("RGB", (50, 50), (200, 0, 0))])
+    assert words_of(caption) <= words_of(" ".join(photos.sentences))
 
-    plan = replace(PLAN, start=str(tmp_path / "first"), mirrored=0.5, seen=12)
-    (tmp_path / "work").mkdir()
-    train.train(other, tmp_path / "second", tmp_path / "work", plan, lambda text: None)
-    first, second = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
-    )
-    same = {name for name, each in first.items() if torch.equal(each, second[name])}
-    early = {name for name in same if ".layers.0." in name and "vision_tower" in name}
-    assert len(early) > 10
+
+@pytest.fixture(scope="module")
+def bonnets(photos: labelled.Labelled) -> labelled.Labelled:
+    """The same photos with a word that the first captioner doesn't know."""
+    sentences = [sentence.replace("hat", "bonnet") for sentence in photos.sentences]
+    return replace(photos, sentences=sentences)
+
+
+def ids(processor: object) -> dict[str, int]:
+    return processor.tokenizer.get_vocab()  # type: ignore[attr-defined]
+
+
+def test_a_captioner_inherits_the_tower_and_the_words_that_both_know(
+    bonnets: labelled.Labelled, first: tuple[Path, train.Training]
+) -> None:
+    start = LlavaForConditionalGeneration.from_pretrained(first[0], dtype=torch.float32)
+    start_ids = ids(AutoProcessor.from_pretrained(first[0]))
+    torch.manual_seed(0)
+    model, processor = network.build(bonnets.sentences)
+    untrained = model.get_input_embeddings().weight.detach().clone()
+    new_words = network.inherit(model, processor, first[0])
+    embeddings = model.get_input_embeddings().weight
+    start_embeddings = start.get_input_embeddings().weight
+    bonnet = ids(processor)["bonnet"]
+    assert new_words == [bonnet]
+    assert torch.equal(embeddings[ids(processor)["red"]], start_embeddings[start_ids["red"]])
+    assert torch.equal(embeddings[bonnet], untrained[bonnet])
+    tower = model.model.vision_tower.state_dict()
+    for name, tensor in start.model.vision_tower.state_dict().items():
+        assert torch.equal(tower[name], tensor), name
+
+
+def test_a_training_from_a_captioner_may_keep_a_share_of_its_weights(
+    bonnets: labelled.Labelled, first: tuple[Path, train.Training], tmp_path: Path
+) -> None:
+    plan = replace(PLAN, start=str(first[0]), mirrored=0.5, seen=12)
+    start = weights(first[0])
+    trained = trained_weights(bonnets, plan, tmp_path / "trained")
+    averaged = trained_weights(bonnets, replace(plan, kept=0.5), tmp_path / "averaged")
+    same = {name for name, tensor in start.items() if torch.equal(tensor, trained[name])}
+    frozen = {name for name in same if ".layers.0." in name and "vision_tower" in name}
+    assert len(frozen) > 10
     assert not any("multi_modal_projector" in name for name in same)
-
-    (tmp_path / "again").mkdir()
-    train.train(
-        other, tmp_path / "third", tmp_path / "again", replace(plan, kept=0.5), lambda text: None
-    )
-    third = load_file(tmp_path / "third" / "model.safetensors")
-    projector = next(
-        name for name in first if "multi_modal_projector" in name and name.endswith("weight")
-    )
+    projector = next(n for n in start if "multi_modal_projector" in n and n.endswith("weight"))
+    mean = (start[projector] + trained[projector]) / 2
+    torch.testing.assert_close(averaged[projector], mean, atol=1e-3, rtol=0)
+    embeddings = next(n for n in start if n.endswith("embed_tokens.weight"))
+    bonnet = ids(AutoProcessor.from_pretrained(tmp_path / "trained"))["bonnet"]
     torch.testing.assert_close(
-        third[projector], (first[projector] + second[projector]) / 2, atol=1e-3, rtol=0
+        averaged[embeddings][bonnet], trained[embeddings][bonnet], atol=1e-3, rtol=0
     )
-    learnt = next(name for name in first if name.endswith("embed_tokens.weight"))
-    bonnet = words[1]["bonnet"]
-    torch.testing.assert_close(third[learnt][bonnet], second[learnt][bonnet], atol=1e-3, rtol=0)
+
+
+def command(table: Path, out: Path, *options: str) -> list[str]:
+    return ["train-captioner", str(table), "--out", str(out), *options]
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"),
+    ("name", "message"),
     [
         ("gone", "--start gone: there is no captioner"),
         ("none", "no captioner can be read from it"),
@@ -245,18 +298,18 @@ def test_a_training_goes_on_from_another_captioner_and_keeps_the_words_that_both
     ],
 )
 def test_only_a_captioner_of_this_kind_can_be_started_from(
-    read: Read,
+    photos: labelled.Labelled,
     table: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    folder: str,
-    said: str,
+    name: str,
+    message: str,
 ) -> None:
-    start = tmp_path / folder
-    if folder == "none":
+    start = tmp_path / name
+    if name == "none":
         start.mkdir()
         (start / "config.json").write_text("{}")
-    if folder == "other":
+    if name == "other":
         small = SwinConfig(
             image_size=64,
             patch_size=4,
@@ -265,71 +318,54 @@ def test_only_a_captioner_of_this_kind_can_be_started_from(
             num_heads=[2, 4],
             window_size=4,
         )
-        model, processor = network.build(read().sentences, small)
-        model.save_pretrained(start)
-        processor.save_pretrained(start)
-    given = folder if folder == "gone" else str(start)
-    assert (
-        main(
-            [
-                "train-captioner",
-                str(table),
-                "--out",
-                str(tmp_path / "out"),
-                "--attribute",
-                "kind=category",
-                "--start",
-                given,
-            ]
-        )
-        == 2
-    )
-    assert said in " ".join(capsys.readouterr().err.split())
+        for part in network.build(photos.sentences, small):
+            part.save_pretrained(start)
+    options = ["--attribute", "kind=category", "--start", name if name == "gone" else str(start)]
+    assert main(command(table, tmp_path / "out", *options)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_photos_are_drawn_by_weight_and_never_those_held_out(read: Read) -> None:
-    photos = read()
+def test_photos_are_drawn_by_weight_and_never_those_held_out(photos: labelled.Labelled) -> None:
     _, processor = network.build(photos.sentences)
     data = train._Photos(photos, processor, "cpu")
     drawn = data.draw(20_000, np.random.default_rng(0))
     assert not photos.held_out[drawn].any()
-    often = np.bincount(drawn, minlength=len(photos.sentences))
-    assert 6 < often[0] / often[(photos.weights == 1) & ~photos.held_out].mean() < 8
+    counts = np.bincount(drawn, minlength=len(photos.sentences))
+    ordinary = (photos.weights == 1) & ~photos.held_out
+    assert 6 < counts[0] / counts[ordinary].mean() < 8
 
 
-# Photos changed at random
+# Augmented photos
+
+
+def random_photos(count: int, side: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=rng)
+
+
+def augmented(photos: torch.Tensor, seed: int, mirrored: float = 0.0) -> torch.Tensor:
+    return augment.augment(photos, torch.Generator().manual_seed(seed), mirrored)
 
 
 def test_changed_photos_depend_on_the_seed_and_stay_photos() -> None:
-    photos = torch.randint(
-        0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    first, again, other = (
-        augment.augment(photos, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert first.shape == photos.shape
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert first.abs().max() < 1.3
+    photos = random_photos(6, 64)
+    changed = augmented(photos, 1)
+    assert changed.shape == photos.shape
+    assert torch.equal(changed, augmented(photos, 1))
+    assert not torch.equal(changed, augmented(photos, 2))
+    assert changed.abs().max() < 1.3
     assert torch.equal(augment.plain(photos), photos / 127.5 - 1)
 
 
 def test_a_share_of_the_photos_is_mirrored_at_most() -> None:
-    photos = torch.randint(
-        0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    changed = augment.augment(photos, torch.Generator().manual_seed(1), mirrored=0.5)
-    as_it_is, turned = augment.plain(photos), augment.plain(photos.flip(-1))
-    untouched = [
-        torch.equal(new, old) or torch.equal(new, other)
-        for new, old, other in zip(changed, as_it_is, turned, strict=True)
-    ]
-    assert untouched == [True] * 4 + [False] * 4
-    assert (
-        0 < sum(torch.equal(new, old) for new, old in zip(changed[:4], as_it_is, strict=False)) < 4
-    )
-    whole = augment.augment(photos, torch.Generator().manual_seed(1), mirrored=1.0)
-    assert whole.shape == photos.shape
+    photos = random_photos(8, 32)
+    changed = augmented(photos, 1, mirrored=0.5)
+    plain = augment.plain(photos)
+    is_plain = (changed == plain).flatten(1).all(1)
+    is_mirrored = (changed == plain.flip(-1)).flatten(1).all(1)
+    assert (is_plain | is_mirrored).tolist() == [True] * 4 + [False] * 4
+    assert 0 < is_plain.sum() < 4
+    assert augmented(photos, 1, mirrored=1.0).shape == photos.shape
 
 
 def test_the_background_is_what_reaches_the_edge() -> None:
@@ -351,7 +387,7 @@ def test_the_teacher_sees_each_photo_alone() -> None:
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-# What is said of the result
+# Figures and card
 
 
 def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
@@ -370,83 +406,66 @@ def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
 
 
 def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
-    made = card.Made(
-        "vlm4rec train-captioner x",
-        "`x.parquet`",
-        "CC0.",
-        1_200,
-        {"html_page": 2},
-        train.TrainingPlan(teacher=True),
-        90.0,
-        "a GPU",
+    provenance = card.Provenance(
+        command="vlm4rec train-captioner x",
+        data="`x.parquet`",
+        licence="CC0.",
+        photos=1_200,
+        rejected={"html_page": 2},
+        plan=train.TrainingPlan(teacher=True),
+        seconds=90.0,
+        device="a GPU",
     )
     curve = [train.Point(96, 5.0, {"kind": 0.1}), train.Point(192, 4.0, {"kind": 0.3})]
-    card.write(tmp_path, made, {"kind": Share(61, 2, 0.5, 0.25, 0.75)}, curve)
-    text = (tmp_path / "README.md").read_text()
+    card.write(tmp_path, provenance, {"kind": Share(61, 2, 0.5, 0.25, 0.75)}, curve)
+    text = " ".join((tmp_path / "README.md").read_text().split())
     for words in (
         "`vlm4rec train-captioner x`",
         "1,200 photos; left out: 2 html page.",
-        "seed 0; 1.5 minutes on a GPU",
+        "seed 0; 1.5 minutes on a GPU. EfficientNet-Lite0",
         "| kind | 2 | 61 | 0.500 | 0.250 | 0.750 |",
-        "## Licence\n\nCC0.",
-        "EfficientNet-Lite0",
+        "## Licence CC0.",
     ):
         assert words in text
-    with Image.open(tmp_path / "curve.png") as curve_there:
-        assert curve_there.width > 600
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.width > 600
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("options", "message"),
     [
         ([], "Name at least one --attribute"),
-        (["--attribute", "kind="], "--attribute kind=: write it as ours=theirs"),
-        (["--attribute", "kind=a", "--attribute", "kind=b"], "each of ours once"),
+        (["--attribute", "kind="], "--attribute kind=: write it as name=column"),
+        (["--attribute", "kind=a", "--attribute", "kind=b"], "each is given once"),
         (["--attribute", "kind=group"], "it has no column group"),
     ],
 )
-def test_wrong_use_is_said_before_any_work(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+def test_wrong_options_are_errors_before_any_work(
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
 ) -> None:
-    assert main(["train-captioner", str(table), "--out", str(tmp_path / "out"), *more]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert main(command(table, tmp_path / "out", *options)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_things_is_left_alone(
+def test_a_folder_of_other_files_is_left_alone(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "letter.txt").write_text("Dear")
-    assert (
-        main(
-            ["train-captioner", str(table), "--out", str(tmp_path), "--attribute", "kind=category"]
-        )
-        == 2
-    )
-    assert "it holds something that isn't a model" in " ".join(capsys.readouterr().err.split())
+    assert main(command(table, tmp_path, "--attribute", "kind=category")) == 2
+    assert "this folder has files but no model" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path: Path) -> None:
-    command = [
-        "train-captioner",
-        str(table),
-        "--out",
-        str(tmp_path / "mine"),
-        "--attribute",
-        "kind=category",
-        "--seen",
-        "24",
-        "--batch",
-        "12",
-        "--licence",
-        "Ours.",
-    ]
-    assert main(command) == 0
-    text = (tmp_path / "mine" / "README.md").read_text()
-    assert "--attribute kind=category --seen 24 --batch 12 --rate 0.001 --seed 0`" in text
+    out = tmp_path / "mine"
+    options = "--attribute kind=category --seen 24 --batch 12"
+    assert main(command(table, out, *options.split(), "--licence", "Ours.")) == 0
+    text = (out / "README.md").read_text()
+    assert f"{options} --rate 0.001 --seed 0`" in text
     assert "| kind | 2 |" in text
-    assert {file.name for file in (tmp_path / "mine").iterdir()} >= {
-        "model.safetensors",
-        "curve.png",
-        "config.json",
-    }
+    files = {file.name for file in out.iterdir()}
+    assert files >= {"model.safetensors", "curve.png", "config.json"}

@@ -1,12 +1,14 @@
-"""Tastes against brute force: exactly, by ScaNN, blended with co-occurrence, and the reasons."""
+"""Queries against brute force: exact, by ScaNN, blended with item-item scores; and the reasons."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from small_indexes import Histories, build_index, random_histories, unit
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
@@ -22,332 +24,361 @@ from vlm4rec_spark.models.ranking.user_queries import (
     nearest_history_items,
 )
 
-ITEMS, DIMENSION, K = 300, 12, 10
-NO_MORE = np.zeros(30, np.int64)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+ITEMS = 300
+DIMENSION = 12
+USERS = 30
+K = 10
+NO_EXTRA = np.zeros(USERS, np.int64)
+ALL_ELIGIBLE = np.ones(ITEMS, bool)
+EMPTY_LIST = [-1] * K
 
 
 @pytest.fixture(scope="module")
 def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
-    folder, ids = tmp_path_factory.mktemp("index") / "tastes", [f"i{n:03d}" for n in range(ITEMS)]
     vectors = unit(np.random.default_rng(5).standard_normal((ITEMS, DIMENSION)))
-    Searcher.build(folder, "tastes", ids, vectors, [""] * ITEMS, ann_min_items=16)
-    return Searcher.open(folder)
+    return build_index(tmp_path_factory.mktemp("index") / "x", vectors)
 
 
-def bare(ids: str, vectors: np.ndarray) -> Searcher:
-    """An item for each letter, without words, searched exactly."""
-    words, none = np.empty((len(ids), 0), np.int32), pa.array([], pa.string())
-    arrays = IndexArrays(pa.array(list(ids)), vectors, words, none, np.arange(len(ids)))
+@pytest.fixture(scope="module")
+def hardest(searcher: Searcher) -> Effort:
+    """The effort that misses nothing."""
+    return Effort(searcher.leaves, ITEMS)
+
+
+@pytest.fixture
+def histories() -> Histories:
+    return random_histories(ITEMS, USERS)
+
+
+@pytest.fixture
+def queries(histories: Histories) -> MaxSimilarityQuery:
+    return MaxSimilarityQuery(*histories)
+
+
+def in_memory(vectors: np.ndarray) -> Searcher:
+    """An index of a few items without words, searched exactly."""
+    ids = pa.array([f"i{number}" for number in range(len(vectors))])
+    no_words = np.empty((len(vectors), 0), np.int32)
+    vocabulary = pa.array([], pa.string())
+    arrays = IndexArrays(ids, vectors, no_words, vocabulary, np.arange(len(vectors)))
     return Searcher(Path(), {}, arrays)
 
 
-def drawn(users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Histories of up to 20 items, the first of none at all, and weights of which the heaviest is 1."""
-    rng = np.random.default_rng(6)
-    positions = [
-        rng.permutation(ITEMS)[: rng.integers(1, 21) if user else 0].astype(np.int64)
-        for user in range(users)
-    ]
-    weights = [rng.random(len(mine)) + 0.05 for mine in positions]
-    return positions, [(mine / mine.max(initial=0.01)).astype(np.float32) for mine in weights]
+def lists(candidates: Candidates, seen: list[np.ndarray]) -> list[list[int]]:
+    return ranked(candidates, seen).positions.tolist()
 
 
-def lists(found: Candidates, seen: list[np.ndarray]) -> tuple[list, np.ndarray]:
-    top, scores = top_k(*found, flat_exclusions(seen, ITEMS), np.ones(ITEMS, bool), K)
-    return top.tolist(), scores
+def ranked(candidates: Candidates, seen: list[np.ndarray]) -> Candidates:
+    return top_k(*candidates, flat_exclusions(seen, ITEMS), ALL_ELIGIBLE, K)
 
 
-def test_an_item_scores_its_highest_weighted_similarity(searcher: Searcher) -> None:
-    positions, weights = drawn(30)
-    asked = MaxSimilarityQuery(positions, weights)
-    top, scores = lists(asked.score_all(searcher), positions)
-    for user in range(1, 30):
-        history = list(zip(positions[user], weights[user], strict=True))
-        similar = [
-            max(float(weight * (searcher.vectors[item] @ vector)) for item, weight in history)
-            for vector in searcher.vectors
-        ]
-        best = sorted(
-            (-round(one, 6), item)
-            for item, one in enumerate(similar)
-            if item not in positions[user]
-        )[:K]
-        np.testing.assert_allclose(scores[user], [-score for score, _ in best], rtol=0, atol=2e-6)
-        assert (
-            len({*top[user]} & {item for _, item in best}) >= K - 1
-        )  # two may be alike to six digits
+def best_unseen(scores: np.ndarray, seen: np.ndarray) -> tuple[list[float], list[int]]:
+    """The K highest scores and their items, ties by position."""
+    pairs = [(-round(float(score), 6), item) for item, score in enumerate(scores)]
+    best = sorted(pair for pair in pairs if pair[1] not in seen)[:K]
+    return [-score for score, _ in best], [item for _, item in best]
 
 
-def test_scann_at_its_hardest_gives_the_exact_lists(searcher: Searcher) -> None:
-    positions, weights = drawn(30)
-    asked = MaxSimilarityQuery(positions, weights)
-    top, scores = lists(asked.score_all(searcher), positions)
-    found, approximate = lists(
-        asked.search(searcher, Effort(searcher.leaves, ITEMS), NO_MORE), positions
-    )
-    assert found == top
-    assert top[0] == [-1] * K  # no history, no list
-    np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
+def test_an_item_scores_its_highest_weighted_similarity(
+    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery
+) -> None:
+    top = ranked(queries.score_all(searcher), histories.positions)
+    for user in range(1, USERS):
+        history = histories.positions[user]
+        cosines = searcher.vectors @ searcher.vectors[history].T
+        scores = (cosines * histories.weights[user]).max(axis=1)
+        expected_scores, expected_items = best_unseen(scores, history)
+        np.testing.assert_allclose(top.scores[user], expected_scores, rtol=0, atol=2e-6)
+        # Two items may have equal scores up to six digits.
+        assert len({*top.positions[user].tolist()} & {*expected_items}) >= K - 1
 
 
-def test_a_depth_of_k_and_what_is_seen_is_enough(searcher: Searcher) -> None:
-    """The right neighbours in the place of ScaNN's, no more of them than the docstring says."""
-    positions, weights = drawn(30)
-    asked = MaxSimilarityQuery(positions, weights)
-    top, _ = lists(asked.score_all(searcher), positions)
-    depth = K + max(map(len, positions))
+def test_scann_at_its_hardest_gives_the_exact_lists(
+    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery, hardest: Effort
+) -> None:
+    exact = ranked(queries.score_all(searcher), histories.positions)
+    searched = ranked(queries.search(searcher, hardest, NO_EXTRA), histories.positions)
+    assert searched.positions.tolist() == exact.positions.tolist()
+    assert exact.positions[0].tolist() == EMPTY_LIST  # no history, no list
+    np.testing.assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
 
-    class Nearest(Searcher):
-        def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
-            scores = queries @ self.vectors.T
-            nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
-            return Candidates(nearest, np.take_along_axis(scores, nearest, 1))
 
-    exact = Nearest.open(searcher.folder)
-    found, _ = lists(asked.search(exact, Effort(1, depth), NO_MORE), positions)
-    assert found == top
-    shallow, _ = lists(asked.search(exact, Effort(1, K // 2), NO_MORE), positions)
-    assert shallow != top
+class NearestSearcher(Searcher):
+    """Finds the right neighbors instead of ScaNN's."""
+
+    def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
+        scores = queries @ self.vectors.T
+        nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
+        return Candidates(nearest, np.take_along_axis(scores, nearest, 1))
+
+
+def test_k_candidates_and_the_exclusions_are_enough(
+    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery
+) -> None:
+    exact = lists(queries.score_all(searcher), histories.positions)
+    nearest = NearestSearcher.open(searcher.folder)
+    enough = Effort(1, K + max(map(len, histories.positions)))
+    too_few = Effort(1, K // 2)
+    assert lists(queries.search(nearest, enough, NO_EXTRA), histories.positions) == exact
+    assert lists(queries.search(nearest, too_few, NO_EXTRA), histories.positions) != exact
 
 
 def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
     positions = [np.array([item]) for item in range(20)]
     means: Queries = MeanQuery(searcher.vectors[:20], positions)
-    histories: Queries = MaxSimilarityQuery(positions, [np.ones(1, np.float32)] * 20)
-    for tastes in (means, histories):
-        assert len(tastes.take(np.array([3, 5]))) == 2
-    assert (
-        lists(means.score_all(searcher), positions)[0]
-        == lists(histories.score_all(searcher), positions)[0]
-    )
-    assert means.max_users_per_block(ITEMS) == histories.max_users_per_block(ITEMS)
+    single: Queries = MaxSimilarityQuery(positions, [np.ones(1, np.float32)] * 20)
+    for queries in (means, single):
+        assert len(queries.take(np.array([3, 5]))) == 2
+    mean_lists = lists(means.score_all(searcher), positions)
+    assert mean_lists == lists(single.score_all(searcher), positions)
+    assert means.max_users_per_block(ITEMS) == single.max_users_per_block(ITEMS)
 
 
 def test_long_histories_are_scored_fewer_at_a_time() -> None:
-    long = MaxSimilarityQuery([np.arange(100)] * 3, [np.ones(100, np.float32)] * 3)
-    short = MaxSimilarityQuery([np.arange(1)] * 3, [np.ones(1, np.float32)] * 3)
-    assert long.max_users_per_block(10_000) == short.max_users_per_block(10_000) // 100
-    assert (
-        MaxSimilarityQuery(
-            [np.array([], np.int64)], [np.array([], np.float32)]
-        ).max_users_per_block(2**30)
-        == 1
-    )
+    def users_per_block(length: int, items: int) -> int:
+        weights = np.ones(length, np.float32)
+        return MaxSimilarityQuery([np.arange(length)] * 3, [weights] * 3).max_users_per_block(items)
+
+    assert users_per_block(100, 10_000) == users_per_block(1, 10_000) // 100
+    assert users_per_block(0, 2**30) == 1
 
 
-def test_nearest_names_the_history_item_and_of_equals_the_first(searcher: Searcher) -> None:
-    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
-    small = bare("abcde", vectors)
-    histories, items = (
-        [np.array([1, 0, 4]), np.array([], int), np.array([2])],
-        np.array([[2, 3, 1]] * 2 + [[0, -1, 2]]),
-    )
-    none = [[-1, -1, -1], [2, -1, 2]]
-    assert nearest_history_items(histories, None, small, items).tolist() == [[1, 0, 1], *none]
-    # A tenth of the weight, and (1, 0) is nearer to all but its opposite.
-    weights = [np.array([0.1, 1, 0.1]), np.array([]), np.ones(1)]
-    assert nearest_history_items(histories, weights, small, items).tolist() == [[0, 0, 1], *none]
-
-
-def test_tastes_are_the_means_of_alike_items(searcher: Searcher) -> None:
-    """Two bundles of near twins and a loner make three tastes, each as heavy as its heaviest item."""
-    rng = np.random.default_rng(9)
-    centres = unit(np.eye(3, DIMENSION))
-    vectors = unit(
-        np.repeat(centres, [3, 2, 1], axis=0) + 0.02 * rng.standard_normal((6, DIMENSION))
-    )
-    small = bare("abcdef", vectors)
-    history, weights = np.array([3, 0, 5, 1, 4, 2]), np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
-    made = MultiInterestQuery.from_histories(
-        [history, history[:0]], [weights, weights[:0]], small, 3
-    )
-    heavy = dict(zip(history.tolist(), weights.tolist(), strict=True))
-    groups = [(3, 4), (0, 1, 2), (5,)]  # in the order of their first items
-    expected = unit(
-        np.stack([sum(heavy[item] * vectors[item] for item in group) for group in groups])
-    )
-    np.testing.assert_allclose(made._vectors[0], expected, atol=1e-6)
-    assert made._weights[0].tolist() == pytest.approx([0.5, 1.0, 0.4])
-    positions, scores = made.score_all(small)
-    np.testing.assert_allclose(
-        scores[0], ((vectors @ expected.T) * [0.5, 1.0, 0.4]).max(axis=1), atol=1e-6
-    )
-    assert positions[1].tolist() == [-1] * 6
-    np.testing.assert_allclose(
-        made.take(np.array([0])).scores(small, positions[:1])[0], scores[0], atol=1e-6
-    )
-
-
-def test_as_many_tastes_as_items_are_the_history_itself_and_one_is_the_mean(
-    searcher: Searcher,
+@pytest.mark.parametrize(
+    ("weights", "first_user"),
+    [
+        (None, [1, 0, 1]),
+        # A tenth of the weight: (1, 0) is nearer to all items but its opposite.
+        ([np.array([0.1, 1, 0.1]), np.array([]), np.ones(1)], [0, 0, 1]),
+    ],
+)
+def test_the_nearest_history_item_is_the_first_of_equals(
+    weights: list[np.ndarray] | None, first_user: list[int]
 ) -> None:
-    positions, weights = drawn(30)
-    whole: Queries = MaxSimilarityQuery(positions, weights)
-    many: Queries = MultiInterestQuery.from_histories(positions, weights, searcher, 20)
-    assert (
-        lists(many.score_all(searcher), positions)[0]
-        == lists(whole.score_all(searcher), positions)[0]
-    )
-    found, _ = lists(many.search(searcher, Effort(searcher.leaves, ITEMS), NO_MORE), positions)
-    assert found == lists(many.score_all(searcher), positions)[0]
-    one = MultiInterestQuery.from_histories(positions[1:], weights[1:], searcher, 1)
-    totals = [
-        heavy @ searcher.vectors[mine]
-        for mine, heavy in zip(positions[1:], weights[1:], strict=True)
-    ]
-    mean: Queries = MeanQuery(unit(np.stack(totals)), positions[1:])
-    assert (
-        lists(one.score_all(searcher), positions[1:])[0]
-        == lists(mean.score_all(searcher), positions[1:])[0]
-    )
-    because, by = many.take(np.array([3, 5])).explain(searcher, np.array([[7], [-1]]))
-    assert because[0, 0] in positions[3]
-    assert (because[1, 0], by.any()) == (-1, False)
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
+    histories = [np.array([1, 0, 4]), np.array([], int), np.array([2])]
+    items = np.array([[2, 3, 1], [2, 3, 1], [0, -1, 2]])
+    nearest = nearest_history_items(histories, weights, in_memory(vectors), items)
+    assert nearest.tolist() == [first_user, [-1, -1, -1], [2, -1, 2]]
 
 
-# With co-occurrence
+# Interests
+
+
+class Groups(NamedTuple):
+    """Queries of a history of two groups of near twins and a single item, and of an empty one.
+
+    interests, weights: those that the first user should have, in the order of their first items.
+    """
+
+    index: Searcher
+    queries: MultiInterestQuery
+    interests: np.ndarray
+    weights: list[float]
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[ItemItemScores, np.ndarray]:
-    """Some eight companions of each item but the last ten, and the same as a matrix."""
-    rng, dense = np.random.default_rng(7), np.zeros((ITEMS, ITEMS))
+def groups() -> Groups:
+    centers = np.repeat(np.eye(3, DIMENSION), [3, 2, 1], axis=0)
+    noise = 0.02 * np.random.default_rng(9).standard_normal((6, DIMENSION))
+    vectors = unit(centers + noise)
+    index = in_memory(vectors)
+    history = np.array([3, 0, 5, 1, 4, 2])
+    weights = np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
+    histories = [history, history[:0]]
+    queries = MultiInterestQuery.from_histories(histories, [weights, weights[:0]], index, 3)
+    by_item = weights[np.argsort(history)]
+    sums = [by_item[group] @ vectors[group] for group in ([3, 4], [0, 1, 2], [5])]
+    return Groups(index, queries, unit(np.stack(sums)), [0.5, 1.0, 0.4])
+
+
+def test_interests_are_the_means_of_similar_items(groups: Groups) -> None:
+    np.testing.assert_allclose(groups.queries._vectors[0], groups.interests, atol=1e-6)
+    assert groups.queries._weights[0].tolist() == pytest.approx(groups.weights)
+
+
+def test_an_item_scores_its_best_interest(groups: Groups) -> None:
+    positions, scores = groups.queries.score_all(groups.index)
+    cosines = groups.index.vectors @ groups.interests.T
+    expected = (cosines * groups.weights).max(axis=1)
+    np.testing.assert_allclose(scores[0], expected, atol=1e-6)
+    assert positions[1].tolist() == [-1] * 6
+    first_user = groups.queries.take(np.array([0]))
+    exact = first_user.scores(groups.index, positions[:1])
+    np.testing.assert_allclose(exact[0], scores[0], atol=1e-6)
+
+
+def test_as_many_interests_as_items_are_the_history_itself(
+    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery, hardest: Effort
+) -> None:
+    seen = histories.positions
+    interests: Queries = MultiInterestQuery.from_histories(*histories, searcher, 20)
+    exact = lists(interests.score_all(searcher), seen)
+    assert exact == lists(queries.score_all(searcher), seen)
+    assert lists(interests.search(searcher, hardest, NO_EXTRA), seen) == exact
+    reasons = interests.take(np.array([3, 5])).explain(searcher, np.array([[7], [-1]]))
+    assert reasons.history_items[0, 0] in histories.positions[3]
+    assert reasons.history_items[1, 0] == -1
+    assert not reasons.by_item_item.any()
+
+
+def test_one_interest_is_the_mean(searcher: Searcher, histories: Histories) -> None:
+    seen = histories.positions[1:]
+    weights = histories.weights[1:]
+    one = MultiInterestQuery.from_histories(seen, weights, searcher, 1)
+    users = zip(seen, weights, strict=True)
+    totals = [user_weights @ searcher.vectors[history] for history, user_weights in users]
+    mean = MeanQuery(unit(np.stack(totals)), seen)
+    assert lists(one.score_all(searcher), seen) == lists(mean.score_all(searcher), seen)
+
+
+# Item-item scores
+
+
+class Pairs(NamedTuple):
+    """Item-item scores, and the same as a matrix (items, items)."""
+
+    scores: ItemItemScores
+    matrix: np.ndarray
+
+
+class Blend(NamedTuple):
+    queries: BlendedQuery
+    positions: list[np.ndarray]
+    weights: list[np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """About eight neighbors of each item but the last ten."""
+    rng = np.random.default_rng(7)
+    matrix = np.zeros((ITEMS, ITEMS))
     for item in range(ITEMS - 10):
-        dense[item, rng.permutation(ITEMS)[: rng.integers(1, 16)]] = rng.random() + 0.01
-    first, second = np.nonzero(dense)
-    folder = tmp_path_factory.mktemp("together") / "v1"
-    ItemItemScores.build(
-        folder, "tastes", ITEMS, first, second, dense[first, second].astype(np.float32)
-    )
-    return ItemItemScores.open(folder), dense
+        neighbors = rng.permutation(ITEMS)[: rng.integers(1, 16)]
+        matrix[item, neighbors] = rng.random() + 0.01
+    first, second = np.nonzero(matrix)
+    strengths = matrix[first, second].astype(np.float32)
+    folder = tmp_path_factory.mktemp("pairs") / "v1"
+    ItemItemScores.build(folder, "x", ITEMS, first, second, strengths)
+    return Pairs(ItemItemScores.open(folder), matrix)
 
 
-def blended(
-    together: ItemItemScores, share: float, users: int = 30
-) -> tuple[BlendedQuery, list[np.ndarray], list[np.ndarray]]:
-    positions, weights = drawn(users)
-    positions[1] = np.arange(ITEMS - 3, ITEMS)  # items without companions
+def blend(pairs: Pairs, share: float) -> Blend:
+    positions, weights = random_histories(ITEMS, USERS)
+    positions[1] = np.arange(ITEMS - 3, ITEMS)  # items without neighbors
     weights[1] = np.ones(3, np.float32)
-    return (
-        BlendedQuery(MaxSimilarityQuery(positions, weights), together, share, positions, weights),
-        positions,
-        weights,
-    )
+    content = MaxSimilarityQuery(positions, weights)
+    queries = BlendedQuery(content, pairs.scores, share, positions, weights)
+    return Blend(queries, positions, weights)
 
 
-def test_companions_come_back_strongest_first(together: tuple[ItemItemScores, np.ndarray]) -> None:
-    found, dense = together
-    assert found.positions.shape == found.strengths.shape
-    for item in (0, 17, ITEMS - 1):
-        there = found.positions[item] >= 0
-        near, strong = found.positions[item][there], found.strengths[item][there]
-        assert {*near.tolist()} == {*np.flatnonzero(dense[item]).tolist()}
-        np.testing.assert_allclose(strong, dense[item][near], rtol=1e-6)
-        assert (np.diff(strong) <= 0).all()
+@pytest.mark.parametrize("item", [0, 17, ITEMS - 1])
+def test_item_item_scores_come_back_strongest_first(pairs: Pairs, item: int) -> None:
+    positions = pairs.scores.positions[item]
+    filled = positions >= 0
+    neighbors = positions[filled]
+    strengths = pairs.scores.strengths[item][filled]
+    assert {*neighbors.tolist()} == {*np.flatnonzero(pairs.matrix[item]).tolist()}
+    np.testing.assert_allclose(strengths, pairs.matrix[item][neighbors], rtol=1e-6)
+    assert (np.diff(strengths) <= 0).all()
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-def test_a_blend_is_the_sum_of_its_parts(
-    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray], share: float
-) -> None:
-    asked, positions, weights = blended(together[0], share)
-    top, scores = lists(asked.score_all(searcher), positions)
+def test_a_blend_is_the_sum_of_its_parts(searcher: Searcher, pairs: Pairs, share: float) -> None:
+    queries, histories, all_weights = blend(pairs, share)
+    top = ranked(queries.score_all(searcher), histories)
     vectors = searcher.vectors.astype(np.float64)
-    for user in range(30):
-        mine, heavy = positions[user], weights[user].astype(np.float64)
-        found = heavy @ together[1][mine] if len(mine) else np.zeros(ITEMS)
-        found = found / found.max() if found.any() else found
-        content = (vectors @ vectors[mine].T * heavy).max(axis=1) if len(mine) else np.zeros(ITEMS)
-        expected = share * found + (1 - share) * content
-        out = {*mine.tolist(), *(np.flatnonzero(found == 0).tolist() if share == 1 else ())}
-        best = sorted(
-            (-round(one, 6), item) for item, one in enumerate(expected) if item not in out
-        )
-        best = best[:K] if len(mine) else []
-        np.testing.assert_allclose(
-            scores[user][: len(best)], [-one for one, _ in best], rtol=0, atol=3e-6
-        )
-        assert top[user][len(best) :] == [-1] * (K - len(best))
-    assert top[1] == (
-        [-1] * K
-        if share == 1
-        else lists(MaxSimilarityQuery(positions, weights).score_all(searcher), positions)[0][1]
-    )
+    assert top.positions[0].tolist() == EMPTY_LIST
+    for user in range(1, USERS):
+        history = histories[user]
+        weights = all_weights[user].astype(np.float64)
+        item_item = weights @ pairs.matrix[history]
+        item_item = item_item / item_item.max(initial=1e-300)
+        content = (vectors @ vectors[history].T * weights).max(axis=1)
+        barred = history
+        if share == 1:
+            barred = np.union1d(history, np.flatnonzero(item_item == 0))
+        scores, _ = best_unseen(share * item_item + (1 - share) * content, barred)
+        length = len(scores)
+        np.testing.assert_allclose(top.scores[user, :length], scores, rtol=0, atol=3e-6)
+        assert top.positions[user, length:].tolist() == [-1] * (K - length)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_part_of_the_items_is_scored_as_among_all(
-    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray], share: float
+def test_without_item_item_scores_the_content_decides(searcher: Searcher, pairs: Pairs) -> None:
+    queries, histories, weights = blend(pairs, 0.4)
+    content = MaxSimilarityQuery(histories, weights)
+    content_lists = lists(content.score_all(searcher), histories)
+    assert lists(queries.score_all(searcher), histories)[1] == content_lists[1]
+    only_item_item = blend(pairs, 1.0).queries
+    assert lists(only_item_item.score_all(searcher), histories)[1] == EMPTY_LIST
+
+
+@pytest.fixture(params=["mean", "max_similarity", "blend", "item_item"])
+def any_queries(request: pytest.FixtureRequest, searcher: Searcher, pairs: Pairs) -> Queries:
+    """Queries of each kind, of the histories of `blend`."""
+    queries, histories, weights = blend(pairs, 1.0 if request.param == "item_item" else 0.4)
+    if request.param == "mean":
+        sums = [searcher.vectors[history].sum(axis=0) + 1e-3 for history in histories]
+        return MeanQuery(unit(np.stack(sums)), histories)
+    if request.param == "max_similarity":
+        return MaxSimilarityQuery(histories, weights)
+    return queries
+
+
+def test_a_subset_is_scored_as_among_all_items(
+    searcher: Searcher, pairs: Pairs, any_queries: Queries, hardest: Effort
 ) -> None:
-    """Each list over a seventh of the items, means, histories and blends: best of that part, whatever the others."""
-    asked, positions, weights = blended(together[0], share)
-    means = MeanQuery(
-        unit(np.stack([searcher.vectors[mine].sum(axis=0) + 1e-3 for mine in positions])), positions
-    )
+    """Lists of a seventh of the items are the best of that part."""
+    histories = blend(pairs, 0.4).positions
     eligible = np.arange(ITEMS) % 7 == 3
-    kinds: list[Queries] = [asked] if share else [means, MaxSimilarityQuery(positions, weights)]
-    for tastes in kinds:
-        whole, all_scores = tastes.score_all(searcher)
-        expected = top_k(whole, all_scores, flat_exclusions(positions, ITEMS), eligible, K)
-        part = tastes.score_all(searcher, np.flatnonzero(eligible))
-        found = top_k(*part, flat_exclusions(positions, ITEMS), eligible, K)
-        assert found[0].tolist() == expected[0].tolist()
-        np.testing.assert_allclose(found[1], expected[1], atol=2e-6)
-        assert (expected[0] >= 0).any()
-        for effort in (None, Effort(searcher.leaves, ITEMS)):
-            top, _ = retrieve(searcher, tastes, positions, eligible, K, effort)
-            assert top.tolist() == expected[0].tolist()
-            nothing, _ = retrieve(searcher, tastes, positions, np.zeros(ITEMS, bool), K, effort)
-            assert (nothing < 0).all()
+    exclusions = flat_exclusions(histories, ITEMS)
+    expected = top_k(*any_queries.score_all(searcher), exclusions, eligible, K)
+    subset = any_queries.score_all(searcher, np.flatnonzero(eligible))
+    top = top_k(*subset, exclusions, eligible, K)
+    assert top.positions.tolist() == expected.positions.tolist()
+    np.testing.assert_allclose(top.scores, expected.scores, atol=2e-6)
+    assert (expected.positions >= 0).any()
+    for effort in (None, hardest):
+        retrieved = retrieve(searcher, any_queries, histories, eligible, K, effort)
+        assert retrieved.positions.tolist() == expected.positions.tolist()
+        nothing = retrieve(searcher, any_queries, histories, ~ALL_ELIGIBLE, K, effort)
+        assert (nothing.positions < 0).all()
 
 
 def test_a_blend_by_scann_gives_the_exact_lists(
-    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray]
+    searcher: Searcher, pairs: Pairs, hardest: Effort
 ) -> None:
-    asked, positions, _ = blended(together[0], 0.4)
-    top, scores = lists(asked.score_all(searcher), positions)
-    found, approximate = lists(
-        asked.search(searcher, Effort(searcher.leaves, ITEMS), NO_MORE), positions
-    )
-    assert found == top
-    np.testing.assert_allclose(approximate, scores, rtol=0, atol=2e-6)
-    assert lists(asked.take(np.array([4, 9])).score_all(searcher), [positions[4], positions[9]])[
-        0
-    ] == [top[4], top[9]]
+    queries, histories, _ = blend(pairs, 0.4)
+    exact = ranked(queries.score_all(searcher), histories)
+    searched = ranked(queries.search(searcher, hardest, NO_EXTRA), histories)
+    assert searched.positions.tolist() == exact.positions.tolist()
+    np.testing.assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
+    two = np.array([4, 9])
+    two_lists = lists(queries.take(two).score_all(searcher), [histories[4], histories[9]])
+    assert two_lists == exact.positions[two].tolist()
 
 
-def test_a_blend_says_which_part_spoke_and_for_which_item(
-    searcher: Searcher, together: tuple[ItemItemScores, np.ndarray]
-) -> None:
-    asked, positions, weights = blended(together[0], 0.5)
-    top, _ = lists(asked.score_all(searcher), positions)
-    spoke = set()
-    every_because, every_by = asked.explain(searcher, np.array(top))
-    for user in range(2, 30):
-        mine = positions[user]
-        for item, reason, found in zip(top[user], every_because[user], every_by[user], strict=True):
-            speaks = (
-                together[1][mine, item]
-                if found
-                else searcher.vectors[mine] @ searcher.vectors[item]
-            )
-            adds = weights[user] * speaks
-            assert adds[mine.tolist().index(reason)] == pytest.approx(adds.max(), abs=2e-6)
-            assert not found or together[1][mine, item].any()
-            spoke.add(bool(found))
-    assert spoke == {True, False}
+def test_a_blend_names_the_part_and_the_history_item(searcher: Searcher, pairs: Pairs) -> None:
+    queries, histories, weights = blend(pairs, 0.5)
+    top = np.array(lists(queries.score_all(searcher), histories))
+    reasons = queries.explain(searcher, top)
+    for user in range(2, USERS):
+        history = histories[user]
+        for rank, item in enumerate(top[user].tolist()):
+            strengths = searcher.vectors[history] @ searcher.vectors[item]
+            if reasons.by_item_item[user, rank]:
+                strengths = pairs.matrix[history, item]
+                assert strengths.any()
+            added = weights[user] * strengths
+            index = history.tolist().index(reasons.history_items[user, rank])
+            assert added[index] == pytest.approx(added.max(), abs=2e-6)
+    assert {*reasons.by_item_item[2:].ravel().tolist()} == {True, False}
 
 
-def test_damaged_companions_are_refused(tmp_path: Path) -> None:
-    one = np.array([0]), np.array([1]), np.array([0.5], np.float32)
-    ItemItemScores.build(tmp_path / "x", "v", 2, *one)
-    (tmp_path / "x" / "strengths.npy").write_bytes(b"")
-    with pytest.raises(
-        RunError,
-        match=r"The cooccurrence folder .* is damaged: strengths\.npy .* Run the recommend",
-    ):
-        ItemItemScores.open(tmp_path / "x")
+def test_damaged_item_item_scores_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    strengths = np.array([0.5], np.float32)
+    ItemItemScores.build(folder, "v", 2, np.array([0]), np.array([1]), strengths)
+    (folder / "strengths.npy").write_bytes(b"")
+    message = r"cooccurrence folder .* is damaged: strengths\.npy .* Run the recommend"
+    with pytest.raises(RunError, match=message):
+        ItemItemScores.open(folder)

@@ -1,4 +1,4 @@
-"""Photos of which the model is asked a second time, each slightly changed, by a UDF. Knows rows; knows no table."""
+"""The UDF that perturbs photos, for a second caption. Knows rows; knows no table."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from vlm4rec_spark.models.photos.download import HttpSettings
 
 
 def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame:
-    """Rows as `worker.caption_photos` takes them, with another photo in place of each; empty where there is none."""
-    return photos.mapInPandas(_retaking_udf(max_side, http), photos.schema)
+    """Rows for `worker.caption_photos`, with every photo perturbed; empty where it is lost."""
+    return photos.mapInPandas(_perturbing_udf(max_side, http), photos.schema)
 
 
-def _retaking_udf(
+def _perturbing_udf(
     max_side: int, http: HttpSettings
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    def retake(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    def perturb(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
             images = [
-                _retaken(*pair, max_side, http)
-                for pair in zip(batch["image"], batch["uri"], strict=True)
+                _perturbed(image, uri, max_side, http)
+                for image, uri in zip(batch["image"], batch["uri"], strict=True)
             ]
-            # Without its place, or the worker would look there for what is empty here.
+            # Without its URI, or the worker would read there what is empty here.
             yield batch.assign(image=images, uri=None)
 
-    return retake
+    return perturb
 
 
-def _retaken(image: bytes | None, uri: str | None, max_side: int, http: HttpSettings) -> bytes:
-    """Empty for a photo that can't be had any more: it then counts among those that can't be described."""
+def _perturbed(image: bytes | None, uri: str | None, max_side: int, http: HttpSettings) -> bytes:
+    """Empty for a photo that can't be read any more: it counts as one that can't be described."""
     try:
         if image is None and uri:
-            found = photo_storage.read_if_changed(uri, http)
-            image = found[0] if found else None
+            stored = photo_storage.read_if_changed(uri, http)
+            image = stored[0] if stored else None
         return perturbations.perturbed(bytes(image or b""), max_side)
-    except (
-        Exception
-    ):  # a place raises whatever it likes, and the caption in force says that the photo was good
+    # A storage raises errors of any class. The photo was good once: it has a caption.
+    except Exception:
         return b""

@@ -1,4 +1,4 @@
-"""The caption stage's settings: model, prompt, how the work is cut, what may fail and what it may cost."""
+"""The caption stage's settings: model, prompt, chunks, the failures it accepts and the cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlm4rec_spark.models.captioning.captioner import ModelSettings
 
 
 class Budget(BaseModel):
-    """The most that one run takes on. Items with the most events come first; the rest waits for the next run."""
+    """The limit of a run. Items with the most events come first; the rest waits for the next."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Prices(BaseModel):
 
 
 class Assumed(BaseModel):
-    """What is reckoned with until a run has measured it."""
+    """Rates for the plan until a run has measured them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ class Assumed(BaseModel):
 
 
 class CaptionSettings(BaseModel):
-    """All of them; `conf/base.yaml` says what each is for."""
+    """`conf/base.yaml` explains every setting."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

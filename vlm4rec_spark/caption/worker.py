@@ -1,6 +1,7 @@
-"""The UDF around the model: photos in, one small row each out. The model sits in a supervised child process.
+"""The UDF around the model: photos in, a small row for every photo out.
 
-Knows rows, and what the driver wants to hear; knows neither tables nor which backend runs.
+The model runs in a supervised child process. Knows rows and the progress channel; knows neither
+tables nor which backend runs.
 """
 
 from __future__ import annotations
@@ -26,36 +27,39 @@ from vlm4rec_spark.models.photos import download, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 
 RESULT = (
-    "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, input_tokens INT, "
-    "output_tokens INT, status STRING, error_class STRING, error STRING, attempts INT, seconds DOUBLE, waited DOUBLE"
+    "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, "
+    "input_tokens INT, output_tokens INT, status STRING, error_class STRING, error STRING, "
+    "attempts INT, seconds DOUBLE, waited DOUBLE"
 )
-_ROWS, _SECONDS = 512, 2.0
-"""Results go back to Spark so many at a time, or this often: each time costs some milliseconds."""
+_MAX_ROWS = 512
+_MAX_SECONDS = 2.0
+"""A task returns frames of so many rows, or one this often: a frame costs milliseconds."""
 
-_running: dict[str, Supervisor] = {}
-"""Python workers are reused from task to task, and the child with them: keyed by all that made it."""
+_supervisors: dict[str, Supervisor] = {}
+"""Spark reuses Python workers, and the child with them: by the JSON of all that made it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the tasks need to know beside their photos."""
+    """What the tasks need to know, next to their photos."""
 
     settings: CaptionSettings
     prompt: Prompt
     """Its text is for photos that have none of their own."""
     http: HttpSettings
-    """For photos that were not kept and lie behind a URL."""
-    line: Address | None
-    """To the driver."""
+    """For photos that aren't stored and are behind a URL."""
+    progress_address: Address | None
+    """The driver's ProgressServer."""
 
 
 def caption_photos(
     photos: DataFrame, job: Job, tasks: int, profile: ResourceProfile | None = None
 ) -> DataFrame:
-    """Caption every row (caption_key, image_sha256, uri, image, attempts, prompt, rank) once: a row each as in RESULT.
+    """Caption every row once: a row as in RESULT for each.
 
-    `profile` is what each of so many `tasks` claims.
-    None for a photo that wasn't tried, because the driver said stop or the model kept dying.
+    `photos` has caption_key, image_sha256, uri, image, attempts, prompt and rank. Every one of
+    `tasks` claims the resources of `profile`. A photo has no result if it wasn't tried, because the
+    driver said stop or the model died again and again.
     """
     # Not by a hash, which gives one task a tenth more than another.
     even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
@@ -67,94 +71,124 @@ Batches = Iterator[pd.DataFrame]
 
 def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
-        rows: dict[str, dict] = {}
-        lost: list[Result] = []
-        caller = ProgressClient(job.line)
-
-        def photos() -> Iterator[Photo]:
-            for batch in batches:
-                records = (
-                    {**row, "prompt": row["prompt"] or job.prompt.text}
-                    for row in batch.to_dict("records")
-                )
-                for row, image in _with_images(records, job.http):
-                    rows[row["caption_key"]] = row
-                    if isinstance(image, Result):
-                        lost.append(image)
-                    else:
-                        yield Photo(row["caption_key"], image, row["prompt"])
-
-        caller.flush()
-        ready: list[dict] = []
-        began = time.monotonic()
-        supervisor = _supervisor(job.settings, _gpu(), job.prompt.structured)
-        supervisor.run = job.line.token if job.line else ""
+        progress = ProgressClient(job.progress_address)
+        progress.flush()
         try:
-            for result in _beside(supervisor.caption(photos(), lambda: caller.stopped), lost):
-                asked = rows.pop(result.key)
-                known = {"image_sha256": asked["image_sha256"], "attempts": asked["attempts"] + 1}
-                ready.append(known | row(result, asked["prompt"], job.prompt.structured))
-                caller.say(_figures(ready[-1]))
-                if len(ready) >= _ROWS or time.monotonic() - began > _SECONDS:
-                    yield pd.DataFrame(ready)
-                    ready, began = [], time.monotonic()
-            if ready:
-                yield pd.DataFrame(ready)
+            yield from _frames(_caption_rows(batches, job, progress))
         finally:
-            caller.close()
+            progress.close()
 
     return caption
 
 
-def _with_images(rows: Iterable[dict], http: HttpSettings) -> Iterator[tuple[dict, bytes | Result]]:
-    """Each row, without its image, and the photo's bytes: those that were kept, or those that lie at its place."""
-    bare = []
-    for row in rows:
-        image = row.pop("image")
-        if image is None and row["uri"]:
-            bare.append(row)
-        else:
-            yield row, image or b""
-    yield from download.concurrently(lambda row: (row, _read(row, http)), bare, http.concurrency)
+def _caption_rows(batches: Batches, job: Job, progress: ProgressClient) -> Iterator[dict]:
+    structured = job.prompt.structured
+    supervisor = _supervisor(job.settings, _gpu(), structured)
+    supervisor.run = job.progress_address.token if job.progress_address else ""
+    task = _TaskPhotos(batches, job)
+    results = supervisor.caption(task.readable(), lambda: progress.stopped)
+    for result in task.with_unreadable(results):
+        photo = task.pop(result.key)
+        result_row = {
+            "image_sha256": photo["image_sha256"],
+            "attempts": photo["attempts"] + 1,
+        } | row(result, photo["prompt"], structured)
+        progress.add(_counts(result_row))
+        yield result_row
 
 
-def _read(row: dict, http: HttpSettings) -> bytes | Result:
-    """The bytes at the photo's place, or why they can't be described."""
+def _frames(rows: Iterator[dict]) -> Batches:
+    """Rows in frames of _MAX_ROWS, or fewer rows where _MAX_SECONDS are over."""
+    frame: list[dict] = []
+    started = time.monotonic()
+    for result_row in rows:
+        frame.append(result_row)
+        if len(frame) >= _MAX_ROWS or time.monotonic() - started > _MAX_SECONDS:
+            yield pd.DataFrame(frame)
+            frame = []
+            started = time.monotonic()
+    if frame:
+        yield pd.DataFrame(frame)
+
+
+class _TaskPhotos:
+    """A task's photos, read lazily. Holds the row of a photo, without image, until its result."""
+
+    def __init__(self, batches: Batches, job: Job):
+        self._batches = batches
+        self._job = job
+        self._rows: dict[str, dict] = {}
+        self._unreadable: list[Result] = []
+
+    def readable(self) -> Iterator[Photo]:
+        """The photos that the model gets."""
+        for batch in self._batches:
+            for photo, image in self._with_images(batch.to_dict("records")):
+                photo["prompt"] = photo["prompt"] or self._job.prompt.text
+                self._rows[photo["caption_key"]] = photo
+                if isinstance(image, Result):
+                    self._unreadable.append(image)
+                else:
+                    yield Photo(photo["caption_key"], image, photo["prompt"])
+
+    def with_unreadable(self, results: Iterator[Result]) -> Iterator[Result]:
+        """The model's results, and the errors of photos that couldn't be read."""
+        for result in results:
+            yield result
+            while self._unreadable:
+                yield self._unreadable.pop()
+        yield from self._unreadable
+
+    def pop(self, key: str) -> dict:
+        return self._rows.pop(key)
+
+    def _with_images(self, rows: Iterable[dict]) -> Iterator[tuple[dict, bytes | Result]]:
+        """Rows without `image`, and the photo's bytes: the stored ones, or those at its URI."""
+        not_stored = []
+        for photo in rows:
+            image = photo.pop("image")
+            if image is None and photo["uri"]:
+                not_stored.append(photo)
+            else:
+                yield photo, image or b""
+        http = self._job.http
+        yield from download.concurrently(
+            lambda photo: (photo, _read(photo, http)), not_stored, http.concurrency
+        )
+
+
+def _read(photo: dict, http: HttpSettings) -> bytes | Result:
+    """The bytes at the photo's URI, or why they can't be described."""
     try:
-        return photo_storage.read_unchanged(row["uri"], row["image_sha256"], http)
+        return photo_storage.read_unchanged(photo["uri"], photo["image_sha256"], http)
     except photo_storage.ChangedError as changed:
-        return _lost(row["caption_key"], "changed_since", str(changed))
-    except Exception as unreadable:
-        return _lost(row["caption_key"], "unreadable", f"the photo can't be read: {unreadable}")
+        return _unreadable(photo["caption_key"], "changed_since", str(changed))
+    except Exception as error:
+        return _unreadable(photo["caption_key"], "unreadable", f"the photo can't be read: {error}")
 
 
-def _lost(key: str, error_class: str, error: str) -> Result:
+def _unreadable(key: str, error_class: str, error: str) -> Result:
     return Result(key, None, None, None, error_class, error, 0.0, 0.0)
 
 
-def _beside(results: Iterator[Result], lost: list[Result]) -> Iterator[Result]:
-    """Results, and those that come without the model as they are found."""
-    for result in results:
-        yield result
-        while lost:
-            yield lost.pop()
-    yield from lost
-
-
 def row(result: Result, prompt: str, structured: bool = False) -> dict:
-    """A row of RESULT without the columns that don't come from the model: the caption, or why there is none."""
-    text, known, fault = result.text, None, None
+    """The columns of RESULT that come from the model: the caption, or why there is none."""
+    text = result.text
+    parsed = None
+    rejection = None
     if text is not None and structured:
-        text, known, fault = caption_checks.check_structured(text, prompt)
+        text, parsed, rejection = caption_checks.check_structured(text, prompt)
     elif text is not None:
-        fault = caption_checks.check_caption(text, prompt)
-    refused = fault or result.error_class == "refusal"
-    status = "rejected" if refused else "failed" if result.text is None else "ok"
-    error_class, error = fault or (result.error_class, result.error)
+        rejection = caption_checks.check_caption(text, prompt)
+    error_class, error = rejection or (result.error_class, result.error)
+    if rejection or result.error_class == "refusal":
+        status = "rejected"
+    else:
+        status = "failed" if result.text is None else "ok"
     return {
         "caption_key": result.key,
         "caption": text if status == "ok" else None,
-        "attributes": known if status == "ok" else None,
+        "attributes": parsed if status == "ok" else None,
         "input_tokens": result.input_tokens,
         "output_tokens": result.output_tokens,
         "status": status,
@@ -165,54 +199,44 @@ def row(result: Result, prompt: str, structured: bool = False) -> dict:
     }
 
 
-def _figures(row: dict) -> dict[str, float]:
+def _counts(result_row: dict) -> dict[str, float]:
+    """What a result adds to the driver's counts."""
     counts = {
         "photos": 1,
-        "tokens": row["output_tokens"] or 0,
-        "seconds": row["seconds"],
-        "waited": row["waited"],
+        "tokens": result_row["output_tokens"] or 0,
+        "seconds": result_row["seconds"],
+        "waited": result_row["waited"],
     }
-    return (
-        counts
-        if row["status"] == "ok"
-        else counts | {"failed": 1, f"failed {row['error_class']}": 1}
-    )
+    if result_row["status"] != "ok":
+        counts |= {"failed": 1, f"failed {result_row['error_class']}": 1}
+    return counts
 
 
 def _gpu() -> str | None:
-    """The address of the GPU that Spark gives to this task alone; None where Spark gives none, as in local mode."""
+    """The address of the task's own GPU; None where Spark gives none, as in local mode."""
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
     return gpu.addresses[0] if gpu else None
 
 
 def _supervisor(settings: CaptionSettings, gpu: str | None, structured: bool) -> Supervisor:
-    made_by = (
-        settings.model.model_dump(),
-        settings.batch_size,
-        settings.batch_seconds,
-        settings.memory_gb,
-        gpu,
-        structured,
-    )
-    key = json.dumps(made_by)
-    if key not in _running:
-        for other in _running.values():  # one model at a time: two wouldn't fit a GPU
-            other.close()
-        _running.clear()
+    """The supervisor of these settings; the one of other settings ends."""
+    model = settings.model
+    limits = (settings.batch_size, settings.batch_seconds, settings.memory_gb)
+    key = json.dumps([model.model_dump(), *limits, gpu, structured])
+    if key not in _supervisors:
+        # One model at a time: two wouldn't fit a GPU.
+        _close_all()
+        _supervisors.clear()
         memory = int(settings.memory_gb * 1e9) if settings.memory_gb else None
-        _running[key] = Supervisor(
-            settings.model,
-            settings.batch_size,
-            settings.batch_seconds,
-            memory,
-            gpu,
-            attributes.SCHEMA if structured else None,
+        schema = attributes.SCHEMA if structured else None
+        _supervisors[key] = Supervisor(
+            model, settings.batch_size, settings.batch_seconds, memory, gpu, schema
         )
-    return _running[key]
+    return _supervisors[key]
 
 
 @atexit.register
 def _close_all() -> None:
-    for supervisor in _running.values():
+    for supervisor in _supervisors.values():
         supervisor.close()

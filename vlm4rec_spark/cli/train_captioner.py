@@ -56,7 +56,7 @@ def run_training(
     )
     curve, seconds = train.train(photos, out, folder, plan, LOG.info)
     accuracy = measure.held_out(out, photos, LOG.info)
-    origin = card.Made(
+    origin = card.Provenance(
         command,
         f"`{table.name}`",
         licence,

@@ -1,7 +1,8 @@
-"""Writes the demo shop as a company would have it: photos, a catalogue, a log by month, with the dirt of real data.
+"""Writes the demo shop: photos, a catalogue and a log by month, with the errors of real data.
 
-Knows tastes and the look of items; knows no recommender, and isn't tuned to one. The same seed gives the same bytes.
-Only `truth.parquet`, which the evaluation's oracle arm reads, says how items look: titles, brands and categories don't.
+Knows tastes and the look of items; knows no recommender, and isn't tuned to one. The same seed
+gives the same bytes. Only `truth.parquet` says how items look; titles, brands and categories don't.
+The evaluation's oracle arm reads it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,8 @@ from vlm4rec_spark.demo.drawing import ATTRIBUTES, draw
 
 CUT = "2025-05-01"
 """The last month is held out by the demo's time split."""
-_START, _END = datetime(2025, 1, 1, tzinfo=UTC), datetime(2025, 6, 1, tzinfo=UTC)
+_START = datetime(2025, 1, 1, tzinfo=UTC)
+_END = datetime(2025, 6, 1, tzinfo=UTC)
 _MATCH = {"kind": 2.0, "colour": 2.5, "pattern": 2.0, "material": 2.0, "style": 1.0}
 """What a match with the user's taste adds to an item's log-odds of being looked at."""
 _NOISE = 0.1
@@ -39,13 +42,25 @@ _CATALOGUE = (
     "first_seen_at",
 )
 _LOG = ("user_id", "item_id", "event_type", "event_time")
-_VISITOR, _SIGNED_IN_LATE, _SIGNED_IN = "visitor-", 20, datetime(2025, 1, 25, tzinfo=UTC)
+_VISITOR = "visitor-"
+_VISITOR_SHARE = 20
+_FIRST_SIGN_IN = datetime(2025, 1, 25, tzinfo=UTC)
 """Each 20th user signed in on this day for the first time and was a visitor before."""
 
 
+class _Event(NamedTuple):
+    user_id: str
+    item_id: str
+    event_type: str
+    at: datetime
+
+
 def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> None:
-    """Write photos/, catalogue.csv, events-YYYY-MM.csv.gz, users.csv, identities.csv and, last, truth.parquet into
-    `folder`."""
+    """Write the shop into `folder`, which is emptied first.
+
+    It has photos/, catalogue.csv, events-YYYY-MM.csv.gz, users.csv, identities.csv and, written
+    last, truth.parquet.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "photos").mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -55,9 +70,8 @@ def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> 
             for name, values in ATTRIBUTES.items()
         }
     )
-    truth.insert(
-        0, "item_id", [f"SKU-{number:05d}" for number in rng.permutation(90_000)[:items] + 10_000]
-    )
+    numbers = rng.permutation(90_000)[:items] + 10_000
+    truth.insert(0, "item_id", [f"SKU-{number:05d}" for number in numbers])
     first_seen = _first_seen(items, rng)
     _write_catalogue(folder / "catalogue.csv", truth["item_id"].tolist(), first_seen, rng)
     _write_photos(folder / "photos", truth, seed)
@@ -68,10 +82,9 @@ def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> 
 
 def _first_seen(items: int, rng: np.random.Generator) -> list[datetime]:
     """Most items were always there; 5 % came in the last month."""
-    late = rng.random(items) < 0.05
+    is_late = rng.random(items) < 0.05
     return [
-        _START + timedelta(days=120 + int(rng.integers(15))) if is_late else _START
-        for is_late in late
+        _START + timedelta(days=120 + int(rng.integers(15))) if late else _START for late in is_late
     ]
 
 
@@ -81,7 +94,7 @@ def _write_catalogue(
     rows = [
         (
             item,
-            f"Article {rng.choice(list('KLMNPRST'))}{rng.integers(100, 1000)}-{rng.integers(10, 100)}",
+            _title(rng),
             rng.choice(["Norrvik", "Belmonte", "Aster & Co", "Hollis", "Kintsu"]),
             rng.choice(["new in", "outlet", "best of season", "warehouse"]),
             f"P{rng.integers(5 * len(ids)):04d}",
@@ -100,8 +113,13 @@ def _write_catalogue(
     file.write_text(_csv(_CATALOGUE, [*rows, *bad, rows[3]]), encoding="utf-8")
 
 
+def _title(rng: np.random.Generator) -> str:
+    letter = rng.choice(list("KLMNPRST"))
+    return f"Article {letter}{rng.integers(100, 1000)}-{rng.integers(10, 100)}"
+
+
 def _write_users(folder: Path, users: int, seed: int) -> None:
-    """A segment and a market of each user, and who the anonymous visitors of the first weeks turned out to be."""
+    """Every user's segment and market, and the user ids of the first weeks' visitors."""
     rng = np.random.default_rng([seed, users])
     rows = [
         (
@@ -115,21 +133,22 @@ def _write_users(folder: Path, users: int, seed: int) -> None:
     (folder / "users.csv").write_text(
         _csv(("user_id", "segment", "region", "consent"), rows), encoding="utf-8"
     )
-    known = [
+    identities = [
         (f"{_VISITOR}{number:05d}", f"user-{number:05d}")
-        for number in range(0, users, _SIGNED_IN_LATE)
+        for number in range(0, users, _VISITOR_SHARE)
     ]
     (folder / "identities.csv").write_text(
-        _csv(("anonymous_id", "user_id"), known), encoding="utf-8"
+        _csv(("anonymous_id", "user_id"), identities), encoding="utf-8"
     )
 
 
 def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
-    """A photo per item, a second one for some, and among them what real photo folders hold."""
+    """A photo per item, a second one for some, and the odd files of real photo folders."""
     for number, row in enumerate(truth.to_dict("records")):
         item = row["item_id"]
         rng = np.random.default_rng([seed, number])
-        photo = draw({name: row[name] for name in ATTRIBUTES}, rng)
+        look = {name: row[name] for name in ATTRIBUTES}
+        photo = draw(look, rng)
         oddity = _ODDITIES.get(number)
         if oddity is None:
             photo.save(folder / f"{item}.jpg", quality=90)
@@ -142,9 +161,7 @@ def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
             if data is not None:
                 (folder / f"{item}{name}").write_bytes(data)
         if number % 12 == 5 and oddity is None:
-            draw({name: row[name] for name in ATTRIBUTES}, rng).save(
-                folder / f"{item}.1.jpg", quality=90
-            )
+            draw(look, rng).save(folder / f"{item}.1.jpg", quality=90)
 
 
 _ODDITIES = {
@@ -172,92 +189,117 @@ _ODDITIES = {
 
 def _odd_photo(oddity: str, photo: Image.Image) -> tuple[str, bytes | None]:
     """The photo's file ending and bytes; None for an item without a photo."""
+    match oddity:
+        case "none":
+            return "", None
+        case "html":
+            return ".jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
+        case "cmyk":
+            return ".jpg", _encoded(photo.convert("CMYK"), "JPEG", quality=90)
+        case "rgba":
+            return ".png", _encoded(photo.convert("RGBA"), "PNG")
+        case "rotated":
+            exif = Image.Exif()
+            exif[0x0112] = 6  # shown turned by 90° clockwise
+            turned = photo.transpose(Image.Transpose.ROTATE_90)
+            return ".jpg", _encoded(turned, "JPEG", quality=90, exif=exif)
+        case "animated":
+            frames = [Image.new("RGB", photo.size, "white")]
+            data = _encoded(photo, "GIF", save_all=True, append_images=frames, duration=500)
+            return ".gif", data
+        case "webp":
+            return ".webp", _encoded(photo, "WEBP", quality=90)
+        case "corrupt":
+            data = _encoded(photo, "JPEG", quality=90)
+            return ".jpg", data[: len(data) // 2]
+    return ".jpg", b""
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    if oddity == "cmyk":
-        photo.convert("CMYK").save(buffer, "JPEG", quality=90)
-    elif oddity == "rgba":
-        photo.convert("RGBA").save(buffer, "PNG")
-        return ".png", buffer.getvalue()
-    elif oddity == "rotated":
-        exif = Image.Exif()
-        exif[0x0112] = 6  # shown turned by 90° clockwise
-        photo.transpose(Image.Transpose.ROTATE_90).save(buffer, "JPEG", quality=90, exif=exif)
-    elif oddity == "animated":
-        photo.save(
-            buffer,
-            "GIF",
-            save_all=True,
-            append_images=[Image.new("RGB", photo.size, "white")],
-            duration=500,
-        )
-        return ".gif", buffer.getvalue()
-    elif oddity == "webp":
-        photo.save(buffer, "WEBP", quality=90)
-        return ".webp", buffer.getvalue()
-    elif oddity == "html":
-        return ".jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
-    elif oddity == "corrupt":
-        photo.save(buffer, "JPEG", quality=90)
-        return ".jpg", buffer.getvalue()[: buffer.tell() // 2]
-    elif oddity == "none":
-        return "", None
-    return ".jpg", buffer.getvalue()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def _events(
     truth: pd.DataFrame, first_seen: Sequence[datetime], users: int, rng: np.random.Generator
-) -> Iterable[tuple[str, str, str, datetime]]:
+) -> Iterable[_Event]:
     """Views, carts and purchases of every user, then the odd ones."""
-    codes = np.column_stack(
-        [pd.Categorical(truth[name], ATTRIBUTES[name]).codes for name in ATTRIBUTES]
-    )
-    weights = np.array([_MATCH[name] for name in ATTRIBUTES])
-    ids = truth["item_id"].to_numpy()
-    popularity = rng.normal(0, 0.5, len(ids))
-    untouched = rng.random(len(ids))
-    popularity[np.argsort(untouched)[: max(2, int((untouched < 0.04).sum()))]] = -np.inf
-    since = np.array([seen.timestamp() for seen in first_seen])
+    shoppers = _Shoppers(truth, first_seen, rng)
     for number in range(users):
-        late = number % _SIGNED_IN_LATE == 0
-        tastes = [codes[rng.integers(len(ids))] for _ in range(2 if rng.random() < 0.25 else 1)]
-        chances = [_softmax((codes == taste) @ weights + popularity) for taste in tastes]
-        anything = _softmax(popularity)
-        seconds = np.sort(
-            rng.uniform(_START.timestamp(), _END.timestamp(), int(rng.integers(8, 46)))
-        )
-        for second in seconds:
-            chance = anything if rng.random() < _NOISE else chances[rng.integers(len(chances))]
-            chance = np.where(since <= second, chance, 0)
-            item = ids[rng.choice(len(ids), p=chance / chance.sum())]
-            at = datetime.fromtimestamp(int(second), UTC)
-            for step, (event, share) in enumerate(
-                (("view", 1.0), ("cart", 0.3), ("purchase", 0.5))
-            ):
-                if rng.random() >= share:
-                    break
-                name = _VISITOR if late and at < _SIGNED_IN else "user-"
-                yield f"{name}{number:05d}", item, event, at + timedelta(minutes=4 * step)
-    yield from _odd_events(ids[np.isfinite(popularity)], rng)
+        yield from shoppers.events(number)
+    yield from _odd_events(shoppers.viewed_items(), rng)
 
 
-def _odd_events(
-    ids: np.ndarray, rng: np.random.Generator
-) -> Iterable[tuple[str, str, str, datetime]]:
-    """A bot, users without a usable history, unknown items, missing ids, repeats, and the future."""
+class _Shoppers:
+    """Users who look for what is like an item of their taste. Some items nobody views."""
+
+    def __init__(
+        self, truth: pd.DataFrame, first_seen: Sequence[datetime], rng: np.random.Generator
+    ):
+        codes = [pd.Categorical(truth[name], ATTRIBUTES[name]).codes for name in ATTRIBUTES]
+        self._rng = rng
+        self._codes = np.column_stack(codes)
+        self._weights = np.array([_MATCH[name] for name in ATTRIBUTES])
+        self._ids = truth["item_id"].to_numpy()
+        self._popularity = rng.normal(0, 0.5, len(self._ids))
+        untouched = rng.random(len(self._ids))
+        count = max(2, int((untouched < 0.04).sum()))
+        self._popularity[np.argsort(untouched)[:count]] = -np.inf
+        self._first_seen = np.array([seen.timestamp() for seen in first_seen])
+
+    def viewed_items(self) -> np.ndarray:
+        return self._ids[np.isfinite(self._popularity)]
+
+    def events(self, number: int) -> Iterable[_Event]:
+        rng = self._rng
+        taste_count = 2 if rng.random() < 0.25 else 1
+        tastes = [self._codes[rng.integers(len(self._ids))] for _ in range(taste_count)]
+        by_taste = [self._chances(taste) for taste in tastes]
+        by_popularity = _softmax(self._popularity)
+        views = int(rng.integers(8, 46))
+        for second in np.sort(rng.uniform(_START.timestamp(), _END.timestamp(), views)):
+            if rng.random() < _NOISE:
+                chances = by_popularity
+            else:
+                chances = by_taste[rng.integers(len(by_taste))]
+            available = np.where(self._first_seen <= second, chances, 0)
+            item = self._ids[rng.choice(len(self._ids), p=available / available.sum())]
+            yield from self._visit(number, item, datetime.fromtimestamp(int(second), UTC))
+
+    def _chances(self, taste: np.ndarray) -> np.ndarray:
+        """Of every item, that a user of this taste views it."""
+        return _softmax((self._codes == taste) @ self._weights + self._popularity)
+
+    def _visit(self, number: int, item: str, at: datetime) -> Iterable[_Event]:
+        """A view, some carts after it, and some purchases after these."""
+        is_visitor = number % _VISITOR_SHARE == 0 and at < _FIRST_SIGN_IN
+        user = f"{_VISITOR if is_visitor else 'user-'}{number:05d}"
+        steps = (("view", 1.0), ("cart", 0.3), ("purchase", 0.5))
+        for step, (event_type, share) in enumerate(steps):
+            if self._rng.random() >= share:
+                return
+            yield _Event(user, item, event_type, at + timedelta(minutes=4 * step))
+
+
+def _odd_events(ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
+    """A bot, users without a usable history, unknown items, missing ids, repeats, the future."""
     day = datetime(2025, 3, 10, tzinfo=UTC)
     for second in range(3_000):
-        yield "user-bot", ids[rng.integers(len(ids))], "view", day + timedelta(seconds=20 * second)
-    yield "user-lost", "SKU-UNKNOWN", "view", day
-    yield "user-odd", ids[0], "scroll", day
+        yield _Event(
+            "user-bot", ids[rng.integers(len(ids))], "view", day + timedelta(seconds=20 * second)
+        )
+    yield _Event("user-lost", "SKU-UNKNOWN", "view", day)
+    yield _Event("user-odd", ids[0], "scroll", day)
     for _ in range(40):
-        yield f"user-{rng.integers(50):05d}", f"GONE-{rng.integers(9)}", "view", day
+        yield _Event(f"user-{rng.integers(50):05d}", f"GONE-{rng.integers(9)}", "view", day)
     for _ in range(12):
-        yield "", ids[rng.integers(len(ids))], "view", day
-        yield f"user-{rng.integers(50):05d}", "", "view", day
+        yield _Event("", ids[rng.integers(len(ids))], "view", day)
+        yield _Event(f"user-{rng.integers(50):05d}", "", "view", day)
     for _ in range(25):
-        yield "user-00001", ids[1], "view", day
+        yield _Event("user-00001", ids[1], "view", day)
     for _ in range(6):
-        yield "user-00002", ids[2], "purchase", datetime(2099, 1, 1, tzinfo=UTC)
+        yield _Event("user-00002", ids[2], "purchase", datetime(2099, 1, 1, tzinfo=UTC))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -265,12 +307,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return odds / odds.sum()
 
 
-def _write_log(folder: Path, events: Iterable[tuple[str, str, str, datetime]]) -> None:
-    months: dict[str, list[tuple[str, str, str, str]]] = {}
-    for user, item, event, at in events:
+def _write_log(folder: Path, events: Iterable[_Event]) -> None:
+    months: dict[str, list[tuple[str, ...]]] = {}
+    for event in events:
         # The future comes with the last month's file.
-        month = min(at, _END - timedelta(days=1)).strftime("%Y-%m")
-        months.setdefault(month, []).append((user, item, event, at.strftime("%Y-%m-%dT%H:%M:%SZ")))
+        month = min(event.at, _END - timedelta(days=1)).strftime("%Y-%m")
+        time = event.at.strftime("%Y-%m-%dT%H:%M:%SZ")
+        months.setdefault(month, []).append((*event[:3], time))
     for month, rows in months.items():
         with (
             (folder / f"events-{month}.csv.gz").open("wb") as raw,

@@ -1,7 +1,8 @@
 """One product photo from five attributes, and the sentence that describes it.
 
-Knows how a product looks; knows nothing of shops, shoppers and models. The generator handed in decides everything that
-isn't an attribute (background, angle, size, place, light): the same state gives the same picture.
+Knows how a product looks; knows nothing of shops, shoppers and models. The generator decides all
+that isn't an attribute: background, angle, size, position, light. The same state gives the same
+picture.
 """
 
 from __future__ import annotations
@@ -55,13 +56,14 @@ def sentence(attributes: Mapping[str, str]) -> str:
 
 
 def parse(caption: str) -> dict[str, str]:
-    """The attributes that a caption names, the first value of each; an attribute that it doesn't name is missing."""
+    """The attributes that a caption names: the first value of each, and none for the rest."""
     words = re.findall(r"[a-z]+", caption.lower())
-    found = {
-        name: next((word for word in words if word in values), None)
-        for name, values in ATTRIBUTES.items()
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    attributes = {}
+    for name, values in ATTRIBUTES.items():
+        named = [word for word in words if word in values]
+        if named:
+            attributes[name] = named[0]
+    return attributes
 
 
 def render(seed: int) -> tuple[dict[str, str], Image.Image]:
@@ -72,7 +74,7 @@ def render(seed: int) -> tuple[dict[str, str], Image.Image]:
 
 
 class _Camera:
-    """Where the product stands in the photo: its box to pixels, and pixels back to its box."""
+    """The product's position in the photo: from its box to pixels, and back."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         angle = np.radians(rng.uniform(-16, 16))
@@ -88,39 +90,55 @@ class _Camera:
     def box(self, x: Plane, y: Plane) -> tuple[Plane, Plane]:
         """Positions in the photo, from -1 to 1, as points of the product's box."""
         back = (self.turn.T / self.scale).astype(np.float32)
-        x, y = x - np.float32(self.centre[0]), y - np.float32(self.centre[1])
+        x = x - np.float32(self.centre[0])
+        y = y - np.float32(self.centre[1])
         return x * back[0, 0] + y * back[1, 0], x * back[0, 1] + y * back[1, 1]
 
 
 def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image:
     """A photo of the product, SIZE × SIZE, RGB."""
-    shape, camera = shapes()[attributes["kind"]], _Camera(rng)
+    shape = shapes()[attributes["kind"]]
+    camera = _Camera(rng)
     line = np.linspace(-1, 1, SIZE, dtype=np.float32)
     x, y = np.meshgrid(line, line)
-    u, v = camera.box(x, y)
 
     fabric = Image.new("L", (_FINE, _FINE))
     ImageDraw.Draw(fabric).polygon(camera.pixels(shape.outline), fill=255)
     cover = np.asarray(fabric.reduce(2), dtype=np.float32)[..., None] / 255
-
-    colour = np.array(_COLOURS[attributes["colour"]], np.float32) + rng.uniform(
-        -12, 12, size=3
-    ).astype(np.float32)
-    second = pattern(attributes["pattern"], u, v, rng)[..., None]
-    shade, gloss = material(attributes["material"], u, v, rng)
-    side = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
-    surface = (colour + (_CREAM - colour) * second) * (shade + side[0] * u + side[1] * v)[..., None]
-    surface += (255 - surface) * gloss[..., None]
+    shift = rng.uniform(-12, 12, size=3).astype(np.float32)
+    colour = np.array(_COLOURS[attributes["colour"]], np.float32) + shift
+    surface = _surface(attributes, colour, camera.box(x, y), rng)
 
     scene = background(x, y, rng) * (1 - _shadow(fabric, rng))
     scene = _inked(scene, lambda picture: _fixtures(picture, shape, camera, colour))
     scene = scene * (1 - cover) + surface * cover
-    scene = _inked(
-        scene, lambda picture: _finish(picture, fabric, attributes["style"], shape, camera)
-    )
+    style = attributes["style"]
+    scene = _inked(scene, lambda picture: _finish(picture, fabric, style, shape, camera))
+    return _exposed(scene, rng)
+
+
+def _exposed(scene: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """The scene with a camera's tint and noise."""
     tint = rng.uniform(0.86, 1.1) * (1 + rng.uniform(-0.04, 0.04, size=3))
     noise = rng.integers(-5, 6, size=(SIZE, SIZE, 1), dtype=np.int8)
     return Image.fromarray(_bytes(scene * np.float32(tint) + noise))
+
+
+def _surface(
+    attributes: Mapping[str, str],
+    colour: np.ndarray,
+    points: tuple[Plane, Plane],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The product's surface at its points: shape (SIZE, SIZE, 3)."""
+    u, v = points
+    second = pattern(attributes["pattern"], u, v, rng)[..., None]
+    shade, gloss = material(attributes["material"], u, v, rng)
+    slope = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
+    light = shade + slope[0] * u + slope[1] * v
+    surface = (colour + (_CREAM - colour) * second) * light[..., None]
+    surface += (255 - surface) * gloss[..., None]
+    return surface
 
 
 def _bytes(scene: np.ndarray) -> np.ndarray:
@@ -134,19 +152,18 @@ def _inked(scene: np.ndarray, ink: Callable[[Image.Image], Image.Image]) -> np.n
 
 
 def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """How dark the product's shadow makes each point of the place: shape (SIZE, SIZE, 1), 0 to 1."""
+    """How dark the product's shadow makes the background: shape (SIZE, SIZE, 1), 0 to 1."""
     small = fabric.reduce(8).filter(ImageFilter.GaussianBlur(2))
-    shift = rng.integers(-2, 3), rng.integers(1, 4)
-    soft = ImageChops.offset(small, int(shift[0]), int(shift[1])).resize(
-        (SIZE, SIZE), Image.Resampling.BILINEAR
-    )
+    right = int(rng.integers(-2, 3))
+    down = int(rng.integers(1, 4))
+    soft = ImageChops.offset(small, right, down).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(soft, dtype=np.float32)[..., None] * np.float32(rng.uniform(0.25, 0.5) / 255)
 
 
 def _fixtures(
     picture: Image.Image, shape: Shape, camera: _Camera, colour: np.ndarray
 ) -> Image.Image:
-    """The parts behind the fabric: legs and stands of wood, and a handle in a darker shade of the product's colour."""
+    """The parts behind the fabric: legs and stands of wood, and a dark handle."""
     pen = ImageDraw.Draw(picture)
     for part in shape.behind:
         pen.polygon(camera.pixels(part), fill=(150, 108, 62), outline=(84, 56, 28))

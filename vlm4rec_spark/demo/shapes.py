@@ -1,4 +1,7 @@
-"""The outlines of the eight kinds of product. Knows geometry only: points in a box from -1 to 1, y pointing down."""
+"""The outlines of the eight kinds of product.
+
+Knows geometry only: points in a box from -1 to 1, with y pointing down.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ Points = np.ndarray
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind's silhouette, with what a drawing puts on and around it."""
+    """One kind's silhouette, and what is drawn on and around it."""
 
     outline: Points
     emblem: tuple[float, float]
-    """Where a style's emblem sits."""
+    """The position of a style's emblem."""
     seams: tuple[Points, ...] = ()
     behind: tuple[Points, ...] = ()
     """Parts of wood or metal that stick out: legs, a stand. Polygons drawn under the fabric."""
@@ -28,15 +31,16 @@ class Shape:
         closed = np.vstack([self.outline, self.outline[:1]])
         steps = np.hypot(*np.diff(closed, axis=0).T)
         along = np.concatenate([[0.0], np.cumsum(steps)])
-        at = np.linspace(0, along[-1], max(8, round(along[-1] / gap)), endpoint=False)
+        count = max(8, round(along[-1] / gap))
+        at = np.linspace(0, along[-1], count, endpoint=False)
         points = np.column_stack([np.interp(at, along, closed[:, axis]) for axis in (0, 1)])
         if not offset:
             return points
         direction = np.roll(points, -1, axis=0) - np.roll(points, 1, axis=0)
-        normal = np.column_stack(
-            [-direction[:, 1], direction[:, 0]]
-        )  # outlines run clockwise on the screen
-        return points + offset * normal / np.maximum(np.hypot(*normal.T), 1e-9)[:, None]
+        # Outlines run clockwise on the screen.
+        normal = np.column_stack([-direction[:, 1], direction[:, 0]])
+        length = np.maximum(np.hypot(*normal.T), 1e-9)
+        return points + offset * normal / length[:, None]
 
 
 def _mirrored(*right: tuple[float, float]) -> Points:
@@ -46,11 +50,12 @@ def _mirrored(*right: tuple[float, float]) -> Points:
 
 
 def _rounded(corners: Points, times: int = 2) -> Points:
-    """Chaikin's corner cutting: each corner becomes two points nearer to its neighbours."""
+    """Chaikin's corner cutting: a corner becomes two points, closer to its neighbors."""
     for _ in range(times):
         following = np.roll(corners, -1, axis=0)
-        near, far = 0.82 * corners + 0.18 * following, 0.18 * corners + 0.82 * following
-        corners = np.stack([near, far], axis=1).reshape(-1, 2)
+        first = 0.82 * corners + 0.18 * following
+        second = 0.18 * corners + 0.82 * following
+        corners = np.stack([first, second], axis=1).reshape(-1, 2)
     return corners
 
 
@@ -58,9 +63,7 @@ def _arc(
     centre: tuple[float, float], radii: tuple[float, float], start: float, stop: float
 ) -> Points:
     angle = np.radians(np.linspace(start, stop, 24))
-    return np.column_stack(
-        [centre[0] + radii[0] * np.cos(angle), centre[1] + radii[1] * np.sin(angle)]
-    )
+    return np.array(centre) + np.array(radii) * np.column_stack([np.cos(angle), np.sin(angle)])
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> Points:
@@ -71,73 +74,96 @@ def _line(*points: tuple[float, float]) -> Points:
     return np.array(points)
 
 
-def _cushion() -> Points:
+def _line_and_mirror(*points: tuple[float, float]) -> tuple[Points, Points]:
+    """A line, and the same on the other side of the middle."""
+    line = np.array(points)
+    return line, line * (-1, 1)
+
+
+def _shirt() -> Shape:
+    neck = _arc((0, -0.82), (0.22, 0.24), 170, 10)
+    body = _mirrored(
+        (0.2, -0.78), (0.5, -0.82), (1.0, -0.3), (0.76, -0.02), (0.54, -0.22), (0.56, 0.9)
+    )
+    return Shape(
+        _rounded(np.vstack([neck, body]), 1),
+        emblem=(0.26, -0.2),
+        seams=_line_and_mirror((0.5, -0.8), (0.54, -0.2)),
+    )
+
+
+def _dress() -> Shape:
+    neck = _arc((0, -0.92), (0.24, 0.3), 170, 10)
+    body = _mirrored(
+        (0.26, -0.95), (0.44, -0.9), (0.42, -0.5), (0.3, -0.12), (0.6, 0.45), (0.84, 0.95)
+    )
+    waist = _line((-0.3, -0.12), (0.3, -0.12))
+    return Shape(
+        _rounded(np.vstack([neck, body]), 1),
+        emblem=(0.0, -0.1),
+        seams=(waist, *_line_and_mirror((-0.1, 0.1), (-0.28, 0.9))),
+    )
+
+
+def _trousers() -> Shape:
+    outline = _mirrored((0.5, -0.95), (0.56, -0.4), (0.66, 0.95), (0.14, 0.95), (0.03, -0.2))
+    waistband = _line((-0.52, -0.78), (0.52, -0.78))
+    fly = _line((0.0, -0.78), (0.0, -0.2))
+    return Shape(_rounded(outline, 1), emblem=(0.34, -0.3), seams=(waistband, fly))
+
+
+def _bag() -> Shape:
+    return Shape(
+        _rounded(_mirrored((0.62, -0.32), (0.9, 0.82), (0.8, 0.92))),
+        emblem=(0.0, 0.25),
+        seams=(_line((-0.7, -0.05), (0.7, -0.05)),),
+        handle=_arc((0, -0.3), (0.4, 0.62), 180, 360),
+    )
+
+
+def _hat() -> Shape:
+    crown = _arc((0, -0.05), (0.56, 0.72), 180, 360)
+    brim = _arc((0, 0.38), (1.0, 0.34), -52, 232)
+    ribbon = _arc((0, 0.1), (0.57, 0.14), 170, 10)
+    return Shape(np.vstack([crown, brim]), emblem=(0.1, -0.2), seams=(ribbon,))
+
+
+def _cushion() -> Shape:
     """A square whose sides are pulled in and whose corners stick out."""
     t = np.linspace(-1, 1, 17)[:-1]
     top = np.column_stack([0.9 * t, -0.9 + 0.14 * (1 - t**2)])
-    turns = [np.array([[0, 1], [-1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, -1], [1, 0]])]
-    return np.vstack([top, *(top @ turn for turn in turns)])
+    turns = np.array([[[0, 1], [-1, 0]], [[-1, 0], [0, -1]], [[0, -1], [1, 0]]])
+    return Shape(np.vstack([top, *(top @ turn for turn in turns)]), emblem=(0.3, 0.3))
+
+
+def _lamp() -> Shape:
+    pole = _box(-0.06, 0.1, 0.06, 0.86)
+    foot = _arc((0, 0.9), (0.42, 0.12), 0, 360)
+    outline = _mirrored((0.38, -0.95), (0.82, 0.16))
+    return Shape(_rounded(outline, 1), emblem=(0.0, -0.3), behind=(pole, foot))
+
+
+def _armchair() -> Shape:
+    outline = _mirrored((0.34, -0.9), (0.62, -0.78), (0.66, -0.16), (0.92, -0.14), (0.96, 0.68))
+    seat = _line((-0.62, 0.16), (0.62, 0.16))
+    return Shape(
+        _rounded(outline),
+        emblem=(0.0, -0.5),
+        seams=(*_line_and_mirror((-0.64, -0.1), (-0.6, 0.66)), seat),
+        behind=(_box(-0.86, 0.5, -0.72, 0.95), _box(0.72, 0.5, 0.86, 0.95)),
+    )
 
 
 @cache
 def shapes() -> dict[str, Shape]:
     """All kinds by name."""
-    shirt = _mirrored(
-        (0.2, -0.78), (0.5, -0.82), (1.0, -0.3), (0.76, -0.02), (0.54, -0.22), (0.56, 0.9)
-    )
-    shirt = np.vstack([_arc((0, -0.82), (0.22, 0.24), 170, 10), shirt])
-    dress = _mirrored(
-        (0.26, -0.95), (0.44, -0.9), (0.42, -0.5), (0.3, -0.12), (0.6, 0.45), (0.84, 0.95)
-    )
-    dress = np.vstack([_arc((0, -0.92), (0.24, 0.3), 170, 10), dress])
-    trousers = _mirrored((0.5, -0.95), (0.56, -0.4), (0.66, 0.95), (0.14, 0.95), (0.03, -0.2))
-    bag = _mirrored((0.62, -0.32), (0.9, 0.82), (0.8, 0.92))
-    hat = np.vstack(
-        [_arc((0, -0.05), (0.56, 0.72), 180, 360), _arc((0, 0.38), (1.0, 0.34), -52, 232)]
-    )
-    lamp = _mirrored((0.38, -0.95), (0.82, 0.16))
-    armchair = _mirrored((0.34, -0.9), (0.62, -0.78), (0.66, -0.16), (0.92, -0.14), (0.96, 0.68))
     return {
-        "shirt": Shape(
-            _rounded(shirt, 1),
-            (0.26, -0.2),
-            (_line((0.5, -0.8), (0.54, -0.2)), _line((-0.5, -0.8), (-0.54, -0.2))),
-        ),
-        "dress": Shape(
-            _rounded(dress, 1),
-            (0.0, -0.1),
-            (
-                _line((-0.3, -0.12), (0.3, -0.12)),
-                _line((-0.1, 0.1), (-0.28, 0.9)),
-                _line((0.1, 0.1), (0.28, 0.9)),
-            ),
-        ),
-        "trousers": Shape(
-            _rounded(trousers, 1),
-            (0.34, -0.3),
-            (_line((-0.52, -0.78), (0.52, -0.78)), _line((0.0, -0.78), (0.0, -0.2))),
-        ),
-        "bag": Shape(
-            _rounded(bag),
-            (0.0, 0.25),
-            (_line((-0.7, -0.05), (0.7, -0.05)),),
-            handle=_arc((0, -0.3), (0.4, 0.62), 180, 360),
-        ),
-        "hat": Shape(hat, (0.1, -0.2), (_arc((0, 0.1), (0.57, 0.14), 170, 10),)),
-        "cushion": Shape(_cushion(), (0.3, 0.3)),
-        "lamp": Shape(
-            _rounded(lamp, 1),
-            (0.0, -0.3),
-            behind=(_box(-0.06, 0.1, 0.06, 0.86), _arc((0, 0.9), (0.42, 0.12), 0, 360)),
-        ),
-        "armchair": Shape(
-            _rounded(armchair),
-            (0.0, -0.5),
-            (
-                _line((-0.64, -0.1), (-0.6, 0.66)),
-                _line((0.64, -0.1), (0.6, 0.66)),
-                _line((-0.62, 0.16), (0.62, 0.16)),
-            ),
-            behind=(_box(-0.86, 0.5, -0.72, 0.95), _box(0.72, 0.5, 0.86, 0.95)),
-        ),
+        "shirt": _shirt(),
+        "dress": _dress(),
+        "trousers": _trousers(),
+        "bag": _bag(),
+        "hat": _hat(),
+        "cushion": _cushion(),
+        "lamp": _lamp(),
+        "armchair": _armchair(),
     }

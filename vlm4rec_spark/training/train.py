@@ -1,7 +1,9 @@
-"""Teaches a captioner: photos and sentences in, a folder that transformers loads out. Seeded; goes on where it stopped.
+"""Trains a captioner: photos and sentences in, a folder that transformers loads out.
 
-The decoder learns the sentences. Linear heads on the pooled tower learn the attributes, and a projection of it learns
-what the teacher sees; both only tell the tower what to look for, and are thrown away.
+Seeded, resumable.
+
+The decoder learns the sentences. Linear heads on the pooled tower learn the attributes, and a
+projection of it learns the teacher's features. Both only guide the tower and aren't saved.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,277 +26,352 @@ from vlm4rec_spark.training.augment import augment, plain
 from vlm4rec_spark.training.labelled import Labelled
 from vlm4rec_spark.training.teacher import WIDTH, Teacher
 
-_SAVE_SECONDS, _SAY_SECONDS = 120, 15
-_POINTS, _VALIDATED = 20, 1_000
-"""How often held-out photos are looked at on the way, and how many: they take time from the training."""
+_SAVE_SECONDS = 120
+_LOG_SECONDS = 15
+_VALIDATIONS = 20
+_VALIDATION_PHOTOS = 1_000
+"""How often, and on how many held-out photos: it takes time from the training."""
 _WARM_UP = 0.06
-_HEADS, _DISTILLED = 0.5, 2.0
-"""Weights of what the heads and the teacher say, beside the sentence's words."""
+_HEAD_WEIGHT = 0.5
+_TEACHER_WEIGHT = 2.0
+"""Of the losses of heads and teacher; the sentence's loss has 1."""
 _SMOOTHING = 0.1
-_NEW = 10
-"""How much faster than the others those weights learn that are new where the captioner isn't."""
+_NEW_WEIGHTS_RATE = 10
+"""How much faster weights learn that the captioner to start from doesn't have."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How much is looked at, and how.
-
-    `seen`: photos, over all; each is looked at several times, never quite the same. `start`: the folder of a captioner
-    to go on from, "" for none. `mirrored`: the share of photos that are changed in no other way, as the catalogue's own
-    photos are; it wins accuracy on them late in a training, and loses some on photos taken otherwise. `kept`: the share
-    that the start's weights have in the result (WiSE-FT, Wortsman et al. 2022), which wins most of that back.
-    """
+    """How long a training takes, and its settings."""
 
     seen: int = 400_000
+    """Photos over all. A photo is seen several times, differently augmented."""
     batch: int = 96
     rate: float = 1e-3
     seed: int = 0
     teacher: bool = False
     start: str = ""
+    """The folder of a captioner to start from, "" for none."""
     mirrored: float = 0.0
+    """The share of photos that are at most mirrored, as the catalogue's own photos are.
+
+    Late in a training it raises the accuracy on such photos, and lowers it on others.
+    """
     kept: float = 0.0
+    """The share of the start's weights in the result: WiSE-FT, Wortsman et al. 2022.
+
+    It restores most of the accuracy on other photos.
+    """
 
 
 def device_name() -> str:
     """What the training runs on, for people."""
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores"
 
 
 @dataclass(frozen=True)
 class Point:
-    """How far the training was: photos seen, the loss of late, and how often heads are right on held-out photos."""
+    """A point of the curve."""
 
     seen: int
+    """Photos seen."""
     loss: float
     right: dict[str, float]
+    """Accuracy of the heads on held-out photos."""
+
+
+class Training(NamedTuple):
+    """What a training was."""
+
+    curve: list[Point]
+    seconds: float
 
 
 class _Learner(torch.nn.Module):
-    """The captioner with what is only needed while it learns."""
+    """The captioner with the parts that only the training needs."""
 
     def __init__(self, model: Any, labelled: Labelled, teacher: bool):
         super().__init__()
         self.model = model
         width = model.config.vision_config.hidden_size
-        self.heads = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(width, len(v)) for name, v in labelled.values.items()}
-        )
+        heads = {
+            name: torch.nn.Linear(width, len(values)) for name, values in labelled.values.items()
+        }
+        self.heads = torch.nn.ModuleDict(heads)
         self.as_teacher = torch.nn.Linear(width, WIDTH) if teacher else None
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tower's mean place (n, width), and logits of each word of the sentences (n, words, vocabulary)."""
+        """The tower's mean patch (n, width), and logits of the words (n, words, vocabulary)."""
         llava = self.model.model
-        seen = llava.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
-        given = torch.cat(
-            [llava.multi_modal_projector(seen), self.model.get_input_embeddings()(ids)], dim=1
-        )
-        hidden = llava.language_model(inputs_embeds=given).last_hidden_state[:, seen.shape[1] :]
-        return seen.mean(1).float(), self.model.lm_head(hidden[:, :-1]).float()
+        patches = self.patches(pixels)
+        words = self.model.get_input_embeddings()(ids)
+        inputs = torch.cat([llava.multi_modal_projector(patches), words], dim=1)
+        hidden = llava.language_model(inputs_embeds=inputs).last_hidden_state
+        answer = hidden[:, patches.shape[1] :]
+        return patches.mean(1).float(), self.model.lm_head(answer[:, :-1]).float()
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The tower's last layer: (n, patches, width)."""
+        tower = self.model.model.vision_tower
+        return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
 def train(
-    labelled: Labelled, out: Path, work: Path, plan: TrainingPlan, say: Callable[[str], None]
-) -> tuple[list[Point], float]:
-    """Train and save into `out`; a checkpoint lies in `work`. Returns the curve, and the seconds that it took.
+    labelled: Labelled, out: Path, work: Path, plan: TrainingPlan, log: Callable[[str], None]
+) -> Training:
+    """Train and save into `out`, with a checkpoint in `work`.
 
-    On CUDA where there is one, in bfloat16, else on the CPU. Raises UsageError where `work` holds another training.
+    On CUDA in bfloat16, or on the CPU. Raises UsageError where `work` has another training.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(plan.seed)
     model, processor = network.build(labelled.sentences)
     new_words = network.inherit(model, processor, Path(plan.start)) if plan.start else []
-    before = (
-        {name: each.detach().clone() for name, each in model.named_parameters()}
-        if plan.kept
-        else {}
-    )
+    start = {}
+    if plan.kept:
+        start = {name: weights.detach().clone() for name, weights in model.named_parameters()}
     learner = _Learner(model, labelled, plan.teacher).to(device)
-    teacher = Teacher(device) if plan.teacher else None
-    groups = _groups(learner, plan)
-    optimiser = torch.optim.AdamW(groups, plan.rate, fused=True)
-    steps = max(1, plan.seen // plan.batch)
-    rates = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rates, total_steps=steps, pct_start=_WARM_UP
-    )
-    parts = {"learner": learner, "optimiser": optimiser, "schedule": schedule}
-    data = _Photos(labelled, processor, device)
-    checkpoint = work / "checkpoint.pt"
-    first, spent, curve = _resume(checkpoint, parts, _digest(plan, labelled))
-    if first:
-        say(f"going on from step {first:,} of {steps:,}")
-    started = saved = spoke = time.monotonic()
-    since = first
-    for step in range(first, steps):
-        loss = _step(learner, teacher, data, plan, step, device)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        now = time.monotonic()
-        looked = (step + 1) * _POINTS // steps > step * _POINTS // steps
-        if looked or now - spoke > _SAY_SECONDS:
-            done, rate = (step + 1) * plan.batch, (step + 1 - since) * plan.batch / (now - spoke)
-            if looked:
-                curve.append(Point(done, loss.item(), data.right(learner)))
-            left = (steps * plan.batch - done) / rate / 60
-            held = (
-                ", ".join(f"{name} {share:.3f}" for name, share in curve[-1].right.items())
-                if curve
-                else "not yet"
-            )
-            say(
-                f"{done:,} of {steps * plan.batch:,} photos seen, {rate:,.0f}/s, {left:.1f} min left; "
-                f"loss {loss.item():.3f}; held out: {held}"
-            )
-            since, spoke = step + 1, time.monotonic()
-        if now - saved > _SAVE_SECONDS:
-            _save(
-                checkpoint, parts, step + 1, spent + now - started, curve, _digest(plan, labelled)
-            )
-            saved = time.monotonic()
+    loop = _Loop(learner, _Photos(labelled, processor, device), plan, _digest(plan, labelled))
+    loop.run(work / "checkpoint.pt", log)
     learner.model.eval().cpu()
-    _keep(learner.model, before, new_words, plan.kept)
+    _average(learner.model, start, new_words, plan.kept)
     learner.model.half().save_pretrained(out)
     processor.save_pretrained(out)
-    return curve, spent + time.monotonic() - started
+    return Training(loop.curve, loop.seconds)
 
 
 @torch.no_grad()
-def _keep(model: Any, before: dict[str, torch.Tensor], new_words: list[int], share: float) -> None:
-    """Move the weights towards those of before by the share, but for words that were new then."""
-    for name, each in model.named_parameters():
-        if name in before:
-            learnt = each[new_words].clone() if name.endswith("embed_tokens.weight") else None
-            each.lerp_(before[name], share)
+def _average(
+    model: Any, start: dict[str, torch.Tensor], new_words: list[int], share: float
+) -> None:
+    """Move the weights towards the start's by the share, except those of words that it lacks."""
+    for name, weights in model.named_parameters():
+        if name in start:
+            is_vocabulary = name.endswith("embed_tokens.weight")
+            learnt = weights[new_words].clone() if is_vocabulary else None
+            weights.lerp_(start[name], share)
             if learnt is not None:
-                each[new_words] = learnt
-
-
-def _groups(learner: _Learner, plan: TrainingPlan) -> list[dict[str, Any]]:
-    """The weights that learn, by rate and decay: what is new beside a captioner to go on from learns faster."""
-    new = {
-        id(each)
-        for name, each in learner.named_parameters()
-        if plan.start and not name.startswith("model.")
-    }
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for each in learner.parameters():
-        if each.requires_grad:
-            groups.setdefault((id(each) in new, each.ndim > 1), []).append(each)
-    return [
-        {
-            "params": found,
-            "lr": plan.rate * (_NEW if fresh else 1),
-            "weight_decay": 0.05 if decayed else 0.0,
-        }
-        for (fresh, decayed), found in groups.items()
-    ]
+                weights[new_words] = learnt
 
 
 class _Photos:
-    """The photos, their sentences as words, and their labels, where the training wants them."""
+    """The photos, their sentences as word ids, and their labels, on the training's device."""
 
     def __init__(self, labelled: Labelled, processor: Any, device: str):
-        self.device, self.all = device, labelled.photos
-        self.photos = (
-            torch.from_numpy(np.ascontiguousarray(labelled.photos)).to(device)
-            if device == "cuda"
-            else None
-        )
-        said = processor.tokenizer(labelled.sentences, add_special_tokens=False)["input_ids"]
-        asked = processor.tokenizer.convert_tokens_to_ids(network.ASKED)
-        longest = max(map(len, said))
-        rows = [[asked, *words, network.END, *[0] * (longest - len(words))] for words in said]
+        self.device = device
+        self._photos = labelled.photos
+        self._on_gpu = None
+        if device == "cuda":
+            self._on_gpu = torch.from_numpy(np.ascontiguousarray(labelled.photos)).to(device)
+        tokenizer = processor.tokenizer
+        sentences = tokenizer(labelled.sentences, add_special_tokens=False)["input_ids"]
+        start = tokenizer.convert_tokens_to_ids(network.ANSWER)
+        longest = max(map(len, sentences))
+        rows = [[start, *words, network.END, *[0] * (longest - len(words))] for words in sentences]
         self.ids = torch.tensor(rows, device=device)
         self.labels = {
-            name: torch.from_numpy(each).to(device) for name, each in labelled.labels.items()
+            name: torch.from_numpy(labels).to(device) for name, labels in labelled.labels.items()
         }
         weights = np.where(labelled.held_out, 0, labelled.weights)
-        self.chances = np.cumsum(weights) / weights.sum()
-        self.held_out = np.flatnonzero(labelled.held_out)[:_VALIDATED]
+        self._cumulative = np.cumsum(weights) / weights.sum()
+        self._held_out = np.flatnonzero(labelled.held_out)[:_VALIDATION_PHOTOS]
 
-    def draw(self, count: int, chance: np.random.Generator) -> np.ndarray:
-        return np.searchsorted(self.chances, chance.random(count), side="right").clip(
-            max=len(self.all) - 1
-        )
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows by weight, and none that is held out."""
+        rows = np.searchsorted(self._cumulative, rng.random(count), side="right")
+        return rows.clip(max=len(self._photos) - 1)
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:
-        if self.photos is not None:
-            return self.photos[torch.from_numpy(rows).to(self.device)]
+        if self._on_gpu is not None:
+            return self._on_gpu[torch.from_numpy(rows).to(self.device)]
+        # In the order of the file, which is memory-mapped.
         order = np.argsort(rows)
-        found = np.empty((len(rows), *self.all.shape[1:]), np.uint8)
-        found[order] = self.all[rows[order]]
-        return torch.from_numpy(found)
+        pixels = np.empty((len(rows), *self._photos.shape[1:]), np.uint8)
+        pixels[order] = self._photos[rows[order]]
+        return torch.from_numpy(pixels)
 
     @torch.no_grad()
-    def right(self, learner: _Learner) -> dict[str, float]:
-        """Share of the held-out photos of which each head is right, where the truth is known."""
+    def accuracy(self, learner: _Learner) -> dict[str, float]:
+        """The accuracy of every head on the held-out photos whose label is known."""
         learner.eval()
         pooled = []
-        for first in range(0, len(self.held_out), 250):
-            rows = self.held_out[first : first + 250]
-            with _fast(self.device):
-                seen = learner.model.model.vision_tower(
-                    plain(self.pixels(rows)), output_hidden_states=True
-                )
-            pooled.append(seen.hidden_states[-1].mean(1).float())
+        for first in range(0, len(self._held_out), 250):
+            rows = self._held_out[first : first + 250]
+            with _autocast(self.device):
+                patches = learner.patches(plain(self.pixels(rows)))
+            pooled.append(patches.mean(1).float())
         learner.train()
-        together, found = torch.cat(pooled), {}
+        features = torch.cat(pooled)
+        held_out = torch.from_numpy(self._held_out).to(self.device)
+        accuracy = {}
         for name, head in learner.heads.items():
-            truth = self.labels[name][torch.from_numpy(self.held_out).to(self.device)]
-            known = truth >= 0
-            if known.any():
-                found[name] = (head(together).argmax(1) == truth)[known].float().mean().item()
-        return found
+            labels = self.labels[name][held_out]
+            labelled = labels >= 0
+            if labelled.any():
+                correct = head(features).argmax(1) == labels
+                accuracy[name] = correct[labelled].float().mean().item()
+        return accuracy
 
 
-def _step(
-    learner: _Learner,
-    teacher: Teacher | None,
-    data: _Photos,
-    plan: TrainingPlan,
-    step: int,
-    device: str,
-) -> torch.Tensor:
-    # Each step draws from a seed of its own: a training that was stopped goes on as it would have.
-    rows = data.draw(plan.batch, np.random.default_rng([plan.seed, step]))
-    chance = torch.Generator(device).manual_seed(plan.seed * 1_000_003 + step)
-    torch.manual_seed(plan.seed * 1_000_003 + step)
-    pixels = augment(data.pixels(rows), chance, plan.mirrored)
-    places = torch.from_numpy(rows).to(device)
-    ids = data.ids[places]
-    with _fast(device):
-        seen, said = learner(pixels, ids)
-        taught = teacher.features(pixels) if teacher else None
+class _Loop:
+    """The steps of a training, and what a checkpoint holds of them."""
+
+    def __init__(self, learner: _Learner, photos: _Photos, plan: TrainingPlan, digest: str):
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[Point] = []
+        self._learner = learner
+        self._photos = photos
+        self._plan = plan
+        self._digest = digest
+        self._device = photos.device
+        self._steps = max(1, plan.seen // plan.batch)
+        self._teacher = Teacher(photos.device) if plan.teacher else None
+        groups = _parameter_groups(learner, plan)
+        self._optimizer = torch.optim.AdamW(groups, plan.rate, fused=True)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer,
+            [group["lr"] for group in groups],
+            total_steps=self._steps,
+            pct_start=_WARM_UP,
+        )
+        self._parts: dict[str, Any] = {
+            "learner": learner,
+            "optimiser": self._optimizer,
+            "schedule": self._schedule,
+        }
+
+    def run(self, checkpoint: Path, log: Callable[[str], None]) -> None:
+        if checkpoint.exists():
+            self._resume(checkpoint)
+            log(f"going on from step {self.step:,} of {self._steps:,}")
+        started = time.monotonic() - self.seconds
+        saved = logged = time.monotonic()
+        logged_step = self.step
+        for step in range(self.step, self._steps):
+            loss = self._update(step)
+            self.step = step + 1
+            now = time.monotonic()
+            self.seconds = now - started
+            validate = self.step * _VALIDATIONS // self._steps > step * _VALIDATIONS // self._steps
+            if validate or now - logged > _LOG_SECONDS:
+                if validate:
+                    accuracy = self._photos.accuracy(self._learner)
+                    self.curve.append(Point(self._seen(self.step), loss.item(), accuracy))
+                rate = self._seen(self.step - logged_step) / (now - logged)
+                log(self._progress(loss.item(), rate))
+                logged_step = self.step
+                logged = time.monotonic()
+            if now - saved > _SAVE_SECONDS:
+                _save(checkpoint, self._state())
+                saved = time.monotonic()
+        self.seconds = time.monotonic() - started
+
+    def _seen(self, steps: int) -> int:
+        return steps * self._plan.batch
+
+    def _progress(self, loss: float, rate: float) -> str:
+        seen = self._seen(self.step)
+        total = self._seen(self._steps)
+        held_out = "not yet"
+        if self.curve:
+            accuracy = self.curve[-1].right
+            held_out = ", ".join(f"{name} {share:.3f}" for name, share in accuracy.items())
+        return (
+            f"{seen:,} of {total:,} photos seen, {rate:,.0f}/s, "
+            f"{(total - seen) / rate / 60:.1f} min left; loss {loss:.3f}; held out: {held_out}"
+        )
+
+    def _update(self, step: int) -> torch.Tensor:
+        """One step of the optimizer; the loss before it."""
+        loss = self._loss(step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._learner.parameters(), 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        return loss
+
+    def _loss(self, step: int) -> torch.Tensor:
+        plan = self._plan
+        # Every step has its own seed, so that a resumed training does the same.
+        rows = self._photos.draw(plan.batch, np.random.default_rng([plan.seed, step]))
+        seed = plan.seed * 1_000_003 + step
+        rng = torch.Generator(self._device).manual_seed(seed)
+        torch.manual_seed(seed)
+        pixels = augment(self._photos.pixels(rows), rng, plan.mirrored)
+        positions = torch.from_numpy(rows).to(self._device)
+        ids = self._photos.ids[positions]
+        with _autocast(self._device):
+            features, logits = self._learner(pixels, ids)
+            target = self._teacher.features(pixels) if self._teacher else None
+        loss = _word_loss(logits, ids)
+        for name, head in self._learner.heads.items():
+            labels = self._photos.labels[name][positions]
+            if (labels >= 0).any():
+                loss = loss + _HEAD_WEIGHT * functional.cross_entropy(
+                    head(features), labels, ignore_index=-1, label_smoothing=_SMOOTHING
+                )
+        if target is not None and self._learner.as_teacher is not None:
+            cosine = functional.cosine_similarity(self._learner.as_teacher(features), target)
+            loss = loss + _TEACHER_WEIGHT * (1 - cosine).mean()
+        return loss
+
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items()} | {
+            "step": self.step,
+            "spent": self.seconds,
+            "curve": [asdict(point) for point in self.curve],
+            "digest": self._digest,
+        }
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint, weights_only=True)
+        if state["digest"] != self._digest:
+            raise UsageError(
+                f"{checkpoint}: it belongs to a training with other photos or settings. Give "
+                "another --work folder, or delete it."
+            )
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.seconds = state["spent"]
+        self.curve = [Point(**point) for point in state["curve"]]
+
+
+def _word_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """By photo, and by five words of its sentence."""
     words = functional.cross_entropy(
-        said.flatten(0, 1),
+        logits.flatten(0, 1),
         ids[:, 1:].flatten(),
         ignore_index=0,
         reduction="sum",
         label_smoothing=_SMOOTHING / 2,
     )
-    loss = words / plan.batch / 5
-    for name, head in learner.heads.items():
-        truth = data.labels[name][places]
-        if (truth >= 0).any():
-            loss = loss + _HEADS * functional.cross_entropy(
-                head(seen), truth, ignore_index=-1, label_smoothing=_SMOOTHING
-            )
-    if taught is not None and learner.as_teacher is not None:
-        loss = (
-            loss
-            + _DISTILLED
-            * (1 - functional.cosine_similarity(learner.as_teacher(seen), taught)).mean()
-        )
-    return loss
+    return words / len(ids) / 5
 
 
-def _fast(device: str) -> torch.autocast:
-    # On CPUs without instructions for it bfloat16 is emulated: measured on an AMD EPYC, seven times slower.
+def _parameter_groups(learner: _Learner, plan: TrainingPlan) -> list[dict[str, Any]]:
+    """The parameters by rate and decay: what the captioner to start from lacks learns faster."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            is_new = bool(plan.start) and not name.startswith("model.")
+            groups.setdefault((is_new, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": plan.rate * (_NEW_WEIGHTS_RATE if is_new else 1),
+            "weight_decay": 0.05 if is_matrix else 0.0,
+        }
+        for (is_new, is_matrix), parameters in groups.items()
+    ]
+
+
+def _autocast(device: str) -> torch.autocast:
+    # CPUs without its instructions emulate bfloat16: seven times slower on an AMD EPYC.
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
@@ -303,38 +380,7 @@ def _digest(plan: TrainingPlan, labelled: Labelled) -> str:
     return json.dumps([asdict(plan), len(labelled.sentences), labelled.values], sort_keys=True)
 
 
-def _resume(checkpoint: Path, parts: dict[str, Any], digest: str) -> tuple[int, float, list[Point]]:
-    if not checkpoint.exists():
-        return 0, 0.0, []
-    state = torch.load(checkpoint, weights_only=True)
-    if state["digest"] != digest:
-        raise UsageError(
-            f"{checkpoint}: it belongs to a training with other photos or settings. Give another --work "
-            "folder, or delete it."
-        )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"], state["spent"], [Point(**point) for point in state["curve"]]
-
-
-def _save(
-    checkpoint: Path,
-    parts: dict[str, Any],
-    step: int,
-    spent: float,
-    curve: list[Point],
-    digest: str,
-) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    beside = checkpoint.with_suffix(".tmp")
-    torch.save(
-        {
-            **state,
-            "step": step,
-            "spent": spent,
-            "curve": [asdict(p) for p in curve],
-            "digest": digest,
-        },
-        beside,
-    )
-    beside.replace(checkpoint)
+def _save(checkpoint: Path, state: dict[str, Any]) -> None:
+    unfinished = checkpoint.with_suffix(".tmp")
+    torch.save(state, unfinished)
+    unfinished.replace(checkpoint)
