@@ -177,11 +177,11 @@ class Pipeline:
     def run(
         self,
         stages: Sequence[str],
-        done: Callable[[StageResult], None] = lambda result: None,
+        on_result: Callable[[StageResult], None] = lambda result: None,
     ) -> list[StageResult]:
         """Check what can be checked before any work, then run and record the stages in order.
 
-        `done` is called with each result. Raises Busy when another run works on these tables.
+        `on_result` is called with each result. Raises Busy when another run works on these tables.
         """
         self.context.begin()
         self.check(stages)
@@ -190,7 +190,7 @@ class Pipeline:
             for name in stages:
                 work = partial(self._work, _STAGES[name])
                 results.append(self._recorded(StageResult(name), lease, work))
-                done(results[-1])
+                on_result(results[-1])
         return results
 
     def check(self, stages: Sequence[str]) -> None:

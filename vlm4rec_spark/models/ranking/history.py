@@ -95,11 +95,7 @@ def weighted_histories(
     in_history = (ranks < last_n) & np.repeat(enough, users.items)
     item_rows = pair_starts[pairs.numbers[in_history]]
     decays = position_decay ** ranks[in_history]
-    weights = pairs.weights[in_history] * decays
-    entries = pa.StructArray.from_arrays(
-        [item_ids.take(item_rows), weights],
-        fields=list(_HISTORY_ENTRY),
-    )
+    entries = _entries(item_ids.take(item_rows), pairs.weights[in_history] * decays)
     user_numbers = users.numbers[enough]
     user_rows = user_starts[user_numbers]
     last_event_at = pa.array(users.last_event[enough], pa.timestamp("us"))
@@ -111,6 +107,10 @@ def weighted_histories(
         "last_event_at": last_event_at.cast(rows.schema.field("event_time").type),
     }
     return pa.RecordBatch.from_pydict(columns)
+
+
+def _entries(items: pa.Array, weights: np.ndarray) -> pa.StructArray:
+    return pa.StructArray.from_arrays([items, weights], fields=list(_HISTORY_ENTRY))
 
 
 def list_array(

@@ -119,7 +119,6 @@ class ListRules:
         users, depth = candidates.positions.shape
         lists = _OpenLists(users, k)
         too_low = np.zeros(users, bool)
-        collapsed = [np.empty((0, 3), np.int64)]
         for rank in range(depth):
             items = candidates.positions[:, rank]
             is_item = items >= 0
@@ -132,17 +131,13 @@ class ListRules:
                 break
             is_variant = self._variants_of(items, lists.items, vectors)
             is_variant &= fits[:, None] & (lists.items >= 0)
-            hidden = np.flatnonzero(is_variant.any(axis=1))
-            hiding_ranks = is_variant[hidden].argmax(axis=1)
-            columns = [hidden, hiding_ranks, items[hidden]]
-            collapsed.append(np.stack(columns, axis=1))
-            fits[hidden] = False
+            fits &= ~lists.collapse(is_variant, items)
             fits &= self._within_caps(items, lists.items)
             lists.append(np.flatnonzero(fits), rank, items)
         is_full = lists.lengths == k
         exhausted = candidates.positions[:, -1] < 0
         complete = is_full | too_low | exhausted
-        return Selection(lists.ranks, np.concatenate(collapsed), complete)
+        return Selection(lists.ranks, np.concatenate(lists.collapsed), complete)
 
     def _variants_of(
         self,
@@ -216,12 +211,28 @@ class ListRules:
 
 
 class _OpenLists:
-    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,)."""
+    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,).
+
+    collapsed: parts of `Selection.collapsed`.
+    """
 
     def __init__(self, users: int, k: int):
         self.ranks = no_positions((users, k))
         self.items = no_positions((users, k))
         self.lengths = np.zeros(users, np.int64)
+        self.collapsed = [np.empty((0, 3), np.int64)]
+
+    def collapse(self, is_variant: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Hide the users' items that are variants of a listed item.
+
+        is_variant: bool (users, k). Returns bool (users,), the item is hidden.
+        """
+        is_hidden = is_variant.any(axis=1)
+        users = np.flatnonzero(is_hidden)
+        hiding_ranks = is_variant[users].argmax(axis=1)
+        columns = [users, hiding_ranks, items[users]]
+        self.collapsed.append(np.stack(columns, axis=1))
+        return is_hidden
 
     def append(
         self,
