@@ -131,7 +131,7 @@ class ListRules:
                 break
             is_variant = self._variants_of(items, lists.items, vectors)
             is_variant &= fits[:, None] & (lists.items >= 0)
-            fits &= ~lists.collapse(is_variant, items)
+            fits[lists.collapse(is_variant, items)] = False
             fits &= self._within_caps(items, lists.items)
             lists.append(np.flatnonzero(fits), rank, items)
         is_full = lists.lengths == k
@@ -225,14 +225,13 @@ class _OpenLists:
     def collapse(self, is_variant: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Hide the users' items that are variants of a listed item.
 
-        is_variant: bool (users, k). Returns bool (users,), the item is hidden.
+        is_variant: bool (users, k). Returns the users (int64) whose item is hidden.
         """
-        is_hidden = is_variant.any(axis=1)
-        users = np.flatnonzero(is_hidden)
+        users = np.flatnonzero(is_variant.any(axis=1))
         hiding_ranks = is_variant[users].argmax(axis=1)
         columns = [users, hiding_ranks, items[users]]
         self.collapsed.append(np.stack(columns, axis=1))
-        return is_hidden
+        return users
 
     def append(
         self,
