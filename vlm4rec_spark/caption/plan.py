@@ -227,8 +227,7 @@ def imported_captions(item_captions: DataFrame, captions: DataFrame) -> DataFram
 
 
 def import_rows(raw: DataFrame, items: DataFrame) -> DataFrame:
-    """item_id, caption, caption_key, source, row and `reason`, from `sources.read`'s rows with
-    text.
+    """item_id, caption, caption_key, source, row and `reason` of rows with an item_id and a text.
 
     The first of several texts for one item, in alphabetical order, is used; the rest get a reason.
     """
