@@ -193,14 +193,14 @@ def _comparisons(
     for control in keys:
         if control.arm != settings.control or control.metric not in ACCURACY:
             continue
-        others = [key for key in keys if key[1:] == control[1:] and key != control]
-        if not others:
+        compared_keys = [key for key in keys if key[1:] == control[1:] and key != control]
+        if not compared_keys:
             continue
-        arms = [column[key] for key in others]
+        arms = [column[key] for key in compared_keys]
         base = column[control]
         low, high = interval(resampled[:, arms] - resampled[:, [base]])
         raw = paired_p_values(values[:, arms] - values[:, [base]], settings.seed).tolist()
-        for number, (key, p_value) in enumerate(zip(others, holm(raw), strict=True)):
+        for number, (key, p_value) in enumerate(zip(compared_keys, holm(raw), strict=True)):
             compared[key] = {
                 "control": settings.control,
                 "difference": float(means[column[key]] - means[base]),

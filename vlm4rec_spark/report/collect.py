@@ -138,8 +138,8 @@ def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
     sources = []
     for name in _SOURCES:
         read = [_source(name, run) for run in runs if group_of_details(run.details, name)]
-        taken = [source for source in read if source.taken]
-        sources += (taken or read)[:1]
+        with_rows = [source for source in read if source.taken]
+        sources += (with_rows or read)[:1]
     return tuple(sources)
 
 
