@@ -77,7 +77,8 @@ def _over(old: object, new: object) -> object:
 
 
 def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first = tmp_path / "first.yaml"
+    second = tmp_path / "second.yaml"
     first.write_text("recommend: {k: 1, target_recall: 0.5}\nprofiles: {last_n: 7}\n")
     second.write_text("recommend: {k: 2}\n")
     config = load(

@@ -189,7 +189,9 @@ def export() -> None:
 
 @app.command("import-captions")
 def import_captions(
-    path: Annotated[str, typer.Argument(help="File, folder or Delta table with item_id and text, or a captions table.")],
+    path: Annotated[
+        str, typer.Argument(help="File, folder or Delta table: item_id and text, or captions.")
+    ],
     format: Annotated[str, typer.Option(help="csv, json, parquet or delta.")] = "csv",
     column: Annotated[
         list[str] | None,
