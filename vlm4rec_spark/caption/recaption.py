@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 from pyspark.sql import DataFrame
 
-from vlm4rec_spark.models.photos import perturbations, photo_storage
+from vlm4rec_spark.models.photos import perturbations, photo_reader
 from vlm4rec_spark.models.photos.download import HttpSettings
 
 
@@ -39,7 +39,7 @@ def _perturbed(
     """Empty for a photo that can't be read any more: it counts as one that can't be described."""
     try:
         if image is None and uri:
-            stored = photo_storage.read_if_changed(uri, http)
+            stored = photo_reader.read_if_changed(uri, http)
             image = stored[0] if stored else None
         return perturbations.perturbed(bytes(image or b""), max_side)
     # A storage raises errors of any class. The photo was good once: it has a caption.

@@ -23,7 +23,7 @@ from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.models.captioning import attributes, caption_checks
 from vlm4rec_spark.models.captioning.prompts import Prompt
 from vlm4rec_spark.models.captioning.supervisor import Photo, Result, Supervisor
-from vlm4rec_spark.models.photos import download, photo_storage
+from vlm4rec_spark.models.photos import download, photo_reader
 from vlm4rec_spark.models.photos.download import HttpSettings
 
 Batches = Iterator[pd.DataFrame]
@@ -162,8 +162,8 @@ class _TaskPhotos:
 def _read(photo: dict, http: HttpSettings) -> bytes | Result:
     """The bytes at the photo's URI, or why they can't be described."""
     try:
-        return photo_storage.read_unchanged(photo["uri"], photo["image_sha256"], http)
-    except photo_storage.ChangedError as changed:
+        return photo_reader.read_unchanged(photo["uri"], photo["image_sha256"], http)
+    except photo_reader.ChangedError as changed:
         return _unreadable(photo["caption_key"], "changed_since", str(changed))
     except Exception as error:
         return _unreadable(photo["caption_key"], "unreadable", f"the photo can't be read: {error}")

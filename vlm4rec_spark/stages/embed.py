@@ -19,7 +19,7 @@ from vlm4rec_spark.models.encoding.text_encoder import (
     load_embedder,
 )
 from vlm4rec_spark.models.encoding.vision_encoder import Vision, load_vision
-from vlm4rec_spark.models.photos import photo_storage
+from vlm4rec_spark.models.photos import photo_reader
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.download import HttpSettings, concurrently
 
@@ -200,7 +200,7 @@ def _photo_udf(settings: EmbedSettings, http: HttpSettings) -> Callable[[Batches
         try:
             data = row["image"]
             if data is None:
-                data = photo_storage.read_unchanged(row["uri"], row["content_sha256"], http)
+                data = photo_reader.read_unchanged(row["uri"], row["content_sha256"], http)
             return _Photo(row["item_id"], row["content_sha256"], decode(data, _PHOTO_SIDE))
         except Exception:  # any of the photo or its file system; rows without a vector are counted
             return None

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.photos import download, photo_storage
+from vlm4rec_spark.models.photos import download, photo_reader
 from vlm4rec_spark.models.photos.download import HttpSettings
-from vlm4rec_spark.models.photos.photo_storage import PhotoVersion
+from vlm4rec_spark.models.photos.photo_reader import PhotoVersion
 from vlm4rec_spark.sources.photo_files import PhotoSource
 from vlm4rec_spark.sources.reader import Source, column_named
 
@@ -385,7 +385,7 @@ def _read_photo(row: dict, http: HttpSettings, keep: bool) -> dict | None:
     )
     listed_at = _integer(row["modified_at"])
     try:
-        file = photo_storage.read_if_changed(row["uri"], http, stored, listed_at)
+        file = photo_reader.read_if_changed(row["uri"], http, stored, listed_at)
     except Exception as error:
         return photo | {"reason": f"the photo can't be read: {error}"}
     if file is None:
