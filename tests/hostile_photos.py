@@ -1,7 +1,5 @@
 """Photos as real folders hold them: GOOD ones of every kind, and HOSTILE ones with their errors."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import pickle

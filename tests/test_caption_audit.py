@@ -1,28 +1,23 @@
 """The caption audit of a captioner that looks at photos, and of one that doesn't."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from PIL import Image
+from shop import MakePipeline
 
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner
 from vlm4rec_spark.models.captioning.captioner import Request, caption_all
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import decode
-from vlm4rec_spark.pipeline import caption_audit
+from vlm4rec_spark.pipeline import Pipeline, caption_audit
 from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from vlm4rec_spark.pipeline import Pipeline
 
 ITEMS = 40
 WRONG = 7
@@ -106,9 +101,7 @@ class Audited:
 
 
 @pytest.fixture(scope="module")
-def audits(
-    pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Audited]:
+def audits(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Audited]:
     """Without captions, and of captioners: blind, seeing, and seeing with a killed worker."""
     folder = tmp_path_factory.mktemp("audit")
     by_name = {}
@@ -131,13 +124,13 @@ def audits(
     return by_name
 
 
-def test_without_captions_there_is_no_audit(audits: dict[str, Audited]) -> None:
+def test_without_captions_there_is_no_audit(audits: dict[str, Audited]):
     assert (audits["nothing"].rows, audits["nothing"].details) == ([], {})
 
 
 def test_a_captioner_that_does_not_look_has_the_figures_of_chance(
     audits: dict[str, Audited],
-) -> None:
+):
     blind = audits["blind"]
     assert {row["arm"] for row in blind.rows} == {MODEL}
     assert blind.values == {
@@ -161,7 +154,7 @@ def test_a_captioner_that_does_not_look_has_the_figures_of_chance(
 
 def test_a_captioner_that_looks_agrees_with_the_catalogue_and_finds_its_captions_again(
     audits: dict[str, Audited],
-) -> None:
+):
     seeing = audits["seeing"]
     assert {(row["split"], row["slice"]) for row in seeing.rows} == {("captions", "all")}
     # No caption names a code, and the catalogue is wrong about one item's green.
@@ -178,7 +171,7 @@ def test_a_captioner_that_looks_agrees_with_the_catalogue_and_finds_its_captions
     assert seeing.result.device_seconds is not None
 
 
-def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str, Audited]) -> None:
+def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str, Audited]):
     seeing = audits["seeing"]
     assert seeing.details["captioners"][0]["failures"] == {"model_died": 1}
     worst = seeing.details["examples"][0]
@@ -186,7 +179,7 @@ def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str,
     assert seeing.result.complete
 
 
-def test_a_captioner_that_fails_costs_only_its_figures(audits: dict[str, Audited]) -> None:
+def test_a_captioner_that_fails_costs_only_its_figures(audits: dict[str, Audited]):
     killed = audits["killed"]
     seeing = audits["seeing"]
     assert "Python worker exited unexpectedly" in killed.details["trouble"]

@@ -1,26 +1,21 @@
 """Rules, groups and exclusions in SQL, with literal rows; and all of them in the stage's lists."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from pyspark.sql import DataFrame, SparkSession
+from shop import MakePipeline
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.list_rules import Rule
+from vlm4rec_spark.pipeline import Pipeline
 from vlm4rec_spark.stages import rules
 from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
-
-    from vlm4rec_spark.pipeline import Pipeline
 
 TEN = datetime(2025, 1, 1, 10)
 CAPS = {"brand": 2, "attributes.fit": 1}
@@ -67,7 +62,7 @@ def rule_rows(spark: SparkSession) -> DataFrame:
     return rules.rules_by_item(catalogue, photos, shop_rules, CAPS)
 
 
-def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: Searcher) -> None:
+def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: Searcher):
     list_rules = rules.list_rules(
         rule_rows.toArrow(),
         searcher,
@@ -80,7 +75,7 @@ def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: S
     assert list_rules.variants is None
 
 
-def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher: Searcher) -> None:
+def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher: Searcher):
     list_rules = rules.list_rules(
         rule_rows.toArrow(),
         searcher,
@@ -95,7 +90,7 @@ def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher:
     assert fits[0] == fits[3] >= 0
 
 
-def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher: Searcher) -> None:
+def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher: Searcher):
     rows = rule_rows.toArrow()
     a, b, c, d, _ = rules.list_rules(
         rows,
@@ -108,7 +103,7 @@ def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher
     assert a == b != c
 
 
-def test_rules_apply_to_the_users_they_name(spark: SparkSession) -> None:
+def test_rules_apply_to_the_users_they_name(spark: SparkSession):
     users = spark.createDataFrame(
         [
             ("eu", "new", "EU", None, None),
@@ -162,7 +157,7 @@ def test_rules_apply_to_the_users_they_name(spark: SparkSession) -> None:
 )
 def test_rules_and_caps_of_unknown_columns_are_usage_errors(
     spark: SparkSession, rule: Rule, caps: dict[str, int], message: str
-) -> None:
+):
     tables = [spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)]
     with pytest.raises(UsageError, match=message):
         rules.check(*tables, [rule], caps)
@@ -190,7 +185,7 @@ def coffee_log(spark: SparkSession) -> DataFrame:
 
 def test_views_repeat_purchases_do_not_and_coffee_repeats_after_a_month(
     spark: SparkSession, coffee_log: DataFrame
-) -> None:
+):
     catalogue = items(
         spark,
         {"item_id": "tv", "category": None},
@@ -226,7 +221,7 @@ class Shop(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """Lists of thirty items of three brands and ten parents, for two markets."""
     folder = tmp_path_factory.mktemp("shop")
     catalogue = [f"i{n:02d},Thing {n} of {n % 7},b{n % 3},P{n % 10},{n}" for n in range(30)]
@@ -284,7 +279,7 @@ def check_list(user: str, items: list) -> None:
     assert (7 * int(user[1]) + 1) % 30 not in listed
 
 
-def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop) -> None:
+def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop):
     lists = read_lists(shop.pipeline)
     assert set(lists) == {*USERS, "fresh", "picky"}  # u5 refused
     for user in USERS:
@@ -299,7 +294,7 @@ def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop) -> None:
     assert len(lists["picky"]) > 1
 
 
-def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop) -> None:
+def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop):
     lists = read_lists(shop.pipeline)
     best = lists["u1"][0]["item_id"]
     with (shop.folder / "deny.csv").open("a") as deny:
@@ -312,8 +307,8 @@ def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop
 
 
 def test_diversity_reorders_lists_and_popularity_follows_the_log(
-    pipeline: Callable[..., Pipeline], shop: Shop
-) -> None:
+    pipeline: MakePipeline, shop: Shop
+):
     lists = read_lists(shop.pipeline)
     least_popular = lists["fresh"][-1]["item_id"]
     assert lists["fresh"][0]["item_id"] != least_popular

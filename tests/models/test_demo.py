@@ -1,7 +1,5 @@
 """The demo's shop: the same seed gives the same bytes, only photos tell the look, real dirt is there."""
 
-from __future__ import annotations
-
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
@@ -73,7 +71,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_photos_have_the_dirt_of_real_folders(shop: Path) -> None:
+def test_photos_have_the_dirt_of_real_folders(shop: Path):
     errors, kinds, upright = Counter(), Counter(), set()
     files = sorted((shop / "photos").iterdir())
     for file in files:
@@ -102,12 +100,12 @@ def test_photos_have_the_dirt_of_real_folders(shop: Path) -> None:
     assert sum(file.name.endswith(".1.jpg") for file in files) == 5
 
 
-def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path) -> None:
+def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path):
     truth = pd.read_parquet(shop / "truth.parquet")
     assert truth.loc[[0, 8, 9], list(ATTRIBUTES)].drop_duplicates().shape == (1, 5)
 
 
-def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path) -> None:
+def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path):
     rows = pd.read_csv(shop / "catalogue.csv", dtype=str, keep_default_na=False)
     assert (len(rows), int(rows.duplicated().sum()), int((rows["item_id"] == "").sum())) == (
         64,
@@ -132,7 +130,7 @@ def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path) -> Non
     assert int(log.duplicated().sum()) >= 24
 
 
-def test_some_items_nobody_touches(shop: Path) -> None:
+def test_some_items_nobody_touches(shop: Path):
     log = pd.concat(pd.read_csv(file, dtype=str) for file in shop.glob("events-*.gz"))
     items = set(pd.read_parquet(shop / "truth.parquet")["item_id"])
     assert items - set(log[log["user_id"].str.match(r"user-\d+$", na=False)]["item_id"])

@@ -4,8 +4,6 @@ The captions must be those of an undisturbed run, and the calls of the model, wh
 at most a chunk more for each driver that is killed, and a batch for each child.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -24,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import CAPTIONS
 
 pytestmark = pytest.mark.soak
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
@@ -91,7 +89,7 @@ class Job:
         )
         texts = {row["caption_key"]: row for row in made}
         assert len(texts) == len(made) == PHOTOS
-        left_out = {"caption_key", "model", *schemas.CAPTIONS.volatile}
+        left_out = {"caption_key", "model", *CAPTIONS.volatile}
         return {
             "captions": sorted(
                 str({k: v for k, v in row.items() if k not in left_out}) for row in made
@@ -160,7 +158,7 @@ def called(process: psutil.Popen, word: str) -> list[psutil.Process]:
 
 def test_captions_are_the_same_after_twenty_killed_drivers(
     job: Job, undisturbed: dict[str, list[str]]
-) -> None:
+):
     expected, kills = undisturbed, 20
     assert job.start("drivers", "ingest").wait(600) == 0, job.log("drivers")
     rng, done = random.Random(SEED), 0
@@ -190,7 +188,7 @@ def test_captions_are_the_same_after_twenty_killed_drivers(
 
 def test_captions_are_the_same_after_ten_killed_children(
     job: Job, undisturbed: dict[str, list[str]]
-) -> None:
+):
     expected, kills, done = undisturbed, 10, 0
     assert job.start("children", "ingest").wait(600) == 0, job.log("children")
     rng, process = random.Random(SEED), job.start("children")
