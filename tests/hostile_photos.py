@@ -21,6 +21,13 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def one_color(color: object, side: int = 8) -> bytes:
+    """A PNG of this color with one white pixel: without it, the photo would be blank."""
+    image = Image.new("RGB", (side, side), color)  # type: ignore[arg-type]
+    image.putpixel((0, 0), WHITE)
+    return encoded(image, "PNG")
+
+
 def photo(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
     """Noise: it can't be compressed, so that a truncated file really lacks pixels."""
     rng = np.random.default_rng(seed)

@@ -1,5 +1,6 @@
 """What tests of a shop share: its pipeline, its events, and the rows of its tables."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
@@ -7,21 +8,56 @@ from pathlib import Path
 import numpy as np
 from pyspark.sql import DataFrame, Row, SparkSession
 
+from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import Pipeline, StageResult
 from vlm4rec_spark.report.data import group_of_details
-from vlm4rec_spark.storage.schemas import INTERACTIONS, Table
+from vlm4rec_spark.storage.schemas import INTERACTIONS, ITEMS, Table
 
 MakePipeline = Callable[..., Pipeline]
 """Makes the pipeline of a folder and `key=value` settings: conftest.py's fixture `pipeline`."""
+
+
+def paths(folder: Path) -> tuple[str, ...]:
+    """The settings of all that a pipeline writes."""
+    tables = f"tables={folder}/tables"
+    return tables, f"index.folder={folder}/index", f"report.path={folder}/report.html"
+
+
+def demo_settings(raw: Path) -> tuple[str, ...]:
+    """Write the files of the demo's shop, and return the settings of a quick run on them."""
+    catalogue.write(raw, items=60, users=60)
+    return (
+        f"ingest.items.path=[{raw}/catalogue.csv]",
+        f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
+        f"ingest.photos.folder={raw}/photos",
+        f"ingest.users.path=[{raw}/users.csv]",
+        f"ingest.identities.path=[{raw}/identities.csv]",
+        "recommend.k=5",
+        f"evaluate.cut={catalogue.CUT}",
+        "evaluate.splits=[time]",
+        "report.photos=4",
+        "report.users=2",
+    )
 
 
 def rows_of(run: Pipeline, table: Table) -> list[Row]:
     return run.tables.read(table).collect()
 
 
-def insert(run: Pipeline, table: Table, rows: list[tuple]) -> None:
-    """Add rows, or replace those with the same keys."""
+def item_row(item_id: str, **columns: object) -> tuple:
+    """A row of the catalogue; other columns are null, but for `available` and `updated_at`."""
+    row: dict[str, object] = dict.fromkeys(ITEMS.columns)
+    row |= {"item_id": item_id, "available": True, "updated_at": datetime(2025, 1, 1)}
+    return tuple((row | columns).values())
+
+
+def photo_row(item_id: str, image: bytes) -> tuple:
+    digest = hashlib.sha256(image).hexdigest()
+    return item_id, 0, None, image, digest, len(image), None, None
+
+
+def upsert(run: Pipeline, table: Table, rows: list[tuple]) -> None:
     run.tables.upsert(table, run.spark.createDataFrame(rows, table.schema))
 
 

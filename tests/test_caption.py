@@ -10,21 +10,21 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hostile_photos import GOOD, HOSTILE
+from hostile_photos import GOOD, HOSTILE, one_color
 from PIL import Image
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from rich.console import Console
-from shop import MakePipeline
+from shop import MakePipeline, item_row, log, photo_row, rows_of, upsert
 
 from vlm4rec_spark.caption.estimate import Rates
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
@@ -46,16 +46,7 @@ from vlm4rec_spark.storage.schemas import (
     RUNS,
 )
 
-
-def photo(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (16, 16), colour)
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
+RED, GREEN, BLUE, GREY = (one_color(colour, 16) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
 BLUE_TEXT = "A thing of red 0, green 0 and blue 7."
@@ -64,18 +55,9 @@ RED_TEXT = "A thing of red 7, green 0 and blue 0."
 
 def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
     """Items and their photos, straight into the tables."""
-    spark = run.spark
-    now = datetime(2025, 1, 1)
-    items: list[Any] = [
-        (item, f"Title {item}", None, None, None, None, price, None, None, None, True, None, now)
-        for item in [*images, "bare"]
-    ]
-    run.tables.upsert(ITEMS, spark.createDataFrame(items, ITEMS.schema))
-    rows = [
-        (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)
-        for item, image in images.items()
-    ]
-    run.tables.upsert(PHOTOS, spark.createDataFrame(rows, PHOTOS.schema))
+    items = [item_row(item, title=f"Title {item}", price=price) for item in [*images, "bare"]]
+    upsert(run, ITEMS, items)
+    upsert(run, PHOTOS, [photo_row(item, image) for item, image in images.items()])
 
 
 def captions(run: Pipeline) -> dict[str, str]:
@@ -89,7 +71,7 @@ class CaptionRows:
     """The rows of the table captions, by the photo that they describe."""
 
     def __init__(self, run: Pipeline):
-        rows = run.tables.read(CAPTIONS).collect()
+        rows = rows_of(run, CAPTIONS)
         self.by_photo = {row["image_sha256"]: row for row in rows}
 
     def __getitem__(self, image: bytes) -> Row:
@@ -185,7 +167,7 @@ def test_another_prompt_model_or_parameter_is_other_content(
 
 def test_of_500_photos_exactly_what_changed_is_captioned(counted: Counted, tmp_path: Path):
     run = counted.run("caption.chunk_photos=300")
-    images = {f"i{n:03}": photo(f"#{n % 256:02x}{n // 256:02x}80") for n in range(500)}
+    images = {f"i{n:03}": one_color(f"#{n % 256:02x}{n // 256:02x}80", 16) for n in range(500)}
     store(run, images)
     assert counted.caption(run) == (500, 500, 0, 0)
     assert counted.caption(run) == (0, 0, 0, 500)
@@ -221,13 +203,8 @@ def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(counted: Coun
 
 
 def events(run: Pipeline, counts: dict[str, int]) -> None:
-    day = datetime(2025, 1, 1)
-    rows: list[Any] = [
-        (f"{item}-{n}", "u", item, "view", day, day.date())
-        for item, count in counts.items()
-        for n in range(count)
-    ]
-    run.tables.upsert(INTERACTIONS, run.spark.createDataFrame(rows, INTERACTIONS.schema))
+    views = [("u", item, "view", "2025-01-01") for item in Counter(counts).elements()]
+    run.tables.upsert(INTERACTIONS, log(run.spark, views))
 
 
 def test_a_budget_goes_to_the_items_with_the_most_events_first(counted: Counted):
@@ -284,7 +261,7 @@ def shelves(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) ->
     run = pipeline(tmp_path_factory.mktemp("shelves"))
     # Four loads, each in its own file.
     for shelf in "abcd":
-        store(run, {f"{shelf}{n}": photo(f"#{n:02x}{ord(shelf):02x}00") for n in range(4)})
+        store(run, {f"{shelf}{n}": one_color(f"#{n:02x}{ord(shelf):02x}00", 16) for n in range(4)})
     photos = run.tables.read(PHOTOS)
     assert len(photos.inputFiles()) == 4
     events(run, {"d3": 9, "b1": 8})
@@ -335,7 +312,7 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(counted: Cou
     store(run, {"red": RED, "green": GREEN, "blue": BLUE, "html": HTML})
 
     def attempts() -> dict[str, int]:
-        rows = run.tables.read(CAPTIONS).collect()
+        rows = rows_of(run, CAPTIONS)
         return {row["error_class"]: row["attempts"] for row in rows if row["error_class"]}
 
     run.run(["caption"])
@@ -533,7 +510,7 @@ def linked_shop(pipeline: MakePipeline, tmp_path: Path) -> Iterator[LinkedShop]:
 def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop):
     run = linked_shop.run
     photos = linked_shop.photos
-    assert [row["image"] for row in run.tables.read(PHOTOS).collect()] == [None] * 4
+    assert [row["image"] for row in rows_of(run, PHOTOS)] == [None] * 4
     (photos / "c.png").write_bytes(RED)
     # A server tells the modification time by the second.
     later = time.time() + 100
@@ -559,7 +536,7 @@ def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(
     run = pipeline(
         tmp_path, model, "caption.batch_seconds=2", "caption.memory_gb=0.4", "caption.batch_size=8"
     )
-    greys = {f"grey{n}": photo(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}") for n in range(37)}
+    greys = {f"grey{n}": one_color(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}", 16) for n in range(37)}
     store(run, {"red": RED, "green": GREEN, "blue": BLUE} | greys)
     # Spark's local mode tries no task twice: one that failed would fail the run.
     (result,) = run.run(["caption"])
@@ -574,7 +551,7 @@ def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(
 def test_a_stopped_run_commits_what_it_has_and_the_next_goes_on(counted: Counted):
     counted.requests = "+ms=300"
     run = counted.run("caption.batch_size=4", "caption.chunk_minutes=0.6")
-    images = {f"i{n:03}": photo(f"#{n:02x}0080") for n in range(160)}
+    images = {f"i{n:03}": one_color(f"#{n:02x}0080", 16) for n in range(160)}
     store(run, images)
     # The first half of a chunk, which is 36: it is committed before the third is begun.
     hot = {f"i{n:03}" for n in range(100, 118)}
@@ -652,7 +629,7 @@ def test_imported_captions_are_used_and_bad_rows_rejected(
     result = run.import_captions(captions_file)
     assert (result.ok, result.failed, result.skipped) == (2, 3, 0)
     assert captions(run) == {"a": "A green chair, rather old", "bare": "Seen by nobody"}
-    rejected = run.tables.read(REJECTED).collect()
+    rejected = rows_of(run, REJECTED)
     assert {json.loads(row["row"])["sku"]: row["reason"] for row in rejected} == {
         "gone": "no such item in the catalogue",
         "b": "the text is empty",
@@ -677,7 +654,7 @@ def test_the_stage_leaves_imported_captions_alone(
         "bare": "Seen by nobody",
         "b": BLUE_TEXT,
     }
-    rows = run.tables.read(CAPTIONS).collect()
+    rows = rows_of(run, CAPTIONS)
     assert {row["status"] for row in rows} == {"imported", "ok"}
 
 
@@ -700,7 +677,7 @@ def test_too_many_failures_fail_the_run_loudly(pipeline: MakePipeline, tmp_path:
     }
     # What was paid for is committed.
     assert captions(run) == {"green": GREEN_TEXT}
-    (record,) = run.tables.read(RUNS).collect()
+    (record,) = rows_of(run, RUNS)
     assert (record["stage"], record["status"]) == ("caption", "failed")
     assert (record["rows_ok"], record["rows_failed"]) == (1, 2)
 
@@ -708,7 +685,7 @@ def test_too_many_failures_fail_the_run_loudly(pipeline: MakePipeline, tmp_path:
 def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(counted: Counted):
     counted.requests = "+refuse:green+ms=20"
     run = counted.run("caption.chunk_photos=40", "caption.batch_size=4")
-    store(run, {f"i{n:03}": photo(f"#00{n + 40:02x}00") for n in range(200)})
+    store(run, {f"i{n:03}": one_color(f"#00{n + 40:02x}00", 16) for n in range(200)})
     message = r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with"
     with pytest.raises(RunError, match=message):
         run.run(["caption"])

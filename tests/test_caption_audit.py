@@ -1,14 +1,13 @@
 """The caption audit of a captioner that looks at photos, and of one that doesn't."""
 
-import hashlib
-import io
 import json
 from datetime import datetime
 from typing import Any
 
 import pytest
+from hostile_photos import encoded
 from PIL import Image
-from shop import MakePipeline
+from shop import MakePipeline, item_row, photo_row, upsert
 
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner
@@ -37,12 +36,6 @@ def photo(n: int) -> Image.Image:
     return image
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def green(n: int) -> str:
     """As the fake model says it."""
     return f"green {photo(n).resize((1, 1)).getpixel((0, 0))[1] // 32}"  # type: ignore[index]
@@ -50,19 +43,15 @@ def green(n: int) -> str:
 
 def store(run: Pipeline) -> None:
     """The catalogue has every item's share of green, and a wrong one for one item."""
-    now = datetime(2025, 1, 1)
     items = []
     photos = []
     for n in range(ITEMS):
         item = f"i{n:02d}"
         attributes = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
-        nothing = [None] * 4
-        items.append((item, f"Item {n}", *nothing, 1.0, None, None, attributes, True, None, now))
-        image = png(photo(n))
-        digest = hashlib.sha256(image).hexdigest()
-        photos.append((item, 0, None, image, digest, len(image), None, None))
-    run.tables.upsert(schemas.ITEMS, run.spark.createDataFrame(items, schemas.ITEMS.schema))
-    run.tables.upsert(schemas.PHOTOS, run.spark.createDataFrame(photos, schemas.PHOTOS.schema))
+        items.append(item_row(item, title=f"Item {n}", price=1.0, attributes=attributes))
+        photos.append(photo_row(item, encoded(photo(n), "PNG")))
+    upsert(run, schemas.ITEMS, items)
+    upsert(run, schemas.PHOTOS, photos)
 
 
 def describe(run: Pipeline, model: str, at: datetime) -> None:
@@ -73,7 +62,11 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
     photos = run.tables.read(schemas.PHOTOS)
     wanted = plan.wanted_captions(photos, photos.limit(0), None, spec).collect()
     requests = [
-        Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
+        Request(
+            row["caption_key"],
+            decode(encoded(photo(int(row["item_id"][1:])), "PNG"), 672),
+            prompt.text,
+        )
         for row in wanted
     ]
     texts = caption_all(FakeCaptioner(model, 16), requests)
@@ -83,7 +76,7 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
         text = texts[row["caption_key"]].text
         photo_and_model = (row["image_sha256"], prompt.prompt_id, spec.model_id)
         rows.append((row["caption_key"], *photo_and_model, text, *rest))
-    run.tables.insert(schemas.CAPTIONS, run.spark.createDataFrame(rows, schemas.CAPTIONS.schema))
+    upsert(run, schemas.CAPTIONS, rows)
     links = [(row["item_id"], row["position"], row["caption_key"]) for row in wanted]
     run.tables.sync(
         schemas.ITEM_CAPTIONS, run.spark.createDataFrame(links, schemas.ITEM_CAPTIONS.schema)

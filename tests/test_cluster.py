@@ -5,8 +5,6 @@ Their Python lacks this package, which is sent with --archives. One Python proce
 run, and one stalls. `make test` submits the pipeline, `make soak` every other job too.
 """
 
-import hashlib
-import io
 import json
 import os
 import re
@@ -25,10 +23,9 @@ from typing import NamedTuple
 import deltalake
 import pyspark
 import pytest
-from PIL import Image
-from shop import MakePipeline
+from hostile_photos import one_color
+from shop import MakePipeline, demo_settings, paths, photo_row, upsert
 
-from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.pipeline import STAGES, Pipeline
 from vlm4rec_spark.spark import jars, java
 from vlm4rec_spark.storage.schemas import CAPTIONS, ITEMS, PHOTOS, RUNS, STATE, TABLES, Table
@@ -257,19 +254,9 @@ class Shop:
 @pytest.fixture(scope="module")
 def shop(cluster: Cluster, pipeline: MakePipeline) -> Shop:
     raw = cluster.folder / "raw"
-    catalogue.write(raw, items=60, users=60)
     settings = (
-        f"ingest.items.path=[{raw}/catalogue.csv]",
-        f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-        f"ingest.photos.folder={raw}/photos",
-        f"ingest.users.path=[{raw}/users.csv]",
-        f"ingest.identities.path=[{raw}/identities.csv]",
-        "recommend.k=5",
-        f"evaluate.cut={catalogue.CUT}",
-        "evaluate.splits=[time]",
+        *demo_settings(raw),
         "evaluate.arms=[popularity,caption]",
-        "report.photos=4",
-        "report.users=2",
         f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled"
         f"+gpus={cluster.folder}/gpus",
         "caption.photos_per_task=16",
@@ -281,10 +268,6 @@ def shop(cluster: Cluster, pipeline: MakePipeline) -> Shop:
     local = pipeline(cluster.folder / "local", *settings)
     local.run(STAGES)
     return Shop(cluster, remote_settings, pipeline(remote, *settings), local)
-
-
-def paths(out: Path) -> tuple[str, ...]:
-    return f"tables={out}/tables", f"index.folder={out}/index", f"report.path={out}/report.html"
 
 
 def rows(run: Pipeline, table: Table) -> list[dict]:
@@ -352,29 +335,9 @@ def new_captions(shop: Shop) -> list[dict]:
     before = rows(shop.remote, CAPTIONS)
     photos = tables.read(PHOTOS)
     bare = tables.read(ITEMS).join(photos, on="item_id", how="left_anti").first()
-    image = green_photo()
-    row = (
-        bare["item_id"],
-        0,
-        None,
-        image,
-        hashlib.sha256(image).hexdigest(),
-        len(image),
-        None,
-        None,
-    )
-    tables.insert(PHOTOS, shop.remote.spark.createDataFrame([row], PHOTOS.schema))
+    upsert(shop.remote, PHOTOS, [photo_row(bare["item_id"], one_color("green", 16))])
     shop.cluster.submit("run_caption", *shop.settings)
     return [row for row in rows(shop.remote, CAPTIONS) if row not in before]
-
-
-def green_photo() -> bytes:
-    """A green PNG with one white pixel, because a photo of one color only is rejected."""
-    photo = Image.new("RGB", (16, 16), "green")
-    photo.putpixel((0, 0), (255, 255, 255))
-    buffer = io.BytesIO()
-    photo.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.mark.soak

@@ -18,18 +18,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_photos import one_color
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from shop import MakePipeline
+from shop import MakePipeline, source_counts
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import Pipeline, StageResult
-from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.photo_files import PhotoSource, photo_files
 from vlm4rec_spark.sources.reader import Source
@@ -624,9 +623,9 @@ def hostile_log() -> list[tuple[str, str, str, str]]:
 def write_photos(folder: Path) -> None:
     folder.mkdir()
     for n, (item, *_) in enumerate(GOOD_ITEMS):
-        (folder / f"{item}.png").write_bytes(png((20 * n, 40, 90)))
+        (folder / f"{item}.png").write_bytes(one_color((20 * n, 40, 90)))
     for n, item in enumerate(filter(fits, IDS)):
-        contents = (png((90, 3 * n, 40)), b"<script>alert('photo')</script>", b"")
+        contents = (one_color((90, 3 * n, 40)), b"<script>alert('photo')</script>", b"")
         (folder / f"{item}.png").write_bytes(contents[n % 3])
 
 
@@ -640,7 +639,7 @@ def hostile_shop(pipeline: MakePipeline, tmp_path: Path) -> Pipeline:
     last_event = ("good user 4", "good 7", "view", "2025-02-01")
     table(tmp_path / "log" / "log 1a.csv", EVENT, [last_event])
     write_photos(tmp_path / "photos")
-    (tmp_path / "bait.png").write_bytes(png((1, 2, 3)))
+    (tmp_path / "bait.png").write_bytes(one_color((1, 2, 3)))
     captions = [
         ("good 1", CAPTION),
         ("../../etc/passwd", CAPTION),
@@ -656,14 +655,6 @@ def hostile_shop(pipeline: MakePipeline, tmp_path: Path) -> Pipeline:
         f"ingest.photos.folder={tmp_path}/photos",
         "caption.max_failed_share=1",
     )
-
-
-def png(color: tuple[int, int, int]) -> bytes:
-    image = Image.new("RGB", (8, 8), color)
-    image.putpixel((0, 0), (255, 255, 255))  # with one color all over it would be blank
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def all_files(folder: Path) -> dict[Path, bytes]:
@@ -709,11 +700,6 @@ def check_ingested(run: Pipeline, files: dict[Path, bytes]) -> int:
     rejected = read_rows(run, REJECTED)
     assert all(row["reason"].strip() for row in rejected)
     return sum(row["occurrences"] for row in rejected)
-
-
-def source_counts(ingested: StageResult, source: str) -> dict[str, int]:
-    figures = group_of_details(ingested.details, source)
-    return {name: int(count) for name, count in figures.items()}
 
 
 def check_counts(ingested: StageResult, rejected_items: int, rejected: int) -> None:

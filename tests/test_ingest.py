@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-from shop import MakePipeline
+from shop import MakePipeline, rows_of
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.pipeline import Pipeline, StageResult
@@ -257,7 +257,7 @@ def test_event_ids_count_once_and_identical_rejected_rows_are_counted(
 
 
 def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
-    rows = run.tables.read(PHOTOS).collect()
+    rows = rows_of(run, PHOTOS)
     for row in rows:
         assert row["image_sha256"] == hashlib.sha256(row["image"]).hexdigest()
         assert row["bytes"] == len(row["image"])
@@ -361,7 +361,7 @@ def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_p
     assert photos(folder_shop) == FOLDER_PHOTOS | {("B", 0): b"B JPG"}
     # One event of the second file is in the first, which isn't opened again.
     assert figures(result, "interactions") == (1, 0, 2)
-    ledger = folder_shop.tables.read(INGESTED_FILES).collect()
+    ledger = rows_of(folder_shop, INGESTED_FILES)
     counts = ("rows_read", "rows_taken", "rows_rejected", "rows_repeated")
     assert {Path(row["file"]).name: [row[name] for name in counts] for row in ledger} == {
         "log-1.csv": [3, 2, 1, 0],
@@ -386,7 +386,7 @@ def user_tables(tmp_path: Path) -> tuple[str, ...]:
 
 def users(run: Pipeline) -> dict[str, list[object]]:
     """segment and consent by user_id."""
-    rows = run.tables.read(USERS).collect()
+    rows = rows_of(run, USERS)
     return {row["user_id"]: [row["segment"], row["consent"]] for row in rows}
 
 
@@ -396,9 +396,9 @@ def test_users_and_identities(pipeline: MakePipeline, user_tables: tuple[str, ..
     assert figures(result, "users") == (2, 2, 1)
     assert figures(result, "identities") == (2, 3, 0)
     assert users(run) == {"u1": ["club", True], "u2": [None, None]}
-    identities = run.tables.read(IDENTITIES).collect()
+    identities = rows_of(run, IDENTITIES)
     assert {row["anonymous_id"]: row["user_id"] for row in identities} == {"v1": "u1", "v2": "u1"}
-    reasons = {row["reason"] for row in run.tables.read(REJECTED).collect()}
+    reasons = {row["reason"] for row in rows_of(run, REJECTED)}
     assert reasons == {
         "user_id is missing",
         "consent is neither true nor false",
@@ -557,7 +557,7 @@ URL_PHOTOS = {
 def test_photos_from_urls(url_shop: Pipeline, photo_server: PhotoServer, uris: dict[str, str]):
     assert figures(url_shop.run(["ingest"])[0], "photos") == (5, 4, 0)
     assert photos(url_shop) == URL_PHOTOS
-    rows = {row["item_id"]: row for row in url_shop.tables.read(PHOTOS).collect()}
+    rows = {row["item_id"]: row for row in rows_of(url_shop, PHOTOS)}
     assert {item: row["uri"] for item, row in rows.items()} == {
         item: uris[item] for item, _ in URL_PHOTOS
     }

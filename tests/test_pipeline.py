@@ -23,7 +23,7 @@ import pytest
 from pyspark.sql import Column, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.classic.dataframe import DataFrame
-from shop import MakePipeline
+from shop import MakePipeline, demo_settings, paths, rows_of, source_counts
 
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.config import load
@@ -32,7 +32,6 @@ from vlm4rec_spark.evaluation import tune
 from vlm4rec_spark.evaluation.metrics import ACCURACY
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult
-from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.storage.schemas import (
     CAPTIONS,
     EMBEDDINGS,
@@ -64,42 +63,25 @@ class Shop:
 
     folder: Path
     settings: tuple[str, ...]
-    first: Pipeline | None = None
+    first: Pipeline
     collected: dict[str, int] = field(default_factory=dict)
     """Rows that each function of the package brought to the driver, at most."""
     results: dict[str, StageResult] = field(default_factory=dict)
 
     def rows(self, table: Table) -> list:
-        assert self.first is not None
-        return self.first.tables.read(table).collect()
+        return rows_of(self.first, table)
 
 
 @pytest.fixture(scope="module")
 def shop(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    from vlm4rec_spark.demo import catalogue
-
     folder = tmp_path_factory.mktemp("shop")
-    raw = folder / "raw"
-    catalogue.write(raw, items=60, users=60)
-    shop = Shop(
-        folder,
-        (
-            f"ingest.items.path=[{raw}/catalogue.csv]",
-            f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={raw}/photos",
-            f"ingest.users.path=[{raw}/users.csv]",
-            f"ingest.identities.path=[{raw}/identities.csv]",
-            f"recommend.k={K}",
-            f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]",
-            "evaluate.arms=[popularity,caption/max_similarity,blend]",
-            "report.photos=4",
-            "report.users=2",
-            "profiles.shape=max_similarity",
-            f"item_item.share={SHARE}",
-        ),
+    settings = (
+        *demo_settings(folder / "raw"),
+        "evaluate.arms=[popularity,caption/max_similarity,blend]",
+        "profiles.shape=max_similarity",
+        f"item_item.share={SHARE}",
     )
-    shop.first = pipeline(folder, *shop.settings)
+    shop = Shop(folder, settings, pipeline(folder, *settings))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("collect", "toPandas", "toArrow"):
             patch.setattr(DataFrame, name, _recording(getattr(DataFrame, name), shop.collected))
@@ -119,11 +101,6 @@ def _recording(collect: Callable, collected: dict[str, int]) -> Callable:
         return result
 
     return recording
-
-
-def source_counts(result: StageResult, source: str) -> dict[str, int]:
-    figures = group_of_details(result.details, source)
-    return {name: int(count) for name, count in figures.items()}
 
 
 def counts(result: StageResult) -> tuple[int, int, int]:
@@ -430,14 +407,11 @@ def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop):
 def test_tables_in_a_catalog_hold_the_same(
     spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path: Path
 ):
-    assert shop.first is not None
     spark.sql("CREATE SCHEMA IF NOT EXISTS whole")
     try:
         other = pipeline(tmp_path, *shop.settings, "tables=spark_catalog.whole")
         other.run([stage for stage in STAGES if stage != "evaluate"])
-        for table in TABLES.values():
-            if table not in OF_RUNS:
-                assert content(other, table) == content(shop.first, table), table.name
+        assert_same_content(other, shop.first)
     finally:
         spark.sql("DROP SCHEMA whole CASCADE")
 
@@ -473,14 +447,12 @@ def _doubled(number: Column) -> Column:
 def test_the_real_tables_refuse_a_bad_row(
     shop: Shop, table: Table, column: str, bad: Callable[[], Column], refusal: str
 ):
-    assert shop.first is not None
     rows = shop.first.tables.read(table).limit(1).withColumn(column, bad())
     with pytest.raises(Exception, match=refusal):
         rows.write.format("delta").mode("append").save(shop.first.tables.name_of(table))
 
 
 def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: MakePipeline):
-    assert shop.first is not None
     again = pipeline(shop.folder, *shop.settings)
     before = again.tables.versions(TABLES.values())
     # As a killed run leaves it.
@@ -497,12 +469,7 @@ def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: MakePipeline):
 
 def command_options(shop: Shop) -> list[str]:
     """The shop's settings, as the command line takes them."""
-    locations = (
-        f"tables={shop.folder}/tables",
-        f"index.folder={shop.folder}/index",
-        f"report.path={shop.folder}/r.html",
-    )
-    return ["--config", "test.yaml", *assignments(*locations, *shop.settings)]
+    return ["--config", "test.yaml", *assignments(*paths(shop.folder), *shop.settings)]
 
 
 def assignments(*settings: str) -> list[str]:
@@ -512,7 +479,6 @@ def assignments(*settings: str) -> list[str]:
 def test_the_figures_of_an_evaluation_are_printed_as_json(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ):
-    assert shop.first is not None
     assert main(["evaluate", "--json", *command_options(shop)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["run_id"], printed["config"]["k"]) == (shop.first.run_id, 10)
@@ -546,9 +512,7 @@ def test_tune_writes_a_configuration_that_can_be_used(
 
 
 def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: MakePipeline):
-    assert shop.first is not None
-    others = [table for table in TABLES.values() if table not in OF_RUNS]
-    before = {table.name: content(shop.first, table) for table in others}
+    before = contents(shop.first)
     metrics = content(shop.first, METRICS)
     # As after a run that was killed before it could record itself.
     state = shop.first.tables.sql_name(STATE)
@@ -563,13 +527,12 @@ def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Make
     assert counts(results["embed"]) == (0, 0, 180)
     # A run's metrics are its own.
     assert content(again, METRICS) == sorted(2 * metrics)
-    assert {table.name: content(again, table) for table in others} == before
+    assert contents(again) == before
 
 
 def test_a_copied_shop_opens_its_own_index(
     shop: Shop, pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert shop.first is not None
     copy = tmp_path / "copy"
     for name in ("tables", "index"):
         shutil.copytree(shop.folder / name, copy / name)
@@ -603,7 +566,6 @@ def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp
 def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_completes(
     shop: Shop, pipeline: MakePipeline, tmp_path: Path
 ):
-    assert shop.first is not None
     # The tables are named by a URI here.
     tables = f"tables=file://{tmp_path}/tables"
     _kill_a_driver(shop, tables, tmp_path)
@@ -622,17 +584,14 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_comp
     finally:
         killed.set()
         killer.join()
-    for table in TABLES.values():
-        if table not in OF_RUNS:
-            assert content(again, table) == content(shop.first, table), table.name
+    assert_same_content(again, shop.first)
     assert list((tmp_path / "tables").glob("_*")) == []
 
 
 def _kill_a_driver(shop: Shop, tables: str, folder: Path) -> None:
     """Run all stages in a process, and kill it when photos are staged and not yet in `photos`."""
-    locations = (tables, f"index.folder={folder}/index", f"report.path={folder}/report.html")
     code = "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])"
-    options = ["--config", "test.yaml", *assignments(*locations, *shop.settings, QUICK)]
+    options = ["--config", "test.yaml", *assignments(*paths(folder), tables, *shop.settings, QUICK)]
     command = [sys.executable, "-c", code, "run", *options]
     with (folder / "log").open("wb") as log:
         driver = subprocess.Popen(
@@ -674,8 +633,16 @@ def content(run: Pipeline, table: Table) -> list[str]:
     return sorted(str(row) for row in run.tables.read(table).drop(*ignored).collect())
 
 
-OF_RUNS = (RUNS, STATE, METRICS)
-"""Tables whose rows differ from run to run."""
+def contents(run: Pipeline) -> dict[str, list[str]]:
+    """The content of every table whose rows don't differ from run to run."""
+    of_runs = (RUNS, STATE, METRICS)
+    return {table.name: content(run, table) for table in TABLES.values() if table not in of_runs}
+
+
+def assert_same_content(run: Pipeline, other: Pipeline) -> None:
+    expected = contents(other)
+    for name, rows in contents(run).items():
+        assert rows == expected[name], name
 
 
 FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {

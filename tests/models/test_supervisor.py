@@ -1,6 +1,5 @@
 """The model's child process: what its death, hang or memory use costs, and who is blamed."""
 
-import io
 import os
 import signal
 import subprocess
@@ -12,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+from hostile_photos import one_color
 from loopback import Reply, serving
-from PIL import Image
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.captioning.captioner import EndpointSettings, ModelSettings
@@ -26,19 +25,10 @@ from vlm4rec_spark.models.captioning.supervisor import (
     suspects,
 )
 
-
-def png(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (8, 8), colour)
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of a single colour is refused as blank
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED = png("red")
-GREEN = png("green")
-GREY = png("grey")
-DARKER = png("#000040")
+RED = one_color("red")
+GREEN = one_color("green")
+GREY = one_color("grey")
+DARKER = one_color("#000040")
 """The fake sees blue 4 in GREY, and blue 2 in DARKER."""
 
 
