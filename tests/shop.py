@@ -18,6 +18,10 @@ MakePipeline = Callable[..., Pipeline]
 """Makes the pipeline of a folder and `key=value` settings: conftest.py's fixture `pipeline`."""
 
 
+Event = tuple[str, str, str, str]
+"""User, item, type and time."""
+
+
 def paths(folder: Path) -> tuple[str, ...]:
     """The settings of all that a pipeline writes."""
     tables = f"tables={folder}/tables"
@@ -61,12 +65,12 @@ def upsert(run: Pipeline, table: Table, rows: list[tuple]) -> None:
     run.tables.upsert(table, run.spark.createDataFrame(rows, table.schema))
 
 
-def log(spark: SparkSession, events: Iterable[tuple[str, str, str, str]]) -> DataFrame:
-    """The table of interactions from user, item, type and time; its ids are e0, e1, …"""
+def log(spark: SparkSession, events: Iterable[Event], first: int = 0) -> DataFrame:
+    """The table of interactions from user, item, type and time, with numbers as ids."""
     rows = []
-    for number, (user, item, event_type, time) in enumerate(events):
+    for number, (user, item, event_type, time) in enumerate(events, first):
         at = datetime.fromisoformat(time)
-        rows.append((f"e{number}", user, item, event_type, at, at.date()))
+        rows.append((f"e{number:04d}", user, item, event_type, at, at.date()))
     return spark.createDataFrame(rows, INTERACTIONS.schema)
 
 

@@ -125,7 +125,7 @@ class Counted:
 
 
 @pytest.fixture
-def counted(pipeline: MakePipeline, tmp_path: Path) -> Counted:
+def counted(pipeline: MakePipeline, tmp_path) -> Counted:
     return Counted(pipeline, tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_each_content_is_captioned_once(counted: Counted):
 
 
 def test_another_prompt_model_or_parameter_is_other_content(
-    counted: Counted, pipeline: MakePipeline, tmp_path: Path
+    counted: Counted, pipeline: MakePipeline, tmp_path
 ):
     run = counted.run("caption.max_failed_share=0.5")
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
@@ -165,7 +165,7 @@ def test_another_prompt_model_or_parameter_is_other_content(
     assert counted.caption(run) == (0, 0, 0, 5)
 
 
-def test_of_500_photos_exactly_what_changed_is_captioned(counted: Counted, tmp_path: Path):
+def test_of_500_photos_exactly_what_changed_is_captioned(counted: Counted, tmp_path):
     run = counted.run("caption.chunk_photos=300")
     images = {f"i{n:03}": one_color(f"#{n % 256:02x}{n // 256:02x}80", 16) for n in range(500)}
     store(run, images)
@@ -221,7 +221,7 @@ def test_a_budget_goes_to_the_items_with_the_most_events_first(counted: Counted)
     assert [result.status for result in run.run(["caption"])] == ["unchanged"]
 
 
-def test_a_budget_of_money_uses_the_tokens_of_earlier_captions(counted: Counted, tmp_path: Path):
+def test_a_budget_of_money_uses_the_tokens_of_earlier_captions(counted: Counted, tmp_path):
     run = counted.run()
     store(run, {"dull": GREEN, "hot": GREY, "warm": BLUE, "bare": RED})
     counted.caption(run)
@@ -257,7 +257,7 @@ class Shelves(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shelves(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Shelves:
+def shelves(pipeline: MakePipeline, tmp_path_factory) -> Shelves:
     run = pipeline(tmp_path_factory.mktemp("shelves"))
     # Four loads, each in its own file.
     for shelf in "abcd":
@@ -333,7 +333,7 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(counted: Cou
 
 
 def test_every_hostile_photo_has_its_error_class_and_every_good_one_its_caption(
-    pipeline: MakePipeline, tmp_path: Path
+    pipeline: MakePipeline, tmp_path
 ):
     run = pipeline(tmp_path, "caption.max_failed_share=1", "caption.batch_size=4")
     hostile = {f"bad {name}": data for name, (data, _) in HOSTILE.items()}
@@ -348,7 +348,7 @@ def test_every_hostile_photo_has_its_error_class_and_every_good_one_its_caption(
 
 
 def test_a_prompt_with_a_title_is_used_again_only_where_the_title_has_changed(
-    counted: Counted, tmp_path: Path
+    counted: Counted, tmp_path
 ):
     prompt = tmp_path / "titled.txt"
     prompt.write_text("{title}: what is it?")
@@ -431,7 +431,7 @@ def caption_by_endpoint(
     return run, result
 
 
-def test_captions_come_from_an_endpoint(pipeline: MakePipeline, tmp_path: Path):
+def test_captions_come_from_an_endpoint(pipeline: MakePipeline, tmp_path):
     images = {"red": RED, "green": GREEN, "grey": GREY, "html": HTML}
     run, result = caption_by_endpoint(pipeline, tmp_path, images)
     assert (result.ok, result.failed) == (2, 2)
@@ -444,7 +444,7 @@ def test_captions_come_from_an_endpoint(pipeline: MakePipeline, tmp_path: Path):
 
 
 def test_attributes_of_a_structured_prompt_are_in_columns_in_the_report_and_in_show(
-    pipeline: MakePipeline, tmp_path: Path
+    pipeline: MakePipeline, tmp_path
 ):
     # The server answers in prose over what has no red in it.
     images = {"green": GREEN, "grey": GREY, "twin": GREY}
@@ -500,7 +500,7 @@ class LinkedShop:
 
 
 @pytest.fixture
-def linked_shop(pipeline: MakePipeline, tmp_path: Path) -> Iterator[LinkedShop]:
+def linked_shop(pipeline: MakePipeline, tmp_path) -> Iterator[LinkedShop]:
     photos = tmp_path / "photos"
     photos.mkdir()
     with serving(partial(Files, directory=str(photos))) as url:
@@ -529,9 +529,7 @@ def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop):
     assert captions(run) == {"a": BLUE_TEXT, "b": BLUE_TEXT, "c": RED_TEXT}
 
 
-def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(
-    pipeline: MakePipeline, tmp_path: Path
-):
+def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(pipeline: MakePipeline, tmp_path):
     model = "caption.model.model=exit:red+hang:green+eat:blue"
     run = pipeline(
         tmp_path, model, "caption.batch_seconds=2", "caption.memory_gb=0.4", "caption.batch_size=8"
@@ -614,7 +612,7 @@ def test_a_broken_connection_leaves_no_socket_open():
 
 
 @pytest.fixture
-def captions_file(tmp_path: Path) -> Source:
+def captions_file(tmp_path) -> Source:
     rows = ['a,"  A green chair, rather old "', "bare,Seen by nobody", "gone,Lost", "b,"]
     file = tmp_path / "captions.csv"
     file.write_text("\n".join(["sku,text", *rows, "a,A second text", ""]))
@@ -622,7 +620,7 @@ def captions_file(tmp_path: Path) -> Source:
 
 
 def test_imported_captions_are_used_and_bad_rows_rejected(
-    pipeline: MakePipeline, tmp_path: Path, captions_file: Source
+    pipeline: MakePipeline, tmp_path, captions_file: Source
 ):
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
@@ -642,7 +640,7 @@ def test_imported_captions_are_used_and_bad_rows_rejected(
 
 
 def test_the_stage_leaves_imported_captions_alone(
-    pipeline: MakePipeline, tmp_path: Path, captions_file: Source
+    pipeline: MakePipeline, tmp_path, captions_file: Source
 ):
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
@@ -658,7 +656,7 @@ def test_the_stage_leaves_imported_captions_alone(
     assert {row["status"] for row in rows} == {"imported", "ok"}
 
 
-def test_too_many_failures_fail_the_run_loudly(pipeline: MakePipeline, tmp_path: Path):
+def test_too_many_failures_fail_the_run_loudly(pipeline: MakePipeline, tmp_path):
     run = pipeline(tmp_path, "caption.model.model=raise+empty", "caption.max_failed_share=0.5")
     store(run, {"red": RED, "green": GREEN, "blue": BLUE})
     with pytest.raises(RunError, match="caption: 2 of 3 photos failed") as loud:
@@ -693,7 +691,7 @@ def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(counted
 
 
 @pytest.fixture
-def plan_command(pipeline: MakePipeline, tmp_path: Path) -> Callable[..., int]:
+def plan_command(pipeline: MakePipeline, tmp_path) -> Callable[..., int]:
     """`vlm4rec plan` on three contents of four photos; its arguments follow."""
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "c": GREY})
@@ -713,9 +711,7 @@ def plan_command(pipeline: MakePipeline, tmp_path: Path) -> Callable[..., int]:
 BUDGET = ("--set", "caption.prices.device_hour=3600", "--set", "caption.budget.money=2")
 
 
-def test_the_plan_is_json_for_programs(
-    plan_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-):
+def test_the_plan_is_json_for_programs(plan_command: Callable[..., int], capsys):
     capsys.readouterr()
     assert plan_command("--json", *BUDGET) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -724,9 +720,7 @@ def test_the_plan_is_json_for_programs(
     assert planned["rates"]["speed"] == "assumed"
 
 
-def test_the_plan_is_a_table_for_people(
-    plan_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-):
+def test_the_plan_is_a_table_for_people(plan_command: Callable[..., int], capsys):
     capsys.readouterr()
     assert plan_command(*BUDGET) == 0
     shown = capsys.readouterr().out

@@ -94,7 +94,7 @@ class Audited:
 
 
 @pytest.fixture(scope="module")
-def audits(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Audited]:
+def audits(pipeline: MakePipeline, tmp_path_factory) -> dict[str, Audited]:
     """Without captions, and of captioners: blind, seeing, and seeing with a killed worker."""
     folder = tmp_path_factory.mktemp("audit")
     by_name = {}

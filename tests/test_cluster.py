@@ -147,7 +147,7 @@ def temporary(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -307,7 +307,7 @@ def test_each_model_sees_the_gpu_of_its_task_and_no_other(shop: Shop):
     assert set((shop.cluster.folder / "gpus").read_text().split()) == {"14", "24", "all"}
 
 
-def test_driver_and_workers_import_the_package_that_was_sent(shop: Shop, tmp_path: Path):
+def test_driver_and_workers_import_the_package_that_was_sent(shop: Shop, tmp_path):
     environment = shop.cluster.environment
     command = [environment["PYSPARK_PYTHON"], "-c", "import pyspark, vlm4rec_spark"]
     process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

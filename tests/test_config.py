@@ -37,7 +37,7 @@ def written_keys(content: dict, expected: dict) -> dict:
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
+def config_file(tmp_path) -> Path:
     return tmp_path / "own.yaml"
 
 
@@ -54,9 +54,7 @@ def test_lines_of_base_yaml_are_short():
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in CONF.glob("*.yaml")))
-def test_every_packaged_file_loads_by_its_name(
-    file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_every_packaged_file_loads_by_its_name(file: str, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert load([Path(file)]) == Config.model_validate(_over_base(file))
 
@@ -74,7 +72,7 @@ def _over(old: object, new: object) -> object:
     return new
 
 
-def test_later_files_win_and_assignments_win_over_files(tmp_path: Path):
+def test_later_files_win_and_assignments_win_over_files(tmp_path):
     first = tmp_path / "first.yaml"
     second = tmp_path / "second.yaml"
     first.write_text("recommend: {k: 1, target_recall: 0.5}\nprofiles: {last_n: 7}\n")
@@ -87,9 +85,7 @@ def test_later_files_win_and_assignments_win_over_files(tmp_path: Path):
     assert load([second, first]).recommend.k == 1
 
 
-def test_a_file_here_comes_before_the_packaged_one_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_file_here_comes_before_the_packaged_one_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("test.yaml").write_text("recommend: {k: 3}\n")
     config = load([Path("test.yaml")])
@@ -291,7 +287,7 @@ def test_a_file_that_is_not_a_configuration_is_one_line(
     assert "\n" not in line
 
 
-def test_a_folder_is_not_a_configuration(tmp_path: Path):
+def test_a_folder_is_not_a_configuration(tmp_path):
     assert refusal((tmp_path,)).startswith(f"--config {tmp_path} can't be read: ")
 
 

@@ -46,7 +46,7 @@ def example(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def shop(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shop(spark: SparkSession, tmp_path_factory) -> Iterator[Path]:
     """A folder in which the README's worked example has run."""
     folder = tmp_path_factory.mktemp("worked-example")
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +128,7 @@ def test_every_make_target_benchmark_and_job_exists():
             assert (ROOT / file).is_file(), f"{page}: {file}"
 
 
-def test_every_configuration_of_the_docs_loads(tmp_path: Path):
+def test_every_configuration_of_the_docs_loads(tmp_path):
     configurations = blocks("yaml")
     assert len(configurations) >= 4
     for number, (_, block) in enumerate(configurations):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,7 +136,7 @@ def sha256(data: bytes) -> str:
 
 
 @pytest.fixture
-def photos(spark: SparkSession, tmp_path: Path) -> DataFrame:
+def photos(spark: SparkSession, tmp_path) -> DataFrame:
     (tmp_path / "stored.png").write_bytes(BLUE)
     (tmp_path / "changed.png").write_bytes(RED)
     rows = [

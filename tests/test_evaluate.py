@@ -8,6 +8,7 @@ from datetime import date, datetime
 import numpy as np
 import pandas as pd
 import pytest
+import shop
 from pydantic import ValidationError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -30,7 +31,7 @@ from vlm4rec_spark.evaluation.point_in_time import PointInTime
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
-from vlm4rec_spark.storage.schemas import EMBEDDINGS, INTERACTIONS
+from vlm4rec_spark.storage.schemas import EMBEDDINGS
 
 CUT = "2025-05-01"
 PAIRS = 30
@@ -40,11 +41,7 @@ Event = tuple[str, str, str]
 
 
 def log(spark: SparkSession, events: Iterable[Event]) -> DataFrame:
-    rows = []
-    for number, (user, item, at) in enumerate(events):
-        time = datetime.fromisoformat(at)
-        rows.append((f"e{number:04d}", user, item, "view", time, time.date()))
-    return spark.createDataFrame(rows, INTERACTIONS.schema)
+    return shop.log(spark, ((user, item, "view", time) for user, item, time in events))
 
 
 def embeddings(spark: SparkSession, by_name: Mapping[str, Mapping[str, np.ndarray]]) -> DataFrame:
@@ -142,7 +139,7 @@ def random_lists(users: int, items: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return top, relevant
 
 
-def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch):
+def test_the_metrics_are_those_of_a_library(monkeypatch):
     """ranx (Bassani 2022)."""
     # Compiling takes longer than all that is computed here.
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
@@ -218,6 +215,10 @@ def look_alikes(spark: SparkSession, shift: int = 0) -> EvaluationTables:
     )
 
 
+def with_log(spark: SparkSession, events: Iterable[Event]) -> EvaluationTables:
+    return replace(look_alikes(spark), interactions=log(spark, events))
+
+
 def evaluated(spark: SparkSession, tables: EvaluationTables, **settings: object) -> Evaluation:
     """An evaluation at k = 1 and CUT, by default of three arms."""
     defaults = {"arms": ("random", "popularity", "title"), "cut": CUT, "k": 1}
@@ -251,12 +252,7 @@ def row_of(
 @pytest.mark.parametrize("split", ["time", "leave_one_out"])
 def test_perfect_vectors_find_all_but_the_user_without_a_list(evaluation: Evaluation, split: str):
     for metric in metrics.ACCURACY:
-        title = row_of(
-            evaluation,
-            "title",
-            split,
-            metric,
-        )
+        title = row_of(evaluation, "title", split, metric)
         assert title["value"] == pytest.approx(30 / 31)
         assert title["users"] == 31
         assert title["low"] <= title["value"] <= title["high"]
@@ -381,7 +377,7 @@ def test_recall_above_chance_is_flagged():
     assert not guards.above_chance(np.array([1.0] + [0.0] * 59), 1, 60)
 
 
-def test_a_planted_leak_ends_the_evaluation(spark: SparkSession, monkeypatch: pytest.MonkeyPatch):
+def test_a_planted_leak_ends_the_evaluation(spark: SparkSession, monkeypatch):
     """Profiles from the whole log: the commonest mistake there is."""
     tables = look_alikes(spark)
     original = point_in_time.profiles.histories
@@ -491,7 +487,7 @@ def test_cooccurrence_is_an_arm_and_a_share_of_the_blend(spark: SparkSession):
     for n in range(40):
         time = "2025-01-02" if n >= 5 else "2025-05-02"
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     serving = replace(SERVING, item_item=ItemItemSettings(share=0.6))
     lists = lists_of(
         spark,
@@ -564,7 +560,7 @@ def test_a_plain_mean_weighs_all_events_equally():
     assert profiles.position_decay == 1.0
 
 
-def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch: pytest.MonkeyPatch):
+def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch):
     """Two circles of twenty users, each with eight items of which everybody has had six."""
     rng = np.random.default_rng(0)
     events = []
@@ -573,7 +569,7 @@ def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch: py
         for day, item in enumerate(seen, 1):
             events.append((f"u{user:02d}", item, f"2025-01-{day:02d}"))
         events.append((f"u{user:02d}", last, "2025-05-01"))
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     monkeypatch.setattr(als, "GRID", als.GRID[:1])
     lists = lists_of(
         spark,
@@ -606,7 +602,7 @@ def test_popularity_may_count_the_last_days_only(
     events = [(f"u{n:02d}", "H00", "2025-01-01") for n in range(30)]
     events += [(f"u{n:02d}", "H01", "2025-04-20") for n in range(30, 35)]
     events += [("u40", "H02", "2025-04-29"), ("u40", "R00", "2025-05-02")]
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     lists = lists_of(
         spark,
         tables,
@@ -617,7 +613,7 @@ def test_popularity_may_count_the_last_days_only(
 
 
 @pytest.fixture
-def few_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_options(monkeypatch) -> None:
     options = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.2, 0.7)}
     monkeypatch.setattr(tune, "OPTIONS", options)
 
@@ -630,7 +626,7 @@ def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession):
         time = "2025-02-02" if n % 3 else "2025-01-02"
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
     events += [(f"u{n:02d}", f"R{n % 5 + 10:02d}", "2025-05-02") for n in range(60)]
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     settings = EvaluateSettings(
         splits=("time",),
         cut=CUT,

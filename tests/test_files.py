@@ -10,7 +10,7 @@ from vlm4rec_spark.storage.files import Files, HadoopFiles, LocalFiles, filesyst
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> str:
+def folder(tmp_path) -> str:
     return (tmp_path / "tables").as_uri()
 
 
@@ -38,9 +38,7 @@ def test_a_file_is_created_once_and_replaced_and_deleted(files: Files, folder: s
     assert files.names(folder) == ["2"]
 
 
-def test_a_folder_has_a_size_and_a_time_and_is_deleted_whole(
-    files: Files, folder: str, tmp_path: Path
-):
+def test_a_folder_has_a_size_and_a_time_and_is_deleted_whole(files: Files, folder: str, tmp_path):
     assert files.folders(folder) == []
     inner = tmp_path / "tables" / "table" / "inner"
     inner.mkdir(parents=True)
@@ -54,7 +52,7 @@ def test_a_folder_has_a_size_and_a_time_and_is_deleted_whole(
     assert files.names(folder) == ["a file"]
 
 
-def test_an_empty_folder_has_its_own_time(files: Files, folder: str, tmp_path: Path):
+def test_an_empty_folder_has_its_own_time(files: Files, folder: str, tmp_path):
     (tmp_path / "tables").mkdir()
     os.utime(tmp_path / "tables", (7_000, 7_000))
     assert files.last_written(folder) == 7_000

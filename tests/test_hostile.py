@@ -253,7 +253,7 @@ def assert_good_events(rows: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("hostile")
 
 
@@ -386,7 +386,7 @@ def utf8(values: Sequence[bytes]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
 
 
-def test_times_at_the_edges(spark: SparkSession, tmp_path: Path):
+def test_times_at_the_edges(spark: SparkSession, tmp_path):
     late = "event_time lies in the future"
     no_time = "event_time is not a time"
     expected = {
@@ -413,14 +413,14 @@ def test_times_at_the_edges(spark: SparkSession, tmp_path: Path):
     assert {json.loads(row["row"])["event_time"]: row["reason"] for row in result} == expected
 
 
-def test_a_header_of_any_names(spark: SparkSession, tmp_path: Path):
+def test_a_header_of_any_names(spark: SparkSession, tmp_path):
     names = ["a`b", "_metadata", "a.b", "source", "row", "title", "", "\x00", "İ"]
     for header in (["item_id", *names, "price"], ["item_id", *names, *names, "price"]):
         file = table(tmp_path / "shop.csv", header, [("A", *(len(header) - 2) * ["x"], "3")])
         assert accepted(parsed(spark, file, ingest.parse_items), "item_id", "price") == [("A", 3.0)]
 
 
-def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_path: Path):
+def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_path):
     file = tmp_path / "shop.json"
     file.write_text(
         '{"sku": "A", "title": 1}\n[{"sku": "B"},\n{"sku": "C", "name": {"x": 1}},\n'
@@ -452,7 +452,7 @@ def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_pat
         )
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_path: Path):
+def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_path):
     (tmp_path / "shop.csv").write_text("\ufeffitem_id\nA\n")
     (tmp_path / "shop.json").write_text('\ufeff{"item_id": "A"}\n')
     for format, options in (("csv", {}), ("json", {}), ("json", {"multiLine": "true"})):
@@ -462,7 +462,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_
         assert accepted(result, "item_id") == [("A",)], (format, options)
 
 
-def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, tmp_path: Path):
+def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, tmp_path):
     table(tmp_path / "log" / "log [12]{a,b}.csv", EVENT, GOOD_EVENTS)
     result = parsed(spark, tmp_path / "log", events)
     assert_good_events(result)
@@ -488,7 +488,7 @@ def fits_pattern(name: str) -> bool:
 
 
 @pytest.fixture
-def photo_folder(tmp_path: Path) -> dict[str, bytes]:
+def photo_folder(tmp_path) -> dict[str, bytes]:
     """The content by file name of the photos that were written to tmp_path/photos."""
     content = {f"{item}.jpg": item.encode() for item in IDS if fits(item)}
     content |= {"none%41 +.jpg": b"", "x.1.jpg": b"x 1"}
@@ -506,9 +506,7 @@ def photo_folder(tmp_path: Path) -> dict[str, bytes]:
     return content
 
 
-def test_photo_names_of_any_kind(
-    spark: SparkSession, tmp_path: Path, photo_folder: dict[str, bytes]
-):
+def test_photo_names_of_any_kind(spark: SparkSession, tmp_path, photo_folder: dict[str, bytes]):
     files = photo_files(spark, PhotoSource(folder=f"{tmp_path}/photos"))
     rows = files.select("uri", "item_id").collect()
     item_ids = {row["uri"].rsplit("/", 1)[1]: row["item_id"] for row in rows}
@@ -528,7 +526,7 @@ def test_photo_names_of_any_kind(
     assert read == photo_folder
 
 
-def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path: Path):
+def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path):
     for position in ("front", "-1", "99999999999", "7"):
         (tmp_path / f"A_{position}.jpg").write_bytes(b"x")
     source = PhotoSource(folder=str(tmp_path), file_name=r"(.+)_(.+)\.jpg")
@@ -564,7 +562,7 @@ def empty_tables(spark: SparkSession) -> dict[str, DataFrame]:
 
 @pytest.fixture
 def open_searcher(
-    spark: SparkSession, tmp_path: Path, empty_tables: dict[str, DataFrame], one_item: DataFrame
+    spark: SparkSession, tmp_path, empty_tables: dict[str, DataFrame], one_item: DataFrame
 ) -> Callable[[], Searcher]:
     """Of an index with one item."""
     texts = embed.item_texts(one_item, empty_tables["item_captions"], empty_tables["captions"])
@@ -630,7 +628,7 @@ def write_photos(folder: Path) -> None:
 
 
 @pytest.fixture
-def hostile_shop(pipeline: MakePipeline, tmp_path: Path) -> Pipeline:
+def hostile_shop(pipeline: MakePipeline, tmp_path) -> Pipeline:
     """Catalogue, log, captions and photos of everything hostile, and of some good rows."""
     items = [(item, TITLES[n % len(TITLES)], "", "", "") for n, item in enumerate(IDS)]
     table(tmp_path / "shop.csv", ITEM, mixed([*items, *BAD_ITEMS], GOOD_ITEMS))
@@ -661,7 +659,7 @@ def all_files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_stages(hostile_shop: Pipeline, tmp_path: Path):
+def test_all_stages(hostile_shop: Pipeline, tmp_path):
     before = all_files(tmp_path)
     (ingested,) = hostile_shop.run(["ingest"])
     imported = hostile_shop.import_captions(Source(path=(str(tmp_path / "captions.csv"),)))

@@ -1,7 +1,6 @@
 """import-captions: another shop's captions are taken over, and nothing is paid for twice."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hostile_photos import GOOD
@@ -16,7 +15,7 @@ PHOTOS = {"A": GOOD["jpeg"], "B": GOOD["grey"], "C": b"<html></html>"}
 
 
 @pytest.fixture
-def shop(pipeline: MakePipeline, tmp_path: Path) -> Callable[[str], Pipeline]:
+def shop(pipeline: MakePipeline, tmp_path) -> Callable[[str], Pipeline]:
     """A function from a name to a pipeline with ingested photos, one of which is an HTML page."""
     for item, data in PHOTOS.items():
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -38,7 +37,7 @@ def shop(pipeline: MakePipeline, tmp_path: Path) -> Callable[[str], Pipeline]:
 
 
 def test_captions_of_another_shop_leave_nothing_to_caption(
-    shop: Callable[[str], Pipeline], tmp_path: Path
+    shop: Callable[[str], Pipeline], tmp_path
 ):
     old = shop("old")
     old.run(["caption"])
@@ -61,7 +60,7 @@ def test_captions_of_another_shop_leave_nothing_to_caption(
     assert [result.ok, result.failed, result.skipped] == [0, 0, 3]
 
 
-def test_a_table_without_a_good_caption_is_refused(shop: Callable[[str], Pipeline], tmp_path: Path):
+def test_a_table_without_a_good_caption_is_refused(shop: Callable[[str], Pipeline], tmp_path):
     run = shop("empty")
     rows = run.spark.createDataFrame([], CAPTIONS.schema)
     rows.write.format("delta").save(f"{tmp_path}/captions")

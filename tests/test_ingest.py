@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-from shop import MakePipeline, rows_of
+from shop import MakePipeline, rows_of, source_counts
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.pipeline import Pipeline, StageResult
-from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.stages import ingest
@@ -63,7 +62,7 @@ def read_events(spark: SparkSession, file: Path) -> DataFrame:
     return ingest.parse_interactions(raw, NOW)
 
 
-def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path: Path):
+def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path):
     # `title` is mapped, so the source's own column of that name must not be used.
     file = write(
         tmp_path / "shop.csv",
@@ -93,7 +92,7 @@ def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path: Path):
     }
 
 
-def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path):
+def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path):
     file = write(
         tmp_path / "shop.csv",
         "item_id,title,price,available,first_seen_at\n"
@@ -129,7 +128,7 @@ def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path):
     }
 
 
-def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path: Path):
+def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path):
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,new\nB,only here\n", at=1_700_000_002)
     write(tmp_path / "shop" / "b.csv.gz", "item_id,title\nA,old\nC,packed\n", at=1_700_000_001)
     parsed = parse(spark, tmp_path / "shop" / "*.csv*")
@@ -141,7 +140,7 @@ def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path: Path):
     assert parsed.rest == {"A": [None]}
 
 
-def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSession, tmp_path: Path):
+def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSession, tmp_path):
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,Chair\n")
     write(tmp_path / "shop" / "b.csv", "title,item_id\nTable,B\n")
     with pytest.raises(Exception, match="CSV header does not conform to the schema"):
@@ -151,7 +150,7 @@ def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSessio
     assert parsed.accepted["A"]["title"] == "Chair"
 
 
-def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path):
+def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path):
     file = write(
         tmp_path / "shop.json",
         '{"item_id": "A", "title": "Chair", "price": 3, "available": false}\n'
@@ -166,14 +165,14 @@ def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text"), [("csv", ""), ("csv", "item_id,title\n"), ("json", ""), ("json", "{\n")]
 )
-def test_a_source_without_a_good_row(spark: SparkSession, tmp_path: Path, name: str, text: str):
+def test_a_source_without_a_good_row(spark: SparkSession, tmp_path, name: str, text: str):
     parsed = parse(spark, write(tmp_path / f"shop.{name}", text), format=name)
     assert parsed.accepted == {}
     assert parsed.rest == ({None: ["the row isn't well formed"]} if text == "{\n" else {})
 
 
 @pytest.mark.parametrize("kind", ["parquet", "delta"])
-def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str):
+def test_typed_sources(spark: SparkSession, tmp_path, kind: str):
     rows = spark.createDataFrame(
         [("A", 2.5, False, TEN, 7), ("B", None, None, None, None)],
         "sku STRING, price DOUBLE, available BOOLEAN, first_seen_at TIMESTAMP, size INT",
@@ -191,7 +190,7 @@ def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str):
     assert parsed.rest == {}
 
 
-def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, tmp_path: Path):
+def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, tmp_path):
     file = write(tmp_path / "shop.csv", "sku\nA\n")
     with pytest.raises(UsageError, match="nowhere"):
         reader.read(spark, "ingest.items", Source(path=(str(tmp_path / "nowhere.csv"),)))
@@ -201,7 +200,7 @@ def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, 
         reader.read(spark, "ingest.items", Source(path=(str(file),), columns={"title": "name"}))
 
 
-def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path):
+def test_every_reason_of_the_log(spark: SparkSession, tmp_path):
     file = write(
         tmp_path / "log.csv",
         "user_id,item_id,event_type,event_time\n"
@@ -241,7 +240,7 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path):
 
 
 def test_event_ids_count_once_and_identical_rejected_rows_are_counted(
-    spark: SparkSession, tmp_path: Path
+    spark: SparkSession, tmp_path
 ):
     file = write(
         tmp_path / "log.csv",
@@ -266,9 +265,14 @@ def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
 
 def figures(result: StageResult, source: str) -> tuple[int, int, int]:
     """Of the source's rows: ok, rejected, skipped."""
-    counts = {name: int(count) for name, count in group_of_details(result.details, source).items()}
+    counts = source_counts(result, source)
     assert counts["in"] == counts["ok"] + counts["rejected"] + counts["skipped"]
     return counts["ok"], counts["rejected"], counts["skipped"]
+
+
+def ingest_photos(run: Pipeline) -> tuple[int, int, int]:
+    (result,) = run.run(["ingest"])
+    return figures(result, "photos")
 
 
 def rejected_photos(run: Pipeline) -> dict[str, str]:
@@ -289,9 +293,7 @@ EVENTS = "user_id,item_id,event_type,event_time\n"
 
 
 @pytest.fixture
-def folder_shop(
-    pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Pipeline:
+def folder_shop(pipeline: MakePipeline, tmp_path, monkeypatch) -> Pipeline:
     """A catalogue, a log of one file and a folder of photos, two of which fill a file of photos."""
     monkeypatch.setattr("vlm4rec_spark.stages.ingest._PHOTOS_PER_FILE", 2)
     write(tmp_path / "shop.csv", "item_id,title\nA,Chair\nB,Table\nC,Lamp\n,Nothing\n")
@@ -347,7 +349,7 @@ def test_catalogue_log_and_photo_folder(folder_shop: Pipeline):
     }
 
 
-def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_path: Path):
+def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_path):
     folder_shop.run(["ingest"])
     # Other bytes of the same size and time, which must not be read.
     write(tmp_path / "photos" / "A.jpg", "A ZERO")
@@ -370,7 +372,7 @@ def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_p
 
 
 @pytest.fixture
-def user_tables(tmp_path: Path) -> tuple[str, ...]:
+def user_tables(tmp_path) -> tuple[str, ...]:
     write(tmp_path / "shop.csv", "item_id,title\nA,Lamp\n")
     write(
         tmp_path / "users.csv",
@@ -390,7 +392,7 @@ def users(run: Pipeline) -> dict[str, list[object]]:
     return {row["user_id"]: [row["segment"], row["consent"]] for row in rows}
 
 
-def test_users_and_identities(pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path: Path):
+def test_users_and_identities(pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path):
     run = pipeline(tmp_path, *user_tables, "ingest.users.columns={user_id: id}")
     (result,) = run.run(["ingest"])
     assert figures(result, "users") == (2, 2, 1)
@@ -413,14 +415,14 @@ def test_users_and_identities(pipeline: MakePipeline, user_tables: tuple[str, ..
 
 
 def test_users_without_the_key_column_are_refused(
-    pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path: Path
+    pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path
 ):
     message = r"ingest.users: the source has no column user_id with a value"
     with pytest.raises(UsageError, match=message):
         pipeline(tmp_path, *user_tables).check(["ingest"])
 
 
-def test_photos_from_a_path_column(pipeline: MakePipeline, tmp_path: Path):
+def test_photos_from_a_path_column(pipeline: MakePipeline, tmp_path):
     for name in ("old.jpg", "new.jpg", "b.jpg"):
         write(tmp_path / name, name)
     write(
@@ -435,7 +437,7 @@ def test_photos_from_a_path_column(pipeline: MakePipeline, tmp_path: Path):
     )
     shop = f"ingest.items.path=['{tmp_path}/*.csv']"
     run = pipeline(tmp_path, shop, "ingest.photos.path_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == (2, 1, 0)
+    assert ingest_photos(run) == (2, 1, 0)
     assert photos(run) == {("A", 0): b"new.jpg", ("B", 0): b"b.jpg"}
     ((name, reason),) = rejected_photos(run).items()
     assert name == "gone.jpg"
@@ -443,7 +445,7 @@ def test_photos_from_a_path_column(pipeline: MakePipeline, tmp_path: Path):
 
     write(tmp_path / "b.jpg", "B.JPG")
     write(tmp_path / "new.jpg", "new too", at=1_700_000_009)
-    assert figures(run.run(["ingest"])[0], "photos") == (1, 1, 1)
+    assert ingest_photos(run) == (1, 1, 1)
     assert photos(run) == {("A", 0): b"new too", ("B", 0): b"b.jpg"}
 
     message = "the catalogue has no column 'photos' with a path in it"
@@ -451,7 +453,7 @@ def test_photos_from_a_path_column(pipeline: MakePipeline, tmp_path: Path):
         pipeline(tmp_path, shop, "ingest.photos.path_column=photos").check(["ingest"])
 
 
-def test_large_photos_leave_the_worker_in_small_batches(monkeypatch: pytest.MonkeyPatch):
+def test_large_photos_leave_the_worker_in_small_batches(monkeypatch):
     monkeypatch.setattr(ingest, "_BYTES_PER_BATCH", 100)
     sizes = [10] * 33 + [60, 60, 101, None]  # the last one couldn't be read
     images = [None if size is None else b"x" * size for size in sizes]
@@ -504,7 +506,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def photo_server(tmp_path: Path) -> Iterator[PhotoServer]:
+def photo_server(tmp_path) -> Iterator[PhotoServer]:
     folder = tmp_path / "photos"
     for name in ("a", "b", "c", "undated"):
         write(folder / name, f"photo {name}")
@@ -515,7 +517,7 @@ def photo_server(tmp_path: Path) -> Iterator[PhotoServer]:
 
 
 @pytest.fixture
-def uris(photo_server: PhotoServer, tmp_path: Path) -> dict[str, str]:
+def uris(photo_server: PhotoServer, tmp_path) -> dict[str, str]:
     """Addresses by item: photos of the server, one in a file, and four that can't be read."""
     cdn = f"HTTP://ann:s3cret@127.0.0.1:{photo_server.server_port}"
     return {
@@ -532,7 +534,7 @@ def uris(photo_server: PhotoServer, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def url_shop(pipeline: MakePipeline, uris: dict[str, str], tmp_path: Path) -> Pipeline:
+def url_shop(pipeline: MakePipeline, uris: dict[str, str], tmp_path) -> Pipeline:
     rows = "".join(f"{item},{uri}\n" for item, uri in uris.items())
     write(tmp_path / "shop.csv", f"item_id,photo\n{rows}")
     return pipeline(
@@ -555,7 +557,7 @@ URL_PHOTOS = {
 
 
 def test_photos_from_urls(url_shop: Pipeline, photo_server: PhotoServer, uris: dict[str, str]):
-    assert figures(url_shop.run(["ingest"])[0], "photos") == (5, 4, 0)
+    assert ingest_photos(url_shop) == (5, 4, 0)
     assert photos(url_shop) == URL_PHOTOS
     rows = {row["item_id"]: row for row in rows_of(url_shop, PHOTOS)}
     assert {item: row["uri"] for item, row in rows.items()} == {
@@ -577,24 +579,24 @@ def test_only_changed_photos_are_downloaded_again(url_shop: Pipeline, photo_serv
     # Photo b is another one with a new time, photo c the same one with a new time.
     write(photo_server.folder / "b", "PHOTO B", at=1_700_000_009)
     write(photo_server.folder / "c", "photo c", at=1_700_000_009)
-    assert figures(url_shop.run(["ingest"])[0], "photos") == (2, 4, 3)
+    assert ingest_photos(url_shop) == (2, 4, 3)
     assert photos(url_shop) == URL_PHOTOS | {("B", 0): b"PHOTO B"}
     assert photo_server.take_statuses() == ALL_READ | {"/a": 304}
 
     version = url_shop.tables.versions([PHOTOS])
-    assert figures(url_shop.run(["ingest"])[0], "photos") == (0, 4, 5)
+    assert ingest_photos(url_shop) == (0, 4, 5)
     assert photo_server.take_statuses() == ALL_READ | {"/a": 304, "/b": 304, "/c": 304}
     url_shop.tables.forget()
     assert url_shop.tables.versions([PHOTOS]) == version
 
 
-def test_photos_from_a_bytes_column(pipeline: MakePipeline, spark: SparkSession, tmp_path: Path):
+def test_photos_from_a_bytes_column(pipeline: MakePipeline, spark: SparkSession, tmp_path):
     schema = "item_id STRING, title STRING, photo BINARY"
     rows = [("A", "Chair", b"a"), ("B", "Table", None), (None, "Lamp", b"c")]
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / "shop"))
     source = (f"ingest.items.path=[{tmp_path}/shop]", "ingest.items.format=parquet")
     run = pipeline(tmp_path, *source, "ingest.photos.bytes_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == (1, 0, 0)
+    assert ingest_photos(run) == (1, 0, 0)
     assert photos(run) == {("A", 0): b"a"}
     with pytest.raises(UsageError, match="the catalogue has no binary column 'image'"):
         pipeline(tmp_path, *source, "ingest.photos.bytes_column=image").check(["ingest"])

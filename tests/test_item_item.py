@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from shop import build_exact
 
 from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
@@ -63,18 +64,10 @@ def test_partitioning_does_not_change_a_bit(spark: SparkSession):
 
 
 @pytest.fixture(scope="module")
-def index_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index_folder(tmp_path_factory) -> Path:
     vectors = np.eye(6, dtype=np.float32)[[0, 1, 2, 3, 4, 4]]
     folder = tmp_path_factory.mktemp("index") / "test_item_item"
-    Searcher.build(
-        folder,
-        "x",
-        list("ABCDEF"),
-        vectors,
-        [""] * 6,
-        ann_min_items=10**6,
-    )
-    return folder
+    return build_exact(folder, "ABCDEF", vectors)
 
 
 @pytest.fixture
@@ -83,7 +76,7 @@ def searcher(index_folder: Path) -> Searcher:
 
 
 def test_a_folder_is_named_by_its_content_and_unused_ones_are_deleted(
-    spark: SparkSession, searcher: Searcher, tmp_path: Path
+    spark: SparkSession, searcher: Searcher, tmp_path
 ):
     rows = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
     a_day_ago = time.time() - 90_000
@@ -104,7 +97,7 @@ def test_a_folder_is_named_by_its_content_and_unused_ones_are_deleted(
 
 
 def test_histories_without_pairs_give_a_sound_folder(
-    spark: SparkSession, searcher: Searcher, tmp_path: Path
+    spark: SparkSession, searcher: Searcher, tmp_path
 ):
     rows = item_item.pairs(frame(spark, {"eve": "E"}), ItemItemSettings())
     scores = ItemItemScores.open(build_item_item(rows.toArrow(), searcher, tmp_path))
@@ -113,7 +106,7 @@ def test_histories_without_pairs_give_a_sound_folder(
 
 
 def test_lists_name_the_source_of_a_score(
-    spark: SparkSession, index_folder: Path, searcher: Searcher, tmp_path: Path
+    spark: SparkSession, index_folder: Path, searcher: Searcher, tmp_path
 ):
     """ann has B, which occurs with A. eve has E, which occurs with nothing and is similar to F."""
     rows = []

@@ -103,8 +103,8 @@ def test_the_reader_of_imports_sees_every_kind():
     code = """
 import a.b
 from c.d import e, f
-from g import h
-
+if TYPE_CHECKING:
+    from g import h
 class C:
     import i
 def function():

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
-from shop import MakePipeline
+from shop import MakePipeline, item_row
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline import Pipeline, maintain
@@ -48,7 +48,7 @@ def ids(*letters: str) -> list[str]:
 
 
 @pytest.fixture
-def index_folder(tmp_path: Path) -> Path:
+def index_folder(tmp_path) -> Path:
     """Versions a to e, of five to nine days ago."""
     for age, index_id in enumerate(ids("a", "b", "c", "d", "e"), start=5):
         index(tmp_path, index_id, age)
@@ -82,7 +82,7 @@ def test_a_version_that_no_run_of_these_tables_built_stays(index_folder: Path):
     assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d", "e"), keep=1) == ids("e")
 
 
-def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path: Path):
+def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path):
     index(tmp_path, "1" * 16, age=0.9, whole=False)
     index(tmp_path, "2" * 16, age=1.1, whole=False)
     index(tmp_path, "3" * 16, age=1.1, whole=False)
@@ -92,13 +92,13 @@ def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path: Path):
     assert pruned(tmp_path, in_force=ids("3"), built=[]) == ids("2", "4")
 
 
-def test_a_whole_one_younger_than_a_day_stays(tmp_path: Path):
+def test_a_whole_one_younger_than_a_day_stays(tmp_path):
     index(tmp_path, "1" * 16, age=0.9)
     index(tmp_path, "2" * 16, age=1.1)
     assert pruned(tmp_path, in_force=[], built=ids("1", "2"), keep=0) == ids("2")
 
 
-def test_what_is_not_surely_ours_is_not_seen(tmp_path: Path):
+def test_what_is_not_surely_ours_is_not_seen(tmp_path):
     index(tmp_path, "backup", age=9)  # another name
     index(tmp_path, "A" * 16, age=9)
     (index(tmp_path, "1" * 16, age=9, whole=False) / "letters.txt").write_text(
@@ -112,9 +112,7 @@ def test_what_is_not_surely_ours_is_not_seen(tmp_path: Path):
     assert versions(tmp_path / "nowhere") == []
 
 
-def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(tmp_path, monkeypatch):
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -194,7 +192,7 @@ def printed(spark: SparkSession) -> Iterator[Callable[[], str]]:
 
 
 @pytest.fixture
-def two_files(spark: SparkSession, tmp_path: Path) -> Tables:
+def two_files(spark: SparkSession, tmp_path) -> Tables:
     """Table `products` with one row in each of two files."""
     tables = Tables(spark, str(tmp_path))
     tables.insert(PRODUCTS, rows(spark, 0))
@@ -273,7 +271,7 @@ def test_less_than_a_week_is_refused_unless_delta_does_not_check(spark: SparkSes
 
 
 def test_a_clustered_log_is_not_ordered_again_as_a_whole(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, tmp_path, monkeypatch
 ):
     threshold = "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold"
     assert int(maintenance.OPTIMIZE[threshold]) == 2**30
@@ -290,9 +288,7 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     assert first in tables.read(log).inputFiles()
 
 
-def test_photos_get_small_row_groups(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_photos_get_small_row_groups(spark: SparkSession, tmp_path, monkeypatch):
     assert int(HEAVY["parquet.block.size"]) == 32 * 2**20
     monkeypatch.setitem(HEAVY, "parquet.block.size", str(2**20))
     tables = Tables(spark, str(tmp_path))
@@ -309,28 +305,22 @@ def test_photos_get_small_row_groups(
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
     """Items in two files, lists made with index b, and runs that built e, a, d, b and c."""
     folder = tmp_path_factory.mktemp("shop")
     run = pipeline(folder, "maintain.index_versions=1")
     content: dict[Table, list[tuple]] = {
-        ITEMS: [item("i0")],
+        ITEMS: [item_row("i0")],
         RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
         STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
         RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
     }
     for table, table_rows in content.items():
         run.tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
-    run.tables.append(ITEMS, run.spark.createDataFrame([item("i1")], ITEMS.schema))
+    run.tables.append(ITEMS, run.spark.createDataFrame([item_row("i1")], ITEMS.schema))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)
     return run
-
-
-def item(item_id: str) -> tuple:
-    columns = dict.fromkeys(ITEMS.columns)
-    columns |= {"item_id": item_id, "attributes": {}, "available": True, "updated_at": MONDAY}
-    return tuple(columns.values())
 
 
 def index_run(hour: int, letter: str) -> tuple:
@@ -349,7 +339,7 @@ def index_run(hour: int, letter: str) -> tuple:
 
 
 def test_a_wrong_use_is_refused_before_anything_is_done(
-    shop: Pipeline, pipeline: MakePipeline, tmp_path: Path
+    shop: Pipeline, pipeline: MakePipeline, tmp_path
 ):
     folder = Path(shop.tables.location).parent
     before = on_disk(folder)
@@ -371,7 +361,7 @@ def test_indexes_in_force_come_first_then_the_latest(shop: Pipeline):
 
 
 @pytest.fixture
-def killed(shop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Row:
+def killed(shop: Pipeline, monkeypatch) -> Row:
     """The row in `runs` of a maintain that was killed before it got to the table `state`."""
     folder = Path(shop.tables.location)
     # Both are of killed writes; neither was committed, so neither is a table.

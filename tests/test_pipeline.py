@@ -73,7 +73,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
     folder = tmp_path_factory.mktemp("shop")
     settings = (
         *demo_settings(folder / "raw"),
@@ -405,7 +405,7 @@ def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop):
 
 
 def test_tables_in_a_catalog_hold_the_same(
-    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path: Path
+    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path
 ):
     spark.sql("CREATE SCHEMA IF NOT EXISTS whole")
     try:
@@ -476,9 +476,7 @@ def assignments(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def test_the_figures_of_an_evaluation_are_printed_as_json(
-    shop: Shop, capsys: pytest.CaptureFixture[str]
-):
+def test_the_figures_of_an_evaluation_are_printed_as_json(shop: Shop, capsys):
     assert main(["evaluate", "--json", *command_options(shop)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["run_id"], printed["config"]["k"]) == (shop.first.run_id, 10)
@@ -493,9 +491,7 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(
     assert [row["slice"] for row in blend] == ["all"]
 
 
-def test_tune_writes_a_configuration_that_can_be_used(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_tune_writes_a_configuration_that_can_be_used(shop: Shop, tmp_path, monkeypatch):
     tried = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.5,)}
     monkeypatch.setattr(tune, "OPTIONS", tried)
     out = tmp_path / "tuned.yaml"
@@ -531,7 +527,7 @@ def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Make
 
 
 def test_a_copied_shop_opens_its_own_index(
-    shop: Shop, pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, pipeline: MakePipeline, tmp_path, monkeypatch
 ):
     copy = tmp_path / "copy"
     for name in ("tables", "index"):
@@ -552,7 +548,7 @@ def test_a_copied_shop_opens_its_own_index(
     assert opened == {copy / "index"}
 
 
-def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp_path: Path):
+def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp_path):
     shutil.copytree(shop.folder / "tables", tmp_path / "tables")
     # Without the index folder.
     run = pipeline(tmp_path, *shop.settings)
@@ -564,7 +560,7 @@ def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp
 
 
 def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_completes(
-    shop: Shop, pipeline: MakePipeline, tmp_path: Path
+    shop: Shop, pipeline: MakePipeline, tmp_path
 ):
     # The tables are named by a URI here.
     tables = f"tables=file://{tmp_path}/tables"
@@ -671,7 +667,7 @@ FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_error_is_one_paragraph_and_changes_no_table(
-    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path: Path, fault: str
+    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path, fault: str
 ):
     (tmp_path / "empty.csv").write_text("item_id,title\n")
     (tmp_path / "others.csv").write_text(

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from shop import MakePipeline
+from shop import Event, MakePipeline, build_exact, item_row, log, upsert
 
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import Pipeline
@@ -18,25 +16,10 @@ from vlm4rec_spark.pipeline import index as index_stage
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
-from vlm4rec_spark.storage.schemas import IDENTITIES, INTERACTIONS, ITEMS, PROFILES, Table
+from vlm4rec_spark.storage.schemas import IDENTITIES, INTERACTIONS, ITEMS, PROFILES
 
-Event = tuple[str, str, str, str]
-"""User, item, type and time."""
 SETTINGS = ProfileSettings(bot_events_per_day=3)
 DIMENSION = 24
-
-
-def log(
-    spark: SparkSession,
-    events: Sequence[Event],
-    event_ids: Sequence[str] = (),
-) -> DataFrame:
-    rows = []
-    for number, (user, item, event_type, time) in enumerate(events):
-        event_id = event_ids[number] if event_ids else f"e{number}"
-        at = datetime.fromisoformat(time)
-        rows.append((event_id, user, item, event_type, at, at.date()))
-    return spark.createDataFrame(rows, INTERACTIONS.schema)
 
 
 def histories(
@@ -145,19 +128,11 @@ def vectors() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def open_searcher(
-    spark: SparkSession, tmp_path: Path, vectors: dict[str, np.ndarray]
+    spark: SparkSession, tmp_path, vectors: dict[str, np.ndarray]
 ) -> Callable[[], Searcher]:
     folder = tmp_path / "test_profiles"
     matrix = np.stack(list(vectors.values()))
-    Searcher.build(
-        folder,
-        "x",
-        list(vectors),
-        matrix,
-        [""] * len(vectors),
-        ann_min_items=10**6,
-    )
-    return ship(spark, folder, 1.0, Searcher.open)
+    return ship(spark, build_exact(folder, vectors, matrix), 1.0, Searcher.open)
 
 
 def random_histories() -> dict[str, list[tuple[str, float]]]:
@@ -215,7 +190,7 @@ class Nights:
         self.titles = {f"i{number}": f"Thing {number} of {number % 3}" for number in range(12)}
         self.items = list(self.titles)
         self._rng = np.random.default_rng(0)
-        self._event_numbers = count()
+        self._events = 0
 
     def run(
         self, day: int, users: list[str], items: list[str] | None = None
@@ -244,7 +219,7 @@ class Nights:
         return {row["user_id"] for row in events.collect()}
 
     def identify(self, anonymous_id: str, user_id: str) -> None:
-        self._upsert(IDENTITIES, [(anonymous_id, user_id, None)])
+        upsert(self.pipeline, IDENTITIES, [(anonymous_id, user_id, None)])
 
     def _add_events(
         self,
@@ -257,23 +232,13 @@ class Nights:
             for item in self._rng.choice(items, 3, replace=False):
                 clock = f"{self._rng.integers(24):02d}:{self._rng.integers(60):02d}:00"
                 events.append((user, item, "view", f"2025-01-{day:02d} {clock}"))
-        event_ids = [f"e{next(self._event_numbers)}" for _ in events]
-        rows = log(self.pipeline.spark, events, event_ids)
+        rows = log(self.pipeline.spark, events, self._events)
+        self._events += len(events)
         self.pipeline.tables.insert(INTERACTIONS, rows)
 
     def _write_items(self) -> None:
-        blank = dict.fromkeys(ITEMS.columns)
-        blank |= {"available": True, "updated_at": datetime(2025, 1, 1)}
-        rows = [blank | {"item_id": item, "title": title} for item, title in self.titles.items()]
-        self._upsert(ITEMS, [tuple(row.values()) for row in rows])
-
-    def _upsert(
-        self,
-        table: Table,
-        rows: list[tuple],
-    ) -> None:
-        frame = self.pipeline.spark.createDataFrame(rows, table.schema)
-        self.pipeline.tables.upsert(table, frame)
+        rows = [item_row(item, title=title) for item, title in self.titles.items()]
+        upsert(self.pipeline, ITEMS, rows)
 
     def _full_rebuild(self) -> list:
         context = self.pipeline.context
@@ -283,7 +248,7 @@ class Nights:
 
 
 @pytest.fixture
-def nights(pipeline: MakePipeline, tmp_path: Path) -> Nights:
+def nights(pipeline: MakePipeline, tmp_path) -> Nights:
     settings = ("representation=title", "profiles.half_life_days=7")
     return Nights(pipeline(tmp_path, *settings, "profiles.bot_events_per_day=20"))
 

@@ -1,7 +1,5 @@
 """Publish: the long and the wide shape, and a change feed that holds nothing but changes."""
 
-from pathlib import Path
-
 from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.stages import publish
@@ -35,7 +33,7 @@ def test_both_shapes(spark: SparkSession):
     ]
 
 
-def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path: Path):
+def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path):
     tables = Tables(spark, str(tmp_path))
     changed = ("ann", "default", [("A", 0.9, "H"), ("C", 0.6, None)])
     for rows in ((ANN, BEN), (ANN, BEN), (changed,)):

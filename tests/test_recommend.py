@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
+from shop import log
 
 from vlm4rec_spark.models.encoding.text_encoder import load_embedder
 from vlm4rec_spark.models.index import neighbors
@@ -86,7 +87,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(spark: SparkSession, tmp_path_factory) -> World:
     rng = np.random.default_rng(11)
     ids = [f"i{n:03d}" for n in range(ITEMS)]
     vectors = unit(rng.standard_normal((ITEMS, DIMENSION)))
@@ -223,8 +224,8 @@ def build_neighbors(
     spark: SparkSession,
     world: World,
     open_scann: OpenSearcher,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path,
+    monkeypatch,
 ) -> Callable[[], Path]:
     """Builds the neighbors in blocks of 96 items, with one Spark job for every two blocks."""
     monkeypatch.setattr(neighbors_file, "_BLOCK_ITEMS", 96)
@@ -261,7 +262,7 @@ def test_precomputed_neighbors_give_the_same_lists(
 
 
 def test_neighbors_are_built_once_and_a_damaged_folder_again(
-    world: World, build_neighbors: Callable[[], Path], tmp_path: Path
+    world: World, build_neighbors: Callable[[], Path], tmp_path
 ):
     unused = tmp_path / "neighbors" / "old"
     unused.mkdir(parents=True)
@@ -374,14 +375,14 @@ def user_counts(spark: SparkSession) -> DataFrame:
         "gone": "G",
     }
     events = [
-        (f"{user}{item}", user, item, "view", AT, AT.date())
+        (user, item, "view", "2025-01-01")
         for user, items in items_by_user.items()
         for item in items * 2
     ]
     users = [(user, "club", None, None, None) for user in ("d", "e", "met", "club")]
     users.append(("unsaid", None, None, None, None))
     return popularity.count_users(
-        spark.createDataFrame(events, schemas.INTERACTIONS.schema),
+        log(spark, events),
         spark.createDataFrame([(item,) for item in CATALOGUE], "item_id STRING"),
         spark.createDataFrame(users, schemas.USERS.schema),
     ).persist()
@@ -511,7 +512,7 @@ def profile_rows(
 
 
 @pytest.mark.skipif(not SCIENTIFIC.is_dir(), reason=f"no real data at {SCIENTIFIC}")
-def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: Path):
+def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path):
     """Every user's list against brute force, after calibration on a thousand of them."""
     searcher = scientific_searcher(tmp_path / "x")
     vectors = searcher.vectors

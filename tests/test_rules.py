@@ -1,14 +1,13 @@
 """Rules, groups and exclusions in SQL, with literal rows; and all of them in the stage's lists."""
 
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-from shop import MakePipeline
+from shop import MakePipeline, build_exact, item_row, log
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
@@ -17,29 +16,18 @@ from vlm4rec_spark.pipeline import Pipeline
 from vlm4rec_spark.stages import rules
 from vlm4rec_spark.storage import schemas
 
-TEN = datetime(2025, 1, 1, 10)
 CAPS = {"brand": 2, "attributes.fit": 1}
 
 
-def items(spark: SparkSession, *rows: dict[str, object]) -> DataFrame:
-    blank = dict.fromkeys(schemas.ITEMS.columns) | {"available": True, "updated_at": TEN}
-    tuples = [tuple((blank | row).values()) for row in rows]
-    return spark.createDataFrame(tuples, schemas.ITEMS.schema)
+def items(spark: SparkSession, *rows: dict[str, Any]) -> DataFrame:
+    return spark.createDataFrame([item_row(**row) for row in rows], schemas.ITEMS.schema)
 
 
 @pytest.fixture
-def searcher(tmp_path: Path) -> Searcher:
+def searcher(tmp_path) -> Searcher:
     """Items a to e; e isn't in the catalogue of `rule_rows`."""
     vectors = np.eye(5, dtype=np.float32)
-    Searcher.build(
-        tmp_path / "x",
-        "x",
-        list("abcde"),
-        vectors,
-        [""] * 5,
-        ann_min_items=2**62,
-    )
-    return Searcher.open(tmp_path / "x")
+    return Searcher.open(build_exact(tmp_path / "x", "abcde", vectors))
 
 
 @pytest.fixture
@@ -63,12 +51,7 @@ def rule_rows(spark: SparkSession) -> DataFrame:
 
 
 def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: Searcher):
-    list_rules = rules.list_rules(
-        rule_rows.toArrow(),
-        searcher,
-        [],
-        CAPS,
-    )
+    list_rules = rules.list_rules(rule_rows.toArrow(), searcher, [], CAPS)
     assert list_rules.passed_rules.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
     assert list_rules.eligible(0).tolist() == [True, True, True, False, False]
     assert list_rules.eligible(0b010).tolist() == [True, False, False, False, False]
@@ -76,12 +59,7 @@ def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: S
 
 
 def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher: Searcher):
-    list_rules = rules.list_rules(
-        rule_rows.toArrow(),
-        searcher,
-        [],
-        CAPS,
-    )
+    list_rules = rules.list_rules(rule_rows.toArrow(), searcher, [], CAPS)
     (brands, brand_limit), (fits, fit_limit) = list_rules.caps
     assert brand_limit == 2
     assert fit_limit == 1
@@ -176,11 +154,7 @@ def coffee_log(spark: SparkSession) -> DataFrame:
         ("cat", "coffee", "view", "2025-02-27"),
         ("end", "tv", "view", "2025-03-01"),
     ]
-    rows = []
-    for number, (user, item, event_type, date) in enumerate(events):
-        at = datetime.fromisoformat(date)
-        rows.append((f"e{number}", user, item, event_type, at, at.date()))
-    return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
+    return log(spark, events)
 
 
 def test_views_repeat_purchases_do_not_and_coffee_repeats_after_a_month(
@@ -221,7 +195,7 @@ class Shop(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
     """Lists of thirty items of three brands and ten parents, for two markets."""
     folder = tmp_path_factory.mktemp("shop")
     catalogue = [f"i{n:02d},Thing {n} of {n % 7},b{n % 3},P{n % 10},{n}" for n in range(30)]

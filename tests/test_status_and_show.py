@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from shop import MakePipeline
+from shop import MakePipeline, item_row
 
 from vlm4rec_spark.cli import main, show, status
 from vlm4rec_spark.errors import RunError
@@ -72,20 +72,14 @@ def caption(
 
 ROWS: dict[schemas.Table, list] = {
     schemas.ITEMS: [
-        (
+        item_row(
             item,
-            title,
-            "Kintsu",
-            None,
-            None,
-            None,
-            9.5,
-            None,
-            None,
-            {"colour": "red"},
-            item != "hat-red",
-            None,
-            MONDAY,
+            title=title,
+            brand="Kintsu",
+            price=9.5,
+            attributes={"colour": "red"},
+            available=item != "hat-red",
+            updated_at=MONDAY,
         )
         for item, title in ITEMS.items()
     ],
@@ -142,7 +136,7 @@ ROWS: dict[schemas.Table, list] = {
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
     folder = tmp_path_factory.mktemp("shop")
     shop = pipeline(folder)
     index_run = run("index", 10, index_id=INDEX, representation="caption")
@@ -307,9 +301,9 @@ def test_status(shop: Pipeline):
 
 def test_before_the_first_run(
     shop: Pipeline,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path,
+    monkeypatch,
+    capsys,
 ):
     monkeypatch.setenv("COLUMNS", "100")
     paths = ["--set", f"tables={tmp_path}/nowhere", "--set", f"index.folder={tmp_path}/index"]
@@ -328,9 +322,7 @@ def test_before_the_first_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_passes_an_id_on_as_it_is(
-    shop: Pipeline, capsys: pytest.CaptureFixture[str]
-):
+def test_the_command_line_passes_an_id_on_as_it_is(shop: Pipeline, capsys):
     tables = f"tables={shop.tables.location}"
     index = f"index.folder={shop.config.index.folder}"
     paths = ["--set", tables, "--set", index]

@@ -41,7 +41,7 @@ TUESDAY = datetime(2025, 3, 4)
 
 
 @pytest.fixture
-def tables(spark: SparkSession, tmp_path: Path) -> Tables:
+def tables(spark: SparkSession, tmp_path) -> Tables:
     return Tables(spark, str(tmp_path / "tables"))
 
 
@@ -198,7 +198,7 @@ def test_the_check_leaves_no_trace(tables: Tables):
     assert not Path(tables.location).exists()
 
 
-def test_a_table_of_another_layout_is_refused(products: Tables, monkeypatch: pytest.MonkeyPatch):
+def test_a_table_of_another_layout_is_refused(products: Tables, monkeypatch):
     monkeypatch.setattr(layout, "TABLES", {"products": PRODUCTS})
     name = products.sql_name(PRODUCTS)
     layout.check(products)
@@ -216,9 +216,7 @@ def test_a_table_of_another_layout_is_refused(products: Tables, monkeypatch: pyt
     layout.check(products)
 
 
-def test_a_write_that_another_writer_overtakes_is_done_again(
-    products: Tables, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_write_that_another_writer_overtakes_is_done_again(products: Tables, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
@@ -238,9 +236,7 @@ def test_a_write_that_another_writer_overtakes_is_done_again(
     assert content(products) == {"a": (5.0, None, TUESDAY), "b": (7.0, None, MONDAY)}
 
 
-def test_a_writer_that_never_lets_anybody_pass_is_named(
-    products: Tables, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_writer_that_never_lets_anybody_pass_is_named(products: Tables, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
@@ -264,7 +260,7 @@ def test_staging_tables_of_a_killed_run_are_cleared(tables: Tables):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path) -> Iterator[Path]:
     """A real file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -69,7 +69,7 @@ def enlarge_weights(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava(tmp_path_factory) -> Path:
     """The folder of a LLaVA with random weights. Its nonsense depends on photo and prompt."""
     folder = tmp_path_factory.mktemp("models") / "untrained"
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def qwen_config(vocab_size: int) -> transformers.Qwen2_5_VLConfig:
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen(tmp_path_factory) -> Path:
     """The folder of a small Qwen2.5-VL with random weights.
 
     The number of a photo's tokens depends on its size. Positions have three axes.
@@ -364,7 +364,7 @@ def test_vllm_answers_as_transformers_does_and_refuses_long_prompts(
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason=NO_VLLM)
-def test_vllms_engine_ends_when_its_parent_is_killed(llava: Path, monkeypatch: pytest.MonkeyPatch):
+def test_vllms_engine_ends_when_its_parent_is_killed(llava: Path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     model = ModelSettings(backend="vllm", model=str(llava), max_new_tokens=8)
     supervisor = Supervisor(model, 16, 600)
@@ -507,7 +507,7 @@ def test_the_fakes_texts_on_request():
     assert loop == 9 * RED_TEXT
 
 
-def test_the_fake_counts_its_photos(tmp_path: Path):
+def test_the_fake_counts_its_photos(tmp_path):
     texts(fake(f"count={tmp_path / 'calls'}+empty"), [RED, GREEN, BLUE])
     assert (tmp_path / "calls").read_text() == "1\n1\n1\n"
 
@@ -521,9 +521,7 @@ def test_ids_of_the_fake_and_of_the_packaged_model():
     assert (name, len(digest)) == ("packaged", 12)
 
 
-def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(
-    tmp_path: Path, llava: Path
-):
+def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(tmp_path, llava: Path):
     copy = shutil.copytree(llava, tmp_path / "elsewhere" / llava.name)
     before = ModelSettings(model=str(llava)).model_id()
     assert before.startswith("untrained@")
@@ -546,7 +544,7 @@ def test_the_id_does_not_depend_on_what_runs_the_model(llava: Path):
     )
 
 
-def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path: Path):
+def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path):
     with pytest.raises(UsageError) as failure:
         ModelSettings(model=f"{tmp_path}/gone").model_id()
     assert str(failure.value) == (
@@ -555,7 +553,7 @@ def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path: Path):
     )
 
 
-def test_pickled_weights_are_refused(tmp_path: Path):
+def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(
         UsageError, match=r"^caption\.model\.model: the folder .* holds no \.safetensors file\."
@@ -566,7 +564,7 @@ def test_pickled_weights_are_refused(tmp_path: Path):
 # Folders
 
 
-def test_pickled_weights_are_not_loaded(llava: Path, tmp_path: Path):
+def test_pickled_weights_are_not_loaded(llava: Path, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(llava, folder)
     (folder / "extra").mkdir()

@@ -1,7 +1,5 @@
 """The cheapest search that keeps the promised recall."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,7 +18,7 @@ ALL = ListRules(np.ones(ITEMS, np.int64))
 
 
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def searcher(tmp_path_factory) -> Searcher:
     return build_index(tmp_path_factory.mktemp("scann") / "v1", clustered(ITEMS, seed=1))
 
 
@@ -60,7 +58,7 @@ def test_a_higher_promise_costs_more(searcher: Searcher):
     assert high.cost(searcher) > low.cost(searcher)
 
 
-def test_search_is_exact_if_no_effort_keeps_the_promise(tmp_path: Path):
+def test_search_is_exact_if_no_effort_keeps_the_promise(tmp_path):
     noise = unit(np.random.default_rng(14).standard_normal((72, 32)))
     index = build_index(tmp_path / "x", noise[:32])
     rules = ListRules(np.ones(32, np.int64))
@@ -99,7 +97,7 @@ def test_search_is_exact_without_users_or_items(searcher: Searcher):
     assert calibrate_stage(searcher, clustered(3, seed=15), no_items).effort is None
 
 
-def test_search_is_exact_in_an_exact_index(tmp_path: Path):
+def test_search_is_exact_in_an_exact_index(tmp_path):
     index = build_index(tmp_path / "x", clustered(20, seed=1), EXACT)
     rules = ListRules(np.ones(20, np.int64))
     assert calibrate_stage(index, clustered(1, seed=2), rules).effort is None

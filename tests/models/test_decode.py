@@ -1,7 +1,6 @@
 """Photos as real folders hold them: each becomes an upright RGB image, or one named error."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def test_the_message_of_a_damaged_photo_has_that_of_pillow():
     assert message.startswith("the photo ends early or is damaged: ")
 
 
-def test_postscript_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_postscript_starts_no_ghostscript(tmp_path, monkeypatch):
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -208,7 +207,7 @@ def test_the_shortcut_for_large_jpegs_changes_no_pixel_much():
     assert np.abs(difference).mean() < 1
 
 
-def test_heic_needs_its_extra(monkeypatch: pytest.MonkeyPatch):
+def test_heic_needs_its_extra(monkeypatch):
     heif = pytest.importorskip("pillow_heif", reason="the extra heic isn't installed")
     buffer = io.BytesIO()
     heif.from_pillow(halves(RED, BLUE, size=(64, 32))).save(buffer, quality=95)

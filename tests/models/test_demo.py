@@ -1,4 +1,7 @@
-"""The demo's shop: the same seed gives the same bytes, only photos tell the look, real dirt is there."""
+"""The demo's shop: equal seeds give equal bytes, only photos tell the look, real dirt is there.
+
+That ingest rejects, repeats and skips as many rows as are planted is in test_pipeline.py.
+"""
 
 from collections import Counter
 from hashlib import sha256
@@ -65,7 +68,7 @@ def test_titles_brands_and_categories_say_nothing_about_the_look(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shop(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     catalogue.write(folder, items=60, users=60)
     return folder
@@ -94,10 +97,6 @@ def test_photos_have_the_dirt_of_real_folders(shop: Path):
         "rotated": 2,
     }
     assert upright == {(SIZE, SIZE)}
-    identical = Counter(sha256(file.read_bytes()).hexdigest() for file in files)
-    assert sorted(count for count in identical.values() if count > 1) == [2, 3]
-    assert len({file.name.split(".")[0] for file in files}) == 60 - 3
-    assert sum(file.name.endswith(".1.jpg") for file in files) == 5
 
 
 def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path):
@@ -105,14 +104,7 @@ def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path):
     assert truth.loc[[0, 8, 9], list(ATTRIBUTES)].drop_duplicates().shape == (1, 5)
 
 
-def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path):
-    rows = pd.read_csv(shop / "catalogue.csv", dtype=str, keep_default_na=False)
-    assert (len(rows), int(rows.duplicated().sum()), int((rows["item_id"] == "").sum())) == (
-        64,
-        1,
-        1,
-    )
-    assert set(rows["item_id"]) > {"SKU-BAD01", "SKU-BAD02"}
+def test_the_log_has_the_dirt_of_real_data(shop: Path):
     log = pd.concat(
         pd.read_csv(file, dtype=str, keep_default_na=False)
         for file in sorted(shop.glob("events-*.gz"))
@@ -123,11 +115,8 @@ def test_the_catalogue_and_the_log_have_the_dirt_of_real_data(shop: Path):
     assert set(log["event_type"]) == {"view", "cart", "purchase", "scroll"}
     missing = {name: int((log[name] == "").sum()) for name in ("user_id", "item_id")}
     assert missing == {"user_id": 12, "item_id": 12}
-    assert int((log["user_id"] == "user-bot").sum()) == 3_000
     assert int(log["item_id"].str.startswith("GONE-").sum()) == 40
     assert int((log["event_time"] > "2099").sum()) == 6
-    assert log[log["user_id"] == "user-lost"]["item_id"].tolist() == ["SKU-UNKNOWN"]
-    assert int(log.duplicated().sum()) >= 24
 
 
 def test_some_items_nobody_touches(shop: Path):

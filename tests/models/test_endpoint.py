@@ -56,7 +56,7 @@ Make = Callable[..., EndpointCaptioner]
 
 
 @pytest.fixture
-def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(server: Server, monkeypatch) -> Iterator[Make]:
     """Makes captioners of the server, with short waits."""
     monkeypatch.setenv(VARIABLES[server.dialect], KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -420,7 +420,7 @@ def test_retry_after_may_be_a_date(server: Server, make: Make):
     ],
 )
 def test_an_odd_retry_after_is_capped_or_ignored(
-    server: Server, make: Make, value: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, make: Make, value: str, monkeypatch
 ):
     monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 0.05)
     server.at_first(Reply(b"", 429, {"Retry-After": value}))
@@ -430,9 +430,7 @@ def test_an_odd_retry_after_is_capped_or_ignored(
 
 
 @openai_only
-def test_waits_without_retry_after_double_with_full_jitter(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-):
+def test_waits_without_retry_after_double_with_full_jitter(server: Server, make: Make, monkeypatch):
     ranges = list[tuple[float, float]]()
 
     def longest(low: float, high: float) -> float:
@@ -485,9 +483,7 @@ def echo_key(request: ReceivedRequest, status: int, prefix: str = "") -> Reply:
     ["", "x" * 180, "x" * 465],
     ids=["at the start", "where a body is cut", "where an error is cut"],
 )
-def test_a_returned_key_is_in_no_error(
-    server: Server, make: Make, prefix: str, caplog: pytest.LogCaptureFixture
-):
+def test_a_returned_key_is_in_no_error(server: Server, make: Make, prefix: str, caplog):
     caplog.set_level(logging.DEBUG)
     server.script = lambda number, request: echo_key(request, [400, 200, 500][number], prefix)
     captioner = make(tries=1)
@@ -520,9 +516,7 @@ def test_a_returned_key_is_in_no_caption_and_no_failure(server: Server, make: Ma
     assert KEY[:8] not in str(failure.value)
 
 
-def test_a_short_key_is_not_removed_from_captions(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_short_key_is_not_removed_from_captions(server: Server, make: Make, monkeypatch):
     monkeypatch.setenv(VARIABLES[server.dialect], "Done")
     server.at_first(Reply(b"not Done", 400))
     captioner = make()
@@ -531,7 +525,7 @@ def test_a_short_key_is_not_removed_from_captions(
 
 
 def test_a_provider_needs_a_key_and_another_server_does_not(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: Server, make: Make, monkeypatch
 ):
     variable = VARIABLES[server.dialect]
     for missing in (None, " \n"):
@@ -546,9 +540,7 @@ def test_a_provider_needs_a_key_and_another_server_does_not(
 
 
 @pytest.mark.parametrize("key", ["sk-abc\nsk-def", "sk-abc\N{HORIZONTAL ELLIPSIS}"])
-def test_a_malformed_key_is_not_repeated(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch, key: str
-):
+def test_a_malformed_key_is_not_repeated(server: Server, make: Make, monkeypatch, key: str):
     monkeypatch.setenv(VARIABLES[server.dialect], key)
     with pytest.raises(UsageError) as failure:
         make()
@@ -557,9 +549,7 @@ def test_a_malformed_key_is_not_repeated(
     assert str(failure.value) == error
 
 
-def test_a_missing_client_names_its_pip_command(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_missing_client_names_its_pip_command(server: Server, make: Make, monkeypatch):
     monkeypatch.setitem(sys.modules, server.dialect, None)
     with pytest.raises(
         UsageError, match=rf"{server.dialect}.* pip install 'vlm4rec_spark\[endpoint\]'$"
@@ -608,9 +598,7 @@ def test_other_errors_change_no_parameters(server: Server, make: Make, error: di
 
 
 @openai_only
-def test_the_tokens_per_minute_delay_requests(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_tokens_per_minute_delay_requests(server: Server, make: Make, monkeypatch):
     monkeypatch.setattr(module, "_MINUTE", 0.4)
     monkeypatch.setattr(module, "_FIRST_ESTIMATE", 120)
     # 120 of 250 tokens per request: two start now, and the next two a minute later.
@@ -621,9 +609,7 @@ def test_the_tokens_per_minute_delay_requests(
 
 
 @openai_only
-def test_used_tokens_correct_the_estimate(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-):
+def test_used_tokens_correct_the_estimate(server: Server, make: Make, monkeypatch):
     # Cheaper than estimated: after the first one, all fit into the minute.
     began = time.monotonic()
     assert len(answer_all(make(tokens_per_minute=1_500), photos(10))) == 10

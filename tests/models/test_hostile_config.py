@@ -111,7 +111,7 @@ def outcome(files: list[Path], assignments: list[str]) -> Config | list[str]:
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("config") / "own.yaml"
 
 

@@ -65,19 +65,6 @@ def test_recall_ndcg_and_hit_rate_by_hand():
     assert values["ndcg"].round(5).tolist() == [0.91972, 0.0, 0.0, 0.29608]
 
 
-def test_a_perfect_list_scores_one():
-    hits = hit_mask(positions(["ab", "cx"], 2), codes(["baq", "c"]), len(ITEMS))
-    values = per_user(hits, np.array([3, 1]), 2)
-    assert values["ndcg"].tolist() == [1.0, 1.0]
-    assert values["recall"].round(6).tolist() == [0.666667, 1.0]
-
-
-def test_an_earlier_hit_is_worth_more():
-    hits = np.eye(4, dtype=bool)
-    ndcg = per_user(hits, np.ones(4, int), 4)["ndcg"]
-    assert ndcg.round(5).tolist() == [1.0, 0.63093, 0.5, 0.43068]
-
-
 def test_the_interval_is_the_textbooks_for_a_mean():
     values = np.random.default_rng(0).normal(0.4, 0.1, 400)
     low, high = bootstrap_interval(values, seed=1)

@@ -32,7 +32,7 @@ def test_every_packaged_prompt_has_a_name_and_a_version():
     ]
 
 
-def test_a_users_file_becomes_one_line_with_an_id_by_its_text(tmp_path: Path):
+def test_a_users_file_becomes_one_line_with_an_id_by_its_text(tmp_path):
     file = tmp_path / "shoes.txt"
     file.write_text("  Describe\n\nthe sóle.\n", encoding="utf-8")
     assert load_prompt(str(file)) == Prompt("shoes@3c5704e8", "Describe the sóle.")
@@ -40,7 +40,7 @@ def test_a_users_file_becomes_one_line_with_an_id_by_its_text(tmp_path: Path):
     assert load_prompt(str(file)).prompt_id != "shoes@3c5704e8"
 
 
-def test_line_breaks_alone_do_not_make_another_prompt(tmp_path: Path):
+def test_line_breaks_alone_do_not_make_another_prompt(tmp_path):
     for folder, text in (("a", "Say it.\r\n"), ("b", "Say\nit.")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "say.txt").write_bytes(text.encode())
@@ -61,7 +61,7 @@ def test_a_missing_prompt_names_the_key_and_the_packaged_prompts():
 @pytest.mark.parametrize(
     ("data", "message"), [(b" \n", "is empty"), (b"\xff\xfe\x00", "can't be read")]
 )
-def test_a_file_without_text_is_refused(tmp_path: Path, data: bytes, message: str):
+def test_a_file_without_text_is_refused(tmp_path, data: bytes, message: str):
     file = tmp_path / "own.txt"
     file.write_bytes(data)
     with pytest.raises(UsageError, match=rf"^caption\.prompt: the file .*own\.txt {message}"):
@@ -93,7 +93,7 @@ def test_a_title_cannot_contain_markup_or_fields(title: str, cleaned: str):
     assert Prompt("", "About {title}.").render({"title": title}) == f"About {cleaned}."
 
 
-def test_an_unknown_field_is_refused(tmp_path: Path):
+def test_an_unknown_field_is_refused(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("Describe it, which costs {price}.")
     with pytest.raises(
@@ -103,7 +103,7 @@ def test_an_unknown_field_is_refused(tmp_path: Path):
 
 
 def test_a_prompt_with_attributes_is_structured_and_explains_them(
-    tmp_path: Path,
+    tmp_path,
 ):
     prompt = load_prompt("structured.1")
     assert (prompt.prompt_id, prompt.structured, prompt.fields) == ("structured.1", True, ())

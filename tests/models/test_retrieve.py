@@ -1,7 +1,5 @@
 """The best eligible items of every user, exactly and by ScaNN, whatever the catalogue is like."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from small_indexes import build_index, clustered, item_ids, mean_recall, unit
@@ -21,7 +19,7 @@ ALL_ELIGIBLE = np.ones(ITEMS, bool)
 
 
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def searcher(tmp_path_factory) -> Searcher:
     return build_index(tmp_path_factory.mktemp("scann") / "v1", clustered(ITEMS, seed=1))
 
 
@@ -46,7 +44,7 @@ def nearest(searcher: Searcher, queries: np.ndarray, k: int = K) -> np.ndarray:
     return np.argsort(-np.round(cosines, 6), axis=1, kind="stable")[:, :k]
 
 
-def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path):
+def test_identical_items_are_all_found_smaller_id_first(tmp_path):
     vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
     opened = build_index(tmp_path / "x", vectors)
     for effort in (None, Effort(opened.leaves, 150)):
@@ -79,7 +77,7 @@ CATALOGUES = {
 
 @pytest.mark.parametrize("items", [1, 15, 16, 1_000])
 @pytest.mark.parametrize("catalogue", CATALOGUES)
-def test_every_query_gets_a_full_list(tmp_path: Path, catalogue: str, items: int):
+def test_every_query_gets_a_full_list(tmp_path, catalogue: str, items: int):
     vectors = CATALOGUES[catalogue](items)
     opened = build_index(tmp_path / "x", vectors, ann_min_items=1)
     assert opened.approximate is (items >= 16)
@@ -175,9 +173,7 @@ def assert_equal(first: Candidates, second: Candidates) -> None:
     assert first.scores.tolist() == second.scores.tolist()
 
 
-def test_exact_lists_do_not_depend_on_the_block(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
-):
+def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch):
     queries = clustered(50, seed=10)
     excluded = [np.arange(user) for user in range(50)]
     lists = best(searcher, queries, None, excluded)
@@ -186,9 +182,7 @@ def test_exact_lists_do_not_depend_on_the_block(
     assert_equal(best(searcher, queries, None, excluded), lists)
 
 
-def test_the_last_digits_of_a_float32_score_decide_nothing(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_last_digits_of_a_float32_score_decide_nothing(searcher: Searcher, monkeypatch):
     queries = clustered(50, seed=10)
     exact = best(searcher, queries, None)
     score_all = Searcher.score_all

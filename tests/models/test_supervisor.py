@@ -96,7 +96,7 @@ def test_every_photo_has_one_result_whatever_the_batch(
     ],
 )
 def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
-    supervised: type[Supervisor], tmp_path: Path, fault: str, error_class: str
+    supervised: type[Supervisor], tmp_path, fault: str, error_class: str
 ):
     count = tmp_path / "calls"
     seconds = 1.5 if fault == "hang" else 20
@@ -121,7 +121,7 @@ def test_two_killers_in_one_batch_have_their_own_error_classes(
 
 
 def test_a_photo_that_waits_behind_a_killer_is_not_blamed(
-    supervised: type[Supervisor], monkeypatch: pytest.MonkeyPatch
+    supervised: type[Supervisor], monkeypatch
 ):
     popen = subprocess.Popen
     started = list[Any]()
@@ -172,7 +172,7 @@ def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]):
     assert result.error == "no answer within 1 s; the process was killed"
 
 
-def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path: Path):
+def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path):
     count = tmp_path / "calls"
     supervisor = supervised(f"ms=50+count={count}")
     results: list[Result] = []
@@ -217,7 +217,7 @@ def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised: type[Superv
 
 
 def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_error(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-no-such-key")
 
@@ -241,7 +241,7 @@ def test_an_endpoint_may_be_silent_for_all_its_tries():
     assert ModelSettings(endpoint=slow).max_silence_seconds == 0
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path: Path):
+def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path):
     supervisor = Supervisor(ModelSettings(model=str(tmp_path / "none")), 4, 20)
     with pytest.raises(RunError, match=r"^The captioner can't be loaded: OSError: .*none"):
         list(supervisor.caption(photos(GREY)))

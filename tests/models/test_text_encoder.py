@@ -2,7 +2,6 @@
 
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,7 +100,7 @@ def refusal(encoder: str) -> str:
     return str(error.value)
 
 
-def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -112,14 +111,14 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     )
 
 
-def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path: Path):
+def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path):
     assert refusal(f"{tmp_path}/gone") == (
         f"embed.encoder: there is no model folder {tmp_path}/gone. "
         "Give a folder that exists or a hub name."
     )
 
 
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path):
+def test_a_folder_without_safetensors_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
     assert refusal(str(tmp_path)) == (
         f"embed.encoder: the folder {tmp_path} holds no .safetensors file. "
@@ -127,7 +126,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path):
     )
 
 
-def test_a_name_unknown_to_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_name_unknown_to_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = "embed.encoder: 'nobody/nothing' is neither a folder nor a model of the hub"
     assert refusal("nobody/nothing").startswith(message)

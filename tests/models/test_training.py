@@ -58,7 +58,7 @@ def rows() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("labelled") / "photos.parquet"
     rows().to_parquet(file)
     return file
@@ -79,7 +79,7 @@ def photos(table: Path) -> labelled.Labelled:
 
 
 def test_a_table_becomes_photos_words_and_labels(
-    table: Path, photos: labelled.Labelled, monkeypatch: pytest.MonkeyPatch
+    table: Path, photos: labelled.Labelled, monkeypatch
 ):
     assert photos.photos.shape == (GOOD + 1, 3, 128, 128)
     assert photos.photos[3, :, 64, 64].argmax() == 0  # red
@@ -101,7 +101,7 @@ def test_a_table_becomes_photos_words_and_labels(
     assert (read(table).photos == photos.photos).all()
 
 
-def test_a_csv_may_name_photos_by_their_path(tmp_path: Path):
+def test_a_csv_may_name_photos_by_their_path(tmp_path):
     (tmp_path / "files").mkdir()
     for number in range(100):
         (tmp_path / "files" / f"{number}.png").write_bytes(photo(number, "green"))
@@ -144,7 +144,7 @@ def broken_table(folder: Path, name: str) -> Path:
     ],
 )
 def test_a_table_that_can_not_be_used_is_an_error(
-    tmp_path: Path, name: str, column: str, error: type[Exception], message: str
+    tmp_path, name: str, column: str, error: type[Exception], message: str
 ):
     table = broken_table(tmp_path, name)
     with pytest.raises(error, match=message):
@@ -162,9 +162,7 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def first(
-    photos: labelled.Labelled, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, train.Training]:
+def first(photos: labelled.Labelled, tmp_path_factory) -> tuple[Path, train.Training]:
     """A trained captioner's folder, and its training."""
     folder = tmp_path_factory.mktemp("first")
     return folder / "model", train.train(photos, folder / "model", folder, PLAN, ignore)
@@ -191,8 +189,8 @@ def test_a_training_has_a_curve(first: tuple[Path, train.Training]):
 def test_a_killed_training_goes_on_to_the_same_weights(
     photos: labelled.Labelled,
     first: tuple[Path, train.Training],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path,
+    monkeypatch,
 ):
     save = train._save
     saved: list[Path] = []
@@ -263,7 +261,7 @@ def test_a_captioner_inherits_the_tower_and_the_words_that_both_know(
 
 
 def test_a_training_from_a_captioner_may_keep_a_share_of_its_weights(
-    bonnets: labelled.Labelled, first: tuple[Path, train.Training], tmp_path: Path
+    bonnets: labelled.Labelled, first: tuple[Path, train.Training], tmp_path
 ):
     plan = replace(PLAN, start=str(first[0]), mirrored=0.5, seen=12)
     start = weights(first[0])
@@ -298,8 +296,8 @@ def command(table: Path, out: Path, *options: str) -> list[str]:
 def test_only_a_captioner_of_this_kind_can_be_started_from(
     photos: labelled.Labelled,
     table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path,
+    capsys,
     name: str,
     message: str,
 ):
@@ -403,7 +401,7 @@ def test_shares_are_over_the_photos_whose_truth_is_known():
     }
 
 
-def test_the_card_says_where_the_model_comes_from(tmp_path: Path):
+def test_the_card_says_where_the_model_comes_from(tmp_path):
     provenance = card.Provenance(
         command="vlm4rec train-captioner x",
         data="`x.parquet`",
@@ -440,8 +438,8 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path):
 )
 def test_wrong_options_are_errors_before_any_work(
     table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path,
+    capsys,
     options: list[str],
     message: str,
 ):
@@ -450,15 +448,13 @@ def test_wrong_options_are_errors_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_files_is_left_alone(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_folder_of_other_files_is_left_alone(table: Path, tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("Dear")
     assert main(command(table, tmp_path, "--attribute", "kind=category")) == 2
     assert "this folder has files but no model" in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path: Path):
+def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path):
     out = tmp_path / "mine"
     options = "--attribute kind=category --seen 24 --batch 12"
     assert main(command(table, out, *options.split(), "--licence", "Ours.")) == 0

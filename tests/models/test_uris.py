@@ -1,7 +1,6 @@
 """Files by their URIs without Spark: this machine's, another file system's, and what is refused."""
 
 import os
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -10,7 +9,7 @@ from vlm4rec_spark.models import files
 
 
 @pytest.mark.parametrize("prefix", ["", "file:", "file://"])
-def test_a_local_file(tmp_path: Path, prefix: str):
+def test_a_local_file(tmp_path, prefix: str):
     path = tmp_path / "a::b.jpg"
     path.write_bytes(b"12345")
     os.utime(path, (5_000, 5_000))

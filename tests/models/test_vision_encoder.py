@@ -69,7 +69,7 @@ def model_folder(name: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module", params=["packaged", "fake", "clip", "vit"])
-def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vision:
+def vision(request: pytest.FixtureRequest, tmp_path_factory) -> Vision:
     return load_vision(model_folder(request.param, tmp_path_factory.mktemp("vision")), "main")
 
 
@@ -93,13 +93,13 @@ def test_the_packaged_encoder_finds_similar_photos():
     assert shirt @ other_shirt > shirt @ lamp + 0.2
 
 
-def test_more_photos_than_a_batch(monkeypatch: pytest.MonkeyPatch):
+def test_more_photos_than_a_batch(monkeypatch):
     monkeypatch.setattr("vlm4rec_spark.models.encoding.vision_encoder._BATCH_SIZE", 3)
     vectors = packaged().embed(PHOTOS * 2)
     np.testing.assert_allclose(vectors[4:], packaged().embed(PHOTOS), atol=1e-5)
 
 
-def test_ids_name_the_encoder_and_a_missing_folder_is_refused(tmp_path: Path):
+def test_ids_name_the_encoder_and_a_missing_folder_is_refused(tmp_path):
     assert vision_id("fake", "main") == "fake-4x4@1"
     name, _, digest = vision_id("packaged", "main").partition("@")
     assert name == "packaged"

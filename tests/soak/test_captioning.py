@@ -112,7 +112,7 @@ def picture(colour: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+def job(tmp_path_factory) -> Iterator[Job]:
     made = Job(tmp_path_factory.mktemp("captioning"))
     yield made
     for process in made.started:

@@ -86,7 +86,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def shop(tmp_path_factory) -> Iterator[Shop]:
     shop = Shop(tmp_path_factory.mktemp("kills"))
     yield shop
     for process in shop.started:
