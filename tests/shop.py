@@ -49,6 +49,11 @@ def rows_of(run: Pipeline, table: Table) -> list[Row]:
     return run.tables.read(table).collect()
 
 
+def run_stage(run: Pipeline, stage: str) -> StageResult:
+    (result,) = run.run([stage])
+    return result
+
+
 def item_row(item_id: str, **columns: object) -> tuple:
     """A row of the catalogue; other columns are null, but for `available` and `updated_at`."""
     row: dict[str, object] = dict.fromkeys(ITEMS.columns)

@@ -24,7 +24,7 @@ from PIL import Image
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from rich.console import Console
-from shop import MakePipeline, item_row, log, photo_row, rows_of, upsert
+from shop import MakePipeline, item_row, log, photo_row, rows_of, run_stage, upsert
 
 from vlm4rec_spark.caption.estimate import Rates
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
@@ -48,6 +48,7 @@ from vlm4rec_spark.storage.schemas import (
 
 RED, GREEN, BLUE, GREY = (one_color(colour, 16) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
+FIVE = {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""}
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
 BLUE_TEXT = "A thing of red 0, green 0 and blue 7."
 RED_TEXT = "A thing of red 7, green 0 and blue 0."
@@ -106,7 +107,7 @@ class Counted:
         """Run the stage, which must do what the plan says."""
         planned = run.plan()
         before = self.count()
-        (result,) = run.run(["caption"])
+        result = run_stage(run, "caption")
         assert result.ok + result.failed == planned.now
         skipped = planned.wanted if result.status == "unchanged" else result.skipped
         assert skipped == planned.wanted - planned.now
@@ -131,7 +132,7 @@ def counted(pipeline: MakePipeline, tmp_path) -> Counted:
 
 def test_each_content_is_captioned_once(counted: Counted):
     run = counted.run("caption.max_failed_share=0.5")
-    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
+    store(run, FIVE)
     planned = run.plan()
     assert (planned.wanted, planned.duplicates, planned.reasons) == (5, 1, {"new": 4})
     # Five photos of four contents: the model sees the two that are photos.
@@ -150,7 +151,7 @@ def test_another_prompt_model_or_parameter_is_other_content(
     counted: Counted, pipeline: MakePipeline, tmp_path
 ):
     run = counted.run("caption.max_failed_share=0.5")
-    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
+    store(run, FIVE)
     counted.caption(run)
     prompt = tmp_path / "short.1.txt"
     prompt.write_text("Say it in one word.")
@@ -218,7 +219,7 @@ def test_a_budget_goes_to_the_items_with_the_most_events_first(counted: Counted)
     assert counted.caption(run) == (2, 2, 0, 3)
     assert set(captions(run)) == {"hot", "warm", "twin", "dull", "bare"}
     assert counted.caption(run) == (0, 0, 0, 5)
-    assert [result.status for result in run.run(["caption"])] == ["unchanged"]
+    assert run_stage(run, "caption").status == "unchanged"
 
 
 def test_a_budget_of_money_uses_the_tokens_of_earlier_captions(counted: Counted, tmp_path):
@@ -321,7 +322,7 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(counted: Cou
     assert counted.caption(run) == (1, 0, 1, 3)
     assert attempts() == {"RuntimeError": 2, "empty_caption": 1, "html_page": 1}
     assert counted.caption(run) == (0, 0, 0, 4)
-    assert run.run(["caption"])[0].status == "unchanged"
+    assert run_stage(run, "caption").status == "unchanged"
 
     run.context.retry = "empty_caption"
     assert counted.caption(run) == (1, 0, 1, 3)
@@ -338,7 +339,7 @@ def test_every_hostile_photo_has_its_error_class_and_every_good_one_its_caption(
     run = pipeline(tmp_path, "caption.max_failed_share=1", "caption.batch_size=4")
     hostile = {f"bad {name}": data for name, (data, _) in HOSTILE.items()}
     store(run, hostile | {f"good {name}": image for name, image in GOOD.items()})
-    (result,) = run.run(["caption"])
+    result = run_stage(run, "caption")
     assert len(HOSTILE) >= 40
     assert (result.ok, result.failed) == (len(GOOD), len(HOSTILE))
     rows = CaptionRows(run)
@@ -427,7 +428,7 @@ def caption_by_endpoint(
             *settings,
         )
         store(run, images)
-        (result,) = run.run(["caption"])
+        result = run_stage(run, "caption")
     return run, result
 
 
@@ -537,7 +538,7 @@ def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(pipeline: MakePi
     greys = {f"grey{n}": one_color(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}", 16) for n in range(37)}
     store(run, {"red": RED, "green": GREEN, "blue": BLUE} | greys)
     # Spark's local mode tries no task twice: one that failed would fail the run.
-    (result,) = run.run(["caption"])
+    result = run_stage(run, "caption")
     assert (result.ok, result.failed) == (37, 3)
     rows = CaptionRows(run)
     assert rows[RED]["error_class"] == "model_died"
@@ -645,7 +646,7 @@ def test_the_stage_leaves_imported_captions_alone(
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
     run.import_captions(captions_file)
-    (result,) = run.run(["caption"])
+    result = run_stage(run, "caption")
     assert (result.ok, result.skipped) == (1, 0)
     assert captions(run) == {
         "a": "A green chair, rather old",

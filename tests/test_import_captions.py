@@ -28,7 +28,7 @@ def shop(pipeline: MakePipeline, tmp_path) -> Callable[[str], Pipeline]:
             f"ingest.items.path=[{tmp_path}/shop.csv]",
             f"ingest.photos.folder={tmp_path}/photos",
             "caption.max_failed_share=1",
-            f"caption.model.model=count={tmp_path}/{name}-calls",
+            f"caption.model.model=count={tmp_path}/calls",
         )
         run.run(["ingest"])
         return run
@@ -41,19 +41,20 @@ def test_captions_of_another_shop_leave_nothing_to_caption(
 ):
     old = shop("old")
     old.run(["caption"])
+    calls = (tmp_path / "calls").read_bytes()
     new = shop("new")
     assert new.plan().now == 3
     source = Source(path=(f"{tmp_path}/old/tables/captions",), format="delta")
     result = new.import_captions(source)
     assert [result.ok, result.failed, result.skipped] == [2, 0, 1]
-    captions = new.tables.read(CAPTIONS)
-    assert captions.exceptAll(old.tables.read(CAPTIONS).where("status = 'ok'")).isEmpty()
-    assert captions.count() == 2
+    captions = old.tables.read(CAPTIONS).where("status = 'ok'").orderBy("caption_key")
+    taken_over = new.tables.read(CAPTIONS).orderBy("caption_key")
+    assert taken_over.collect() == captions.collect()
 
     # Only the HTML page is left, for which no model is asked.
     assert new.plan().now == 1
     new.run(["caption"])
-    assert not (tmp_path / "new-calls").exists()
+    assert (tmp_path / "calls").read_bytes() == calls
     in_force = new.tables.read(ITEM_CAPTIONS).select("item_id").collect()
     assert {row["item_id"] for row in in_force} == {"A", "B"}
     result = new.import_captions(source)

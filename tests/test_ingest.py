@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-from shop import MakePipeline, rows_of, source_counts
+from shop import MakePipeline, rows_of, run_stage, source_counts
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.pipeline import Pipeline, StageResult
@@ -271,8 +271,7 @@ def figures(result: StageResult, source: str) -> tuple[int, int, int]:
 
 
 def ingest_photos(run: Pipeline) -> tuple[int, int, int]:
-    (result,) = run.run(["ingest"])
-    return figures(result, "photos")
+    return figures(run_stage(run, "ingest"), "photos")
 
 
 def rejected_photos(run: Pipeline) -> dict[str, str]:
@@ -331,7 +330,7 @@ def test_catalogue_log_and_photo_folder(folder_shop: Pipeline):
     # These photos would fit one task's file; as many real photos wouldn't.
     folder_shop.spark.conf.set("spark.sql.files.maxPartitionBytes", "1m")
     try:
-        (result,) = folder_shop.run(["ingest"])
+        result = run_stage(folder_shop, "ingest")
     finally:
         folder_shop.spark.conf.unset("spark.sql.files.maxPartitionBytes")
     assert figures(result, "items") == (3, 1, 0)
@@ -358,7 +357,7 @@ def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_p
         tmp_path / "log-2 [+].csv",
         f"{EVENTS}u1,A,view,2025-01-01\nu2,A,view,2025-01-01\nu2,A,view,2025-01-01\n",
     )
-    (result,) = folder_shop.run(["ingest"])
+    result = run_stage(folder_shop, "ingest")
     assert figures(result, "photos") == (1, 3, 3)
     assert photos(folder_shop) == FOLDER_PHOTOS | {("B", 0): b"B JPG"}
     # One event of the second file is in the first, which isn't opened again.
@@ -394,7 +393,7 @@ def users(run: Pipeline) -> dict[str, list[object]]:
 
 def test_users_and_identities(pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path):
     run = pipeline(tmp_path, *user_tables, "ingest.users.columns={user_id: id}")
-    (result,) = run.run(["ingest"])
+    result = run_stage(run, "ingest")
     assert figures(result, "users") == (2, 2, 1)
     assert figures(result, "identities") == (2, 3, 0)
     assert users(run) == {"u1": ["club", True], "u2": [None, None]}

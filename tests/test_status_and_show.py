@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from shop import MakePipeline, item_row
+from shop import MakePipeline
 
 from vlm4rec_spark.cli import main, show, status
 from vlm4rec_spark.errors import RunError
@@ -72,14 +72,20 @@ def caption(
 
 ROWS: dict[schemas.Table, list] = {
     schemas.ITEMS: [
-        item_row(
+        (
             item,
-            title=title,
-            brand="Kintsu",
-            price=9.5,
-            attributes={"colour": "red"},
-            available=item != "hat-red",
-            updated_at=MONDAY,
+            title,
+            "Kintsu",
+            None,
+            None,
+            None,
+            9.5,
+            None,
+            None,
+            {"colour": "red"},
+            item != "hat-red",
+            None,
+            MONDAY,
         )
         for item, title in ITEMS.items()
     ],
