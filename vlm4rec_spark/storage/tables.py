@@ -134,7 +134,6 @@ class Tables:
         Keys in `rows` are distinct. An existing row stays as it is, unless the condition
         `instead_of` holds for it (columns of `old`).
         """
-        self._create(table)
 
         def write() -> DataFrame:
             merge = self._merge(table, rows)
@@ -152,12 +151,10 @@ class Tables:
 
     def upsert(self, table: Table, rows: DataFrame) -> None:
         """Add new keys and update rows that differ outside the volatile columns."""
-        self._create(table)
         self.commit(table, lambda: _write_changes(table, self._merge(table, rows)).execute())
 
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, so that the change feed holds only real changes."""
-        self._create(table)
 
         def write() -> DataFrame:
             merge = _write_changes(table, self._merge(table, rows))
@@ -297,6 +294,7 @@ class Tables:
         writer.saveAsTable(self.name_of(table)) if self.named else writer.save(self.name_of(table))
 
     def _merge(self, table: Table, rows: DataFrame) -> DeltaMergeBuilder:
+        self._create(table)
         new = rows.select(*table.columns).alias("new")
         return self.delta(table).alias("old").merge(new, _same_key(table))
 

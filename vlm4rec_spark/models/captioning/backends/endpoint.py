@@ -28,7 +28,7 @@ from vlm4rec_spark.models.captioning.backends.dialects import Anthropic, OpenAI
 from vlm4rec_spark.models.captioning.captioner import (
     MAX_WAIT_SECONDS,
     Answer,
-    EndpointSettings,
+    ModelSettings,
     Request,
 )
 
@@ -50,21 +50,14 @@ _FILTERED = ("content_filter", "content_policy_violation")
 class EndpointCaptioner:
     """Up to `concurrency` open requests. Their event loop runs inside `step`: no thread needed."""
 
-    def __init__(
-        self,
-        model: str,
-        max_new_tokens: int,
-        settings: EndpointSettings,
-        json_schema: dict[str, Any] | None = None,
-    ):
-        dialect: type[OpenAI] | type[Anthropic] = (
-            Anthropic if settings.dialect == "anthropic" else OpenAI
-        )
+    def __init__(self, model: ModelSettings, json_schema: dict[str, Any] | None = None):
+        settings = model.endpoint
+        dialect: type[OpenAI] | type[Anthropic] = OpenAI
+        if settings.dialect == "anthropic":
+            dialect = Anthropic
         self._key = _read_key(dialect.key_variable, settings.url)
         try:
-            self._dialect = dialect(
-                model, max_new_tokens, settings.url, self._key or "none", json_schema
-            )
+            self._dialect = dialect(model, self._key or "none", json_schema)
         except ImportError as missing:
             raise UsageError(
                 f"{missing}. The endpoint backend needs: pip install 'vlm4rec_spark[endpoint]'"
@@ -72,7 +65,7 @@ class EndpointCaptioner:
         self.max_in_flight = settings.concurrency
         self.batch_size = 1
         self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
-        self._model = model
+        self._model = model.model
         self._settings = settings
         self._rate_limit = _RateLimit(settings.tokens_per_minute)
         self._slots = asyncio.Semaphore(settings.concurrency)
