@@ -1,14 +1,13 @@
-"""Captions on one GPU: this project with vLLM and with transformers, raw vLLM, the paper's way, the
-roofline.
+"""Captions on one GPU: this project, raw vLLM, the paper's way, and the roofline.
 
     python benchmarks/caption_gpu.py [--photos 512]      in the environment of constraints-vllm.txt
 
 LLaVA-NeXT-7B's shapes with random weights, distinct photos of 672 pixels, 100 new tokens. Raw vLLM
-has all photos at once and decoded. This project gets JPEGs, in the supervised process that Spark's
-worker uses, and once more through the whole caption stage where Spark and Java are installed. A
-batch always takes the same time, so what runs in batches gets a part of the photos: transformers a
-quarter, the paper's way a sixteenth. Without a GPU everything runs on a tiny model, which shows
-that the script works and nothing else.
+has all photos at once and decoded. This project, with vLLM and with transformers, gets JPEGs in the
+supervised process that Spark's worker uses. It gets them once more through the whole caption stage
+where Spark and Java are installed. A batch always takes the same time, so what runs in batches gets
+a part of the photos: transformers a quarter, the paper's way a sixteenth. Without a GPU everything
+runs on a tiny model, which shows that the script works and nothing else.
 
 The script looks for vLLM and Spark when their turn comes, after the others: on a rented machine
 they may still be installing.

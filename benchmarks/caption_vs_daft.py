@@ -1,5 +1,4 @@
-"""The same photos and model through this project's UDF, through Daft, and through the usual two
-Spark UDFs.
+"""The same photos and model through this project's UDF, Daft, and the usual two Spark UDFs.
 
     .venv/bin/python benchmarks/caption_vs_daft.py [--photos 20000] [--runs 5]
 
@@ -9,13 +8,13 @@ benchmark measures what is around it. Each way calls it from two threads or proc
 thread each, with 16 photos at a time, and writes key and text to Parquet. Texts are compared: they
 are nonsense, but differ by photo.
 
-- this: `caption_photos`, as the caption stage calls it, with its defaults. - Daft's native runner,
-as its documentation of images and classes shows: `decode_image`, then a batch method of a
-`@daft.cls()`. Image columns stay in Daft's process, so its threads share one model. Bytes that the
-method decodes, in a process for each of two models, took longer here. One thread with two of
-torch's took as long. - two UDFs: a `pandas_udf` that decodes to 224 × 224 × 3 floats, then
-`predict_batch_udf`. Batches are small, or this way needs more memory than machines have: a photo is
-then 5 MB of Python floats.
+- this: `caption_photos`, as the caption stage calls it, with its defaults.
+- Daft's native runner, as its documentation of images and classes shows: `decode_image`, then a
+  batch method of a `@daft.cls()`. Image columns stay in Daft's process, so its threads share one
+  model. Bytes that the method decodes, in a process for each of two models, took longer here. One
+  thread with two of torch's took as long.
+- two UDFs: a `pandas_udf` that decodes to 224 × 224 × 3 floats, then `predict_batch_udf`. Batches
+  are small, or this way needs more memory than machines have: a photo is 5 MB of Python floats.
 
 Each measurement is a process of its own. Its time begins after other photos have gone the same way,
 so that Spark's start, imports and the loading of models don't count. It ends with the written
@@ -50,7 +49,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from llava import TEMPLATE
-from memory import held_gb
+from memory import process_tree_gb
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -297,7 +296,7 @@ def measure(way: str, folder: Path, out: Path) -> Run:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, held_gb(process.pid))
+        peak = max(peak, process_tree_gb(process.pid))
         if peak > MAX_GB:
             end(process.pid)
             raise SystemExit(f"{way} held {peak:.1f} GB, more than {MAX_GB:.0f}, and was ended")

@@ -1,7 +1,8 @@
 """The table that the packaged captioner was trained on: `benchmarks/captioner_data.py OUT.parquet`.
 
-Made of the folders beside the project (`../shared/data`): studio photos of fashion, people's snapshots of clothing,
-and renderings of the demo's products. Knows who may see what (the split), and what words the labels become.
+Its sources are folders next to the project's (`../shared/data`) and the demo: studio photos of
+fashion, people's snapshots of clothing, and renderings of the demo's products. Knows the split, and
+the words for the labels.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from vlm4rec_spark.demo.drawing import ATTRIBUTES, render, sentence
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLIT_SEED = 0
 _TEST_SHARE = 0.13
-TRAIN_SEED, TEST_SEED = 1_000_000, 2_000_000
-"""First seeds of the training and held-out renderings; the demo's shop draws from below a million."""
+TRAIN_SEED = 1_000_000
+TEST_SEED = 2_000_000
+"""First seeds of the training and held-out renderings; the demo's shop has seeds below a million.
+"""
 RENDERINGS = 40_000
 WEIGHTS = 1.0, 3.0, 0.3
 
@@ -147,7 +150,7 @@ CLASSES = {
     "skirt": ("skirt",),
     "t-shirt": ("t-shirt", "lounge t-shirt"),
 }
-"""What counts as right for a class of `clothing-photos`, settled before any of them was captioned."""
+"""What counts as right for a class of `clothing-photos`; chosen before any had a caption."""
 
 _PALETTE = (
     ("black", (24, 24, 26)),
@@ -175,23 +178,27 @@ _PALETTE = (
     ("purple", (110, 62, 138)),
     ("purple", (92, 40, 74)),
 )
-"""What the colour words of snapshots stand for, sRGB: chosen by eye."""
+"""The colours of the colour words of snapshots, sRGB: chosen by eye."""
 
 
 def audience(title: str) -> str | None:
-    """Whom a title names first of all: women in "Women's Boyfriend Jeans", and boys in "Kids Boys Shirt"."""
-    found = [
+    """The audience that a title names first; children only if there is no other.
+
+    Women in "Women's Boyfriend Jeans", and boys in "Kids Boys Shirt".
+    """
+    matches = [
         (name == "children", match.start(), name)
         for name, words in _AUDIENCES
         if (match := re.search(rf"\b({words})('?s)?\b", title.lower()))
     ]
-    return min(found)[-1] if found else None
+    return min(matches)[-1] if matches else None
 
 
 def fashion(folder: Path) -> pd.DataFrame:
-    """One row per studio photo: image, title, article_type, base_colour, usage, gender, the caption's words, test.
+    """One row per studio photo: image, title, article_type, base_colour, usage, gender, test.
 
-    `test`: a seeded choice of groups, so that no photo's bytes and no title are on both sides.
+    And the caption's words: kind, colour, use, audience. `test` is a seeded choice of groups, so
+    that no photo's bytes and no title are on both sides.
     """
     files = sorted(folder.glob("part-*.parquet"))
     rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
@@ -202,11 +209,11 @@ def fashion(folder: Path) -> pd.DataFrame:
     )
     rows["use"] = rows["usage"].map(USES, na_action="ignore")
     rows["audience"] = rows["gender"]
-    rows["test"] = _chosen(rows)
+    rows["test"] = _is_test(rows)
     return rows
 
 
-def _chosen(rows: pd.DataFrame) -> np.ndarray:
+def _is_test(rows: pd.DataFrame) -> np.ndarray:
     """Photos that share bytes or a title, directly or through others, are chosen together."""
     digest = rows["image"].map(lambda data: hashlib.sha256(data).hexdigest())
     title = rows["title"].str.lower().str.split().str.join(" ")
@@ -221,7 +228,10 @@ def _chosen(rows: pd.DataFrame) -> np.ndarray:
 
 
 def snapshots(folder: Path) -> pd.DataFrame:
-    """One row per labelled snapshot: image, kind, colour as measured, audience of children's clothes, sender_id."""
+    """One row per labelled snapshot: image, kind, measured colour, audience, sender_id.
+
+    The audience is known only for children's clothes.
+    """
     rows = pd.read_parquet(folder / "photos.parquet")
     rows["kind"] = rows["label"].map(SNAPSHOT_KINDS)
     rows["colour"] = rows["image"].map(main_colour)
@@ -230,21 +240,20 @@ def snapshots(folder: Path) -> pd.DataFrame:
 
 
 def main_colour(photo: bytes) -> str:
-    """The name of the commonest colour in the middle of the photo, where the product lies: nearest in CIELAB."""
+    """The name of the commonest colour in the photo's middle, where the product is, by CIELAB."""
     with Image.open(io.BytesIO(photo)) as image:
         small = image.convert("RGB").resize((48, 48), Image.Resampling.BOX)
     # Snapshots are taken in dim rooms: what is lightest in the photo counts as nearly white.
-    exposed = np.asarray(small, float) * (
-        235 / max(60.0, float(np.percentile(small.convert("L"), 97)))
-    )
-    small = Image.fromarray(exposed.clip(0, 255).astype(np.uint8)).crop((14, 14, 34, 34))
-    reduced = small.quantize(4, method=Image.Quantize.MEDIANCUT, kmeans=4)
+    lightest = max(60.0, float(np.percentile(small.convert("L"), 97)))
+    exposed = np.asarray(small, float) * (235 / lightest)
+    middle = Image.fromarray(exposed.clip(0, 255).astype(np.uint8)).crop((14, 14, 34, 34))
+    reduced = middle.quantize(4, method=Image.Quantize.MEDIANCUT, kmeans=4)
     counts = sorted(reduced.getcolors() or [], reverse=True)
     palette = np.array(reduced.getpalette() or [], float).reshape(-1, 3)
-    there = _lab(palette[counts[0][1]])
-    return min(
-        _PALETTE, key=lambda each: float(((_lab(np.array(each[1], float)) - there) ** 2).sum())
-    )[0]
+    commonest = _lab(palette[counts[0][1]])
+    names = [name for name, _ in _PALETTE]
+    colours = np.array([_lab(np.array(rgb, float)) for _, rgb in _PALETTE])
+    return names[int(((colours - commonest) ** 2).sum(axis=1).argmin())]
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -258,7 +267,7 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def renderings(count: int, first: int = TRAIN_SEED) -> pd.DataFrame:
-    """One row per drawing of the demo's kind: image, its attributes, and the demo's own sentence."""
+    """One row per drawing of a demo product: image, attributes, and the demo's sentence."""
     with ProcessPoolExecutor() as pool:
         return pd.DataFrame(list(pool.map(_drawn, range(first, first + count), chunksize=100)))
 
@@ -273,24 +282,22 @@ def _drawn(seed: int) -> dict[str, object]:
 def table(
     parts: Sequence[str], data: Path, count: int, weights: Sequence[float] = WEIGHTS
 ) -> pd.DataFrame:
-    """What training sees: photo, caption, weight, and the attributes; of the fashion photos only those not for test.
+    """The training table: photo, caption, weight and attributes; no fashion photo of the test.
 
-    `weights`: how often a studio photo, a snapshot and a rendering are looked at.
+    `weights`: how often a studio photo, a snapshot and a rendering are seen.
     """
-    made = []
+    frames = []
     if "fashion" in parts:
         rows = fashion(data / "fashion")
-        made.append(
-            rows.loc[~rows["test"], ["image", "kind", "colour", "audience", "use"]].assign(
-                weight=weights[0]
-            )
-        )
+        train = rows.loc[~rows["test"], ["image", "kind", "colour", "audience", "use"]]
+        frames.append(train.assign(weight=weights[0]))
     if "snapshots" in parts:
         rows = snapshots(data / "clothing-labelled")
-        made.append(rows[["image", "kind", "colour", "audience"]].assign(weight=weights[1]))
+        frames.append(rows[["image", "kind", "colour", "audience"]].assign(weight=weights[1]))
     if "renderings" in parts:
-        made.append(renderings(count)[["image", *ATTRIBUTES, "caption"]].assign(weight=weights[2]))
-    return pd.concat(made, ignore_index=True)
+        rows = renderings(count)
+        frames.append(rows[["image", *ATTRIBUTES, "caption"]].assign(weight=weights[2]))
+    return pd.concat(frames, ignore_index=True)
 
 
 def clothing_photos(folder: Path) -> pd.DataFrame:
@@ -299,30 +306,31 @@ def clothing_photos(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "image": [file.read_bytes() for file in files],
-            "class_name": [f.parent.name for f in files],
+            "class_name": [file.parent.name for file in files],
         }
     )
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("out", type=Path)
-    options.add_argument("--data", type=Path, default=DATA)
-    options.add_argument("--renderings", type=int, default=RENDERINGS)
-    options.add_argument("--parts", nargs="+", default=["fashion", "snapshots", "renderings"])
-    options.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--renderings", type=int, default=RENDERINGS)
+    parser.add_argument("--parts", nargs="+", default=["fashion", "snapshots", "renderings"])
+    parser.add_argument(
         "--weights",
         type=float,
         nargs=3,
         default=WEIGHTS,
         metavar=("STUDIO", "SNAPSHOT", "RENDERING"),
     )
-    given = options.parse_args()
-    rows = table(given.parts, given.data, given.renderings, given.weights)
-    beside = given.out.with_suffix(".tmp")
-    rows.to_parquet(beside, index=False)
-    beside.replace(given.out)
-    print(f"{len(rows):,} photos in {given.out}, {given.out.stat().st_size / 1e6:.0f} MB")
+    options = parser.parse_args()
+    out = options.out
+    rows = table(options.parts, options.data, options.renderings, options.weights)
+    unfinished = out.with_suffix(".tmp")
+    rows.to_parquet(unfinished, index=False)
+    unfinished.replace(out)
+    print(f"{len(rows):,} photos in {out}, {out.stat().st_size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT with random weights in a folder, and what its job would take on a device that did nothing in vain.
+"""A folder with a LLaVA-NeXT of random weights, and the roofline of captioning with it.
 
-Everything is made here: for a machine without a network, and for one without a GPU a tiny one.
+Needs no network. There is a tiny model for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from vlm4rec_spark.models.captioning.prompts import load_prompt
 
 PROMPT = load_prompt("describe.1").text
 TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} answer :{% endif %}"
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} answer :{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-PUBLISHED = {  # names as in published models, which are what vLLM 0.22 reads
+# Names in published models, which vLLM 0.22 reads.
+PUBLISHED = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -45,7 +47,10 @@ PUBLISHED = {  # names as in published models, which are what vLLM 0.22 reads
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a LLaVA-NeXT; photos are `photo` pixels wide and high and make four tiles of `tile` pixels and one of all."""
+    """Of a LLaVA-NeXT.
+
+    Photos are `photo` pixels wide and high. They make four tiles of `tile` pixels, and one of all.
+    """
 
     photo: int
     tile: int
@@ -121,14 +126,14 @@ def write(folder: Path, shapes: Shapes, device: str) -> None:
     with torch.device(device):
         model = LlavaNextForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    model.lm_head.weight.data[config.text_config.eos_token_id] = (
-        0  # some other word is always likelier than nothing
-    )
+    # Some word is always likelier than the end.
+    model.lm_head.weight.data[config.text_config.eos_token_id] = 0
     model.config.save_pretrained(folder)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
     model.generation_config.save_pretrained(folder)
     weights = {
-        _published(name): each.cpu().contiguous() for name, each in model.state_dict().items()
+        _published(name): tensor.cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     _processor(shapes).save_pretrained(folder)
@@ -142,23 +147,19 @@ def _pinpoints(shapes: Shapes) -> list[list[int]]:
 
 
 def _published(name: str) -> str:
-    for ours, theirs in PUBLISHED.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    for prefix, published in PUBLISHED.items():
+        if name.startswith(prefix):
+            return published + name.removeprefix(prefix)
     raise ValueError(name)
 
 
 def _processor(shapes: Shapes) -> LlavaNextProcessor:
     splitter = pre_tokenizers.Whitespace()
-    words = list(
-        dict.fromkeys(["answer", ":", *(word for word, _ in splitter.pre_tokenize_str(PROMPT))])
-    )
-    words += [
-        f"word{number}" for number in range(shapes.text["vocab_size"] - len(SPECIAL) - len(words))
-    ]
-    core = Tokenizer(
-        models.WordLevel({word: n for n, word in enumerate(SPECIAL + words)}, unk_token="<unk>")
-    )
+    prompt_words = [word for word, _ in splitter.pre_tokenize_str(PROMPT)]
+    words = list(dict.fromkeys([*SPECIAL, "answer", ":", *prompt_words]))
+    words += [f"word{number}" for number in range(shapes.text["vocab_size"] - len(words))]
+    ids = {word: number for number, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = splitter
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -195,56 +196,61 @@ def photo(number: int, shapes: Shapes) -> bytes:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device does at best in a second, and the bytes of the numbers that it does it with."""
+    """The most that a device does in a second."""
 
     operations: float
     bytes: float
     number: int
+    """Bytes of a number."""
 
 
 def ceilings(device: str) -> Ceilings:
     """Measured: products of large matrices, and copies of a large block."""
     gpu = device == "cuda"
-    side, kind = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
-    square = torch.randn(side, side, device=device).to(kind)
+    side = 8192 if gpu else 1024
+    number_type = torch.bfloat16 if gpu else torch.float32
+    square = torch.randn(side, side, device=device).to(number_type)
     block = torch.zeros((2 << 30) if gpu else (64 << 20), dtype=torch.uint8, device=device)
-    other = torch.empty_like(block)
-    products = _best(lambda: square @ square, gpu)
-    copies = _best(lambda: other.copy_(block), gpu)
-    return Ceilings(2 * side**3 / products, 2 * block.numel() / copies, square.element_size())
+    copy = torch.empty_like(block)
+    product_seconds = _best(lambda: square @ square, gpu)
+    copy_seconds = _best(lambda: copy.copy_(block), gpu)
+    return Ceilings(
+        operations=2 * side**3 / product_seconds,
+        bytes=2 * block.numel() / copy_seconds,
+        number=square.element_size(),
+    )
 
 
 def _best(call: Callable[[], object], gpu: bool) -> float:
-    """Seconds that it takes, the quickest of twenty times."""
+    """Seconds that it takes, the fastest of twenty times."""
     seconds = []
     for _ in range(20):
-        began = time.perf_counter()
+        started = time.perf_counter()
         call()
         if gpu:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 
 def roofline(
     shapes: Shapes, best: Ceilings, prompt_tokens: int, new_tokens: int, batch: int
 ) -> float:
-    """Photos per second where the prefill takes no more than its operations, and decoding no more than its bytes."""
-    text, vision = shapes.text, shapes.vision
-    kv = text["num_key_value_heads"] * text["hidden_size"] // text["num_attention_heads"]
-    attention = 2 * text["hidden_size"] * (text["hidden_size"] + kv)
-    layers = text["num_hidden_layers"] * (
-        attention + 3 * text["hidden_size"] * text["intermediate_size"]
-    )
-    # Each pair of a token and one before it: a product with its key and one with its value.
-    pairs = 2 * text["num_hidden_layers"] * prompt_tokens**2 * text["hidden_size"]
-    tower = vision["num_hidden_layers"] * (
-        4 * vision["hidden_size"] ** 2 + 2 * vision["hidden_size"] * vision["intermediate_size"]
-    )
-    prefill = (
-        2 * layers * prompt_tokens + pairs + 2 * tower * 5 * shapes.patches**2
-    ) / best.operations
-    weights = layers + text["vocab_size"] * text["hidden_size"]
-    cache = 2 * text["num_hidden_layers"] * kv * (prompt_tokens + new_tokens / 2)
-    decode = new_tokens * best.number * (weights / batch + cache) / best.bytes
-    return 1 / (prefill + decode)
+    """Photos per second at the device's limits: operations for the prefill, bytes for decoding."""
+    text = shapes.text
+    vision = shapes.vision
+    depth = text["num_hidden_layers"]
+    width = text["hidden_size"]
+    kv = text["num_key_value_heads"] * width // text["num_attention_heads"]
+    attention = 2 * width * (width + kv)
+    layers = depth * (attention + 3 * width * text["intermediate_size"])
+    # A pair of a token and an earlier one: a product with its key and one with its value.
+    pairs = 2 * depth * prompt_tokens**2 * width
+    tower_width = vision["hidden_size"]
+    tower_layer = 4 * tower_width**2 + 2 * tower_width * vision["intermediate_size"]
+    tower = vision["num_hidden_layers"] * tower_layer
+    operations = 2 * layers * prompt_tokens + pairs + 2 * tower * 5 * shapes.patches**2
+    weights = layers + text["vocab_size"] * width
+    cache = 2 * depth * kv * (prompt_tokens + new_tokens / 2)
+    decoded_bytes = new_tokens * best.number * (weights / batch + cache)
+    return 1 / (operations / best.operations + decoded_bytes / best.bytes)

@@ -1,10 +1,12 @@
-"""Memory of a Spark driver on this machine, of its Python workers with the models' processes, and of any process."""
+"""Memory of a Spark driver on this machine, of its Python workers, and of any process."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import psutil
 
@@ -15,15 +17,17 @@ GB = 1e9
 def peaks() -> Iterator[dict[str, float]]:
     """Peak resident memory in GB while the body runs.
 
-    driver_gb: this Python and its JVM together; worker_gb: the largest Python worker with its model's process.
+    driver_gb: this Python and its JVM together. worker_gb: the largest Python worker, with its
+    model's process.
     """
-    peak, stop = {"driver_gb": 0.0, "worker_gb": 0.0}, threading.Event()
+    peak = {"driver_gb": 0.0, "worker_gb": 0.0}
+    stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.3):
-            driver, workers = _now()
-            peak["driver_gb"] = max(peak["driver_gb"], driver / GB)
-            peak["worker_gb"] = max(peak["worker_gb"], max(workers, default=0) / GB)
+            now = _measure()
+            peak["driver_gb"] = max(peak["driver_gb"], now.driver / GB)
+            peak["worker_gb"] = max(peak["worker_gb"], now.largest_worker / GB)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -34,29 +38,39 @@ def peaks() -> Iterator[dict[str, float]]:
         thread.join()
 
 
-def held_gb(pid: int) -> float:
-    """What a process and all below it hold now, in GB: memory that several of them share counts once."""
-    held = 0
+def process_tree_gb(pid: int) -> float:
+    """Memory of a process and all its descendants now, in GB. Shared memory counts once."""
+    total = 0
     with suppress(psutil.Error):  # it has ended
-        process = psutil.Process(pid)
-        for one in (process, *process.children(recursive=True)):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
             with suppress(psutil.Error):
-                held += one.memory_full_info().pss
-    return held / GB
+                total += process.memory_full_info().pss
+    return total / GB
 
 
-def _now() -> tuple[int, list[int]]:
-    me, workers = psutil.Process(), dict[int, int]()
-    driver = me.memory_info().rss
-    for one in me.children(recursive=True):
+class _Memory(NamedTuple):
+    """Resident bytes of the driver with its JVM, and of the largest worker."""
+
+    driver: int
+    largest_worker: int
+
+
+def _measure() -> _Memory:
+    driver_process = psutil.Process()
+    driver = driver_process.memory_info().rss
+    workers: Counter[int] = Counter()
+    for process in driver_process.children(recursive=True):
         try:
-            words, size, parent = " ".join(one.cmdline()), one.memory_info().rss, one.ppid()
+            command = " ".join(process.cmdline())
+            size = process.memory_info().rss
+            parent = process.ppid()
         except psutil.Error:  # it has ended
             continue
-        if "vlm4rec_spark.models.captioning.child" in words:
-            workers[parent] = workers.get(parent, 0) + size
-        elif "pyspark.daemon" in words:
-            workers[one.pid] = workers.get(one.pid, 0) + size
+        if "vlm4rec_spark.models.captioning.child" in command:
+            workers[parent] += size
+        elif "pyspark.daemon" in command:
+            workers[process.pid] += size
         else:
             driver += size
-    return driver, list(workers.values())
+    return _Memory(driver, max(workers.values(), default=0))

@@ -1,22 +1,26 @@
-"""The recommend pass: top 10 of 200,000 users with 20 seen items each, out of 20,000, 200,000 and 1,000,000 items.
+"""The recommend pass: top 10 of 200,000 users with 20 seen items each, in three catalogue sizes.
 
     .venv/bin/python benchmarks/recommend.py [--users 200000] [--items 20000 200000 1000000]
 
-Profiles lie in a Delta table and lists are written to one. Vectors of 384 dimensions have three levels, as a shop's
-captions do: 40 families, a kind for every 50 items (0.8 of its family and noise of its own), items around their kind
-(noise of 0.9 of its length); a user has 20 items of up to three kinds, drawn by a Zipf law, and their mean. Of 200,000
-items the nearest has a cosine of about .68 with a user's vector, the hundredth .40, the thousandth .28.
+Profiles are in a Delta table and lists are written to one. Vectors of 384 dimensions have three
+levels, as a shop's captions do: 40 families, a kind for every 50 items, and items around their
+kind. A kind is 0.8 of its family and noise of its own. An item has noise of 0.9 of its length. A
+user has 20 items of up to three kinds, drawn by a Zipf law, and their mean. Of 200,000 items the
+nearest has a cosine of about .68 with a user's vector, the hundredth .40, the thousandth .28.
 
-Beside this stage at the middle size, on the same vectors and cores, in the same run: one Python process that reads the
-same Parquet files, searches by ScaNN with its own reordering and as much effort, excludes in numpy and writes Parquet
-(raw); the same stage under a rule that leaves 1 % of the items, with variants and caps, and with diversity; numpy's
-exact search; faiss, searching alone; Spark's ALS with given factors of rank 64, and crossJoin with
-vector_inner_product. Slow sides are timed on a sample of users, which the table says. max_similarity merges the items'
-neighbours; how long searching these took stands in a row of its own. faiss: pip install faiss-cpu.
+At the middle size other sides run on the same vectors and cores, in the same run:
+- raw: one Python process without Spark reads the same Parquet files, searches by ScaNN with its own
+  reordering and the same effort, excludes in numpy and writes Parquet;
+- the same stage under a rule that leaves 1 % of the items, with variants and caps, and with
+  diversity; and max_similarity, whose search of neighbors has a row of its own;
+- numpy's exact search; faiss, searching alone (pip install faiss-cpu); Spark's ALS with given
+  factors of rank 64; crossJoin with vector_inner_product.
+Slow sides are timed on a sample of users, which the table names.
 
-Churn: one new item in 500 is added to the middle catalogue, and no user changes. `churn` is the share of users whose
-list differs other than by new items that entered it. Its index rests on the earlier one, as the index stage builds it.
-`churn_rebuilt` is the same with an index built anew. Items and scores are compared as the table holds them.
+Churn: one new item in 500 is added to the middle catalogue, and no user changes. `churn` is the
+share of users whose list differs other than by new items that entered it. Its index reuses the
+codes of the earlier one, as the index stage builds it. `churn_rebuilt` is the same with an index
+built anew. Items and scores are compared as the table has them.
 """
 
 from __future__ import annotations
@@ -29,12 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,11 +54,12 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import load
 from vlm4rec_spark.models.index import neighbors
+from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.calibration import Calibration
-from vlm4rec_spark.models.ranking.list_rules import ListRules
+from vlm4rec_spark.models.ranking.list_rules import Cap, ListRules
 from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark import neighbors_file
 from vlm4rec_spark.spark.session import session
@@ -62,13 +68,18 @@ from vlm4rec_spark.stages import recommend
 from vlm4rec_spark.stages.index import IndexSettings
 from vlm4rec_spark.storage import schemas
 
-DIMENSION, SEEN, K, PROMISE = 384, 20, 10, 0.95
-FAMILIES, KIND = 40, 50
+DIMENSION = 384
+SEEN = 20
+K = 10
+PROMISE = 0.95
+FAMILIES = 40
+ITEMS_PER_KIND = 50
 ROUNDS = 3
 RANK = 64
 NEW_SHARE = 1 / 500
-"""Of the items, so many more come before churn is measured."""
-REBUILD_SHARE = IndexSettings().rebuild_threshold
+"""Share of new items before churn is measured."""
+REBUILD_THRESHOLD = IndexSettings().rebuild_threshold
+BLOCK = 50_000
 SAMPLE = {
     "numpy": 1_000,
     "faiss Flat": 1_000,
@@ -77,6 +88,7 @@ SAMPLE = {
     "crossJoin": 10,
     "max_similarity": 20_000,
 }
+RAW_LISTS = pa.list_(pa.struct({"item_id": pa.string(), "score": pa.float32()}))
 # Both compilers, unlike our local default, which starts quicker: Spark's ALS multiplies in the JVM.
 JVM = "spark.conf={spark.driver.extraJavaOptions: -XX:ReservedCodeCacheSize=256m -Xss4m}"
 
@@ -87,7 +99,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Unit vectors, float32 (items, DIMENSION), the kind of each item, and the same of the items that come later."""
+    """Unit vectors, float32 (items, DIMENSION), and each item's kind; and those of later items."""
 
     vectors: np.ndarray
     kinds: np.ndarray
@@ -97,23 +109,23 @@ class Catalogue:
 
 def catalogue(items: int) -> Catalogue:
     rng = np.random.default_rng(0)
-    kinds = max(20, items // KIND)
+    kinds = max(20, items // ITEMS_PER_KIND)
     families = rng.normal(size=(FAMILIES, DIMENSION)).astype(np.float32)
-    centres = 0.8 * families[rng.integers(FAMILIES, size=kinds)]
-    centres = centres + rng.normal(size=(kinds, DIMENSION))
+    centers = 0.8 * families[rng.integers(FAMILIES, size=kinds)]
+    centers = centers + rng.normal(size=(kinds, DIMENSION))
     item_kinds = rng.integers(kinds, size=items)
-    vectors = around(centres, item_kinds, rng)
+    vectors = around(centers, item_kinds, rng)
     new_kinds = rng.integers(kinds, size=max(1, round(items * NEW_SHARE)))
-    return Catalogue(vectors, item_kinds, around(centres, new_kinds, rng), new_kinds)
+    return Catalogue(vectors, item_kinds, around(centers, new_kinds, rng), new_kinds)
 
 
-def around(centres: np.ndarray, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A unit vector near the centre of each of the kinds, float32 (items, DIMENSION)."""
+def around(centers: np.ndarray, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A unit vector near the center of each kind, float32 (items, DIMENSION)."""
     vectors = np.empty((len(kinds), DIMENSION), np.float32)
-    for start in range(0, len(kinds), 50_000):
-        part = kinds[start : start + 50_000]
-        noise = 0.9 * rng.normal(size=(len(part), DIMENSION))
-        vectors[start : start + len(part)] = unit(centres[part] + noise)
+    for block in blocks(len(kinds), BLOCK):
+        block_centers = centers[kinds[block]]
+        noise = 0.9 * rng.normal(size=block_centers.shape)
+        vectors[block] = unit(block_centers + noise)
     return vectors
 
 
@@ -121,104 +133,140 @@ def texts(kinds: np.ndarray) -> list[str]:
     return [f"thing of kind{kind}" for kind in kinds]
 
 
-def histories(kind: np.ndarray, users: int) -> np.ndarray:
-    """Positions of SEEN items of each user, (users, SEEN); one may stand twice."""
-    rng, kinds = np.random.default_rng(1), int(kind.max()) + 1
-    order = np.argsort(kind, kind="stable")
-    starts = np.searchsorted(kind[order], np.arange(kinds + 1))
+def histories(item_kinds: np.ndarray, users: int) -> np.ndarray:
+    """Positions of SEEN items of each user, (users, SEEN), with repetitions."""
+    rng = np.random.default_rng(1)
+    kinds = int(item_kinds.max()) + 1
+    by_kind = np.argsort(item_kinds, kind="stable")
+    starts = np.searchsorted(item_kinds[by_kind], np.arange(kinds + 1))
     tastes = rng.permutation(kinds)[rng.zipf(1.3, size=(users, 3)) % kinds]
-    which = tastes[np.arange(users)[:, None], rng.integers(3, size=(users, SEEN))]
-    size = np.maximum(1, starts[which + 1] - starts[which])
-    return order[
-        np.minimum(starts[which] + rng.integers(2**31, size=which.shape) % size, len(kind) - 1)
-    ]
+    chosen = np.take_along_axis(tastes, rng.integers(3, size=(users, SEEN)), 1)
+    sizes = np.maximum(1, starts[chosen + 1] - starts[chosen])
+    offsets = rng.integers(2**31, size=chosen.shape) % sizes
+    return by_kind[np.minimum(starts[chosen] + offsets, len(item_kinds) - 1)]
 
 
 def names(items: int) -> np.ndarray:
     return np.char.mod("i%07d", np.arange(items))
 
 
-def write_profiles(folder: Path, vectors: np.ndarray, met: np.ndarray) -> None:
+def list_array(values: pa.Array, sizes: np.ndarray) -> pa.ListArray:
+    """Lists of these sizes."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def write_profiles(folder: Path, vectors: np.ndarray, item_positions: np.ndarray) -> None:
     """Parquet files of rows of `profiles`."""
     ids = pa.array(names(len(vectors)), pa.string())
-    for start in range(0, len(met), 50_000):
-        part = met[start : start + 50_000]
-        seen = [np.unique(row) for row in part]
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in seen])]).astype(np.int32)
-        each = np.arange(len(part) + 1, dtype=np.int32)
-        weighted = pa.StructArray.from_arrays(
-            [ids.take(pa.array(part.ravel())), pa.array(np.ones(part.size))],
-            names=["item_id", "weight"],
-        )
-        at = pa.array([datetime(2026, 1, 1, tzinfo=UTC)] * len(part), pa.timestamp("us", "UTC"))
-        rows = {
-            "user_id": pa.array(np.char.mod("u%07d", np.arange(start, start + len(part)))),
-            "representation": pa.array(["title"] * len(part)),
-            "history": pa.ListArray.from_arrays(pa.array(each * SEEN), weighted),
-            "seen": pa.ListArray.from_arrays(
-                pa.array(offsets), ids.take(pa.array(np.concatenate(seen)))
-            ),
-            "embedding": pa.ListArray.from_arrays(
-                pa.array(each * DIMENSION), pa.array(unit(vectors[part].mean(axis=1)).ravel())
-            ),
-            "events": pa.array(np.full(len(part), SEEN)),
-            "last_event_at": at,
-        }
-        pq.write_table(pa.table(rows), folder / f"{start}.parquet")
+    for block in blocks(len(item_positions), BLOCK):
+        rows = profile_rows(ids, vectors, item_positions[block], block.start)
+        pq.write_table(rows, folder / f"{block.start}.parquet")
 
 
-def by_raw(settings: Path) -> None:
-    """One process, no Spark and no reasons; prints its seconds, its largest memory and nothing else."""
+def profile_rows(
+    ids: pa.Array, vectors: np.ndarray, item_positions: np.ndarray, first_user: int
+) -> pa.Table:
+    users = len(item_positions)
+    weighted_items = pa.StructArray.from_arrays(
+        [ids.take(pa.array(item_positions.ravel())), pa.array(np.ones(item_positions.size))],
+        names=["item_id", "weight"],
+    )
+    seen = [np.unique(row) for row in item_positions]
+    seen_ids = ids.take(pa.array(np.concatenate(seen)))
+    means = unit(vectors[item_positions].mean(axis=1))
+    last_event_at = [datetime(2026, 1, 1, tzinfo=UTC)] * users
+    columns = {
+        "user_id": np.char.mod("u%07d", np.arange(first_user, first_user + users)),
+        "representation": ["title"] * users,
+        "history": list_array(weighted_items, np.full(users, SEEN)),
+        "seen": list_array(seen_ids, np.array([len(positions) for positions in seen])),
+        "embedding": list_array(pa.array(means.ravel()), np.full(users, DIMENSION)),
+        "events": np.full(users, SEEN),
+        "last_event_at": pa.array(last_event_at, pa.timestamp("us", "UTC")),
+    }
+    return pa.table(columns)
+
+
+@dataclass(frozen=True)
+class RawSettings:
+    """What the process without Spark reads, writes and searches with."""
+
+    scann: str
+    index: str
+    profiles: list[str]
+    lists: str
+    leaves: int
+    candidates: int
+
+
+@dataclass(frozen=True)
+class RawResult:
+    seconds: float
+    gb: float
+
+
+def run_raw(settings: RawSettings) -> RawResult:
+    """One process, no Spark and no reasons; its seconds and its largest memory."""
     import scann
 
-    told = json.loads(settings.read_text())
     started = time.monotonic()
-    searcher = scann.scann_ops_pybind.load_searcher(told["scann"])
-    ids = pq.read_table(Path(told["index"]) / "ids.parquet")["item_id"].combine_chunks()
-    place, out, items = {name: n for n, name in enumerate(ids.to_pylist())}, None, len(ids)
-    for file in told["files"]:
-        for batch in pq.ParquetFile(file).iter_batches(
-            8_192, columns=["user_id", "embedding", "seen"]
-        ):
-            queries = np.asarray(batch.column("embedding").flatten()).reshape(len(batch), -1)
-            seen = batch.column("seen")
-            named = seen.flatten().dictionary_encode()
-            known = np.array([place.get(name, -1) for name in named.dictionary.to_pylist()])[
-                named.indices.to_numpy()
-            ]
-            owner = np.repeat(np.arange(len(batch)), np.asarray(seen.value_lengths()))
-            found, scores = searcher.search_batched_parallel(
-                queries,
-                final_num_neighbors=K + SEEN,
-                leaves_to_search=told["leaves"],
-                pre_reorder_num_neighbors=told["candidates"] + SEEN,
-            )
-            out_of = np.isin(
-                np.arange(len(batch))[:, None] * items + found.astype(np.int64),
-                owner * items + known,
-            )
-            first = np.argsort(out_of, axis=1, kind="stable")[:, :K]
-            top, best = (np.take_along_axis(each, first, 1) for each in (found, scores))
-            made = pa.StructArray.from_arrays(
-                [ids.take(pa.array(top.ravel())), pa.array(best.ravel())],
-                names=["item_id", "score"],
-            )
-            lists = pa.ListArray.from_arrays(
-                pa.array(np.arange(len(batch) + 1, dtype=np.int32) * K), made
-            )
-            rows = pa.table({"user_id": batch.column("user_id"), "items": lists})
-            out = out or pq.ParquetWriter(told["out"], rows.schema)
-            out.write_table(rows)
-    assert out is not None
-    out.close()
-    print(
-        json.dumps(
-            {
-                "seconds": time.monotonic() - started,
-                "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-            }
-        )
+    searcher = scann.scann_ops_pybind.load_searcher(settings.scann)
+    ids = pq.read_table(Path(settings.index) / "ids.parquet")["item_id"].combine_chunks()
+    positions = {item_id: position for position, item_id in enumerate(ids.to_pylist())}
+    schema = pa.schema({"user_id": pa.string(), "items": RAW_LISTS})
+    columns = ["user_id", "embedding", "seen"]
+    with pq.ParquetWriter(settings.lists, schema) as writer:
+        for file in settings.profiles:
+            for batch in pq.ParquetFile(file).iter_batches(8_192, columns=columns):
+                lists = raw_lists(batch, searcher, ids, positions, settings)
+                user_ids = batch.column("user_id").cast(pa.string())
+                writer.write_table(pa.table([user_ids, lists], schema=schema))
+    max_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return RawResult(time.monotonic() - started, max_kb / 1e6)
+
+
+def raw_lists(
+    batch: pa.RecordBatch,
+    searcher: Any,
+    ids: pa.Array,
+    positions: dict[str, int],
+    settings: RawSettings,
+) -> pa.ListArray:
+    """The best K items that the users haven't seen."""
+    users = len(batch)
+    found, scores = searcher.search_batched_parallel(
+        np.asarray(batch.column("embedding").flatten()).reshape(users, -1),
+        final_num_neighbors=K + SEEN,
+        leaves_to_search=settings.leaves,
+        pre_reorder_num_neighbors=settings.candidates + SEEN,
     )
+    codes = np.arange(users)[:, None] * len(ids) + found.astype(np.int64)
+    is_seen = np.isin(codes, seen_codes(batch.column("seen"), positions))
+    columns = np.argsort(is_seen, axis=1, kind="stable")[:, :K]
+    top = np.take_along_axis(found, columns, axis=1).ravel()
+    top_scores = np.take_along_axis(scores, columns, axis=1).ravel()
+    items = pa.StructArray.from_arrays(
+        [ids.take(pa.array(top)), pa.array(top_scores)], fields=list(RAW_LISTS.value_type)
+    )
+    return list_array(items, np.full(users, K))
+
+
+def seen_codes(seen: pa.ListArray, positions: dict[str, int]) -> np.ndarray:
+    """user * items + position of all seen items."""
+    encoded = seen.flatten().dictionary_encode()
+    distinct = np.array([positions.get(item_id, -1) for item_id in encoded.dictionary.to_pylist()])
+    users = np.repeat(np.arange(len(seen)), np.asarray(seen.value_lengths()))
+    return users * len(positions) + distinct[encoded.indices.to_numpy()]
+
+
+class FaissResult(NamedTuple):
+    """Queries/s of the search alone, and its recall with nothing excluded."""
+
+    name: str
+    rate: float
+    queries: int
+    recall: float
 
 
 class Shop:
@@ -227,38 +275,35 @@ class Shop:
     def __init__(
         self, folder: Path, items: int, users: int, pipeline: Pipeline, say: Callable[[str], None]
     ):
-        self.folder, self.items, self.users, self.pipeline = folder, items, users, pipeline
+        self.folder = folder
+        self.items = items
+        self.users = users
+        self.pipeline = pipeline
         self.catalogue = catalogue(items)
         self.vectors = self.catalogue.vectors
-        self.met = histories(self.catalogue.kinds, users)
+        self.histories = histories(self.catalogue.kinds, users)
         self.append_profiles()
-        self.table = pipeline.tables.name_of(schemas.PROFILES)
         started = time.monotonic()
         self.index = folder / "index" / f"of-{items}"
-        Searcher.build(
-            self.index,
-            self.index.name,
-            names(items).tolist(),
-            self.vectors,
-            texts(self.catalogue.kinds),
-            1,
-        )
+        ids = names(items).tolist()
+        item_texts = texts(self.catalogue.kinds)
+        Searcher.build(self.index, self.index.name, ids, self.vectors, item_texts, 1)
         say(f"{items:,} items: index built in {time.monotonic() - started:.0f} s")
         started = time.monotonic()
         sample = self.profiles().orderBy(F.xxhash64("user_id")).limit(1_000)
-        searcher = Searcher.open(self.index, verify=False)
         self.sample = sample.select("embedding", "history", "seen").toArrow()
-        self.measured = self.calibrate(searcher)
-        words = self.measured.words(searcher.manifest["leaves"])
-        seconds = time.monotonic() - started
+        searcher = Searcher.open(self.index, verify=False)
+        self.calibration = self.calibrate(searcher)
+        self.effort = self.calibration.effort or Effort(1, K)
         say(
-            f"{items:,} items: calibrated in {seconds:.0f} s: {words}, recall {self.measured.recall:.4f}"
+            f"{items:,} items: calibrated in {time.monotonic() - started:.0f} s: "
+            f"{self.calibration.describe(searcher.leaves)}, recall {self.calibration.recall:.4f}"
         )
 
     def append_profiles(self) -> None:
         parquet = self.folder / "rows"
         parquet.mkdir()
-        write_profiles(parquet, self.vectors, self.met)
+        write_profiles(parquet, self.vectors, self.histories)
         rows = self.pipeline.spark.read.parquet(str(parquet)).select(*schemas.PROFILES.columns)
         self.pipeline.tables.append(schemas.PROFILES, rows)
         shutil.rmtree(parquet)
@@ -273,59 +318,68 @@ class Shop:
         return rows if users is None else rows.where(F.col("user_id") < f"u{users:07d}")
 
     def max_similarity(self) -> tuple[recommend.ProfileScoring, float]:
-        """By every item's neighbours, and the seconds that searching them takes."""
-        started, effort = time.monotonic(), self.measured.effort or Effort(1, K)
-        spark, most = self.pipeline.spark, self.pipeline.config.index.broadcast_gb
-        opens = ship(spark, self.index, most, Searcher.open)
-        deep = Effort(
-            effort.leaves, neighbors.needed_depth(effort.candidates, self.sample, self.items)
+        """Scoring by stored neighbors, and the seconds of their search."""
+        started = time.monotonic()
+        spark = self.pipeline.spark
+        open_searcher = self.ship(self.index, Searcher.open)
+        depth = neighbors.needed_depth(self.effort.candidates, self.sample, self.items)
+        folder = neighbors_file.build(
+            spark,
+            open_searcher(),
+            open_searcher,
+            Effort(self.effort.leaves, depth),
+            self.folder / "neighbors",
         )
-        made = neighbors_file.build(spark, opens(), opens, deep, self.folder / "neighbours")
         seconds = time.monotonic() - started
-        return recommend.ProfileScoring(
-            "max_similarity", open_neighbors=ship(spark, made, most, Neighbors.open)
-        ), seconds
+        open_neighbors = self.ship(folder, Neighbors.open)
+        scoring = recommend.ProfileScoring("max_similarity", open_neighbors=open_neighbors)
+        return scoring, seconds
 
     def time_pass(
         self,
         explain: bool,
-        matching: recommend.ProfileScoring = recommend.CONTENT,
+        scoring: recommend.ProfileScoring = recommend.CONTENT,
         users: int | None = None,
-        offer: ListRules | None = None,
+        list_rules: ListRules | None = None,
     ) -> float:
         """Seconds of the pass, from one Delta table to the other."""
         started = time.monotonic()
-        offer = offer or self.offer()
-        opens = self.ship(self.index)
         lists = recommend.recommend(
-            self.profiles(users), opens, offer, K, self.measured.effort, matching, explain
+            self.profiles(users),
+            self.ship(self.index, Searcher.open),
+            list_rules or self.list_rules(),
+            K,
+            self.calibration.effort,
+            scoring,
+            explain,
         )
-        stamped = lists.select(
+        rows = lists.select(
             "*",
             F.lit(schemas.DEFAULT_LIST).alias("list"),
             F.lit("run").alias("run_id"),
             F.current_timestamp().alias("generated_at"),
         )
-        self.pipeline.tables.replace(schemas.RECOMMENDATIONS, stamped)
+        self.pipeline.tables.replace(schemas.RECOMMENDATIONS, rows)
         return time.monotonic() - started
 
-    def offer(self, **settings: object) -> ListRules:
+    def list_rules(self, **settings: Any) -> ListRules:
         return ListRules(np.ones(self.items, np.int64), **settings)
 
-    def ship(self, folder: Path) -> Callable[[], Searcher]:
+    def ship(self, folder: Path, open_folder: Callable[[Path], Any]) -> Callable[[], Any]:
         broadcast_gb = self.pipeline.config.index.broadcast_gb
-        return ship(self.pipeline.spark, folder, broadcast_gb, Searcher.open)
+        return ship(self.pipeline.spark, folder, broadcast_gb, open_folder)
 
     def churn(self, rebuild_threshold: float) -> float:
-        """Share of the lists in the table that change when the new items come, other than by these.
+        """Share of the lists in the table that change with the new items, other than by these.
 
-        The new index rests on the old one if `rebuild_share` allows it. The search is calibrated again, as in a run.
+        The new index reuses the old one's codes if `rebuild_threshold` allows it. The search is
+        calibrated anew, as in a run.
         """
         folder = self.index_with_new_items(rebuild_threshold)
         searcher = Searcher.open(folder, verify=False)
         lists = recommend.recommend(
             self.profiles(),
-            self.ship(folder),
+            self.ship(folder, Searcher.open),
             recommend.all_items_except(searcher, []),
             K,
             self.calibrate(searcher).effort,
@@ -355,144 +409,98 @@ class Shop:
         return build_index(rows, "title", "none", self.folder / "index", 1, base, rebuild_threshold)
 
     def recall(self) -> float:
-        """Of the lists in the table, on a thousand users that the calibration hasn't seen but by chance."""
+        """Recall of the lists in the table, on a thousand users. The calibration's are others."""
         users = np.random.default_rng(2).choice(self.users, 1_000, replace=False)
-        wanted = [f"u{user:07d}" for user in users]
-        rows = self.pipeline.tables.read(schemas.RECOMMENDATIONS).where(
-            F.col("user_id").isin(wanted)
-        )
-        found = {
-            row["user_id"]: [int(item["item_id"][1:]) for item in row["items"]]
-            for row in rows.collect()
-        }
-        assert {len(items) for items in found.values()} == {K}
-        truth = self.exact(users)
-        return float(
-            np.mean(
-                [
-                    len({*found[name]} & {*best}) / K
-                    for name, best in zip(wanted, truth, strict=True)
-                ]
-            )
-        )
+        user_ids = [f"u{user:07d}" for user in users]
+        recommendations = self.pipeline.tables.read(schemas.RECOMMENDATIONS)
+        lists = {}
+        for row in recommendations.where(F.col("user_id").isin(user_ids)).collect():
+            lists[row["user_id"]] = [int(item["item_id"][1:]) for item in row["items"]]
+        assert {len(items) for items in lists.values()} == {K}
+        return mean_recall([lists[user_id] for user_id in user_ids], self.exact(users))
 
     def exact(self, users: np.ndarray) -> np.ndarray:
         """Plain numpy: all products, -inf where seen, the K best; 64 users at a time."""
         tops = []
-        for start in range(0, len(users), 64):
-            some = self.met[users[start : start + 64]]
-            scores = unit(self.vectors[some].mean(axis=1)) @ self.vectors.T
-            np.put_along_axis(scores, some, -np.inf, axis=1)
+        for block in blocks(len(users), 64):
+            seen = self.histories[users[block]]
+            scores = unit(self.vectors[seen].mean(axis=1)) @ self.vectors.T
+            np.put_along_axis(scores, seen, -np.inf, axis=1)
             best = np.argpartition(-scores, K, axis=1)[:, :K]
-            tops.append(
-                np.take_along_axis(
-                    best, np.argsort(-np.take_along_axis(scores, best, 1), axis=1), 1
-                )
-            )
+            order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1)
+            tops.append(np.take_along_axis(best, order, 1))
         return np.concatenate(tops)
 
-    def raw(self) -> Callable[[], tuple[float, float]]:
-        """Builds an index that reorders; what it returns runs the process without Spark: seconds and GB."""
-        import scann
-
-        effort = self.measured.effort or Effort(1, K)
-        leaves = Searcher.open(self.index, verify=False).manifest["leaves"]
-        own = self.folder / "raw-scann"
-        own.mkdir()
-        scann.scann_ops_pybind.builder(self.vectors, K, "dot_product").tree(
-            num_leaves=leaves,
-            num_leaves_to_search=leaves,
-            training_sample_size=min(self.items, 250_000),
-        ).score_ah(2, anisotropic_quantization_threshold=0.2).reorder(K + SEEN).build().serialize(
-            str(own), relative_path=True
+    def prepare_raw(self) -> Callable[[], RawResult]:
+        """Build an index that reorders; the returned function runs the process without Spark."""
+        scann_folder = self.folder / "raw-scann"
+        scann_folder.mkdir()
+        leaves = Searcher.open(self.index, verify=False).leaves
+        build_reordering_scann(self.vectors, leaves, scann_folder)
+        table = self.pipeline.tables.name_of(schemas.PROFILES)
+        settings = RawSettings(
+            scann=str(scann_folder),
+            index=str(self.index),
+            profiles=DeltaTable(table).file_uris(),
+            lists=str(self.folder / "raw.parquet"),
+            leaves=self.effort.leaves,
+            candidates=self.effort.candidates,
         )
-        told = self.folder / "raw.json"
-        told.write_text(
-            json.dumps(
-                {
-                    "scann": str(own),
-                    "index": str(self.index),
-                    "files": DeltaTable(self.table).file_uris(),
-                    "leaves": effort.leaves,
-                    "candidates": effort.candidates,
-                    "out": str(self.folder / "raw.parquet"),
-                }
-            )
-        )
-        command = [sys.executable, __file__, "--raw", str(told)]
+        settings_file = self.folder / "raw.json"
+        settings_file.write_text(json.dumps(asdict(settings)))
+        command = [sys.executable, __file__, "--raw", str(settings_file)]
 
-        def run() -> tuple[float, float]:
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            said = json.loads(done.stdout.splitlines()[-1])
-            return said["seconds"], said["gb"]
+        def run() -> RawResult:
+            process = subprocess.run(command, check=True, capture_output=True, text=True)
+            return RawResult(**json.loads(process.stdout.splitlines()[-1]))
 
         return run
 
-    def faiss(self) -> dict[str, tuple[float, int, float]]:
-        """Of each kind of index users/s of the search alone, users, and recall with nothing excluded."""
+    def faiss(self) -> list[FaissResult]:
+        """A flat index, and a quick one with the fewest probes that keep the promise."""
         import faiss
 
         users = np.arange(SAMPLE["faiss"])
-        queries = np.ascontiguousarray(unit(self.vectors[self.met[users]].mean(axis=1)))
-        flat, found = faiss.IndexFlatIP(DIMENSION), {}
+        queries = np.ascontiguousarray(unit(self.vectors[self.histories[users]].mean(axis=1)))
+        few_queries = queries[: SAMPLE["faiss Flat"]]
+        flat = faiss.IndexFlatIP(DIMENSION)
         flat.add(self.vectors)
-        few = SAMPLE["faiss Flat"]
         started = time.monotonic()
-        _, truth = flat.search(queries[:few], K + SEEN)
-        found["faiss Flat"] = few / (time.monotonic() - started), few, 1.0
-        lists = max(64, round(self.items**0.5) * 2)
-        name = f"IVF{lists},PQ{DIMENSION // 2}x4fs,RFlat"
-        quick = faiss.index_factory(DIMENSION, name, faiss.METRIC_INNER_PRODUCT)
-        quick.train(
-            self.vectors[
-                np.random.default_rng(3).choice(self.items, min(self.items, 40 * lists), False)
-            ]
-        )
-        quick.add(self.vectors)
+        _, exact = flat.search(few_queries, K + SEEN)
+        flat_rate = len(few_queries) / (time.monotonic() - started)
+        inverted_lists = max(64, round(self.items**0.5) * 2)
+        name = f"IVF{inverted_lists},PQ{DIMENSION // 2}x4fs,RFlat"
+        quick = build_quick_faiss(self.vectors, name, 40 * inverted_lists)
         for probes in (4, 8, 16, 32, 64):
             options = faiss.IndexRefineSearchParameters(
                 k_factor=3, base_index_params=faiss.IVFSearchParameters(nprobe=probes)
             )
-            _, some = quick.search(queries[:few], K + SEEN, params=options)
-            recall = float(
-                np.mean([len({*a[:K]} & {*b[:K]}) / K for a, b in zip(some, truth, strict=True)])
-            )
+            _, found = quick.search(few_queries, K + SEEN, params=options)
+            recall = mean_recall(found[:, :K].tolist(), exact[:, :K])
             if recall >= PROMISE:
                 break
         started = time.monotonic()
         quick.search(queries, K + SEEN, params=options)
-        found[f"faiss {name}, {probes} probed"] = (
-            len(queries) / (time.monotonic() - started),
-            len(queries),
-            recall,
-        )
-        return found
+        rate = len(queries) / (time.monotonic() - started)
+        return [
+            FaissResult("faiss Flat", flat_rate, len(few_queries), 1.0),
+            FaissResult(f"faiss {name}, {probes} probed", rate, len(queries), recall),
+        ]
 
     def als(self) -> float:
         """Users/s of recommendForAllUsers with given factors."""
-        spark, rng, users = self.pipeline.spark, np.random.default_rng(4), SAMPLE["als"]
-        frames = [
-            spark.createDataFrame(
-                pa.table(
-                    {
-                        "id": pa.array(np.arange(count, dtype=np.int32)),
-                        "features": pa.array(
-                            list(rng.normal(size=(count, RANK)).astype(np.float32))
-                        ),
-                    }
-                )
-            )
-            for count in (users, self.items)
-        ]
-        factors = [frame.persist() for frame in frames]
-        for frame in factors:
-            frame.count()
         from pyspark.ml.recommendation import ALSModel
 
-        made = spark._jvm.org.apache.spark.ml.recommendation.ALSModel(
-            "given", RANK, *(each._jdf for each in factors)
+        spark = self.pipeline.spark
+        rng = np.random.default_rng(4)
+        users = SAMPLE["als"]
+        factors = [self.random_factors(count, rng).persist() for count in (users, self.items)]
+        for frame in factors:
+            frame.count()
+        java_model = spark._jvm.org.apache.spark.ml.recommendation.ALSModel(
+            "given", RANK, *(frame._jdf for frame in factors)
         )
-        model = ALSModel(made.setUserCol("user").setItemCol("item"))
+        model = ALSModel(java_model.setUserCol("user").setItemCol("item"))
         started = time.monotonic()
         model.recommendForAllUsers(K + SEEN).write.format("noop").mode("overwrite").save()
         rate = users / (time.monotonic() - started)
@@ -500,20 +508,27 @@ class Shop:
             frame.unpersist()
         return rate
 
+    def random_factors(self, count: int, rng: np.random.Generator) -> DataFrame:
+        features = rng.normal(size=(count, RANK)).astype(np.float32)
+        ids = np.arange(count, dtype=np.int32)
+        return self.pipeline.spark.createDataFrame(
+            pa.table({"id": ids, "features": list(features)})
+        )
+
     def cross_join(self) -> float:
         """Users/s of Spark SQL's own products."""
-        spark, users = self.pipeline.spark, SAMPLE["crossJoin"]
-        items = spark.createDataFrame(
-            pa.table({"item_id": names(self.items), "vector": list(self.vectors)})
-        ).persist()
+        spark = self.pipeline.spark
+        users = SAMPLE["crossJoin"]
+        rows = pa.table({"item_id": names(self.items), "vector": list(self.vectors)})
+        items = spark.createDataFrame(rows).persist()
         items.count()
+        unseen = ~F.array_contains("seen", F.col("item_id"))
+        pairs = self.profiles(users).crossJoin(items).where(unseen)
         score = F.expr("vector_inner_product(embedding, vector)")
-        pairs = (
-            self.profiles(users).crossJoin(items).where(~F.array_contains("seen", F.col("item_id")))
-        )
-        rank = F.row_number().over(Window.partitionBy("user_id").orderBy(F.desc("score")))
         scored = pairs.select("user_id", "item_id", score.alias("score"))
-        top = scored.withColumn("rank", rank).where(F.col("rank") <= K)
+        by_score = Window.partitionBy("user_id").orderBy(F.desc("score"))
+        ranked = scored.withColumn("rank", F.row_number().over(by_score))
+        top = ranked.where(F.col("rank") <= K)
         started = time.monotonic()
         top.write.format("noop").mode("overwrite").save()
         rate = users / (time.monotonic() - started)
@@ -521,18 +536,47 @@ class Shop:
         return rate
 
 
-def list_differs(before: Column, after: Column, first_new: str) -> Column:
-    """Whether a list differs from the one before, other than by items from the id `first_new` on that entered it.
+def build_quick_faiss(vectors: np.ndarray, name: str, max_sample: int) -> Any:
+    import faiss
 
-    What is left of the list without new items must be the beginning of the one before, with the same scores. A list
-    that is missing or became shorter differs.
+    index = faiss.index_factory(DIMENSION, name, faiss.METRIC_INNER_PRODUCT)
+    size = min(len(vectors), max_sample)
+    index.train(vectors[np.random.default_rng(3).choice(len(vectors), size, False)])
+    index.add(vectors)
+    return index
+
+
+def build_reordering_scann(vectors: np.ndarray, leaves: int, folder: Path) -> None:
+    import scann
+
+    builder = scann.scann_ops_pybind.builder(vectors, K, "dot_product")
+    builder = builder.tree(
+        num_leaves=leaves,
+        num_leaves_to_search=leaves,
+        training_sample_size=min(len(vectors), 250_000),
+    )
+    builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(K + SEEN)
+    builder.build().serialize(str(folder), relative_path=True)
+
+
+def mean_recall(lists: Iterable[Sequence[int]], exact_lists: np.ndarray) -> float:
+    pairs = zip(lists, exact_lists.tolist(), strict=True)
+    return float(np.mean([len({*items} & {*exact}) / K for items, exact in pairs]))
+
+
+def list_differs(before: Column, after: Column, first_new: str) -> Column:
+    """Whether a list differs from the one before, other than by new items that entered it.
+
+    New items have ids from `first_new` on. Without them the list must be the beginning of the one
+    before, with the same scores. A list that is missing or became shorter differs.
     """
 
-    def places(items: Column) -> Column:
+    def ids_and_scores(items: Column) -> Column:
         return F.transform(items, lambda item: F.struct(item["item_id"], item["score"]))
 
-    old = F.filter(after, lambda item: item["item_id"] < first_new)
-    same = places(F.slice(before, F.lit(1), F.size(old))).eqNullSafe(places(old))
+    old_items = F.filter(after, lambda item: item["item_id"] < first_new)
+    beginning = F.slice(before, F.lit(1), F.size(old_items))
+    same = ids_and_scores(beginning).eqNullSafe(ids_and_scores(old_items))
     shorter = F.size(after) < F.size(before)
     return after.isNull() | shorter | ~same
 
@@ -586,61 +630,64 @@ def measure_pass(shop: Shop, results: Results) -> dict[str, float]:
 
 
 def compare_raw(shop: Shop, results: Results) -> dict[str, float]:
-    """The pass without and with reasons, against one process without Spark: the median of several rounds of each."""
-    run_raw = shop.raw()
-    rounds = []
-    memory = []
+    """The pass without and with reasons, against one process without Spark: medians of rounds."""
+    run_process = shop.prepare_raw()
+    raw_seconds = []
+    plain_seconds = []
+    explained_seconds = []
+    raw_gb = 0.0
     for _ in range(ROUNDS):  # in turn, so that a busy minute of the machine slows all of them
-        raw_s, raw_gb = run_raw()
-        rounds.append((raw_s, shop.time_pass(explain=False), shop.time_pass(explain=True)))
-        memory.append(raw_gb)
+        raw = run_process()
+        raw_gb = max(raw_gb, raw.gb)
+        raw_seconds.append(raw.seconds)
+        plain_seconds.append(shop.time_pass(explain=False))
+        explained_seconds.append(shop.time_pass(explain=True))
         results.say(
-            f"raw {raw_s:.1f} s, this stage {rounds[-1][1]:.1f} s, with why {rounds[-1][2]:.1f} s"
+            f"raw {raw.seconds:.1f} s, this stage {plain_seconds[-1]:.1f} s, "
+            f"with reasons {explained_seconds[-1]:.1f} s"
         )
-    raw_s, plain_s, why_s = (median(seconds) for seconds in zip(*rounds, strict=True))
-    raw_gb = max(memory)
+    plain_s = median(plain_seconds)
+    explained_s = median(explained_seconds)
     rate = shop.users / plain_s
+    raw_rate = shop.users / median(raw_seconds)
+    explained_rate = shop.users / explained_s
+    memory = f"{raw_gb:.1f} GB"
     results.add(f"the same, median of {ROUNDS}", shop.items, shop.users, rate)
-    results.add("this stage, with why", shop.items, shop.users, shop.users / why_s)
-    raw_rate = shop.users / raw_s
-    results.add(
-        "raw: one process, no Spark", shop.items, shop.users, raw_rate, None, f"{raw_gb:.1f} GB"
-    )
+    results.add("this stage, with reasons", shop.items, shop.users, explained_rate)
+    results.add("raw: one process, no Spark", shop.items, shop.users, raw_rate, None, memory)
     return {
         "users_per_s": rate,
         "vs_raw": round(rate / raw_rate, 2),
-        "why_share": round(1 - plain_s / why_s, 3),
+        "why_share": round(1 - plain_s / explained_s, 3),
         "raw_gb": round(raw_gb, 2),
     }
 
 
 def measure_rules(shop: Shop, plain_s: float, results: Results) -> dict[str, float]:
-    """What rules, shared places and diversity cost: times `plain_s`, the seconds of the pass without any."""
+    """What rules, variants, caps and diversity cost: times `plain_s`, the seconds without any."""
     one_percent = np.random.default_rng(6).random(shop.items) < 0.01
     pairs = np.arange(shop.items) // 2
     brands = np.random.default_rng(7).integers(shop.items // 100, size=shop.items)
-    offers = {
+    variants_and_caps = shop.list_rules(variants=pairs, caps=[Cap(brands, 2)])
+    rules = {
         "rule_cost": ("a rule that leaves 1 %", ListRules(one_percent.astype(np.int64))),
-        "variants_caps_cost": (
-            "pairs of variants, 2 of a brand",
-            shop.offer(variants=pairs, caps=[(brands, 2)]),
-        ),
-        "diversity_cost": ("diversity .3", shop.offer(diversity=0.3)),
+        "variants_caps_cost": ("pairs of variants, 2 of a brand", variants_and_caps),
+        "diversity_cost": ("diversity .3", shop.list_rules(diversity=0.3)),
     }
     costs = {}
-    for key, (side, offer) in offers.items():
-        seconds = shop.time_pass(False, offer=offer)
+    for key, (side, list_rules) in rules.items():
+        seconds = shop.time_pass(False, list_rules=list_rules)
         results.add(f"this stage, {side}", shop.items, shop.users, shop.users / seconds)
         costs[key] = round(seconds / plain_s, 2)
     return costs
 
 
 def measure_churn(shop: Shop, results: Results) -> dict[str, float]:
-    """Lists that change though nothing about their users did; see `Shop.churn`."""
+    """Lists that change though their users didn't; see `Shop.churn`."""
     shop.time_pass(explain=False)
     figures = {}
     for key, side, rebuild_threshold in (
-        ("churn", "changed lists, index on the earlier one", REBUILD_SHARE),
+        ("churn", "changed lists, index with the earlier codes", REBUILD_THRESHOLD),
         ("churn_rebuilt", "changed lists, index built anew", 0.0),
     ):
         share = shop.churn(rebuild_threshold)
@@ -650,31 +697,31 @@ def measure_churn(shop: Shop, results: Results) -> dict[str, float]:
 
 
 def measure_max_similarity(shop: Shop, results: Results) -> dict[str, float]:
-    """The neighbours that max_similarity needs, and its pass against that of the mean, both of a few users."""
+    """The search of neighbors, and the pass with them against that of the mean, of a few users."""
     users = min(shop.users, SAMPLE["max_similarity"])
-    matching, neighbours_s = shop.max_similarity()
-    items_per_s = shop.items / neighbours_s
-    results.add(
-        "each item's neighbours, searched once: items/s", shop.items, shop.items, items_per_s
-    )
+    scoring, neighbors_s = shop.max_similarity()
+    items_per_s = shop.items / neighbors_s
+    side = "each item's neighbors, searched once: items/s"
+    results.add(side, shop.items, shop.items, items_per_s)
     mean_s = shop.time_pass(False, users=users)
-    max_similarity_s = shop.time_pass(False, matching, users)
+    max_similarity_s = shop.time_pass(False, scoring, users)
     results.add("this stage, max_similarity", shop.items, users, users / max_similarity_s)
     return {
         "maxsim_cost": round(max_similarity_s / mean_s, 1),
-        "neighbours_s": round(neighbours_s),
+        "neighbours_s": round(neighbors_s),
     }
 
 
 def compare_others(shop: Shop, rate: float, results: Results) -> dict[str, float]:
-    """numpy, faiss, ALS and crossJoin on a few users each, against the `rate` of the pass in users/s."""
+    """numpy, faiss, ALS and crossJoin on a few users each, against the pass's `rate` in users/s."""
     users = np.arange(SAMPLE["numpy"])
     started = time.monotonic()
     shop.exact(users)
     exact_rate = len(users) / (time.monotonic() - started)
     results.add("numpy, exact", shop.items, len(users), exact_rate, 1.0)
-    for name, (faiss_rate, queries, recall) in shop.faiss().items():
-        results.add(f"{name}, search alone", shop.items, queries, faiss_rate, recall)
+    for faiss in shop.faiss():
+        side = f"{faiss.name}, search alone"
+        results.add(side, shop.items, faiss.queries, faiss.rate, faiss.recall)
     als_rate = shop.als()
     results.add(f"Spark ALS, rank {RANK}", shop.items, SAMPLE["als"], als_rate)
     cross_join_rate = shop.cross_join()
@@ -696,7 +743,7 @@ def compare_all(shop: Shop, results: Results) -> dict[str, float]:
 def measure(
     spark: SparkSession, folder: Path, sizes: list[int], users: int, results: Results
 ) -> dict[str, float]:
-    """The figures of the last line: those of the middle size, and how costs grow from the first to the last size."""
+    """The figures of the last line: those of the middle size, and how costs grow with the size."""
     figures: dict[str, float] = {}
     rates = {}
     reporter = Reporter(
@@ -725,7 +772,8 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.raw:
-        by_raw(options.raw)
+        settings = RawSettings(**json.loads(options.raw.read_text()))
+        print(json.dumps(asdict(run_raw(settings))))
         return
     quiet()
     results = Results()

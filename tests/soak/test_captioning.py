@@ -1,7 +1,7 @@
-"""Kills of a captioning job: the driver's processes and the model's child, at seeded random moments.
+"""Kills of a captioning job's driver and of the model's child, at seeded random moments.
 
-The captions must be those of an undisturbed run, and the calls of the model, which a fake counts, are what is paid for:
-at most a chunk more for each driver that is killed, and a batch for each child.
+The captions must be those of an undisturbed run. A fake counts the calls of the model, which are
+what is paid for: at most a chunk more for every killed driver, and a batch for every killed child.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import deltalake
@@ -28,31 +29,34 @@ from vlm4rec_spark.storage import schemas
 
 pytestmark = pytest.mark.soak
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
-PHOTOS, CHUNK, BATCH, SEED = 8_000, 400, 8, 5
+PHOTOS = 8_000
+CHUNK = 400
+BATCH = 8
+SEED = 5
 CHILD = "vlm4rec_spark.models.captioning.child"
 
 
 class Job:
-    """A catalogue of small photos of many colours, and captioning jobs on it in sessions of their own."""
+    """A catalogue of small photos, and captioning jobs on it, each in a session of its own."""
 
     def __init__(self, folder: Path):
-        self.folder, self.started = folder, list[psutil.Popen]()
-        png = (f"{n % 256:02x}{n // 256:02x}60" for n in range(PHOTOS))
+        self.folder = folder
+        self.processes: list[psutil.Popen] = []
         rows = {
             "item_id": [f"i{n:05}" for n in range(PHOTOS)],
-            "photo": [picture(colour) for colour in png],
+            "photo": [picture(f"{n % 256:02x}{n // 256:02x}60") for n in range(PHOTOS)],
         }
         pq.write_table(pa.table(rows), folder / "shop.parquet")
 
-    def start(self, place: str, command: str = "caption") -> psutil.Popen:
-        out = self.folder / place
-        # 120 ms a call of 8: some minutes of two models, so that twenty drivers can be killed before all is done.
+    def start(self, name: str, command: str = "caption") -> psutil.Popen:
+        out = self.folder / name
+        # 120 ms a call of 8 photos: some minutes of two models, enough to kill twenty drivers.
         settings = (
             f"tables={out}",
             f"ingest.items.path=[{self.folder}/shop.parquet]",
             "ingest.items.format=parquet",
             "ingest.photos.bytes_column=photo",
-            f"caption.model.model=ms=120+count={self.folder}/calls-{place}",
+            f"caption.model.model=ms=120+count={self.folder}/calls-{name}",
             f"caption.batch_size={BATCH}",
             f"caption.chunk_photos={CHUNK}",
             "spark.master=local[2]",
@@ -60,49 +64,47 @@ class Job:
         )
         words = [sys.executable, "-c", RUN, command, "--config", "test.yaml"]
         words += [word for setting in settings for word in ("--set", setting)]
-        with (self.folder / f"log-{place}").open("ab") as log:
-            self.started.append(
-                psutil.Popen(
-                    words,
-                    stdout=log,
-                    stderr=log,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    cwd=self.folder,
-                )
+        with (self.folder / f"log-{name}").open("ab") as log:
+            process = psutil.Popen(
+                words,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd=self.folder,
             )
-        return self.started[-1]
+        self.processes.append(process)
+        return process
 
-    def calls(self, place: str) -> int:
-        file = self.folder / f"calls-{place}"
+    def calls(self, name: str) -> int:
+        file = self.folder / f"calls-{name}"
         return file.stat().st_size // 2 if file.exists() else 0
 
-    def captions(self, place: str) -> dict[str, list[str]]:
-        """captions and item_captions, without what differs from run to run: the fake's file is part of its name."""
-        links = (
-            deltalake.DeltaTable(str(self.folder / place / "item_captions"))
-            .to_pyarrow_table()
-            .to_pylist()
-        )
-        made = (
-            deltalake.DeltaTable(str(self.folder / place / "captions"))
-            .to_pyarrow_table()
-            .to_pylist()
-        )
-        texts = {row["caption_key"]: row for row in made}
-        assert len(texts) == len(made) == PHOTOS
-        left_out = {"caption_key", "model", *schemas.CAPTIONS.volatile}
+    def table(self, name: str, table: str) -> list[dict]:
+        return deltalake.DeltaTable(str(self.folder / name / table)).to_pyarrow_table().to_pylist()
+
+    def captions(self, name: str) -> dict[str, list[str]]:
+        """captions and item_captions, without what differs from run to run.
+
+        The model's name does: the fake's file is a part of it.
+        """
+        captions = self.table(name, "captions")
+        by_key = {row["caption_key"]: row for row in captions}
+        assert len(by_key) == len(captions) == PHOTOS
+        volatile = {"caption_key", "model", *schemas.CAPTIONS.volatile}
+        links = self.table(name, "item_captions")
         return {
             "captions": sorted(
-                str({k: v for k, v in row.items() if k not in left_out}) for row in made
+                str({column: value for column, value in row.items() if column not in volatile})
+                for row in captions
             ),
             "item_captions": sorted(
-                f"{row['item_id']} {texts[row['caption_key']]['caption']}" for row in links
+                f"{row['item_id']} {by_key[row['caption_key']]['caption']}" for row in links
             ),
         }
 
-    def log(self, place: str) -> str:
-        return (self.folder / f"log-{place}").read_text()
+    def log(self, name: str) -> str:
+        return (self.folder / f"log-{name}").read_text()
 
 
 def picture(colour: str) -> bytes:
@@ -115,9 +117,9 @@ def picture(colour: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    made = Job(tmp_path_factory.mktemp("captioning"))
-    yield made
-    for process in made.started:
+    started = Job(tmp_path_factory.mktemp("captioning"))
+    yield started
+    for process in started.processes:
         kill_all(process)
 
 
@@ -136,38 +138,38 @@ def kill_all(process: psutil.Popen) -> None:
 
 def members(process: psutil.Popen) -> list[psutil.Process]:
     """The living processes of the session that `process` leads."""
-    found = []
-    for one in psutil.process_iter():
-        try:
-            if os.getsid(one.pid) == process.pid and one.status() != psutil.STATUS_ZOMBIE:
-                found.append(one)
-        except (OSError, psutil.Error):  # it ended in the meantime
-            continue
-    return found
+    living = []
+    for member in psutil.process_iter():
+        # It may have ended in the meantime.
+        with suppress(OSError, psutil.Error):
+            in_session = os.getsid(member.pid) == process.pid
+            if in_session and member.status() != psutil.STATUS_ZOMBIE:
+                living.append(member)
+    return living
 
 
 def called(process: psutil.Popen, word: str) -> list[psutil.Process]:
-    """Those of them whose command line has this word or, as java's first has, ends in it."""
-    found = []
-    for one in members(process):
-        try:
-            if any(each == word or each.endswith(f"/{word}") for each in one.cmdline()):
-                found.append(one)
-        except psutil.Error:  # it ended in the meantime
-            continue
-    return found
+    """Those of them whose command line has this word or a path that ends in it, as java's has."""
+    matching = []
+    for member in members(process):
+        # It may have ended in the meantime.
+        with suppress(psutil.Error):
+            if any(part == word or part.endswith(f"/{word}") for part in member.cmdline()):
+                matching.append(member)
+    return matching
 
 
 def test_captions_are_the_same_after_twenty_killed_drivers(
     job: Job, undisturbed: dict[str, list[str]]
 ) -> None:
-    expected, kills = undisturbed, 20
+    planned = 20
     assert job.start("drivers", "ingest").wait(600) == 0, job.log("drivers")
-    rng, done = random.Random(SEED), 0
-    while done < kills and job.calls("drivers") < PHOTOS + CHUNK * kills:
+    rng = random.Random(SEED)
+    kills = 0
+    while kills < planned and job.calls("drivers") < PHOTOS + CHUNK * planned:
         process = job.start("drivers")
         before = job.calls("drivers")
-        # From the first calls of this run on: a kill while Spark starts has nothing to lose. Ten seconds see a commit.
+        # From this run's first calls on: before, nothing can be lost. Ten seconds have a commit.
         while process.poll() is None and job.calls("drivers") == before:
             time.sleep(0.1)
         deadline = time.monotonic() + rng.uniform(0, 10)
@@ -177,33 +179,35 @@ def test_captions_are_the_same_after_twenty_killed_drivers(
             break
         rng.choice([process, *called(process, "java")]).kill()
         process.wait(60)
-        done += 1
+        kills += 1
         _, alive = psutil.wait_procs(members(process), timeout=60)
         assert alive == []
-    assert done == kills, "all was captioned before"
+    assert kills == planned, "all was captioned before"
     assert job.start("drivers").wait(600) == 0, job.log("drivers")
-    assert job.captions("drivers") == expected
-    assert job.calls("drivers") <= PHOTOS + CHUNK * done
+    assert job.captions("drivers") == undisturbed
+    assert job.calls("drivers") <= PHOTOS + CHUNK * kills
     assert not list((job.folder / "drivers").glob("_*"))
-    print(f"{done} driver kills, {job.calls('drivers') - PHOTOS} calls too many")
+    print(f"{kills} driver kills, {job.calls('drivers') - PHOTOS} calls too many")
 
 
 def test_captions_are_the_same_after_ten_killed_children(
     job: Job, undisturbed: dict[str, list[str]]
 ) -> None:
-    expected, kills, done = undisturbed, 10, 0
+    planned = 10
+    kills = 0
     assert job.start("children", "ingest").wait(600) == 0, job.log("children")
-    rng, process = random.Random(SEED), job.start("children")
-    while done < kills and process.poll() is None:
-        # By what is done and not by the clock, which says nothing on a machine with other work.
-        due = PHOTOS * (done + rng.uniform(0.2, 0.8)) / (kills + 1)
+    rng = random.Random(SEED)
+    process = job.start("children")
+    while kills < planned and process.poll() is None:
+        # By calls and not by the clock, which tells little on a machine with other work.
+        due = PHOTOS * (kills + rng.uniform(0.2, 0.8)) / (planned + 1)
         while process.poll() is None and job.calls("children") < due:
             time.sleep(0.05)
-        if mine := called(process, CHILD):
-            rng.choice(mine).send_signal(signal.SIGKILL)
-            done += 1
+        if children := called(process, CHILD):
+            rng.choice(children).send_signal(signal.SIGKILL)
+            kills += 1
     assert process.wait(600) == 0, job.log("children")
-    assert done == kills
-    assert job.captions("children") == expected
-    assert job.calls("children") <= PHOTOS + BATCH * done
-    print(f"{done} child kills, {job.calls('children') - PHOTOS} calls too many")
+    assert kills == planned
+    assert job.captions("children") == undisturbed
+    assert job.calls("children") <= PHOTOS + BATCH * kills
+    print(f"{kills} child kills, {job.calls('children') - PHOTOS} calls too many")

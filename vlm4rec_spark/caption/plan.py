@@ -212,12 +212,12 @@ def imported_captions(item_captions: DataFrame, captions: DataFrame) -> DataFram
 
 
 def import_rows(raw: DataFrame, items: DataFrame) -> DataFrame:
-    """item_id, caption, caption_key, source, row and `reason`, from `sources.read`'s rows with
-    text.
+    """item_id, caption, caption_key, source, row and `reason` of rows with an item_id and a text.
 
     The first of several texts for one item, in alphabetical order, is used; the rest get a reason.
     """
-    item_id, text = F.col("fields")["item_id"], F.trim(F.col("fields")["text"])
+    item_id = F.col("fields")["item_id"]
+    text = F.trim(F.col("fields")["text"])
     rows = raw.select(item_id.alias("item_id"), text.alias("caption"), "source", "row").join(
         items.select("item_id", F.lit(True).alias("in_catalogue")), on="item_id", how="left"
     )

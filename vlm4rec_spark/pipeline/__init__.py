@@ -149,7 +149,12 @@ STAGES = tuple(_STAGES)
 class Pipeline:
     """Runs stages, each checked before and recorded after, one driver at a time."""
 
-    def __init__(self, spark: SparkSession, config: Config, reporter: Reporter):
+    def __init__(
+        self,
+        spark: SparkSession,
+        config: Config,
+        reporter: Reporter,
+    ):
         self.context = RunContext(spark, config, reporter)
 
     @property
@@ -170,11 +175,13 @@ class Pipeline:
         return self.context.run_id
 
     def run(
-        self, stages: Sequence[str], done: Callable[[StageResult], None] = lambda result: None
+        self,
+        stages: Sequence[str],
+        on_result: Callable[[StageResult], None] = lambda result: None,
     ) -> list[StageResult]:
         """Check what can be checked before any work, then run and record the stages in order.
 
-        `done` is called with each result. Raises Busy when another run works on these tables.
+        `on_result` is called with each result. Raises Busy when another run works on these tables.
         """
         self.context.begin()
         self.check(stages)
@@ -183,7 +190,7 @@ class Pipeline:
             for name in stages:
                 work = partial(self._work, _STAGES[name])
                 results.append(self._recorded(StageResult(name), lease, work))
-                done(results[-1])
+                on_result(results[-1])
         return results
 
     def check(self, stages: Sequence[str]) -> None:
@@ -271,7 +278,10 @@ class Pipeline:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _recorded(
-        self, result: StageResult, lease: Lease, work: Callable[[StageResult], None]
+        self,
+        result: StageResult,
+        lease: Lease,
+        work: Callable[[StageResult], None],
     ) -> StageResult:
         """Do the work of a stage, or something like one, and record it."""
         started_at = datetime.now(UTC)
@@ -308,6 +318,7 @@ class Pipeline:
             result.device_seconds,
             result.details,
         )
-        self.tables.append(schemas.RUNS, self.spark.createDataFrame([row], schemas.RUNS.schema))
+        rows = self.spark.createDataFrame([row], schemas.RUNS.schema)
+        self.tables.append(schemas.RUNS, rows)
         if result.status == "ok" and result.stage in _STAGES:
             self.context.write_state(result)

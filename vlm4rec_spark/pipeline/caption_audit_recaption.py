@@ -41,8 +41,7 @@ class Recaptions:
 
 
 def recaption_sample(context: RunContext, sampled: Sequence[Row]) -> Recaptions | None:
-    """Caption the first `evaluate.audit_again` photos whose caption is what the model would get
-    now.
+    """Caption `evaluate.audit_again` photos whose captions have the keys that they'd get now.
 
     None where no caption is. Raises what the model raises if it can't be called at all.
     """

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pyspark.sql import DataFrame, Row, SparkSession
 
 from vlm4rec_spark.config import Config
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.encoding import text_encoder, vision_encoder
+from vlm4rec_spark.spark.shipping import Artifact, ship
 from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.storage import schemas, state
 from vlm4rec_spark.storage.schemas import Table
@@ -66,7 +68,12 @@ class Reporter:
 class RunContext:
     """Runs of one configuration on one Spark session, one after another."""
 
-    def __init__(self, spark: SparkSession, config: Config, reporter: Reporter):
+    def __init__(
+        self,
+        spark: SparkSession,
+        config: Config,
+        reporter: Reporter,
+    ):
         self.spark = spark
         self.config = config
         self.reporter = reporter
@@ -128,11 +135,16 @@ class RunContext:
             return events
         return profiles.identified(events, self.tables.read(schemas.IDENTITIES))
 
+    def ship(self, folder: Path, opens: Callable[[Path], Artifact]) -> Callable[[], Artifact]:
+        """A factory that opens the artifact in a worker."""
+        return ship(self.spark, folder, self.config.index.broadcast_gb, opens)
+
     def reject(self, rows: DataFrame) -> None:
         self.tables.insert(schemas.REJECTED, rows)
 
     def encoder_id(self) -> str:
-        return text_encoder.encoder_id(self.config.embed.encoder, self.config.embed.revision)
+        settings = self.config.embed
+        return text_encoder.encoder_id(settings.encoder, settings.revision)
 
     def vision_id(self) -> str | None:
         """None where no photos are embedded."""

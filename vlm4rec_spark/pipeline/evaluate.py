@@ -25,9 +25,14 @@ def evaluate(context: RunContext, result: StageResult) -> None:
     serving = _serving_config(context)
     tables = _tables(context, settings, serving)
     rows, result.details = evaluation.evaluate(
-        context.spark, tables, settings, serving, context.reporter.info
+        context.spark,
+        tables,
+        settings,
+        serving,
+        context.reporter.info,
     )
-    result.ok = sum(json.loads(split)["users"] for split in result.details.values())
+    splits = map(json.loads, result.details.values())
+    result.ok = sum(split["users"] for split in splits)
     rows += caption_audit.audit(context, result)
     rows = [row | {"run_id": context.run_id} for row in rows]
     metrics = context.spark.createDataFrame(rows, schemas.METRICS.schema)
@@ -35,14 +40,22 @@ def evaluate(context: RunContext, result: StageResult) -> None:
 
 
 def tune(
-    context: RunContext, representations: Sequence[str], metric: tuning.Metric
+    context: RunContext,
+    representations: Sequence[str],
+    metric: tuning.Metric,
 ) -> tuning.Tuned:
     """Choose settings on a validation cut; writes nothing."""
     settings = context.config.evaluate.model_copy(update={"arms": tuple(representations)})
     serving = _serving_config(context)
     tables = _tables(context, settings, serving)
     return tuning.tune(
-        context.spark, tables, settings, serving, representations, metric, context.reporter.info
+        context.spark,
+        tables,
+        settings,
+        serving,
+        representations,
+        metric,
+        context.reporter.info,
     )
 
 
@@ -59,12 +72,16 @@ def inputs_fingerprint(context: RunContext) -> object:
 
 def _serving_config(context: RunContext) -> ServingConfig:
     return ServingConfig(
-        context.config.representation, context.config.profiles, context.config.item_item
+        context.config.representation,
+        context.config.profiles,
+        context.config.item_item,
     )
 
 
 def _tables(
-    context: RunContext, settings: EvaluateSettings, serving: ServingConfig
+    context: RunContext,
+    settings: EvaluateSettings,
+    serving: ServingConfig,
 ) -> evaluation.EvaluationTables:
     """What the arms are evaluated on. Raises RunError for an unknown arm."""
     embeddings = _embeddings(context)
@@ -88,8 +105,9 @@ def _tables(
 def _embeddings(context: RunContext) -> DataFrame:
     """Of each representation that this configuration makes, the vectors of its encoder."""
     representation = F.col("representation")
-    encoder = F.when(representation.isin(*embed.REPRESENTATIONS), F.lit(context.encoder_id())).when(
-        representation == embed.IMAGE, F.lit(context.vision_id() or "")
-    )
+    is_text = representation.isin(*embed.REPRESENTATIONS)
+    is_image = representation == embed.IMAGE
+    encoder = F.when(is_text, context.encoder_id())
+    encoder = encoder.when(is_image, context.vision_id() or "")
     embeddings = context.read(schemas.EMBEDDINGS)
     return embeddings.where(encoder.isNull() | (F.col("encoder_id") == encoder))

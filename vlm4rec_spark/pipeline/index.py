@@ -38,6 +38,7 @@ def index(context: RunContext, result: StageResult) -> None:
         settings.rebuild_threshold,
     )
     searcher = Searcher.open(folder)
+    files = filter(Path.is_file, folder.rglob("*"))
     context.built_index_id = searcher.index_id
     result.output = StageOutput(representation=representation, index_id=searcher.index_id)
     result.details = {
@@ -48,7 +49,7 @@ def index(context: RunContext, result: StageResult) -> None:
         "base": searcher.base,
         "delta": str(len(searcher.delta)),
         "representation": representation,
-        "bytes": str(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())),
+        "bytes": str(sum(file.stat().st_size for file in files)),
     }
 
 
@@ -83,7 +84,11 @@ def index_folder(context: RunContext) -> Path:
     return Path(context.config.index.folder) / known_id
 
 
-def _announce(context: RunContext, rows: DataFrame, items: int) -> None:
+def _announce(
+    context: RunContext,
+    rows: DataFrame,
+    items: int,
+) -> None:
     """Report the memory that the driver needs, before the vectors get there."""
     dimension = first_row(rows.select(F.size("embedding")))[0]
     gigabytes = 2 * items * dimension * 4 / 1e9

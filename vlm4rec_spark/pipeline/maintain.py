@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError
@@ -42,7 +42,8 @@ def maintain(context: RunContext, result: StageResult) -> None:
     """
     hours = context.config.maintain.retention_hours
     leftovers = maintenance.clear_leftovers(
-        context.tables, index_versions.SECONDS_UNTOUCHED // 3600
+        context.tables,
+        index_versions.SECONDS_UNTOUCHED // 3600,
     )
     result.details = {"retention_hours": str(hours), "leftovers": " ".join(leftovers)}
     result.details |= _prune(context)
@@ -71,7 +72,8 @@ def indexes(context: RunContext) -> list[KnownIndex]:
     versions = {version.index_id: version for version in index_versions.versions(folder)}
     in_force = _in_force(context)
     idle = sorted(
-        versions.keys() - in_force.keys(), key=lambda index_id: -versions[index_id].written
+        versions.keys() - in_force.keys(),
+        key=lambda index_id: -versions[index_id].written,
     )
     return [
         KnownIndex(index_id, in_force.get(index_id, ""), versions.get(index_id))
@@ -81,14 +83,15 @@ def indexes(context: RunContext) -> list[KnownIndex]:
 
 def _in_force(context: RunContext) -> dict[str, str]:
     """By index id what it is in force for: a representation, and the lists as they are."""
-    uses: dict[str, list[str]] = {}
+    uses = defaultdict(list)
     state = context.states().get("index")
     if state and state.output.index_id and state.output.representation:
-        uses.setdefault(state.output.index_id, []).append(state.output.representation)
+        uses[state.output.index_id].append(state.output.representation)
     lists = context.tables.read(schemas.RECOMMENDATIONS)
-    latest = lists.select(F.max_by("index_id", "generated_at").alias("index_id"))
+    index_id = F.max_by("index_id", "generated_at")
+    latest = lists.select(index_id.alias("index_id"))
     for row in latest.where("index_id IS NOT NULL").collect():
-        uses.setdefault(row["index_id"], []).append("the lists")
+        uses[row["index_id"]].append("the lists")
     return {index_id: ", ".join(names) for index_id, names in uses.items()}
 
 
@@ -114,11 +117,9 @@ def _prune(context: RunContext) -> dict[str, str]:
 def _built_at(context: RunContext) -> dict[str, float]:
     """When a run of these tables last built each index, in seconds since 1970."""
     started_at = F.max(F.unix_micros("started_at") / 1e6)
-    by_index = _index_runs(context).groupBy(F.col("details")["index_id"].alias("index_id"))
+    runs = context.tables.read(schemas.RUNS)
+    index_runs = runs.where("stage = 'index' AND status = 'ok'")
+    index_id = F.col("details")["index_id"]
+    by_index = index_runs.groupBy(index_id.alias("index_id"))
     rows = by_index.agg(started_at.alias("started_at")).collect()
     return {row["index_id"]: row["started_at"] for row in rows}
-
-
-def _index_runs(context: RunContext) -> DataFrame:
-    runs = context.tables.read(schemas.RUNS)
-    return runs.where((F.col("stage") == "index") & (F.col("status") == "ok"))

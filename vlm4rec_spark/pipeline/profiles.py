@@ -17,9 +17,9 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.index import index_folder, index_id
-from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import profiles as stage
 from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import Table
 from vlm4rec_spark.storage.state import ProfilesState, StageOutput, StageState
 
 
@@ -64,7 +64,9 @@ def inputs_fingerprint(context: RunContext) -> object:
 
 
 def _profile_rows(
-    context: RunContext, log: DataFrame, changed_users: DataFrame | None
+    context: RunContext,
+    log: DataFrame,
+    changed_users: DataFrame | None,
 ) -> DataFrame:
     """Rows of `profiles`, of all users or of the changed ones. Raises RunError for no event."""
     settings = context.config.profiles
@@ -72,8 +74,9 @@ def _profile_rows(
     if changed_users is None:
         # The events are asked and not the rows: PySpark prints a traceback where it stops a Python
         # worker early.
-        counting = log.where(F.col("event_type").isin(*settings.event_weights))
-        if counting.join(items, on="item_id", how="left_semi").isEmpty():
+        counts = F.col("event_type").isin(*settings.event_weights)
+        on_items = log.where(counts).join(items, on="item_id", how="left_semi")
+        if on_items.isEmpty():
             raise RunError(
                 "profiles: no user has an event that counts. Check profiles.event_weights against "
                 "the event types of the log. Nothing was written."
@@ -81,15 +84,15 @@ def _profile_rows(
     else:
         log = log.join(changed_users, on="user_id", how="left_semi")
     histories = stage.histories(log, items, settings)
-    gigabytes = context.config.index.broadcast_gb
-    open_searcher = ship(context.spark, index_folder(context), gigabytes, Searcher.open)
+    open_searcher = context.ship(index_folder(context), Searcher.open)
     return stage.with_embedding(histories, context.config.representation, open_searcher)
 
 
 def _bot_figures(context: RunContext, log: DataFrame) -> _BotFigures:
     bots = stage.bots(log, context.config.profiles.bot_events_per_day)
     events = log.join(bots, on="user_id", how="left_semi")
-    return _BotFigures(*first_row(events.agg(F.countDistinct("user_id"), F.count(F.lit(1)))))
+    figures = events.agg(F.countDistinct("user_id"), F.count("*"))
+    return _BotFigures(*first_row(figures))
 
 
 def _changed_users(context: RunContext) -> DataFrame | None:
@@ -102,19 +105,30 @@ def _changed_users(context: RunContext) -> DataFrame | None:
     last = context.states().get("profiles")
     if last is None or not _comparable(context, last):
         return None
-    by_events = context.tables.changed_since(schemas.INTERACTIONS, last.versions["interactions"])
+    new_events = _changes(context, last, schemas.INTERACTIONS)
     items = _changed_items(context, last)
-    by_items = context.log().join(items, on="item_id", how="left_semi").select("user_id")
-    users = context.identified(by_events).select("user_id").unionByName(by_items)
+    events_on_items = context.log().join(items, on="item_id", how="left_semi")
+    users = context.identified(new_events).select("user_id")
+    users = users.unionByName(events_on_items.select("user_id"))
     if "identities" in last.versions:
-        links = context.tables.changed_since(schemas.IDENTITIES, last.versions["identities"])
-        both = F.explode(F.array("anonymous_id", "user_id")).alias("user_id")
-        users = users.unionByName(links.select(both))
+        links = _changes(context, last, schemas.IDENTITIES)
+        user_ids = F.explode(F.array("anonymous_id", "user_id"))
+        users = users.unionByName(links.select(user_ids.alias("user_id")))
     users = users.distinct().persist()
-    if users.count() * 2 > context.tables.read(schemas.PROFILES).count():
+    profile_count = context.tables.read(schemas.PROFILES).count()
+    if users.count() * 2 > profile_count:
         users.unpersist()
         return None  # rewriting all is cheaper than a merge of most
     return users
+
+
+def _changes(
+    context: RunContext,
+    last: StageState,
+    table: Table,
+) -> DataFrame:
+    """The table's rows that changed since the last run."""
+    return context.tables.changed_since(table, last.versions[table.name])
 
 
 def _comparable(context: RunContext, last: StageState) -> bool:
@@ -127,25 +141,30 @@ def _comparable(context: RunContext, last: StageState) -> bool:
     if before.profiles_version != now.profiles_version or before.embeddings_version is None:
         return False
     # What is older may be gone from the feeds.
-    oldest = datetime.now(UTC) - timedelta(hours=context.config.maintain.retention_hours / 2)
+    hours = context.config.maintain.retention_hours / 2
+    oldest = datetime.now(UTC) - timedelta(hours=hours)
     if last.updated_at < oldest or not {"interactions", "items"} <= set(last.versions):
         return False
-    return ("identities" in last.versions) == context.tables.exists(schemas.IDENTITIES)
+    had_identities = "identities" in last.versions
+    return had_identities == context.tables.exists(schemas.IDENTITIES)
 
 
 def _changed_items(context: RunContext, last: StageState) -> DataFrame:
     """item_id of the items that were added, removed, or got another vector."""
     assert last.output.profiles and last.output.profiles.embeddings_version is not None
-    catalogue = context.tables.changed_since(schemas.ITEMS, last.versions["items"])
-    items = catalogue.where(F.col("_change_type").isin("insert", "delete"))
+    catalogue = _changes(context, last, schemas.ITEMS)
+    is_new_or_removed = F.col("_change_type").isin("insert", "delete")
+    items = catalogue.where(is_new_or_removed)
     embeddings = context.tables.changed_since(
-        schemas.EMBEDDINGS, last.output.profiles.embeddings_version
+        schemas.EMBEDDINGS,
+        last.output.profiles.embeddings_version,
     )
     vectors = embeddings.where(
         (F.col("representation") == context.config.representation)
         & (F.col("encoder_id") == context.encoder_id())
     )
-    return items.select("item_id").unionByName(vectors.select("item_id")).distinct()
+    changed = items.select("item_id").unionByName(vectors.select("item_id"))
+    return changed.distinct()
 
 
 def _current(context: RunContext) -> ProfilesState:
@@ -155,9 +174,10 @@ def _current(context: RunContext) -> ProfilesState:
         context.config.representation,
         context.encoder_id(),
     ]
+    content = json.dumps(settings, sort_keys=True)
     index = context.states().get("index")
     return ProfilesState(
-        hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        hashlib.sha256(content.encode()).hexdigest(),
         index.versions.get("embeddings") if index else None,
         context.tables.versions([schemas.PROFILES]).get("profiles"),
     )

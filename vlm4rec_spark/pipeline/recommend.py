@@ -26,7 +26,6 @@ from vlm4rec_spark.pipeline.index import index_folder, index_id
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import neighbors_file
-from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import item_item, popularity, rules
 from vlm4rec_spark.stages import profiles as profiles_stage
 from vlm4rec_spark.stages import recommend as stage
@@ -83,12 +82,17 @@ def recommend(context: RunContext, result: StageResult) -> None:
 
 def inputs_fingerprint(context: RunContext) -> object:
     """None with an allow or deny list: its source may have changed."""
-    if context.config.recommend.deny.path or context.config.recommend.allow.path:
+    config = context.config
+    if config.recommend.deny.path or config.recommend.allow.path:
         return None
-    settings = context.config.recommend.model_dump(mode="json")
-    blend = context.config.item_item.model_dump(mode="json")
-    shape = [context.config.profiles.shape, context.config.profiles.tastes]
-    return [settings, blend, *shape, context.config.representation, index_id(context)]
+    return [
+        config.recommend.model_dump(mode="json"),
+        config.item_item.model_dump(mode="json"),
+        config.profiles.shape,
+        config.profiles.tastes,
+        config.representation,
+        index_id(context),
+    ]
 
 
 def check(context: RunContext) -> None:
@@ -97,7 +101,8 @@ def check(context: RunContext) -> None:
     items = context.spark.createDataFrame([], schemas.ITEMS.schema)
     users = context.spark.createDataFrame([], schemas.USERS.schema)
     rules.check(items, users, settings.rules, settings.caps)
-    for name, source in (("allow", settings.allow), ("deny", settings.deny)):
+    sources = {"allow": settings.allow, "deny": settings.deny}
+    for name, source in sources.items():
         if source.path:
             reader.read(context.spark, f"recommend.{name}", source)
 
@@ -108,7 +113,8 @@ def _load(context: RunContext) -> _Inputs:
     profiles = context.read(schemas.PROFILES)
     folder = index_folder(context)
     searcher = Searcher.open(folder)
-    if not profiles.where(F.col("representation") != context.config.representation).isEmpty():
+    is_different = F.col("representation") != context.config.representation
+    if not profiles.where(is_different).isEmpty():
         raise RunError(
             "recommend: the profiles are of another representation than the index. Run profiles "
             "again."
@@ -117,18 +123,28 @@ def _load(context: RunContext) -> _Inputs:
     items = _with_availability(context, context.read(schemas.ITEMS))
     photos = context.tables.read(schemas.PHOTOS)
     item_rows = rules.rules_by_item(items, photos, settings.rules, settings.caps)
-    list_rules = rules.list_rules(item_rows.toArrow(), searcher, settings.variants, settings.caps)
+    by_position = rules.list_rules(item_rows.toArrow(), searcher, settings.variants, settings.caps)
     list_rules = replace(
-        list_rules,
+        by_position,
         similarity_threshold=settings.similarity_threshold,
         min_score=settings.min_score,
         diversity=settings.diversity,
     )
-    refused = users.where(~F.col("consent")).select("user_id")
+    without_consent = users.where(~F.col("consent"))
+    refused = without_consent.select("user_id")
     with_vector = profiles.where(F.col("embedding").isNotNull())
     consenting = with_vector.join(refused, on="user_id", how="left_anti")
     usable = _with_user_rules(context, consenting, users)
-    return _Inputs(folder, searcher, users, refused, item_rows, list_rules, profiles, usable)
+    return _Inputs(
+        folder,
+        searcher,
+        users,
+        refused,
+        item_rows,
+        list_rules,
+        profiles,
+        usable,
+    )
 
 
 def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
@@ -136,10 +152,16 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
     settings = context.config.recommend
     searcher = inputs.searcher
     matching = _matching(context, inputs.profiles, searcher)
-    by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id").limit(settings.recall_sample)
-    sample = by_hash.select("embedding", "history", "seen", "rules").toArrow()
+    by_hash = inputs.usable.orderBy(F.xxhash64("user_id"), "user_id")
+    sampled = by_hash.limit(settings.recall_sample)
+    sample = sampled.select("embedding", "history", "seen", "rules").toArrow()
     calibration = stage.calibrate(
-        searcher, sample, inputs.list_rules, settings.k, settings.target_recall, matching
+        searcher,
+        sample,
+        inputs.list_rules,
+        settings.k,
+        settings.target_recall,
+        matching,
     )
     description = calibration.describe(searcher.leaves)
     users = inputs.usable.count()
@@ -147,23 +169,24 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
         f"recommending for {users:,} users, {description}, recall {calibration.recall:.3f} on "
         f"{calibration.users:,}"
     )
-    gigabytes = context.config.index.broadcast_gb
-    open_searcher = ship(context.spark, inputs.folder, gigabytes, Searcher.open)
+    open_searcher = context.ship(inputs.folder, Searcher.open)
     search = _Search(calibration, description, users, matching, open_searcher)
     if (
         calibration.effort
         and matching.shape == "max_similarity"
         and neighbors.pays_off(sample, users, len(searcher))
     ):
-        depth = calibration.effort.candidates
-        depth += inputs.list_rules.initial_depth(settings.k) - settings.k
-        deep = replace(calibration.effort, candidates=depth)
-        open_neighbors = _open_neighbors(context, inputs, search, deep, sample)
-        search = replace(search, matching=replace(matching, open_neighbors=open_neighbors))
+        open_neighbors = _open_neighbors(context, inputs, search, calibration.effort, sample)
+        matching = replace(matching, open_neighbors=open_neighbors)
+        search = replace(search, matching=matching)
     return search
 
 
-def _score(context: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
+def _score(
+    context: RunContext,
+    inputs: _Inputs,
+    search: _Search,
+) -> DataFrame:
     """Rows of `recommendations`: by taste, and by popularity for users without usable profile."""
     settings = context.config.recommend
     lists = stage.recommend(
@@ -176,11 +199,18 @@ def _score(context: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
         settings.explain,
     )
     if settings.popularity_fallback:
-        log = _without_bots(context, context.log())
-        users = _users_without_profile(context, log, inputs)
-        by_popularity = popularity.PopularityScoring(_popular_items(context, log, inputs))
+        bots = _bots(context)
+        log = context.log().join(bots, on="user_id", how="left_anti")
+        users = _users_without_profile(context, log, bots, inputs)
+        popular_items = _popular_items(context, log, inputs)
+        by_popularity = popularity.PopularityScoring(popular_items)
         popular_lists = stage.recommend(
-            users, search.open_searcher, inputs.list_rules, settings.k, None, by_popularity
+            users,
+            search.open_searcher,
+            inputs.list_rules,
+            settings.k,
+            None,
+            by_popularity,
         )
         lists = lists.unionByName(popular_lists)
     return lists.select(
@@ -194,12 +224,18 @@ def _score(context: RunContext, inputs: _Inputs, search: _Search) -> DataFrame:
     )
 
 
-def _count(context: RunContext, inputs: _Inputs, search: _Search, result: StageResult) -> None:
+def _count(
+    context: RunContext,
+    inputs: _Inputs,
+    search: _Search,
+    result: StageResult,
+) -> None:
     """Fill the result from the table as it was written."""
     settings = context.config.recommend
     calibration = search.calibration
     lists = context.tables.read(schemas.RECOMMENDATIONS)
-    without_list = inputs.profiles.join(lists.select("user_id"), on="user_id", how="left_anti")
+    without_list = inputs.profiles.join(lists, on="user_id", how="left_anti")
+    short_lists = lists.where(F.size("items") < settings.k)
     result.ok = lists.count()
     result.skipped = without_list.count()
     result.output = StageOutput(
@@ -210,7 +246,7 @@ def _count(context: RunContext, inputs: _Inputs, search: _Search, result: StageR
         "k": str(settings.k),
         "users": str(search.users),
         "popular_lists": str(result.ok - search.users),
-        "short_lists": str(lists.where(F.size("items") < settings.k).count()),
+        "short_lists": str(short_lists.count()),
         "search": search.description,
         "recall_promised": str(settings.target_recall),
         "recall_measured": f"{calibration.recall:.4f}",
@@ -235,11 +271,20 @@ def _calibration_state(calibration: Calibration, target_recall: float) -> Calibr
 
 
 def _tried_effort(tried: EffortTrial) -> TriedEffort:
-    effort = tried.effort
-    return TriedEffort(effort.leaves, effort.candidates, tried.recall, tried.low, tried.per_second)
+    return TriedEffort(
+        tried.effort.leaves,
+        tried.effort.candidates,
+        tried.recall,
+        tried.low,
+        tried.per_second,
+    )
 
 
-def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
+def _with_user_rules(
+    context: RunContext,
+    rows: DataFrame,
+    users: DataFrame,
+) -> DataFrame:
     """Rows of user_id and seen with `rules` (bits) and `only`; `seen` gets all excluded items."""
     settings = context.config.recommend
     rows = _with_rule_bits(context, rows, users)
@@ -251,86 +296,114 @@ def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> 
             settings.repurchase_days,
         )
         rows = rows.drop("seen").join(excluded, on="user_id", how="left")
-        rows = rows.withColumn("seen", F.coalesce("seen", F.array()))
+        seen = F.coalesce("seen", F.array())
+        rows = rows.withColumn("seen", seen)
     if settings.deny.path:
-        denied = _items_by_user(context, "deny", settings.deny).withColumnRenamed("items", "denied")
+        denied = _items_by_user(context, "deny", settings.deny, "denied")
         rows = rows.join(denied, on="user_id", how="left")
-        seen = F.array_union("seen", F.coalesce("denied", F.array()))
-        rows = rows.withColumn("seen", F.array_sort(seen)).drop("denied")
+        denied_items = F.coalesce("denied", F.array())
+        seen = F.array_sort(F.array_union("seen", denied_items))
+        rows = rows.withColumn("seen", seen).drop("denied")
     if settings.allow.path:
-        allowed = _items_by_user(context, "allow", settings.allow)
-        rows = rows.join(allowed.withColumnRenamed("items", "only"), on="user_id", how="left")
+        allowed = _items_by_user(context, "allow", settings.allow, "only")
+        rows = rows.join(allowed, on="user_id", how="left")
     return rows
 
 
-def _with_rule_bits(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
+def _with_rule_bits(
+    context: RunContext,
+    rows: DataFrame,
+    users: DataFrame,
+) -> DataFrame:
     """The rows with `rules`, the bits of the rules that apply to the user."""
     everybody, some = rules.rules_by_user(users, context.config.recommend.rules)
     bits = F.lit(everybody).cast("bigint")
     if some is not None:
         rows = rows.join(some, on="user_id", how="left")
-        bits = F.coalesce("rules", F.lit(0)).bitwiseOR(bits)
+        user_bits = F.coalesce("rules", F.lit(0))
+        bits = user_bits.bitwiseOR(bits)
     return rows.withColumn("rules", bits)
 
 
-def _listed_items(context: RunContext, key: str, source: Source) -> DataFrame:
+def _listed_items(
+    context: RunContext,
+    key: str,
+    source: Source,
+) -> DataFrame:
     """user_id, item_id of an allow or deny list."""
     rows = reader.read(context.spark, f"recommend.{key}", source)
-    return rows.select(*(F.col("fields")[name].alias(name) for name in ("user_id", "item_id")))
+    return rows.select("fields.user_id", "fields.item_id")
 
 
-def _items_by_user(context: RunContext, key: str, source: Source) -> DataFrame:
-    """user_id and `items` of an allow or deny list."""
-    personal = _listed_items(context, key, source).where(f"NOT {_EVERYBODY}")
+def _items_by_user(
+    context: RunContext,
+    key: str,
+    source: Source,
+    column: str,
+) -> DataFrame:
+    """user_id and, in `column`, the items of an allow or deny list."""
+    rows = _listed_items(context, key, source)
+    personal = rows.where(f"NOT {_EVERYBODY}")
     items = F.array_sort(F.collect_set("item_id"))
-    return personal.groupBy("user_id").agg(items.alias("items"))
+    return personal.groupBy("user_id").agg(items.alias(column))
 
 
 def _with_availability(context: RunContext, items: DataFrame) -> DataFrame:
     """The items; those denied to all, or not among those allowed to all, aren't available."""
     settings = context.config.recommend
-    for key, source, allowed in (("deny", settings.deny, False), ("allow", settings.allow, True)):
+    sources = {"deny": settings.deny, "allow": settings.allow}
+    for key, source in sources.items():
         if not source.path:
             continue
         listed = _listed_items(context, key, source).where(_EVERYBODY)
         if listed.isEmpty():
             continue
-        marked = listed.select("item_id", F.lit(True).alias("listed")).distinct()
+        marked = listed.select("item_id").distinct().withColumn("listed", F.lit(True))
         items = items.join(marked, on="item_id", how="left")
-        offered = F.coalesce("listed", F.lit(False)) == F.lit(allowed)
-        items = items.withColumn("available", F.col("available") & offered).drop("listed")
+        is_listed = F.coalesce("listed", F.lit(False))
+        offered = is_listed if key == "allow" else ~is_listed
+        available = F.col("available") & offered
+        items = items.withColumn("available", available).drop("listed")
     return items
 
 
-def _without_bots(context: RunContext, log: DataFrame) -> DataFrame:
-    bots = profiles_stage.bots(log, context.config.profiles.bot_events_per_day)
-    return log.join(bots, on="user_id", how="left_anti")
+def _bots(context: RunContext) -> DataFrame:
+    limit = context.config.profiles.bot_events_per_day
+    return profiles_stage.bots(context.log(), limit)
 
 
-def _users_without_profile(context: RunContext, log: DataFrame, inputs: _Inputs) -> DataFrame:
+def _users_without_profile(
+    context: RunContext,
+    log: DataFrame,
+    bots: DataFrame,
+    inputs: _Inputs,
+) -> DataFrame:
     """Users who get a popular list, with seen, segment and rules.
 
     They are in the log or in `users`, are no bots, consent to lists and have no usable profile.
     """
     users = inputs.users
-    bots = profiles_stage.bots(context.log(), context.config.profiles.bot_events_per_day)
-    seen = log.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("seen"))
+    items = F.array_sort(F.collect_set("item_id"))
+    seen = log.groupBy("user_id").agg(items.alias("seen"))
+    segments = users.select("user_id", "segment")
     rows = (
         log.select("user_id")
         .unionByName(users.select("user_id"))
         .distinct()
         .join(bots, on="user_id", how="left_anti")
         .join(inputs.refused, on="user_id", how="left_anti")
-        .join(inputs.usable.select("user_id"), on="user_id", how="left_anti")
+        .join(inputs.usable, on="user_id", how="left_anti")
         .join(seen, on="user_id", how="left")
         .withColumn("seen", F.coalesce("seen", F.array()))
-        .join(users.select("user_id", "segment"), on="user_id", how="left")
+        .join(segments, on="user_id", how="left")
     )
     return _with_user_rules(context, rows, users)
 
 
 def _popular_items(
-    context: RunContext, log: DataFrame, inputs: _Inputs
+    context: RunContext,
+    log: DataFrame,
+    inputs: _Inputs,
 ) -> popularity.PopularByRules:
     """The popular items of each segment, for each combination of rules that applies to a user."""
     everybody, some = rules.rules_by_user(inputs.users, context.config.recommend.rules)
@@ -338,48 +411,68 @@ def _popular_items(
     if some is not None:
         bits = some.select("rules").distinct().collect()
         combinations |= {everybody | row["rules"] for row in bits}
-    counts = popularity.count_users(log, context.read(schemas.ITEMS), inputs.users).persist()
+    items = context.read(schemas.ITEMS)
+    counts = popularity.count_users(log, items, inputs.users).persist()
     popular = {}
     for combination in sorted(combinations):
         required = F.lit(combination | AVAILABLE)
-        allowed = inputs.item_rows.where(F.col("allowed").bitwiseAND(required) == required)
+        passed = F.col("allowed").bitwiseAND(required)
+        allowed = inputs.item_rows.where(passed == required)
         shares = popularity.popular_items(counts, allowed).toArrow()
         popular[combination] = popularity.by_position(shares, inputs.searcher)
     counts.unpersist()
     return popular
 
 
-def _matching(context: RunContext, profiles: DataFrame, searcher: Searcher) -> stage.ProfileScoring:
+def _matching(
+    context: RunContext,
+    profiles: DataFrame,
+    searcher: Searcher,
+) -> stage.ProfileScoring:
     """By the profiles' shape, and with co-occurrence counted in the profiles if it has a share."""
     settings = context.config.item_item
     content = stage.ProfileScoring(
-        context.config.profiles.shape, max_interests=context.config.profiles.tastes
+        context.config.profiles.shape,
+        max_interests=context.config.profiles.tastes,
     )
     if not settings.share:
         return content
     gigabytes = len(searcher) * settings.max_neighbors * 60 / 1e9
     context.reporter.info(f"counting co-occurrences, needs up to {gigabytes:.2f} GB on the driver")
     pairs = item_item.pairs(profiles, settings).toArrow()
-    folder = build_item_item(pairs, searcher, Path(context.config.index.folder) / "item_item")
-    opens = ship(context.spark, folder, context.config.index.broadcast_gb, ItemItemScores.open)
+    folder = Path(context.config.index.folder) / "item_item"
+    built = build_item_item(pairs, searcher, folder)
     return replace(
-        content, share=settings.share, position_decay=settings.position_decay, open_item_item=opens
+        content,
+        share=settings.share,
+        position_decay=settings.position_decay,
+        open_item_item=context.ship(built, ItemItemScores.open),
     )
 
 
 def _open_neighbors(
-    context: RunContext, inputs: _Inputs, search: _Search, effort: Effort, sample: pa.Table
+    context: RunContext,
+    inputs: _Inputs,
+    search: _Search,
+    effort: Effort,
+    sample: pa.Table,
 ) -> Callable[[], Neighbors]:
     """Search every item's neighbors, deep enough for most users; returns how workers open them."""
     searcher = inputs.searcher
     items = len(searcher)
     folder = Path(context.config.index.folder) / "neighbors"
-    depth = neighbors.needed_depth(effort.candidates, sample, items)
+    k = context.config.recommend.k
+    candidates = effort.candidates + inputs.list_rules.initial_depth(k) - k
+    depth = neighbors.needed_depth(candidates, sample, items)
     context.reporter.info(
         f"searching the {depth} neighbors of each of {items:,} items, needs "
         f"{neighbors.size_gb(items, depth):.2f} GB in {folder}"
     )
     built = neighbors_file.build(
-        context.spark, searcher, search.open_searcher, Effort(effort.leaves, depth), folder
+        context.spark,
+        searcher,
+        search.open_searcher,
+        Effort(effort.leaves, depth),
+        folder,
     )
-    return ship(context.spark, built, context.config.index.broadcast_gb, Neighbors.open)
+    return context.ship(built, Neighbors.open)

@@ -19,10 +19,17 @@ def report(context: RunContext, result: StageResult) -> None:
 
 def inputs_fingerprint(context: RunContext) -> object:
     """The runs that the page shows, and the page as it is."""
-    shown = context.tables.read(schemas.RUNS).where(
-        (F.col("status") != "unchanged") & (F.col("stage") != "report")
-    )
-    latest = first_row(shown.agg(F.count(F.lit(1)), F.max(F.unix_micros("started_at"))))
-    path = Path(context.config.report.path)
-    written = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
-    return [context.config.report.model_dump(mode="json"), list(latest), written]
+    settings = context.config.report
+    runs = context.tables.read(schemas.RUNS)
+    shown = runs.where("status != 'unchanged' AND stage != 'report'")
+    last_start = F.max(F.unix_micros("started_at"))
+    latest = first_row(shown.agg(F.count("*"), last_start))
+    path = Path(settings.path)
+    written = "none"
+    if path.is_file():
+        written = hashlib.sha256(path.read_bytes()).hexdigest()
+    return [
+        settings.model_dump(mode="json"),
+        list(latest),
+        written,
+    ]

@@ -32,31 +32,35 @@ def pairs(histories: DataFrame, settings: ItemItemSettings) -> DataFrame:
     popularity_power. A power of 0.5 is the cosine of item-item filtering (Sarwar et al. 2001). A
     power of 0 is the plain count. `histories` has the column history, latest item first.
     """
-    history_pairs = F.explode(_history_pairs(F.col("history"), settings.distance_decay))
-    one_way = _sum_weights(histories.select(history_pairs.alias("pair")).select("pair.*"))
-    reverse = one_way.select(
-        F.col("second").alias("first"), F.col("first").alias("second"), "weight"
-    )
+    history_pairs = _history_pairs(F.col("history"), settings.distance_decay)
+    exploded = histories.select(F.explode(history_pairs).alias("pair"))
+    one_way = _sum_weights(exploded.select("pair.*"))
+    reverse = one_way.toDF("second", "first", "weight")
     weights = _sum_weights(one_way.unionByName(reverse))
-    users = histories.select(F.explode("history.item_id").alias("item_id"))
-    users = users.groupBy("item_id").agg(F.count(F.lit(1)).alias("users"))
+    items = histories.select(F.explode("history.item_id").alias("item_id"))
+    users = items.groupBy("item_id").agg(F.count("*"))
+    first_users = users.toDF("first", "first_users")
+    second_users = users.toDF("second", "second_users")
     popularity = F.col("first_users") * F.col("second_users")
     damping = F.pow(popularity, F.lit(settings.popularity_power))
+    strength = F.col("weight") / _MICRO / damping
     strengths = (
-        weights.join(users.toDF("first", "first_users"), on="first", how="inner")
-        .join(users.toDF("second", "second_users"), on="second", how="inner")
+        weights.join(first_users, on="first", how="inner")
+        .join(second_users, on="second", how="inner")
         .select(
             F.col("first").alias("item_id"),
             F.col("second").alias("other_id"),
-            (F.col("weight") / _MICRO / damping).alias("strength"),
+            strength.alias("strength"),
         )
     )
     return _strongest(strengths, settings.max_neighbors)
 
 
 def _strongest(strengths: DataFrame, max_neighbors: int) -> DataFrame:
-    strongest_first = Window.partitionBy("item_id").orderBy(F.desc("strength"), "other_id")
-    ranked = strengths.withColumn("rank", F.row_number().over(strongest_first))
+    pairs_of_item = Window.partitionBy("item_id")
+    strongest_first = pairs_of_item.orderBy(F.desc("strength"), "other_id")
+    rank = F.row_number().over(strongest_first)
+    ranked = strengths.withColumn("rank", rank)
     return ranked.where(F.col("rank") <= max_neighbors).drop("rank")
 
 
@@ -65,18 +69,21 @@ def _history_pairs(history: Column, distance_decay: float) -> Column:
 
     def with_older(item: Column, position: Column) -> Column:
         def pair(older: Column, items_between: Column) -> Column:
-            weight = F.round(F.pow(F.lit(distance_decay), items_between) * _MICRO)
+            weight = F.pow(F.lit(distance_decay), items_between)
+            micros = F.round(weight * _MICRO)
             return F.struct(
                 item["item_id"].alias("first"),
                 older["item_id"].alias("second"),
-                weight.cast("long").alias("weight"),
+                micros.cast("long").alias("weight"),
             )
 
         # Positions count from 0, slice() counts from 1.
-        return F.transform(F.slice(history, position + 2, _MAX_DISTANCE), pair)
+        older_items = F.slice(history, position + 2, _MAX_DISTANCE)
+        return F.transform(older_items, pair)
 
     return F.flatten(F.transform(history, with_older))
 
 
 def _sum_weights(rows: DataFrame) -> DataFrame:
-    return rows.groupBy("first", "second").agg(F.sum("weight").alias("weight"))
+    weight = F.sum("weight")
+    return rows.groupBy("first", "second").agg(weight.alias("weight"))

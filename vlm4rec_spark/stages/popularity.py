@@ -49,15 +49,18 @@ def count_users(
         .join(items.select("item_id"), on="item_id", how="left_semi")
         .distinct()
     )
-    segments = F.array_distinct(F.array(F.lit(ALL), F.coalesce("segment", F.lit(ALL))))
-    counted = user_items.join(
-        users.select("user_id", "segment"), on="user_id", how="left"
-    ).withColumn("segment", F.explode(segments))
-    sizes = counted.groupBy("segment").agg(F.countDistinct("user_id").alias("segment_users"))
-    by_item = counted.groupBy("segment", "item_id").agg(F.count(F.lit(1)).alias("users"))
-    return by_item.join(F.broadcast(sizes), on="segment", how="inner").select(
-        "segment", "item_id", "users", "segment_users"
-    )
+    everybody = F.lit(ALL)
+    own_segment = F.coalesce("segment", everybody)
+    segments = F.array_distinct(F.array(everybody, own_segment))
+    user_segments = users.select("user_id", "segment")
+    counted = user_items.join(user_segments, on="user_id", how="left")
+    counted = counted.withColumn("segment", F.explode(segments))
+    segment_users = F.countDistinct("user_id")
+    sizes = counted.groupBy("segment").agg(segment_users.alias("segment_users"))
+    item_users = F.count("*")
+    by_item = counted.groupBy("segment", "item_id").agg(item_users.alias("users"))
+    rows = by_item.join(F.broadcast(sizes), on="segment", how="inner")
+    return rows.select("segment", "item_id", "users", "segment_users")
 
 
 def popular_items(user_counts: DataFrame, allowed: DataFrame) -> DataFrame:
@@ -67,38 +70,38 @@ def popular_items(user_counts: DataFrame, allowed: DataFrame) -> DataFrame:
     all users. `user_counts` are rows of `count_users`; they are read several times.
     """
     counts = user_counts.join(allowed.select("item_id"), on="item_id", how="left_semi")
-    overall = counts.where(F.col("segment") == ALL).select(
-        "item_id", (F.col("users") / F.col("segment_users")).alias("overall")
-    )
+    share = F.col("users") / F.col("segment_users")
+    in_all = counts.where(F.col("segment") == ALL)
+    overall = in_all.select("item_id", share.alias("overall"))
     in_segment = F.col("segment") != ALL
     sizes = user_counts.where(in_segment).select("segment", "segment_users").distinct()
     own_counts = counts.where(in_segment).select("segment", "item_id", "users")
     # What is popular overall may be popular in a segment that has no event on it.
     popular_overall = overall.orderBy(F.desc("overall"), "item_id").limit(_MAX_ITEMS)
-    candidates = own_counts.select("segment", "item_id").unionByName(
-        sizes.select("segment").crossJoin(popular_overall.select("item_id"))
-    )
+    everywhere = sizes.select("segment").crossJoin(popular_overall.select("item_id"))
     counted = (
-        candidates.distinct()
+        own_counts.select("segment", "item_id")
+        .unionByName(everywhere)
+        .distinct()
         .join(own_counts, on=["segment", "item_id"], how="left")
         .join(F.broadcast(sizes), on="segment", how="inner")
         .join(overall, on="item_id", how="inner")
     )
     shares = counted.select("segment", "item_id", _smoothed_share().alias("share"))
-    overall_shares = overall.select(
-        F.lit(ALL).alias("segment"), "item_id", F.col("overall").alias("share")
-    )
+    overall_shares = overall.toDF("item_id", "share").withColumn("segment", F.lit(ALL))
     return _most_popular(shares.unionByName(overall_shares))
 
 
 def _smoothed_share() -> Column:
-    users = F.coalesce("users", F.lit(0)) + _PRIOR_USERS * F.col("overall")
-    return users / (F.col("segment_users") + _PRIOR_USERS)
+    users = F.coalesce("users", F.lit(0))
+    smoothed = users + _PRIOR_USERS * F.col("overall")
+    return smoothed / (F.col("segment_users") + _PRIOR_USERS)
 
 
 def _most_popular(shares: DataFrame) -> DataFrame:
     by_share = Window.partitionBy("segment").orderBy(F.desc("share"), "item_id")
-    ranked = shares.withColumn("rank", F.row_number().over(by_share))
+    rank = F.row_number().over(by_share)
+    ranked = shares.withColumn("rank", rank)
     return ranked.where(F.col("rank") <= _MAX_ITEMS).drop("rank")
 
 
@@ -126,17 +129,17 @@ class PopularityScoring:
         self._popular = popular
 
     def queries(
-        self, batch: pa.RecordBatch, searcher: Searcher, explain: bool = True
+        self,
+        batch: pa.RecordBatch,
+        searcher: Searcher,
+        explain: bool = True,
     ) -> PopularityQuery:
         """Queries of rows with `segment` (null: none) and `rules` (bits)."""
         segments = batch.column("segment").to_pylist()
         rules = batch.column("rules").to_pylist()
-        popular = [
-            self._popular_items(segment or ALL, bits)
-            for segment, bits in zip(segments, rules, strict=True)
-        ]
+        popular = []
+        for segment, bits in zip(segments, rules, strict=True):
+            by_segment = self._popular.get(bits, {})
+            everybody = by_segment.get(ALL, _NO_ITEMS)
+            popular.append(by_segment.get(segment or ALL, everybody))
         return PopularityQuery(popular)
-
-    def _popular_items(self, segment: str, rules: int) -> Candidates:
-        by_segment = self._popular.get(rules, {})
-        return by_segment.get(segment, by_segment.get(ALL, _NO_ITEMS))

@@ -20,6 +20,7 @@ from vlm4rec_spark.models.ranking import history
 from vlm4rec_spark.models.ranking.user_queries import Shape
 from vlm4rec_spark.storage.schemas import PROFILES
 
+EventWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _HISTORY_COLUMNS = ("user_id", "history", "seen", "events", "last_event_at")
 
 
@@ -28,7 +29,7 @@ class ProfileSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    event_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {
+    event_weights: dict[str, EventWeight] = {
         "view": 1.0,
         "cart": 3.0,
         "purchase": 5.0,
@@ -47,7 +48,8 @@ class ProfileSettings(BaseModel):
 def identified(interactions: DataFrame, identities: DataFrame) -> DataFrame:
     """The events with each anonymous id replaced by its user's id; user ids stay as they are."""
     owners = identities.select(
-        F.col("anonymous_id").alias("user_id"), F.col("user_id").alias("owner")
+        F.col("anonymous_id").alias("user_id"),
+        F.col("user_id").alias("owner"),
     )
     events = interactions.join(owners, on="user_id", how="left")
     user_id = F.coalesce("owner", "user_id")
@@ -58,14 +60,14 @@ def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
     """user_id of users with more than `bot_events_per_day` events on any one day."""
     # Few users have so many events in total: only theirs are counted by day.
     busy = _with_more_events(interactions.groupBy("user_id"), bot_events_per_day)
-    daily = interactions.join(busy.select("user_id"), on="user_id", how="left_semi")
-    days = _with_more_events(daily.groupBy("user_id", "event_date"), bot_events_per_day)
+    events = interactions.join(busy, on="user_id", how="left_semi")
+    daily = events.groupBy("user_id", "event_date")
+    days = _with_more_events(daily, bot_events_per_day)
     return days.select("user_id").distinct()
 
 
 def _with_more_events(groups: GroupedData, events: int) -> DataFrame:
-    counts = groups.agg(F.count(F.lit(1)).alias("events"))
-    return counts.where(F.col("events") > events)
+    return groups.count().where(F.col("count") > events)
 
 
 def histories(
@@ -88,17 +90,19 @@ def histories(
         .join(items.select("item_id"), on="item_id", how="left_semi")
         .select("user_id", "item_id", "event_type", "event_time")
     )
-    pairs = [F.lit(value) for pair in settings.event_weights.items() for value in pair]
-    weight = F.create_map(*pairs)[F.col("event_type")]
+    weights = [F.lit(value) for pair in settings.event_weights.items() for value in pair]
+    weight_by_type = F.create_map(*weights)
+    weight = weight_by_type[F.col("event_type")]
     counts = _first_of_session(settings) & _after_negative_events(settings)
     # A window, because repartition() isn't binding. Spark 4.2 drops it if a join below has divided
     # the rows by user already. Then it may drop that join's division too (adaptive execution, local
     # shuffle reads), which splits a user between tasks.
     # Of equal times the lighter event first: floats must be added in the same order every time.
     in_order = Window.partitionBy("user_id").orderBy("item_id", "event_time", "weight")
+    user_row = F.row_number().over(in_order)
     rows = (
         events.withColumn("weight", F.when(counts, weight))
-        .withColumn("user_row", F.row_number().over(in_order))
+        .withColumn("user_row", user_row)
         .select("user_id", "item_id", "event_time", "weight", "user_row")
     )
     half_life_days = settings.half_life_days
@@ -109,7 +113,11 @@ def histories(
     def gather(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for users in history.whole_users(batches):
             yield history.weighted_histories(
-                users, half_life_days, position_decay, last_n, min_items
+                users,
+                half_life_days,
+                position_decay,
+                last_n,
+                min_items,
             )
 
     schema = StructType([PROFILES.schema[name] for name in _HISTORY_COLUMNS])
@@ -133,12 +141,16 @@ def _after_negative_events(settings: ProfileSettings) -> Column:
         return F.lit(True)
     negative = F.col("event_type").isin(*settings.negative_events)
     same = Window.partitionBy("user_id", "item_id")
-    last_negative = F.max(F.when(negative, F.col("event_time"))).over(same)
-    return last_negative.isNull() | (F.col("event_time") > last_negative)
+    event_time = F.col("event_time")
+    negative_time = F.when(negative, event_time)
+    last_negative = F.max(negative_time).over(same)
+    return last_negative.isNull() | (event_time > last_negative)
 
 
 def with_embedding(
-    rows: DataFrame, representation: str, open_searcher: Callable[[], Searcher]
+    rows: DataFrame,
+    representation: str,
+    open_searcher: Callable[[], Searcher],
 ) -> DataFrame:
     """Rows of `profiles`: `rows` of histories with the unit vector of their weighted mean.
 
@@ -166,28 +178,28 @@ def with_embedding(
 def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:
     """One unit vector per history; null where none of its items is in the index."""
     entries = histories.flatten()
-    users = np.repeat(np.arange(len(histories)), np.asarray(histories.value_lengths()))
+    sizes = np.asarray(histories.value_lengths())
+    users = np.repeat(np.arange(len(histories)), sizes)
     positions = searcher.positions_of(entries.field("item_id"))
     indexed = positions >= 0
-    weights = entries.field("weight").to_numpy(zero_copy_only=False)[indexed]
+    weights = np.asarray(entries.field("weight"))[indexed]
     positions = positions[indexed]
     users = users[indexed]
     starts = np.flatnonzero(np.diff(users, prepend=-1))
-    totals = np.empty((len(starts), searcher.vectors.shape[1]))
-    for row, (start, end) in enumerate(zip(starts, [*starts[1:], len(users)], strict=True)):
-        vectors = searcher.vectors[positions[start:end]].astype(np.float64)
-        totals[row] = weights[start:end] @ vectors
+    ends = np.append(starts[1:], len(users))
+    dimension = searcher.vectors.shape[1]
+    totals = np.empty((len(starts), dimension))
+    for row, start in enumerate(starts):
+        items = slice(start, ends[row])
+        vectors = searcher.vectors[positions[items]]
+        totals[row] = weights[items] @ vectors.astype(np.float64)
     lengths = np.linalg.norm(totals, axis=1)
     nonzero = lengths > 0
-    means = (totals[nonzero] / lengths[nonzero, None]).astype(np.float32)
+    means = totals[nonzero] / lengths[nonzero, None]
     with_vector = np.zeros(len(histories), bool)
     with_vector[users[starts[nonzero]]] = True
-    return _nullable_rows(means, with_vector)
-
-
-def _nullable_rows(vectors: np.ndarray, present: np.ndarray) -> pa.ListArray:
-    """The vectors, one per true value of `present`, with nulls between them."""
-    offsets = np.concatenate([[0], np.cumsum(present)]) * vectors.shape[1]
-    return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(vectors.ravel()), mask=pa.array(~present)
+    return history.list_array(
+        with_vector * dimension,
+        means.astype(np.float32).ravel(),
+        pa.array(~with_vector),
     )

@@ -20,7 +20,9 @@ from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest_effort
+from vlm4rec_spark.models.ranking.history import list_array
 from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MAX_RULES, ListRules, Rule
+from vlm4rec_spark.models.ranking.top_k import no_positions
 from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, RankedLists, recommend_lists
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
@@ -76,7 +78,10 @@ class Scoring(Protocol):
     def by_history(self) -> bool: ...
 
     def queries(
-        self, batch: pa.RecordBatch, searcher: Searcher, explain: bool = True
+        self,
+        batch: pa.RecordBatch,
+        searcher: Searcher,
+        explain: bool = True,
     ) -> Queries: ...
 
 
@@ -121,17 +126,12 @@ class ProfileScoring:
         content = self._content_queries(batch, searcher, positions, weights)
         if not blended or self.open_item_item is None:
             return content
-        decayed = [
-            user_weights * self.position_decay ** np.arange(len(user_weights))
-            for user_weights in weights
-        ]
-        return BlendedQuery(
-            content,
-            self.open_item_item(),
-            self.share,
-            positions,
-            decayed,
-        )
+        decayed = []
+        for user_weights in weights:
+            decays = self.position_decay ** np.arange(len(user_weights))
+            decayed.append(user_weights * decays)
+        item_item = self.open_item_item()
+        return BlendedQuery(content, item_item, self.share, positions, decayed)
 
     def _content_queries(
         self,
@@ -146,7 +146,10 @@ class ProfileScoring:
             return MaxSimilarityQuery(positions, single, neighbors)
         if self.shape == "multi_taste":
             return MultiInterestQuery.from_histories(
-                positions, weights, searcher, self.max_interests
+                positions,
+                weights,
+                searcher,
+                self.max_interests,
             )
         return MeanQuery(_vectors(batch.column("embedding")), positions)
 
@@ -242,25 +245,29 @@ def _recommend_batch(
     lists = recommend_lists(searcher, requests, spec.list_rules, spec.k, spec.effort)
     filled = lists.items >= 0
     columns = {
-        "item_id": searcher.arrow_ids.take(pa.array(lists.items[filled])),
-        "score": pa.array(lists.scores[filled]),
+        "item_id": searcher.arrow_ids.take(lists.items[filled]),
+        "score": lists.scores[filled],
         **_explanations(queries, lists.items, searcher, spec),
         "collapsed": _collapsed_ids(lists, searcher),
     }
     items = pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
-    offsets = _offsets(filled.sum(axis=1))
+    lengths = filled.sum(axis=1)
+    users = len(batch)
     return pa.RecordBatch.from_pydict(
         {
             "user_id": batch.column("user_id"),
-            "items": pa.ListArray.from_arrays(offsets, items),
-            "k": pa.array(np.full(len(batch), spec.k, np.int32)),
-            "index_id": pa.array([searcher.index_id] * len(batch)),
+            "items": list_array(lengths, items),
+            "k": np.full(users, spec.k, np.int32),
+            "index_id": [searcher.index_id] * users,
         }
     )
 
 
 def _explanations(
-    queries: Queries, positions: np.ndarray, searcher: Searcher, spec: _ListSpec
+    queries: Queries,
+    positions: np.ndarray,
+    searcher: Searcher,
+    spec: _ListSpec,
 ) -> dict[str, pa.Array]:
     """The columns because_item_id, because_terms and source of all list items.
 
@@ -268,7 +275,7 @@ def _explanations(
     """
     filled = positions >= 0
     items = positions[filled]
-    reasons = np.full(len(items), -1, np.int64)
+    reasons = no_positions(items.shape)
     source = pa.nulls(len(items), pa.int64())
     if spec.explain:
         because, by_item_item = queries.explain(searcher, positions)
@@ -289,11 +296,12 @@ def _only(batch: pa.RecordBatch, searcher: Searcher) -> list[np.ndarray | None] 
     if only.null_count == len(batch):
         return None
     restricted = only.is_valid().to_pylist()
-    positions = _positions(only.fill_null([]), searcher)
-    return [
-        user_positions if is_restricted else None
-        for user_positions, is_restricted in zip(positions, restricted, strict=True)
-    ]
+    positions: list[np.ndarray | None] = []
+    positions += _positions(only.fill_null([]), searcher)
+    for user, is_restricted in enumerate(restricted):
+        if not is_restricted:
+            positions[user] = None
+    return positions
 
 
 def _collapsed_ids(lists: RankedLists, searcher: Searcher) -> pa.ListArray:
@@ -302,9 +310,9 @@ def _collapsed_ids(lists: RankedLists, searcher: Searcher) -> pa.ListArray:
     users, ranks, positions = lists.collapsed.T
     cells = users * filled.shape[1] + ranks
     order = np.argsort(cells, kind="stable")
-    sizes = np.bincount(cells, minlength=filled.size)[filled.ravel()]
-    ids = searcher.arrow_ids.take(pa.array(positions[order]))
-    return pa.ListArray.from_arrays(_offsets(sizes), ids)
+    sizes = np.bincount(cells, minlength=filled.size)
+    ids = searcher.arrow_ids.take(positions[order])
+    return list_array(sizes[filled.ravel()], ids)
 
 
 def shared_terms(
@@ -316,25 +324,29 @@ def shared_terms(
 
     At most three words; none where the reason is -1.
     """
-    terms = np.full((len(items), _MAX_TERMS), -1, np.int64)
+    terms = no_positions((len(items), _MAX_TERMS))
     counts = np.zeros(len(items), np.int64)
     for start in range(0, len(items), _PAIRS_PER_BLOCK):
         block = slice(start, start + _PAIRS_PER_BLOCK)
         item_words = searcher.words[items[block]]
         reason_words = searcher.words[reasons[block]]
-        shared = (item_words[:, :, None] == reason_words[:, None, :]).any(axis=2)
+        equal = item_words[:, :, None] == reason_words[:, None, :]
+        shared = equal.any(axis=2)
         shared &= item_words >= 0
-        shared &= (reasons[block] >= 0)[:, None]
+        shared[reasons[block] < 0] = False
         rank = np.cumsum(shared, axis=1) - 1
-        rows, columns = np.nonzero(shared & (rank < _MAX_TERMS))
-        terms[start + rows, rank[rows, columns]] = item_words[rows, columns]
-        counts[block] = shared.sum(axis=1).clip(max=_MAX_TERMS)
-    words = searcher.vocabulary.take(pa.array(terms[terms >= 0]))
-    return pa.ListArray.from_arrays(_offsets(counts), words)
+        listed = shared & (rank < _MAX_TERMS)
+        rows, _ = np.nonzero(listed)
+        ranks = rank[listed]
+        terms[start + rows, ranks] = item_words[listed]
+        counts[block] = listed.sum(axis=1)
+    words = searcher.vocabulary.take(terms[terms >= 0])
+    return list_array(counts, words)
 
 
 def _indexed_history(
-    history: pa.ListArray, searcher: Searcher
+    history: pa.ListArray,
+    searcher: Searcher,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Positions and weights of each user's history items that are in the index.
 
@@ -342,7 +354,7 @@ def _indexed_history(
     """
     entries = history.flatten()
     positions = _per_user(searcher.positions_of(entries.field("item_id")), history)
-    weights = _per_user(entries.field("weight").to_numpy(zero_copy_only=False), history)
+    weights = _per_user(np.asarray(entries.field("weight")), history)
     for user, user_positions in enumerate(positions):
         indexed = user_positions >= 0
         user_weights = weights[user][indexed]
@@ -361,7 +373,8 @@ def _rule_bits(batch: pa.RecordBatch) -> np.ndarray:
 
 def _vectors(embedding: pa.ListArray) -> np.ndarray:
     """float32 (users, dimension)."""
-    return np.asarray(embedding.flatten(), np.float32).reshape(len(embedding), -1)
+    values = np.asarray(embedding.flatten(), np.float32)
+    return values.reshape(len(embedding), -1)
 
 
 def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
@@ -371,7 +384,3 @@ def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
 def _per_user(values: np.ndarray, lists: pa.ListArray) -> list[np.ndarray]:
     ends = np.cumsum(np.asarray(lists.value_lengths()))
     return np.split(values, ends)[:-1]
-
-
-def _offsets(sizes: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))

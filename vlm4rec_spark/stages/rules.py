@@ -34,7 +34,10 @@ class UserRules(NamedTuple):
 
 
 def check(
-    items: DataFrame, users: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
+    items: DataFrame,
+    users: DataFrame,
+    rules: Sequence[Rule],
+    caps: Mapping[str, int],
 ) -> None:
     """Raise UsageError for a rule or a cap that doesn't fit the tables' columns; reads no row."""
     for number, rule in enumerate(rules):
@@ -57,16 +60,20 @@ def _check_predicate(
     table: str,
 ) -> None:
     try:
-        kind = rows.select(F.expr(predicate)).schema[0].dataType.typeName()
+        schema = rows.select(F.expr(predicate)).schema
     except AnalysisException as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{key}: {predicate!r} doesn't fit the table {table}: {reason}") from None
+    kind = schema[0].dataType.typeName()
     if kind != "boolean":
         raise UsageError(f"{key}: expected a boolean expression, got a {kind}: {predicate!r}")
 
 
 def rules_by_item(
-    items: DataFrame, photos: DataFrame, rules: Sequence[Rule], caps: Mapping[str, int]
+    items: DataFrame,
+    photos: DataFrame,
+    rules: Sequence[Rule],
+    caps: Mapping[str, int],
 ) -> DataFrame:
     """item_id, allowed (bits as in ListRules), parent, photo, cap_0, cap_1, …: for the driver.
 
@@ -74,15 +81,19 @@ def rules_by_item(
     """
     allowed = _bit(F.col("available"), AVAILABLE)
     for number, rule in enumerate(rules):
-        allowed = allowed.bitwiseOR(_bit(F.expr(rule.items), _rule_bit(number)))
-    groups = [
-        _group(column).cast("string").alias(f"cap_{number}") for number, column in enumerate(caps)
-    ]
-    main_photos = photos.where(F.col("position") == 0).select(
-        "item_id", F.col("image_sha256").alias("photo")
-    )
+        passed = _bit(F.expr(rule.items), _rule_bit(number))
+        allowed = allowed.bitwiseOR(passed)
+    groups = []
+    for number, column in enumerate(caps):
+        group = _group(column).cast("string")
+        groups.append(group.alias(f"cap_{number}"))
+    photo = F.col("image_sha256").alias("photo")
+    main_photos = photos.where(F.col("position") == 0).select("item_id", photo)
     rows = items.select(
-        "item_id", allowed.alias("allowed"), F.col("parent_id").alias("parent"), *groups
+        "item_id",
+        allowed.alias("allowed"),
+        F.col("parent_id").alias("parent"),
+        *groups,
     )
     return rows.join(main_photos, on="item_id", how="left")
 
@@ -93,7 +104,8 @@ def _rule_bit(number: int) -> int:
 
 
 def _bit(condition: Column, bit: int) -> Column:
-    return F.when(condition, F.lit(bit)).otherwise(0).cast("bigint")
+    value = F.when(condition, bit).otherwise(0)
+    return value.cast("bigint")
 
 
 def _group(column: str) -> Column:
@@ -103,7 +115,10 @@ def _group(column: str) -> Column:
 
 
 def list_rules(
-    rows: pa.Table, searcher: Searcher, variants: Sequence[str], caps: Mapping[str, int]
+    rows: pa.Table,
+    searcher: Searcher,
+    variants: Sequence[str],
+    caps: Mapping[str, int],
 ) -> ListRules:
     """Rows of `rules_by_item` by the positions of an index, without thresholds.
 
@@ -129,7 +144,10 @@ def list_rules(
         groups = _connected_groups([codes(name) for name in variants])
         if len(np.unique(groups)) == len(groups):
             groups = None  # No item has a variant: lists are simply the best items.
-    limits = [Cap(codes(f"cap_{number}"), limit) for number, limit in enumerate(caps.values())]
+    limits = []
+    for number, limit in enumerate(caps.values()):
+        cap_groups = codes(f"cap_{number}")
+        limits.append(Cap(cap_groups, limit))
     allowed = by_position(rows["allowed"].to_numpy(), 0)
     return ListRules(allowed, groups, limits)
 
@@ -151,8 +169,10 @@ def _connected_groups(groupings: Sequence[np.ndarray]) -> np.ndarray:
         item_nodes.append(grouped)
         group_nodes.append(nodes + numbers[grouped])
         nodes += int(numbers.max(initial=-1)) + 1
-    edges = (np.concatenate(item_nodes), np.concatenate(group_nodes))
-    graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(nodes, nodes))
+    sources = np.concatenate(item_nodes)
+    targets = np.concatenate(group_nodes)
+    edges = np.ones(len(sources), np.int8)
+    graph = coo_array((edges, (sources, targets)), shape=(nodes, nodes))
     _, components = connected_components(graph, directed=False)
     return components[: len(groupings[0])].astype(np.int64)
 
@@ -165,7 +185,8 @@ def rules_by_user(users: DataFrame, rules: Sequence[Rule]) -> UserRules:
         if rule.users is None:
             everybody |= _rule_bit(number)
         else:
-            bits = bits.bitwiseOR(_bit(F.expr(rule.users), _rule_bit(number)))
+            applies = _bit(F.expr(rule.users), _rule_bit(number))
+            bits = bits.bitwiseOR(applies)
     if all(rule.users is None for rule in rules):
         return UserRules(everybody, None)
     by_user = users.select("user_id", bits.alias("rules"))
@@ -186,14 +207,18 @@ def not_repeatable(
     """
     events = log
     if repeatable_events:
-        events = log.where(~F.col("event_type").isin(*repeatable_events))
-    events = events.join(items.select("item_id", "category"), on="item_id", how="inner")
+        repeatable = F.col("event_type").isin(*repeatable_events)
+        events = log.where(~repeatable)
+    categories = items.select("item_id", "category")
+    events = events.join(categories, on="item_id", how="inner")
     if repurchase_days:
         pairs = [F.lit(value) for pair in repurchase_days.items() for value in pair]
-        days = F.create_map(*pairs)[F.col("category")]
+        days_by_category = F.create_map(*pairs)
+        days = days_by_category[F.col("category")]
         log_end = log.agg(F.max("event_time").alias("log_end"))
         age = F.unix_micros("log_end") - F.unix_micros("event_time")
-        excluded = days.isNull() | (age <= days * F.lit(_MICROS_PER_DAY))
+        repurchase_age = days * F.lit(_MICROS_PER_DAY)
+        excluded = days.isNull() | (age <= repurchase_age)
         events = events.crossJoin(F.broadcast(log_end)).where(excluded)
-    seen = F.array_sort(F.collect_set("item_id")).alias("seen")
-    return events.groupBy("user_id").agg(seen)
+    seen = F.array_sort(F.collect_set("item_id"))
+    return events.groupBy("user_id").agg(seen.alias("seen"))

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import Candidates
+from vlm4rec_spark.models.ranking.top_k import Candidates, take_users
 from vlm4rec_spark.models.ranking.user_queries import (
     Explanations,
     Queries,
@@ -48,8 +48,8 @@ class BlendedQuery:
             self._content.take(users),
             self._item_item,
             self._share,
-            [self._histories[user] for user in users],
-            [self._weights[user] for user in users],
+            take_users(self._histories, users),
+            take_users(self._weights, users),
         )
 
     def max_users_per_block(self, items: int) -> int:
@@ -69,7 +69,8 @@ class BlendedQuery:
             if len(columns) and positions[user, 0] < 0:  # the user has no content score
                 positions[user, columns] = candidates.positions
                 scores[user, columns] = 0
-            scores[user, columns] += self._share * candidates.scores.astype(np.float32)
+            item_item_scores = candidates.scores.astype(np.float32)
+            scores[user, columns] += self._share * item_item_scores
         return Candidates(positions, scores)
 
     def search(
@@ -91,7 +92,8 @@ class BlendedQuery:
             content_items = content_items[content_items >= 0]
             unions.append(np.union1d(content_items, strongest))
         positions = pad_positions(unions)
-        return Candidates(positions, self.scores(searcher, positions).astype(np.float32))
+        scores = self.scores(searcher, positions)
+        return Candidates(positions, scores.astype(np.float32))
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         item_item = self._share * self._item_item_scores(positions)
@@ -119,9 +121,11 @@ class BlendedQuery:
         """The item of the user's history that adds most to the item-item score of each item."""
         history = self._histories[user]
         neighbors = self._item_item.positions[history]
-        strengths = self._item_item.strengths[history] * self._weights[user][:, None]
-        added = [np.where(neighbors == item, strengths, 0).max(axis=1) for item in items]
-        return history[np.array(added).argmax(axis=1)]
+        weights = self._weights[user][:, None]
+        strengths = self._item_item.strengths[history] * weights
+        added = [np.where(neighbors == item, strengths, 0) for item in items]
+        strongest = np.max(added, axis=2).argmax(axis=1)
+        return history[strongest]
 
     def _item_item_candidates(self) -> list[Candidates]:
         """Items with an item-item score of each user, by position."""

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from vlm4rec_spark.models.ranking.top_k import rank_in_group
 
-HISTORY = pa.list_(pa.struct([("item_id", pa.string()), ("weight", pa.float64())]))
+_HISTORY_ENTRY = pa.struct([("item_id", pa.string()), ("weight", pa.float64())])
+HISTORY = pa.list_(_HISTORY_ENTRY)
 _DAY_US = 86_400e6
 
 
@@ -30,11 +31,12 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     for batch in batches:
         starts = np.flatnonzero(batch.column("user_row").to_numpy() == 1)
         if len(starts):
-            complete = [*pending, batch.slice(0, starts[-1])]
-            if any(map(len, complete)):
-                yield pa.Table.from_batches(complete)
+            last_user = starts[-1]
+            pending.append(batch.slice(0, last_user))
+            if any(map(len, pending)):
+                yield pa.Table.from_batches(pending)
             pending = []
-            batch = batch.slice(starts[-1])
+            batch = batch.slice(last_user)
         pending.append(batch)
     if any(map(len, pending)):
         yield pa.Table.from_batches(pending)
@@ -91,30 +93,35 @@ def weighted_histories(
     enough = sizes >= min_items
     ranks = rank_in_group(users.items)
     in_history = (ranks < last_n) & np.repeat(enough, users.items)
-    history_items = _take(item_ids, pair_starts[pairs.numbers[in_history]])
-    weights = pairs.weights[in_history] * position_decay ** ranks[in_history]
+    item_rows = pair_starts[pairs.numbers[in_history]]
+    decays = position_decay ** ranks[in_history]
+    entries = _entries(item_ids.take(item_rows), pairs.weights[in_history] * decays)
     user_numbers = users.numbers[enough]
-    user_ids = rows["user_id"].combine_chunks()
+    user_rows = user_starts[user_numbers]
     last_event_at = pa.array(users.last_event[enough], pa.timestamp("us"))
     columns = {
-        "user_id": _take(user_ids, user_starts[user_numbers]),
-        "history": _history_lists(history_items, weights, sizes[enough]),
+        "user_id": rows["user_id"].combine_chunks().take(user_rows),
+        "history": list_array(sizes[enough], entries),
         "seen": _seen(item_ids, user_starts, pair_starts, user_numbers),
-        "events": pa.array(users.events[enough]),
+        "events": users.events[enough],
         "last_event_at": last_event_at.cast(rows.schema.field("event_time").type),
     }
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _history_lists(
-    items: pa.Array,
-    weights: np.ndarray,
+def _entries(items: pa.Array, weights: np.ndarray) -> pa.StructArray:
+    return pa.StructArray.from_arrays([items, weights], fields=list(_HISTORY_ENTRY))
+
+
+def list_array(
     sizes: np.ndarray,
+    values: pa.Array | np.ndarray,
+    is_null: pa.Array | None = None,
 ) -> pa.ListArray:
-    """Lists of these sizes, of items with weights."""
-    fields = list(HISTORY.value_type)
-    entries = pa.StructArray.from_arrays([items, pa.array(weights)], fields=fields)
-    return pa.ListArray.from_arrays(_offsets(sizes), entries)
+    """Consecutive values as lists of these sizes. is_null: bool, lists that are null."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    int32_offsets = pa.array(offsets, pa.int32())
+    return pa.ListArray.from_arrays(int32_offsets, values, mask=is_null)
 
 
 def _weighted_events(
@@ -122,19 +129,25 @@ def _weighted_events(
     user_starts: np.ndarray,
     pair_starts: np.ndarray,
 ) -> _Events:
-    times = rows["event_time"].combine_chunks().cast(pa.int64()).to_numpy(zero_copy_only=False)
-    weights = rows["weight"].combine_chunks().to_numpy(zero_copy_only=False)
-    counts = np.flatnonzero(~np.isnan(weights))
+    times = rows["event_time"].cast(pa.int64()).to_numpy()
+    weights = rows["weight"].to_numpy()
+    users = _run_numbers(user_starts, len(times))
+    pairs = _run_numbers(pair_starts, len(times))
+    counts = ~np.isnan(weights)
     return _Events(
         times[counts],
         weights[counts],
-        _run_numbers(user_starts, len(times))[counts],
-        _run_numbers(pair_starts, len(times))[counts],
+        users[counts],
+        pairs[counts],
     )
 
 
 def _group_users(events: _Events) -> _Users:
-    numbers, starts, counts = np.unique(events.users, return_index=True, return_counts=True)
+    numbers, starts, counts = np.unique(
+        events.users,
+        return_index=True,
+        return_counts=True,
+    )
     last_event = np.maximum.reduceat(events.times, starts)
     is_new_pair = np.diff(events.pairs, prepend=-1) > 0
     _, items = np.unique(events.users[is_new_pair], return_counts=True)
@@ -149,15 +162,23 @@ def _decay(
     """The events with weights that halve with age. Age counts back from the user's last event."""
     if not half_life_days:
         return events
-    age_days = (np.repeat(users.last_event, users.events) - events.times) / _DAY_US
-    return events._replace(weights=events.weights * np.exp2(-age_days / half_life_days))
+    last_events = np.repeat(users.last_event, users.events)
+    age_days = (last_events - events.times) / _DAY_US
+    decays = np.exp2(-age_days / half_life_days)
+    return events._replace(weights=events.weights * decays)
 
 
 def _group_pairs(events: _Events) -> _Pairs:
-    numbers, starts, counts = np.unique(events.pairs, return_index=True, return_counts=True)
+    numbers, starts, counts = np.unique(
+        events.pairs,
+        return_index=True,
+        return_counts=True,
+    )
     weights = np.add.reduceat(events.weights, starts)
-    latest = events.times[starts + counts - 1]
-    order = np.lexsort((numbers, -latest, events.users[starts]))
+    last_rows = starts + counts - 1
+    latest = events.times[last_rows]
+    users = events.users[starts]
+    order = np.lexsort((numbers, -latest, users))
     return _Pairs(numbers[order], weights[order])
 
 
@@ -170,17 +191,18 @@ def _seen(
     """All items of the users with these numbers, also those whose events don't count."""
     first_pairs = np.searchsorted(pair_starts, user_starts)
     sizes = np.diff(np.append(first_pairs, len(pair_starts)))
-    wanted = np.isin(np.arange(len(user_starts)), user_numbers)
-    rows = pair_starts[np.repeat(wanted, sizes)]
-    return pa.ListArray.from_arrays(_offsets(sizes[user_numbers]), _take(item_ids, rows))
+    with_history = np.zeros(len(user_starts), bool)
+    with_history[user_numbers] = True
+    rows = pair_starts[np.repeat(with_history, sizes)]
+    return list_array(sizes[user_numbers], item_ids.take(rows))
 
 
 def _run_starts(values: pa.Array) -> np.ndarray:
     """int64 positions where a run of equal values begins."""
     if not len(values):
         return np.empty(0, np.int64)
-    changes = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1))
-    change_rows = np.flatnonzero(changes.to_numpy(zero_copy_only=False))
+    changes = pc.not_equal(values[1:], values[:-1])
+    change_rows = np.flatnonzero(np.asarray(changes))
     return np.concatenate([[0], change_rows + 1])
 
 
@@ -188,11 +210,3 @@ def _run_numbers(starts: np.ndarray, rows: int) -> np.ndarray:
     """The number of each row's run."""
     sizes = np.diff(np.append(starts, rows))
     return np.repeat(np.arange(len(starts)), sizes)
-
-
-def _take(values: pa.Array, rows: np.ndarray) -> pa.Array:
-    return values.take(pa.array(rows))
-
-
-def _offsets(sizes: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())

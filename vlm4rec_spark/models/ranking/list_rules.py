@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from vlm4rec_spark.models.index.blocks import blocks
-from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates
+from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates, no_positions
 
 AVAILABLE = 1
 """The bit of the rule that holds for everybody: the item is available."""
@@ -106,9 +106,8 @@ class ListRules:
         A variant of a selected item is collapsed into it. An item of a full group or of too low a
         score is skipped.
         """
-        if self.diversity:
-            return self._select_diverse(candidates, vectors, k)
-        return self._select_best(candidates, vectors, k)
+        select = self._select_diverse if self.diversity else self._select_best
+        return select(candidates, vectors, k)
 
     def _select_best(
         self,
@@ -120,24 +119,25 @@ class ListRules:
         users, depth = candidates.positions.shape
         lists = _OpenLists(users, k)
         too_low = np.zeros(users, bool)
-        collapsed = [np.empty((0, 3), np.int64)]
         for rank in range(depth):
             items = candidates.positions[:, rank]
+            is_item = items >= 0
             if self.min_score is not None:
-                too_low |= (items >= 0) & (candidates.scores[:, rank] < self.min_score)
-            fits = (items >= 0) & (lists.lengths < k) & ~too_low
+                scores = candidates.scores[:, rank]
+                too_low |= is_item & (scores < self.min_score)
+            is_open = lists.lengths < k
+            fits = is_item & is_open & ~too_low
             if not fits.any():
                 break
             is_variant = self._variants_of(items, lists.items, vectors)
             is_variant &= fits[:, None] & (lists.items >= 0)
-            hidden = np.flatnonzero(is_variant.any(axis=1))
-            hiding_ranks = is_variant[hidden].argmax(axis=1)
-            collapsed.append(np.stack([hidden, hiding_ranks, items[hidden]], axis=1))
-            fits[hidden] = False
+            fits[lists.collapse(is_variant, items)] = False
             fits &= self._within_caps(items, lists.items)
             lists.append(np.flatnonzero(fits), rank, items)
-        complete = (lists.lengths == k) | too_low | (candidates.positions[:, -1] < 0)
-        return Selection(lists.ranks, np.concatenate(collapsed), complete)
+        is_full = lists.lengths == k
+        exhausted = candidates.positions[:, -1] < 0
+        complete = is_full | too_low | exhausted
+        return Selection(lists.ranks, np.concatenate(lists.collapsed), complete)
 
     def _variants_of(
         self,
@@ -153,8 +153,9 @@ class ListRules:
         if self.similarity_threshold is not None:
             for block in blocks(len(items), _BLOCK_USERS):
                 item_vectors = vectors[items[block], :, None]
-                cosines = np.matmul(vectors[listed[block]], item_vectors)[:, :, 0]
-                is_variant[block] |= self.is_similar(cosines)
+                listed_vectors = vectors[listed[block]]
+                cosines = np.matmul(listed_vectors, item_vectors)
+                is_variant[block] |= self.is_similar(cosines[:, :, 0])
         return is_variant
 
     def is_similar(self, cosines: np.ndarray) -> np.ndarray:
@@ -185,33 +186,52 @@ class ListRules:
         """
         positions, scores = candidates
         users, depth = positions.shape
-        ranks = np.full((users, k), -1, np.int64)
-        hidden_by = np.full((users, depth), -1, np.int64)
-        for block in blocks(users, _BLOCK_FLOATS, depth * vectors.shape[1]):
-            pool = _DiversePool(self, Candidates(positions[block], scores[block]), vectors)
+        ranks = no_positions((users, k))
+        hidden_by = no_positions(positions.shape)
+        floats_per_user = depth * vectors.shape[1]
+        for block in blocks(users, _BLOCK_FLOATS, floats_per_user):
+            block_candidates = Candidates(positions[block], scores[block])
+            pool = _DiversePool(self, block_candidates, vectors)
             for list_rank in range(k):
                 chosen = pool.next_best()
-                found = chosen >= 0
-                if not found.any():
+                if chosen.max() < 0:
                     break
                 ranks[block, list_rank] = chosen
                 hidden_by[block][pool.select(chosen)] = list_rank
         hidden, columns = np.nonzero(hidden_by >= 0)
         hiding_ranks = hidden_by[hidden, columns]
-        collapsed = np.stack([hidden, hiding_ranks, positions[hidden, columns]], axis=1)
-        complete = (ranks[:, -1] >= 0) | (positions[:, -1] < 0)
+        variants = positions[hidden, columns]
+        collapsed = np.stack([hidden, hiding_ranks, variants], axis=1)
+        is_full = ranks[:, -1] >= 0
+        exhausted = positions[:, -1] < 0
+        complete = is_full | exhausted
         if self.min_score is not None:
             complete |= scores[:, -1] < self.min_score
         return Selection(ranks, collapsed, complete)
 
 
 class _OpenLists:
-    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,)."""
+    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,).
+
+    collapsed: parts of `Selection.collapsed`.
+    """
 
     def __init__(self, users: int, k: int):
-        self.ranks = np.full((users, k), -1, np.int64)
-        self.items = np.full((users, k), -1, np.int64)
+        self.ranks = no_positions((users, k))
+        self.items = no_positions((users, k))
         self.lengths = np.zeros(users, np.int64)
+        self.collapsed = [np.empty((0, 3), np.int64)]
+
+    def collapse(self, is_variant: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Hide the users' items that are variants of a listed item.
+
+        is_variant: bool (users, k). Returns the users (int64) whose item is hidden.
+        """
+        users = np.flatnonzero(is_variant.any(axis=1))
+        hiding_ranks = is_variant[users].argmax(axis=1)
+        columns = [users, hiding_ranks, items[users]]
+        self.collapsed.append(np.stack(columns, axis=1))
+        return users
 
     def append(
         self,
@@ -245,39 +265,43 @@ class _DiversePool:
         self.free = positions >= 0
         if rules.min_score is not None:
             self.free &= scores >= rules.min_score
-        self.variants = np.full(positions.shape, -1)
+        self.variants = no_positions(positions.shape)
         if rules.variants is not None:
             self.variants = rules.variants[positions]
-        self.caps = [
-            _PoolCap(groups[positions], limit, np.zeros(positions.shape, np.int64))
-            for groups, limit in rules.caps
-        ]
+        self.caps = []
+        for groups, limit in rules.caps:
+            listed = np.zeros(positions.shape, np.int64)
+            self.caps.append(_PoolCap(groups[positions], limit, listed))
 
     def next_best(self) -> np.ndarray:
         """The rank of each user's next candidate; -1 if there is none."""
         allowed = self.free.copy()
         for cap in self.caps:
             allowed &= (cap.groups < 0) | (cap.listed < cap.limit)
-        values = self.relevance - self.rules.diversity * self.highest_cosines
-        rounded = np.round(values, SCORE_DIGITS)
-        ranks = np.where(allowed, rounded, -np.inf).argmax(axis=1)
-        return np.where(allowed[self.users, ranks], ranks, -1)
+        redundancy = self.rules.diversity * self.highest_cosines
+        rounded = np.round(self.relevance - redundancy, SCORE_DIGITS)
+        values = np.where(allowed, rounded, -np.inf)
+        ranks = values.argmax(axis=1)
+        is_allowed = allowed[self.users, ranks]
+        return np.where(is_allowed, ranks, -1)
 
     def select(self, ranks: np.ndarray) -> np.ndarray:
         """List the candidates of these ranks, -1: none. Returns the variants that they hide."""
-        found = ranks >= 0
-        self.free[self.users[found], ranks[found]] = False
-        selected_vectors = self.vectors[self.users, ranks]
-        cosines = np.matmul(self.vectors, selected_vectors[:, :, None])[:, :, 0]
+        selected = ranks >= 0
+        self.free[self.users[selected], ranks[selected]] = False
+        cells = (self.users, ranks)
+        selected_vectors = self.vectors[cells][:, :, None]
+        cosines = np.matmul(self.vectors, selected_vectors)[:, :, 0]
         self.highest_cosines = np.maximum(self.highest_cosines, cosines)
         for cap in self.caps:
-            selected_groups = cap.groups[self.users, ranks]
-            cap.listed[...] += cap.groups == selected_groups[:, None]
-        selected_variants = self.variants[self.users, ranks]
-        hidden = (self.variants == selected_variants[:, None]) & (self.variants >= 0)
+            selected_groups = cap.groups[cells][:, None]
+            cap.listed[...] += cap.groups == selected_groups
+        selected_variants = self.variants[cells][:, None]
+        hidden = self.variants == selected_variants
+        hidden &= self.variants >= 0
         if self.rules.similarity_threshold is not None:
             hidden |= self.rules.is_similar(cosines)
-        hidden &= self.free & found[:, None]
+        hidden &= self.free & selected[:, None]
         self.free[hidden] = False
         return hidden
 

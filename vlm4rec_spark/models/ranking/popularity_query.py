@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import Candidates
+from vlm4rec_spark.models.ranking.top_k import Candidates, lengths, no_positions, take_users
 from vlm4rec_spark.models.ranking.user_queries import Explanations, pad, restrict
 
 _BLOCK_SCORES = 2**22
@@ -24,11 +24,12 @@ class PopularityQuery:
         return len(self._popular)
 
     def take(self, users: np.ndarray) -> PopularityQuery:
-        return PopularityQuery([self._popular[user] for user in users])
+        return PopularityQuery(take_users(self._popular, users))
 
     def max_users_per_block(self, items: int) -> int:
-        longest = max((len(popular.positions) for popular in self._popular), default=1)
-        return max(1, _BLOCK_SCORES // max(1, longest))
+        sizes = lengths([popular.positions for popular in self._popular])
+        longest = int(sizes.max(initial=1))
+        return max(1, _BLOCK_SCORES // longest)
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
         return pad([restrict(popular, subset) for popular in self._popular])
@@ -48,5 +49,4 @@ class PopularityQuery:
         return scores
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        history_items = np.full(items.shape, -1, np.int64)
-        return Explanations(history_items, np.zeros(items.shape, bool))
+        return Explanations(no_positions(items.shape), np.zeros(items.shape, bool))

@@ -6,10 +6,12 @@ Positions are rows of the index, which is sorted by item id: a lower position is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+_T = TypeVar("_T")
 
 SCORE_DIGITS = 6
 """Scores are rounded before ties break by item id."""
@@ -43,6 +45,16 @@ class Candidates(NamedTuple):
         return np.where(self.positions[index] == items, self.scores[index], default)
 
 
+def lengths(lists: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 (lists,)."""
+    return np.array([len(values) for values in lists], np.int64)
+
+
+def take_users(values: Sequence[_T], users: np.ndarray) -> list[_T]:
+    """The values of these users. users: int64 positions in `values`."""
+    return [values[user] for user in users]
+
+
 def flat_exclusions(excluded: Sequence[np.ndarray], items: int) -> np.ndarray:
     """Sorted int64 codes `user * items + position` of the positions that users must not get.
 
@@ -50,8 +62,8 @@ def flat_exclusions(excluded: Sequence[np.ndarray], items: int) -> np.ndarray:
     """
     if not len(excluded):
         return np.empty(0, np.int64)
-    sizes = [len(positions) for positions in excluded]
-    users = np.repeat(np.arange(len(excluded), dtype=np.int64), sizes)
+    users = np.arange(len(excluded), dtype=np.int64)
+    users = np.repeat(users, lengths(excluded))
     positions = np.concatenate(excluded).astype(np.int64)
     in_index = positions >= 0
     return np.unique(users[in_index] * items + positions[in_index])
@@ -79,11 +91,12 @@ def top_k(
     if len(exclusions):
         allowed &= ~_excluded(positions, exclusions, items)
     # Scores as integers: then a candidate's score and position fit in one sort key.
-    scaled = np.where(allowed, scores, 0.0).astype(np.float64) * 10**SCORE_DIGITS
-    rounded = np.round(scaled).astype(np.int64)
+    allowed_scores = np.where(allowed, scores, 0.0).astype(np.float64)
+    rounded = np.round(allowed_scores * 10**SCORE_DIGITS).astype(np.int64)
     # A full order, so the cut is stable.
     keys = rounded * items + (items - 1 - positions)
-    columns = _largest(np.where(allowed, keys, -np.iinfo(np.int64).max), k)
+    lowest = -np.iinfo(np.int64).max
+    columns = _largest(np.where(allowed, keys, lowest), k)
     valid = np.take_along_axis(allowed, columns, 1)
     best_positions = np.take_along_axis(positions, columns, 1)
     best_scores = np.take_along_axis(rounded, columns, 1) / 10**SCORE_DIGITS
@@ -99,7 +112,8 @@ def order_by_score(candidates: Candidates, k: int) -> Candidates:
     positions = candidates.positions
     scores = np.where(positions >= 0, candidates.scores, -np.inf)
     rounded = np.round(scores, SCORE_DIGITS)
-    columns = np.lexsort((positions, -rounded), axis=1)[:, :k]
+    order = np.lexsort((positions, -rounded), axis=1)
+    columns = order[:, :k]
     top = np.take_along_axis(positions, columns, 1)
     top_scores = np.take_along_axis(rounded, columns, 1)
     return Candidates(top, np.where(top >= 0, top_scores, np.nan))
@@ -111,19 +125,27 @@ def no_candidates(
     dtype: npt.DTypeLike = np.float64,
 ) -> Candidates:
     """Arrays (users, width) without a candidate: -1 and NaN."""
-    positions = np.full((users, width), -1, np.int64)
-    return Candidates(positions, np.full((users, width), np.nan, dtype))
+    positions = no_positions((users, width))
+    scores = np.full(positions.shape, np.nan, dtype)
+    return Candidates(positions, scores)
+
+
+def no_positions(shape: tuple[int, ...]) -> np.ndarray:
+    """-1 everywhere."""
+    return np.full(shape, -1, np.int64)
 
 
 def rank_in_group(sizes: np.ndarray) -> np.ndarray:
     """The rank of each row within its group, from 0, for sorted groups of these sizes."""
     starts = np.cumsum(sizes) - sizes
-    return np.arange(sizes.sum()) - np.repeat(starts, sizes)
+    row_starts = np.repeat(starts, sizes)
+    return np.arange(sizes.sum()) - row_starts
 
 
 def _max_exclusions(exclusions: np.ndarray, items: int) -> int:
     """The largest number of exclusions of a user."""
-    return int(np.bincount(exclusions // items).max(initial=0))
+    counts = np.bincount(exclusions // items)
+    return int(counts.max(initial=0))
 
 
 def _excluded(
@@ -143,7 +165,8 @@ def _largest(keys: np.ndarray, k: int) -> np.ndarray:
     """Columns of the k largest keys of each row, largest first."""
     width = min(k, keys.shape[1])
     if width < keys.shape[1]:
-        columns = np.argpartition(-keys, width - 1, axis=1)[:, :width]
+        columns = np.argpartition(-keys, width - 1, axis=1)
+        columns = columns[:, :width]
     else:
         columns = np.broadcast_to(np.arange(width), keys.shape)
     chosen_keys = np.take_along_axis(keys, columns, 1)
@@ -160,7 +183,8 @@ def _shortlist(
     """The `depth` best allowed candidates of each user, and those that rounding may add to them."""
     masked = np.where(allowed, scores, np.float32("-inf"))
     cut = masked.shape[1] - depth
-    last_scores = np.partition(masked, cut, axis=1)[:, cut, None]
+    divided = np.partition(masked, cut, axis=1)
+    last_scores = divided[:, cut, None]
     min_scores = last_scores - 2 * 10.0**-SCORE_DIGITS
     rows, columns = np.nonzero(allowed & (masked >= min_scores))
     counts = np.bincount(rows, minlength=len(masked))

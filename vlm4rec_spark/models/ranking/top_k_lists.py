@@ -18,8 +18,10 @@ from vlm4rec_spark.models.ranking.top_k import (
     SPARE,
     Candidates,
     flat_exclusions,
+    lengths,
     no_candidates,
     order_by_score,
+    take_users,
     top_k,
 )
 from vlm4rec_spark.models.ranking.user_queries import Queries, pad_positions
@@ -61,12 +63,11 @@ class ListRequests:
         return len(self.queries)
 
     def take(self, users: np.ndarray) -> ListRequests:
-        only = self.only
         return ListRequests(
             self.queries.take(users),
-            [self.excluded[user] for user in users],
+            take_users(self.excluded, users),
             self.rules[users],
-            None if only is None else [only[user] for user in users],
+            self.only and take_users(self.only, users),
         )
 
     def has_only(self) -> np.ndarray:
@@ -95,17 +96,24 @@ def retrieve(
         return best
     search = _plan(searcher, eligible, effort)
     # Users with as many exclusions share a block: the most of them decide on its depth.
-    order = np.argsort([len(positions) for positions in excluded], kind="stable")
+    order = np.argsort(lengths(excluded), kind="stable")
     for block in blocks(len(queries), search.max_users(queries)):
         users = order[block]
-        block_excluded = [excluded[user] for user in users]
+        block_excluded = take_users(excluded, users)
         top = search.top_k(queries.take(users), block_excluded, k)
         best.positions[users], best.scores[users] = top
-    short = np.flatnonzero((best.positions < 0).any(axis=1))
-    if search.effort is not None and len(short):
-        short_excluded = [excluded[user] for user in short.tolist()]
-        exact = retrieve(searcher, queries.take(short), short_excluded, eligible, k, None)
-        best.positions[short], best.scores[short] = exact
+    is_short = (best.positions < 0).any(axis=1)
+    if search.effort is not None and is_short.any():
+        users = np.flatnonzero(is_short)
+        exact = retrieve(
+            searcher,
+            queries.take(users),
+            take_users(excluded, users),
+            eligible,
+            k,
+            None,
+        )
+        best.positions[users], best.scores[users] = exact
     return best
 
 
@@ -125,8 +133,8 @@ class _Retrieval:
         """Users per block."""
         if self.effort is not None:
             return _BLOCK_USERS
-        items = len(self.searcher) if self.subset is None else len(self.subset)
-        return queries.max_users_per_block(items)
+        scored = self.searcher if self.subset is None else self.subset
+        return queries.max_users_per_block(len(scored))
 
     def top_k(
         self,
@@ -135,13 +143,12 @@ class _Retrieval:
         k: int,
     ) -> Candidates:
         if self.effort is None:
-            found = queries.score_all(self.searcher, self.subset)
+            candidates = queries.score_all(self.searcher, self.subset)
         else:
-            extra = np.array([len(positions) for positions in excluded], np.int64)
-            found = queries.search(self.searcher, self.effort, extra)
+            candidates = queries.search(self.searcher, self.effort, lengths(excluded))
         exclusions = flat_exclusions(excluded, len(self.searcher))
-        top = top_k(*found, exclusions, self.eligible, k + SPARE)
-        if found.scores.dtype != np.float64:
+        top = top_k(*candidates, exclusions, self.eligible, k + SPARE)
+        if candidates.scores.dtype != np.float64:
             top = _rescore(top, self.searcher, queries)
         return order_by_score(top, k)
 
@@ -185,8 +192,9 @@ class _Lists:
         is_item = ranks >= 0
         positions = np.take_along_axis(candidates.positions[complete], ranks, 1)
         scores = np.take_along_axis(candidates.scores[complete], ranks, 1)
-        self.best.positions[users[complete]] = np.where(is_item, positions, -1)
-        self.best.scores[users[complete]] = np.where(is_item, scores, np.nan)
+        rows = users[complete]
+        self.best.positions[rows] = np.where(is_item, positions, -1)
+        self.best.scores[rows] = np.where(is_item, scores, np.nan)
         hidden = selection.collapsed[complete[selection.collapsed[:, 0]]]
         hidden[:, 0] = users[hidden[:, 0]]
         self.collapsed.append(hidden)
@@ -262,7 +270,10 @@ def _rank_only(
     k: int,
 ) -> Candidates:
     """As `retrieve`, out of the items that each user may get only."""
-    only = [np.unique(items[items >= 0]) for items in requests.only or () if items is not None]
+    only = []
+    for items in requests.only or ():
+        if items is not None:
+            only.append(np.unique(items[items >= 0]))
     positions = pad_positions(only)
     if not positions.shape[1]:
         return no_candidates(len(requests), k)

@@ -16,7 +16,14 @@ import numpy as np
 from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates, no_candidates
+from vlm4rec_spark.models.ranking.top_k import (
+    SCORE_DIGITS,
+    Candidates,
+    lengths,
+    no_candidates,
+    no_positions,
+    take_users,
+)
 
 Shape = Literal["mean", "max_similarity", "multi_taste"]
 _BLOCK_SCORES = 2**24
@@ -93,18 +100,22 @@ def nearest_history_items(
     items: positions (users, items). Returns positions of the same shape; -1 without a history. Of
     equals the earlier one is returned.
     """
-    nearest = np.full(items.shape, -1, np.int64)
-    sizes = np.array([len(history) for history in histories], np.int64)
-    for size in np.unique(sizes[sizes > 0]).tolist():
+    nearest = no_positions(items.shape)
+    dimension = searcher.vectors.shape[1]
+    sizes = lengths(histories)
+    distinct_sizes = np.unique(sizes[sizes > 0])
+    for size in distinct_sizes.tolist():
         same_size = np.flatnonzero(sizes == size)
-        floats_per_user = searcher.vectors.shape[1] * (size + items.shape[1])
-        for block in blocks(len(same_size), _BLOCK_FLOATS, floats_per_user):
+        vectors_per_user = size + items.shape[1]
+        for block in blocks(len(same_size), _BLOCK_FLOATS, dimension * vectors_per_user):
             users = same_size[block]
-            history = np.stack([histories[user] for user in users])
+            history = np.stack(take_users(histories, users))
             history_vectors = searcher.vectors[history].transpose(0, 2, 1)
-            cosines = np.matmul(searcher.vectors[items[users]], history_vectors)
+            item_vectors = searcher.vectors[items[users]]
+            cosines = np.matmul(item_vectors, history_vectors)
             if weights is not None:
-                cosines = cosines * np.stack([weights[user] for user in users])[:, None, :]
+                user_weights = np.stack(take_users(weights, users))
+                cosines = cosines * user_weights[:, None, :]
             columns = np.round(cosines, SCORE_DIGITS).argmax(axis=2)
             nearest[users] = np.take_along_axis(history, columns, 1)
     nearest[items < 0] = -1
@@ -136,9 +147,7 @@ class MeanQuery:
         return len(self._vectors)
 
     def take(self, users: np.ndarray) -> MeanQuery:
-        histories = self._histories
-        if histories is not None:
-            histories = [histories[user] for user in users]
+        histories = self._histories and take_users(self._histories, users)
         return MeanQuery(self._vectors[users], histories)
 
     def max_users_per_block(self, items: int) -> int:
@@ -189,8 +198,8 @@ class _MultiVectorQuery(ABC):
         return len(self._weights)
 
     def max_users_per_block(self, items: int) -> int:
-        longest = max((len(weights) for weights in self._weights), default=1)
-        return max(1, _BLOCK_SCORES // items // max(1, longest))
+        longest = int(lengths(self._weights).max(initial=1))
+        return max(1, _BLOCK_SCORES // items // longest)
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
         """No candidates (-1) for a user without a history in this index."""
@@ -223,7 +232,8 @@ class _MultiVectorQuery(ABC):
             if len(weights):
                 vectors = self._vectors_of(user, searcher).astype(np.float64)
                 item_vectors = searcher.vectors[positions[user]].astype(np.float64)
-                scores[user] = (item_vectors @ vectors.T * weights).max(axis=1)
+                cosines = item_vectors @ vectors.T
+                scores[user] = (cosines * weights).max(axis=1)
         return scores
 
     def _search_users(
@@ -233,13 +243,14 @@ class _MultiVectorQuery(ABC):
         extra: np.ndarray,
     ) -> list[Candidates]:
         vectors, rows = self._all_vectors(searcher)
-        found, cosines = searcher.search(vectors, effort.with_extra(extra))
+        items, cosines = searcher.search(vectors, effort.with_extra(extra))
         cosines = cosines.astype(np.float32)
-        depths = (effort.candidates + extra).tolist()
+        depths = effort.candidates + extra
         merged = []
-        for user_rows, weights, depth in zip(rows, self._weights, depths, strict=True):
-            weighted = cosines[user_rows, :depth] * weights[:, None]
-            merged.append(_merge(found[user_rows, :depth], weighted))
+        for user, depth in enumerate(depths.tolist()):
+            cells = (rows[user], slice(depth))
+            weights = self._weights[user][:, None]
+            merged.append(_merge(items[cells], cosines[cells] * weights))
         return merged
 
     @abstractmethod
@@ -270,8 +281,8 @@ class MaxSimilarityQuery(_MultiVectorQuery):
         self._neighbors = neighbors
 
     def take(self, users: np.ndarray) -> MaxSimilarityQuery:
-        histories = [self._histories[user] for user in users]
-        weights = [self._weights[user] for user in users]
+        histories = take_users(self._histories, users)
+        weights = take_users(self._weights, users)
         return MaxSimilarityQuery(histories, weights, self._neighbors)
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
@@ -295,15 +306,17 @@ class MaxSimilarityQuery(_MultiVectorQuery):
         candidates = dict(zip(too_deep.tolist(), searched, strict=True))
         for user, depth in enumerate(depths.tolist()):
             if depth <= neighbors.depth:
-                history = self._histories[user]
-                cosines = neighbors.cosines[history, :depth] * self._weights[user][:, None]
-                candidates[user] = _merge(neighbors.positions[history, :depth], cosines)
+                cells = (self._histories[user], slice(depth))
+                weights = self._weights[user][:, None]
+                cosines = neighbors.cosines[cells] * weights
+                candidates[user] = _merge(neighbors.positions[cells], cosines)
         return [candidates[user] for user in range(len(self))]
 
     def _all_vectors(self, searcher: Searcher) -> _UserVectors:
         items = np.concatenate([np.empty(0, np.int64), *self._histories])
         distinct, rows = np.unique(items, return_inverse=True)
-        return _UserVectors(searcher.vectors[distinct], _split(rows, self._histories))
+        vectors = searcher.vectors[distinct]
+        return _UserVectors(vectors, _split(rows, self._histories))
 
     def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
         return searcher.vectors[self._histories[user]]
@@ -350,18 +363,20 @@ class MultiInterestQuery(_MultiVectorQuery):
 
     def take(self, users: np.ndarray) -> MultiInterestQuery:
         return MultiInterestQuery(
-            [self._vectors[user] for user in users],
-            [self._weights[user] for user in users],
-            [self._histories[user] for user in users],
+            take_users(self._vectors, users),
+            take_users(self._weights, users),
+            take_users(self._histories, users),
         )
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
         return _explain_by_content(self._histories, None, searcher, items)
 
     def _all_vectors(self, searcher: Searcher) -> _UserVectors:
-        empty = np.empty((0, searcher.vectors.shape[1]), np.float32)
-        vectors = np.concatenate([empty, *self._vectors])
-        return _UserVectors(vectors, _split(np.arange(len(vectors)), self._weights))
+        dimension = searcher.vectors.shape[1]
+        no_vectors = np.empty((0, dimension), np.float32)
+        vectors = np.concatenate([no_vectors, *self._vectors])
+        rows = np.arange(len(vectors))
+        return _UserVectors(vectors, _split(rows, self._weights))
 
     def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
         return self._vectors[user]
@@ -386,21 +401,22 @@ def _cluster(
 
         tree = linkage(vectors.astype(np.float64), "ward")
         groups = fcluster(tree, max_interests, "maxclust")
-    centers = np.empty((len(np.unique(groups)), vectors.shape[1]), np.float32)
+    distinct = dict.fromkeys(groups.tolist())
+    centers = np.empty((len(distinct), vectors.shape[1]), np.float32)
     center_weights = np.empty(len(centers), np.float32)
-    for row, group in enumerate(dict.fromkeys(groups.tolist())):
+    for row, group in enumerate(distinct):
         members = groups == group
         total = weights[members] @ vectors[members].astype(np.float64)
-        centers[row] = total / max(np.linalg.norm(total), 1e-12)
+        length = np.linalg.norm(total)
+        centers[row] = total / max(length, 1e-12)
         center_weights[row] = weights[members].max()
     return _Interests(centers, center_weights)
 
 
 def _split(rows: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Divide the rows into groups of the same sizes."""
-    sizes = [len(group) for group in groups]
-    ends = np.cumsum(sizes, dtype=np.int64)
-    return np.split(rows, ends[:-1]) if sizes else []
+    ends = np.cumsum(lengths(groups))
+    return np.split(rows, ends)[:-1]
 
 
 def restrict(candidates: Candidates, subset: np.ndarray | None) -> Candidates:
@@ -415,7 +431,8 @@ def restrict(candidates: Candidates, subset: np.ndarray | None) -> Candidates:
 
 def pad(lists: Sequence[Candidates]) -> Candidates:
     """Each user's candidates as rows of the same length, -1 and NaN past the last."""
-    width = max((len(candidates.positions) for candidates in lists), default=0)
+    sizes = lengths([candidates.positions for candidates in lists])
+    width = int(sizes.max(initial=0))
     padded = no_candidates(len(lists), width, np.float32)
     for user, (positions, scores) in enumerate(lists):
         padded.positions[user, : len(positions)] = positions
@@ -425,7 +442,10 @@ def pad(lists: Sequence[Candidates]) -> Candidates:
 
 def pad_positions(lists: Sequence[np.ndarray]) -> np.ndarray:
     """Each user's positions as rows of the same length, -1 past the last."""
-    return pad([Candidates(items, np.zeros(len(items))) for items in lists]).positions
+    padded = no_positions((len(lists), int(lengths(lists).max(initial=0))))
+    for user, positions in enumerate(lists):
+        padded[user, : len(positions)] = positions
+    return padded
 
 
 def _merge(positions: np.ndarray, scores: np.ndarray) -> Candidates:
