@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from vlm4rec_spark.settings import Settings
 
 if TYPE_CHECKING:
     from vlm4rec_spark.storage.state import CalibrationState
 
 
-class ReportSettings(BaseModel):
+class ReportSettings(Settings):
     """Where the page goes, and how much it shows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field("report.html", min_length=1)
     users: int = Field(6, ge=0, le=100)

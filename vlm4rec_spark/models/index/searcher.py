@@ -87,7 +87,7 @@ class Searcher:
         self.vocabulary = _read_strings(folder / "vocabulary.parquet")
         self.coded = artifact.map_array(folder / "coded.npy")
         self.delta = np.setdiff1d(np.arange(len(self.ids)), self.coded)
-        self._scann = _open_scann(folder / "scann") if self.leaves else None
+        self._scann: Any = _open_scann(folder / "scann") if self.leaves else None
         self._positions = pd.Index(self.ids)
 
     @property
