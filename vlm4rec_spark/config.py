@@ -17,7 +17,7 @@ from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.report.data import ReportSettings
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.spark.session import SparkSettings
 from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.stages.index import IndexSettings

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from vlm4rec_spark.models.captioning.captioner import ModelSettings
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 
 class Budget(Settings):

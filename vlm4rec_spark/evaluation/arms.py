@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm4rec_spark.errors import UsageError, first_words
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 

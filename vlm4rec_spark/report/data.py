@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 if TYPE_CHECKING:
     from vlm4rec_spark.storage.state import CalibrationState

@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.photos.download import HttpSettings
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.file_listing import file_reader, list_files
 from vlm4rec_spark.sources.spark_errors import first_line
 

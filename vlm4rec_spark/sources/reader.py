@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StringType
 
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.spark_errors import readable_errors
 
 _RESERVED = ("fields", "source", "modified_at", "row")

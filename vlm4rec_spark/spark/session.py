@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field
 
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.spark import jars, java
 
 if TYPE_CHECKING:

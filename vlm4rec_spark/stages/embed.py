@@ -22,7 +22,7 @@ from vlm4rec_spark.models.encoding.vision_encoder import Vision, load_vision
 from vlm4rec_spark.models.photos import photo_storage
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.download import HttpSettings, concurrently
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 REPRESENTATIONS = ("title", "caption", "title_caption")
 IMAGE = "image"

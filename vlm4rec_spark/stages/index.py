@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pyspark.sql import DataFrame
 
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 
 class IndexSettings(Settings):

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.models.photos import download, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 from vlm4rec_spark.models.photos.photo_storage import PhotoVersion
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.photo_files import PhotoSource
 from vlm4rec_spark.sources.reader import Source, column_named
 

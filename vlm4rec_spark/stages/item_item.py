@@ -6,7 +6,7 @@ from pydantic import Field
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 _MAX_DISTANCE = 20
 """Items further apart are no pair: the default decay makes their weight less than a hundredth."""

@@ -18,7 +18,7 @@ from pyspark.sql.types import StructType
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking import history
 from vlm4rec_spark.models.ranking.user_queries import Shape
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.storage.schemas import PROFILES
 
 EventWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -31,7 +31,7 @@ from vlm4rec_spark.models.ranking.user_queries import (
     Queries,
     Shape,
 )
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.reader import Source
 
 _MAX_TERMS = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 SECONDS_UNTOUCHED = 24 * 3600
 """What was written less than this ago stays: somebody may be at work on it."""

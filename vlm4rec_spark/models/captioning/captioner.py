@@ -11,7 +11,7 @@ from PIL.Image import Image
 from pydantic import Field, model_validator
 
 from vlm4rec_spark.models.model_id import pinned_id
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 MAX_WAIT_SECONDS = 60.0
 """Providers set limits per minute. A server that asks for a longer wait is down."""

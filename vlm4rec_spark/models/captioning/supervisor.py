@@ -129,10 +129,9 @@ class _Child:
             code = self.process.wait(10)
         except subprocess.TimeoutExpired:
             code = None
+        error = f"the process ended with exit code {code}"
         if code is not None and code < 0:
             error = f"the process ended by {signal.Signals(-code).name}"
-        else:
-            error = f"the process ended with exit code {code}"
         if code == -signal.SIGKILL:
             error += " (the kernel does that when memory runs out)"
         if last := self.last_words():

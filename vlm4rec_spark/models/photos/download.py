@@ -27,7 +27,7 @@ from pydantic import Field
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.models.photos import connection
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 REDIRECTS = 5
 MAX_PAUSE = 60.0

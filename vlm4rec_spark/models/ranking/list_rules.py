@@ -14,7 +14,7 @@ from pydantic import Field
 
 from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates, no_positions
-from vlm4rec_spark.settings import Settings
+from vlm4rec_spark.settings_base import Settings
 
 AVAILABLE = 1
 """The bit of the rule that holds for everybody: the item is available."""
