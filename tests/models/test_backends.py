@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 
-from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, parse, render
+from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, render
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.attributes import SCHEMA
 from vlm4rec_spark.models.captioning.attributes import parse as parse_attributes
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
 from vlm4rec_spark.models.captioning.backends.vllm import VllmCaptioner
+from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.captioning.captioner import (
     PACKAGED_MODEL,
     Answer,
@@ -593,7 +594,7 @@ def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card() -> None:
 
 def test_captions_come_from_the_photos() -> None:
     truth, _ = fresh()
-    predicted = [parse(text) for text in described()]
+    predicted = [extract_attributes(text, ATTRIBUTES) for text in described()]
     for name in ATTRIBUTES:
         pairs = zip(predicted, truth, strict=True)
         accuracy = np.mean([prediction.get(name) == true[name] for prediction, true in pairs])
@@ -603,7 +604,7 @@ def test_captions_come_from_the_photos() -> None:
 def test_a_blank_photo_gives_no_information() -> None:
     truth, _ = fresh()
     (text,) = texts(packaged(), [BLANK])
-    prediction = parse(text)
+    prediction = extract_attributes(text, ATTRIBUTES)
     # Chance is .125, .125, .2 and .25.
     names = ("kind", "colour", "pattern", "material")
     correct = [prediction.get(name) == true[name] for name in names for true in truth]

@@ -10,7 +10,6 @@ from vlm4rec_spark.evaluation.inference import (
     bootstrap_interval,
     holm,
     interval,
-    paired_p_value,
     paired_p_values,
     resampled_means,
 )
@@ -31,6 +30,10 @@ HITS = [
     [False, False, False],
     [False, True, False],
 ]
+
+
+def paired_p_value(arm: np.ndarray, control: np.ndarray, seed: int) -> float:
+    return float(paired_p_values((arm - control)[:, None], seed)[0])
 
 
 def positions(lists: list[str], length: int) -> np.ndarray:

@@ -18,7 +18,6 @@ from vlm4rec_spark.cli import main
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.training import augment, card, labelled, measure, network, train
 from vlm4rec_spark.training.measure import Share
-from vlm4rec_spark.training.teacher import WIDTH, Teacher
 
 COLUMNS = {"photo": "photo", "caption": "caption", "weight": "weight"}
 COLOURS = {"red": (190, 30, 30), "green": (30, 150, 40), "blue": (30, 60, 190)}
@@ -378,15 +377,6 @@ def test_the_background_is_what_reaches_the_edge() -> None:
     assert augment._background(torch.full((1, 3, 64, 64), 0.5)).max() == 0
 
 
-def test_the_teacher_sees_each_photo_alone() -> None:
-    pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    teacher = Teacher("cpu")
-    together = teacher.features(pixels)
-    assert together.shape == (3, WIDTH)
-    assert torch.allclose(together[1:2], teacher.features(pixels[1:2]), atol=1e-4)
-    assert (together[0] - together[1]).abs().max() > 0.1
-
-
 # Figures and card
 
 
@@ -412,7 +402,7 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
         licence="CC0.",
         photos=1_200,
         rejected={"html_page": 2},
-        plan=train.TrainingPlan(teacher=True),
+        plan=train.TrainingPlan(start="packaged"),
         seconds=90.0,
         device="a GPU",
     )
@@ -422,7 +412,7 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
     for words in (
         "`vlm4rec train-captioner x`",
         "1,200 photos; left out: 2 html page.",
-        "seed 0; 1.5 minutes on a GPU. EfficientNet-Lite0",
+        "seed 0; 1.5 minutes on a GPU. It started from a captioner",
         "| kind | 2 | 61 | 0.500 | 0.250 | 0.750 |",
         "## Licence CC0.",
     ):

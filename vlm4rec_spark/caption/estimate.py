@@ -22,12 +22,21 @@ class Rates:
     tokens: str
     """Where the tokens come from, likewise."""
 
-    def cost(self, photos: int, prices: Prices) -> float:
+    def cost(
+        self,
+        photos: int,
+        prices: Prices,
+    ) -> float:
         """Of this number of photos, in the currency of the prices."""
         seconds = photos / self.photos_per_second
         return prices.cost(seconds, photos * self.input_tokens, photos * self.output_tokens)
 
-    def affordable(self, photos: int, budget: Budget, prices: Prices) -> int:
+    def affordable(
+        self,
+        photos: int,
+        budget: Budget,
+        prices: Prices,
+    ) -> int:
         """How many of `photos` the budget buys."""
         if budget.photos is not None:
             photos = min(photos, budget.photos)

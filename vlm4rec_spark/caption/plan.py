@@ -45,7 +45,10 @@ class CaptionSpec:
 
 
 def wanted_captions(
-    photos: DataFrame, imported: DataFrame, items: DataFrame | None, spec: CaptionSpec
+    photos: DataFrame,
+    imported: DataFrame,
+    items: DataFrame | None,
+    spec: CaptionSpec,
 ) -> DataFrame:
     """Every photo that the model shall describe, without bytes.
 
@@ -74,7 +77,11 @@ def wanted_captions(
     )
 
 
-def _with_prompts(photos: DataFrame, items: DataFrame | None, prompt: Prompt) -> DataFrame:
+def _with_prompts(
+    photos: DataFrame,
+    items: DataFrame | None,
+    prompt: Prompt,
+) -> DataFrame:
     """`photos` with the prompt about their item."""
     if items is None:
         return photos.withColumn("prompt", F.lit(None).cast("string"))
@@ -161,7 +168,11 @@ def queue(photos: DataFrame, interactions: DataFrame | None) -> DataFrame:
     return keys.select("caption_key", "photo.*", rank.alias("rank"))
 
 
-def in_order(queue: DataFrame, now: int, first: int) -> DataFrame:
+def in_order(
+    queue: DataFrame,
+    now: int,
+    first: int,
+) -> DataFrame:
     """The first `now` rows of the queue with `tier`, and with `rank` as they are captioned.
 
     The `first` photos by events are tier 0, twice as many are tier 1, and so on. Inside a tier
@@ -189,7 +200,11 @@ def with_photos(part: DataFrame, photos: DataFrame) -> DataFrame:
     return part.join(images, on=["item_id", "position"], how="inner")
 
 
-def item_captions(photos: DataFrame, captions: DataFrame, imported: DataFrame) -> DataFrame:
+def item_captions(
+    photos: DataFrame,
+    captions: DataFrame,
+    imported: DataFrame,
+) -> DataFrame:
     """item_id, position and caption_key: which caption every photo has now, imported ones included.
 
     It is the wanted caption if there is one, else the one that the item had of this very photo.

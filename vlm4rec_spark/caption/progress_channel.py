@@ -35,7 +35,11 @@ class Address:
 class ProgressServer:
     """The driver's end. `counts` sums up the tasks' reports; `stop` ends them after their batch."""
 
-    def __init__(self, host: str, bind: str = ""):
+    def __init__(
+        self,
+        host: str,
+        bind: str = "",
+    ):
         """`host` is the driver's name for executors; the server listens at `bind`, or there."""
         self.stop = False
         self._counts: Counter[str] = Counter()
@@ -51,14 +55,19 @@ class ProgressServer:
                     if not hmac.compare_digest(self.rfile.readline(100).strip(), token.encode()):
                         return
                     while report := self.rfile.readline(10_000):
-                        progress._add(json.loads(report))
+                        with progress._lock:
+                            progress._counts.update(json.loads(report))
                         self.wfile.write(b"stop\n" if progress.stop else b"go\n")
 
         self._server = socketserver.ThreadingTCPServer((bind or host, 0), Handler)
         self._server.daemon_threads = True
         self.address = Address(host, self._server.server_address[1], token)
         # `close` waits until the server's next look at its own state: this many seconds at most.
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever,
+            args=(0.05,),
+            daemon=True,
+        ).start()
 
     @property
     def counts(self) -> Counter[str]:
@@ -68,10 +77,6 @@ class ProgressServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-    def _add(self, report: Mapping[str, float]) -> None:
-        with self._lock:
-            self._counts.update(report)
 
 
 class ProgressClient:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pandas as pd
 from pyspark.sql import DataFrame
@@ -11,14 +11,13 @@ from vlm4rec_spark.models.photos import perturbations, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 
 
-def recaption(photos: DataFrame, max_side: int, http: HttpSettings) -> DataFrame:
+def recaption(
+    photos: DataFrame,
+    max_side: int,
+    http: HttpSettings,
+) -> DataFrame:
     """Rows for `worker.caption_photos`, with every photo perturbed; empty where it is lost."""
-    return photos.mapInPandas(_perturbing_udf(max_side, http), photos.schema)
 
-
-def _perturbing_udf(
-    max_side: int, http: HttpSettings
-) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     def perturb(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
             images = [
@@ -28,10 +27,15 @@ def _perturbing_udf(
             # Without its URI, or the worker would read there what is empty here.
             yield batch.assign(image=images, uri=None)
 
-    return perturb
+    return photos.mapInPandas(perturb, photos.schema)
 
 
-def _perturbed(image: bytes | None, uri: str | None, max_side: int, http: HttpSettings) -> bytes:
+def _perturbed(
+    image: bytes | None,
+    uri: str | None,
+    max_side: int,
+    http: HttpSettings,
+) -> bytes:
     """Empty for a photo that can't be read any more: it counts as one that can't be described."""
     try:
         if image is None and uri:

@@ -25,7 +25,12 @@ class Prices(Settings):
     million_input_tokens: float = Field(0.0, ge=0)
     million_output_tokens: float = Field(0.0, ge=0)
 
-    def cost(self, device_seconds: float, input_tokens: float, output_tokens: float) -> float:
+    def cost(
+        self,
+        device_seconds: float,
+        input_tokens: float,
+        output_tokens: float,
+    ) -> float:
         return (
             device_seconds / 3_600 * self.device_hour
             + input_tokens / 1e6 * self.million_input_tokens
@@ -56,7 +61,11 @@ class CaptionSettings(Settings):
     model: ModelSettings = ModelSettings()
     prompt: str = "describe.1"
     # A sentence of the prompt: words, and nothing that could be an instruction of its own.
-    language: str | None = Field(None, max_length=40, pattern=r"^[^\W\d_]+( [^\W\d_]+){0,2}$")
+    language: str | None = Field(
+        None,
+        max_length=40,
+        pattern=r"^[^\W\d_]+( [^\W\d_]+){0,2}$",
+    )
     on_change: Literal["replace", "keep"] = "replace"
     photos_per_item: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -65,7 +74,11 @@ class CaptionSettings(Settings):
     chunk_photos: int = Field(50_000, ge=2)
     batch_seconds: float = Field(300.0, ge=1)
     memory_gb: float | None = Field(None, gt=0)
-    max_failed_share: float = Field(0.2, ge=0, le=1)
+    max_failed_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+    )
     max_attempts: int = Field(3, ge=1)
     budget: Budget = Budget()
     prices: Prices = Prices()

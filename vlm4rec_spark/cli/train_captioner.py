@@ -115,8 +115,6 @@ def _command(
             words += [f"--{name}", column]
     for name in ("seen", "batch", "rate", "seed"):
         words += [f"--{name}", str(options[name])]
-    if options["teacher"]:
-        words.append("--teacher")
     for name in ("start", "mirrored", "kept"):
         if options[name]:
             words += [f"--{name}", str(options[name])]

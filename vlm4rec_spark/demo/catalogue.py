@@ -55,7 +55,12 @@ class _Event(NamedTuple):
     at: datetime
 
 
-def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> None:
+def write(
+    folder: Path,
+    seed: int = 7,
+    items: int = 560,
+    users: int = 2_000,
+) -> None:
     """Write the shop into `folder`, which is emptied first.
 
     It has photos/, catalogue.csv, events-YYYY-MM.csv.gz, users.csv, identities.csv and, written
@@ -75,7 +80,10 @@ def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> 
     first_seen = _first_seen(items, rng)
     _write_catalogue(folder / "catalogue.csv", truth["item_id"].tolist(), first_seen, rng)
     _write_photos(folder / "photos", truth, seed)
-    _write_log(folder, _events(truth, first_seen, users, rng))
+    shoppers = _Shoppers(truth, first_seen, rng)
+    events = [event for number in range(users) for event in shoppers.events(number)]
+    events += _odd_events(shoppers.viewed_items(), rng)
+    _write_log(folder, events)
     _write_users(folder, users, seed)
     truth.to_parquet(folder / "truth.parquet", index=False)
 
@@ -89,7 +97,10 @@ def _first_seen(items: int, rng: np.random.Generator) -> list[datetime]:
 
 
 def _write_catalogue(
-    file: Path, ids: Sequence[str], first_seen: Sequence[datetime], rng: np.random.Generator
+    file: Path,
+    ids: Sequence[str],
+    first_seen: Sequence[datetime],
+    rng: np.random.Generator,
 ) -> None:
     rows = [
         (
@@ -118,7 +129,11 @@ def _title(rng: np.random.Generator) -> str:
     return f"Article {letter}{rng.integers(100, 1000)}-{rng.integers(10, 100)}"
 
 
-def _write_users(folder: Path, users: int, seed: int) -> None:
+def _write_users(
+    folder: Path,
+    users: int,
+    seed: int,
+) -> None:
     """Every user's segment and market, and the user ids of the first weeks' visitors."""
     rng = np.random.default_rng([seed, users])
     rows = [
@@ -142,7 +157,11 @@ def _write_users(folder: Path, users: int, seed: int) -> None:
     )
 
 
-def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
+def _write_photos(
+    folder: Path,
+    truth: pd.DataFrame,
+    seed: int,
+) -> None:
     """A photo per item, a second one for some, and the odd files of real photo folders."""
     for number, row in enumerate(truth.to_dict("records")):
         item = row["item_id"]
@@ -202,10 +221,21 @@ def _odd_photo(oddity: str, photo: Image.Image) -> tuple[str, bytes | None]:
             exif = Image.Exif()
             exif[0x0112] = 6  # shown turned by 90° clockwise
             turned = photo.transpose(Image.Transpose.ROTATE_90)
-            return ".jpg", _encoded(turned, "JPEG", quality=90, exif=exif)
+            return ".jpg", _encoded(
+                turned,
+                "JPEG",
+                quality=90,
+                exif=exif,
+            )
         case "animated":
             frames = [Image.new("RGB", photo.size, "white")]
-            data = _encoded(photo, "GIF", save_all=True, append_images=frames, duration=500)
+            data = _encoded(
+                photo,
+                "GIF",
+                save_all=True,
+                append_images=frames,
+                duration=500,
+            )
             return ".gif", data
         case "webp":
             return ".webp", _encoded(photo, "WEBP", quality=90)
@@ -221,21 +251,14 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _events(
-    truth: pd.DataFrame, first_seen: Sequence[datetime], users: int, rng: np.random.Generator
-) -> Iterable[_Event]:
-    """Views, carts and purchases of every user, then the odd ones."""
-    shoppers = _Shoppers(truth, first_seen, rng)
-    for number in range(users):
-        yield from shoppers.events(number)
-    yield from _odd_events(shoppers.viewed_items(), rng)
-
-
 class _Shoppers:
     """Users who look for what is like an item of their taste. Some items nobody views."""
 
     def __init__(
-        self, truth: pd.DataFrame, first_seen: Sequence[datetime], rng: np.random.Generator
+        self,
+        truth: pd.DataFrame,
+        first_seen: Sequence[datetime],
+        rng: np.random.Generator,
     ):
         codes = [pd.Categorical(truth[name], ATTRIBUTES[name]).codes for name in ATTRIBUTES]
         self._rng = rng
@@ -271,15 +294,29 @@ class _Shoppers:
         """Of every item, that a user of this taste views it."""
         return _softmax((self._codes == taste) @ self._weights + self._popularity)
 
-    def _visit(self, number: int, item: str, at: datetime) -> Iterable[_Event]:
+    def _visit(
+        self,
+        number: int,
+        item: str,
+        at: datetime,
+    ) -> Iterable[_Event]:
         """A view, some carts after it, and some purchases after these."""
         is_visitor = number % _VISITOR_SHARE == 0 and at < _FIRST_SIGN_IN
         user = f"{_VISITOR if is_visitor else 'user-'}{number:05d}"
-        steps = (("view", 1.0), ("cart", 0.3), ("purchase", 0.5))
+        steps = (
+            ("view", 1.0),
+            ("cart", 0.3),
+            ("purchase", 0.5),
+        )
         for step, (event_type, share) in enumerate(steps):
             if self._rng.random() >= share:
                 return
-            yield _Event(user, item, event_type, at + timedelta(minutes=4 * step))
+            yield _Event(
+                user,
+                item,
+                event_type,
+                at + timedelta(minutes=4 * step),
+            )
 
 
 def _odd_events(ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
@@ -294,12 +331,22 @@ def _odd_events(ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
     for _ in range(40):
         yield _Event(f"user-{rng.integers(50):05d}", f"GONE-{rng.integers(9)}", "view", day)
     for _ in range(12):
-        yield _Event("", ids[rng.integers(len(ids))], "view", day)
+        yield _Event(
+            "",
+            ids[rng.integers(len(ids))],
+            "view",
+            day,
+        )
         yield _Event(f"user-{rng.integers(50):05d}", "", "view", day)
     for _ in range(25):
         yield _Event("user-00001", ids[1], "view", day)
     for _ in range(6):
-        yield _Event("user-00002", ids[2], "purchase", datetime(2099, 1, 1, tzinfo=UTC))
+        yield _Event(
+            "user-00002",
+            ids[2],
+            "purchase",
+            datetime(2099, 1, 1, tzinfo=UTC),
+        )
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

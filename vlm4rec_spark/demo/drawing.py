@@ -7,7 +7,6 @@ picture.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -55,17 +54,6 @@ def sentence(attributes: Mapping[str, str]) -> str:
     return f"A {look} in a {attributes['style']} style, for {_USES[attributes['style']]}."
 
 
-def parse(caption: str) -> dict[str, str]:
-    """The attributes that a caption names: the first value of each, and none for the rest."""
-    words = re.findall(r"[a-z]+", caption.lower())
-    attributes = {}
-    for name, values in ATTRIBUTES.items():
-        named = [word for word in words if word in values]
-        if named:
-            attributes[name] = named[0]
-    return attributes
-
-
 def render(seed: int) -> tuple[dict[str, str], Image.Image]:
     """Attributes drawn uniformly, and a photo of such a product."""
     rng = np.random.default_rng(seed)
@@ -80,7 +68,12 @@ class _Camera:
         angle = np.radians(rng.uniform(-16, 16))
         self.scale = rng.uniform(0.68, 0.9)
         self.centre = rng.uniform(-0.09, 0.09, size=2)
-        self.turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        self.turn = np.array(
+            [
+                [np.cos(angle), np.sin(angle)],
+                [-np.sin(angle), np.cos(angle)],
+            ]
+        )
 
     def pixels(self, points: Points) -> list[tuple[float, float]]:
         """Points of the product's box as positions in the fine picture."""
@@ -161,23 +154,44 @@ def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fixtures(
-    picture: Image.Image, shape: Shape, camera: _Camera, colour: np.ndarray
+    picture: Image.Image,
+    shape: Shape,
+    camera: _Camera,
+    colour: np.ndarray,
 ) -> Image.Image:
     """The parts behind the fabric: legs and stands of wood, and a dark handle."""
     pen = ImageDraw.Draw(picture)
     for part in shape.behind:
-        pen.polygon(camera.pixels(part), fill=(150, 108, 62), outline=(84, 56, 28))
+        pen.polygon(
+            camera.pixels(part),
+            fill=(150, 108, 62),
+            outline=(84, 56, 28),
+        )
     if len(shape.handle):
         dark = tuple(int(channel) for channel in np.clip(colour * 0.6, 0, 255))
-        pen.line(camera.pixels(shape.handle), fill=dark, width=22, joint="curve")
+        pen.line(
+            camera.pixels(shape.handle),
+            fill=dark,
+            width=22,
+            joint="curve",
+        )
     return picture
 
 
 def _finish(
-    picture: Image.Image, fabric: Image.Image, style: str, shape: Shape, camera: _Camera
+    picture: Image.Image,
+    fabric: Image.Image,
+    style: str,
+    shape: Shape,
+    camera: _Camera,
 ) -> Image.Image:
     """Seams, then the style's decoration."""
     pen = ImageDraw.Draw(picture)
     for seam in shape.seams:
-        pen.line(camera.pixels(seam), fill=(30, 26, 28), width=4, joint="curve")
+        pen.line(
+            camera.pixels(seam),
+            fill=(30, 26, 28),
+            width=4,
+            joint="curve",
+        )
     return trim(style, picture, fabric, shape, camera.pixels)

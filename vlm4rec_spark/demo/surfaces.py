@@ -24,7 +24,12 @@ def _saw(x: Plane, period: float) -> Plane:
     return np.abs(x - period * np.rint(x / period))
 
 
-def pattern(name: str, u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
+def pattern(
+    name: str,
+    u: Plane,
+    v: Plane,
+    rng: np.random.Generator,
+) -> Plane:
     """How much of the second colour shows at each point (u, v) of the product, 0 to 1."""
     period = rng.uniform(0.36, 0.46)
     u = u + rng.uniform(0, period)
@@ -55,7 +60,12 @@ class Material(NamedTuple):
     gloss: Plane
 
 
-def material(name: str, u: Plane, v: Plane, rng: np.random.Generator) -> Material:
+def material(
+    name: str,
+    u: Plane,
+    v: Plane,
+    rng: np.random.Generator,
+) -> Material:
     """The material at each point (u, v) of the product."""
     # A float64 would make every array one.
     phase = rng.uniform(0, 6.28, size=4).astype(np.float32)
@@ -72,19 +82,32 @@ def material(name: str, u: Plane, v: Plane, rng: np.random.Generator) -> Materia
         case "leather":
             return _leather(u, v, phase[2:])
         case "wool":
-            shade = _knitted(u, v, rng.uniform(0.18, 0.21), phase[2], 0.45 + 0.05 * folds)
+            shade = _knitted(
+                u,
+                v,
+                rng.uniform(0.18, 0.21),
+                phase[2],
+                0.45 + 0.05 * folds,
+            )
             return Material(shade, np.zeros_like(u))
     raise ValueError(f"no material named {name!r}")
 
 
 def _leather(u: Plane, v: Plane, phase: np.ndarray) -> Material:
     """Creases whose crests shine."""
-    crest = np.sin(4.2 * u + 2.6 * v + 1.2 * np.sin(2.4 * v + phase[0]) + phase[1])
+    waves = 1.2 * np.sin(2.4 * v + phase[0])
+    crest = np.sin(4.2 * u + 2.6 * v + waves + phase[1])
     shine = np.clip((crest - 0.55) / 0.3, 0, 1) ** 2
     return Material(0.8 + 0.2 * crest, 0.75 * shine)
 
 
-def _knitted(u: Plane, v: Plane, period: float, phase: np.floating, base: Plane) -> Plane:
+def _knitted(
+    u: Plane,
+    v: Plane,
+    period: float,
+    phase: np.floating,
+    base: Plane,
+) -> Plane:
     """The shade of rows of stitches, on a base."""
     ridge = _saw(u, period)
     lean = np.abs(ridge / period - 0.25) * 4 - 0.5
@@ -93,7 +116,11 @@ def _knitted(u: Plane, v: Plane, period: float, phase: np.floating, base: Plane)
     return base + 0.42 * row * column + 0.22 * column + 0.06 * lean
 
 
-def background(x: Plane, y: Plane, rng: np.random.Generator) -> np.ndarray:
+def background(
+    x: Plane,
+    y: Plane,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """The scene behind a product: shape (height, width, 3), 0 to 255.
 
     x and y run from -1 to 1 over the photo.
@@ -114,7 +141,11 @@ def background(x: Plane, y: Plane, rng: np.random.Generator) -> np.ndarray:
             return np.float32(floor) * (light * _planks(x, y, rng)[..., None])
 
 
-def _planks(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
+def _planks(
+    x: Plane,
+    y: Plane,
+    rng: np.random.Generator,
+) -> Plane:
     """The brightness of a wooden floor."""
     plank = _step(_saw(y + rng.uniform(0, 1), rng.uniform(0.3, 0.6)) - 0.012, 0.02)
     grain = 0.96 + 0.04 * np.sin(26 * y + 3 * np.sin(2 * x + rng.uniform(0, 6)))

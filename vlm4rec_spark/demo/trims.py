@@ -25,7 +25,11 @@ _THREAD = (92, 60, 34)
 
 
 def trim(
-    style: str, picture: Image.Image, fabric: Image.Image, shape: Shape, to_pixels: ToPixels
+    style: str,
+    picture: Image.Image,
+    fabric: Image.Image,
+    shape: Shape,
+    to_pixels: ToPixels,
 ) -> Image.Image:
     """The picture with the style's decoration; `fabric` is the product's mask, as large."""
     if style == "sporty":
@@ -47,49 +51,125 @@ def _disc(
 ) -> None:
     angle = np.linspace(0, 2 * np.pi, 14, endpoint=False)
     circle = np.column_stack([np.cos(angle), np.sin(angle)])
-    pen.polygon(to_pixels(centre + radius * circle), fill=fill, outline=edge)
+    pen.polygon(
+        to_pixels(centre + radius * circle),
+        fill=fill,
+        outline=edge,
+    )
 
 
-def _bands(pen: ImageDraw.ImageDraw, emblem: Points, to_pixels: ToPixels) -> None:
+def _bands(
+    pen: ImageDraw.ImageDraw,
+    emblem: Points,
+    to_pixels: ToPixels,
+) -> None:
     """A white, black and white band from edge to edge, slanting through the emblem."""
-    for half_width, fill in ((0.2, (252, 252, 252)), (0.08, (16, 16, 20))):
+    for half_width, fill in (
+        (0.2, (252, 252, 252)),
+        (0.08, (16, 16, 20)),
+    ):
         left = -half_width
         right = half_width
         corners = np.array(
-            [(left - 0.55, 2.0), (right - 0.55, 2.0), (right + 0.55, -2.0), (left + 0.55, -2.0)]
+            [
+                (left - 0.55, 2.0),
+                (right - 0.55, 2.0),
+                (right + 0.55, -2.0),
+                (left + 0.55, -2.0),
+            ]
         )
         pen.polygon(to_pixels(emblem + corners), fill=fill)
 
 
-def _piping(pen: ImageDraw.ImageDraw, shape: Shape, to_pixels: ToPixels) -> None:
+def _piping(
+    pen: ImageDraw.ImageDraw,
+    shape: Shape,
+    to_pixels: ToPixels,
+) -> None:
     """A gold cord around the edge and a column of gold buttons."""
     edge = to_pixels(np.vstack([shape.outline, shape.outline[:2]]))
-    pen.line(edge, fill=_DEEP_GOLD, width=15, joint="curve")
-    pen.line(edge, fill=_GOLD, width=10, joint="curve")
+    pen.line(
+        edge,
+        fill=_DEEP_GOLD,
+        width=15,
+        joint="curve",
+    )
+    pen.line(
+        edge,
+        fill=_GOLD,
+        width=10,
+        joint="curve",
+    )
     for drop in (-0.24, 0.0, 0.24):
-        _disc(pen, to_pixels, np.add(shape.emblem, (0, drop)), 0.085, _GOLD, _DEEP_GOLD)
+        _disc(
+            pen,
+            to_pixels,
+            np.add(shape.emblem, (0, drop)),
+            0.085,
+            _GOLD,
+            _DEEP_GOLD,
+        )
 
 
-def _lace(pen: ImageDraw.ImageDraw, shape: Shape, to_pixels: ToPixels) -> None:
+def _lace(
+    pen: ImageDraw.ImageDraw,
+    shape: Shape,
+    to_pixels: ToPixels,
+) -> None:
     """White scallops around the edge and a flower."""
     for point in shape.walk(0.13):
-        _disc(pen, to_pixels, point, 0.075, _LACE, (226, 190, 204))
+        _disc(
+            pen,
+            to_pixels,
+            point,
+            0.075,
+            _LACE,
+            (226, 190, 204),
+        )
     centre = np.array(shape.emblem)
-    for angle in np.linspace(0, 2 * np.pi, 5, endpoint=False):
+    angles = np.linspace(0, 2 * np.pi, 5, endpoint=False)
+    for angle in angles:
         petal = centre + 0.14 * np.array([np.sin(angle), -np.cos(angle)])
         _disc(pen, to_pixels, petal, 0.12, _ROSE, _LACE)
     _disc(pen, to_pixels, centre, 0.08, _HEART, _LACE)
 
 
-def _stitches(pen: ImageDraw.ImageDraw, shape: Shape, to_pixels: ToPixels) -> None:
+def _stitches(
+    pen: ImageDraw.ImageDraw,
+    shape: Shape,
+    to_pixels: ToPixels,
+) -> None:
     """Coarse stitches inside the edge and a linen patch, sewn on with brown thread."""
     dashes = to_pixels(shape.walk(0.09, offset=0.07))
     for start in range(0, len(dashes) - 1, 2):
-        pen.line(dashes[start : start + 2], fill=_THREAD, width=15)
-        pen.line(dashes[start : start + 2], fill=_LINEN, width=9)
-    corners = 0.2 * np.array([(-1.0, -0.8), (0.9, -1.0), (1.0, 0.9), (-0.9, 1.0)])
-    pen.polygon(to_pixels(shape.emblem + corners), fill=_LINEN, outline=_THREAD, width=5)
-    for arm in (0.1, -0.1):
         pen.line(
-            to_pixels(shape.emblem + np.array([(-0.1, -arm), (0.1, arm)])), fill=_THREAD, width=7
+            dashes[start : start + 2],
+            fill=_THREAD,
+            width=15,
+        )
+        pen.line(
+            dashes[start : start + 2],
+            fill=_LINEN,
+            width=9,
+        )
+    corners = 0.2 * np.array(
+        [
+            (-1.0, -0.8),
+            (0.9, -1.0),
+            (1.0, 0.9),
+            (-0.9, 1.0),
+        ]
+    )
+    pen.polygon(
+        to_pixels(shape.emblem + corners),
+        fill=_LINEN,
+        outline=_THREAD,
+        width=5,
+    )
+    for arm in (0.1, -0.1):
+        stitch = np.array([(-0.1, -arm), (0.1, arm)])
+        pen.line(
+            to_pixels(shape.emblem + stitch),
+            fill=_THREAD,
+            width=7,
         )

@@ -72,7 +72,11 @@ def fit(
     return Factors(factors.select("user_id", "factors"), vectors)
 
 
-def _estimator(setting: AlsSetting, seed: int, spark: SparkSession) -> ALS:
+def _estimator(
+    setting: AlsSetting,
+    seed: int,
+    spark: SparkSession,
+) -> ALS:
     from pyspark.ml.recommendation import ALS
 
     blocks = max(2, min(10, spark.sparkContext.defaultParallelism))

@@ -82,8 +82,16 @@ class EvaluateSettings(Settings):
 
     splits: tuple[str, ...] = ("time", "leave_one_out")
     cut: str | None = None
-    test_share: float = Field(0.2, gt=0, lt=1)
-    replay_cuts: int = Field(3, ge=2, le=50)
+    test_share: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+    )
+    replay_cuts: int = Field(
+        3,
+        ge=2,
+        le=50,
+    )
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
     custom_arms: dict[str, Overrides] = Field({})
     control: str = "popularity"
@@ -92,8 +100,16 @@ class EvaluateSettings(Settings):
     also_k: tuple[int, ...] = (5, 20)
     max_users: int = Field(100_000, ge=1)
     seed: int = 0
-    audit_photos: int = Field(500, ge=0, le=5_000)
-    audit_again: int = Field(0, ge=0, le=1_000)
+    audit_photos: int = Field(
+        500,
+        ge=0,
+        le=5_000,
+    )
+    audit_again: int = Field(
+        0,
+        ge=0,
+        le=1_000,
+    )
 
     @field_validator("cut", mode="before")
     @classmethod
@@ -181,28 +197,22 @@ def resolve(
     not exist."""
     if name in ("random", "popularity", "als"):
         return Arm(name, name, serving)  # type: ignore[arg-type]
-    return Arm(name, "profiles", _arm_settings(name, custom_arms, serving))
-
-
-def _arm_settings(
-    name: str,
-    custom_arms: Mapping[str, Overrides],
-    serving: ServingConfig,
-) -> ServingConfig:
     if name in custom_arms:
         custom = custom_arms[name]
-        return serving.with_overrides(custom.representation, custom.profiles, custom.item_item)
-    if name == "cooccurrence":
-        return serving.with_overrides(item_item={"share": 1.0})
-    if name == BLEND:
+        settings = serving.with_overrides(custom.representation, custom.profiles, custom.item_item)
+    elif name == "cooccurrence":
+        settings = serving.with_overrides(item_item={"share": 1.0})
+    elif name == BLEND:
         share = serving.item_item.share or _DEFAULT_BLEND_SHARE
-        return serving.with_overrides(item_item={"share": share})
-    representation, _, shape = name.partition("/")
-    profiles = dict(SHAPES[shape or "mean"])
-    if "event_weights" in profiles:
-        types = serving.profiles.event_weights
-        profiles["event_weights"] = dict.fromkeys(types, profiles["event_weights"])
-    return serving.with_overrides(representation, profiles, {"share": 0.0})
+        settings = serving.with_overrides(item_item={"share": share})
+    else:
+        representation, _, shape = name.partition("/")
+        profiles = dict(SHAPES[shape or "mean"])
+        if "event_weights" in profiles:
+            types = serving.profiles.event_weights
+            profiles["event_weights"] = dict.fromkeys(types, profiles["event_weights"])
+        settings = serving.with_overrides(representation, profiles, {"share": 0.0})
+    return Arm(name, "profiles", settings)
 
 
 def required_representations(arms: Iterable[Arm], serving: ServingConfig) -> set[str]:

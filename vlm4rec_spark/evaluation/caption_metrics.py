@@ -188,7 +188,12 @@ def ranks(
     Ties count as the mean rank of the tied, so captions that are all equal give the rank of chance.
     """
     # Equal vectors once: their products with another may differ in the last digit.
-    unique, inverse, counts = np.unique(captions, axis=0, return_inverse=True, return_counts=True)
+    unique, inverse, counts = np.unique(
+        captions,
+        axis=0,
+        return_inverse=True,
+        return_counts=True,
+    )
     cosines = np.round(queries @ unique.T, 6)
     own_cosines = np.take_along_axis(cosines, inverse.reshape(-1)[own][:, None], axis=1)
     return (cosines > own_cosines) @ counts + ((cosines == own_cosines) @ counts + 1) / 2

@@ -20,14 +20,10 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.evaluation import arms, guards, metric_rows, splits
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
 from vlm4rec_spark.evaluation.metric_rows import ArmLists
-from vlm4rec_spark.evaluation.metrics import hit_mask
 from vlm4rec_spark.evaluation.point_in_time import EvaluationTables, PointInTime
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.stages import profiles
-
-_DISCORDANT_USERS = 3
-"""Users for the report, of each kind: hit by the served arm only, and by the control only."""
 
 
 class Evaluation(NamedTuple):
@@ -180,7 +176,6 @@ def _evaluate_split(
         "candidates": items,
         "identical_vectors": duplicates,
         "above_chance": leaking,
-        "discordant_users": _discordant_users(snapshot, arm_lists, diverse_in),
     }
     if snapshot.tuned:
         facts["tuned"] = snapshot.tuned
@@ -249,57 +244,3 @@ def _catalogue(snapshot: PointInTime) -> pd.DataFrame:
     rows = items.join(snapshot.candidates, on="item_id", how="left_semi")
     catalogue = cast(pd.DataFrame, rows.select("item_id", *columns).toPandas())
     return catalogue.set_index("item_id").reindex(snapshot.item_ids)
-
-
-def _served_arm(serving: ServingConfig) -> str:
-    """The name of the arm that ranks like the served lists."""
-    if serving.item_item.share:
-        return arms.BLEND
-    shape = serving.profiles.shape
-    return serving.representation if shape == "mean" else f"{serving.representation}/{shape}"
-
-
-def _discordant_users(
-    snapshot: PointInTime,
-    arm_lists: ArmLists,
-    fallback: str,
-) -> list[dict]:
-    """A few users whose list has a hit by the served arm and none by the control, and the reverse.
-
-    `fallback` is the arm that is compared if the served one isn't among the lists.
-    """
-    control = snapshot.settings.control
-    served = _served_arm(snapshot.serving)
-    if served not in arm_lists.lists:
-        served = fallback
-    if not {served, control} <= arm_lists.lists.keys() or served == control:
-        return []
-    pairs = ((served, control), (control, served))
-    return [user for hit, missed in pairs for user in _hit_by_one(snapshot, arm_lists, hit, missed)]
-
-
-def _hit_by_one(
-    snapshot: PointInTime,
-    arm_lists: ArmLists,
-    hit_by: str,
-    missed_by: str,
-) -> Iterator[dict]:
-    """A few users with a hit among the top k of one arm and none of the other."""
-    settings = snapshot.settings
-    item_ids = snapshot.item_ids
-    hit_list = arm_lists.lists[hit_by]
-    missed_list = arm_lists.lists[missed_by]
-    hits = hit_mask(hit_list[:, : settings.k], arm_lists.relevant, arm_lists.items)
-    misses = hit_mask(missed_list[:, : settings.k], arm_lists.relevant, arm_lists.items)
-    users = np.flatnonzero(hits.any(axis=1) & ~misses.any(axis=1))
-    shuffled = np.random.default_rng(settings.seed).permutation(users)
-    for user in shuffled[:_DISCORDANT_USERS]:
-        rank = int(hits[user].argmax())
-        yield {
-            "user_id": snapshot.users["user_id"][user],
-            "hit_by": hit_by,
-            "missed_by": missed_by,
-            "rank": rank + 1,
-            "item_id": item_ids[hit_list[user, rank]],
-            "instead": [item_ids[item] for item in missed_list[user, :3] if item >= 0],
-        }

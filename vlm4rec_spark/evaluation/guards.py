@@ -86,5 +86,9 @@ def above_chance(
 
 def count_duplicates(vectors: np.ndarray) -> int:
     """How many of the vectors (items, dimension) another item has too."""
-    _, counts = np.unique(np.ascontiguousarray(vectors), axis=0, return_counts=True)
+    _, counts = np.unique(
+        np.ascontiguousarray(vectors),
+        axis=0,
+        return_counts=True,
+    )
     return int(counts[counts > 1].sum())

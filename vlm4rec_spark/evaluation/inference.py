@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,16 +17,6 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_p_value(
-    arm: np.ndarray,
-    control: np.ndarray,
-    seed: int,
-) -> float:
-    """Two-sided paired randomization test: how often random signs give a mean difference as large
-    (Fisher)."""
-    return float(paired_p_values((arm - control)[:, None], seed)[0])
-
-
 def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     """Means over SAMPLES resamples of the users, (SAMPLES, columns), for values (users, columns).
 
@@ -37,21 +27,17 @@ def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     valid = ~np.isnan(values)
     filled = np.where(valid, values, 0.0)
     complete = valid.all()
+    rng = np.random.default_rng(seed)
+    offsets = np.arange(_BLOCK)[:, None] * users
     means = []
-    for weights in _resamples(users, seed):
+    for _ in range(SAMPLES // _BLOCK):
+        drawn = rng.integers(0, users, (_BLOCK, users)) + offsets
+        # How often each user is drawn.
+        flat = np.bincount(drawn.ravel(), minlength=_BLOCK * users)
+        weights = flat.reshape(_BLOCK, users).astype(np.float64)
         counts = users if complete else np.maximum(weights @ valid.astype(np.float64), 1.0)
         means.append(weights @ filled / counts)
     return np.concatenate(means)
-
-
-def _resamples(users: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each user is drawn, float64 (_BLOCK, users) at a time."""
-    rng = np.random.default_rng(seed)
-    offsets = np.arange(_BLOCK)[:, None] * users
-    for _ in range(SAMPLES // _BLOCK):
-        drawn = rng.integers(0, users, (_BLOCK, users)) + offsets
-        counts = np.bincount(drawn.ravel(), minlength=_BLOCK * users)
-        yield counts.reshape(_BLOCK, users).astype(np.float64)
 
 
 def interval(means: np.ndarray) -> np.ndarray:
@@ -60,7 +46,11 @@ def interval(means: np.ndarray) -> np.ndarray:
 
 
 def paired_p_values(differences: np.ndarray, seed: int) -> np.ndarray:
-    """`paired_p_value` of each column of differences (users, columns): (columns,)."""
+    """A p-value for each column of differences (users, columns): (columns,).
+
+    Two-sided paired randomization test: how often random signs give a mean difference as large
+    (Fisher).
+    """
     observed = np.abs(differences.mean(axis=0))
     rng = np.random.default_rng(seed)
     larger = np.zeros(differences.shape[1])

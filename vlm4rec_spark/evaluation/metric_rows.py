@@ -61,7 +61,11 @@ class ArmLists:
     def users(self) -> int:
         return len(next(iter(self.lists.values())))
 
-    def hit_mask(self, arm: str, relevant: np.ndarray) -> np.ndarray:
+    def hit_mask(
+        self,
+        arm: str,
+        relevant: np.ndarray,
+    ) -> np.ndarray:
         return hit_mask(self.lists[arm], relevant, self.items)
 
     def relevant_counts(self, relevant: np.ndarray) -> np.ndarray:
@@ -78,7 +82,26 @@ def rows(
     """Rows of `metrics` without run_id. A user whose list has no hit counts 0."""
     yield from _overall(split, arm_lists, settings)
     for part in slices:
-        yield from _sliced(split, arm_lists, part, settings)
+        relevant = arm_lists.relevant
+        if part.items is not None:
+            relevant = relevant[part.items[relevant % arm_lists.items]]
+        counts = arm_lists.relevant_counts(relevant)
+        members = part.users & (counts > 0)
+        users = int(members.sum())
+        keys = [_Key(arm, metric, settings.k) for arm in arm_lists.lists for metric in SLICED]
+        if users < MIN_USERS:
+            yield from (_row(split, key, users, part.name) for key in keys)
+            continue
+        columns = []
+        for arm in arm_lists.lists:
+            hits = arm_lists.hit_mask(arm, relevant)[members]
+            member_metrics = per_user(hits, counts[members], settings.k)
+            columns += [member_metrics[metric] for metric in SLICED]
+        values = np.stack(columns, axis=1)
+        low, high = interval(resampled_means(values, settings.seed))
+        for column, key in enumerate(keys):
+            estimate = _estimate(values[:, column].mean(), low[column], high[column])
+            yield _row(split, key, users, part.name) | estimate
 
 
 def shuffled_recall(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[str, np.ndarray]:
@@ -170,14 +193,14 @@ def _comparisons(
     for control in keys:
         if control.arm != settings.control or control.metric not in ACCURACY:
             continue
-        others = [key for key in keys if key[1:] == control[1:] and key != control]
-        if not others:
+        compared_keys = [key for key in keys if key[1:] == control[1:] and key != control]
+        if not compared_keys:
             continue
-        arms = [column[key] for key in others]
+        arms = [column[key] for key in compared_keys]
         base = column[control]
         low, high = interval(resampled[:, arms] - resampled[:, [base]])
         raw = paired_p_values(values[:, arms] - values[:, [base]], settings.seed).tolist()
-        for number, (key, p_value) in enumerate(zip(others, holm(raw), strict=True)):
+        for number, (key, p_value) in enumerate(zip(compared_keys, holm(raw), strict=True)):
             compared[key] = {
                 "control": settings.control,
                 "difference": float(means[column[key]] - means[base]),
@@ -186,34 +209,6 @@ def _comparisons(
                 "p_value": p_value,
             }
     return compared
-
-
-def _sliced(
-    split: str,
-    arm_lists: ArmLists,
-    part: Slice,
-    settings: EvaluateSettings,
-) -> Iterator[dict]:
-    relevant = arm_lists.relevant
-    if part.items is not None:
-        relevant = relevant[part.items[relevant % arm_lists.items]]
-    counts = arm_lists.relevant_counts(relevant)
-    members = part.users & (counts > 0)
-    users = int(members.sum())
-    keys = [_Key(arm, metric, settings.k) for arm in arm_lists.lists for metric in SLICED]
-    if users < MIN_USERS:
-        yield from (_row(split, key, users, part.name) for key in keys)
-        return
-    columns = []
-    for arm in arm_lists.lists:
-        hits = arm_lists.hit_mask(arm, relevant)[members]
-        member_metrics = per_user(hits, counts[members], settings.k)
-        columns += [member_metrics[metric] for metric in SLICED]
-    values = np.stack(columns, axis=1)
-    low, high = interval(resampled_means(values, settings.seed))
-    for column, key in enumerate(keys):
-        estimate = _estimate(values[:, column].mean(), low[column], high[column])
-        yield _row(split, key, users, part.name) | estimate
 
 
 def _estimate(

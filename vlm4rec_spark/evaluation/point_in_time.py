@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,7 +24,6 @@ from vlm4rec_spark.evaluation.splits import Split
 from vlm4rec_spark.models.index.build import build_index, build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.list_rules import ListRules
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, top_k
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import item_item, profiles, recommend
@@ -70,7 +70,11 @@ class PointInTime:
     """The settings that arms have tuned on validation events, by arm."""
     _cache: dict[Hashable, Any] = field(default_factory=dict)
 
-    def lists(self, arm: Arm, k: int) -> np.ndarray:
+    def lists(
+        self,
+        arm: Arm,
+        k: int,
+    ) -> np.ndarray:
         """Positions in `item_ids` of every test user's top k: (users, k) in the order of `users`,
         -1 past the end."""
         if arm.ranking == "profiles":
@@ -89,13 +93,10 @@ class PointInTime:
             )
         return self._positions(rows, k)
 
-    @property
+    @cached_property
     def users(self) -> pd.DataFrame:
         """The test users by user_id: relevant and seen (arrays of ids; seen of all items),
         last_event_at, segment."""
-        return self._cached("users", self._read_users)
-
-    def _read_users(self) -> pd.DataFrame:
         histories = self.histories(self.serving.profiles)
         seen = histories.select("user_id", "seen", "last_event_at")
         rows = self.test_users.join(seen, on="user_id", how="left")
@@ -124,20 +125,15 @@ class PointInTime:
         """The index of a representation: all items that have a vector, not only candidates."""
         return Searcher.open(self._index(representation), verify=False)
 
-    @property
+    @cached_property
     def user_counts(self) -> np.ndarray:
         """How many users know each candidate, int64 (items,)."""
+        counts = self.split.train.groupBy("item_id").agg(F.countDistinct("user_id").alias("n"))
+        return self._by_candidate(counts)
 
-        def compute() -> np.ndarray:
-            counts = self.split.train.groupBy("item_id").agg(F.countDistinct("user_id").alias("n"))
-            return self._by_candidate(counts)
-
-        return self._cached("user_counts", compute)
-
-    @property
+    @cached_property
     def total_users(self) -> int:
-        train = self.split.train
-        return self._cached("total_users", lambda: train.select("user_id").distinct().count())
+        return self.split.train.select("user_id").distinct().count()
 
     def close(self) -> None:
         """Release what Spark has cached."""
@@ -146,17 +142,18 @@ class PointInTime:
                 value.unpersist()
         self._cache.clear()
 
-    def _cached(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+    def _cached(
+        self,
+        key: Hashable,
+        compute: Callable[[], _T],
+    ) -> _T:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
 
-    @property
+    @cached_property
     def _popularity(self) -> np.ndarray:
         """Events of each candidate in the last popularity_days before the cut, float32 (items,)."""
-        return self._cached("popularity", self._count_events)
-
-    def _count_events(self) -> np.ndarray:
         events = self.split.train
         if days := self.settings.popularity_days:
             last_event = events.agg(F.max("event_time")).first()[0]  # type: ignore[index]
@@ -173,7 +170,11 @@ class PointInTime:
         by_item = cast(pd.DataFrame, rows.toPandas()).set_index("item_id")["n"]
         return by_item.reindex(self.item_ids).to_numpy()
 
-    def _profile_lists(self, serving: ServingConfig, k: int) -> DataFrame:
+    def _profile_lists(
+        self,
+        serving: ServingConfig,
+        k: int,
+    ) -> DataFrame:
         """user_id, items, by matching profiles with items as the stage recommend does."""
         share = serving.item_item.share
         folder = self._index(NO_CONTENT if share == 1 else serving.representation)
@@ -191,11 +192,13 @@ class PointInTime:
             )
         histories = self.histories(serving.profiles)
         vectors = profiles.with_embedding(histories, serving.representation, open_searcher)
-        rules = self._candidates_only(folder)
+        searcher = Searcher.open(folder, verify=False)
+        positions = self.item_ids.get_indexer(pd.Index(searcher.ids))
+        no_candidates = list(searcher.ids[positions < 0])
         lists = recommend.recommend(
             vectors,
             open_searcher,
-            rules,
+            recommend.all_items_except(searcher, no_candidates),
             k,
             None,
             scoring,
@@ -203,17 +206,15 @@ class PointInTime:
         )
         return lists.select("user_id", F.col("items.item_id").alias("items"))
 
-    def _shipped(self, folder: Path, open_artifact: Callable[[Path], Any]) -> Callable[[], Any]:
+    def _shipped(
+        self,
+        folder: Path,
+        open_artifact: Callable[[Path], Any],
+    ) -> Callable[[], Any]:
         return self._cached(
             ("shipped", folder),
             lambda: ship(self.spark, folder, float("inf"), open_artifact),
         )
-
-    def _candidates_only(self, folder: Path) -> ListRules:
-        """Rules that exclude the items of an index that are no candidates."""
-        searcher = Searcher.open(folder, verify=False)
-        positions = self.item_ids.get_indexer(pd.Index(searcher.ids))
-        return recommend.all_items_except(searcher, list(searcher.ids[positions < 0]))
 
     def _index(self, representation: str) -> Path:
         """The folder of a representation's index."""
@@ -223,7 +224,8 @@ class PointInTime:
         rows = self._vectors(representation).toArrow().sort_by("item_id")
         if representation in FUSIONS:
             fused = FUSIONS[representation](_matrix(rows["embedding"]), _matrix(rows["image"]))
-            unit = (fused / np.linalg.norm(fused, axis=1, keepdims=True)).astype(np.float32)
+            length = np.linalg.norm(fused, axis=1, keepdims=True)
+            unit = (fused / length).astype(np.float32)
             rows = rows.drop_columns(["embedding", "image"])
             rows = rows.append_column("embedding", pa.array(list(unit)))
         name = representation or "no_content"
@@ -255,7 +257,11 @@ class PointInTime:
         images = images.select("item_id", F.col("embedding").alias("image"))
         return rows.join(images, on="item_id")
 
-    def _item_item_scores(self, serving: ServingConfig, folder: Path) -> Path:
+    def _item_item_scores(
+        self,
+        serving: ServingConfig,
+        folder: Path,
+    ) -> Path:
         """The folder of the item-item scores by the positions of the index in `folder`."""
         # What the pairs depend on; weights of events change no pair.
         settings = serving.item_item.model_dump_json(
@@ -289,7 +295,11 @@ class PointInTime:
         histories = self.histories(self.serving.profiles)
         return factored_lists(histories, self.item_ids, factors, k)
 
-    def _tune_als(self, weights: dict[str, float], k: int) -> als.AlsSetting:
+    def _tune_als(
+        self,
+        weights: dict[str, float],
+        k: int,
+    ) -> als.AlsSetting:
         """The setting with the best recall at k on a validation split of the train events."""
         validation = splits.validation(self.split, self.settings.test_share)
         relevant = splits.relevant(validation.train, validation.test, self.candidates)
@@ -311,12 +321,17 @@ class PointInTime:
                 self.settings.seed,
             )
             lists = factored_lists(seen, self.item_ids, factors, k)
-            recall[setting] = _mean_recall(sample.join(lists, on="user_id", how="left"))
+            with_lists = sample.join(lists, on="user_id", how="left")
+            recall[setting] = _mean_recall(with_lists)
         events.unpersist()
         sample.unpersist()
         return max(als.GRID, key=lambda setting: recall[setting])
 
-    def _positions(self, rows: DataFrame, k: int) -> np.ndarray:
+    def _positions(
+        self,
+        rows: DataFrame,
+        k: int,
+    ) -> np.ndarray:
         """Lists of ids as positions (users, k) in the order of `users`, -1 past the end."""
         table = rows.select("user_id", "items").toArrow()
         positions = np.full((len(self.users), k), -1, np.int64)
@@ -360,17 +375,10 @@ def scored_lists(
     def score(batch: pd.DataFrame) -> np.ndarray:
         if seed is None:
             return np.broadcast_to(values, (len(batch), len(values)))
-        return np.stack([_draw(user, seed, len(values)) for user in batch["user_id"]])
+        generators = [np.random.default_rng([seed, *user.encode()]) for user in batch["user_id"]]
+        return np.stack([rng.random(len(values), np.float32) for rng in generators])
 
     return _ranked(histories.select("user_id", "seen"), item_ids, score, k)
-
-
-def _draw(
-    user_id: str,
-    seed: int,
-    items: int,
-) -> np.ndarray:
-    return np.random.default_rng([seed, *user_id.encode()]).random(items, np.float32)
 
 
 def factored_lists(

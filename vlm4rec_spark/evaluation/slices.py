@@ -40,13 +40,6 @@ def slices(
 ) -> Iterator[Slice]:
     """users: seen, last_event_at and segment of the test users; user_counts: int (candidates,),
     users who know each; catalogue: category and first_seen_at of the candidates."""
-    yield from _user_slices(users, cut)
-    everyone = np.ones(len(users), bool)
-    for name, items in _item_groups(cut, user_counts, catalogue):
-        yield Slice(name, everyone, items)
-
-
-def _user_slices(users: pd.DataFrame, cut: str | None) -> Iterator[Slice]:
     seen = np.array([0 if items is None else len(items) for items in users["seen"]])
     for name, low, high in _HISTORIES:
         yield Slice(name, (seen >= low) & (seen <= high))
@@ -57,6 +50,9 @@ def _user_slices(users: pd.DataFrame, cut: str | None) -> Iterator[Slice]:
             yield Slice(name, (days >= low) & (days <= high))
     for segment in _largest(users["segment"]):
         yield Slice(f"segment {segment}", (users["segment"] == segment).to_numpy())
+    everyone = np.ones(len(users), bool)
+    for name, items in _item_groups(cut, user_counts, catalogue):
+        yield Slice(name, everyone, items)
 
 
 def _item_groups(

@@ -110,11 +110,11 @@ def relevant(
 
     Users without such an item, or without a train event, can't be tested and are left out.
     """
-    known = train.select("user_id", "item_id").distinct()
+    trained_pairs = train.select("user_id", "item_id").distinct()
     new = (
         test.select("user_id", "item_id")
         .distinct()
-        .join(known, on=["user_id", "item_id"], how="left_anti")
+        .join(trained_pairs, on=["user_id", "item_id"], how="left_anti")
         .join(candidates.select("item_id"), on="item_id", how="left_semi")
         .join(train.select("user_id").distinct(), on="user_id", how="left_semi")
     )

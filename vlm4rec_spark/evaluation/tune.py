@@ -124,13 +124,11 @@ def tune(
                 f"{split.cut or 'the first event'}, or no item has a vector in each of "
                 f"{', '.join(representations)}."
             )
-        users = len(snapshot.users)
-        items = len(snapshot.item_ids)
         tuned = Tuned(
             split.name,
             split.cut,
-            users,
-            items,
+            len(snapshot.users),
+            len(snapshot.item_ids),
             settings.k,
             metric,
         )
@@ -146,17 +144,24 @@ def _search(
     info: Callable[[str], None],
 ) -> None:
     relevant = codes(snapshot.users["relevant"], snapshot.item_ids)
+    counts = np.bincount(relevant // tuned.candidates, minlength=tuned.users)
     planned = len(representations) * len(get_args(Shape)) + sum(map(len, OPTIONS.values()))
     started = time.monotonic()
     for description, serving in _candidates(tuned, snapshot.serving, representations):
         if any(trial.serving == serving for trial in tuned.trials):
             continue
-        trial = _try(
-            snapshot,
-            tuned,
+        tried_at = time.monotonic()
+        top = snapshot.lists(Arm("trial", "profiles", serving), tuned.k)
+        values = per_user(hit_mask(top, relevant, tuned.candidates), counts, tuned.k)
+        low, high = bootstrap_interval(values[tuned.metric], snapshot.settings.seed)
+        trial = Trial(
             description,
             serving,
-            relevant,
+            recall=float(values["recall"].mean()),
+            ndcg=float(values["ndcg"].mean()),
+            low=low,
+            high=high,
+            seconds=time.monotonic() - tried_at,
         )
         tuned.trials.append(trial)
         done = len(tuned.trials)
@@ -166,33 +171,6 @@ def _search(
             f"best {tuned.metric} {tuned.value(tuned.best):.4f}; {60 / pace:.1f} trials a minute, "
             f"about {max(planned - done, 0) * pace:.0f} s left"
         )
-
-
-def _try(
-    snapshot: PointInTime,
-    tuned: Tuned,
-    description: str,
-    serving: ServingConfig,
-    relevant: np.ndarray,
-) -> Trial:
-    """The trial of these settings. relevant: codes, as in `metrics`."""
-    started = time.monotonic()
-    items = tuned.candidates
-    top = snapshot.lists(Arm("trial", "profiles", serving), tuned.k)
-    counts = np.bincount(relevant // items, minlength=tuned.users)
-    values = per_user(hit_mask(top, relevant, items), counts, tuned.k)
-    low, high = bootstrap_interval(values[tuned.metric], snapshot.settings.seed)
-    recall = float(values["recall"].mean())
-    ndcg = float(values["ndcg"].mean())
-    return Trial(
-        description,
-        serving,
-        recall,
-        ndcg,
-        low,
-        high,
-        time.monotonic() - started,
-    )
 
 
 def _candidates(

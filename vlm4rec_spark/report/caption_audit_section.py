@@ -17,32 +17,10 @@ _DETAILS = "caption_audit"
 
 
 @dataclass(frozen=True)
-class AuditLine:
-    """A metric as a share, or a plain `number`. `doubtful` if it is no better than its control."""
-
-    what: str
-    metric: MetricRow
-    good: str
-    control: MetricRow | None = None
-    control_name: str = ""
-    number: bool = False
-    doubtful: bool = False
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The audit of one captioner; `notes` are sentences."""
-
-    model: str
-    notes: tuple[str, ...]
-    lines: tuple[AuditLine, ...]
-
-
-@dataclass(frozen=True)
-class _Check:
+class Check:
     """How a metric of the table is shown. `control` is the metric that it must exceed.
 
-    With `lower` it must not exceed its control.
+    With `lower` it must not exceed its control. A metric is a share, or a plain `number`.
     """
 
     metric: str
@@ -54,34 +32,53 @@ class _Check:
     number: bool = False
 
 
+@dataclass(frozen=True)
+class AuditLine:
+    """`doubtful` if the metric is no better than its control."""
+
+    check: Check
+    metric: MetricRow
+    control: MetricRow | None
+    doubtful: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The audit of one captioner; `notes` are sentences."""
+
+    model: str
+    notes: tuple[str, ...]
+    lines: tuple[AuditLine, ...]
+
+
 _DISTINCT = (
-    _Check(
+    Check(
         "distinct_share",
         "Distinct captions, in the sample",
         "near 100 %: photos that share a caption can't be told apart",
     ),
-    _Check(
+    Check(
         "distinct_share_all",
         "Distinct captions, of all in force",
         "less in a large catalogue",
     ),
 )
 _RETRIEVAL_AND_DRIFT = (
-    _Check(
+    Check(
         "self_rank_1",
         "Photos that find their own caption first, described anew",
         "far above chance",
         "self_rank_1_chance",
         "chance",
     ),
-    _Check(
+    Check(
         "self_rank_10",
         "Photos that find their own caption in the top 10",
         "far above chance",
         "self_rank_10_chance",
         "chance",
     ),
-    _Check(
+    Check(
         "self_median_rank",
         "Median rank of a photo's own caption",
         "1 or a little more",
@@ -90,12 +87,12 @@ _RETRIEVAL_AND_DRIFT = (
         lower=True,
         number=True,
     ),
-    _Check(
+    Check(
         "blank_equal",
         "Captions that equal the caption of a blank photo",
         "0 %",
     ),
-    _Check(
+    Check(
         "blank_cosine",
         "Their similarity to that caption (cosine)",
         "no higher than the control",
@@ -104,12 +101,12 @@ _RETRIEVAL_AND_DRIFT = (
         lower=True,
         number=True,
     ),
-    _Check(
+    Check(
         "drift_changed",
         "Captions that differ from the photo's earlier one",
         "as many as the change of model or prompt should change",
     ),
-    _Check(
+    Check(
         "drift_cosine",
         "Similarity of the two (cosine)",
         "near 1 if only words have changed",
@@ -201,7 +198,7 @@ def _notes(captioner: Mapping[str, object]) -> Iterator[str]:
 def _lines(metrics: Mapping[str, MetricRow]) -> Iterator[AuditLine]:
     attributes = sorted(name.partition("/")[2] for name in metrics if name.startswith("agreement/"))
     agreement = [
-        _Check(
+        Check(
             f"agreement/{attribute}",
             f"Captions that name the catalogue's {attribute}",
             "far above the control",
@@ -216,12 +213,9 @@ def _lines(metrics: Mapping[str, MetricRow]) -> Iterator[AuditLine]:
         metric = metrics[check.metric]
         control = metrics.get(check.control)
         yield AuditLine(
-            check.what,
+            check,
             metric,
-            check.good,
             control,
-            check.control_name if control else "",
-            check.number,
             doubtful=control is not None and not _passes(metric, control, check.lower),
         )
 

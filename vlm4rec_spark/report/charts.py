@@ -1,4 +1,4 @@
-"""Figures to SVG for the page: intervals per arm, time per stage, photos per value.
+"""Figures to SVG for the page: intervals per arm and slice, photos per value.
 
 Knows matplotlib; knows no table and no HTML page.
 """
@@ -11,13 +11,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlm4rec_spark.report.data import MetricRow, StageRun, arm_label
+from vlm4rec_spark.report.data import MetricRow, arm_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from vlm4rec_spark.storage.state import CalibrationState, TriedEffort
 
 INK = "#1f2328"
 MUTED = "#6a6f76"
@@ -29,8 +27,6 @@ _LABEL_LENGTH = 24
 """Characters of a label at most."""
 _AXIS_LENGTH = 60
 """Characters of all labels that fit side by side under half a page."""
-_DECADE = 10
-"""Speeds whose ratio exceeds this get a logarithmic axis."""
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vlm4rec_spark",  # else ids are random and no two pages equal
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's typeface
@@ -96,14 +92,7 @@ def _draw_forest_panel(
     for row, (arm, metric) in enumerate(zip(arms, panel.metrics, strict=True)):
         color = ACCENT if arm == highlight else INK
         if metric and metric.value is None:
-            axes.text(
-                0,
-                row,
-                "too few users",
-                va="center",
-                color=MUTED,
-                size=9,
-            )
+            _write(axes, 0, row, "too few users", MUTED)
         elif metric:
             _draw_interval(
                 axes,
@@ -158,14 +147,12 @@ def _draw_interval(
         markersize=4.5,
     )
     number = f"{value:+.3f}" if signed else f"{value:.3f}"
-    axes.text(
-        high + gap,
-        row,
-        number,
-        va="center",
-        color=color,
-        size=9,
-    )
+    _write(axes, high + gap, row, number, color)
+
+
+def _write(axes: Axes, x: float, row: int, text: str, color: str) -> None:
+    """At the height of a row."""
+    axes.text(x, row, text, va="center", color=color, size=9)
 
 
 def multiples(panels: Sequence[SlicePanel], highlight: str) -> str:
@@ -256,147 +243,6 @@ def _label_slices(axes: Axes, panel: SlicePanel) -> None:
     axes.grid(axis="y", color=RULE, linewidth=0.6)
 
 
-def durations(runs: Sequence[StageRun]) -> str:
-    """Seconds per stage, in the given order, top to bottom."""
-    longest = max((run.seconds for run in runs), default=0) or 1
-
-    def draw(panels: Sequence[Axes]) -> None:
-        (axes,) = panels
-        for row, run in enumerate(runs):
-            color = ACCENT if run.seconds == longest else SOFT
-            label = f"{run.seconds:,.1f} s"
-            axes.barh(row, run.seconds, height=0.56, color=color)
-            axes.text(
-                run.seconds + 0.012 * longest,
-                row,
-                label,
-                va="center",
-                color=INK,
-                size=9,
-            )
-        axes.set_yticks(range(len(runs)), [run.stage.replace("_", " ") for run in runs])
-        axes.set_ylim(len(runs) - 0.5, -0.5)
-        axes.set_xlim(0, 1.2 * longest)
-
-    return _svg(draw, width=4.4, height=0.5 + 0.27 * len(runs))
-
-
-def recall_curve(calibration: CalibrationState, k: str) -> str:
-    """Recall against speed: the tried settings with their lower bounds, one line per number of
-    candidates.
-
-    Marks the promise, exact search and the chosen setting.
-    """
-
-    def draw(panels: Sequence[Axes]) -> None:
-        (axes,) = panels
-        counts = sorted({effort.candidates for effort in calibration.tried})
-        for candidates, color, marker in zip(counts, _SHADES, "os^vP", strict=False):
-            efforts = [effort for effort in calibration.tried if effort.candidates == candidates]
-            efforts.sort(key=lambda effort: effort.leaves)
-            _draw_efforts(axes, efforts, color, marker)
-        _draw_exact_and_chosen(axes, calibration)
-        axes.axhline(
-            calibration.target_recall,
-            color=ACCENT,
-            linewidth=1,
-            linestyle=(0, (4, 2)),
-            label=f"promise: {calibration.target_recall}",
-        )
-        _scale_speeds(axes, calibration)
-        axes.set_ylabel(f"recall@{k}, 1 = all that exact search finds", size=9)
-        axes.figure.legend(
-            frameon=False,
-            fontsize=9,
-            labelcolor=INK,
-            loc="outside lower left",
-            ncols=2,
-        )
-
-    # Narrow, so that its words can still be read on a telephone.
-    return _svg(draw, width=5.2, height=4.2)
-
-
-def _draw_efforts(
-    axes: Axes,
-    efforts: Sequence[TriedEffort],
-    color: str,
-    marker: str,
-) -> None:
-    """A line through efforts with the same number of candidates, their leaves at both ends."""
-    below = [effort.recall - effort.low for effort in efforts]
-    above = [0.0] * len(efforts)
-    axes.errorbar(
-        [effort.lists_per_second for effort in efforts],
-        [effort.recall for effort in efforts],
-        [below, above],
-        color=color,
-        marker=marker,
-        markersize=4,
-        linewidth=1,
-        capsize=3,
-        label=f"{efforts[0].candidates:,} candidates",
-    )
-    for effort, offset in ((efforts[0], (0, -15)), (efforts[-1], (-12, 0))):
-        axes.annotate(
-            f"{effort.leaves:,}",
-            (effort.lists_per_second, effort.recall),
-            offset,
-            size=9,
-            color=MUTED,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-        )
-
-
-def _draw_exact_and_chosen(axes: Axes, calibration: CalibrationState) -> None:
-    exact = calibration.exact_lists_per_second
-    chosen = calibration.chosen
-    if exact:
-        axes.plot(
-            [exact],
-            [1],
-            "D",
-            color=INK,
-            markerfacecolor="white",
-            markersize=6,
-            label="exact search",
-        )
-    if chosen:
-        speed = chosen.lists_per_second
-        recall = chosen.recall
-        label = f"chosen: {chosen.leaves:,} leaves"
-    elif exact:
-        speed = exact
-        recall = 1.0
-        label = "chosen: exact search"
-    else:
-        return
-    axes.plot(
-        [speed],
-        [recall],
-        "o",
-        color=ACCENT,
-        markerfacecolor="none",
-        markersize=13,
-        markeredgewidth=1.8,
-        label=label,
-    )
-
-
-def _scale_speeds(axes: Axes, calibration: CalibrationState) -> None:
-    speeds = [effort.lists_per_second for effort in calibration.tried]
-    if calibration.exact_lists_per_second:
-        speeds.append(calibration.exact_lists_per_second)
-    if max(speeds) > _DECADE * min(speeds) > 0:
-        axes.set_xscale("log")
-        axes.minorticks_off()
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.margins(x=0.08, y=0.08)
-    axes.set_xlabel("lists a second, one process on the driver")
-
-
 def values(counts: Sequence[tuple[str, int]]) -> str:
     """How many photos have each value, in the given order, top to bottom."""
 
@@ -406,14 +252,7 @@ def values(counts: Sequence[tuple[str, int]]) -> str:
         (axes,) = panels
         for row, (_, count) in enumerate(counts):
             axes.barh(row, count, height=0.56, color=ACCENT if count == highest else SOFT)
-            axes.text(
-                count + 0.02 * highest,
-                row,
-                f"{count:,}",
-                va="center",
-                color=INK,
-                size=9,
-            )
+            _write(axes, count + 0.02 * highest, row, f"{count:,}", INK)
         axes.set_yticks(range(len(counts)), [_shortened(value) for value, _ in counts])
         axes.set_ylim(len(counts) - 0.5, -0.5)
         axes.set_xlim(0, 1.25 * highest)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pyspark.sql import Row, Window
+from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.report.caption_audit_section import AuditExamples
@@ -26,15 +26,13 @@ from vlm4rec_spark.report.data import (
 )
 from vlm4rec_spark.report.samples import (
     CaptionSamples,
-    DiscordantSamples,
-    PhotoSamples,
     UserSamples,
+    photo_summary,
 )
 from vlm4rec_spark.report.thumbnails import Thumbnails
-from vlm4rec_spark.storage import schemas, state
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
-    from vlm4rec_spark.storage.state import CalibrationState
     from vlm4rec_spark.storage.tables import Tables
 
 _STAGES = (
@@ -79,25 +77,21 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     # Without the report's own runs: this one can't know about itself.
     runs = [stage_runs[0] for stage, stage_runs in history.items() if stage != "report"]
     evaluated = next(iter(history.get("evaluate", ())), None)
-    photos = PhotoSamples(tables, counts["photos"])
     captions = CaptionSamples(tables, settings.photos, history.get("caption", ()))
     users = UserSamples(tables, settings.users)
     audit = AuditExamples(evaluated)
-    discordant = DiscordantSamples(evaluated)
-    photo_keys = [*photos.photo_keys, *captions.photo_keys, *audit.photo_keys]
-    thumbnails = Thumbnails(tables, photo_keys, [*users.item_ids, *discordant.item_ids])
+    photo_keys = [*captions.photo_keys, *audit.photo_keys]
+    thumbnails = Thumbnails(tables, photo_keys, users.item_ids)
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_stage_order)),
         sources=_sources(history.get("ingest", ())),
         rejections=_rejections(tables),
-        photos=photos.with_photos(thumbnails),
+        photos=photo_summary(tables, counts["photos"]),
         captions=captions.with_photos(thumbnails),
         audit_examples=audit.with_photos(thumbnails),
         users=users.with_photos(thumbnails),
         metrics=_metrics(tables, evaluated),
-        discordant_users=discordant.with_photos(thumbnails),
-        calibration=_calibration(tables),
     )
 
 
@@ -105,7 +99,17 @@ def _history(tables: Tables) -> dict[str, list[StageRun]]:
     """Each stage's good runs, latest first; the first one says whether a later run failed."""
     good: dict[str, list[StageRun]] = {}
     failed_since: dict[str, datetime] = {}
-    for row in _latest_runs(tables):
+    latest_first = Window.partitionBy("stage").orderBy(F.desc("started_at"), "run_id")
+    rows = (
+        tables.read(schemas.RUNS)
+        .where(F.col("status") != "unchanged")
+        # Collecting a timestamp would turn it into this machine's time zone.
+        .withColumn("started", F.unix_micros("started_at"))
+        .withColumn("number", F.row_number().over(latest_first))
+        .where(F.col("number") <= _RUNS_PER_STAGE)
+        .drop("config", "started_at")
+    )
+    for row in rows.orderBy("stage", "number").collect():
         stage = row["stage"]
         started_at = datetime.fromtimestamp(row["started"] / 1e6, UTC)
         if row["status"] != "ok":
@@ -124,21 +128,6 @@ def _history(tables: Tables) -> dict[str, list[StageRun]]:
     return good
 
 
-def _latest_runs(tables: Tables) -> list[Row]:
-    """Rows of `runs` by stage, latest first, with `started` in microseconds."""
-    latest_first = Window.partitionBy("stage").orderBy(F.desc("started_at"), "run_id")
-    rows = (
-        tables.read(schemas.RUNS)
-        .where(F.col("status") != "unchanged")
-        # Collecting a timestamp would turn it into this machine's time zone.
-        .withColumn("started", F.unix_micros("started_at"))
-        .withColumn("number", F.row_number().over(latest_first))
-        .where(F.col("number") <= _RUNS_PER_STAGE)
-        .drop("config", "started_at")
-    )
-    return rows.orderBy("stage", "number").collect()
-
-
 def _stage_order(run: StageRun) -> tuple[int, datetime, str]:
     position = _STAGES.index(run.stage) if run.stage in _STAGES else len(_STAGES)
     return position, run.started_at, run.stage
@@ -149,8 +138,8 @@ def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
     sources = []
     for name in _SOURCES:
         read = [_source(name, run) for run in runs if group_of_details(run.details, name)]
-        taken = [source for source in read if source.taken]
-        sources += (taken or read)[:1]
+        with_rows = [source for source in read if source.taken]
+        sources += (with_rows or read)[:1]
     return tuple(sources)
 
 
@@ -187,11 +176,6 @@ def _rejections(tables: Tables) -> tuple[Rejection, ...]:
 
 def _shortened(example: str) -> str:
     return example if len(example) <= _EXAMPLE_LENGTH else example[:_EXAMPLE_LENGTH] + "…"
-
-
-def _calibration(tables: Tables) -> CalibrationState | None:
-    recommend = state.read(tables).get("recommend")
-    return recommend.output.calibration if recommend else None
 
 
 def _metrics(tables: Tables, evaluated: StageRun | None) -> tuple[MetricRow, ...]:

@@ -11,14 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from vlm4rec_spark.settings_base import Settings
-
-if TYPE_CHECKING:
-    from vlm4rec_spark.storage.state import CalibrationState
 
 
 class ReportSettings(Settings):
@@ -103,8 +99,6 @@ class CaptionSummary:
     failures: tuple[CaptionFailure, ...] = ()
     model_run: StageRun | None = None
     """The last run in which the model described photos."""
-    shortest: tuple[PhotoCard, ...] = ()
-    longest: tuple[PhotoCard, ...] = ()
     covered: int = 0
     """Items that have a caption."""
     attributes: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
@@ -127,15 +121,6 @@ class AuditExample:
 
 
 @dataclass(frozen=True)
-class SharedPhoto:
-    """Identical bytes under several items."""
-
-    photo: PhotoCard
-    other_item_id: str
-    items: int
-
-
-@dataclass(frozen=True)
 class PhotoSummary:
     """The kinds of photos in a sample, and the contents that several items share."""
 
@@ -143,7 +128,6 @@ class PhotoSummary:
     kinds: Mapping[str, int] = field(default_factory=dict)
     shared_contents: int = 0
     shared_photos: int = 0
-    shared: tuple[SharedPhoto, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,19 +189,6 @@ class MetricRow:
 
 
 @dataclass(frozen=True)
-class DiscordantUser:
-    """A user with a hit by one arm, at this rank, and none by the other, which had `instead`."""
-
-    split: str
-    user_id: str
-    hit_by: str
-    missed_by: str
-    rank: int
-    hit: PhotoCard
-    instead: tuple[PhotoCard, ...] = ()
-
-
-@dataclass(frozen=True)
 class ReportData:
     """Everything on the page. `counts`: items, photos, captions, interactions, users with a
     list."""
@@ -231,9 +202,6 @@ class ReportData:
     audit_examples: tuple[AuditExample, ...] = ()
     users: tuple[UserCard, ...] = ()
     metrics: tuple[MetricRow, ...] = ()
-    discordant_users: tuple[DiscordantUser, ...] = ()
-    calibration: CalibrationState | None = None
-    """The search that recommend chose for the lists."""
 
     @property
     def latest_at(self) -> datetime | None:

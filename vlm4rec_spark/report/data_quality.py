@@ -55,7 +55,7 @@ class DataIssue:
 def data_issues(data: ReportData) -> list[DataIssue]:
     """In the order of the pipeline: photos, catalogue, log, users, texts. Issues that didn't occur
     are left out."""
-    issues = (*_photos(data), *_log(data), *_users(data), *_texts(data))
+    issues = (*_photos(data), *_log_and_users(data), *_texts(data))
     return [issue for issue in issues if issue.count]
 
 
@@ -78,7 +78,7 @@ def _photos(data: ReportData) -> Iterator[DataIssue]:
     yield DataIssue("Items without a photo", without_photo, "their title is used")
 
 
-def _log(data: ReportData) -> Iterator[DataIssue]:
+def _log_and_users(data: ReportData) -> Iterator[DataIssue]:
     for source in data.sources:
         what, handling = _REPEATED[source.name]
         yield DataIssue(what, source.skipped, handling)
@@ -93,9 +93,6 @@ def _log(data: ReportData) -> Iterator[DataIssue]:
         _int(ingest, "untouched_items"),
         "can be recommended all the same",
     )
-
-
-def _users(data: ReportData) -> Iterator[DataIssue]:
     profiles = data.details("profiles")
     yield DataIssue(
         "Users with more events in a day than a person makes",

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from vlm4rec_spark.report import caption_audit_section, charts
 from vlm4rec_spark.report.charts import ForestPanel, SlicePanel
 from vlm4rec_spark.report.data import (
-    DiscordantUser,
     MetricRow,
     ReportData,
     arm_label,
@@ -103,7 +102,6 @@ class SplitSection:
     accuracy: Mapping[str, Mapping[str, MetricRow]]
     beyond: Mapping[str, Mapping[str, MetricRow]]
     other_k: Mapping[str, Mapping[str, MetricRow]]
-    discordant_users: tuple[DiscordantUser, ...]
     served: str
     """The arm that ranks like the served lists."""
     control: str
@@ -158,13 +156,17 @@ def _section(data: ReportData, split: str) -> SplitSection:
         title=_SPLITS.get(split, split.capitalize()),
         k=k,
         facts=facts,
-        forest=_forest(rows, arms, k, served),
-        differences=_differences(rows, differing, k, served, control),
+        forest=_forest(rows, arms, served, {name: f"{METRICS[name]}@{k}" for name in _PLOTTED}),
+        differences=_forest(
+            {key: _difference(row) for key, row in rows.items()},
+            differing,
+            served,
+            {name: f"{METRICS[name]}@{k}, less {arm_label(control)}" for name in _COMPARED},
+        ),
         multiples=_multiples(data.metrics, overall, served, control),
         accuracy=_table(rows, arms, METRICS),
         beyond=_table(rows, arms, BEYOND),
         other_k=_other_lengths(data.metrics, split, arms, k),
-        discordant_users=tuple(user for user in data.discordant_users if user.split == split),
         served=served,
         control=control,
         indistinct=tuple(arm for arm in differing if not rows[arm, "recall"].differs),
@@ -184,29 +186,17 @@ def _difference(row: MetricRow | None) -> MetricRow | None:
 
 
 def _forest(
-    rows: Mapping[tuple[str, str], MetricRow], arms: Sequence[str], k: int, served: str
-) -> str:
-    panels = [
-        ForestPanel(f"{METRICS[metric]}@{k}", [rows.get((arm, metric)) for arm in arms])
-        for metric in _PLOTTED
-        if any((arm, metric) in rows for arm in arms)
-    ]
-    return charts.forest(panels, arms, served) if panels else ""
-
-
-def _differences(
-    rows: Mapping[tuple[str, str], MetricRow],
+    rows: Mapping[tuple[str, str], MetricRow | None],
     arms: Sequence[str],
-    k: int,
     served: str,
-    control: str,
+    titles: Mapping[str, str],
 ) -> str:
+    """A panel for each metric of `titles` that any arm has."""
     panels = []
-    for metric in _COMPARED:
-        differences = [_difference(rows.get((arm, metric))) for arm in arms]
-        title = f"{METRICS[metric]}@{k}, less {arm_label(control)}"
-        if any(differences):
-            panels.append(ForestPanel(title, differences))
+    for metric, title in titles.items():
+        metrics = [rows.get((arm, metric)) for arm in arms]
+        if any(metrics):
+            panels.append(ForestPanel(title, metrics))
     return charts.forest(panels, arms, served) if panels else ""
 
 
@@ -239,8 +229,12 @@ def _other_lengths(metrics: Sequence[MetricRow], split: str, arms: Sequence[str]
 def _multiples(
     metrics: Sequence[MetricRow], overall: Sequence[MetricRow], served: str, control: str
 ) -> str:
-    """Recall by slice of the served arm, the control and the best others."""
-    arms = _best_arms(overall, served, control)
+    """Recall by slice of the served arm, the control and the best others but the oracle."""
+    recall = {row.arm: row.value for row in overall if row.metric == "recall"}
+    best = [arm for arm, value in recall.items() if value is not None and arm != "oracle"]
+    best.sort(key=lambda arm: -(recall[arm] or 0))
+    candidates = dict.fromkeys([served, control, *best])
+    arms = [arm for arm in candidates if arm in recall][:_MAX_LINES]
     if not arms:
         return ""
     split = overall[0].split
@@ -259,26 +253,21 @@ def _multiples(
     return charts.multiples(shown, served) if shown else ""
 
 
-def _best_arms(overall: Sequence[MetricRow], served: str, control: str) -> list[str]:
-    """The served arm, the control, and others by recall, if they have one; the oracle isn't one of
-    the others."""
-    recall = {row.arm: row.value for row in overall if row.metric == "recall"}
-    others = [arm for arm, value in recall.items() if value is not None and arm != "oracle"]
-    others.sort(key=lambda arm: -(recall[arm] or 0))
-    arms = dict.fromkeys([served, control, *others])
-    return [arm for arm in arms if arm in recall][:_MAX_LINES]
-
-
 def _slice_panel(
     sliced: Mapping[tuple[str, str], MetricRow], family: str, arms: Sequence[str]
 ) -> SlicePanel:
-    """The slices of a family, such as `history`, in their order."""
+    """The slices of a family, such as `history`, in their order, with their number of users."""
     names = {name for name, _ in sliced if name.startswith(f"{family} ")}
     ordered = sorted(names, key=_first_number)
     users = {
-        name: row.users if row.value is not None else None for (name, _), row in sliced.items()
+        name: "too few" if row.value is None else f"{row.users:,}"
+        for (name, _), row in sliced.items()
     }
-    labels = [_slice_label(name, family, users[name]) for name in ordered]
+    labels = [
+        name.removeprefix(f"{family} ").removesuffix(" of 10").removesuffix(" days")
+        + f"\n{users[name]}"
+        for name in ordered
+    ]
     lines = {arm: [sliced.get((name, arm)) for name in ordered] for arm in arms}
     return SlicePanel(_FAMILIES[family], labels, lines)
 
@@ -286,12 +275,6 @@ def _slice_panel(
 def _first_number(slice_: str) -> tuple[int, str]:
     digits = re.search(r"\d+", slice_)
     return int(digits[0]) if digits else -1, slice_
-
-
-def _slice_label(slice_: str, family: str, users: int | None) -> str:
-    """The slice's name, and below it the number of its users, None for too few."""
-    name = slice_.removeprefix(f"{family} ").removesuffix(" of 10").removesuffix(" days")
-    return f"{name}\n{'too few' if users is None else format(users, ',')}"
 
 
 def _overall(metrics: Sequence[MetricRow], split: str) -> list[MetricRow]:

@@ -55,11 +55,9 @@ def render(data: ReportData) -> str:
         data_issues=data_issues(data),
         details={run.stage: run.details for run in data.runs},
         attributes={name: charts.values(counts) for name, counts in attributes.items()},
-        durations=charts.durations(data.runs) if data.runs else "",
         long_captions=median(caption_lengths or [0]) > _LONG_CAPTION,
         columns=_columns,
         recall_lost=_recall_lost(data),
-        recall_curve=_recall_curve(data),
         svg=Markup,
         version=__version__,
     )
@@ -68,13 +66,6 @@ def render(data: ReportData) -> str:
 def _columns(table: Mapping[str, Mapping[str, MetricRow]]) -> list[str]:
     """The columns that any row of a table has."""
     return list(dict.fromkeys(name for row in table.values() for name in row))
-
-
-def _recall_curve(data: ReportData) -> str:
-    """The calibration's chart, "" if it tried nothing, as for a small catalogue."""
-    if data.calibration is None or not data.calibration.tried:
-        return ""
-    return charts.recall_curve(data.calibration, data.details("recommend").get("k", "k"))
 
 
 def _recall_lost(data: ReportData) -> str:

@@ -7,11 +7,11 @@ are fetched at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
-from pyspark.sql import Column, DataFrame, Row, Window
+from pyspark.sql import DataFrame, Row, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.captioning.attributes import Attributes
@@ -19,14 +19,10 @@ from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.data import (
     CaptionFailure,
     CaptionSummary,
-    DiscordantUser,
-    PhotoCard,
     PhotoSummary,
     RecommendedItem,
-    SharedPhoto,
     StageRun,
     UserCard,
-    parse_details,
 )
 from vlm4rec_spark.report.thumbnails import CAPTION_LENGTH, PhotoKey, Thumbnails
 from vlm4rec_spark.storage import schemas
@@ -35,12 +31,10 @@ if TYPE_CHECKING:
     from vlm4rec_spark.storage.tables import Tables
 
 ATTRIBUTES = tuple(Attributes.model_fields)
-_SHARED = 3
 _SAMPLED_CONTENTS = 1_000
 _MAX_KINDS = 20
 _FAILURES_PER_CLASS = 4
 _FAILURES = 24
-_EXTREMES = 3
 _VALUES = 6
 _HISTORY = 8
 _LIST = 12
@@ -49,33 +43,20 @@ _MODERATE = (5, 12)
 _SHORT = (1, 3)
 
 
-class PhotoSamples:
+def photo_summary(tables: Tables, photos: int) -> PhotoSummary:
     """Kinds of photos in a sample of about _SAMPLED_CONTENTS, and contents that several items
     share."""
-
-    def __init__(self, tables: Tables, photos: int):
-        rows = tables.read(schemas.PHOTOS)
-        self._kinds = _count_kinds(rows, photos)
-        shared = _shared_contents(rows)
-        count = F.count(F.lit(1)).alias("contents")
-        self._total = shared.agg(count, F.sum("photos").alias("photos")).collect()[0]
-        self._shared = shared.orderBy(F.desc("items"), "image_sha256").limit(_SHARED).collect()
-
-    @property
-    def photo_keys(self) -> list[PhotoKey]:
-        return [_key(row["first"]) for row in self._shared]
-
-    def with_photos(self, thumbnails: Thumbnails) -> PhotoSummary:
-        return PhotoSummary(
-            sampled=sum(row["count"] for row in self._kinds),
-            kinds={row["kind"]: row["count"] for row in self._kinds},
-            shared_contents=self._total["contents"],
-            shared_photos=self._total["photos"] or 0,
-            shared=tuple(
-                SharedPhoto(thumbnails.photo(_key(row["first"])), row["last"], row["items"])
-                for row in self._shared
-            ),
-        )
+    rows = tables.read(schemas.PHOTOS)
+    kinds = {row["kind"]: row["count"] for row in _count_kinds(rows, photos)}
+    contents = rows.where(F.col("bytes") > 0).groupBy("image_sha256")
+    counted = contents.agg(
+        F.countDistinct("item_id").alias("items"),
+        F.count(F.lit(1)).alias("photos"),
+    )
+    shared = counted.where(F.col("items") > 1)
+    count = F.count(F.lit(1)).alias("contents")
+    total = shared.agg(count, F.sum("photos").alias("photos")).collect()[0]
+    return PhotoSummary(sum(kinds.values()), kinds, total["contents"], total["photos"] or 0)
 
 
 def _count_kinds(photos: DataFrame, total: int) -> list[Row]:
@@ -94,19 +75,6 @@ def _kinds(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         yield pd.DataFrame({"kind": [pictures.kind(bytes(image)) for image in batch["image"]]})
 
 
-def _shared_contents(photos: DataFrame) -> DataFrame:
-    """image_sha256, items, photos, first (a photo key) and last (an item_id) of contents under
-    several items."""
-    contents = photos.where(F.col("bytes") > 0).groupBy("image_sha256")
-    counted = contents.agg(
-        F.countDistinct("item_id").alias("items"),
-        F.count(F.lit(1)).alias("photos"),
-        F.min(F.struct("item_id", "position")).alias("first"),
-        F.max("item_id").alias("last"),
-    )
-    return counted.where(F.col("items") > 1)
-
-
 class CaptionSamples:
     """Captions in force, and failures, of the model and prompt that ran last; `photos` of them as
     samples."""
@@ -121,20 +89,22 @@ class CaptionSamples:
         captions = _captions_of_last_run(tables, runs)
         self._model_run = next((run for run in runs if run.rows_ok + run.rows_failed), None)
         self._statuses = captions.groupBy("status").count().orderBy("status").collect()
-        failed = _failed_photos(tables, captions)
+        photo_keys = tables.read(schemas.PHOTOS).select("item_id", "position", "image_sha256")
+        failed = captions.where(F.col("status").isin("failed", "rejected"))
+        failed = failed.join(photo_keys, on="image_sha256", how="inner")
         by_class = failed.groupBy("error_class").count()
         self._classes = by_class.orderBy(F.desc("count"), "error_class").limit(_FAILURES).collect()
         self._failed = _failures(failed)
-        linked = _linked(tables, captions)
+        texts = captions.where(F.col("caption").isNotNull())
+        texts = texts.select("caption_key", "caption", "attributes")
+        linked = tables.read(schemas.ITEM_CAPTIONS).join(texts, on="caption_key", how="inner")
         self._covered = linked.select("item_id").distinct().count()
         self._samples = _captioned_photos(linked, photos)
-        self._shortest = _extremes(linked, F.asc)
-        self._longest = _extremes(linked, F.desc)
         self._values = _commonest_values(linked)
 
     @property
     def photo_keys(self) -> list[PhotoKey]:
-        rows = (*self._samples, *self._failed, *self._shortest, *self._longest)
+        rows = (*self._samples, *self._failed)
         return [_key(row) for row in rows]
 
     def with_photos(self, thumbnails: Thumbnails) -> CaptionSummary:
@@ -142,9 +112,10 @@ class CaptionSamples:
             statuses={row["status"]: row["count"] for row in self._statuses},
             failed_classes={row["error_class"]: row["count"] for row in self._classes},
             covered=self._covered,
-            samples=_captioned(self._samples, thumbnails),
-            shortest=_captioned(self._shortest, thumbnails),
-            longest=_captioned(self._longest, thumbnails),
+            samples=tuple(
+                thumbnails.photo(_key(row), row["caption"][:CAPTION_LENGTH], row["attributes"])
+                for row in self._samples
+            ),
             failures=tuple(
                 CaptionFailure(
                     thumbnails.photo(_key(row)),
@@ -170,13 +141,6 @@ def _captions_of_last_run(tables: Tables, runs: Sequence[StageRun]) -> DataFrame
     return captions.where((F.col("status") == "imported") | (is_model & is_prompt))
 
 
-def _failed_photos(tables: Tables, captions: DataFrame) -> DataFrame:
-    """item_id, position and the failed caption of each photo without one."""
-    failed = captions.where(F.col("status").isin("failed", "rejected"))
-    photos = tables.read(schemas.PHOTOS).select("item_id", "position", "image_sha256")
-    return failed.join(photos, on="image_sha256", how="inner")
-
-
 def _failures(failed: DataFrame) -> list[Row]:
     """item_id, position, error_class, error: a few of each class."""
     within_class = Window.partitionBy("error_class").orderBy("caption_key", "item_id", "position")
@@ -186,22 +150,8 @@ def _failures(failed: DataFrame) -> list[Row]:
     return few.orderBy("number", "error_class").limit(_FAILURES).collect()
 
 
-def _linked(tables: Tables, captions: DataFrame) -> DataFrame:
-    """item_id, position, caption_key, caption and attributes of the captions in force."""
-    texts = captions.where(F.col("caption").isNotNull())
-    texts = texts.select("caption_key", "caption", "attributes")
-    return tables.read(schemas.ITEM_CAPTIONS).join(texts, on="caption_key", how="inner")
-
-
-def _captioned(rows: Sequence[Row], thumbnails: Thumbnails) -> tuple[PhotoCard, ...]:
-    return tuple(
-        thumbnails.photo(_key(row), row["caption"][:CAPTION_LENGTH], row["attributes"])
-        for row in rows
-    )
-
-
 def _captioned_photos(linked: DataFrame, photos: int) -> list[Row]:
-    """Rows of `_linked` for `photos` captions in force."""
+    """item_id, position, caption_key, caption and attributes of `photos` captions in force."""
     order = (F.xxhash64("caption_key"), "caption_key", "item_id", "position")
     # Twice as many, since identical photos share a caption and are shown once.
     rows = linked.orderBy(*order).limit(2 * photos).collect()
@@ -209,17 +159,6 @@ def _captioned_photos(linked: DataFrame, photos: int) -> list[Row]:
     for row in rows:
         by_caption.setdefault(row["caption_key"], row)
     return list(by_caption.values())[:photos]
-
-
-def _extremes(linked: DataFrame, order: Callable[[Column], Column]) -> list[Row]:
-    """A few captions in force, the shortest or longest, each once."""
-    captions = linked.groupBy("caption_key", "caption").agg(
-        F.min(F.struct("item_id", "position")).alias("key"),
-        F.any_value("attributes").alias("attributes"),
-    )
-    length = F.length("caption")
-    few = captions.orderBy(order(length), "caption_key").limit(_EXTREMES)
-    return few.select("key.*", "caption", "attributes", length.alias("length")).collect()
 
 
 def _commonest_values(linked: DataFrame) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -265,7 +204,7 @@ class UserSamples:
                 profile["user_id"],
                 profile["history_items"],
                 profile["events"],
-                tuple(thumbnails.item(item_id) for item_id in profile["history"]),
+                tuple(map(thumbnails.item, profile["history"])),
                 tuple(_recommended_item(item, thumbnails) for item in items),
             )
             for profile, items in self._users
@@ -279,7 +218,7 @@ def _recommended_item(item: Row, thumbnails: Thumbnails) -> RecommendedItem:
         item["score"],
         thumbnails.item(reason) if reason else None,
         tuple(item["because_terms"] or ()),
-        tuple(thumbnails.item(item_id) for item_id in item["collapsed"]),
+        tuple(map(thumbnails.item, item["collapsed"])),
     )
 
 
@@ -318,36 +257,6 @@ def _sample_profiles(tables: Tables, users: int) -> list[Row]:
     # Twice as many, since some may have no list.
     few = numbered.where(F.col("number") <= 2 * users)
     return few.orderBy("length", "number").collect()
-
-
-class DiscordantSamples:
-    """Users with a hit by only one of two arms, as the evaluation's details name them."""
-
-    def __init__(self, evaluated: StageRun | None):
-        self._users: list[tuple[str, dict]] = []
-        for split, text in (evaluated.details if evaluated else {}).items():
-            users = parse_details(text).get("discordant_users")
-            if isinstance(users, list):
-                self._users += [(split, user) for user in users if isinstance(user, dict)]
-
-    @property
-    def item_ids(self) -> Iterator[str]:
-        for _, user in self._users:
-            yield from (user["item_id"], *user["instead"])
-
-    def with_photos(self, thumbnails: Thumbnails) -> tuple[DiscordantUser, ...]:
-        return tuple(
-            DiscordantUser(
-                split,
-                user["user_id"],
-                user["hit_by"],
-                user["missed_by"],
-                user["rank"],
-                thumbnails.item(user["item_id"]),
-                tuple(thumbnails.item(item_id) for item_id in user["instead"]),
-            )
-            for split, user in self._users
-        )
 
 
 def _key(row: Row) -> PhotoKey:

@@ -112,8 +112,8 @@ def _thumbnails(
     key = F.concat_ws("/", "item_id", "position")
     names = [f"{item_id}/{position}" for item_id, position in keys]
     # By item_id too, which lets whole files be skipped.
-    wanted = F.col("item_id").isin(item_ids) & key.isin(names)
-    rows = tables.read(schemas.PHOTOS).where(wanted).select("item_id", "position", "image")
+    is_requested = F.col("item_id").isin(item_ids) & key.isin(names)
+    rows = tables.read(schemas.PHOTOS).where(is_requested).select("item_id", "position", "image")
     schema = "item_id STRING, position INT, src STRING, problem STRING"
     return {
         (row["item_id"], row["position"]): _Thumbnail(row["src"], row["problem"])

@@ -12,7 +12,11 @@ _FLOOD_SIDE = 32
 """
 
 
-def augment(photos: torch.Tensor, rng: torch.Generator, mirrored: float = 0.0) -> torch.Tensor:
+def augment(
+    photos: torch.Tensor,
+    rng: torch.Generator,
+    mirrored: float = 0.0,
+) -> torch.Tensor:
     """(n, 3, side, side) uint8 to floats from -1 to 1, every photo changed in its own way.
 
     In a third of the photos a plain light background is replaced: by a colour, a gradient, or
@@ -40,11 +44,21 @@ def plain(photos: torch.Tensor) -> torch.Tensor:
 
 
 def _rand(like: torch.Tensor, *shape: int, rng: torch.Generator) -> torch.Tensor:
-    return torch.rand(len(like), *shape, generator=rng, device=like.device)
+    return torch.rand(
+        len(like),
+        *shape,
+        generator=rng,
+        device=like.device,
+    )
 
 
 def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    return functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    return functional.interpolate(
+        pixels,
+        size=size,
+        mode="bilinear",
+        align_corners=False,
+    )
 
 
 def _with_background(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -59,8 +73,12 @@ def _with_background(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor
     blurred = _resize(_resize(pixels.roll(1, 0), 12), side)
     background = torch.where(_rand(pixels, 1, 1, 1, rng=rng) < 0.4, blurred, gradient)
     # A room's floor or wall has a grain.
-    grain = torch.rand(pixels.shape, generator=rng, device=pixels.device) - 0.5
-    background = background + 0.06 * grain
+    grain = torch.rand(
+        pixels.shape,
+        generator=rng,
+        device=pixels.device,
+    )
+    background = background + 0.06 * (grain - 0.5)
     return pixels + cover * replace * (background - pixels)
 
 
@@ -102,7 +120,10 @@ def _moved(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _affine(
-    window: torch.Tensor, angle: torch.Tensor, mirrored: torch.Tensor, move: torch.Tensor
+    window: torch.Tensor,
+    angle: torch.Tensor,
+    mirrored: torch.Tensor,
+    move: torch.Tensor,
 ) -> torch.Tensor:
     """(n, 2, 3)."""
     width, height = window.unbind(1)
@@ -128,10 +149,18 @@ def _with_light(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def _coarser(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     side = pixels.shape[-1]
-    small = functional.interpolate(pixels, size=side // 2, mode="area")
+    small = functional.interpolate(
+        pixels,
+        size=side // 2,
+        mode="area",
+    )
     is_coarse = _rand(pixels, 1, 1, 1, rng=rng) < 0.2
     pixels = torch.where(is_coarse, _resize(small, side), pixels)
-    noise = torch.randn(pixels.shape, generator=rng, device=pixels.device)
+    noise = torch.randn(
+        pixels.shape,
+        generator=rng,
+        device=pixels.device,
+    )
     return pixels + noise * 0.04 * _rand(pixels, 1, 1, 1, rng=rng) ** 2
 
 
@@ -146,7 +175,11 @@ def _with_cover(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return torch.where(rectangle, _rand(pixels, 3, 1, 1, rng=rng), pixels)
 
 
-def _between(start: torch.Tensor, share: torch.Tensor, side: int) -> torch.Tensor:
+def _between(
+    start: torch.Tensor,
+    share: torch.Tensor,
+    side: int,
+) -> torch.Tensor:
     """(n, side) bool: a range of this share of the side; `start` from 0 to 1 is where it fits."""
     line = torch.arange(side, device=start.device).view(1, -1)
     length = side * share

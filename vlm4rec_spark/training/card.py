@@ -27,7 +27,10 @@ class Provenance:
 
 
 def write(
-    folder: Path, provenance: Provenance, shares: Mapping[str, Share], curve: Sequence[Point]
+    folder: Path,
+    provenance: Provenance,
+    shares: Mapping[str, Share],
+    curve: Sequence[Point],
 ) -> None:
     """README.md and curve.png."""
     plan = provenance.plan
@@ -39,7 +42,6 @@ def write(
     rejected = [
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in provenance.rejected.items()
     ]
-    notes = [_START if plan.start else "", _TEACHER if plan.teacher else ""]
     text = _TEXT.format(
         rows="\n".join(rows),
         command=provenance.command,
@@ -52,7 +54,7 @@ def write(
         seed=plan.seed,
         minutes=provenance.seconds / 60,
         device=provenance.device,
-        notes="".join(notes),
+        note=_START if plan.start else "",
     )
     (folder / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
     if curve:
@@ -69,13 +71,24 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
     loss.set(title="Loss", xlabel="photos seen")
     for name in curve[-1].right:
         right.plot(seen, [point.right.get(name) for point in curve], label=name)
-    right.set(title="Right on held-out photos (heads)", xlabel="photos seen", ylim=(0, 1.02))
-    right.legend(fontsize=7, loc="lower right", ncols=2)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    right.set(
+        title="Right on held-out photos (heads)",
+        xlabel="photos seen",
+        ylim=(0, 1.02),
+    )
+    right.legend(
+        fontsize=7,
+        loc="lower right",
+        ncols=2,
+    )
+    figure.savefig(
+        file,
+        dpi=110,
+        metadata={"Software": None},
+    )
 
 
 _START = " It started from a captioner that was trained before."
-_TEACHER = " EfficientNet-Lite0 (ImageNet weights, Apache-2.0) guided the vision tower."
 _TEXT = """\
 # A small captioner of product photos
 
@@ -96,7 +109,7 @@ It consists of transformers' own classes and loads through `AutoProcessor` and
 - Data: {data}. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
 - {seen:,} photos seen in batches of {batch:,}, seed {seed};
-  {minutes:.1f} minutes on {device}.{notes}
+  {minutes:.1f} minutes on {device}.{note}
 - The curve is in `curve.png`.
 
 ## Held-out figures

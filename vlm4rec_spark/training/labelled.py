@@ -100,7 +100,11 @@ def read(
     )
 
 
-def _rows(table: Path, required: Sequence[str], optional: Sequence[str]) -> pd.DataFrame:
+def _rows(
+    table: Path,
+    required: Sequence[str],
+    optional: Sequence[str],
+) -> pd.DataFrame:
     if not table.exists():
         raise UsageError(
             f"{table}: there is no such table. Give a Parquet file or folder, or a CSV file."
@@ -128,7 +132,11 @@ def _truth(rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, str
     return truth
 
 
-def _sentences(rows: pd.DataFrame, column: str, truth: Sequence[dict[str, str]]) -> list[str]:
+def _sentences(
+    rows: pd.DataFrame,
+    column: str,
+    truth: Sequence[dict[str, str]],
+) -> list[str]:
     """The table's captions, or sentences from the attributes; "" where there are none."""
     captions = rows[column].fillna("").tolist() if column in rows else [""] * len(rows)
     return [
@@ -145,7 +153,11 @@ def _reasons(decoded: _Decoded, sentences: Sequence[str]) -> list[str]:
     ]
 
 
-def _check_enough(table: Path, good: int, rejected: Mapping[str, int]) -> None:
+def _check_enough(
+    table: Path,
+    good: int,
+    rejected: Mapping[str, int],
+) -> None:
     if good < _MIN_PHOTOS:
         raise RunError(
             f"{table}: {good:,} of {good + sum(rejected.values()):,} photos can be learnt from, "
@@ -175,7 +187,11 @@ def _labels(
 
 
 def _decoded(
-    photos: Sequence[Any], table: Path, side: int, work: Path, log: Callable[[str], None]
+    photos: Sequence[Any],
+    table: Path,
+    side: int,
+    work: Path,
+    log: Callable[[str], None],
 ) -> _Decoded:
     """The photos' pixels, from `work` if they were decoded before."""
     stat = table.stat()
@@ -198,7 +214,10 @@ def _decoded(
 
 
 def _decode_into(
-    array: np.ndarray, photos: Sequence[Any], folder: Path, log: Callable[[str], None]
+    array: np.ndarray,
+    photos: Sequence[Any],
+    folder: Path,
+    log: Callable[[str], None],
 ) -> list[tuple[str, str]]:
     """Write the pixels into `array`; the photos' reasons and digests."""
     results: list[tuple[str, str]] = []
@@ -223,19 +242,18 @@ class _DecodedPhoto(NamedTuple):
     digest: str
 
 
-def _decode(photo: Any, folder: Path, side: int) -> _DecodedPhoto:
+def _decode(
+    photo: Any,
+    folder: Path,
+    side: int,
+) -> _DecodedPhoto:
+    """Of bytes, or of those at a path in `folder`; a missing value is an empty photo."""
     try:
-        data = _read_photo(photo, folder)
-        image = decode(data, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
+        if not isinstance(photo, bytes):
+            photo = (folder / str(photo)).read_bytes() if pd.notna(photo) else b""
+        image = decode(photo, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).transpose(2, 0, 1)
-        return _DecodedPhoto(pixels, "", hashlib.sha256(data).hexdigest())
+        return _DecodedPhoto(pixels, "", hashlib.sha256(photo).hexdigest())
     except (PhotoError, OSError) as error:
         reason = error.error_class if isinstance(error, PhotoError) else "unreadable"
         return _DecodedPhoto(np.zeros((3, side, side), np.uint8), reason, "")
-
-
-def _read_photo(photo: Any, folder: Path) -> bytes:
-    """Bytes as they are, or those at a path; none for a missing value."""
-    if isinstance(photo, bytes):
-        return photo
-    return (folder / str(photo)).read_bytes() if pd.notna(photo) else b""

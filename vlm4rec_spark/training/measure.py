@@ -98,7 +98,11 @@ def blank(side: int = 128) -> Image.Image:
     return Image.new("RGB", (side, side), (160, 160, 160))
 
 
-def held_out(folder: Path, labelled: Labelled, log: Callable[[str], None]) -> dict[str, Share]:
+def held_out(
+    folder: Path,
+    labelled: Labelled,
+    log: Callable[[str], None],
+) -> dict[str, Share]:
     """The shares on the held-out photos, 2,000 at most."""
     rows = np.flatnonzero(labelled.held_out)[:_MAX_PHOTOS]
     photos = [Image.fromarray(labelled.photos[row].transpose(1, 2, 0)) for row in rows]

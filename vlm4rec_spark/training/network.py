@@ -36,7 +36,9 @@ class _Patches(NamedTuple):
 
 
 def build(
-    sentences: Iterable[str], tower: Any = None, template: str = _TEMPLATE
+    sentences: Iterable[str],
+    tower: Any = None,
+    template: str = _TEMPLATE,
 ) -> tuple[Any, Any]:
     """An untrained model and its processor, whose words are those of the sentences.
 
@@ -46,7 +48,12 @@ def build(
     in 4 x 4 patches. It was the fastest on a CPU core for its accuracy: most of its weights are
     where the patches are few. Sixteen image tokens cost the decoder next to nothing.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, SwinConfig
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SwinConfig,
+    )
 
     tower = tower or SwinConfig(
         image_size=SIDE,
@@ -64,9 +71,22 @@ def build(
         # A CLIP puts a class token first, which LLaVA leaves out.
         patches = _Patches(tower.patch_size, 1, "default")
     processor = _processor(_tokenizer(sentences), tower.image_size, patches, template)
+    decoder = LlamaConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=3 * _WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=END,
+    )
     config = LlavaConfig(
         vision_config=tower,
-        text_config=_decoder(len(processor.tokenizer)),
+        text_config=decoder,
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy=patches.strategy,
@@ -78,7 +98,12 @@ def build(
     return model, processor
 
 
-def _processor(tokenizer: Any, side: int, patches: _Patches, template: str) -> Any:
+def _processor(
+    tokenizer: Any,
+    side: int,
+    patches: _Patches,
+    template: str,
+) -> Any:
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -98,32 +123,18 @@ def _processor(tokenizer: Any, side: int, patches: _Patches, template: str) -> A
     )
 
 
-def _decoder(words: int) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=words,
-        hidden_size=_WIDTH,
-        intermediate_size=3 * _WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=END,
-    )
-
-
-def inherit(model: Any, processor: Any, folder: Path) -> list[int]:
+def inherit(
+    model: Any,
+    processor: Any,
+    folder: Path,
+) -> list[int]:
     """Give an untrained model of `build` the weights of the captioner in `folder`.
 
     Words that both know keep their weights. Patches and the first half of the tower's stages, which
     see edges and colours, are frozen. Returns the ids of the words that the captioner in `folder`
     lacks.
 
-    Raises UsageError for a folder without such a captioner.
+    Raises UsageError for a folder without such a captioner, or with weights of other shapes.
     """
     import torch
 
@@ -137,7 +148,17 @@ def inherit(model: Any, processor: Any, folder: Path) -> list[int]:
         and tensor.ndim == 2
         and name.endswith(("embed_tokens.weight", "lm_head.weight"))
     }
-    _check_shapes(folder, weights, start, vocabulary)
+    different = [
+        name
+        for name, tensor in weights.items()
+        if name not in start or (name not in vocabulary and start[name].shape != tensor.shape)
+    ]
+    if different:
+        raise UsageError(
+            f"{folder}: its captioner is of another shape than those that are trained here "
+            f"({len(different):,} of {len(weights):,} weights, such as {different[0]}). Start from "
+            "the packaged one, or from one that this command made."
+        )
     shared = [(number, start_ids[word]) for word, number in ids.items() if word in start_ids]
     to, source = torch.tensor(shared).T
     with torch.no_grad():
@@ -167,23 +188,6 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
         message = str(error).splitlines()[0]
         raise UsageError(f"{folder}: no captioner can be read from it: {message}") from error
     return model.state_dict(), ids
-
-
-def _check_shapes(
-    folder: Path, weights: dict[str, Any], start: dict[str, Any], vocabulary: set[str]
-) -> None:
-    """Raises UsageError unless all weights but the vocabulary's have the same shapes."""
-    different = [
-        name
-        for name, tensor in weights.items()
-        if name not in start or (name not in vocabulary and start[name].shape != tensor.shape)
-    ]
-    if different:
-        raise UsageError(
-            f"{folder}: its captioner is of another shape than those that are trained here "
-            f"({len(different):,} of {len(weights):,} weights, such as {different[0]}). Start from "
-            "the packaged one, or from one that this command made."
-        )
 
 
 def _tokenizer(sentences: Iterable[str]) -> Any:

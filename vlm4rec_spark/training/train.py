@@ -2,8 +2,8 @@
 
 Seeded, resumable.
 
-The decoder learns the sentences. Linear heads on the pooled tower learn the attributes, and a
-projection of it learns the teacher's features. Both only guide the tower and aren't saved.
+The decoder learns the sentences. Linear heads on the pooled tower learn the attributes. They only
+guide the tower and aren't saved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.training import network
 from vlm4rec_spark.training.augment import augment, plain
 from vlm4rec_spark.training.labelled import Labelled
-from vlm4rec_spark.training.teacher import WIDTH, Teacher
 
 _SAVE_SECONDS = 120
 _LOG_SECONDS = 15
@@ -33,8 +32,7 @@ _VALIDATION_PHOTOS = 1_000
 """How often, and on how many held-out photos: it takes time from the training."""
 _WARM_UP = 0.06
 _HEAD_WEIGHT = 0.5
-_TEACHER_WEIGHT = 2.0
-"""Of the losses of heads and teacher; the sentence's loss has 1."""
+"""Of the heads' losses; the sentence's loss has 1."""
 _SMOOTHING = 0.1
 _NEW_WEIGHTS_RATE = 10
 """How much faster weights learn that the captioner to start from doesn't have."""
@@ -49,7 +47,6 @@ class TrainingPlan:
     batch: int = 96
     rate: float = 1e-3
     seed: int = 0
-    teacher: bool = False
     start: str = ""
     """The folder of a captioner to start from, "" for none."""
     mirrored: float = 0.0
@@ -92,7 +89,7 @@ class Training(NamedTuple):
 class _Learner(torch.nn.Module):
     """The captioner with the parts that only the training needs."""
 
-    def __init__(self, model: Any, labelled: Labelled, teacher: bool):
+    def __init__(self, model: Any, labelled: Labelled):
         super().__init__()
         self.model = model
         width = model.config.vision_config.hidden_size
@@ -100,9 +97,12 @@ class _Learner(torch.nn.Module):
             name: torch.nn.Linear(width, len(values)) for name, values in labelled.values.items()
         }
         self.heads = torch.nn.ModuleDict(heads)
-        self.as_teacher = torch.nn.Linear(width, WIDTH) if teacher else None
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tower's mean patch (n, width), and logits of the words (n, words, vocabulary)."""
         llava = self.model.model
         patches = self.patches(pixels)
@@ -119,7 +119,11 @@ class _Learner(torch.nn.Module):
 
 
 def train(
-    labelled: Labelled, out: Path, work: Path, plan: TrainingPlan, log: Callable[[str], None]
+    labelled: Labelled,
+    out: Path,
+    work: Path,
+    plan: TrainingPlan,
+    log: Callable[[str], None],
 ) -> Training:
     """Train and save into `out`, with a checkpoint in `work`.
 
@@ -132,7 +136,7 @@ def train(
     start = {}
     if plan.kept:
         start = {name: weights.detach().clone() for name, weights in model.named_parameters()}
-    learner = _Learner(model, labelled, plan.teacher).to(device)
+    learner = _Learner(model, labelled).to(device)
     loop = _Loop(learner, _Photos(labelled, processor, device), plan, _digest(plan, labelled))
     loop.run(work / "checkpoint.pt", log)
     learner.model.eval().cpu()
@@ -144,7 +148,10 @@ def train(
 
 @torch.no_grad()
 def _average(
-    model: Any, start: dict[str, torch.Tensor], new_words: list[int], share: float
+    model: Any,
+    start: dict[str, torch.Tensor],
+    new_words: list[int],
+    share: float,
 ) -> None:
     """Move the weights towards the start's by the share, except those of words that it lacks."""
     for name, weights in model.named_parameters():
@@ -159,7 +166,12 @@ def _average(
 class _Photos:
     """The photos, their sentences as word ids, and their labels, on the training's device."""
 
-    def __init__(self, labelled: Labelled, processor: Any, device: str):
+    def __init__(
+        self,
+        labelled: Labelled,
+        processor: Any,
+        device: str,
+    ):
         self.device = device
         self._photos = labelled.photos
         self._on_gpu = None
@@ -178,7 +190,11 @@ class _Photos:
         self._cumulative = np.cumsum(weights) / weights.sum()
         self._held_out = np.flatnonzero(labelled.held_out)[:_VALIDATION_PHOTOS]
 
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(
+        self,
+        count: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
         """Rows by weight, and none that is held out."""
         rows = np.searchsorted(self._cumulative, rng.random(count), side="right")
         return rows.clip(max=len(self._photos) - 1)
@@ -218,7 +234,13 @@ class _Photos:
 class _Loop:
     """The steps of a training, and what a checkpoint holds of them."""
 
-    def __init__(self, learner: _Learner, photos: _Photos, plan: TrainingPlan, digest: str):
+    def __init__(
+        self,
+        learner: _Learner,
+        photos: _Photos,
+        plan: TrainingPlan,
+        digest: str,
+    ):
         self.step = 0
         self.seconds = 0.0
         self.curve: list[Point] = []
@@ -228,7 +250,6 @@ class _Loop:
         self._digest = digest
         self._device = photos.device
         self._steps = max(1, plan.seen // plan.batch)
-        self._teacher = Teacher(photos.device) if plan.teacher else None
         groups = _parameter_groups(learner, plan)
         self._optimizer = torch.optim.AdamW(groups, plan.rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -243,7 +264,11 @@ class _Loop:
             "schedule": self._schedule,
         }
 
-    def run(self, checkpoint: Path, log: Callable[[str], None]) -> None:
+    def run(
+        self,
+        checkpoint: Path,
+        log: Callable[[str], None],
+    ) -> None:
         if checkpoint.exists():
             self._resume(checkpoint)
             log(f"going on from step {self.step:,} of {self._steps:,}")
@@ -272,7 +297,11 @@ class _Loop:
     def _seen(self, steps: int) -> int:
         return steps * self._plan.batch
 
-    def _progress(self, loss: float, rate: float) -> str:
+    def _progress(
+        self,
+        loss: float,
+        rate: float,
+    ) -> str:
         seen = self._seen(self.step)
         total = self._seen(self._steps)
         held_out = "not yet"
@@ -306,7 +335,6 @@ class _Loop:
         ids = self._photos.ids[positions]
         with _autocast(self._device):
             features, logits = self._learner(pixels, ids)
-            target = self._teacher.features(pixels) if self._teacher else None
         loss = _word_loss(logits, ids)
         for name, head in self._learner.heads.items():
             labels = self._photos.labels[name][positions]
@@ -314,9 +342,6 @@ class _Loop:
                 loss = loss + _HEAD_WEIGHT * functional.cross_entropy(
                     head(features), labels, ignore_index=-1, label_smoothing=_SMOOTHING
                 )
-        if target is not None and self._learner.as_teacher is not None:
-            cosine = functional.cosine_similarity(self._learner.as_teacher(features), target)
-            loss = loss + _TEACHER_WEIGHT * (1 - cosine).mean()
         return loss
 
     def _state(self) -> dict[str, Any]:
