@@ -51,16 +51,13 @@ def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
 
     Its models are the fakes of conf/test.yaml.
     """
+    from shop import paths
+
     from vlm4rec_spark.config import load
     from vlm4rec_spark.pipeline import Pipeline, Reporter
 
     def make(folder: Path, *assignments: str) -> Pipeline:
-        paths = (
-            f"tables={folder}/tables",
-            f"index.folder={folder}/index",
-            f"report.path={folder}/report.html",
-        )
-        config = load([Path("test.yaml")], [*paths, *assignments])
+        config = load([Path("test.yaml")], [*paths(folder), *assignments])
         return Pipeline(spark, config, Reporter(print, print, lambda *_: nullcontext()))
 
     return make

@@ -1,7 +1,5 @@
 """Photos as real folders hold them: GOOD ones of every kind, and HOSTILE ones with their errors."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import pickle
@@ -21,6 +19,13 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def one_color(color: object, side: int = 8) -> bytes:
+    """A PNG of this color with one white pixel: without it, the photo would be blank."""
+    image = Image.new("RGB", (side, side), color)  # type: ignore[arg-type]
+    image.putpixel((0, 0), WHITE)
+    return encoded(image, "PNG")
 
 
 def photo(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:

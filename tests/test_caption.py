@@ -1,7 +1,5 @@
 """Caption: what is captioned, how often the model is called, and what failures leave behind."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -12,20 +10,21 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from hostile_photos import GOOD, HOSTILE
+from hostile_photos import GOOD, HOSTILE, one_color
 from PIL import Image
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from rich.console import Console
+from shop import MakePipeline, item_row, log, photo_row, rows_of, run_stage, upsert
 
 from vlm4rec_spark.caption.estimate import Rates
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
@@ -34,24 +33,22 @@ from vlm4rec_spark.caption.settings import Budget, Prices
 from vlm4rec_spark.cli import main, show
 from vlm4rec_spark.errors import Resumable, RunError, UsageError
 from vlm4rec_spark.models.captioning.prompts import load_prompt
+from vlm4rec_spark.pipeline import Pipeline
 from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.sources.reader import Source
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import (
+    CAPTIONS,
+    INTERACTIONS,
+    ITEM_CAPTIONS,
+    ITEMS,
+    PHOTOS,
+    REJECTED,
+    RUNS,
+)
 
-if TYPE_CHECKING:
-    from vlm4rec_spark.pipeline import Pipeline
-
-
-def photo(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (16, 16), colour)
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, GREEN, BLUE, GREY = (photo(colour) for colour in ("red", "green", "blue", "grey"))
+RED, GREEN, BLUE, GREY = (one_color(colour, 16) for colour in ("red", "green", "blue", "grey"))
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
+FIVE = {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""}
 GREEN_TEXT = "A thing of red 0, green 4 and blue 0."
 BLUE_TEXT = "A thing of red 0, green 0 and blue 7."
 RED_TEXT = "A thing of red 7, green 0 and blue 0."
@@ -59,24 +56,15 @@ RED_TEXT = "A thing of red 7, green 0 and blue 0."
 
 def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
     """Items and their photos, straight into the tables."""
-    spark = run.spark
-    now = datetime(2025, 1, 1)
-    items: list[Any] = [
-        (item, f"Title {item}", None, None, None, None, price, None, None, None, True, None, now)
-        for item in [*images, "bare"]
-    ]
-    run.tables.upsert(schemas.ITEMS, spark.createDataFrame(items, schemas.ITEMS.schema))
-    rows = [
-        (item, 0, None, image, hashlib.sha256(image).hexdigest(), len(image), None, None)
-        for item, image in images.items()
-    ]
-    run.tables.upsert(schemas.PHOTOS, spark.createDataFrame(rows, schemas.PHOTOS.schema))
+    items = [item_row(item, title=f"Title {item}", price=price) for item in [*images, "bare"]]
+    upsert(run, ITEMS, items)
+    upsert(run, PHOTOS, [photo_row(item, image) for item, image in images.items()])
 
 
 def captions(run: Pipeline) -> dict[str, str]:
     """Current caption by item."""
-    links = run.tables.read(schemas.ITEM_CAPTIONS)
-    rows = links.join(run.tables.read(schemas.CAPTIONS), on="caption_key", how="inner").collect()
+    links = run.tables.read(ITEM_CAPTIONS)
+    rows = links.join(run.tables.read(CAPTIONS), on="caption_key", how="inner").collect()
     return {row["item_id"]: row["caption"] for row in rows}
 
 
@@ -84,7 +72,7 @@ class CaptionRows:
     """The rows of the table captions, by the photo that they describe."""
 
     def __init__(self, run: Pipeline):
-        rows = run.tables.read(schemas.CAPTIONS).collect()
+        rows = rows_of(run, CAPTIONS)
         self.by_photo = {row["image_sha256"]: row for row in rows}
 
     def __getitem__(self, image: bytes) -> Row:
@@ -103,11 +91,12 @@ class Calls(NamedTuple):
 class Counted:
     """Runs of the caption stage with a fake that counts its calls."""
 
-    def __init__(self, make: Callable[..., Pipeline], folder: Path, requests: str = ""):
+    def __init__(self, make: MakePipeline, folder: Path):
         self.make = make
         self.folder = folder
         self.calls = folder / "calls"
-        self.requests = requests
+        self.requests = ""
+        """What the fake shall do besides."""
 
     def run(self, *settings: str) -> Pipeline:
         return self.make(
@@ -118,7 +107,7 @@ class Counted:
         """Run the stage, which must do what the plan says."""
         planned = run.plan()
         before = self.count()
-        (result,) = run.run(["caption"])
+        result = run_stage(run, "caption")
         assert result.ok + result.failed == planned.now
         skipped = planned.wanted if result.status == "unchanged" else result.skipped
         assert skipped == planned.wanted - planned.now
@@ -136,10 +125,14 @@ class Counted:
         return self.calls.stat().st_size // 2 if self.calls.exists() else 0
 
 
-def test_each_content_is_captioned_once(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
-    counted = Counted(pipeline, tmp_path)
+@pytest.fixture
+def counted(pipeline: MakePipeline, tmp_path) -> Counted:
+    return Counted(pipeline, tmp_path)
+
+
+def test_each_content_is_captioned_once(counted: Counted):
     run = counted.run("caption.max_failed_share=0.5")
-    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
+    store(run, FIVE)
     planned = run.plan()
     assert (planned.wanted, planned.duplicates, planned.reasons) == (5, 1, {"new": 4})
     # Five photos of four contents: the model sees the two that are photos.
@@ -155,11 +148,10 @@ def test_each_content_is_captioned_once(pipeline: Callable[..., Pipeline], tmp_p
 
 
 def test_another_prompt_model_or_parameter_is_other_content(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path)
+    counted: Counted, pipeline: MakePipeline, tmp_path
+):
     run = counted.run("caption.max_failed_share=0.5")
-    store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "html": HTML, "empty": b""})
+    store(run, FIVE)
     counted.caption(run)
     prompt = tmp_path / "short.1.txt"
     prompt.write_text("Say it in one word.")
@@ -174,12 +166,9 @@ def test_another_prompt_model_or_parameter_is_other_content(
     assert counted.caption(run) == (0, 0, 0, 5)
 
 
-def test_of_500_photos_exactly_what_changed_is_captioned(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path)
+def test_of_500_photos_exactly_what_changed_is_captioned(counted: Counted, tmp_path):
     run = counted.run("caption.chunk_photos=300")
-    images = {f"i{n:03}": photo(f"#{n % 256:02x}{n // 256:02x}80") for n in range(500)}
+    images = {f"i{n:03}": one_color(f"#{n % 256:02x}{n // 256:02x}80", 16) for n in range(500)}
     store(run, images)
     assert counted.caption(run) == (500, 500, 0, 0)
     assert counted.caption(run) == (0, 0, 0, 500)
@@ -191,13 +180,10 @@ def test_of_500_photos_exactly_what_changed_is_captioned(
     prompt.write_text("Say it.")
     other = counted.run("caption.chunk_photos=300", f"caption.prompt={prompt}")
     assert counted.caption(other) == (500, 500, 0, 1)
-    assert run.tables.read(schemas.CAPTIONS).count() == 500 + 1 + 500
+    assert run.tables.read(CAPTIONS).count() == 500 + 1 + 500
 
 
-def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path)
+def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(counted: Counted):
     run = counted.run()
     store(run, {"a": GREEN, "b": GREY})
     assert counted.caption(run) == (2, 2, 0, 0)
@@ -218,21 +204,11 @@ def test_captions_of_another_prompt_stay_where_they_are_to_be_kept(
 
 
 def events(run: Pipeline, counts: dict[str, int]) -> None:
-    day = datetime(2025, 1, 1)
-    rows: list[Any] = [
-        (f"{item}-{n}", "u", item, "view", day, day.date())
-        for item, count in counts.items()
-        for n in range(count)
-    ]
-    run.tables.upsert(
-        schemas.INTERACTIONS, run.spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
-    )
+    views = [("u", item, "view", "2025-01-01") for item in Counter(counts).elements()]
+    run.tables.upsert(INTERACTIONS, log(run.spark, views))
 
 
-def test_a_budget_goes_to_the_items_with_the_most_events_first(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path)
+def test_a_budget_goes_to_the_items_with_the_most_events_first(counted: Counted):
     run = counted.run("caption.budget.photos=2")
     store(run, {"dull": GREEN, "hot": GREY, "warm": BLUE, "twin": BLUE, "bare": RED})
     events(run, {"hot": 5, "warm": 2, "twin": 2, "dull": 3})
@@ -243,13 +219,10 @@ def test_a_budget_goes_to_the_items_with_the_most_events_first(
     assert counted.caption(run) == (2, 2, 0, 3)
     assert set(captions(run)) == {"hot", "warm", "twin", "dull", "bare"}
     assert counted.caption(run) == (0, 0, 0, 5)
-    assert [result.status for result in run.run(["caption"])] == ["unchanged"]
+    assert run_stage(run, "caption").status == "unchanged"
 
 
-def test_a_budget_of_money_uses_the_tokens_of_earlier_captions(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path)
+def test_a_budget_of_money_uses_the_tokens_of_earlier_captions(counted: Counted, tmp_path):
     run = counted.run()
     store(run, {"dull": GREEN, "hot": GREY, "warm": BLUE, "bare": RED})
     counted.caption(run)
@@ -285,12 +258,12 @@ class Shelves(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shelves(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shelves:
+def shelves(pipeline: MakePipeline, tmp_path_factory) -> Shelves:
     run = pipeline(tmp_path_factory.mktemp("shelves"))
     # Four loads, each in its own file.
     for shelf in "abcd":
-        store(run, {f"{shelf}{n}": photo(f"#{n:02x}{ord(shelf):02x}00") for n in range(4)})
-    photos = run.tables.read(schemas.PHOTOS)
+        store(run, {f"{shelf}{n}": one_color(f"#{n:02x}{ord(shelf):02x}00", 16) for n in range(4)})
+    photos = run.tables.read(PHOTOS)
     assert len(photos.inputFiles()) == 4
     events(run, {"d3": 9, "b1": 8})
     pending = photos.select(
@@ -301,11 +274,11 @@ def shelves(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPath
         F.lit(None).cast("string").alias("prompt"),
         F.col("image_sha256").alias("caption_key"),
     )
-    by_events = queue(pending, run.tables.read(schemas.INTERACTIONS))
+    by_events = queue(pending, run.tables.read(INTERACTIONS))
     return Shelves(photos, in_order(by_events, now=15, first=2).persist())
 
 
-def test_the_items_with_the_most_events_come_first(shelves: Shelves) -> None:
+def test_the_items_with_the_most_events_come_first(shelves: Shelves):
     rows = shelves.rows()
     assert [row["rank"] for row in rows] == list(range(15))
     assert [row["tier"] for row in rows] == [0] * 2 + [1] * 4 + [2] * 8 + [3]
@@ -315,7 +288,7 @@ def test_the_items_with_the_most_events_come_first(shelves: Shelves) -> None:
     assert items[6:14] == sorted(items[6:14])
 
 
-def test_a_chunk_reads_the_files_of_its_items(shelves: Shelves) -> None:
+def test_a_chunk_reads_the_files_of_its_items(shelves: Shelves):
     assert shelves.read(0, 0) == ({"b1"}, 1)
     assert shelves.read(0, 1) == ({"b1", "d3"}, 3)
     # The end of one tier and the beginning of the next: not all that lies between.
@@ -323,7 +296,7 @@ def test_a_chunk_reads_the_files_of_its_items(shelves: Shelves) -> None:
     assert shelves.read(5, 6) == ({last, first}, len({last[0], first[0]}))
 
 
-def test_what_a_budget_buys() -> None:
+def test_what_a_budget_buys():
     rates = Rates(2.0, 1_000, 100, "assumed", "assumed")
     prices = Prices(device_hour=3.6, million_output_tokens=5)
     assert rates.cost(1_000, prices) == pytest.approx(0.5 + 0.5)
@@ -334,15 +307,13 @@ def test_what_a_budget_buys() -> None:
     assert rates.affordable(50, Budget(money=0), prices) == 0
 
 
-def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path, "+raise+empty")
+def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(counted: Counted):
+    counted.requests = "+raise+empty"
     run = counted.run("caption.max_failed_share=1", "caption.max_attempts=2")
     store(run, {"red": RED, "green": GREEN, "blue": BLUE, "html": HTML})
 
     def attempts() -> dict[str, int]:
-        rows = run.tables.read(schemas.CAPTIONS).collect()
+        rows = rows_of(run, CAPTIONS)
         return {row["error_class"]: row["attempts"] for row in rows if row["error_class"]}
 
     run.run(["caption"])
@@ -351,7 +322,7 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
     assert counted.caption(run) == (1, 0, 1, 3)
     assert attempts() == {"RuntimeError": 2, "empty_caption": 1, "html_page": 1}
     assert counted.caption(run) == (0, 0, 0, 4)
-    assert run.run(["caption"])[0].status == "unchanged"
+    assert run_stage(run, "caption").status == "unchanged"
 
     run.context.retry = "empty_caption"
     assert counted.caption(run) == (1, 0, 1, 3)
@@ -363,12 +334,12 @@ def test_the_models_failures_are_tried_again_and_a_bad_photo_is_not(
 
 
 def test_every_hostile_photo_has_its_error_class_and_every_good_one_its_caption(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+    pipeline: MakePipeline, tmp_path
+):
     run = pipeline(tmp_path, "caption.max_failed_share=1", "caption.batch_size=4")
     hostile = {f"bad {name}": data for name, (data, _) in HOSTILE.items()}
     store(run, hostile | {f"good {name}": image for name, image in GOOD.items()})
-    (result,) = run.run(["caption"])
+    result = run_stage(run, "caption")
     assert len(HOSTILE) >= 40
     assert (result.ok, result.failed) == (len(GOOD), len(HOSTILE))
     rows = CaptionRows(run)
@@ -378,29 +349,26 @@ def test_every_hostile_photo_has_its_error_class_and_every_good_one_its_caption(
 
 
 def test_a_prompt_with_a_title_is_used_again_only_where_the_title_has_changed(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+    counted: Counted, tmp_path
+):
     prompt = tmp_path / "titled.txt"
     prompt.write_text("{title}: what is it?")
     # The fake says its prompt back over what is green.
-    counted = Counted(pipeline, tmp_path, "+echo:green")
+    counted.requests = "+echo:green"
     run = counted.run(f"caption.prompt={prompt}", "caption.max_failed_share=1")
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE})
     # The same photo under two titles is two questions.
     assert counted.caption(run) == (3, 1, 2, 0)
     errors = {
-        row["error"]
-        for row in run.tables.read(schemas.CAPTIONS).where("status = 'rejected'").collect()
+        row["error"] for row in run.tables.read(CAPTIONS).where("status = 'rejected'").collect()
     }
     assert errors == {
         f"the model repeated the prompt: Title {item}: what is it?" for item in ("a", "twin")
     }
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE}, price=2.0)
     assert counted.caption(run) == (0, 0, 0, 3)
-    items = (
-        run.tables.read(schemas.ITEMS).where("item_id = 'b'").withColumn("title", F.lit("Another"))
-    )
-    run.tables.upsert(schemas.ITEMS, items)
+    items = run.tables.read(ITEMS).where("item_id = 'b'").withColumn("title", F.lit("Another"))
+    run.tables.upsert(ITEMS, items)
     assert run.plan().reasons == {"prompt_changed": 1}
     assert counted.caption(run) == (1, 1, 0, 2)
 
@@ -448,7 +416,7 @@ def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def caption_by_endpoint(
-    pipeline: Callable[..., Pipeline], folder: Path, images: dict[str, bytes], *settings: str
+    pipeline: MakePipeline, folder: Path, images: dict[str, bytes], *settings: str
 ) -> tuple[Pipeline, StageResult]:
     with serving(Describer) as url:
         run = pipeline(
@@ -460,11 +428,11 @@ def caption_by_endpoint(
             *settings,
         )
         store(run, images)
-        (result,) = run.run(["caption"])
+        result = run_stage(run, "caption")
     return run, result
 
 
-def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_captions_come_from_an_endpoint(pipeline: MakePipeline, tmp_path):
     images = {"red": RED, "green": GREEN, "grey": GREY, "html": HTML}
     run, result = caption_by_endpoint(pipeline, tmp_path, images)
     assert (result.ok, result.failed) == (2, 2)
@@ -477,8 +445,8 @@ def test_captions_come_from_an_endpoint(pipeline: Callable[..., Pipeline], tmp_p
 
 
 def test_attributes_of_a_structured_prompt_are_in_columns_in_the_report_and_in_show(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+    pipeline: MakePipeline, tmp_path
+):
     # The server answers in prose over what has no red in it.
     images = {"green": GREEN, "grey": GREY, "twin": GREY}
     structured = "caption.prompt=structured.1"
@@ -503,7 +471,7 @@ def test_attributes_of_a_structured_prompt_are_in_columns_in_the_report_and_in_s
 class LinkedShop:
     """Four items whose photos aren't stored: two are files and two are behind URLs."""
 
-    def __init__(self, make: Callable[..., Pipeline], folder: Path, url: str):
+    def __init__(self, make: MakePipeline, folder: Path, url: str):
         self.photos = folder / "photos"
         self.folder = folder
         for item, image in {"a": GREEN, "b": BLUE, "c": GREEN, "d": GREY}.items():
@@ -524,7 +492,7 @@ class LinkedShop:
 
     def attempts(self) -> dict[str, int]:
         """Of the failed captions, by error class."""
-        rows = self.run.tables.read(schemas.CAPTIONS).where("status <> 'ok'").collect()
+        rows = self.run.tables.read(CAPTIONS).where("status <> 'ok'").collect()
         return {row["error_class"]: row["attempts"] for row in rows}
 
     def forget(self, text: str) -> None:
@@ -533,17 +501,17 @@ class LinkedShop:
 
 
 @pytest.fixture
-def linked_shop(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Iterator[LinkedShop]:
+def linked_shop(pipeline: MakePipeline, tmp_path) -> Iterator[LinkedShop]:
     photos = tmp_path / "photos"
     photos.mkdir()
     with serving(partial(Files, directory=str(photos))) as url:
         yield LinkedShop(pipeline, tmp_path, url)
 
 
-def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop) -> None:
+def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop):
     run = linked_shop.run
     photos = linked_shop.photos
-    assert [row["image"] for row in run.tables.read(schemas.PHOTOS).collect()] == [None] * 4
+    assert [row["image"] for row in rows_of(run, PHOTOS)] == [None] * 4
     (photos / "c.png").write_bytes(RED)
     # A server tells the modification time by the second.
     later = time.time() + 100
@@ -562,17 +530,15 @@ def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop) -> N
     assert captions(run) == {"a": BLUE_TEXT, "b": BLUE_TEXT, "c": RED_TEXT}
 
 
-def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(pipeline: MakePipeline, tmp_path):
     model = "caption.model.model=exit:red+hang:green+eat:blue"
     run = pipeline(
         tmp_path, model, "caption.batch_seconds=2", "caption.memory_gb=0.4", "caption.batch_size=8"
     )
-    greys = {f"grey{n}": photo(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}") for n in range(37)}
+    greys = {f"grey{n}": one_color(f"#{n + 70:02x}{n + 70:02x}{n + 70:02x}", 16) for n in range(37)}
     store(run, {"red": RED, "green": GREEN, "blue": BLUE} | greys)
     # Spark's local mode tries no task twice: one that failed would fail the run.
-    (result,) = run.run(["caption"])
+    result = run_stage(run, "caption")
     assert (result.ok, result.failed) == (37, 3)
     rows = CaptionRows(run)
     assert rows[RED]["error_class"] == "model_died"
@@ -581,12 +547,10 @@ def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(
     assert set(captions(run)) == set(greys)
 
 
-def test_a_stopped_run_commits_what_it_has_and_the_next_goes_on(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path, "+ms=300")
+def test_a_stopped_run_commits_what_it_has_and_the_next_goes_on(counted: Counted):
+    counted.requests = "+ms=300"
     run = counted.run("caption.batch_size=4", "caption.chunk_minutes=0.6")
-    images = {f"i{n:03}": photo(f"#{n:02x}0080") for n in range(160)}
+    images = {f"i{n:03}": one_color(f"#{n:02x}0080", 16) for n in range(160)}
     store(run, images)
     # The first half of a chunk, which is 36: it is committed before the third is begun.
     hot = {f"i{n:03}" for n in range(100, 118)}
@@ -602,7 +566,7 @@ def test_a_stopped_run_commits_what_it_has_and_the_next_goes_on(
     with pytest.raises(Resumable, match=message) as stopped:
         run.run(["caption"])
     assert stopped.value.exit_code == 75
-    committed = run.tables.read(schemas.CAPTIONS).count()
+    committed = run.tables.read(CAPTIONS).count()
     assert 40 <= committed < 120
     assert len(captions(run)) == committed == counted.count()
     assert hot <= set(captions(run))
@@ -610,7 +574,7 @@ def test_a_stopped_run_commits_what_it_has_and_the_next_goes_on(
     assert counted.caption(quick) == (160 - committed, 160 - committed, 0, committed)
 
 
-def test_the_progress_server_counts_what_tasks_report_and_tells_them_to_stop() -> None:
+def test_the_progress_server_counts_what_tasks_report_and_tells_them_to_stop():
     server = ProgressServer("127.0.0.1")
     try:
         first = ProgressClient(server.address)
@@ -636,7 +600,7 @@ def test_the_progress_server_counts_what_tasks_report_and_tells_them_to_stop() -
     alone.close()
 
 
-def test_a_broken_connection_leaves_no_socket_open() -> None:
+def test_a_broken_connection_leaves_no_socket_open():
     server = ProgressServer("127.0.0.1")
     client = ProgressClient(server.address)
     connection = client._socket
@@ -649,7 +613,7 @@ def test_a_broken_connection_leaves_no_socket_open() -> None:
 
 
 @pytest.fixture
-def captions_file(tmp_path: Path) -> Source:
+def captions_file(tmp_path) -> Source:
     rows = ['a,"  A green chair, rather old "', "bare,Seen by nobody", "gone,Lost", "b,"]
     file = tmp_path / "captions.csv"
     file.write_text("\n".join(["sku,text", *rows, "a,A second text", ""]))
@@ -657,14 +621,14 @@ def captions_file(tmp_path: Path) -> Source:
 
 
 def test_imported_captions_are_used_and_bad_rows_rejected(
-    pipeline: Callable[..., Pipeline], tmp_path: Path, captions_file: Source
-) -> None:
+    pipeline: MakePipeline, tmp_path, captions_file: Source
+):
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
     result = run.import_captions(captions_file)
     assert (result.ok, result.failed, result.skipped) == (2, 3, 0)
     assert captions(run) == {"a": "A green chair, rather old", "bare": "Seen by nobody"}
-    rejected = run.tables.read(schemas.REJECTED).collect()
+    rejected = rows_of(run, REJECTED)
     assert {json.loads(row["row"])["sku"]: row["reason"] for row in rejected} == {
         "gone": "no such item in the catalogue",
         "b": "the text is empty",
@@ -677,25 +641,23 @@ def test_imported_captions_are_used_and_bad_rows_rejected(
 
 
 def test_the_stage_leaves_imported_captions_alone(
-    pipeline: Callable[..., Pipeline], tmp_path: Path, captions_file: Source
-) -> None:
+    pipeline: MakePipeline, tmp_path, captions_file: Source
+):
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "b": BLUE})
     run.import_captions(captions_file)
-    (result,) = run.run(["caption"])
+    result = run_stage(run, "caption")
     assert (result.ok, result.skipped) == (1, 0)
     assert captions(run) == {
         "a": "A green chair, rather old",
         "bare": "Seen by nobody",
         "b": BLUE_TEXT,
     }
-    rows = run.tables.read(schemas.CAPTIONS).collect()
+    rows = rows_of(run, CAPTIONS)
     assert {row["status"] for row in rows} == {"imported", "ok"}
 
 
-def test_too_many_failures_fail_the_run_loudly(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+def test_too_many_failures_fail_the_run_loudly(pipeline: MakePipeline, tmp_path):
     run = pipeline(tmp_path, "caption.model.model=raise+empty", "caption.max_failed_share=0.5")
     store(run, {"red": RED, "green": GREEN, "blue": BLUE})
     with pytest.raises(RunError, match="caption: 2 of 3 photos failed") as loud:
@@ -714,17 +676,15 @@ def test_too_many_failures_fail_the_run_loudly(
     }
     # What was paid for is committed.
     assert captions(run) == {"green": GREEN_TEXT}
-    (record,) = run.tables.read(schemas.RUNS).collect()
+    (record,) = rows_of(run, RUNS)
     assert (record["stage"], record["status"]) == ("caption", "failed")
     assert (record["rows_ok"], record["rows_failed"]) == (1, 2)
 
 
-def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
-    pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    counted = Counted(pipeline, tmp_path, "+refuse:green+ms=20")
+def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(counted: Counted):
+    counted.requests = "+refuse:green+ms=20"
     run = counted.run("caption.chunk_photos=40", "caption.batch_size=4")
-    store(run, {f"i{n:03}": photo(f"#00{n + 40:02x}00") for n in range(200)})
+    store(run, {f"i{n:03}": one_color(f"#00{n + 40:02x}00", 16) for n in range(200)})
     message = r"refusal \d+\), more than .* Such as (i\d+: the model ref.*){3} Stopped with"
     with pytest.raises(RunError, match=message):
         run.run(["caption"])
@@ -732,18 +692,18 @@ def test_a_model_that_fails_on_everything_is_stopped_long_before_the_end(
 
 
 @pytest.fixture
-def plan_command(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Callable[..., int]:
+def plan_command(pipeline: MakePipeline, tmp_path) -> Callable[..., int]:
     """`vlm4rec plan` on three contents of four photos; its arguments follow."""
     run = pipeline(tmp_path)
     store(run, {"a": GREEN, "twin": GREEN, "b": BLUE, "c": GREY})
     events(run, {"b": 1})
-    assert not run.tables.exists(schemas.CAPTIONS)
+    assert not run.tables.exists(CAPTIONS)
     settings = ["--config", "test.yaml", "--set", f"tables={tmp_path}/tables"]
 
     def plan(*arguments: str) -> int:
         code = main(["plan", *settings, *arguments])
         # A plan writes nothing.
-        assert not run.tables.exists(schemas.CAPTIONS)
+        assert not run.tables.exists(CAPTIONS)
         return code
 
     return plan
@@ -752,9 +712,7 @@ def plan_command(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Callable[
 BUDGET = ("--set", "caption.prices.device_hour=3600", "--set", "caption.budget.money=2")
 
 
-def test_the_plan_is_json_for_programs(
-    plan_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_plan_is_json_for_programs(plan_command: Callable[..., int], capsys):
     capsys.readouterr()
     assert plan_command("--json", *BUDGET) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -763,9 +721,7 @@ def test_the_plan_is_json_for_programs(
     assert planned["rates"]["speed"] == "assumed"
 
 
-def test_the_plan_is_a_table_for_people(
-    plan_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_plan_is_a_table_for_people(plan_command: Callable[..., int], capsys):
     capsys.readouterr()
     assert plan_command(*BUDGET) == 0
     shown = capsys.readouterr().out

@@ -1,28 +1,22 @@
 """The caption audit of a captioner that looks at photos, and of one that doesn't."""
 
-from __future__ import annotations
-
-import hashlib
-import io
 import json
-from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from hostile_photos import encoded
 from PIL import Image
+from shop import MakePipeline, item_row, photo_row, upsert
 
 from vlm4rec_spark.caption import plan
 from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner
 from vlm4rec_spark.models.captioning.captioner import Request, caption_all
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import decode
-from vlm4rec_spark.pipeline import caption_audit
+from vlm4rec_spark.pipeline import Pipeline, caption_audit
 from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from vlm4rec_spark.pipeline import Pipeline
 
 ITEMS = 40
 WRONG = 7
@@ -42,12 +36,6 @@ def photo(n: int) -> Image.Image:
     return image
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def green(n: int) -> str:
     """As the fake model says it."""
     return f"green {photo(n).resize((1, 1)).getpixel((0, 0))[1] // 32}"  # type: ignore[index]
@@ -55,19 +43,15 @@ def green(n: int) -> str:
 
 def store(run: Pipeline) -> None:
     """The catalogue has every item's share of green, and a wrong one for one item."""
-    now = datetime(2025, 1, 1)
     items = []
     photos = []
     for n in range(ITEMS):
         item = f"i{n:02d}"
         attributes = {"green": green(WRONG + 1 if n == WRONG else n), "code": f"K{n}"}
-        nothing = [None] * 4
-        items.append((item, f"Item {n}", *nothing, 1.0, None, None, attributes, True, None, now))
-        image = png(photo(n))
-        digest = hashlib.sha256(image).hexdigest()
-        photos.append((item, 0, None, image, digest, len(image), None, None))
-    run.tables.upsert(schemas.ITEMS, run.spark.createDataFrame(items, schemas.ITEMS.schema))
-    run.tables.upsert(schemas.PHOTOS, run.spark.createDataFrame(photos, schemas.PHOTOS.schema))
+        items.append(item_row(item, title=f"Item {n}", price=1.0, attributes=attributes))
+        photos.append(photo_row(item, encoded(photo(n), "PNG")))
+    upsert(run, schemas.ITEMS, items)
+    upsert(run, schemas.PHOTOS, photos)
 
 
 def describe(run: Pipeline, model: str, at: datetime) -> None:
@@ -78,7 +62,11 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
     photos = run.tables.read(schemas.PHOTOS)
     wanted = plan.wanted_captions(photos, photos.limit(0), None, spec).collect()
     requests = [
-        Request(row["caption_key"], decode(png(photo(int(row["item_id"][1:]))), 672), prompt.text)
+        Request(
+            row["caption_key"],
+            decode(encoded(photo(int(row["item_id"][1:])), "PNG"), 672),
+            prompt.text,
+        )
         for row in wanted
     ]
     texts = caption_all(FakeCaptioner(model, 16), requests)
@@ -88,7 +76,7 @@ def describe(run: Pipeline, model: str, at: datetime) -> None:
         text = texts[row["caption_key"]].text
         photo_and_model = (row["image_sha256"], prompt.prompt_id, spec.model_id)
         rows.append((row["caption_key"], *photo_and_model, text, *rest))
-    run.tables.insert(schemas.CAPTIONS, run.spark.createDataFrame(rows, schemas.CAPTIONS.schema))
+    upsert(run, schemas.CAPTIONS, rows)
     links = [(row["item_id"], row["position"], row["caption_key"]) for row in wanted]
     run.tables.sync(
         schemas.ITEM_CAPTIONS, run.spark.createDataFrame(links, schemas.ITEM_CAPTIONS.schema)
@@ -106,9 +94,7 @@ class Audited:
 
 
 @pytest.fixture(scope="module")
-def audits(
-    pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Audited]:
+def audits(pipeline: MakePipeline, tmp_path_factory) -> dict[str, Audited]:
     """Without captions, and of captioners: blind, seeing, and seeing with a killed worker."""
     folder = tmp_path_factory.mktemp("audit")
     by_name = {}
@@ -131,13 +117,13 @@ def audits(
     return by_name
 
 
-def test_without_captions_there_is_no_audit(audits: dict[str, Audited]) -> None:
+def test_without_captions_there_is_no_audit(audits: dict[str, Audited]):
     assert (audits["nothing"].rows, audits["nothing"].details) == ([], {})
 
 
 def test_a_captioner_that_does_not_look_has_the_figures_of_chance(
     audits: dict[str, Audited],
-) -> None:
+):
     blind = audits["blind"]
     assert {row["arm"] for row in blind.rows} == {MODEL}
     assert blind.values == {
@@ -161,7 +147,7 @@ def test_a_captioner_that_does_not_look_has_the_figures_of_chance(
 
 def test_a_captioner_that_looks_agrees_with_the_catalogue_and_finds_its_captions_again(
     audits: dict[str, Audited],
-) -> None:
+):
     seeing = audits["seeing"]
     assert {(row["split"], row["slice"]) for row in seeing.rows} == {("captions", "all")}
     # No caption names a code, and the catalogue is wrong about one item's green.
@@ -178,7 +164,7 @@ def test_a_captioner_that_looks_agrees_with_the_catalogue_and_finds_its_captions
     assert seeing.result.device_seconds is not None
 
 
-def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str, Audited]) -> None:
+def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str, Audited]):
     seeing = audits["seeing"]
     assert seeing.details["captioners"][0]["failures"] == {"model_died": 1}
     worst = seeing.details["examples"][0]
@@ -186,7 +172,7 @@ def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str,
     assert seeing.result.complete
 
 
-def test_a_captioner_that_fails_costs_only_its_figures(audits: dict[str, Audited]) -> None:
+def test_a_captioner_that_fails_costs_only_its_figures(audits: dict[str, Audited]):
     killed = audits["killed"]
     seeing = audits["seeing"]
     assert "Python worker exited unexpectedly" in killed.details["trouble"]

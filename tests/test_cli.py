@@ -1,7 +1,5 @@
 """The command line without Spark: exit codes, a paragraph per error, help, `vlm4rec config`."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Callable
@@ -36,7 +34,7 @@ COMMANDS = (*CONFIGURED, *OTHER_COMMANDS)
 
 
 @pytest.fixture(autouse=True)
-def no_spark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_spark(monkeypatch, tmp_path) -> None:
     def session(settings: object) -> None:
         raise AssertionError("this command must be refused before Spark starts")
 
@@ -62,9 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("command", STAGES)
-def test_an_unknown_key_is_refused_by_every_stage(
-    capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_an_unknown_key_is_refused_by_every_stage(capsys, command: str):
     assert refused(capsys, command, "--set", "recomend.k=3") == (
         2,
         "--set recomend.k=3: unknown key 'recomend'. Did you mean 'recommend'?",
@@ -74,7 +70,7 @@ def test_an_unknown_key_is_refused_by_every_stage(
 @pytest.mark.parametrize(
     "argv", [["ingest"], ["run"], ["config"], ["import-captions", "captions.csv"]]
 )
-def test_a_missing_config_is_refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_a_missing_config_is_refused(capsys, argv: list[str]):
     assert refused(capsys, *argv, "--config", "gone.yaml") == (
         2,
         f"--config gone.yaml: there is no such file, here or in {CONF}.",
@@ -122,9 +118,7 @@ def test_a_missing_config_is_refused(capsys: pytest.CaptureFixture[str], argv: l
         ),
     ],
 )
-def test_wrong_use_is_code_two_with_the_right_use(
-    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_wrong_use_is_code_two_with_the_right_use(capsys, argv: list[str], message: str):
     assert refused(capsys, *argv) == (2, message)
 
 
@@ -152,12 +146,12 @@ def test_wrong_use_is_code_two_with_the_right_use(
     ],
 )
 def test_an_error_inside_is_one_paragraph_and_its_code(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+    monkeypatch,
     error: BaseException,
     code: int,
     message: str,
-) -> None:
+):
     def fails(*_: object) -> None:
         raise error
 
@@ -165,7 +159,7 @@ def test_an_error_inside_is_one_paragraph_and_its_code(
     assert refused(capsys, "run") == (code, message)
 
 
-def test_debug_shows_the_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_the_stack_trace(capsys):
     assert main(["run", "--debug", "--set", "x"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last)")
@@ -175,9 +169,7 @@ def test_debug_shows_the_stack_trace(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
-def test_config_prints_yaml_that_loads_back_equal(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_config_prints_yaml_that_loads_back_equal(capsys, tmp_path):
     assignments = ["recommend.k=3", "evaluate.cut=2025-05-01"]
     words = [word for assignment in assignments for word in ("--set", assignment)]
     assert main(["config", "--config", "demo.yaml", *words]) == 0
@@ -186,12 +178,12 @@ def test_config_prints_yaml_that_loads_back_equal(
     assert load([printed]) == load([Path("demo.yaml")], assignments)
 
 
-def test_config_alone_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_alone_prints_the_defaults(capsys):
     assert main(["config"]) == 0
     assert Config.model_validate(yaml.safe_load(capsys.readouterr().out)) == Config()
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(capsys):
     public = {command.name for command in app.registered_commands if not command.hidden}
     assert public == set(COMMANDS)
     assert main(["--help"]) == 0
@@ -201,7 +193,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_every_command_has_help(capsys, command: str):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -210,14 +202,14 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
     assert "--debug" in out
 
 
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_shows_the_help(capsys):
     assert main([]) == 2
     out, err = capsys.readouterr()
     assert " ingest " in out
     assert err == ""
 
 
-def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_gets_json_lines_with_run_and_stage(capsys):
     reporter.configure(as_json=True, run_id="r1", stage="embed")
     reporter.LOG.info("embed: done", extra={"figures": {"rows_ok": 3}})
     reporter.LOG.error("a line\nof [bold]two[/]")
@@ -233,9 +225,7 @@ def test_a_cluster_gets_json_lines_with_run_and_stage(capsys: pytest.CaptureFixt
     assert (second["level"], second["message"]) == ("ERROR", "a line\nof [bold]two[/]")
 
 
-def test_another_run_at_work_is_not_an_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_run_at_work_is_not_an_error(capsys, monkeypatch):
     def busy(*_: object) -> None:
         raise Busy("Another run is at work on these tables: run r2.")
 
@@ -259,10 +249,10 @@ def _killed_jvm(_: object) -> None:
 
 @pytest.mark.parametrize("session", [_closed_gateway, _killed_jvm])
 def test_a_jvm_that_dies_is_one_paragraph_with_a_hint(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+    monkeypatch,
     session: Callable[[object], None],
-) -> None:
+):
     monkeypatch.setattr("vlm4rec_spark.cli.commands.session", session)
     code, message = refused(capsys, "ingest")
     assert code == 1
@@ -271,6 +261,6 @@ def test_a_jvm_that_dies_is_one_paragraph_with_a_hint(
     )
 
 
-def test_a_metric_in_the_headline_is_short() -> None:
+def test_a_metric_in_the_headline_is_short():
     assert _cell(0.0984, 0.0591, 1.0) == ".098 [.059, 1.000]"
     assert _cell(None, None, None) == "too few users"

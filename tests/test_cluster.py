@@ -5,10 +5,6 @@ Their Python lacks this package, which is sent with --archives. One Python proce
 run, and one stalls. `make test` submits the pipeline, `make soak` every other job too.
 """
 
-from __future__ import annotations
-
-import hashlib
-import io
 import json
 import os
 import re
@@ -18,24 +14,21 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import deltalake
 import pyspark
 import pytest
-from PIL import Image
+from hostile_photos import one_color
+from shop import MakePipeline, demo_settings, paths, photo_row, upsert
 
-from vlm4rec_spark.demo import catalogue
-from vlm4rec_spark.pipeline import STAGES
+from vlm4rec_spark.pipeline import STAGES, Pipeline
 from vlm4rec_spark.spark import jars, java
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from vlm4rec_spark.pipeline import Pipeline
+from vlm4rec_spark.storage.schemas import CAPTIONS, ITEMS, PHOTOS, RUNS, STATE, TABLES, Table
 
 ROOT = Path(__file__).parents[1]
 SPARK = Path(pyspark.__file__).parent
@@ -154,7 +147,7 @@ def temporary(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -259,21 +252,11 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
+def shop(cluster: Cluster, pipeline: MakePipeline) -> Shop:
     raw = cluster.folder / "raw"
-    catalogue.write(raw, items=60, users=60)
     settings = (
-        f"ingest.items.path=[{raw}/catalogue.csv]",
-        f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-        f"ingest.photos.folder={raw}/photos",
-        f"ingest.users.path=[{raw}/users.csv]",
-        f"ingest.identities.path=[{raw}/identities.csv]",
-        "recommend.k=5",
-        f"evaluate.cut={catalogue.CUT}",
-        "evaluate.splits=[time]",
+        *demo_settings(raw),
         "evaluate.arms=[popularity,caption]",
-        "report.photos=4",
-        "report.users=2",
         f"caption.model.model=die_once={cluster.folder}/died+stall_once={cluster.folder}/stalled"
         f"+gpus={cluster.folder}/gpus",
         "caption.photos_per_task=16",
@@ -287,35 +270,31 @@ def shop(cluster: Cluster, pipeline: Callable[..., Pipeline]) -> Shop:
     return Shop(cluster, remote_settings, pipeline(remote, *settings), local)
 
 
-def paths(out: Path) -> tuple[str, ...]:
-    return f"tables={out}/tables", f"index.folder={out}/index", f"report.path={out}/report.html"
-
-
-def rows(run: Pipeline, table: schemas.Table) -> list[dict]:
+def rows(run: Pipeline, table: Table) -> list[dict]:
     """Read without Spark, which is faster."""
     return deltalake.DeltaTable(run.tables.name_of(table)).to_pyarrow_table().to_pylist()
 
 
-def content(run: Pipeline, table: schemas.Table) -> list[str]:
+def content(run: Pipeline, table: Table) -> list[str]:
     """Every row as text, without volatile columns."""
     volatile = {"run_id", *table.volatile}
-    if table is schemas.RUNS:
+    if table is RUNS:
         volatile |= {"config", "started_at", "seconds", "device_seconds", "details"}
-    if table is schemas.STATE:
+    if table is STATE:
         volatile |= {"fingerprint", "calibration", "versions"}
     columns = [name for name in table.columns if name not in volatile]
     return sorted(str([row[name] for name in columns]) for row in rows(run, table))
 
 
-def test_the_cluster_makes_the_tables_of_one_machine(shop: Shop) -> None:
-    for table in schemas.TABLES.values():
+def test_the_cluster_makes_the_tables_of_one_machine(shop: Shop):
+    for table in TABLES.values():
         remote = content(shop.remote, table)
         assert remote == content(shop.local, table), table.name
         assert remote
     assert (shop.cluster.folder / "remote" / "report.html").stat().st_size > 10_000
 
 
-def test_one_task_failed_and_a_copy_of_one_was_faster(shop: Shop) -> None:
+def test_one_task_failed_and_a_copy_of_one_was_faster(shop: Shop):
     ends = shop.cluster.events("run_pipeline", "SparkListenerTaskEnd")
     (failed,) = [end for end in ends if end["Task Info"]["Failed"]]
     assert "Python worker exited unexpectedly" in json.dumps(failed["Task End Reason"])
@@ -323,12 +302,12 @@ def test_one_task_failed_and_a_copy_of_one_was_faster(shop: Shop) -> None:
     assert "Success" in reasons
 
 
-def test_each_model_sees_the_gpu_of_its_task_and_no_other(shop: Shop) -> None:
+def test_each_model_sees_the_gpu_of_its_task_and_no_other(shop: Shop):
     # `all` is the local run: there Spark assigns none.
     assert set((shop.cluster.folder / "gpus").read_text().split()) == {"14", "24", "all"}
 
 
-def test_driver_and_workers_import_the_package_that_was_sent(shop: Shop, tmp_path: Path) -> None:
+def test_driver_and_workers_import_the_package_that_was_sent(shop: Shop, tmp_path):
     environment = shop.cluster.environment
     command = [environment["PYSPARK_PYTHON"], "-c", "import pyspark, vlm4rec_spark"]
     process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -353,46 +332,24 @@ def importers(shop: Shop, module: str) -> set[str]:
 def new_captions(shop: Shop) -> list[dict]:
     """An item without a photo gets one, and the caption job runs: the captions that are new."""
     tables = shop.remote.tables
-    before = rows(shop.remote, schemas.CAPTIONS)
-    photos = tables.read(schemas.PHOTOS)
-    bare = tables.read(schemas.ITEMS).join(photos, on="item_id", how="left_anti").first()
-    image = green_photo()
-    row = (
-        bare["item_id"],
-        0,
-        None,
-        image,
-        hashlib.sha256(image).hexdigest(),
-        len(image),
-        None,
-        None,
-    )
-    tables.insert(schemas.PHOTOS, shop.remote.spark.createDataFrame([row], schemas.PHOTOS.schema))
+    before = rows(shop.remote, CAPTIONS)
+    photos = tables.read(PHOTOS)
+    bare = tables.read(ITEMS).join(photos, on="item_id", how="left_anti").first()
+    upsert(shop.remote, PHOTOS, [photo_row(bare["item_id"], one_color("green", 16))])
     shop.cluster.submit("run_caption", *shop.settings)
-    return [row for row in rows(shop.remote, schemas.CAPTIONS) if row not in before]
-
-
-def green_photo() -> bytes:
-    """A green PNG with one white pixel, because a photo of one color only is rejected."""
-    photo = Image.new("RGB", (16, 16), "green")
-    photo.putpixel((0, 0), (255, 255, 255))
-    buffer = io.BytesIO()
-    photo.save(buffer, "PNG")
-    return buffer.getvalue()
+    return [row for row in rows(shop.remote, CAPTIONS) if row not in before]
 
 
 @pytest.mark.soak
-def test_the_caption_job_alone_captions_the_new_photo(new_captions: list[dict]) -> None:
+def test_the_caption_job_alone_captions_the_new_photo(new_captions: list[dict]):
     assert [row["caption"] for row in new_captions] == ["A thing of red 0, green 4 and blue 0."]
 
 
-def test_no_secret_is_written_anywhere(shop: Shop) -> None:
+def test_no_secret_is_written_anywhere(shop: Shop):
     folder = shop.cluster.folder
     assert len(list(folder.glob("worker-*/work/app-*/*/stderr"))) >= 2
     # Parquet is compressed, so rows are searched too.
-    written = {
-        table.name: str(rows(shop.remote, table)).encode() for table in schemas.TABLES.values()
-    }
+    written = {table.name: str(rows(shop.remote, table)).encode() for table in TABLES.values()}
     for file in folder.rglob("*"):
         if file.is_file() and file != folder / "secret.yaml":
             written[str(file)] = file.read_bytes()
@@ -402,15 +359,13 @@ def test_no_secret_is_written_anywhere(shop: Shop) -> None:
 
 
 @pytest.mark.soak
-def test_the_stages_own_jobs_make_the_same_tables(
-    shop: Shop, pipeline: Callable[..., Pipeline]
-) -> None:
+def test_the_stages_own_jobs_make_the_same_tables(shop: Shop, pipeline: MakePipeline):
     stage_by_stage = shop.cluster.folder / "stage-by-stage"
     jobs = (*STAGES, "maintain")
     for job in jobs:
         shop.cluster.submit(f"run_{job}", *shop.settings, *paths(stage_by_stage))
     run = pipeline(stage_by_stage)
-    for table in schemas.TABLES.values():
-        if table is not schemas.RUNS:
+    for table in TABLES.values():
+        if table is not RUNS:
             assert content(run, table) == content(shop.local, table), table.name
-    assert sorted(row["stage"] for row in rows(run, schemas.RUNS)) == sorted(jobs)
+    assert sorted(row["stage"] for row in rows(run, RUNS)) == sorted(jobs)

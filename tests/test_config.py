@@ -1,7 +1,5 @@
 """The configuration: which value wins, and a line per mistake with its origin and the right key."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -39,26 +37,24 @@ def written_keys(content: dict, expected: dict) -> dict:
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
+def config_file(tmp_path) -> Path:
     return tmp_path / "own.yaml"
 
 
-def test_base_yaml_has_the_defaults_and_every_key() -> None:
+def test_base_yaml_has_the_defaults_and_every_key():
     content = yaml.safe_load((CONF / "base.yaml").read_text())
     expected = all_keys(Config())
     assert load().model_dump() == Config().model_dump()
     assert written_keys(content, expected) == expected
 
 
-def test_lines_of_base_yaml_are_short() -> None:
+def test_lines_of_base_yaml_are_short():
     lines = (CONF / "base.yaml").read_text().splitlines()
     assert [line for line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in CONF.glob("*.yaml")))
-def test_every_packaged_file_loads_by_its_name(
-    file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_packaged_file_loads_by_its_name(file: str, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert load([Path(file)]) == Config.model_validate(_over_base(file))
 
@@ -76,7 +72,7 @@ def _over(old: object, new: object) -> object:
     return new
 
 
-def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
+def test_later_files_win_and_assignments_win_over_files(tmp_path):
     first = tmp_path / "first.yaml"
     second = tmp_path / "second.yaml"
     first.write_text("recommend: {k: 1, target_recall: 0.5}\nprofiles: {last_n: 7}\n")
@@ -89,21 +85,19 @@ def test_later_files_win_and_assignments_win_over_files(tmp_path: Path) -> None:
     assert load([second, first]).recommend.k == 1
 
 
-def test_a_file_here_comes_before_the_packaged_one_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_here_comes_before_the_packaged_one_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("test.yaml").write_text("recommend: {k: 3}\n")
     config = load([Path("test.yaml")])
     assert (config.recommend.k, config.embed.encoder) == (3, "minilm")
 
 
-def test_an_empty_file_changes_nothing(config_file: Path) -> None:
+def test_an_empty_file_changes_nothing(config_file: Path):
     config_file.write_text("# nothing yet\n")
     assert load([config_file]) == Config()
 
 
-def test_assigned_values_are_yaml() -> None:
+def test_assigned_values_are_yaml():
     config = load(
         (),
         [
@@ -123,7 +117,7 @@ def test_assigned_values_are_yaml() -> None:
     assert config.tables == "a=b"
 
 
-def test_a_config_cannot_be_changed() -> None:
+def test_a_config_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Config().tables = "elsewhere"  # type: ignore[misc]
 
@@ -151,7 +145,7 @@ def test_a_config_cannot_be_changed() -> None:
 )
 def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
     config_file: Path, text: str, line: int, message: str
-) -> None:
+):
     config_file.write_text(text)
     assert refusal((config_file,)) == f"{config_file}, line {line}: unknown key {message}"
 
@@ -196,18 +190,18 @@ def test_an_unknown_key_gets_the_nearest_one_with_file_and_line(
 )
 def test_a_wrong_type_or_an_impossible_value_has_file_and_line(
     config_file: Path, text: str, line: int, message: str
-) -> None:
+):
     config_file.write_text(text)
     assert refusal((config_file,)) == f"{config_file}, line {line}: {message}"
 
 
 @pytest.mark.parametrize("old", _RENAMED)
-def test_an_old_key_is_refused_with_its_new_name(old: str) -> None:
+def test_an_old_key_is_refused_with_its_new_name(old: str):
     key, _, value = old.partition(": ")
     assert f"{old} is called {_RENAMED[old]} now" in refusal((), f"{key}={value or 1}")
 
 
-def test_new_names_are_valid_keys() -> None:
+def test_new_names_are_valid_keys():
     for new in _RENAMED.values():
         section = all_keys(Config())
         for part in new.partition(": ")[0].split("."):
@@ -215,7 +209,7 @@ def test_new_names_are_valid_keys() -> None:
             section = section[part]
 
 
-def test_an_old_section_names_its_old_keys_too(config_file: Path) -> None:
+def test_an_old_section_names_its_old_keys_too(config_file: Path):
     config_file.write_text("\ncooccurrence: {share: 0.2, kept: 50}\n")
     assert refusal((config_file,)) == (
         f"{config_file}, line 2: cooccurrence is called item_item now, "
@@ -225,7 +219,7 @@ def test_an_old_section_names_its_old_keys_too(config_file: Path) -> None:
     assert refusal((), arm) == f"--set {arm}: cooccurrence is called item_item now."
 
 
-def test_every_mistake_has_a_line(config_file: Path) -> None:
+def test_every_mistake_has_a_line(config_file: Path):
     config_file.write_text("recommend: {k: 0}\nembed: {words: 3}\n")
     assert refusal((config_file,), "profiles.last_m=1").splitlines() == [
         f"{config_file}, line 2: unknown key 'embed.words'. Did you mean 'embed.max_words'?",
@@ -235,7 +229,7 @@ def test_every_mistake_has_a_line(config_file: Path) -> None:
 
 
 @pytest.mark.parametrize("assignment", ["recommend.k", "=3", "--k"])
-def test_an_assignment_needs_a_key_and_an_equals_sign(assignment: str) -> None:
+def test_an_assignment_needs_a_key_and_an_equals_sign(assignment: str):
     assert (
         refusal((), assignment)
         == f"--set {assignment!r}: write it as key=value, such as --set recommend.k=20."
@@ -258,11 +252,11 @@ def test_an_assignment_needs_a_key_and_an_equals_sign(assignment: str) -> None:
         ("embed.k=3", "--set embed.k=3: unknown key 'embed.k'. Did you mean 'recommend.k'?"),
     ],
 )
-def test_a_wrong_assignment_is_shown_as_it_was_written(assignment: str, message: str) -> None:
+def test_a_wrong_assignment_is_shown_as_it_was_written(assignment: str, message: str):
     assert refusal((), assignment) == message
 
 
-def test_a_missing_file_is_refused_with_the_folders_that_were_searched() -> None:
+def test_a_missing_file_is_refused_with_the_folders_that_were_searched():
     assert (
         refusal((Path("nowhere.yaml"),))
         == f"--config nowhere.yaml: there is no such file, here or in {CONF}."
@@ -285,7 +279,7 @@ def test_a_missing_file_is_refused_with_the_folders_that_were_searched() -> None
 )
 def test_a_file_that_is_not_a_configuration_is_one_line(
     config_file: Path, data: bytes, message: str
-) -> None:
+):
     config_file.write_bytes(data)
     line = refusal((config_file,))
     assert line.startswith(f"--config {config_file}")
@@ -293,10 +287,10 @@ def test_a_file_that_is_not_a_configuration_is_one_line(
     assert "\n" not in line
 
 
-def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_configuration(tmp_path):
     assert refusal((tmp_path,)).startswith(f"--config {tmp_path} can't be read: ")
 
 
-def test_keys_that_are_not_text_are_unknown(config_file: Path) -> None:
+def test_keys_that_are_not_text_are_unknown(config_file: Path):
     config_file.write_text("1: x\n")
     assert refusal((config_file,)).startswith(f"{config_file}, line 1: ")

@@ -1,7 +1,5 @@
 """README and docs tell the truth: examples run, commands parse, links work, sentences are short."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import statistics
@@ -48,7 +46,7 @@ def example(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def shop(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shop(spark: SparkSession, tmp_path_factory) -> Iterator[Path]:
     """A folder in which the README's worked example has run."""
     folder = tmp_path_factory.mktemp("worked-example")
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +75,7 @@ def shop(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield folder
 
 
-def test_the_worked_example_gives_every_user_two_items(shop: Path, spark: SparkSession) -> None:
+def test_the_worked_example_gives_every_user_two_items(shop: Path, spark: SparkSession):
     rows = spark.read.format("delta").load(f"{shop}/tables/recommendations").collect()
     lists = {row["user_id"]: [item["item_id"] for item in row["items"]] for row in rows}
     assert {user: len(items) for user, items in lists.items()} == {"ann": 2, "bob": 2}
@@ -86,7 +84,7 @@ def test_the_worked_example_gives_every_user_two_items(shop: Path, spark: SparkS
     assert (shop / "report.html").read_text().count("<html") == 1
 
 
-def test_the_lists_are_read_as_the_readme_says(shop: Path, spark: SparkSession) -> None:
+def test_the_lists_are_read_as_the_readme_says(shop: Path, spark: SparkSession):
     sql = example("read with SQL").replace("`tables/", f"`{shop}/tables/")
     rows = [(row["user_id"], row["rank"]) for row in spark.sql(sql).collect()]
     assert rows == [("ann", 1), ("ann", 2), ("bob", 1), ("bob", 2)]
@@ -96,7 +94,7 @@ def test_the_lists_are_read_as_the_readme_says(shop: Path, spark: SparkSession) 
     assert sorted(names["lists"]["user_id"]) == ["ann", "ann", "bob", "bob"]  # type: ignore[index]
 
 
-def test_every_query_of_the_docs_runs(shop: Path, spark: SparkSession) -> None:
+def test_every_query_of_the_docs_runs(shop: Path, spark: SparkSession):
     for table in TABLES:
         if (shop / "tables" / table).exists():
             spark.read.format("delta").load(f"{shop}/tables/{table}").createOrReplaceTempView(table)
@@ -106,7 +104,7 @@ def test_every_query_of_the_docs_runs(shop: Path, spark: SparkSession) -> None:
         spark.sql(query).collect()
 
 
-def test_every_command_of_ours_can_be_parsed() -> None:
+def test_every_command_of_ours_can_be_parsed():
     group = typer.main.get_command(app)
     parsed = set()
     for page, command in commands():
@@ -121,7 +119,7 @@ def test_every_command_of_ours_can_be_parsed() -> None:
     assert {"run", "plan", "caption", "evaluate", "tune", "maintain", "show", "status"} <= parsed
 
 
-def test_every_make_target_benchmark_and_job_exists() -> None:
+def test_every_make_target_benchmark_and_job_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page, text in PAGES.items():
         assert set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) <= targets, page
@@ -130,7 +128,7 @@ def test_every_make_target_benchmark_and_job_exists() -> None:
             assert (ROOT / file).is_file(), f"{page}: {file}"
 
 
-def test_every_configuration_of_the_docs_loads(tmp_path: Path) -> None:
+def test_every_configuration_of_the_docs_loads(tmp_path):
     configurations = blocks("yaml")
     assert len(configurations) >= 4
     for number, (_, block) in enumerate(configurations):
@@ -139,19 +137,19 @@ def test_every_configuration_of_the_docs_loads(tmp_path: Path) -> None:
         load([file])
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_leads_somewhere():
     for page, text in PAGES.items():
         folder = (ROOT / page).parent
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("https://") or (folder / link).exists(), f"{page}: {link}"
 
 
-def test_the_file_to_open_exists() -> None:
+def test_the_file_to_open_exists():
     for file in re.findall(r"`(vlm4rec_spark/[^`]+|conf/[^`]+)`", PAGES["docs/contributing.md"]):
         assert (ROOT / file).exists(), file
 
 
-def test_the_tree_names_every_room() -> None:
+def test_the_tree_names_every_room():
     tree = PAGES["docs/contributing.md"].split("## The tree")[1].split("```")[1]
     package = ROOT / "vlm4rec_spark"
     rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
@@ -163,7 +161,7 @@ def test_the_tree_names_every_room() -> None:
     assert set(re.findall(r"^(\S+)", tree, re.MULTILINE)) == top
 
 
-def test_the_page_of_tables_has_every_column() -> None:
+def test_the_page_of_tables_has_every_column():
     sections = re.split(r"^## ", PAGES["docs/tables.md"], flags=re.MULTILINE)[1:]
     documented = {section.split("\n")[0].strip("` "): section for section in sections}
     assert set(documented) == set(TABLES)
@@ -175,7 +173,7 @@ def test_the_page_of_tables_has_every_column() -> None:
         assert key[1] == ", ".join(table.key), name
 
 
-def test_the_readme_is_short_and_sentences_are() -> None:
+def test_the_readme_is_short_and_sentences_are():
     assert len(README.splitlines()) <= 150
     lengths = []
     for page, text in PAGES.items():

@@ -1,15 +1,12 @@
 """Embed: the text of each representation, which texts and photos are pending, and their vectors."""
 
-from __future__ import annotations
-
 import hashlib
 import io
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+from pyspark.sql import DataFrame, Row, SparkSession
 
 from vlm4rec_spark.models.encoding.text_encoder import FakeEmbedder
 from vlm4rec_spark.models.encoding.vision_encoder import FakeVision
@@ -17,10 +14,7 @@ from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.download import HttpSettings
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.stages.embed import EmbedSettings
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, Row, SparkSession
+from vlm4rec_spark.storage.schemas import EMBEDDINGS
 
 
 def assert_vectors(rows: list[Row], expected: dict[str, np.ndarray]) -> None:
@@ -62,7 +56,7 @@ def texts(spark: SparkSession) -> DataFrame:
     return embed.item_texts(items, links, captions)
 
 
-def test_every_item_has_a_text_in_every_representation(texts: DataFrame) -> None:
+def test_every_item_has_a_text_in_every_representation(texts: DataFrame):
     rows = {
         (row["item_id"], row["representation"]): (row["text"], row["fallback"])
         for row in texts.collect()
@@ -86,7 +80,7 @@ def test_every_item_has_a_text_in_every_representation(texts: DataFrame) -> None
     }
 
 
-def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: DataFrame) -> None:
+def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: DataFrame):
     sha256 = hashlib.sha256(b"256\nChair").hexdigest()
     vector = [1.0, 0.0]
     embeddings = spark.createDataFrame(
@@ -95,7 +89,7 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
             ("same", "title", "other", sha256, False, vector),
             ("bare", "title", "fake", "0" * 64, False, vector),
         ],
-        schemas.EMBEDDINGS.schema,
+        EMBEDDINGS.schema,
     )
     titles = texts.where("representation = 'title'")
     pending = embed.pending_texts(titles, embeddings, "fake", max_words=256)
@@ -104,7 +98,7 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
     assert embed.pending_texts(titles, embeddings, "fake", max_words=8).count() == 3
 
 
-def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession) -> None:
+def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession):
     rows = [
         ("plain", "a red chair"),
         ("markup", "<b>a red</b>&nbsp;chair<script>x()</script>"),
@@ -142,7 +136,7 @@ def sha256(data: bytes) -> str:
 
 
 @pytest.fixture
-def photos(spark: SparkSession, tmp_path: Path) -> DataFrame:
+def photos(spark: SparkSession, tmp_path) -> DataFrame:
     (tmp_path / "stored.png").write_bytes(BLUE)
     (tmp_path / "changed.png").write_bytes(RED)
     rows = [
@@ -159,14 +153,14 @@ def photos(spark: SparkSession, tmp_path: Path) -> DataFrame:
     )
 
 
-def test_main_photos_without_a_vector_are_pending(spark: SparkSession, photos: DataFrame) -> None:
+def test_main_photos_without_a_vector_are_pending(spark: SparkSession, photos: DataFrame):
     embedded = spark.createDataFrame(
         [
             ("embedded", "image", "v", sha256(RED), False, [1.0]),
             ("other embedded", "image", "v", sha256(BLUE), False, [1.0]),
             ("two photos", "image", "another", sha256(RED), False, [1.0]),
         ],
-        schemas.EMBEDDINGS.schema,
+        EMBEDDINGS.schema,
     )
     pending = embed.pending_photos(embed.main_photos(photos), embedded, "v")
     assert {(row["item_id"], row["position"]) for row in pending.collect()} == {
@@ -178,7 +172,7 @@ def test_main_photos_without_a_vector_are_pending(spark: SparkSession, photos: D
     }
 
 
-def test_photos_become_vectors_and_bad_ones_no_row(photos: DataFrame) -> None:
+def test_photos_become_vectors_and_bad_ones_no_row(photos: DataFrame):
     settings = EmbedSettings(encoder="fake", vision="fake")
     main = photos.where("position < 2 AND item_id != 'embedded'")
     rows = embed.embed_photos(
@@ -189,7 +183,7 @@ def test_photos_become_vectors_and_bad_ones_no_row(photos: DataFrame) -> None:
     assert kinds(rows) == {("image", "v", False)}
 
 
-def test_problems_of_texts_are_counted(spark: SparkSession) -> None:
+def test_problems_of_texts_are_counted(spark: SparkSession):
     rows = [
         ("a", "title", "<script>var x = 1</script> Mug", False),
         ("a", "caption", "A <b>red</b> mug", False),

@@ -1,17 +1,16 @@
 """Evaluate: the splits, and arms whose scores can be worked out by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import date, datetime
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
+import shop
 from pydantic import ValidationError
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError, UsageError
@@ -32,10 +31,7 @@ from vlm4rec_spark.evaluation.point_in_time import PointInTime
 from vlm4rec_spark.evaluation.slices import slices
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+from vlm4rec_spark.storage.schemas import EMBEDDINGS
 
 CUT = "2025-05-01"
 PAIRS = 30
@@ -45,11 +41,7 @@ Event = tuple[str, str, str]
 
 
 def log(spark: SparkSession, events: Iterable[Event]) -> DataFrame:
-    rows = []
-    for number, (user, item, at) in enumerate(events):
-        time = datetime.fromisoformat(at)
-        rows.append((f"e{number:04d}", user, item, "view", time, time.date()))
-    return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
+    return shop.log(spark, ((user, item, "view", time) for user, item, time in events))
 
 
 def embeddings(spark: SparkSession, by_name: Mapping[str, Mapping[str, np.ndarray]]) -> DataFrame:
@@ -59,7 +51,7 @@ def embeddings(spark: SparkSession, by_name: Mapping[str, Mapping[str, np.ndarra
         for representation, vectors in by_name.items()
         for item, vector in vectors.items()
     ]
-    return spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
+    return spark.createDataFrame(rows, EMBEDDINGS.schema)
 
 
 def catalogue(spark: SparkSession, item_ids: Iterable[str]) -> DataFrame:
@@ -87,7 +79,7 @@ EVENTS = [
 TEN_DAYS = [("ann", f"I{day}", f"2025-01-{day:02d} 12:00:00") for day in range(1, 11)]
 
 
-def test_time_split_puts_everything_from_the_cut_on_into_the_test(spark: SparkSession) -> None:
+def test_time_split_puts_everything_from_the_cut_on_into_the_test(spark: SparkSession):
     train, test = splits.time_split(log(spark, EVENTS), CUT)
     assert pairs(train) == {("ann", "A"), ("ann", "B"), ("cat", "C")}
     assert pairs(test) == {("ann", "A"), ("ann", "C"), ("ann", "D"), ("ben", "A")}
@@ -97,23 +89,23 @@ def test_time_split_puts_everything_from_the_cut_on_into_the_test(spark: SparkSe
     assert [(row["user_id"], row["relevant"]) for row in relevant] == [("ann", ["C"])]
 
 
-def test_leave_one_out_tests_on_the_last_event(spark: SparkSession) -> None:
+def test_leave_one_out_tests_on_the_last_event(spark: SparkSession):
     train, test = splits.leave_one_out(log(spark, EVENTS))
     assert pairs(test) == {("ann", "D")}
     assert pairs(train) == {("ann", "A"), ("ann", "B"), ("ann", "C"), ("ben", "A"), ("cat", "C")}
 
 
-def test_the_default_cut_leaves_the_share_of_events(spark: SparkSession) -> None:
+def test_the_default_cut_leaves_the_share_of_events(spark: SparkSession):
     assert splits.last_share(log(spark, TEN_DAYS), 0.2) == "2025-01-09 00:00:00"
 
 
-def test_the_cut_is_a_time() -> None:
+def test_the_cut_is_a_time():
     assert EvaluateSettings(cut=date(2025, 5, 1)).cut == CUT  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
         EvaluateSettings(cut="last week")
 
 
-def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
+def test_replay_cuts_one_after_another(spark: SparkSession):
     settings = EvaluateSettings(splits=("replay",), cut="2025-01-05", replay_cuts=2)
     first, second = splits.of(log(spark, TEN_DAYS), settings)
     assert [first.name, second.name] == ["replay 1", "replay 2"]
@@ -125,7 +117,7 @@ def test_replay_cuts_one_after_another(spark: SparkSession) -> None:
     assert item_ids(second.test) == {"I8", "I9", "I10"}
 
 
-def test_validation_uses_nothing_of_the_test_part(spark: SparkSession) -> None:
+def test_validation_uses_nothing_of_the_test_part(spark: SparkSession):
     settings = EvaluateSettings(splits=("time", "leave_one_out"))
     time, leave_one_out = splits.of(log(spark, TEN_DAYS), settings)
     by_time = splits.validation(time, 0.2)
@@ -147,7 +139,7 @@ def random_lists(users: int, items: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return top, relevant
 
 
-def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_are_those_of_a_library(monkeypatch):
     """ranx (Bassani 2022)."""
     # Compiling takes longer than all that is computed here.
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
@@ -182,7 +174,7 @@ def test_the_metrics_are_those_of_a_library(monkeypatch: pytest.MonkeyPatch) -> 
             )
 
 
-def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession) -> None:
+def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession):
     rows = [(f"u{n}", ["A"]) for n in range(20)]
     histories = spark.createDataFrame(rows, "user_id STRING, seen ARRAY<STRING>")
     ids = pd.Index(list("ABCDEF"), dtype=object)
@@ -223,6 +215,10 @@ def look_alikes(spark: SparkSession, shift: int = 0) -> EvaluationTables:
     )
 
 
+def with_log(spark: SparkSession, events: Iterable[Event]) -> EvaluationTables:
+    return replace(look_alikes(spark), interactions=log(spark, events))
+
+
 def evaluated(spark: SparkSession, tables: EvaluationTables, **settings: object) -> Evaluation:
     """An evaluation at k = 1 and CUT, by default of three arms."""
     defaults = {"arms": ("random", "popularity", "title"), "cut": CUT, "k": 1}
@@ -254,16 +250,9 @@ def row_of(
 
 
 @pytest.mark.parametrize("split", ["time", "leave_one_out"])
-def test_perfect_vectors_find_all_but_the_user_without_a_list(
-    evaluation: Evaluation, split: str
-) -> None:
+def test_perfect_vectors_find_all_but_the_user_without_a_list(evaluation: Evaluation, split: str):
     for metric in metrics.ACCURACY:
-        title = row_of(
-            evaluation,
-            "title",
-            split,
-            metric,
-        )
+        title = row_of(evaluation, "title", split, metric)
         assert title["value"] == pytest.approx(30 / 31)
         assert title["users"] == 31
         assert title["low"] <= title["value"] <= title["high"]
@@ -272,7 +261,7 @@ def test_perfect_vectors_find_all_but_the_user_without_a_list(
     assert row_of(evaluation, "random", split)["high"] < row_of(evaluation, "title", split)["low"]
 
 
-def test_arms_are_compared_with_the_control(evaluation: Evaluation) -> None:
+def test_arms_are_compared_with_the_control(evaluation: Evaluation):
     title = row_of(evaluation, "title")
     assert title["control"] == "popularity"
     assert title["p_value"] < 0.01
@@ -283,7 +272,7 @@ def test_arms_are_compared_with_the_control(evaluation: Evaluation) -> None:
     assert popularity["p_value"] is popularity["difference"] is None
 
 
-def test_the_details_say_what_was_evaluated(evaluation: Evaluation) -> None:
+def test_the_details_say_what_was_evaluated(evaluation: Evaluation):
     facts = json.loads(evaluation.details["time"])
     assert facts["cut"] == CUT
     assert facts["users"] == 31
@@ -298,13 +287,13 @@ def test_a_slice_under_thirty_users_gives_no_number(
     evaluation: Evaluation,
     slice_: str,
     users: int,
-) -> None:
+):
     row = row_of(evaluation, "title", slice_=slice_)
     assert row["users"] == users
     assert row["value"] is row["low"] is row["high"] is None
 
 
-def test_segments_are_slices_the_largest_first() -> None:
+def test_segments_are_slices_the_largest_first():
     segments = ["b"] * 3 + ["a"] * 3 + ["c"] * 4 + [None] + [f"{n:02d}" for n in range(9)]
     users = pd.DataFrame({"seen": [[]] * len(segments), "segment": segments})
     items = pd.DataFrame({"category": ["x"]})
@@ -322,7 +311,7 @@ def test_segments_are_slices_the_largest_first() -> None:
     assert sizes[3:] == [(f"segment {n:02d}", 1) for n in range(5)]
 
 
-def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) -> None:
+def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession):
     """Thirty users like two things that look different; their next item looks like one of them."""
     eye = np.eye(PAIRS * 2)
     vectors, events = {}, []
@@ -351,46 +340,44 @@ def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession) ->
     assert row_of(evaluation, "title/max_similarity")["value"] == 1
 
 
-def test_a_shape_that_does_not_exist_is_refused() -> None:
+def test_a_shape_that_does_not_exist_is_refused():
     message = r"title/sum: a profile shape follows the slash: mean or plain_mean"
     with pytest.raises(ValidationError, match=message):
         EvaluateSettings(arms=("title", "title/sum"))
 
 
-def test_two_evaluations_are_equal(spark: SparkSession, evaluation: Evaluation) -> None:
+def test_two_evaluations_are_equal(spark: SparkSession, evaluation: Evaluation):
     repeated = evaluated(spark, look_alikes(spark), splits=("time",))
     assert repeated.rows == [row for row in evaluation.rows if row["split"] == "time"]
 
 
 @pytest.mark.usefixtures("evaluation")
-def test_other_vectors_under_the_same_name_are_used(spark: SparkSession) -> None:
+def test_other_vectors_under_the_same_name_are_used(spark: SparkSession):
     """Workers cache the index that they unpacked: they must tell indexes apart by content."""
     shifted = evaluated(spark, look_alikes(spark, shift=1), splits=("time",))
     assert row_of(shifted, "title")["value"] == 0
 
 
-def test_shuffled_items_fall_to_chance(evaluation: Evaluation) -> None:
+def test_shuffled_items_fall_to_chance(evaluation: Evaluation):
     for arm in ("random", "popularity", "title"):
         # Chance is one of 60, on 31 users.
         assert row_of(evaluation, arm, metric=metric_rows.SHUFFLED)["value"] < 0.15
     assert json.loads(evaluation.details["time"])["above_chance"] == []
 
 
-def test_shuffling_items_keeps_the_number_of_each_user() -> None:
+def test_shuffling_items_keeps_the_number_of_each_user():
     codes = np.arange(0, 600, 7)
     shuffled = guards.shuffle_items(codes, 60, seed=1)
     assert len(np.unique(shuffled)) == len(codes)
     assert np.bincount(shuffled // 60).tolist() == np.bincount(codes // 60).tolist()
 
 
-def test_recall_above_chance_is_flagged() -> None:
+def test_recall_above_chance_is_flagged():
     assert guards.above_chance(np.array([1.0, 0.0] * 50), 1, 60)
     assert not guards.above_chance(np.array([1.0] + [0.0] * 59), 1, 60)
 
 
-def test_a_planted_leak_ends_the_evaluation(
-    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_leak_ends_the_evaluation(spark: SparkSession, monkeypatch):
     """Profiles from the whole log: the commonest mistake there is."""
     tables = look_alikes(spark)
     original = point_in_time.profiles.histories
@@ -404,7 +391,7 @@ def test_a_planted_leak_ends_the_evaluation(
         evaluated(spark, tables, splits=("time",))
 
 
-def test_events_after_the_cut_are_a_leak() -> None:
+def test_events_after_the_cut_are_a_leak():
     users = pd.DataFrame(
         {"relevant": [["b"]], "seen": [["a"]], "last_event_at": [datetime(2025, 5, 1)]}
     )
@@ -414,7 +401,7 @@ def test_events_after_the_cut_are_a_leak() -> None:
     guards.no_leak("leave_one_out", None, users)
 
 
-def test_a_seen_item_on_a_list_ends_the_evaluation() -> None:
+def test_a_seen_item_on_a_list_ends_the_evaluation():
     seen = np.array([1, 8])
     message = r"the arm title recommends 1 items that their users have already seen"
     with pytest.raises(RunError, match=message):
@@ -432,7 +419,7 @@ def test_a_seen_item_on_a_list_ends_the_evaluation() -> None:
     )
 
 
-def test_identical_vectors_raise_an_alarm(spark: SparkSession) -> None:
+def test_identical_vectors_raise_an_alarm(spark: SparkSession):
     """Texts that lost what distinguished them: the paper's own bug."""
     tables = look_alikes(spark)
     equal = tables.embeddings.withColumn("embedding", F.array(F.lit(1.0).cast("float")))
@@ -494,13 +481,13 @@ def lists_of(
     return lists
 
 
-def test_cooccurrence_is_an_arm_and_a_share_of_the_blend(spark: SparkSession) -> None:
+def test_cooccurrence_is_an_arm_and_a_share_of_the_blend(spark: SparkSession):
     """Who has H has R of the next number, which looks different; u00 to u04 learn from others."""
     events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(40)]
     for n in range(40):
         time = "2025-01-02" if n >= 5 else "2025-05-02"
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     serving = replace(SERVING, item_item=ItemItemSettings(share=0.6))
     lists = lists_of(
         spark,
@@ -529,7 +516,7 @@ def half_seen(spark: SparkSession) -> EvaluationTables:
     return replace(look_alikes(spark), embeddings=embeddings(spark, vectors))
 
 
-def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
+def test_a_fusion_knows_what_either_knows(spark: SparkSession):
     names = ("title", "image", "fusion_average", "fusion_concat")
     lists = lists_of(
         spark,
@@ -544,7 +531,7 @@ def test_a_fusion_knows_what_either_knows(spark: SparkSession) -> None:
     assert hit_rate == {"title": 0.5, "image": 0.5, "fusion_average": 1, "fusion_concat": 1}
 
 
-def test_an_average_of_vectors_of_two_lengths_is_refused(spark: SparkSession) -> None:
+def test_an_average_of_vectors_of_two_lengths_is_refused(spark: SparkSession):
     tables = half_seen(spark)
     is_title = F.col("representation") == "title"
     one = F.array(F.lit(1.0).cast("float"))
@@ -556,7 +543,7 @@ def test_an_average_of_vectors_of_two_lengths_is_refused(spark: SparkSession) ->
         lists_of(spark, replace(tables, embeddings=short), ("fusion_average",))
 
 
-def test_a_custom_arm_replaces_settings_of_the_served_lists() -> None:
+def test_a_custom_arm_replaces_settings_of_the_served_lists():
     with pytest.raises(ValidationError, match="position_decay"):
         EvaluateSettings(custom_arms={"wrong": {"profiles": {"position_decay": 2}}})  # type: ignore[dict-item]
     overrides = {"profiles": {"shape": "max_similarity"}, "item_item": {"share": 0.0}}
@@ -566,16 +553,14 @@ def test_a_custom_arm_replaces_settings_of_the_served_lists() -> None:
     assert custom.serving == named.serving
 
 
-def test_a_plain_mean_weighs_all_events_equally() -> None:
+def test_a_plain_mean_weighs_all_events_equally():
     profiles = arms.resolve("title/plain_mean", {}, SERVING).serving.profiles
     assert set(profiles.event_weights.values()) == {1.0}
     assert profiles.half_life_days is None
     assert profiles.position_decay == 1.0
 
 
-def test_als_learns_who_takes_what_together(
-    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch):
     """Two circles of twenty users, each with eight items of which everybody has had six."""
     rng = np.random.default_rng(0)
     events = []
@@ -584,7 +569,7 @@ def test_als_learns_who_takes_what_together(
         for day, item in enumerate(seen, 1):
             events.append((f"u{user:02d}", item, f"2025-01-{day:02d}"))
         events.append((f"u{user:02d}", last, "2025-05-01"))
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     monkeypatch.setattr(als, "GRID", als.GRID[:1])
     lists = lists_of(
         spark,
@@ -613,11 +598,11 @@ def test_popularity_may_count_the_last_days_only(
     spark: SparkSession,
     days: int | None,
     item: str,
-) -> None:
+):
     events = [(f"u{n:02d}", "H00", "2025-01-01") for n in range(30)]
     events += [(f"u{n:02d}", "H01", "2025-04-20") for n in range(30, 35)]
     events += [("u40", "H02", "2025-04-29"), ("u40", "R00", "2025-05-02")]
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     lists = lists_of(
         spark,
         tables,
@@ -628,20 +613,20 @@ def test_popularity_may_count_the_last_days_only(
 
 
 @pytest.fixture
-def few_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_options(monkeypatch) -> None:
     options = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.2, 0.7)}
     monkeypatch.setattr(tune, "OPTIONS", options)
 
 
 @pytest.mark.usefixtures("few_options")
-def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession) -> None:
+def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession):
     """Who has H has R of the next number. The last event, which is in the test, says otherwise."""
     events = [(f"u{n:02d}", f"H{n % 5:02d}", "2025-01-01") for n in range(60)]
     for n in range(60):
         time = "2025-02-02" if n % 3 else "2025-01-02"
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
     events += [(f"u{n:02d}", f"R{n % 5 + 10:02d}", "2025-05-02") for n in range(60)]
-    tables = replace(look_alikes(spark), interactions=log(spark, events))
+    tables = with_log(spark, events)
     settings = EvaluateSettings(
         splits=("time",),
         cut=CUT,

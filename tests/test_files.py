@@ -1,23 +1,16 @@
 """Files on the driver: a local folder by pathlib and the same folder by Hadoop behave alike."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from pyspark.sql import SparkSession
 
-from vlm4rec_spark.storage.files import HadoopFiles, LocalFiles, filesystem, qualified
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
-
-    from vlm4rec_spark.storage.files import Files
+from vlm4rec_spark.storage.files import Files, HadoopFiles, LocalFiles, filesystem, qualified
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> str:
+def folder(tmp_path) -> str:
     return (tmp_path / "tables").as_uri()
 
 
@@ -28,7 +21,7 @@ def files(request: pytest.FixtureRequest, folder: str) -> Files:
     return HadoopFiles(request.getfixturevalue("spark"), folder)
 
 
-def test_a_file_is_created_once_and_replaced_and_deleted(files: Files, folder: str) -> None:
+def test_a_file_is_created_once_and_replaced_and_deleted(files: Files, folder: str):
     first = f"{folder}/1"
     assert files.names(folder) == []
     assert files.create(first, "a")
@@ -45,9 +38,7 @@ def test_a_file_is_created_once_and_replaced_and_deleted(files: Files, folder: s
     assert files.names(folder) == ["2"]
 
 
-def test_a_folder_has_a_size_and_a_time_and_is_deleted_whole(
-    files: Files, folder: str, tmp_path: Path
-) -> None:
+def test_a_folder_has_a_size_and_a_time_and_is_deleted_whole(files: Files, folder: str, tmp_path):
     assert files.folders(folder) == []
     inner = tmp_path / "tables" / "table" / "inner"
     inner.mkdir(parents=True)
@@ -61,21 +52,21 @@ def test_a_folder_has_a_size_and_a_time_and_is_deleted_whole(
     assert files.names(folder) == ["a file"]
 
 
-def test_an_empty_folder_has_its_own_time(files: Files, folder: str, tmp_path: Path) -> None:
+def test_an_empty_folder_has_its_own_time(files: Files, folder: str, tmp_path):
     (tmp_path / "tables").mkdir()
     os.utime(tmp_path / "tables", (7_000, 7_000))
     assert files.last_written(folder) == 7_000
 
 
 @pytest.mark.parametrize("uri", ["/tmp/x", "file:/tmp/x", "file:///tmp/x"])
-def test_this_machine_needs_no_hadoop(spark: SparkSession, uri: str) -> None:
+def test_this_machine_needs_no_hadoop(spark: SparkSession, uri: str):
     assert isinstance(filesystem(spark, uri), LocalFiles)
 
 
-def test_another_scheme_is_hadoops(spark: SparkSession) -> None:
+def test_another_scheme_is_hadoops(spark: SparkSession):
     assert isinstance(filesystem(spark, "hdfs://127.0.0.1:9/x"), HadoopFiles)
 
 
-def test_a_relative_path_is_made_absolute_and_a_uri_stays() -> None:
+def test_a_relative_path_is_made_absolute_and_a_uri_stays():
     assert qualified("tables") == str(Path.cwd() / "tables")
     assert qualified("s3a://shop/tables") == "s3a://shop/tables"

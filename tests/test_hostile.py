@@ -3,8 +3,6 @@
 Hypothesis makes batches of rows, since a Spark job takes a second however few rows it has.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -15,32 +13,28 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_photos import one_color
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from shop import MakePipeline, source_counts
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.report.data import group_of_details
+from vlm4rec_spark.pipeline import Pipeline, StageResult
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.photo_files import PhotoSource, photo_files
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import embed, index, ingest, profiles, recommend
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
-
-    from vlm4rec_spark.pipeline import Pipeline, StageResult
+from vlm4rec_spark.storage.schemas import EXPORT_WIDE, ITEMS, PHOTOS, REJECTED, TABLES, Table
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 TEN = datetime(2025, 1, 1, 10, tzinfo=UTC)
@@ -259,7 +253,7 @@ def assert_good_events(rows: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("hostile")
 
 
@@ -269,7 +263,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         st.tuples(ids, titles, prices, st.sampled_from(["", "no", "T", "maybe", "\x00"]), times)
     )
 )
-def test_a_catalogue_of_any_text(spark: SparkSession, folder: Path, rows: list) -> None:
+def test_a_catalogue_of_any_text(spark: SparkSession, folder: Path, rows: list):
     sent = mixed(rows, GOOD_ITEMS)
     result = parsed(spark, table(folder / "shop.csv", ITEM, sent), ingest.parse_items)
     assert have_texts_of(result, sent, "item_id", "title")
@@ -282,7 +276,7 @@ def test_a_catalogue_of_any_text(spark: SparkSession, folder: Path, rows: list) 
 
 @hostile
 @given(rows=batches(st.tuples(ids, ids, st.sampled_from(["view", "", "\x00"]) | texts, times)))
-def test_a_log_of_any_text(spark: SparkSession, folder: Path, rows: list) -> None:
+def test_a_log_of_any_text(spark: SparkSession, folder: Path, rows: list):
     sent = mixed(rows, GOOD_EVENTS)
     result = parsed(spark, table(folder / "log.csv", EVENT, sent), events)
     assert have_texts_of(result, sent, "user_id", "item_id")
@@ -300,7 +294,7 @@ def test_a_log_of_any_text(spark: SparkSession, folder: Path, rows: list) -> Non
 )
 def test_a_log_in_csv_that_ends_in_any_bytes(
     spark: SparkSession, folder: Path, data: bytes, fragments: list[bytes]
-) -> None:
+):
     file = table(folder / "torn.csv", EVENT, GOOD_EVENTS)
     file.write_bytes(file.read_bytes() + b"".join(fragments) + data)
     result = parsed(spark, file, events)
@@ -344,9 +338,7 @@ lines = st.one_of(
 
 @hostile
 @given(rows=batches(lines))
-def test_a_log_in_json_lines_among_any_bytes(
-    spark: SparkSession, folder: Path, rows: list[bytes]
-) -> None:
+def test_a_log_in_json_lines_among_any_bytes(spark: SparkSession, folder: Path, rows: list[bytes]):
     sent = mixed(
         rows, [json.dumps(dict(zip(EVENT, row, strict=True))).encode() for row in GOOD_EVENTS]
     )
@@ -368,7 +360,7 @@ micros = st.integers(-(2**63), 2**63 - 1) | st.integers(-(10**17), 10**18)
         st.tuples(st.binary(max_size=6), st.binary(max_size=6), st.floats(), st.none() | micros)
     )
 )
-def test_a_catalogue_in_parquet_of_any_bytes(spark: SparkSession, folder: Path, rows: list) -> None:
+def test_a_catalogue_in_parquet_of_any_bytes(spark: SparkSession, folder: Path, rows: list):
     good = [(f"good {n}".encode(), b"Chair", 12.5, int(TEN.timestamp()) * 10**6) for n in range(5)]
     item, title, price, seen = zip(*mixed(rows, good), strict=True)
     columns = {
@@ -394,7 +386,7 @@ def utf8(values: Sequence[bytes]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
 
 
-def test_times_at_the_edges(spark: SparkSession, tmp_path: Path) -> None:
+def test_times_at_the_edges(spark: SparkSession, tmp_path):
     late = "event_time lies in the future"
     no_time = "event_time is not a time"
     expected = {
@@ -421,14 +413,14 @@ def test_times_at_the_edges(spark: SparkSession, tmp_path: Path) -> None:
     assert {json.loads(row["row"])["event_time"]: row["reason"] for row in result} == expected
 
 
-def test_a_header_of_any_names(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_header_of_any_names(spark: SparkSession, tmp_path):
     names = ["a`b", "_metadata", "a.b", "source", "row", "title", "", "\x00", "İ"]
     for header in (["item_id", *names, "price"], ["item_id", *names, *names, "price"]):
         file = table(tmp_path / "shop.csv", header, [("A", *(len(header) - 2) * ["x"], "3")])
         assert accepted(parsed(spark, file, ingest.parse_items), "item_id", "price") == [("A", 3.0)]
 
 
-def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_path: Path) -> None:
+def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_path):
     file = tmp_path / "shop.json"
     file.write_text(
         '{"sku": "A", "title": 1}\n[{"sku": "B"},\n{"sku": "C", "name": {"x": 1}},\n'
@@ -460,7 +452,7 @@ def test_json_by_other_names_and_over_several_lines(spark: SparkSession, tmp_pat
         )
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_path):
     (tmp_path / "shop.csv").write_text("\ufeffitem_id\nA\n")
     (tmp_path / "shop.json").write_text('\ufeff{"item_id": "A"}\n')
     for format, options in (("csv", {}), ("json", {}), ("json", {"multiLine": "true"})):
@@ -470,9 +462,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(spark: SparkSession, tmp_
         assert accepted(result, "item_id") == [("A",)], (format, options)
 
 
-def test_a_file_whose_name_is_a_pattern_that_finds_nothing(
-    spark: SparkSession, tmp_path: Path
-) -> None:
+def test_a_file_whose_name_is_a_pattern_that_finds_nothing(spark: SparkSession, tmp_path):
     table(tmp_path / "log" / "log [12]{a,b}.csv", EVENT, GOOD_EVENTS)
     result = parsed(spark, tmp_path / "log", events)
     assert_good_events(result)
@@ -480,7 +470,7 @@ def test_a_file_whose_name_is_a_pattern_that_finds_nothing(
 
 @pytest.mark.parametrize("path", ["nosuch://place/file", "{a", "a:b:c", "", "\x00"])
 @pytest.mark.parametrize("format", ["csv", "json", "parquet", "delta"])
-def test_a_path_that_leads_nowhere_is_one_line(spark: SparkSession, format: str, path: str) -> None:
+def test_a_path_that_leads_nowhere_is_one_line(spark: SparkSession, format: str, path: str):
     with pytest.raises((RunError, UsageError)) as refused:
         reader.read(spark, "ingest.items", Source(path=(path,), format=format))
     (line,) = str(refused.value).splitlines()
@@ -498,7 +488,7 @@ def fits_pattern(name: str) -> bool:
 
 
 @pytest.fixture
-def photo_folder(tmp_path: Path) -> dict[str, bytes]:
+def photo_folder(tmp_path) -> dict[str, bytes]:
     """The content by file name of the photos that were written to tmp_path/photos."""
     content = {f"{item}.jpg": item.encode() for item in IDS if fits(item)}
     content |= {"none%41 +.jpg": b"", "x.1.jpg": b"x 1"}
@@ -516,9 +506,7 @@ def photo_folder(tmp_path: Path) -> dict[str, bytes]:
     return content
 
 
-def test_photo_names_of_any_kind(
-    spark: SparkSession, tmp_path: Path, photo_folder: dict[str, bytes]
-) -> None:
+def test_photo_names_of_any_kind(spark: SparkSession, tmp_path, photo_folder: dict[str, bytes]):
     files = photo_files(spark, PhotoSource(folder=f"{tmp_path}/photos"))
     rows = files.select("uri", "item_id").collect()
     item_ids = {row["uri"].rsplit("/", 1)[1]: row["item_id"] for row in rows}
@@ -529,7 +517,7 @@ def test_photo_names_of_any_kind(
     changed = ingest.changed_photos(
         files.select(item_id, F.lit(0).alias("position"), "uri"),
         files,
-        spark.createDataFrame([], schemas.PHOTOS.schema),
+        spark.createDataFrame([], PHOTOS.schema),
         keep=True,
     )
     photos = ingest.read_photos(changed, len(photo_folder), 2, PhotoSource()).toArrow().to_pylist()
@@ -538,7 +526,7 @@ def test_photo_names_of_any_kind(
     assert read == photo_folder
 
 
-def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path):
     for position in ("front", "-1", "99999999999", "7"):
         (tmp_path / f"A_{position}.jpg").write_bytes(b"x")
     source = PhotoSource(folder=str(tmp_path), file_name=r"(.+)_(.+)\.jpg")
@@ -555,7 +543,7 @@ def test_a_photo_position_that_is_none(spark: SparkSession, tmp_path: Path) -> N
         photo_files(spark, python_only)
 
 
-def test_one_long_title_does_not_widen_the_others() -> None:
+def test_one_long_title_does_not_widen_the_others():
     batch = pd.DataFrame({"text": [f"chair {n}" for n in range(2_000)] + ["x" * 100_000]})
     batch[["item_id", "representation", "content_sha256", "fallback"]] = ("A", "title", "", False)
     encode = embed._text_udf(embed.EmbedSettings(encoder="fake"))
@@ -569,12 +557,12 @@ def test_one_long_title_does_not_widen_the_others() -> None:
 
 @pytest.fixture
 def empty_tables(spark: SparkSession) -> dict[str, DataFrame]:
-    return {name: spark.createDataFrame([], table.schema) for name, table in schemas.TABLES.items()}
+    return {name: spark.createDataFrame([], table.schema) for name, table in TABLES.items()}
 
 
 @pytest.fixture
 def open_searcher(
-    spark: SparkSession, tmp_path: Path, empty_tables: dict[str, DataFrame], one_item: DataFrame
+    spark: SparkSession, tmp_path, empty_tables: dict[str, DataFrame], one_item: DataFrame
 ) -> Callable[[], Searcher]:
     """Of an index with one item."""
     texts = embed.item_texts(one_item, empty_tables["item_captions"], empty_tables["captions"])
@@ -595,7 +583,7 @@ def test_one_item_without_and_with_an_event(
     empty_tables: dict[str, DataFrame],
     one_item: DataFrame,
     open_searcher: Callable[[], Searcher],
-) -> None:
+):
     settings = profiles.ProfileSettings()
     no_events = empty_tables["interactions"]
     assert profiles.histories(no_events, one_item, settings).isEmpty()
@@ -633,14 +621,14 @@ def hostile_log() -> list[tuple[str, str, str, str]]:
 def write_photos(folder: Path) -> None:
     folder.mkdir()
     for n, (item, *_) in enumerate(GOOD_ITEMS):
-        (folder / f"{item}.png").write_bytes(png((20 * n, 40, 90)))
+        (folder / f"{item}.png").write_bytes(one_color((20 * n, 40, 90)))
     for n, item in enumerate(filter(fits, IDS)):
-        contents = (png((90, 3 * n, 40)), b"<script>alert('photo')</script>", b"")
+        contents = (one_color((90, 3 * n, 40)), b"<script>alert('photo')</script>", b"")
         (folder / f"{item}.png").write_bytes(contents[n % 3])
 
 
 @pytest.fixture
-def hostile_shop(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Pipeline:
+def hostile_shop(pipeline: MakePipeline, tmp_path) -> Pipeline:
     """Catalogue, log, captions and photos of everything hostile, and of some good rows."""
     items = [(item, TITLES[n % len(TITLES)], "", "", "") for n, item in enumerate(IDS)]
     table(tmp_path / "shop.csv", ITEM, mixed([*items, *BAD_ITEMS], GOOD_ITEMS))
@@ -649,7 +637,7 @@ def hostile_shop(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Pipeline:
     last_event = ("good user 4", "good 7", "view", "2025-02-01")
     table(tmp_path / "log" / "log 1a.csv", EVENT, [last_event])
     write_photos(tmp_path / "photos")
-    (tmp_path / "bait.png").write_bytes(png((1, 2, 3)))
+    (tmp_path / "bait.png").write_bytes(one_color((1, 2, 3)))
     captions = [
         ("good 1", CAPTION),
         ("../../etc/passwd", CAPTION),
@@ -667,19 +655,11 @@ def hostile_shop(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Pipeline:
     )
 
 
-def png(color: tuple[int, int, int]) -> bytes:
-    image = Image.new("RGB", (8, 8), color)
-    image.putpixel((0, 0), (255, 255, 255))  # with one color all over it would be blank
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def all_files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_stages(hostile_shop: Pipeline, tmp_path: Path) -> None:
+def test_all_stages(hostile_shop: Pipeline, tmp_path):
     before = all_files(tmp_path)
     (ingested,) = hostile_shop.run(["ingest"])
     imported = hostile_shop.import_captions(Source(path=(str(tmp_path / "captions.csv"),)))
@@ -698,31 +678,26 @@ def test_all_stages(hostile_shop: Pipeline, tmp_path: Path) -> None:
     check_page(after[tmp_path / "report.html"].decode())
 
 
-def read_rows(run: Pipeline, table: schemas.Table) -> list[dict]:
+def read_rows(run: Pipeline, table: Table) -> list[dict]:
     return run.tables.read(table).toArrow().to_pylist()
 
 
 def check_ingested(run: Pipeline, files: dict[Path, bytes]) -> int:
     """Rows in the tables are the rows that were sent. Returns how many were rejected."""
-    items = {row["item_id"]: row for row in read_rows(run, schemas.ITEMS)}
+    items = {row["item_id"]: row for row in read_rows(run, ITEMS)}
     assert set(items) == {*IDS, *(item for item, *_ in GOOD_ITEMS)}
     assert [tuple(items[item][name] for name in ITEM) for item, *_ in GOOD_ITEMS] == [
         (item, title, 12.5, True, TEN) for item, title, *_ in GOOD_ITEMS
     ]
-    photos = read_rows(run, schemas.PHOTOS)
+    photos = read_rows(run, PHOTOS)
     assert {f"{photo['item_id']}.png": photo["image"] for photo in photos} == {
         path.name: data
         for path, data in files.items()
         if path.parent.name == "photos" and fits_pattern(path.name)
     }
-    rejected = read_rows(run, schemas.REJECTED)
+    rejected = read_rows(run, REJECTED)
     assert all(row["reason"].strip() for row in rejected)
     return sum(row["occurrences"] for row in rejected)
-
-
-def source_counts(ingested: StageResult, source: str) -> dict[str, int]:
-    figures = group_of_details(ingested.details, source)
-    return {name: int(count) for name, count in figures.items()}
 
 
 def check_counts(ingested: StageResult, rejected_items: int, rejected: int) -> None:
@@ -737,8 +712,8 @@ def check_counts(ingested: StageResult, rejected_items: int, rejected: int) -> N
 
 def check_lists(run: Pipeline) -> None:
     """Good users have full lists without the items that they have seen."""
-    items = {row["item_id"] for row in read_rows(run, schemas.ITEMS)}
-    lists = {row["user_id"]: row["item_ids"] for row in read_rows(run, schemas.EXPORT_WIDE)}
+    items = {row["item_id"] for row in read_rows(run, ITEMS)}
+    lists = {row["user_id"]: row["item_ids"] for row in read_rows(run, EXPORT_WIDE)}
     for n in range(5):
         seen = {"good 7"} if n == 4 else {f"good {n}", f"good {n + 2}"}
         listed = set(lists[f"good user {n}"])

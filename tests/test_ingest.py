@@ -1,32 +1,27 @@
 """Ingest: which rows are accepted, why others aren't, and photos from folders, paths and bytes."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pytest
+from pyspark.sql import DataFrame, SparkSession
+from shop import MakePipeline, rows_of, run_stage, source_counts
 
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.report.data import group_of_details
+from vlm4rec_spark.pipeline import Pipeline, StageResult
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.stages import ingest
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
-
-    from vlm4rec_spark.pipeline import Pipeline, StageResult
+from vlm4rec_spark.storage.schemas import IDENTITIES, INGESTED_FILES, ITEMS, PHOTOS, REJECTED, USERS
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
 TEN = datetime(2025, 1, 1, 10)
@@ -55,7 +50,7 @@ def parse(spark: SparkSession, path: Path, **source: object) -> Parsed:
     for row in ingest.parse_items(raw).collect():
         if row["reason"] is None and not row["duplicate"]:
             assert row["item_id"] not in parsed.accepted
-            columns = [name for name in schemas.ITEMS.columns if name in row]
+            columns = [name for name in ITEMS.columns if name in row]
             parsed.accepted[row["item_id"]] = {name: row[name] for name in columns}
         else:
             parsed.rest.setdefault(row["item_id"], []).append(row["reason"])
@@ -67,7 +62,7 @@ def read_events(spark: SparkSession, file: Path) -> DataFrame:
     return ingest.parse_interactions(raw, NOW)
 
 
-def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path: Path) -> None:
+def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path):
     # `title` is mapped, so the source's own column of that name must not be used.
     file = write(
         tmp_path / "shop.csv",
@@ -79,7 +74,7 @@ def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path: Path) -> None:
     columns |= {"currency": "cur", "url": "link"}
     parsed = parse(spark, file, columns=columns)
     assert parsed.rest == {}
-    empty = dict.fromkeys(schemas.ITEMS.columns)
+    empty = dict.fromkeys(ITEMS.columns)
     del empty["updated_at"]
     assert parsed.accepted == {
         "A": empty
@@ -97,7 +92,7 @@ def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path: Path) -> None:
     }
 
 
-def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> None:
+def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path):
     file = write(
         tmp_path / "shop.csv",
         "item_id,title,price,available,first_seen_at\n"
@@ -133,7 +128,7 @@ def test_every_reason_of_the_catalogue(spark: SparkSession, tmp_path: Path) -> N
     }
 
 
-def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path):
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,new\nB,only here\n", at=1_700_000_002)
     write(tmp_path / "shop" / "b.csv.gz", "item_id,title\nA,old\nC,packed\n", at=1_700_000_001)
     parsed = parse(spark, tmp_path / "shop" / "*.csv*")
@@ -145,9 +140,7 @@ def test_the_newest_of_several_files_wins(spark: SparkSession, tmp_path: Path) -
     assert parsed.rest == {"A": [None]}
 
 
-def test_files_with_columns_in_another_order_are_not_mixed_up(
-    spark: SparkSession, tmp_path: Path
-) -> None:
+def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSession, tmp_path):
     write(tmp_path / "shop" / "a.csv", "item_id,title\nA,Chair\n")
     write(tmp_path / "shop" / "b.csv", "title,item_id\nTable,B\n")
     with pytest.raises(Exception, match="CSV header does not conform to the schema"):
@@ -157,7 +150,7 @@ def test_files_with_columns_in_another_order_are_not_mixed_up(
     assert parsed.accepted["A"]["title"] == "Chair"
 
 
-def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path) -> None:
+def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path):
     file = write(
         tmp_path / "shop.json",
         '{"item_id": "A", "title": "Chair", "price": 3, "available": false}\n'
@@ -172,16 +165,14 @@ def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "text"), [("csv", ""), ("csv", "item_id,title\n"), ("json", ""), ("json", "{\n")]
 )
-def test_a_source_without_a_good_row(
-    spark: SparkSession, tmp_path: Path, name: str, text: str
-) -> None:
+def test_a_source_without_a_good_row(spark: SparkSession, tmp_path, name: str, text: str):
     parsed = parse(spark, write(tmp_path / f"shop.{name}", text), format=name)
     assert parsed.accepted == {}
     assert parsed.rest == ({None: ["the row isn't well formed"]} if text == "{\n" else {})
 
 
 @pytest.mark.parametrize("kind", ["parquet", "delta"])
-def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str) -> None:
+def test_typed_sources(spark: SparkSession, tmp_path, kind: str):
     rows = spark.createDataFrame(
         [("A", 2.5, False, TEN, 7), ("B", None, None, None, None)],
         "sku STRING, price DOUBLE, available BOOLEAN, first_seen_at TIMESTAMP, size INT",
@@ -199,9 +190,7 @@ def test_typed_sources(spark: SparkSession, tmp_path: Path, kind: str) -> None:
     assert parsed.rest == {}
 
 
-def test_a_missing_file_and_a_missing_column_are_wrong_use(
-    spark: SparkSession, tmp_path: Path
-) -> None:
+def test_a_missing_file_and_a_missing_column_are_wrong_use(spark: SparkSession, tmp_path):
     file = write(tmp_path / "shop.csv", "sku\nA\n")
     with pytest.raises(UsageError, match="nowhere"):
         reader.read(spark, "ingest.items", Source(path=(str(tmp_path / "nowhere.csv"),)))
@@ -211,7 +200,7 @@ def test_a_missing_file_and_a_missing_column_are_wrong_use(
         reader.read(spark, "ingest.items", Source(path=(str(file),), columns={"title": "name"}))
 
 
-def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
+def test_every_reason_of_the_log(spark: SparkSession, tmp_path):
     file = write(
         tmp_path / "log.csv",
         "user_id,item_id,event_type,event_time\n"
@@ -251,8 +240,8 @@ def test_every_reason_of_the_log(spark: SparkSession, tmp_path: Path) -> None:
 
 
 def test_event_ids_count_once_and_identical_rejected_rows_are_counted(
-    spark: SparkSession, tmp_path: Path
-) -> None:
+    spark: SparkSession, tmp_path
+):
     file = write(
         tmp_path / "log.csv",
         "event_id,user_id,item_id,event_type,event_time\n"
@@ -267,7 +256,7 @@ def test_event_ids_count_once_and_identical_rejected_rows_are_counted(
 
 
 def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
-    rows = run.tables.read(schemas.PHOTOS).collect()
+    rows = rows_of(run, PHOTOS)
     for row in rows:
         assert row["image_sha256"] == hashlib.sha256(row["image"]).hexdigest()
         assert row["bytes"] == len(row["image"])
@@ -276,21 +265,25 @@ def photos(run: Pipeline) -> dict[tuple[str, int], bytes]:
 
 def figures(result: StageResult, source: str) -> tuple[int, int, int]:
     """Of the source's rows: ok, rejected, skipped."""
-    counts = {name: int(count) for name, count in group_of_details(result.details, source).items()}
+    counts = source_counts(result, source)
     assert counts["in"] == counts["ok"] + counts["rejected"] + counts["skipped"]
     return counts["ok"], counts["rejected"], counts["skipped"]
 
 
+def ingest_photos(run: Pipeline) -> tuple[int, int, int]:
+    return figures(run_stage(run, "ingest"), "photos")
+
+
 def rejected_photos(run: Pipeline) -> dict[str, str]:
     """Reason by the photo's file name."""
-    rows = run.tables.read(schemas.REJECTED).where("source = 'photos'").collect()
+    rows = run.tables.read(REJECTED).where("source = 'photos'").collect()
     return {Path(json.loads(row["row"])["uri"]).name: row["reason"] for row in rows}
 
 
 def items_by_file(run: Pipeline) -> list[set[str]]:
     """The items in each file of the table photos. A chunk of captioning reads only some files."""
     files: dict[str, set[str]] = {}
-    for row in run.tables.read(schemas.PHOTOS).select("_metadata.file_name", "item_id").collect():
+    for row in run.tables.read(PHOTOS).select("_metadata.file_name", "item_id").collect():
         files.setdefault(row["file_name"], set()).add(row["item_id"])
     return sorted(files.values(), key=min)
 
@@ -299,9 +292,7 @@ EVENTS = "user_id,item_id,event_type,event_time\n"
 
 
 @pytest.fixture
-def folder_shop(
-    pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Pipeline:
+def folder_shop(pipeline: MakePipeline, tmp_path, monkeypatch) -> Pipeline:
     """A catalogue, a log of one file and a folder of photos, two of which fill a file of photos."""
     monkeypatch.setattr("vlm4rec_spark.stages.ingest._PHOTOS_PER_FILE", 2)
     write(tmp_path / "shop.csv", "item_id,title\nA,Chair\nB,Table\nC,Lamp\n,Nothing\n")
@@ -335,11 +326,11 @@ FOLDER_PHOTOS = {
 }
 
 
-def test_catalogue_log_and_photo_folder(folder_shop: Pipeline) -> None:
+def test_catalogue_log_and_photo_folder(folder_shop: Pipeline):
     # These photos would fit one task's file; as many real photos wouldn't.
     folder_shop.spark.conf.set("spark.sql.files.maxPartitionBytes", "1m")
     try:
-        (result,) = folder_shop.run(["ingest"])
+        result = run_stage(folder_shop, "ingest")
     finally:
         folder_shop.spark.conf.unset("spark.sql.files.maxPartitionBytes")
     assert figures(result, "items") == (3, 1, 0)
@@ -357,7 +348,7 @@ def test_catalogue_log_and_photo_folder(folder_shop: Pipeline) -> None:
     }
 
 
-def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_path: Path) -> None:
+def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_path):
     folder_shop.run(["ingest"])
     # Other bytes of the same size and time, which must not be read.
     write(tmp_path / "photos" / "A.jpg", "A ZERO")
@@ -366,12 +357,12 @@ def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_p
         tmp_path / "log-2 [+].csv",
         f"{EVENTS}u1,A,view,2025-01-01\nu2,A,view,2025-01-01\nu2,A,view,2025-01-01\n",
     )
-    (result,) = folder_shop.run(["ingest"])
+    result = run_stage(folder_shop, "ingest")
     assert figures(result, "photos") == (1, 3, 3)
     assert photos(folder_shop) == FOLDER_PHOTOS | {("B", 0): b"B JPG"}
     # One event of the second file is in the first, which isn't opened again.
     assert figures(result, "interactions") == (1, 0, 2)
-    ledger = folder_shop.tables.read(schemas.INGESTED_FILES).collect()
+    ledger = rows_of(folder_shop, INGESTED_FILES)
     counts = ("rows_read", "rows_taken", "rows_rejected", "rows_repeated")
     assert {Path(row["file"]).name: [row[name] for name in counts] for row in ledger} == {
         "log-1.csv": [3, 2, 1, 0],
@@ -380,7 +371,7 @@ def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_p
 
 
 @pytest.fixture
-def user_tables(tmp_path: Path) -> tuple[str, ...]:
+def user_tables(tmp_path) -> tuple[str, ...]:
     write(tmp_path / "shop.csv", "item_id,title\nA,Lamp\n")
     write(
         tmp_path / "users.csv",
@@ -396,21 +387,19 @@ def user_tables(tmp_path: Path) -> tuple[str, ...]:
 
 def users(run: Pipeline) -> dict[str, list[object]]:
     """segment and consent by user_id."""
-    rows = run.tables.read(schemas.USERS).collect()
+    rows = rows_of(run, USERS)
     return {row["user_id"]: [row["segment"], row["consent"]] for row in rows}
 
 
-def test_users_and_identities(
-    pipeline: Callable[..., Pipeline], user_tables: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_users_and_identities(pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path):
     run = pipeline(tmp_path, *user_tables, "ingest.users.columns={user_id: id}")
-    (result,) = run.run(["ingest"])
+    result = run_stage(run, "ingest")
     assert figures(result, "users") == (2, 2, 1)
     assert figures(result, "identities") == (2, 3, 0)
     assert users(run) == {"u1": ["club", True], "u2": [None, None]}
-    identities = run.tables.read(schemas.IDENTITIES).collect()
+    identities = rows_of(run, IDENTITIES)
     assert {row["anonymous_id"]: row["user_id"] for row in identities} == {"v1": "u1", "v2": "u1"}
-    reasons = {row["reason"] for row in run.tables.read(schemas.REJECTED).collect()}
+    reasons = {row["reason"] for row in rows_of(run, REJECTED)}
     assert reasons == {
         "user_id is missing",
         "consent is neither true nor false",
@@ -425,14 +414,14 @@ def test_users_and_identities(
 
 
 def test_users_without_the_key_column_are_refused(
-    pipeline: Callable[..., Pipeline], user_tables: tuple[str, ...], tmp_path: Path
-) -> None:
+    pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path
+):
     message = r"ingest.users: the source has no column user_id with a value"
     with pytest.raises(UsageError, match=message):
         pipeline(tmp_path, *user_tables).check(["ingest"])
 
 
-def test_photos_from_a_path_column(pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+def test_photos_from_a_path_column(pipeline: MakePipeline, tmp_path):
     for name in ("old.jpg", "new.jpg", "b.jpg"):
         write(tmp_path / name, name)
     write(
@@ -447,7 +436,7 @@ def test_photos_from_a_path_column(pipeline: Callable[..., Pipeline], tmp_path: 
     )
     shop = f"ingest.items.path=['{tmp_path}/*.csv']"
     run = pipeline(tmp_path, shop, "ingest.photos.path_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == (2, 1, 0)
+    assert ingest_photos(run) == (2, 1, 0)
     assert photos(run) == {("A", 0): b"new.jpg", ("B", 0): b"b.jpg"}
     ((name, reason),) = rejected_photos(run).items()
     assert name == "gone.jpg"
@@ -455,7 +444,7 @@ def test_photos_from_a_path_column(pipeline: Callable[..., Pipeline], tmp_path: 
 
     write(tmp_path / "b.jpg", "B.JPG")
     write(tmp_path / "new.jpg", "new too", at=1_700_000_009)
-    assert figures(run.run(["ingest"])[0], "photos") == (1, 1, 1)
+    assert ingest_photos(run) == (1, 1, 1)
     assert photos(run) == {("A", 0): b"new too", ("B", 0): b"b.jpg"}
 
     message = "the catalogue has no column 'photos' with a path in it"
@@ -463,7 +452,7 @@ def test_photos_from_a_path_column(pipeline: Callable[..., Pipeline], tmp_path: 
         pipeline(tmp_path, shop, "ingest.photos.path_column=photos").check(["ingest"])
 
 
-def test_large_photos_leave_the_worker_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_photos_leave_the_worker_in_small_batches(monkeypatch):
     monkeypatch.setattr(ingest, "_BYTES_PER_BATCH", 100)
     sizes = [10] * 33 + [60, 60, 101, None]  # the last one couldn't be read
     images = [None if size is None else b"x" * size for size in sizes]
@@ -516,7 +505,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def photo_server(tmp_path: Path) -> Iterator[PhotoServer]:
+def photo_server(tmp_path) -> Iterator[PhotoServer]:
     folder = tmp_path / "photos"
     for name in ("a", "b", "c", "undated"):
         write(folder / name, f"photo {name}")
@@ -527,7 +516,7 @@ def photo_server(tmp_path: Path) -> Iterator[PhotoServer]:
 
 
 @pytest.fixture
-def uris(photo_server: PhotoServer, tmp_path: Path) -> dict[str, str]:
+def uris(photo_server: PhotoServer, tmp_path) -> dict[str, str]:
     """Addresses by item: photos of the server, one in a file, and four that can't be read."""
     cdn = f"HTTP://ann:s3cret@127.0.0.1:{photo_server.server_port}"
     return {
@@ -544,7 +533,7 @@ def uris(photo_server: PhotoServer, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def url_shop(pipeline: Callable[..., Pipeline], uris: dict[str, str], tmp_path: Path) -> Pipeline:
+def url_shop(pipeline: MakePipeline, uris: dict[str, str], tmp_path) -> Pipeline:
     rows = "".join(f"{item},{uri}\n" for item, uri in uris.items())
     write(tmp_path / "shop.csv", f"item_id,photo\n{rows}")
     return pipeline(
@@ -566,12 +555,10 @@ URL_PHOTOS = {
 }
 
 
-def test_photos_from_urls(
-    url_shop: Pipeline, photo_server: PhotoServer, uris: dict[str, str]
-) -> None:
-    assert figures(url_shop.run(["ingest"])[0], "photos") == (5, 4, 0)
+def test_photos_from_urls(url_shop: Pipeline, photo_server: PhotoServer, uris: dict[str, str]):
+    assert ingest_photos(url_shop) == (5, 4, 0)
     assert photos(url_shop) == URL_PHOTOS
-    rows = {row["item_id"]: row for row in url_shop.tables.read(schemas.PHOTOS).collect()}
+    rows = {row["item_id"]: row for row in rows_of(url_shop, PHOTOS)}
     assert {item: row["uri"] for item, row in rows.items()} == {
         item: uris[item] for item, _ in URL_PHOTOS
     }
@@ -585,34 +572,30 @@ def test_photos_from_urls(
     assert photo_server.take_statuses() == ALL_READ
 
 
-def test_only_changed_photos_are_downloaded_again(
-    url_shop: Pipeline, photo_server: PhotoServer
-) -> None:
+def test_only_changed_photos_are_downloaded_again(url_shop: Pipeline, photo_server: PhotoServer):
     url_shop.run(["ingest"])
     photo_server.take_statuses()
     # Photo b is another one with a new time, photo c the same one with a new time.
     write(photo_server.folder / "b", "PHOTO B", at=1_700_000_009)
     write(photo_server.folder / "c", "photo c", at=1_700_000_009)
-    assert figures(url_shop.run(["ingest"])[0], "photos") == (2, 4, 3)
+    assert ingest_photos(url_shop) == (2, 4, 3)
     assert photos(url_shop) == URL_PHOTOS | {("B", 0): b"PHOTO B"}
     assert photo_server.take_statuses() == ALL_READ | {"/a": 304}
 
-    version = url_shop.tables.versions([schemas.PHOTOS])
-    assert figures(url_shop.run(["ingest"])[0], "photos") == (0, 4, 5)
+    version = url_shop.tables.versions([PHOTOS])
+    assert ingest_photos(url_shop) == (0, 4, 5)
     assert photo_server.take_statuses() == ALL_READ | {"/a": 304, "/b": 304, "/c": 304}
     url_shop.tables.forget()
-    assert url_shop.tables.versions([schemas.PHOTOS]) == version
+    assert url_shop.tables.versions([PHOTOS]) == version
 
 
-def test_photos_from_a_bytes_column(
-    pipeline: Callable[..., Pipeline], spark: SparkSession, tmp_path: Path
-) -> None:
+def test_photos_from_a_bytes_column(pipeline: MakePipeline, spark: SparkSession, tmp_path):
     schema = "item_id STRING, title STRING, photo BINARY"
     rows = [("A", "Chair", b"a"), ("B", "Table", None), (None, "Lamp", b"c")]
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / "shop"))
     source = (f"ingest.items.path=[{tmp_path}/shop]", "ingest.items.format=parquet")
     run = pipeline(tmp_path, *source, "ingest.photos.bytes_column=photo")
-    assert figures(run.run(["ingest"])[0], "photos") == (1, 0, 0)
+    assert ingest_photos(run) == (1, 0, 0)
     assert photos(run) == {("A", 0): b"a"}
     with pytest.raises(UsageError, match="the catalogue has no binary column 'image'"):
         pipeline(tmp_path, *source, "ingest.photos.bytes_column=image").check(["ingest"])

@@ -1,15 +1,14 @@
 """Item-item scores: pairs counted by hand, the same bits on any partitioning, lists with them."""
 
-from __future__ import annotations
-
 import os
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from pyspark.sql import DataFrame, SparkSession
+from shop import build_exact
 
 from vlm4rec_spark.models.index.build import build_item_item
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
@@ -17,10 +16,7 @@ from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import item_item, recommend
 from vlm4rec_spark.stages.item_item import ItemItemSettings
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+from vlm4rec_spark.storage.schemas import PROFILES
 
 AT = datetime(2025, 1, 1)
 HISTORIES = {"ann": "ABC", "ben": "BA", "cat": "ADX", "dan": "", "eve": "E"}
@@ -39,7 +35,7 @@ def strengths(pairs: DataFrame) -> dict[str, dict[str, float]]:
     return table
 
 
-def test_pairs_by_hand(spark: SparkSession) -> None:
+def test_pairs_by_hand(spark: SparkSession):
     plain_count = ItemItemSettings(distance_decay=0.5, popularity_power=0)
     assert strengths(item_item.pairs(frame(spark, HISTORIES), plain_count)) == {
         "A": {"B": 2.0, "C": 0.5, "D": 1.0, "X": 0.5},
@@ -55,7 +51,7 @@ def test_pairs_by_hand(spark: SparkSession) -> None:
     assert by_cosine["A"] == pytest.approx({"B": 2 / 6**0.5, "C": 1 / 3**0.5})
 
 
-def test_partitioning_does_not_change_a_bit(spark: SparkSession) -> None:
+def test_partitioning_does_not_change_a_bit(spark: SparkSession):
     rng = np.random.default_rng(3)
     histories = {
         f"u{user}": "".join(rng.permutation(list("ABCDEFGHIJ"))[: rng.integers(1, 9)])
@@ -68,18 +64,10 @@ def test_partitioning_does_not_change_a_bit(spark: SparkSession) -> None:
 
 
 @pytest.fixture(scope="module")
-def index_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index_folder(tmp_path_factory) -> Path:
     vectors = np.eye(6, dtype=np.float32)[[0, 1, 2, 3, 4, 4]]
     folder = tmp_path_factory.mktemp("index") / "test_item_item"
-    Searcher.build(
-        folder,
-        "x",
-        list("ABCDEF"),
-        vectors,
-        [""] * 6,
-        ann_min_items=10**6,
-    )
-    return folder
+    return build_exact(folder, "ABCDEF", vectors)
 
 
 @pytest.fixture
@@ -88,8 +76,8 @@ def searcher(index_folder: Path) -> Searcher:
 
 
 def test_a_folder_is_named_by_its_content_and_unused_ones_are_deleted(
-    spark: SparkSession, searcher: Searcher, tmp_path: Path
-) -> None:
+    spark: SparkSession, searcher: Searcher, tmp_path
+):
     rows = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
     a_day_ago = time.time() - 90_000
     for name in ("old", "new"):
@@ -109,8 +97,8 @@ def test_a_folder_is_named_by_its_content_and_unused_ones_are_deleted(
 
 
 def test_histories_without_pairs_give_a_sound_folder(
-    spark: SparkSession, searcher: Searcher, tmp_path: Path
-) -> None:
+    spark: SparkSession, searcher: Searcher, tmp_path
+):
     rows = item_item.pairs(frame(spark, {"eve": "E"}), ItemItemSettings())
     scores = ItemItemScores.open(build_item_item(rows.toArrow(), searcher, tmp_path))
     assert (scores.positions == -1).all()
@@ -118,14 +106,14 @@ def test_histories_without_pairs_give_a_sound_folder(
 
 
 def test_lists_name_the_source_of_a_score(
-    spark: SparkSession, index_folder: Path, searcher: Searcher, tmp_path: Path
-) -> None:
+    spark: SparkSession, index_folder: Path, searcher: Searcher, tmp_path
+):
     """ann has B, which occurs with A. eve has E, which occurs with nothing and is similar to F."""
     rows = []
     for user, item in (("ann", "B"), ("eve", "E")):
         vector = searcher.vectors["ABCDEF".index(item)].tolist()
         rows.append((user, "title", [(item, 1.0)], [item], vector, 1, AT))
-    profiles = spark.createDataFrame(rows, schemas.PROFILES.schema)
+    profiles = spark.createDataFrame(rows, PROFILES.schema)
     pairs = item_item.pairs(frame(spark, HISTORIES), ItemItemSettings())
     folder = build_item_item(pairs.toArrow(), searcher, tmp_path)
     lists = recommend.recommend(

@@ -1,7 +1,5 @@
 """The arrows between the modules, read from their imports; and names that stand once."""
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from collections.abc import Iterator
@@ -101,7 +99,7 @@ def offences(*parts: str, to: tuple[str, ...] = (), inside: tuple[str, ...] = ()
     )
 
 
-def test_the_reader_of_imports_sees_every_kind() -> None:
+def test_the_reader_of_imports_sees_every_kind():
     code = """
 import a.b
 from c.d import e, f
@@ -128,14 +126,14 @@ except ImportError:
     assert len(TREES) > 40
 
 
-def test_the_numpy_world_never_imports_spark() -> None:
+def test_the_numpy_world_never_imports_spark():
     assert offences("models", "training", "demo", to=("pyspark", "delta")) == []
     assert offences("models", "training", "demo", inside=ABOVE_NUMPY) == []
     assert offences("models", inside=("demo", "training")) == []
     assert offences("training", inside=("demo",)) == []
 
 
-def test_stages_never_import_each_other() -> None:
+def test_stages_never_import_each_other():
     for file, imported in IMPORTS.items():
         if within(file, *STAGES):
             own = "caption"
@@ -149,7 +147,7 @@ def test_stages_never_import_each_other() -> None:
             assert stages == [], file
 
 
-def test_stages_know_nothing_of_the_wiring() -> None:
+def test_stages_know_nothing_of_the_wiring():
     above = ("evaluation", "pipeline", "report", "cli", "config", "spark", "demo")
     assert offences("stages", inside=above) == []
     tables = ("storage.tables", "storage.layout", "storage.maintenance", "storage.state")
@@ -157,7 +155,7 @@ def test_stages_know_nothing_of_the_wiring() -> None:
     assert offences("caption", inside=tuple(part for part in above if part != "spark")) == []
 
 
-def test_stages_touch_neither_session_nor_files() -> None:
+def test_stages_touch_neither_session_nor_files():
     modules = ("fsspec", "shutil", "tempfile", "io", "os", "pyspark.sql.SparkSession")
     assert offences("stages", to=modules) == []
     forbidden = {
@@ -190,12 +188,12 @@ def used_names(tree: ast.Module) -> set[str]:
     return attributes | calls
 
 
-def test_the_reader_of_names_sees_sessions_and_files() -> None:
+def test_the_reader_of_names_sees_sessions_and_files():
     code = ast.parse("rows.sparkSession.sparkContext; open(path); rows.select(a).persist()")
     assert used_names(code) == {"sparkSession", "sparkContext", "write", "select", "persist"}
 
 
-def test_heavy_libraries_are_imported_where_they_are_needed() -> None:
+def test_heavy_libraries_are_imported_where_they_are_needed():
     # Training is torch from end to end. Only its own command imports it, when it is called.
     at_load = {
         file
@@ -213,11 +211,11 @@ def test_heavy_libraries_are_imported_where_they_are_needed() -> None:
     assert {file.split("/")[0] for file in importers(*HEAVY)} <= {"models", "training"}
 
 
-def test_only_tables_knows_delta() -> None:
+def test_only_tables_knows_delta():
     assert importers("delta") == {"storage/tables.py"}
 
 
-def test_only_session_builds_a_session() -> None:
+def test_only_session_builds_a_session():
     building = {
         file
         for file, tree in TREES.items()
@@ -229,7 +227,7 @@ def test_only_session_builds_a_session() -> None:
     assert building == {"spark/session.py"}
 
 
-def test_only_the_wiring_sees_several_stages() -> None:
+def test_only_the_wiring_sees_several_stages():
     several = [file for file in IMPORTS if len(stages_of(file)) > 1]
     assert [file for file in several if not within(file, *WIRING)] == []
     outside = [
@@ -249,7 +247,7 @@ def stages_of(file: str) -> set[str]:
     return stages
 
 
-def test_evaluation_runs_three_stages_and_is_run_by_the_wiring() -> None:
+def test_evaluation_runs_three_stages_and_is_run_by_the_wiring():
     stages = {stage for file in IMPORTS if within(file, "evaluation") for stage in stages_of(file)}
     assert stages == {f"stages.{name}" for name in ("item_item", "profiles", "recommend")}
     allowed = ("evaluation", "cli", "pipeline", "config")
@@ -257,13 +255,13 @@ def test_evaluation_runs_three_stages_and_is_run_by_the_wiring() -> None:
     assert [file for file in evaluating if not within(file, *allowed)] == []
 
 
-def test_only_the_command_line_runs_the_pipeline() -> None:
+def test_only_the_command_line_runs_the_pipeline():
     running = importers(f"{PACKAGE}.pipeline")
     assert [file for file in running if not within(file, "pipeline", "cli")] == []
     assert [file for file in importers(f"{PACKAGE}.cli") if not within(file, "cli")] == []
 
 
-def test_every_stage_file_has_its_stage_and_its_fingerprint() -> None:
+def test_every_stage_file_has_its_stage_and_its_fingerprint():
     wiring = TREES["pipeline/__init__.py"]
     stages = next(
         [ast.literal_eval(key) for key in node.value.keys if key]
@@ -282,7 +280,7 @@ def test_every_stage_file_has_its_stage_and_its_fingerprint() -> None:
         assert functions["inputs_fingerprint"] == ["context"], stage
 
 
-def test_no_module_and_no_class_name_stands_twice_but_for_a_stage() -> None:
+def test_no_module_and_no_class_name_stands_twice_but_for_a_stage():
     modules = Counter(Path(file).stem for file in TREES if not file.endswith("__init__.py"))
     # Files are reached through two modules: models/files.py on workers, storage/files.py on the
     # driver.
@@ -299,7 +297,7 @@ def test_no_module_and_no_class_name_stands_twice_but_for_a_stage() -> None:
 @pytest.mark.parametrize(
     "file", sorted(path.name for path in (ROOT / "jobs").iterdir() if path.suffix == ".py")
 )
-def test_a_job_only_calls_its_command(file: str) -> None:
+def test_a_job_only_calls_its_command(file: str):
     text = (ROOT / "jobs" / file).read_text()
     assert len(text.splitlines()) <= 12
     assert [module.name for module in imports(ast.parse(text))] == ["sys", "vlm4rec_spark.cli.main"]
@@ -307,12 +305,12 @@ def test_a_job_only_calls_its_command(file: str) -> None:
     assert text.endswith(f'raise SystemExit(main(["{command}", *sys.argv[1:]]))\n')
 
 
-def test_there_is_no_drawer_for_leftovers() -> None:
+def test_there_is_no_drawer_for_leftovers():
     drawers = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
     assert [file for file in TREES if file.rsplit("/", 1)[-1] in drawers] == []
 
 
-def test_nothing_is_unpickled_and_no_model_brings_code() -> None:
+def test_nothing_is_unpickled_and_no_model_brings_code():
     assert importers("pickle", "cloudpickle", "dill", "joblib", "shelve") == set()
     for file, tree in TREES.items():
         for node in ast.walk(tree):

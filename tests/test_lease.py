@@ -1,7 +1,5 @@
 """The lease: real processes on one folder. One of them holds it, dies, freezes or releases it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -58,7 +56,7 @@ Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path) -> Iterator[Start]:
     """A function that starts `hold` in a process of its own."""
     started: list[subprocess.Popen] = []
 
@@ -89,7 +87,7 @@ def leases(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob("*lease*"))
 
 
-def test_it_is_held_inside_and_leaves_no_file(tmp_path: Path) -> None:
+def test_it_is_held_inside_and_leaves_no_file(tmp_path):
     with lease(tmp_path / "tables", "one") as acquired:
         acquired.check()
         assert leases(tmp_path / "tables") == ["_lease-000001.json"]
@@ -97,8 +95,8 @@ def test_it_is_held_inside_and_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_of_many_runs_that_start_together_one_works_at_a_time_and_the_rest_say_busy(
-    tmp_path: Path, start: Start
-) -> None:
+    tmp_path, start: Start
+):
     ends = [output(process) for process in [start(f"run-{n}", work=1.5) for n in range(6)]]
     done = [end for end in ends if end.endswith("done\n")]
     busy = [end for end in ends if "busy: Another run is at work on these tables: run run-" in end]
@@ -109,9 +107,7 @@ def test_of_many_runs_that_start_together_one_works_at_a_time_and_the_rest_say_b
     assert sorted(file.name for file in tmp_path.iterdir()) == []
 
 
-def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(
-    tmp_path: Path, start: Start
-) -> None:
+def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(tmp_path, start: Start):
     killed = start("killed", seconds=60, work=60)
     assert killed.stdout is not None
     assert killed.stdout.readline() == "held\n"
@@ -125,7 +121,7 @@ def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(
     assert leases(tmp_path) == []
 
 
-def test_a_frozen_holder_loses_its_lease_and_notices(tmp_path: Path, start: Start) -> None:
+def test_a_frozen_holder_loses_its_lease_and_notices(tmp_path, start: Start):
     frozen = start("frozen", work=6)
     assert frozen.stdout is not None
     assert frozen.stdout.readline() == "held\n"
@@ -141,7 +137,7 @@ def test_a_frozen_holder_loses_its_lease_and_notices(tmp_path: Path, start: Star
         acquired.check()
 
 
-def test_a_run_that_loses_its_lease_stops_its_spark_jobs(tmp_path: Path) -> None:
+def test_a_run_that_loses_its_lease_stops_its_spark_jobs(tmp_path):
     cancelled: list[str] = []
     with lease(tmp_path, "slow", seconds=1.0, cancelled=cancelled) as acquired:
         (tmp_path / "_lease-000002.json").write_text("{}")
@@ -156,7 +152,7 @@ def test_a_run_that_loses_its_lease_stops_its_spark_jobs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere/tables", "{tmp}/file/tables", "{tmp}/file"])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, folder: str) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, folder: str):
     (tmp_path / "file").write_text("not a folder")
     with (
         pytest.raises(
@@ -169,7 +165,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, folder: str
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
 
 
-def test_a_user_without_permission_gets_the_systems_reason() -> None:
+def test_a_user_without_permission_gets_the_systems_reason():
     code = (
         f"{IMPORT_HOLD}, lease; import os\n"
         "os.getuid() or os.setuid(65534)  # root may write anywhere\n"

@@ -1,7 +1,5 @@
 """Maintain: what OPTIMIZE and VACUUM do, which index versions go, and what is never deleted."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -9,22 +7,19 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from pyspark.sql import DataFrame, Row, SparkSession
+from shop import MakePipeline, item_row
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline import maintain
-from vlm4rec_spark.storage import maintenance, schemas
+from vlm4rec_spark.pipeline import Pipeline, maintain
+from vlm4rec_spark.storage import maintenance
 from vlm4rec_spark.storage.index_versions import MaintainSettings, prunable, remove, versions
-from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage.schemas import ITEMS, PHOTOS, RECOMMENDATIONS, RUNS, STATE, Table
 from vlm4rec_spark.storage.tables import HEAVY, Tables
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, Row, SparkSession
-
-    from vlm4rec_spark.pipeline import Pipeline
 
 DAY = 24 * 3600
 MONDAY = datetime(2025, 3, 3, tzinfo=UTC)
@@ -53,7 +48,7 @@ def ids(*letters: str) -> list[str]:
 
 
 @pytest.fixture
-def index_folder(tmp_path: Path) -> Path:
+def index_folder(tmp_path) -> Path:
     """Versions a to e, of five to nine days ago."""
     for age, index_id in enumerate(ids("a", "b", "c", "d", "e"), start=5):
         index(tmp_path, index_id, age)
@@ -69,7 +64,7 @@ def pruned(
     return sorted(version.index_id for version in removed)
 
 
-def test_the_latest_stay_besides_those_in_force(index_folder: Path) -> None:
+def test_the_latest_stay_besides_those_in_force(index_folder: Path):
     every = ids("a", "b", "c", "d", "e")
     assert pruned(index_folder, in_force=ids("c"), built=every, keep=2) == ids("d", "e")
     assert pruned(index_folder, in_force=ids("e"), built=every, keep=0) == ids("a", "b", "c", "d")
@@ -81,13 +76,13 @@ def test_the_latest_stay_besides_those_in_force(index_folder: Path) -> None:
     assert [version.index_id for version in removed] == ids("b", "c", "d")
 
 
-def test_a_version_that_no_run_of_these_tables_built_stays(index_folder: Path) -> None:
+def test_a_version_that_no_run_of_these_tables_built_stays(index_folder: Path):
     assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d"), keep=0) == ids("d")
     # Nor does it count as one of the latest of ours.
     assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d", "e"), keep=1) == ids("e")
 
 
-def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path: Path) -> None:
+def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path):
     index(tmp_path, "1" * 16, age=0.9, whole=False)
     index(tmp_path, "2" * 16, age=1.1, whole=False)
     index(tmp_path, "3" * 16, age=1.1, whole=False)
@@ -97,13 +92,13 @@ def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path: Path) -
     assert pruned(tmp_path, in_force=ids("3"), built=[]) == ids("2", "4")
 
 
-def test_a_whole_one_younger_than_a_day_stays(tmp_path: Path) -> None:
+def test_a_whole_one_younger_than_a_day_stays(tmp_path):
     index(tmp_path, "1" * 16, age=0.9)
     index(tmp_path, "2" * 16, age=1.1)
     assert pruned(tmp_path, in_force=[], built=ids("1", "2"), keep=0) == ids("2")
 
 
-def test_what_is_not_surely_ours_is_not_seen(tmp_path: Path) -> None:
+def test_what_is_not_surely_ours_is_not_seen(tmp_path):
     index(tmp_path, "backup", age=9)  # another name
     index(tmp_path, "A" * 16, age=9)
     (index(tmp_path, "1" * 16, age=9, whole=False) / "letters.txt").write_text(
@@ -117,9 +112,7 @@ def test_what_is_not_surely_ours_is_not_seen(tmp_path: Path) -> None:
     assert versions(tmp_path / "nowhere") == []
 
 
-def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(tmp_path, monkeypatch):
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -135,7 +128,7 @@ def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_settings_have_safe_defaults() -> None:
+def test_the_settings_have_safe_defaults():
     assert MaintainSettings().model_dump() == {"retention_hours": 168, "index_versions": 3}
     with pytest.raises(ValueError, match="less than or equal to 720"):
         MaintainSettings(retention_hours=721)
@@ -199,7 +192,7 @@ def printed(spark: SparkSession) -> Iterator[Callable[[], str]]:
 
 
 @pytest.fixture
-def two_files(spark: SparkSession, tmp_path: Path) -> Tables:
+def two_files(spark: SparkSession, tmp_path) -> Tables:
     """Table `products` with one row in each of two files."""
     tables = Tables(spark, str(tmp_path))
     tables.insert(PRODUCTS, rows(spark, 0))
@@ -214,7 +207,7 @@ def set_retention(tables: Tables, words: str) -> None:
     )
 
 
-def test_small_files_are_joined_and_nothing_else_changes(two_files: Tables) -> None:
+def test_small_files_are_joined_and_nothing_else_changes(two_files: Tables):
     spark = two_files.spark
     limit = "spark.databricks.delta.optimize.maxFileSize"
     version = two_files.versions([PRODUCTS])
@@ -230,9 +223,7 @@ def test_small_files_are_joined_and_nothing_else_changes(two_files: Tables) -> N
     assert content(two_files) == [("t0", 0), ("t1", 1)]
 
 
-def test_replaced_files_go_after_the_configured_time(
-    two_files: Tables, printed: Callable[[], str]
-) -> None:
+def test_replaced_files_go_after_the_configured_time(two_files: Tables, printed: Callable[[], str]):
     maintenance.optimize(two_files, PRODUCTS)
     # With other words than ours somebody chose a retention by hand.
     set_retention(two_files, "interval 20 days")
@@ -248,7 +239,7 @@ def test_replaced_files_go_after_the_configured_time(
     assert printed() == "Deleted none\n"
 
 
-def test_tables_in_a_catalog_are_maintained_too(named: Tables) -> None:
+def test_tables_in_a_catalog_are_maintained_too(named: Tables):
     named.insert(PRODUCTS, rows(named.spark, 0))
     rows(named.spark, 1).write.format("delta").mode("append").saveAsTable(named.name_of(PRODUCTS))
     named.staged(PRODUCTS, rows(named.spark, 1))
@@ -266,7 +257,7 @@ def test_tables_in_a_catalog_are_maintained_too(named: Tables) -> None:
     assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["products"]
 
 
-def test_less_than_a_week_is_refused_unless_delta_does_not_check(spark: SparkSession) -> None:
+def test_less_than_a_week_is_refused_unless_delta_does_not_check(spark: SparkSession):
     check = "spark.databricks.delta.retentionDurationCheck.enabled"
     message = r"^maintain\.retention_hours: 24 hours are less than Delta's minimum, 168\."
     maintenance.check_retention(spark, 168)
@@ -280,8 +271,8 @@ def test_less_than_a_week_is_refused_unless_delta_does_not_check(spark: SparkSes
 
 
 def test_a_clustered_log_is_not_ordered_again_as_a_whole(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    spark: SparkSession, tmp_path, monkeypatch
+):
     threshold = "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold"
     assert int(maintenance.OPTIMIZE[threshold]) == 2**30
     monkeypatch.setitem(maintenance.OPTIMIZE, threshold, "1")
@@ -297,9 +288,7 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     assert first in tables.read(log).inputFiles()
 
 
-def test_photos_get_small_row_groups(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_photos_get_small_row_groups(spark: SparkSession, tmp_path, monkeypatch):
     assert int(HEAVY["parquet.block.size"]) == 32 * 2**20
     monkeypatch.setitem(HEAVY, "parquet.block.size", str(2**20))
     tables = Tables(spark, str(tmp_path))
@@ -307,8 +296,8 @@ def test_photos_get_small_row_groups(
         ("i", n, f"{n}.jpg", os.urandom(100_000), f"{n:064}", 100_000, MONDAY, None)
         for n in range(40)
     ]
-    frame = spark.createDataFrame(photos, schemas.PHOTOS.schema)
-    tables.upsert(schemas.PHOTOS, tables.staged(schemas.PHOTOS, frame))
+    frame = spark.createDataFrame(photos, PHOTOS.schema)
+    tables.upsert(PHOTOS, tables.staged(PHOTOS, frame))
     for folder in ("photos", "_staging_photos"):
         (file,) = (tmp_path / folder).glob("*.parquet")
         assert 4 <= pq.ParquetFile(file).metadata.num_row_groups <= 10, folder
@@ -316,32 +305,26 @@ def test_photos_get_small_row_groups(
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
     """Items in two files, lists made with index b, and runs that built e, a, d, b and c."""
     folder = tmp_path_factory.mktemp("shop")
     run = pipeline(folder, "maintain.index_versions=1")
     content: dict[Table, list[tuple]] = {
-        schemas.ITEMS: [item("i0")],
-        schemas.RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
-        schemas.STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
-        schemas.RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
+        ITEMS: [item_row("i0")],
+        RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
+        STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
+        RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
     }
     for table, table_rows in content.items():
         run.tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
-    run.tables.append(schemas.ITEMS, run.spark.createDataFrame([item("i1")], schemas.ITEMS.schema))
+    run.tables.append(ITEMS, run.spark.createDataFrame([item_row("i1")], ITEMS.schema))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)
     return run
 
 
-def item(item_id: str) -> tuple:
-    columns = dict.fromkeys(schemas.ITEMS.columns)
-    columns |= {"item_id": item_id, "attributes": {}, "available": True, "updated_at": MONDAY}
-    return tuple(columns.values())
-
-
 def index_run(hour: int, letter: str) -> tuple:
-    columns = {name: 0 if name.startswith("rows_") else None for name in schemas.RUNS.columns}
+    columns = {name: 0 if name.startswith("rows_") else None for name in RUNS.columns}
     columns |= {
         "run_id": f"r{letter}",
         "stage": "index",
@@ -356,8 +339,8 @@ def index_run(hour: int, letter: str) -> tuple:
 
 
 def test_a_wrong_use_is_refused_before_anything_is_done(
-    shop: Pipeline, pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+    shop: Pipeline, pipeline: MakePipeline, tmp_path
+):
     folder = Path(shop.tables.location).parent
     before = on_disk(folder)
     with pytest.raises(UsageError, match="less than Delta's minimum, 168"):
@@ -368,17 +351,17 @@ def test_a_wrong_use_is_refused_before_anything_is_done(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_joins_its_many_small_files_itself(shop: Pipeline) -> None:
-    assert shop.tables.properties(schemas.RUNS)["delta.autoOptimize.autoCompact"] == "true"
+def test_runs_joins_its_many_small_files_itself(shop: Pipeline):
+    assert shop.tables.properties(RUNS)["delta.autoOptimize.autoCompact"] == "true"
 
 
-def test_indexes_in_force_come_first_then_the_latest(shop: Pipeline) -> None:
+def test_indexes_in_force_come_first_then_the_latest(shop: Pipeline):
     indexes = [(index.index_id[0], index.in_force_for) for index in maintain.indexes(shop.context)]
     assert indexes == [("c", "caption"), ("b", "the lists"), ("d", ""), ("a", ""), ("e", "")]
 
 
 @pytest.fixture
-def killed(shop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Row:
+def killed(shop: Pipeline, monkeypatch) -> Row:
     """The row in `runs` of a maintain that was killed before it got to the table `state`."""
     folder = Path(shop.tables.location)
     # Both are of killed writes; neither was committed, so neither is a table.
@@ -389,7 +372,7 @@ def killed(shop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Row:
     optimize = maintenance.optimize
 
     def kill(tables: Tables, table: Table) -> tuple[int, int]:
-        if table is schemas.STATE:
+        if table is STATE:
             raise KeyboardInterrupt
         return optimize(tables, table)
 
@@ -397,13 +380,11 @@ def killed(shop: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Row:
     with pytest.raises(KeyboardInterrupt):
         shop.maintain()
     monkeypatch.undo()
-    (row,) = shop.tables.read(schemas.RUNS).where("stage = 'maintain'").collect()
+    (row,) = shop.tables.read(RUNS).where("stage = 'maintain'").collect()
     return row
 
 
-def test_maintain_can_be_killed_and_run_twice(
-    shop: Pipeline, pipeline: Callable[..., Pipeline], killed: Row
-) -> None:
+def test_maintain_can_be_killed_and_run_twice(shop: Pipeline, pipeline: MakePipeline, killed: Row):
     folder = Path(shop.tables.location).parent
     assert (killed["status"], killed["rows_ok"], killed["rows_skipped"]) == ("failed", 1, 1)
     # In force are c and b. Of a, d and e one stays: the run that built d came last.

@@ -1,7 +1,5 @@
 """The whole way on a tiny shop: the tables, a second run, kills, and errors that users make."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import json
@@ -17,13 +15,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import deltalake
 import numpy as np
 import pytest
+from pyspark.sql import Column, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.classic.dataframe import DataFrame
+from shop import MakePipeline, demo_settings, paths, rows_of, source_counts
 
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.config import load
@@ -32,11 +32,24 @@ from vlm4rec_spark.evaluation import tune
 from vlm4rec_spark.evaluation.metrics import ACCURACY
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult
-from vlm4rec_spark.report.data import group_of_details
-from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import Column, Row, SparkSession
+from vlm4rec_spark.storage.schemas import (
+    CAPTIONS,
+    EMBEDDINGS,
+    EXPORT_LONG,
+    EXPORT_WIDE,
+    INTERACTIONS,
+    ITEM_CAPTIONS,
+    ITEMS,
+    METRICS,
+    PHOTOS,
+    PROFILES,
+    RECOMMENDATIONS,
+    REJECTED,
+    RUNS,
+    STATE,
+    TABLES,
+    Table,
+)
 
 K = 5
 SHARE = 0.6
@@ -50,42 +63,25 @@ class Shop:
 
     folder: Path
     settings: tuple[str, ...]
-    first: Pipeline | None = None
+    first: Pipeline
     collected: dict[str, int] = field(default_factory=dict)
     """Rows that each function of the package brought to the driver, at most."""
     results: dict[str, StageResult] = field(default_factory=dict)
 
-    def rows(self, table: schemas.Table) -> list:
-        assert self.first is not None
-        return self.first.tables.read(table).collect()
+    def rows(self, table: Table) -> list:
+        return rows_of(self.first, table)
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    from vlm4rec_spark.demo import catalogue
-
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
     folder = tmp_path_factory.mktemp("shop")
-    raw = folder / "raw"
-    catalogue.write(raw, items=60, users=60)
-    shop = Shop(
-        folder,
-        (
-            f"ingest.items.path=[{raw}/catalogue.csv]",
-            f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={raw}/photos",
-            f"ingest.users.path=[{raw}/users.csv]",
-            f"ingest.identities.path=[{raw}/identities.csv]",
-            f"recommend.k={K}",
-            f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]",
-            "evaluate.arms=[popularity,caption/max_similarity,blend]",
-            "report.photos=4",
-            "report.users=2",
-            "profiles.shape=max_similarity",
-            f"item_item.share={SHARE}",
-        ),
+    settings = (
+        *demo_settings(folder / "raw"),
+        "evaluate.arms=[popularity,caption/max_similarity,blend]",
+        "profiles.shape=max_similarity",
+        f"item_item.share={SHARE}",
     )
-    shop.first = pipeline(folder, *shop.settings)
+    shop = Shop(folder, settings, pipeline(folder, *settings))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("collect", "toPandas", "toArrow"):
             patch.setattr(DataFrame, name, _recording(getattr(DataFrame, name), shop.collected))
@@ -107,16 +103,11 @@ def _recording(collect: Callable, collected: dict[str, int]) -> Callable:
     return recording
 
 
-def source_counts(result: StageResult, source: str) -> dict[str, int]:
-    figures = group_of_details(result.details, source)
-    return {name: int(count) for name, count in figures.items()}
-
-
 def counts(result: StageResult) -> tuple[int, int, int]:
     return result.ok, result.failed, result.skipped
 
 
-def test_ingest_takes_or_rejects_every_row(shop: Shop) -> None:
+def test_ingest_takes_or_rejects_every_row(shop: Shop):
     details = shop.results["ingest"].details
     # catalogue.py: 60 items, three bad rows and one twice; three items without a photo, five
     # with two.
@@ -130,41 +121,39 @@ def test_ingest_takes_or_rejects_every_row(shop: Shop) -> None:
     assert events["rejected"] == 30
     assert events["skipped"] >= 24
     assert events["in"] == events["ok"] + events["rejected"] + events["skipped"]
-    assert sum(row["occurrences"] for row in shop.rows(schemas.REJECTED)) == 33
+    assert sum(row["occurrences"] for row in shop.rows(REJECTED)) == 33
 
 
-def test_every_photo_is_captioned_and_every_item_embedded(shop: Shop) -> None:
+def test_every_photo_is_captioned_and_every_item_embedded(shop: Shop):
     # 57 photos. Two repeat the first, and the two HTML pages are alike. Two are corrupt, one is
     # empty, one is HTML.
     assert counts(shop.results["caption"]) == (50, 4, 3)
-    assert len(shop.rows(schemas.CAPTIONS)) == 54
-    assert len(shop.rows(schemas.ITEM_CAPTIONS)) == 52
+    assert len(shop.rows(CAPTIONS)) == 54
+    assert len(shop.rows(ITEM_CAPTIONS)) == 52
     assert counts(shop.results["embed"]) == (180, 0, 0)
     # Three have no photo, and five a photo that can't be read.
     assert shop.results["embed"].details["fallback"] == "8"
     assert shop.results["index"].ok == 60
 
 
-def test_every_user_with_a_history_has_k(shop: Shop) -> None:
+def test_every_user_with_a_history_has_k(shop: Shop):
     # A bot, a user of unknown items and one who only scrolled have none.
     assert counts(shop.results["profiles"]) == (60, 0, 3)
     assert shop.results["profiles"].details["bot_events"] == "3000"
     # Two of the three get what is popular with all.
     assert counts(shop.results["recommend"]) == (62, 0, 0)
     assert shop.results["recommend"].details["popular_lists"] == "2"
-    available = {row["item_id"] for row in shop.rows(schemas.ITEMS) if row["available"]}
-    seen = {row["user_id"]: set(row["seen"]) for row in shop.rows(schemas.PROFILES)}
+    available = {row["item_id"] for row in shop.rows(ITEMS) if row["available"]}
+    seen = {row["user_id"]: set(row["seen"]) for row in shop.rows(PROFILES)}
     lists = {
         row["user_id"]: [item["item_id"] for item in row["items"]]
-        for row in shop.rows(schemas.RECOMMENDATIONS)
+        for row in shop.rows(RECOMMENDATIONS)
     }
     assert set(lists) == {*seen, "user-lost", "user-odd"}
     seen |= {
         "user-lost": set(),
         "user-odd": {
-            row["item_id"]
-            for row in shop.rows(schemas.INTERACTIONS)
-            if row["user_id"] == "user-odd"
+            row["item_id"] for row in shop.rows(INTERACTIONS) if row["user_id"] == "user-odd"
         },
     }
     for user, items in lists.items():
@@ -232,17 +221,17 @@ def check_score(item: Row, content: dict[str, float], item_item: dict[str, float
     assert shares[item["because_item_id"]] == pytest.approx(max(shares.values()), abs=2e-6)
 
 
-def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: Shop) -> None:
+def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: Shop):
     vectors = {
         row["item_id"]: np.array(row["embedding"])
-        for row in shop.rows(schemas.EMBEDDINGS)
+        for row in shop.rows(EMBEDDINGS)
         if row["representation"] == "caption"
     }
-    histories = {row["user_id"]: row["history"] for row in shop.rows(schemas.PROFILES)}
+    histories = {row["user_id"]: row["history"] for row in shop.rows(PROFILES)}
     assert max(map(len, histories.values())) > 5
     strengths = co_occurrence_strengths(histories)
     sources = set()
-    for row in shop.rows(schemas.RECOMMENDATIONS):
+    for row in shop.rows(RECOMMENDATIONS):
         if row["user_id"] not in histories:
             continue
         history = histories[row["user_id"]]
@@ -292,11 +281,9 @@ print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], sco
 def variant_groups(shop: Shop) -> dict[str, int]:
     """By item the number of its group: items with one parent or one photo, over others too."""
     photos = {
-        row["item_id"]: row["image_sha256"]
-        for row in shop.rows(schemas.PHOTOS)
-        if row["position"] == 0
+        row["item_id"]: row["image_sha256"] for row in shop.rows(PHOTOS) if row["position"] == 0
     }
-    parents = {row["item_id"]: row["parent_id"] for row in shop.rows(schemas.ITEMS)}
+    parents = {row["item_id"]: row["parent_id"] for row in shop.rows(ITEMS)}
     group = {item: number for number, item in enumerate(parents)}
     for _ in parents:
         for first, second in itertools.combinations(parents, 2):
@@ -306,13 +293,13 @@ def variant_groups(shop: Shop) -> dict[str, int]:
     return group
 
 
-def test_a_process_without_spark_makes_the_list_of_the_table(shop: Shop) -> None:
-    profile = shop.rows(schemas.PROFILES)[0]
+def test_a_process_without_spark_makes_the_list_of_the_table(shop: Shop):
+    profile = shop.rows(PROFILES)[0]
     groups = variant_groups(shop)
     facts = {
         "history": [(item["item_id"], item["weight"]) for item in profile["history"]],
         "seen": profile["seen"],
-        "available": [row["item_id"] for row in shop.rows(schemas.ITEMS) if row["available"]],
+        "available": [row["item_id"] for row in shop.rows(ITEMS) if row["available"]],
         "variants": [list(groups), list(groups.values())],
     }
     folder = shop.folder / "index"
@@ -321,16 +308,14 @@ def test_a_process_without_spark_makes_the_list_of_the_table(shop: Shop) -> None
     arguments = [str(index), str(item_item), str(SHARE), str(K), json.dumps(facts)]
     command = [sys.executable, "-c", WITHOUT_SPARK, *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (row,) = (
-        row for row in shop.rows(schemas.RECOMMENDATIONS) if row["user_id"] == profile["user_id"]
-    )
+    (row,) = (row for row in shop.rows(RECOMMENDATIONS) if row["user_id"] == profile["user_id"])
     assert json.loads(output) == [[item["item_id"], item["score"]] for item in row["items"]]
 
 
-def test_metrics_and_exports(shop: Shop) -> None:
+def test_metrics_and_exports(shop: Shop):
     metrics = {
         (row["arm"], row["metric"]): row
-        for row in shop.rows(schemas.METRICS)
+        for row in shop.rows(METRICS)
         if row["slice"] == "all"
         and row["split"] == "time"
         and row["k"] == 10
@@ -341,21 +326,21 @@ def test_metrics_and_exports(shop: Shop) -> None:
     )
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in metrics.values())
     assert len({row["users"] for row in metrics.values()}) == 1
-    assert len(shop.rows(schemas.EXPORT_LONG)) == 62 * K
-    assert len(shop.rows(schemas.EXPORT_WIDE)) == 62
+    assert len(shop.rows(EXPORT_LONG)) == 62 * K
+    assert len(shop.rows(EXPORT_WIDE)) == 62
     page = (shop.folder / "report.html").read_text()
     assert len(page) > 10_000
     assert '<tr class="highlight"><th scope="row">blend</th>' in page
 
 
-def test_the_captions_are_audited(shop: Shop) -> None:
-    rows = [row for row in shop.rows(schemas.METRICS) if row["split"] == "captions"]
+def test_the_captions_are_audited(shop: Shop):
+    rows = [row for row in shop.rows(METRICS) if row["split"] == "captions"]
     metrics = {row["metric"]: row for row in rows}
     # No photo is captioned again unless configured, and the demo's catalogue has no attributes.
     assert set(metrics) == {"distinct_share", "distinct_share_all"}
     # 54 contents, of which four have no caption. The fake model names mean colors, and some photos
     # look the same to it.
-    captions = [row["caption"] for row in shop.rows(schemas.CAPTIONS) if row["status"] == "ok"]
+    captions = [row["caption"] for row in shop.rows(CAPTIONS) if row["status"] == "ok"]
     assert metrics["distinct_share"]["users"] == len(captions) == 50
     assert metrics["distinct_share"]["value"] == len(set(captions)) / 50
     assert {row["arm"] for row in metrics.values()} == {shop.results["caption"].details["model"]}
@@ -364,8 +349,8 @@ def test_the_captions_are_audited(shop: Shop) -> None:
     assert "Do the captions come from the photos?" in (shop.folder / "report.html").read_text()
 
 
-def test_every_stage_is_recorded(shop: Shop) -> None:
-    runs = {row["stage"]: row for row in shop.rows(schemas.RUNS)}
+def test_every_stage_is_recorded(shop: Shop):
+    runs = {row["stage"]: row for row in shop.rows(RUNS)}
     assert set(runs) == set(STAGES)
     for stage, row in runs.items():
         assert row["status"] == "ok"
@@ -374,14 +359,14 @@ def test_every_stage_is_recorded(shop: Shop) -> None:
         )
         assert row["rows_in"] == sum(counts(shop.results[stage]))
     assert runs["embed"]["versions"].keys() == {"items", "captions", "item_captions", "photos"}
-    states = {row["stage"]: row for row in shop.rows(schemas.STATE)}
+    states = {row["stage"]: row for row in shop.rows(STATE)}
     assert set(states) == set(STAGES)
     assert all(len(row["fingerprint"]) == 64 for row in states.values())
     assert {row["run_id"] for row in states.values()} == {row["run_id"] for row in runs.values()}
 
 
-def test_another_reader_opens_every_table(shop: Shop) -> None:
-    for table in schemas.TABLES.values():
+def test_another_reader_opens_every_table(shop: Shop):
+    for table in TABLES.values():
         other = deltalake.DeltaTable(str(shop.folder / "tables" / table.name))
         assert other.count() == len(shop.rows(table)), table.name
     assert not list((shop.folder / "tables").glob("_*"))
@@ -413,23 +398,20 @@ FEW_ROWS = 24
 """Such as reasons, stages, tables and samples."""
 
 
-def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop) -> None:
+def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop):
     many = {name for name, rows in shop.collected.items() if rows > FEW_ROWS}
     assert many - COLLECTED.keys() == set()
     assert shop.collected["index.index"] == 60
 
 
 def test_tables_in_a_catalog_hold_the_same(
-    spark: SparkSession, shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    assert shop.first is not None
+    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path
+):
     spark.sql("CREATE SCHEMA IF NOT EXISTS whole")
     try:
         other = pipeline(tmp_path, *shop.settings, "tables=spark_catalog.whole")
         other.run([stage for stage in STAGES if stage != "evaluate"])
-        for table in schemas.TABLES.values():
-            if table not in OF_RUNS:
-                assert content(other, table) == content(shop.first, table), table.name
+        assert_same_content(other, shop.first)
     finally:
         spark.sql("DROP SCHEMA whole CASCADE")
 
@@ -442,75 +424,65 @@ def _doubled(number: Column) -> Column:
     ("table", "column", "bad", "refusal"),
     [
         (
-            schemas.EMBEDDINGS,
+            EMBEDDINGS,
             "embedding",
             lambda: F.transform("embedding", _doubled),
             "CHECK constraint unit_length",
         ),
         (
-            schemas.CAPTIONS,
+            CAPTIONS,
             "status",
             lambda: F.lit("perhaps"),
             "CHECK constraint (status_is_known|caption_or_error)",
         ),
         (
-            schemas.INTERACTIONS,
+            INTERACTIONS,
             "user_id",
             lambda: F.lit(None).cast("string"),
             "NOT NULL|CHECK constraint ids_not_empty",
         ),
     ],
-    ids=lambda value: value.name if isinstance(value, schemas.Table) else "",
+    ids=lambda value: value.name if isinstance(value, Table) else "",
 )
 def test_the_real_tables_refuse_a_bad_row(
-    shop: Shop, table: schemas.Table, column: str, bad: Callable[[], Column], refusal: str
-) -> None:
-    assert shop.first is not None
+    shop: Shop, table: Table, column: str, bad: Callable[[], Column], refusal: str
+):
     rows = shop.first.tables.read(table).limit(1).withColumn(column, bad())
     with pytest.raises(Exception, match=refusal):
         rows.write.format("delta").mode("append").save(shop.first.tables.name_of(table))
 
 
-def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: Callable[..., Pipeline]) -> None:
-    assert shop.first is not None
+def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: MakePipeline):
     again = pipeline(shop.folder, *shop.settings)
-    before = again.tables.versions(schemas.TABLES.values())
+    before = again.tables.versions(TABLES.values())
     # As a killed run leaves it.
-    again.tables.staged(schemas.ITEM_CAPTIONS, again.tables.read(schemas.ITEM_CAPTIONS))
+    again.tables.staged(ITEM_CAPTIONS, again.tables.read(ITEM_CAPTIONS))
     results = again.run(STAGES)
     assert list((shop.folder / "tables").glob("_*")) == []
     assert [result.stage for result in results] == list(STAGES)
     assert {result.status for result in results} == {"unchanged"}
     assert {result.details["unchanged_since"] for result in results} == {shop.first.run_id}
-    after = again.tables.versions(schemas.TABLES.values())
+    after = again.tables.versions(TABLES.values())
     assert after.pop("runs") == before.pop("runs") + len(STAGES)
     assert after == before
 
 
 def command_options(shop: Shop) -> list[str]:
     """The shop's settings, as the command line takes them."""
-    locations = (
-        f"tables={shop.folder}/tables",
-        f"index.folder={shop.folder}/index",
-        f"report.path={shop.folder}/r.html",
-    )
-    return ["--config", "test.yaml", *assignments(*locations, *shop.settings)]
+    return ["--config", "test.yaml", *assignments(*paths(shop.folder), *shop.settings)]
 
 
 def assignments(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def test_the_figures_of_an_evaluation_are_printed_as_json(
-    shop: Shop, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert shop.first is not None
+def test_the_figures_of_an_evaluation_are_printed_as_json(shop: Shop, capsys):
     assert main(["evaluate", "--json", *command_options(shop)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["run_id"], printed["config"]["k"]) == (shop.first.run_id, 10)
     assert printed["versions"] == shop.results["evaluate"].versions
     assert printed["details"]["time"]["users"] > 30
-    assert len(printed["metrics"]) == shop.first.tables.read(schemas.METRICS).count()
+    assert len(printed["metrics"]) == shop.first.tables.read(METRICS).count()
     blend = [
         row
         for row in printed["metrics"]
@@ -519,9 +491,7 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(
     assert [row["slice"] for row in blend] == ["all"]
 
 
-def test_tune_writes_a_configuration_that_can_be_used(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tune_writes_a_configuration_that_can_be_used(shop: Shop, tmp_path, monkeypatch):
     tried = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.5,)}
     monkeypatch.setattr(tune, "OPTIONS", tried)
     out = tmp_path / "tuned.yaml"
@@ -537,15 +507,11 @@ def test_tune_writes_a_configuration_that_can_be_used(
     assert main(["tune", "--out", missing, *options]) == 2
 
 
-def test_a_run_that_redoes_everything_changes_nothing(
-    shop: Shop, pipeline: Callable[..., Pipeline]
-) -> None:
-    assert shop.first is not None
-    others = [table for table in schemas.TABLES.values() if table not in OF_RUNS]
-    before = {table.name: content(shop.first, table) for table in others}
-    metrics = content(shop.first, schemas.METRICS)
+def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: MakePipeline):
+    before = contents(shop.first)
+    metrics = content(shop.first, METRICS)
     # As after a run that was killed before it could record itself.
-    state = shop.first.tables.sql_name(schemas.STATE)
+    state = shop.first.tables.sql_name(STATE)
     shop.first.spark.sql(f"DELETE FROM {state} WHERE stage != 'index'")
     again = pipeline(shop.folder, *shop.settings)
     results = {result.stage: result for result in again.run(STAGES)}
@@ -556,14 +522,13 @@ def test_a_run_that_redoes_everything_changes_nothing(
     assert counts(results["caption"]) == (0, 0, 57)
     assert counts(results["embed"]) == (0, 0, 180)
     # A run's metrics are its own.
-    assert content(again, schemas.METRICS) == sorted(2 * metrics)
-    assert {table.name: content(again, table) for table in others} == before
+    assert content(again, METRICS) == sorted(2 * metrics)
+    assert contents(again) == before
 
 
 def test_a_copied_shop_opens_its_own_index(
-    shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert shop.first is not None
+    shop: Shop, pipeline: MakePipeline, tmp_path, monkeypatch
+):
     copy = tmp_path / "copy"
     for name in ("tables", "index"):
         shutil.copytree(shop.folder / name, copy / name)
@@ -583,9 +548,7 @@ def test_a_copied_shop_opens_its_own_index(
     assert opened == {copy / "index"}
 
 
-def test_a_failed_stage_leaves_its_state(
-    shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp_path):
     shutil.copytree(shop.folder / "tables", tmp_path / "tables")
     # Without the index folder.
     run = pipeline(tmp_path, *shop.settings)
@@ -597,9 +560,8 @@ def test_a_failed_stage_leaves_its_state(
 
 
 def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_completes(
-    shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    assert shop.first is not None
+    shop: Shop, pipeline: MakePipeline, tmp_path
+):
     # The tables are named by a URI here.
     tables = f"tables=file://{tmp_path}/tables"
     _kill_a_driver(shop, tables, tmp_path)
@@ -618,17 +580,14 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_comp
     finally:
         killed.set()
         killer.join()
-    for table in schemas.TABLES.values():
-        if table not in OF_RUNS:
-            assert content(again, table) == content(shop.first, table), table.name
+    assert_same_content(again, shop.first)
     assert list((tmp_path / "tables").glob("_*")) == []
 
 
 def _kill_a_driver(shop: Shop, tables: str, folder: Path) -> None:
     """Run all stages in a process, and kill it when photos are staged and not yet in `photos`."""
-    locations = (tables, f"index.folder={folder}/index", f"report.path={folder}/report.html")
     code = "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])"
-    options = ["--config", "test.yaml", *assignments(*locations, *shop.settings, QUICK)]
+    options = ["--config", "test.yaml", *assignments(*paths(folder), tables, *shop.settings, QUICK)]
     command = [sys.executable, "-c", code, "run", *options]
     with (folder / "log").open("wb") as log:
         driver = subprocess.Popen(
@@ -664,14 +623,22 @@ def _process_state(process: Path) -> _ProcessState:
     return _ProcessState(*(process / "stat").read_text().rpartition(")")[2].split()[:2])
 
 
-def content(run: Pipeline, table: schemas.Table) -> list[str]:
+def content(run: Pipeline, table: Table) -> list[str]:
     """Every row as text, without photos' bytes and what says when or by which run it was made."""
     ignored = {"image", "run_id", *table.volatile}
     return sorted(str(row) for row in run.tables.read(table).drop(*ignored).collect())
 
 
-OF_RUNS = (schemas.RUNS, schemas.STATE, schemas.METRICS)
-"""Tables whose rows differ from run to run."""
+def contents(run: Pipeline) -> dict[str, list[str]]:
+    """The content of every table whose rows don't differ from run to run."""
+    of_runs = (RUNS, STATE, METRICS)
+    return {table.name: content(run, table) for table in TABLES.values() if table not in of_runs}
+
+
+def assert_same_content(run: Pipeline, other: Pipeline) -> None:
+    expected = contents(other)
+    for name, rows in contents(run).items():
+        assert rows == expected[name], name
 
 
 FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
@@ -700,8 +667,8 @@ FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_error_is_one_paragraph_and_changes_no_table(
-    spark: SparkSession, shop: Shop, pipeline: Callable[..., Pipeline], tmp_path: Path, fault: str
-) -> None:
+    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path, fault: str
+):
     (tmp_path / "empty.csv").write_text("item_id,title\n")
     (tmp_path / "others.csv").write_text(
         "user_id,item_id,event_type,event_time\nann,gone,view,2025-01-01\n"

@@ -1,47 +1,25 @@
 """Profiles: literal events to literal weights, the mean vector against numpy, incremental runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import count
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from shop import Event, MakePipeline, build_exact, item_row, log, upsert
 
 from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.pipeline import Pipeline
 from vlm4rec_spark.pipeline import index as index_stage
 from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import profiles
 from vlm4rec_spark.stages.profiles import ProfileSettings
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import IDENTITIES, INTERACTIONS, ITEMS, PROFILES
 
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
-
-    from vlm4rec_spark.pipeline import Pipeline
-
-Event = tuple[str, str, str, str]
-"""User, item, type and time."""
 SETTINGS = ProfileSettings(bot_events_per_day=3)
 DIMENSION = 24
-
-
-def log(
-    spark: SparkSession,
-    events: Sequence[Event],
-    event_ids: Sequence[str] = (),
-) -> DataFrame:
-    rows = []
-    for number, (user, item, event_type, time) in enumerate(events):
-        event_id = event_ids[number] if event_ids else f"e{number}"
-        at = datetime.fromisoformat(time)
-        rows.append((event_id, user, item, event_type, at, at.date()))
-    return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
 
 
 def histories(
@@ -69,7 +47,7 @@ EVENTS = [
 ]
 
 
-def test_a_returned_item_is_seen_but_counts_only_by_later_events(spark: SparkSession) -> None:
+def test_a_returned_item_is_seen_but_counts_only_by_later_events(spark: SparkSession):
     events = [
         ("ann", "A", "purchase", "2025-01-01 12:00:00"),
         ("ann", "A", "return", "2025-01-09 12:00:00"),
@@ -87,7 +65,7 @@ def test_a_returned_item_is_seen_but_counts_only_by_later_events(spark: SparkSes
     assert set(by_user) == {"ann"}
 
 
-def test_a_repeated_event_counts_once_per_session(spark: SparkSession) -> None:
+def test_a_repeated_event_counts_once_per_session(spark: SparkSession):
     events = [("ann", "A", "view", f"2025-01-01 12:{minute:02d}:00") for minute in (0, 20, 40)]
     events += [
         ("ann", "A", "view", "2025-01-01 13:20:00"),
@@ -100,7 +78,7 @@ def test_a_repeated_event_counts_once_per_session(spark: SparkSession) -> None:
     assert histories(spark, events, ProfileSettings(session_minutes=30, min_items=3)) == {}
 
 
-def test_weights_seen_bots_and_unknown_items(spark: SparkSession) -> None:
+def test_weights_seen_bots_and_unknown_items(spark: SparkSession):
     by_user = histories(spark, EVENTS)
     # ben only scrolled, cat's item isn't in the catalogue. bot has four events on a day, fan one.
     assert set(by_user) == {"ann", "fan"}
@@ -115,12 +93,12 @@ def test_weights_seen_bots_and_unknown_items(spark: SparkSession) -> None:
     assert by_user["fan"]["events"] == 4
 
 
-def test_the_profile_of_a_quiet_user_does_not_change(spark: SparkSession) -> None:
+def test_the_profile_of_a_quiet_user_does_not_change(spark: SparkSession):
     later = [*EVENTS, ("new", "D", "purchase", "2030-01-01 12:00:00")]
     assert histories(spark, later)["ann"] == histories(spark, EVENTS)["ann"]
 
 
-def test_without_half_life_and_with_the_last_item_only(spark: SparkSession) -> None:
+def test_without_half_life_and_with_the_last_item_only(spark: SparkSession):
     event_weights = {"view": 2.0, "cart": 7.0}
     settings = ProfileSettings(event_weights=event_weights, half_life_days=None, last_n=1)
     ann = histories(spark, EVENTS, settings)["ann"]
@@ -130,7 +108,7 @@ def test_without_half_life_and_with_the_last_item_only(spark: SparkSession) -> N
     assert ann["events"] == 2
 
 
-def test_an_item_weighs_less_for_each_later_item(spark: SparkSession) -> None:
+def test_an_item_weighs_less_for_each_later_item(spark: SparkSession):
     events = [
         ("ann", item, "view", f"2025-01-0{day} 12:00:00") for day, item in enumerate("ABC", 1)
     ]
@@ -150,19 +128,11 @@ def vectors() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def open_searcher(
-    spark: SparkSession, tmp_path: Path, vectors: dict[str, np.ndarray]
+    spark: SparkSession, tmp_path, vectors: dict[str, np.ndarray]
 ) -> Callable[[], Searcher]:
     folder = tmp_path / "test_profiles"
     matrix = np.stack(list(vectors.values()))
-    Searcher.build(
-        folder,
-        "x",
-        list(vectors),
-        matrix,
-        [""] * len(vectors),
-        ann_min_items=10**6,
-    )
-    return ship(spark, folder, 1.0, Searcher.open)
+    return ship(spark, build_exact(folder, vectors, matrix), 1.0, Searcher.open)
 
 
 def random_histories() -> dict[str, list[tuple[str, float]]]:
@@ -185,7 +155,7 @@ def test_the_vector_is_numpys_mean_on_any_number_of_partitions(
     spark: SparkSession,
     vectors: dict[str, np.ndarray],
     open_searcher: Callable[[], Searcher],
-) -> None:
+):
     by_user = random_histories()
     frame = spark.createDataFrame(
         [(user, history, ["x"], 1, datetime(2025, 1, 1)) for user, history in by_user.items()],
@@ -220,7 +190,7 @@ class Nights:
         self.titles = {f"i{number}": f"Thing {number} of {number % 3}" for number in range(12)}
         self.items = list(self.titles)
         self._rng = np.random.default_rng(0)
-        self._event_numbers = count()
+        self._events = 0
 
     def run(
         self, day: int, users: list[str], items: list[str] | None = None
@@ -233,23 +203,23 @@ class Nights:
         self._add_events(day, users, items or self.items)
         self._write_items()
         tables = self.pipeline.tables
-        version = tables.versions([schemas.PROFILES]).get("profiles")
+        version = tables.versions([PROFILES]).get("profiles")
         result = self.pipeline.run(["embed", "index", "profiles"])[-1]
         assert self.profiles().orderBy("user_id").collect() == self._full_rebuild()
         changes = []
         if version is not None:
-            changes = tables.changed_since(schemas.PROFILES, version).collect()
+            changes = tables.changed_since(PROFILES, version).collect()
         return {row["user_id"] for row in changes}, int(result.details["users_rebuilt"])
 
     def profiles(self) -> DataFrame:
-        return self.pipeline.tables.read(schemas.PROFILES)
+        return self.pipeline.tables.read(PROFILES)
 
     def users_of(self, item: str) -> set[str]:
-        events = self.pipeline.tables.read(schemas.INTERACTIONS).where(F.col("item_id") == item)
+        events = self.pipeline.tables.read(INTERACTIONS).where(F.col("item_id") == item)
         return {row["user_id"] for row in events.collect()}
 
     def identify(self, anonymous_id: str, user_id: str) -> None:
-        self._upsert(schemas.IDENTITIES, [(anonymous_id, user_id, None)])
+        upsert(self.pipeline, IDENTITIES, [(anonymous_id, user_id, None)])
 
     def _add_events(
         self,
@@ -262,42 +232,30 @@ class Nights:
             for item in self._rng.choice(items, 3, replace=False):
                 clock = f"{self._rng.integers(24):02d}:{self._rng.integers(60):02d}:00"
                 events.append((user, item, "view", f"2025-01-{day:02d} {clock}"))
-        event_ids = [f"e{next(self._event_numbers)}" for _ in events]
-        rows = log(self.pipeline.spark, events, event_ids)
-        self.pipeline.tables.insert(schemas.INTERACTIONS, rows)
+        rows = log(self.pipeline.spark, events, self._events)
+        self._events += len(events)
+        self.pipeline.tables.insert(INTERACTIONS, rows)
 
     def _write_items(self) -> None:
-        blank = dict.fromkeys(schemas.ITEMS.columns)
-        blank |= {"available": True, "updated_at": datetime(2025, 1, 1)}
-        rows = [blank | {"item_id": item, "title": title} for item, title in self.titles.items()]
-        self._upsert(schemas.ITEMS, [tuple(row.values()) for row in rows])
-
-    def _upsert(
-        self,
-        table: schemas.Table,
-        rows: list[tuple],
-    ) -> None:
-        frame = self.pipeline.spark.createDataFrame(rows, table.schema)
-        self.pipeline.tables.upsert(table, frame)
+        rows = [item_row(item, title=title) for item, title in self.titles.items()]
+        upsert(self.pipeline, ITEMS, rows)
 
     def _full_rebuild(self) -> list:
         context = self.pipeline.context
-        rows = profiles.histories(
-            context.log(), context.read(schemas.ITEMS), context.config.profiles
-        )
+        rows = profiles.histories(context.log(), context.read(ITEMS), context.config.profiles)
         opens = partial(Searcher.open, index_stage.index_folder(context))
         return profiles.with_embedding(rows, "title", opens).orderBy("user_id").collect()
 
 
 @pytest.fixture
-def nights(pipeline: Callable[..., Pipeline], tmp_path: Path) -> Nights:
+def nights(pipeline: MakePipeline, tmp_path) -> Nights:
     settings = ("representation=title", "profiles.half_life_days=7")
     return Nights(pipeline(tmp_path, *settings, "profiles.bot_events_per_day=20"))
 
 
 def test_a_night_rebuilds_only_profiles_of_users_whose_events_or_items_changed(
     nights: Nights,
-) -> None:
+):
     nights.identify("visitor", "u20")
     users = [f"u{number:02d}" for number in range(30)]
     _, rebuilt = nights.run(1, users)
@@ -317,7 +275,7 @@ def test_a_night_rebuilds_only_profiles_of_users_whose_events_or_items_changed(
     assert nights.profiles().where("user_id = 'u10'").isEmpty()
     # A run with other settings that was killed may have written rows: all are rebuilt.
     foreign_rows = nights.profiles().withColumn("events", F.lit(77).cast("long"))
-    nights.pipeline.tables.upsert(schemas.PROFILES, foreign_rows)
+    nights.pipeline.tables.upsert(PROFILES, foreign_rows)
     changed, rebuilt = nights.run(6, ["u08"])
     assert "u09" in changed
     assert rebuilt == 30

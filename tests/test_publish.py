@@ -1,16 +1,10 @@
 """Publish: the long and the wide shape, and a change feed that holds nothing but changes."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.stages import publish
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import EXPORT_LONG
 from vlm4rec_spark.storage.tables import Tables
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
 
 ITEM = "STRUCT<item_id: STRING, score: DOUBLE, because_item_id: STRING>"
 ANN = ("ann", "default", [("A", 0.9, "H"), ("B", 0.5, None)])
@@ -25,7 +19,7 @@ def titles(spark: SparkSession) -> DataFrame:
     return spark.createDataFrame([("A", "Chair"), ("C", "Lamp")], "item_id STRING, title STRING")
 
 
-def test_both_shapes(spark: SparkSession) -> None:
+def test_both_shapes(spark: SparkSession):
     recommendations = lists(spark, ANN, BEN, ("cat", "default", []))
     assert sorted(map(tuple, publish.long(recommendations, titles(spark)).collect())) == [
         ("ann", "default", 1, "A", "Chair", 0.9, "H"),
@@ -39,15 +33,15 @@ def test_both_shapes(spark: SparkSession) -> None:
     ]
 
 
-def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_feed_holds_changes_and_deletions_only(spark: SparkSession, tmp_path):
     tables = Tables(spark, str(tmp_path))
     changed = ("ann", "default", [("A", 0.9, "H"), ("C", 0.6, None)])
     for rows in ((ANN, BEN), (ANN, BEN), (changed,)):
-        tables.sync(schemas.EXPORT_LONG, publish.long(lists(spark, *rows), titles(spark)))
+        tables.sync(EXPORT_LONG, publish.long(lists(spark, *rows), titles(spark)))
     feed = (
         spark.read.format("delta")
         .options(readChangeFeed=True, startingVersion=0)
-        .load(tables.name_of(schemas.EXPORT_LONG))
+        .load(tables.name_of(EXPORT_LONG))
         .collect()
     )
     first = min(row["_commit_version"] for row in feed)

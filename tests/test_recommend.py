@@ -1,7 +1,5 @@
 """Recommend: exact search equals brute force, ScaNN keeps its promises, reasons are explained."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable
@@ -9,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyspark.sql import DataFrame, Row, SparkSession
+from shop import log
 
 from vlm4rec_spark.models.encoding.text_encoder import load_embedder
 from vlm4rec_spark.models.index import neighbors
@@ -28,9 +27,6 @@ from vlm4rec_spark.spark.shipping import ship
 from vlm4rec_spark.stages import popularity, recommend
 from vlm4rec_spark.stages.recommend import CONTENT, ProfileScoring
 from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, Row, SparkSession
 
 OpenSearcher = Callable[[], Searcher]
 
@@ -91,7 +87,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(spark: SparkSession, tmp_path_factory) -> World:
     rng = np.random.default_rng(11)
     ids = [f"i{n:03d}" for n in range(ITEMS)]
     vectors = unit(rng.standard_normal((ITEMS, DIMENSION)))
@@ -178,7 +174,7 @@ def column(items: list[Row], name: str) -> list:
     return [item[name] for item in items]
 
 
-def test_exact_search_equals_brute_force(world: World, open_exact: OpenSearcher) -> None:
+def test_exact_search_equals_brute_force(world: World, open_exact: OpenSearcher):
     lists = recommend_lists(world.profiles, open_exact, WITHDRAWN, None)
     assert set(lists) == set(world.queries)  # a profile without a vector gets no list
     for user, items in lists.items():
@@ -194,7 +190,7 @@ def test_exact_search_equals_brute_force(world: World, open_exact: OpenSearcher)
 
 def test_max_similarity_equals_brute_force_and_names_the_nearest_history_item(
     spark: SparkSession, world: World, open_exact: OpenSearcher
-) -> None:
+):
     rows = []
     histories = {}
     for row in world.profiles.collect():
@@ -228,8 +224,8 @@ def build_neighbors(
     spark: SparkSession,
     world: World,
     open_scann: OpenSearcher,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path,
+    monkeypatch,
 ) -> Callable[[], Path]:
     """Builds the neighbors in blocks of 96 items, with one Spark job for every two blocks."""
     monkeypatch.setattr(neighbors_file, "_BLOCK_ITEMS", 96)
@@ -240,7 +236,7 @@ def build_neighbors(
     return partial(neighbors_file.build, spark, searcher, open_scann, effort, folder)
 
 
-def test_the_depth_of_neighbors_is_enough_for_most_users(world: World) -> None:
+def test_the_depth_of_neighbors_is_enough_for_most_users(world: World):
     histories = [items[:5] for items in world.seen.values()]
     sample = pa.table({"seen": list(world.seen.values()), "history": histories})
     assert neighbors.needed_depth(SEARCH.candidates, sample, ITEMS) == DEPTH
@@ -254,7 +250,7 @@ def test_precomputed_neighbors_give_the_same_lists(
     world: World,
     open_scann: OpenSearcher,
     build_neighbors: Callable[[], Path],
-) -> None:
+):
     """They are deep enough for most users, but not for u00."""
     open_neighbors = ship(spark, build_neighbors(), 1.0, Neighbors.open)
     precomputed = ProfileScoring("max_similarity", open_neighbors=open_neighbors)
@@ -266,8 +262,8 @@ def test_precomputed_neighbors_give_the_same_lists(
 
 
 def test_neighbors_are_built_once_and_a_damaged_folder_again(
-    world: World, build_neighbors: Callable[[], Path], tmp_path: Path
-) -> None:
+    world: World, build_neighbors: Callable[[], Path], tmp_path
+):
     unused = tmp_path / "neighbors" / "old"
     unused.mkdir(parents=True)
     two_days_ago = time.time() - 2 * 86_400
@@ -294,7 +290,7 @@ def test_neighbors_are_built_once_and_a_damaged_folder_again(
 
 def test_every_reason_is_the_nearest_history_item_and_its_shared_words(
     world: World, open_exact: OpenSearcher
-) -> None:
+):
     lists = recommend_lists(world.profiles, open_exact, [], None)
     profiles = world.profiles.where("user_id <> 'nobody'").collect()
     histories = {row["user_id"]: column(row["history"], "item_id") for row in profiles}
@@ -314,9 +310,7 @@ def test_every_reason_is_the_nearest_history_item_and_its_shared_words(
     assert checked >= K * (USERS - 1)
 
 
-def test_scann_gives_full_ordered_lists_and_repeats_itself(
-    world: World, open_scann: OpenSearcher
-) -> None:
+def test_scann_gives_full_ordered_lists_and_repeats_itself(world: World, open_scann: OpenSearcher):
     effort = Effort(leaves=10, candidates=60)
     assert Searcher.open(world.scann).approximate
     lists = recommend_lists(world.profiles, open_scann, WITHDRAWN, effort)
@@ -339,7 +333,7 @@ def sample(world: World) -> pa.Table:
     return with_vector.select("embedding", "history", "seen").toArrow()
 
 
-def test_calibration_keeps_the_promised_recall(world: World, sample: pa.Table) -> None:
+def test_calibration_keeps_the_promised_recall(world: World, sample: pa.Table):
     searcher = Searcher.open(world.scann)
     list_rules = recommend.all_items_except(searcher, WITHDRAWN)
     assert list_rules.eligible(0).sum() == ITEMS - len(WITHDRAWN)
@@ -356,7 +350,7 @@ def test_calibration_keeps_the_promised_recall(world: World, sample: pa.Table) -
     assert other.recall != easy.recall  # it was measured on other lists
 
 
-def test_search_is_exact_if_no_effort_keeps_the_promise(world: World, sample: pa.Table) -> None:
+def test_search_is_exact_if_no_effort_keeps_the_promise(world: World, sample: pa.Table):
     for folder, promise in ((world.scann, 1.1), (world.exact, 0.9)):
         searcher = Searcher.open(folder)
         list_rules = recommend.all_items_except(searcher, WITHDRAWN)
@@ -381,20 +375,20 @@ def user_counts(spark: SparkSession) -> DataFrame:
         "gone": "G",
     }
     events = [
-        (f"{user}{item}", user, item, "view", AT, AT.date())
+        (user, item, "view", "2025-01-01")
         for user, items in items_by_user.items()
         for item in items * 2
     ]
     users = [(user, "club", None, None, None) for user in ("d", "e", "met", "club")]
     users.append(("unsaid", None, None, None, None))
     return popularity.count_users(
-        spark.createDataFrame(events, schemas.INTERACTIONS.schema),
+        log(spark, events),
         spark.createDataFrame([(item,) for item in CATALOGUE], "item_id STRING"),
         spark.createDataFrame(users, schemas.USERS.schema),
     ).persist()
 
 
-def test_users_are_counted_in_their_segment_and_overall(user_counts: DataFrame) -> None:
+def test_users_are_counted_in_their_segment_and_overall(user_counts: DataFrame):
     counts = {
         (row["segment"], row["item_id"]): (row["users"], row["segment_users"])
         for row in user_counts.collect()
@@ -406,9 +400,7 @@ def test_users_are_counted_in_their_segment_and_overall(user_counts: DataFrame) 
     assert ("club", "A") not in counts
 
 
-def test_shares_of_a_small_segment_are_smoothed(
-    spark: SparkSession, user_counts: DataFrame
-) -> None:
+def test_shares_of_a_small_segment_are_smoothed(spark: SparkSession, user_counts: DataFrame):
     allowed = spark.createDataFrame([(item,) for item in "ABCDEZ"], "item_id STRING")
     shares = {
         (row["segment"], row["item_id"]): row["share"]
@@ -443,7 +435,7 @@ def test_popular_lists_are_new_to_their_users_and_keep_the_rules(
     spark: SparkSession,
     world: World,
     popularity_scoring: popularity.PopularityScoring,
-) -> None:
+):
     users = spark.createDataFrame(
         [
             ("all", None, 0, []),
@@ -520,7 +512,7 @@ def profile_rows(
 
 
 @pytest.mark.skipif(not SCIENTIFIC.is_dir(), reason=f"no real data at {SCIENTIFIC}")
-def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path: Path) -> None:
+def test_a_promise_of_98_percent_is_kept_on_real_titles_and_histories(tmp_path):
     """Every user's list against brute force, after calibration on a thousand of them."""
     searcher = scientific_searcher(tmp_path / "x")
     vectors = searcher.vectors

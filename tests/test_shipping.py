@@ -1,7 +1,5 @@
 """Shipping: each node gets an artifact once, by broadcast or copy, complete or not at all."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil
@@ -26,7 +24,7 @@ SIZE = 10**6
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch) -> Path:
     """The folder of a node's own copies, for this process and its children."""
     (tmp_path / "node").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
@@ -35,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
+def shared(tmp_path) -> Path:
     folder = tmp_path / "shared" / "v1"
     vectors = np.eye(2, dtype=np.float32)
     Searcher.build(
@@ -101,7 +99,7 @@ def test_cluster_nodes_get_a_copy_and_a_local_session_opens_the_folder(
     broadcast_gb: float,
     copied: bool,
     broadcasts: int,
-) -> None:
+):
     archives = list[SimpleNamespace]()
     opened = list[Path]()
 
@@ -126,8 +124,8 @@ def test_cluster_nodes_get_a_copy_and_a_local_session_opens_the_folder(
 def test_only_one_of_several_processes_copies(
     cache: Path,
     shared: Path,
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     fetch = partial(copy_slowly, shared, tmp_path / "log")
     start = (str(cache.parent), PROCESSES.Barrier(3))
     with ProcessPoolExecutor(3, PROCESSES, set_tempdir, start) as pool:
@@ -136,7 +134,7 @@ def test_only_one_of_several_processes_copies(
     assert (tmp_path / "log").read_text() == "copied\n"
 
 
-def test_an_incomplete_copy_is_replaced(cache: Path, shared: Path) -> None:
+def test_an_incomplete_copy_is_replaced(cache: Path, shared: Path):
     killed = PROCESSES.Process(target=die_copying, args=(str(cache.parent), shared))
     killed.start()
     killed.join()
@@ -151,8 +149,8 @@ def test_an_incomplete_copy_is_replaced(cache: Path, shared: Path) -> None:
 
 
 def test_unused_copies_are_removed_and_a_full_disk_is_an_error(
-    cache: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    cache: Path, shared: Path, monkeypatch
+):
     for name, days in (("old", 2.0), ("young", 0.5)):
         (cache / name).mkdir(parents=True)
         os.utime(cache / name, (0, time.time() - days * 86_400))
@@ -169,7 +167,7 @@ def test_unused_copies_are_removed_and_a_full_disk_is_an_error(
     assert shipping._open_on_node("v1", 3_000_000, fetch, files) == files(shared)
 
 
-def test_the_age_of_a_copy_counts_from_its_last_use(cache: Path, shared: Path) -> None:
+def test_the_age_of_a_copy_counts_from_its_last_use(cache: Path, shared: Path):
     second = shutil.copytree(shared, shared.parent / "v2")
     os.utime(shared, (0, 0))
     for folder in (shared, second):
@@ -182,7 +180,7 @@ def test_the_age_of_a_copy_counts_from_its_last_use(cache: Path, shared: Path) -
     assert files(cache / "v1") == files(shared)
 
 
-def test_a_folder_that_the_node_does_not_mount_is_an_error(cache: Path, tmp_path: Path) -> None:
+def test_a_folder_that_the_node_does_not_mount_is_an_error(cache: Path, tmp_path):
     fetch = partial(shipping._copy, tmp_path / "gone")
     with pytest.raises(RunError, match=r"no index folder .*/gone on .*index\.broadcast_gb"):
         shipping._open_on_node("gone", SIZE, fetch, files)

@@ -1,24 +1,20 @@
 """`status` and `show`: their output for a small shop of literal rows. They change nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from rich.console import Console
+from shop import MakePipeline
 
 from vlm4rec_spark.cli import main, show, status
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.pipeline import Pipeline
 from vlm4rec_spark.storage import schemas
-
-if TYPE_CHECKING:
-    from vlm4rec_spark.pipeline import Pipeline
 
 INDEX = "0123456789abcdef"
 DELETED_INDEX = "fedcba9876543210"
@@ -146,7 +142,7 @@ ROWS: dict[schemas.Table, list] = {
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: Callable[..., Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
     folder = tmp_path_factory.mktemp("shop")
     shop = pipeline(folder)
     index_run = run("index", 10, index_id=INDEX, representation="caption")
@@ -185,7 +181,7 @@ def files(folder: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime for path in folder.rglob("*")}
 
 
-def test_a_user(shop: Pipeline) -> None:
+def test_a_user(shop: Pipeline):
     text = output(show.user, shop, "ann")
     assert line(text, "User") == (
         "User ann: events that count: 3, the last on 2025-03-03; items seen: 3; compared by caption"
@@ -201,14 +197,14 @@ def test_a_user(shop: Pipeline) -> None:
     assert line(output(show.user, shop, "ann", width=36), "4.25").startswith("mug-red M")
 
 
-def test_a_user_without_a_list_and_one_without_a_profile(shop: Pipeline) -> None:
+def test_a_user_without_a_list_and_one_without_a_profile(shop: Pipeline):
     text = output(show.user, shop, "bob")
     assert line(text, "User bob").startswith("User bob: events in the log: 1, but no history")
     assert line(text, "No recommendations").startswith("No recommendations yet")
     assert line(output(show.user, shop, "cid"), "0.500") == "1 hat-red Hat 1 0.500 -"
 
 
-def test_an_item(shop: Pipeline) -> None:
+def test_an_item(shop: Pipeline):
     text = output(show.item, shop, "mug-red")
     assert line(text, "Item") == "Item mug-red: Mug 1"
     for row in ("brand Kintsu", "price 9.50", "colour red", "available yes"):
@@ -231,7 +227,7 @@ def test_an_item(shop: Pipeline) -> None:
     assert line(text, "lists") == "On the lists of: 0 of 2 users"
 
 
-def test_items_without_photo_or_vector(shop: Pipeline) -> None:
+def test_items_without_photo_or_vector(shop: Pipeline):
     text = output(show.item, shop, "o'brien")
     assert line(text, "No photo") == "No photo and no caption: its title is compared instead."
     assert (
@@ -257,14 +253,14 @@ def test_items_without_photo_or_vector(shop: Pipeline) -> None:
         ("item", "", "There is no item '' in the catalogue."),
     ],
 )
-def test_an_unknown_id(shop: Pipeline, kind: str, wanted: str, message: str) -> None:
+def test_an_unknown_id(shop: Pipeline, kind: str, wanted: str, message: str):
     with pytest.raises(RunError) as error:
         output(getattr(show, kind), shop, wanted)
     assert str(error.value) == message
     assert error.value.exit_code == 1
 
 
-def test_few_ids_are_collected_however_many_there_are(shop: Pipeline) -> None:
+def test_few_ids_are_collected_however_many_there_are(shop: Pipeline):
     many = shop.spark.range(100_000).selectExpr("concat('i', id) AS item_id")
     collected: list[int] = []
 
@@ -289,7 +285,7 @@ def test_few_ids_are_collected_however_many_there_are(shop: Pipeline) -> None:
     assert collected == [50]
 
 
-def test_status(shop: Pipeline) -> None:
+def test_status(shop: Pipeline):
     folder = Path(shop.tables.location).parent
     before = files(folder)
     text = output(status.show, shop, width=80)
@@ -311,10 +307,10 @@ def test_status(shop: Pipeline) -> None:
 
 def test_before_the_first_run(
     shop: Pipeline,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.setenv("COLUMNS", "100")
     paths = ["--set", f"tables={tmp_path}/nowhere", "--set", f"index.folder={tmp_path}/index"]
     assert main(["status", *paths]) == 0
@@ -332,9 +328,7 @@ def test_before_the_first_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_passes_an_id_on_as_it_is(
-    shop: Pipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_passes_an_id_on_as_it_is(shop: Pipeline, capsys):
     tables = f"tables={shop.tables.location}"
     index = f"index.folder={shop.config.index.folder}"
     paths = ["--set", tables, "--set", index]

@@ -1,7 +1,5 @@
 """Tables: what Delta refuses, what each write touches, and the checks before any work."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import subprocess
@@ -10,14 +8,14 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
+from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.storage import layout, schemas, state
-from vlm4rec_spark.storage.schemas import Table
+from vlm4rec_spark.storage import layout, state
+from vlm4rec_spark.storage.schemas import PHOTOS, TABLES, Table
 from vlm4rec_spark.storage.state import (
     CalibrationState,
     ProfilesState,
@@ -26,9 +24,6 @@ from vlm4rec_spark.storage.state import (
     TriedEffort,
 )
 from vlm4rec_spark.storage.tables import CONFLICTS, Tables
-
-if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
 
 PRODUCTS = Table(
     "products",
@@ -46,7 +41,7 @@ TUESDAY = datetime(2025, 3, 4)
 
 
 @pytest.fixture
-def tables(spark: SparkSession, tmp_path: Path) -> Tables:
+def tables(spark: SparkSession, tmp_path) -> Tables:
     return Tables(spark, str(tmp_path / "tables"))
 
 
@@ -85,7 +80,7 @@ def version(tables: Tables) -> int:
     return tables.versions([PRODUCTS])["products"]
 
 
-def test_comments_not_null_and_checks_are_part_of_the_table(products: Tables) -> None:
+def test_comments_not_null_and_checks_are_part_of_the_table(products: Tables):
     detail = products.spark.sql(f"DESCRIBE DETAIL delta.`{products.name_of(PRODUCTS)}`").collect()[
         0
     ]
@@ -105,7 +100,7 @@ def test_comments_not_null_and_checks_are_part_of_the_table(products: Tables) ->
     assert products.read(PRODUCTS).count() == 2
 
 
-def test_insert_adds_only_new_keys(products: Tables) -> None:
+def test_insert_adds_only_new_keys(products: Tables):
     delivery = rows(products, ("a", 9.0, None, TUESDAY), ("c", 3.0, None, TUESDAY))
     assert products.insert(PRODUCTS, delivery) == 1
     assert products.insert(PRODUCTS, delivery) == 0
@@ -116,7 +111,7 @@ def test_insert_adds_only_new_keys(products: Tables) -> None:
     }
 
 
-def test_upsert_touches_only_rows_that_differ(products: Tables) -> None:
+def test_upsert_touches_only_rows_that_differ(products: Tables):
     # a differs in the volatile time and in the order of its map, which is to say not at all.
     new = rows(
         products,
@@ -141,7 +136,7 @@ def test_upsert_touches_only_rows_that_differ(products: Tables) -> None:
     assert products.commits(PRODUCTS)[0]["version"] == before + 11
 
 
-def test_upsert_sees_a_change_inside_a_map_and_from_null(products: Tables) -> None:
+def test_upsert_sees_a_change_inside_a_map_and_from_null(products: Tables):
     before = version(products)
     products.upsert(
         PRODUCTS, rows(products, ("a", 1.0, {"x": "1", "y": "3"}, MONDAY), ("b", 2.0, {}, MONDAY))
@@ -149,7 +144,7 @@ def test_upsert_sees_a_change_inside_a_map_and_from_null(products: Tables) -> No
     assert {item for item, _ in changes(products, before)} == {"a", "b"}
 
 
-def test_sync_deletes_what_is_gone_and_touches_nothing_twice(products: Tables) -> None:
+def test_sync_deletes_what_is_gone_and_touches_nothing_twice(products: Tables):
     new = rows(products, ("a", 1.0, {"x": "1", "y": "2"}, TUESDAY), ("c", 3.0, None, TUESDAY))
     before = version(products)
     products.sync(PRODUCTS, new)
@@ -160,12 +155,12 @@ def test_sync_deletes_what_is_gone_and_touches_nothing_twice(products: Tables) -
     assert version(products) == before
 
 
-def test_replace_can_be_of_some_rows(products: Tables) -> None:
+def test_replace_can_be_of_some_rows(products: Tables):
     products.replace(PRODUCTS, rows(products, ("a", 5.0, None, TUESDAY)), where="id = 'a'")
     assert content(products) == {"a": (5.0, None, TUESDAY), "b": (2.0, None, MONDAY)}
 
 
-def test_replace_keeps_constraints_and_is_all_or_nothing(products: Tables) -> None:
+def test_replace_keeps_constraints_and_is_all_or_nothing(products: Tables):
     products.replace(PRODUCTS, rows(products, ("z", 7.0, None, MONDAY)))
     with pytest.raises(Exception, match="CHECK constraint not_free"):
         products.replace(
@@ -175,7 +170,7 @@ def test_replace_keeps_constraints_and_is_all_or_nothing(products: Tables) -> No
     assert products.read(PRODUCTS).schema["id"].metadata["comment"] == "Id of the product"
 
 
-def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables) -> None:
+def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables):
     assert tables.read(PRODUCTS).count() == 0
     assert tables.versions([PRODUCTS]) == {}
     tables.insert(PRODUCTS, rows(tables, ("a", 1.0, None, MONDAY)))
@@ -186,7 +181,7 @@ def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables) -> None
     assert [row["id"] for row in tables.pending(new, PRODUCTS).collect()] == ["c"]
 
 
-def test_a_table_of_another_schema_is_refused(spark: SparkSession, tables: Tables) -> None:
+def test_a_table_of_another_schema_is_refused(spark: SparkSession, tables: Tables):
     folder = Path(tables.location)
     items = spark.sql("SELECT 'a' AS item_id, '1' AS price")
     items.write.format("delta").save(str(folder / "items"))
@@ -198,14 +193,12 @@ def test_a_table_of_another_schema_is_refused(spark: SparkSession, tables: Table
     assert sorted(folder.rglob("*")) == before
 
 
-def test_the_check_leaves_no_trace(tables: Tables) -> None:
+def test_the_check_leaves_no_trace(tables: Tables):
     layout.check(tables)
     assert not Path(tables.location).exists()
 
 
-def test_a_table_of_another_layout_is_refused(
-    products: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_of_another_layout_is_refused(products: Tables, monkeypatch):
     monkeypatch.setattr(layout, "TABLES", {"products": PRODUCTS})
     name = products.sql_name(PRODUCTS)
     layout.check(products)
@@ -223,9 +216,7 @@ def test_a_table_of_another_layout_is_refused(
     layout.check(products)
 
 
-def test_a_write_that_another_writer_overtakes_is_done_again(
-    products: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_another_writer_overtakes_is_done_again(products: Tables, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
@@ -245,9 +236,7 @@ def test_a_write_that_another_writer_overtakes_is_done_again(
     assert content(products) == {"a": (5.0, None, TUESDAY), "b": (7.0, None, MONDAY)}
 
 
-def test_a_writer_that_never_lets_anybody_pass_is_named(
-    products: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_never_lets_anybody_pass_is_named(products: Tables, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
@@ -263,15 +252,15 @@ def test_a_writer_that_never_lets_anybody_pass_is_named(
     assert len(waited) == 5
 
 
-def test_staging_tables_of_a_killed_run_are_cleared(tables: Tables) -> None:
-    tables.staged(schemas.PHOTOS, tables.read(schemas.PHOTOS))
+def test_staging_tables_of_a_killed_run_are_cleared(tables: Tables):
+    tables.staged(PHOTOS, tables.read(PHOTOS))
     assert [folder.name for folder in Path(tables.location).iterdir()] == ["_staging_photos"]
     tables.clear_staging()
     assert list(Path(tables.location).iterdir()) == []
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path) -> Iterator[Path]:
     """A real file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -284,9 +273,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk_is_reported_and_the_old_rows_stay(
-    spark: SparkSession, small_disk: Path
-) -> None:
+def test_a_full_disk_is_reported_and_the_old_rows_stay(spark: SparkSession, small_disk: Path):
     tables = Tables(spark, str(small_disk / "tables"))
     tables.insert(PRODUCTS, rows(tables, ("a", 1.0, None, MONDAY)))
     huge = rows(tables, ("b", 2.0, {"x": secrets.token_hex(2_000_000)}, MONDAY))
@@ -308,7 +295,7 @@ def named(spark: SparkSession) -> Iterator[Tables]:
     spark.sql("DROP SCHEMA shop CASCADE")
 
 
-def test_tables_named_by_catalog_and_schema(named: Tables) -> None:
+def test_tables_named_by_catalog_and_schema(named: Tables):
     layout.check(named)
     two = rows(named, ("a", 1.0, None, MONDAY), ("b", 2.0, None, MONDAY))
     assert named.insert(PRODUCTS, two) == 2
@@ -322,7 +309,7 @@ def test_tables_named_by_catalog_and_schema(named: Tables) -> None:
     assert [row["tableName"] for row in shown if not row["isTemporary"]] == ["products"]
 
 
-def test_a_missing_schema_is_named(spark: SparkSession) -> None:
+def test_a_missing_schema_is_named(spark: SparkSession):
     with pytest.raises(RunError, match=r"spark_catalog\.nowhere"):
         layout.check(Tables(spark, "spark_catalog.nowhere"))
 
@@ -337,7 +324,7 @@ PERSONAL = Table(
 )
 
 
-def test_files_carry_no_statistics_of_users(tables: Tables) -> None:
+def test_files_carry_no_statistics_of_users(tables: Tables):
     assert layout.statistics_columns(PERSONAL) == ["day", "shop"]
     visit = (
         "SELECT '{}' AS user_id, DATE'2025-03-0{}' AS day, 'S' AS shop, true AS open, null AS tags"
@@ -356,8 +343,8 @@ def test_files_carry_no_statistics_of_users(tables: Tables) -> None:
     assert "ben" not in log
 
 
-@pytest.mark.parametrize("table", schemas.TABLES.values(), ids=lambda table: table.name)
-def test_no_table_has_statistics_of_a_column_with_user_ids(table: Table) -> None:
+@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
+def test_no_table_has_statistics_of_a_column_with_user_ids(table: Table):
     of_users = {"user_id", "anonymous_id", "event_id"} & set(table.columns)
     assert of_users <= set(table.personal)
     properties = dict(layout.properties_of(table))
@@ -381,7 +368,7 @@ def statistics_in_log(tables: Tables, table: Table) -> list[dict]:
     return [json.loads(action["add"]["stats"]) for action in actions if "add" in action]
 
 
-def test_state_holds_one_typed_row_per_stage(tables: Tables) -> None:
+def test_state_holds_one_typed_row_per_stage(tables: Tables):
     tried = (TriedEffort(1, 10, 0.7, 0.68, 900.0), TriedEffort(4, 20, 0.97, 0.96, 600.0))
     approximate = CalibrationState(0.95, 4, 20, 0.97, 0.96, 1_000, 50.0, tried)
     exact = CalibrationState(0.95, None, None, 1.0, 1.0, 10, None, ())

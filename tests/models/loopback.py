@@ -1,7 +1,5 @@
 """A loopback server that speaks the endpoint backend's dialects. A script decides its replies."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Unit vectors, small indexes of them, and histories, for the tests of index and ranking."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

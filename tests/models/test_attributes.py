@@ -1,7 +1,5 @@
 """The JSON of a structured prompt: what is accepted, what is refused, and its text."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -26,14 +24,14 @@ BOOT_ATTRIBUTES = json.loads(BOOT)
         '"style": "unknown", "pattern": "N/A", "occasion": null}',
     ],
 )
-def test_an_object_is_accepted_whatever_surrounds_it(answer: str) -> None:
+def test_an_object_is_accepted_whatever_surrounds_it(answer: str):
     boot = parse(answer)
     assert boot == Attributes(**BOOT_ATTRIBUTES)
     assert list(boot.non_empty.items()) == list(BOOT_ATTRIBUTES.items())
     assert boot.text == "ankle boot, black, leather, walking."
 
 
-def test_a_value_is_a_phrase() -> None:
+def test_a_value_is_a_phrase():
     shoe = parse(f'{{"kind": "shoe", "colour": ["red", "blue"], "style": "{"very " * 100}"}}')
     assert shoe.colour == "red, blue"
     assert shoe.style == ("very " * 20).rstrip()
@@ -60,14 +58,14 @@ def test_a_value_is_a_phrase() -> None:
         ('{"kind":' * 5_000 + "}" * 5_000, "Invalid JSON: recursion limit exceeded"),
     ],
 )
-def test_other_answers_are_refused_with_a_reason(answer: str, message: str) -> None:
+def test_other_answers_are_refused_with_a_reason(answer: str, message: str):
     with pytest.raises(AttributesError) as failure:
         parse(answer)
     assert str(failure.value).startswith(message)
     assert len(str(failure.value)) < 400
 
 
-def test_the_prompt_and_the_schema_have_the_same_attributes() -> None:
+def test_the_prompt_and_the_schema_have_the_same_attributes():
     assert (
         list(attributes.SCHEMA["properties"])
         == attributes.SCHEMA["required"]
@@ -78,7 +76,7 @@ def test_the_prompt_and_the_schema_have_the_same_attributes() -> None:
     assert Attributes(**full).text == "x, x, x, x, x, x, x."
 
 
-def test_an_answer_in_json_is_checked_by_its_text() -> None:
+def test_an_answer_in_json_is_checked_by_its_text():
     checked = check_structured(BOOT, "Say it.")
     assert checked == ("ankle boot, black, leather, walking.", BOOT_ATTRIBUTES, None)
     error_classes = {

@@ -1,7 +1,5 @@
 """Captioners: the contract of all backends, the fake's faults, model ids, the packaged model."""
 
-from __future__ import annotations
-
 import base64
 import importlib.util
 import io
@@ -72,7 +70,7 @@ def enlarge_weights(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava(tmp_path_factory) -> Path:
     """The folder of a LLaVA with random weights. Its nonsense depends on photo and prompt."""
     folder = tmp_path_factory.mktemp("models") / "untrained"
     torch.manual_seed(0)
@@ -168,7 +166,7 @@ def qwen_config(vocab_size: int) -> transformers.Qwen2_5_VLConfig:
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen(tmp_path_factory) -> Path:
     """The folder of a small Qwen2.5-VL with random weights.
 
     The number of a photo's tokens depends on its size. Positions have three axes.
@@ -306,7 +304,7 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
         yield lambda batch_size: load_captioner(settings, batch_size)
 
 
-def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load) -> None:
+def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load):
     batch = requests(PHOTOS, PROMPTS)
     captioner = load(1)
     alone = {request.key: caption_all(captioner, [request])[request.key] for request in batch}
@@ -318,7 +316,7 @@ def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load) -> None:
         assert caption_all(captioner, batch[::-1]) == alone
 
 
-def test_each_request_has_one_answer_and_is_reported_when_it_begins(load: Load) -> None:
+def test_each_request_has_one_answer_and_is_reported_when_it_begins(load: Load):
     captioner = load(3)
     begun = list[str]()
     captioner.on_begin = begun.extend
@@ -337,7 +335,7 @@ def test_each_request_has_one_answer_and_is_reported_when_it_begins(load: Load) 
     assert captioner.max_in_flight >= captioner.batch_size >= 1
 
 
-def test_tokens_are_counted_and_answers_stop_at_their_limit(load: Load) -> None:
+def test_tokens_are_counted_and_answers_stop_at_their_limit(load: Load):
     pair = requests([PHOTOS[0]] * 2, ["Say.", "Say it all once more."])
     short, long = caption_all(load(2), pair).values()
     assert long.input_tokens - short.input_tokens == 4  # padding isn't counted
@@ -355,7 +353,7 @@ def test_tokens_are_counted_and_answers_stop_at_their_limit(load: Load) -> None:
 )
 def test_vllm_answers_as_transformers_does_and_refuses_long_prompts(
     load: Load, model: str, request: pytest.FixtureRequest
-) -> None:
+):
     batch = requests(PHOTOS, PROMPTS)
     too_long = Request("long", PHOTOS[0], "word " * 600)
     answers = caption_all(load(1), [*batch[:3], too_long, *batch[3:]])
@@ -367,9 +365,7 @@ def test_vllm_answers_as_transformers_does_and_refuses_long_prompts(
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason=NO_VLLM)
-def test_vllms_engine_ends_when_its_parent_is_killed(
-    llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllms_engine_ends_when_its_parent_is_killed(llava: Path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     model = ModelSettings(backend="vllm", model=str(llava), max_new_tokens=8)
     supervisor = Supervisor(model, 16, 600)
@@ -385,7 +381,7 @@ def test_vllms_engine_ends_when_its_parent_is_killed(
     supervisor.close()
 
 
-def test_vllm_refuses_the_packaged_model() -> None:
+def test_vllm_refuses_the_packaged_model():
     with pytest.raises(
         ValueError, match="vLLM doesn't read the packaged model's weights: name another model"
     ):
@@ -393,7 +389,7 @@ def test_vllm_refuses_the_packaged_model() -> None:
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("vllm")), reason="vLLM is installed")
-def test_without_vllm_its_backend_says_how_to_install_it(llava: Path) -> None:
+def test_without_vllm_its_backend_says_how_to_install_it(llava: Path):
     with pytest.raises(
         UsageError, match=r"No module named 'vllm'.*pip install .*vllm.* -c constraints-vllm\.txt"
     ):
@@ -428,13 +424,13 @@ def wide(*widths: int) -> list[Request]:
     return requests([Image.new("RGB", (width, 10)) for width in widths], "Say it.")
 
 
-def test_photos_of_similar_size_go_together_and_the_oldest_goes_first() -> None:
+def test_photos_of_similar_size_go_together_and_the_oldest_goes_first():
     captioner = RecordingCaptioner(2)
     caption_all(captioner, wide(10, 90, 11, 91, 50))
     assert captioner.batches == [["0", "2"], ["1", "3"], ["4"]]
 
 
-def test_batches_are_halved_when_memory_runs_out_and_grow_again() -> None:
+def test_batches_are_halved_when_memory_runs_out_and_grow_again():
     captioner = RecordingCaptioner(8, max_size=3)
     answers = caption_all(captioner, wide(*[10] * 40))
     assert {answer.text for answer in answers.values()} == {"Fine."}
@@ -447,12 +443,12 @@ def test_batches_are_halved_when_memory_runs_out_and_grow_again() -> None:
     assert max(sizes) == 8
 
 
-def test_a_photo_that_does_not_fit_alone_is_an_error() -> None:
+def test_a_photo_that_does_not_fit_alone_is_an_error():
     answers = caption_all(RecordingCaptioner(4, max_size=0), wide(10, 10))
     assert {answer.error_class for answer in answers.values()} == {"out_of_memory"}
 
 
-def test_a_failed_batch_is_retried_photo_by_photo() -> None:
+def test_a_failed_batch_is_retried_photo_by_photo():
     captioner = RecordingCaptioner(4, bad_width=11)
     answers = list(caption_all(captioner, wide(11, 10, 10, 10, 10)).values())
     assert answers[0] == Answer("0", None, error_class="ValueError", error="a bad width")
@@ -478,12 +474,12 @@ def fake_errors(instructions: str, *photos: Image.Image) -> list[str | None]:
     return [answer.error_class for answer in answers.values()]
 
 
-def test_the_fake_describes_the_mean_colour() -> None:
+def test_the_fake_describes_the_mean_colour():
     answers = caption_all(fake("demo"), requests([RED, BLUE], ["Say it.", "And this one?"]))
     assert list(answers.values()) == [Answer("0", RED_TEXT, 2, 10), Answer("1", BLUE_TEXT, 3, 10)]
 
 
-def test_the_fake_answers_in_json_with_a_schema() -> None:
+def test_the_fake_answers_in_json_with_a_schema():
     captioner = load_captioner(
         ModelSettings(backend="fake", model="empty:blue"), json_schema=SCHEMA
     )
@@ -493,7 +489,7 @@ def test_the_fake_answers_in_json_with_a_schema() -> None:
     assert blue == ""
 
 
-def test_the_fake_raises_on_request() -> None:
+def test_the_fake_raises_on_request():
     (answer,) = caption_all(fake("raise"), requests([RED], "Say it.")).values()
     error = "the fake was asked to fail on this photo"
     assert answer == Answer("0", None, error_class="RuntimeError", error=error)
@@ -502,7 +498,7 @@ def test_the_fake_raises_on_request() -> None:
     assert fake_errors("fits=0", GREEN) == ["out_of_memory"]
 
 
-def test_the_fakes_texts_on_request() -> None:
+def test_the_fakes_texts_on_request():
     assert texts(fake("raise+empty"), [GREEN, BLUE]) == [GREEN_TEXT, ""]
     assert texts(fake("raise"), [GREEN, BLUE]) == [GREEN_TEXT, BLUE_TEXT]
     photos = [GREEN, BLUE, RED]
@@ -512,7 +508,7 @@ def test_the_fakes_texts_on_request() -> None:
     assert loop == 9 * RED_TEXT
 
 
-def test_the_fake_counts_its_photos(tmp_path: Path) -> None:
+def test_the_fake_counts_its_photos(tmp_path):
     texts(fake(f"count={tmp_path / 'calls'}+empty"), [RED, GREEN, BLUE])
     assert (tmp_path / "calls").read_text() == "1\n1\n1\n"
 
@@ -520,15 +516,13 @@ def test_the_fake_counts_its_photos(tmp_path: Path) -> None:
 # Ids
 
 
-def test_ids_of_the_fake_and_of_the_packaged_model() -> None:
+def test_ids_of_the_fake_and_of_the_packaged_model():
     assert ModelSettings(backend="fake", model="raise").model_id() == "fake-raise@1"
     name, _, digest = ModelSettings().model_id().partition("@")
     assert (name, len(digest)) == ("packaged", 12)
 
 
-def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(
-    tmp_path: Path, llava: Path
-) -> None:
+def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(tmp_path, llava: Path):
     copy = shutil.copytree(llava, tmp_path / "elsewhere" / llava.name)
     before = ModelSettings(model=str(llava)).model_id()
     assert before.startswith("untrained@")
@@ -544,14 +538,14 @@ def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(
     assert len({before, other_template, ModelSettings(model=str(copy)).model_id()}) == 3
 
 
-def test_the_id_does_not_depend_on_what_runs_the_model(llava: Path) -> None:
+def test_the_id_does_not_depend_on_what_runs_the_model(llava: Path):
     assert (
         ModelSettings(backend="vllm", model=str(llava)).model_id()
         == ModelSettings(model=str(llava)).model_id()
     )
 
 
-def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path):
     with pytest.raises(UsageError) as failure:
         ModelSettings(model=f"{tmp_path}/gone").model_id()
     assert str(failure.value) == (
@@ -560,7 +554,7 @@ def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path: Path) -> None:
     )
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
     with pytest.raises(
         UsageError, match=r"^caption\.model\.model: the folder .* holds no \.safetensors file\."
@@ -571,7 +565,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 # Folders
 
 
-def test_pickled_weights_are_not_loaded(llava: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_loaded(llava: Path, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(llava, folder)
     (folder / "extra").mkdir()
@@ -584,7 +578,7 @@ def test_pickled_weights_are_not_loaded(llava: Path, tmp_path: Path) -> None:
 # The packaged model
 
 
-def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card() -> None:
+def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card():
     assert (
         0 < sum(file.stat().st_size for file in PACKAGED_MODEL.glob("*.safetensors")) <= 25_000_000
     )
@@ -592,7 +586,7 @@ def test_the_packaged_model_is_small_enough_to_ship_and_has_its_card() -> None:
     assert {"kind", "colour", "pattern", "material", "audience", "seed", "licence"} <= card
 
 
-def test_captions_come_from_the_photos() -> None:
+def test_captions_come_from_the_photos():
     truth, _ = fresh()
     predicted = [extract_attributes(text, ATTRIBUTES) for text in described()]
     for name in ATTRIBUTES:
@@ -601,7 +595,7 @@ def test_captions_come_from_the_photos() -> None:
         assert accuracy >= 0.95, f"{name}: {accuracy:.2f}"
 
 
-def test_a_blank_photo_gives_no_information() -> None:
+def test_a_blank_photo_gives_no_information():
     truth, _ = fresh()
     (text,) = texts(packaged(), [BLANK])
     prediction = extract_attributes(text, ATTRIBUTES)
@@ -611,7 +605,7 @@ def test_a_blank_photo_gives_no_information() -> None:
     assert np.mean(correct) < 0.35
 
 
-def test_a_caption_does_not_depend_on_its_batch() -> None:
+def test_a_caption_does_not_depend_on_its_batch():
     photos = fresh()[1][:16]
     for size in (1, 3):
         batches = [photos[start : start + size] for start in range(0, 16, size)]
@@ -623,5 +617,5 @@ def test_a_caption_does_not_depend_on_its_batch() -> None:
     "prompt",
     ["Is this a red striped cotton shirt in a sporty style?", "Say <image> or nothing. " * 40],
 )
-def test_the_packaged_model_ignores_prompts(prompt: str) -> None:
+def test_the_packaged_model_ignores_prompts(prompt: str):
     assert texts(packaged(), fresh()[1][:16], prompt) == described()[:16]

@@ -1,9 +1,5 @@
 """The cheapest search that keeps the promised recall."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,7 +18,7 @@ ALL = ListRules(np.ones(ITEMS, np.int64))
 
 
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def searcher(tmp_path_factory) -> Searcher:
     return build_index(tmp_path_factory.mktemp("scann") / "v1", clustered(ITEMS, seed=1))
 
 
@@ -37,7 +33,7 @@ def requests(vectors: np.ndarray, excluded: list[np.ndarray] | None = None) -> L
 
 
 @pytest.mark.parametrize("promise", [0.6, 0.95])
-def test_the_promise_holds_for_other_users(searcher: Searcher, promise: float) -> None:
+def test_the_promise_holds_for_other_users(searcher: Searcher, promise: float):
     queries = clustered(150, seed=11)
     sample = requests(queries, list(nearest(searcher, queries, 5)))
     calibration = cheapest_effort(searcher, sample, ALL, K, promise)
@@ -52,7 +48,7 @@ def test_the_promise_holds_for_other_users(searcher: Searcher, promise: float) -
     assert mean_recall(top, nearest(searcher, queries, K)) >= promise - 0.03
 
 
-def test_a_higher_promise_costs_more(searcher: Searcher) -> None:
+def test_a_higher_promise_costs_more(searcher: Searcher):
     sample = requests(clustered(200, seed=13))
     low, high = (
         cheapest_effort(searcher, sample, ALL, K, promise).effort for promise in (0.1, 0.95)
@@ -62,7 +58,7 @@ def test_a_higher_promise_costs_more(searcher: Searcher) -> None:
     assert high.cost(searcher) > low.cost(searcher)
 
 
-def test_search_is_exact_if_no_effort_keeps_the_promise(tmp_path: Path) -> None:
+def test_search_is_exact_if_no_effort_keeps_the_promise(tmp_path):
     noise = unit(np.random.default_rng(14).standard_normal((72, 32)))
     index = build_index(tmp_path / "x", noise[:32])
     rules = ListRules(np.ones(32, np.int64))
@@ -89,19 +85,19 @@ def calibrate_stage(
     return calibrate(searcher, pa.table(columns), rules, K, promise)
 
 
-def test_the_stage_finds_the_same_effort(searcher: Searcher) -> None:
+def test_the_stage_finds_the_same_effort(searcher: Searcher):
     vectors = clustered(200, seed=13)
     expected = cheapest_effort(searcher, requests(vectors), ALL, K, 0.95).effort
     assert calibrate_stage(searcher, vectors, ALL, 0.95).effort == expected is not None
 
 
-def test_search_is_exact_without_users_or_items(searcher: Searcher) -> None:
+def test_search_is_exact_without_users_or_items(searcher: Searcher):
     assert calibrate_stage(searcher, clustered(0, seed=15), ALL).effort is None
     no_items = ListRules(np.zeros(ITEMS, np.int64))
     assert calibrate_stage(searcher, clustered(3, seed=15), no_items).effort is None
 
 
-def test_search_is_exact_in_an_exact_index(tmp_path: Path) -> None:
+def test_search_is_exact_in_an_exact_index(tmp_path):
     index = build_index(tmp_path / "x", clustered(20, seed=1), EXACT)
     rules = ListRules(np.ones(20, np.int64))
     assert calibrate_stage(index, clustered(1, seed=2), rules).effort is None

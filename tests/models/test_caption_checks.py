@@ -1,7 +1,5 @@
 """Captions that aren't descriptions are rejected."""
 
-from __future__ import annotations
-
 import pytest
 
 from vlm4rec_spark.models.captioning.caption_checks import check_caption
@@ -23,7 +21,7 @@ PROMPT = "Describe the product in this photo for somebody who cannot see it. Two
         "each with a thin golden rim.",
     ],
 )
-def test_a_description_passes(caption: str) -> None:
+def test_a_description_passes(caption: str):
     assert check_caption(caption, PROMPT) is None
 
 
@@ -47,7 +45,7 @@ def test_a_description_passes(caption: str) -> None:
         ("A blue bag with a strap. " * 6, "repetition"),
     ],
 )
-def test_other_texts_are_rejected_with_a_reason(caption: str, error_class: str) -> None:
+def test_other_texts_are_rejected_with_a_reason(caption: str, error_class: str):
     rejection = check_caption(caption, PROMPT)
     assert rejection
     assert rejection.error_class == error_class

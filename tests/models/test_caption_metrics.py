@@ -1,7 +1,5 @@
 """The caption audit's metrics by hand; captioners that don't look at the photo are exposed."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np
@@ -21,19 +19,19 @@ def values(figures: list[Figure]) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize("n", [2, 3, 40])
-def test_a_derangement_maps_no_index_to_itself(n: int) -> None:
+def test_a_derangement_maps_no_index_to_itself(n: int):
     successors = caption_metrics.derangement(n, 0)
     assert sorted(successors) == list(range(n))
     assert not (successors == np.arange(n)).any()
 
 
-def test_a_derangement_depends_on_the_seed() -> None:
+def test_a_derangement_depends_on_the_seed():
     first = caption_metrics.derangement(40, 0)
     assert (first == caption_metrics.derangement(40, 0)).all()
     assert (first != caption_metrics.derangement(40, 1)).any()
 
 
-def test_a_mean_of_few_gives_no_number() -> None:
+def test_a_mean_of_few_gives_no_number():
     assert caption_metrics.mean("x", [1.0] * 29, 0) == Figure("x", None, 29)
     assert caption_metrics.mean(
         "x",
@@ -72,7 +70,7 @@ def catalogue() -> tuple[list[str], list[dict[str, str | None]]]:
     return captions, rows
 
 
-def test_agreement_is_the_share_whose_caption_names_the_catalogues_value() -> None:
+def test_agreement_is_the_share_whose_caption_names_the_catalogues_value():
     figures, misses = caption_metrics.agreement(*catalogue(), seed=0)
     # One kind, a code per item, and sizes that no caption names: these tell nothing.
     names = [figure.metric for figure in figures]
@@ -85,7 +83,7 @@ def test_agreement_is_the_share_whose_caption_names_the_catalogues_value() -> No
     assert misses == [Miss(index, "colour", "green") for index in range(11, 40, 4)]
 
 
-def test_shuffled_captions_agree_by_chance() -> None:
+def test_shuffled_captions_agree_by_chance():
     rows = [{"colour": COLORS[n % 4]} for n in range(400)]
     captions = [f"A {row['colour']} mug." for row in rows]
     metrics = values(caption_metrics.agreement(captions, rows, seed=0)[0])
@@ -93,7 +91,7 @@ def test_shuffled_captions_agree_by_chance() -> None:
     assert metrics["agreement_shuffled/colour"] == pytest.approx(0.25, abs=0.06)
 
 
-def test_captions_that_name_everything_are_no_better_than_shuffled_ones() -> None:
+def test_captions_that_name_everything_are_no_better_than_shuffled_ones():
     rows = [{"colour": COLORS[n % 4]} for n in range(400)]
     captions = ["It may be red, green, blue or navy blue."] * 400
     figures, misses = caption_metrics.agreement(captions, rows, seed=0)
@@ -101,20 +99,20 @@ def test_captions_that_name_everything_are_no_better_than_shuffled_ones() -> Non
     assert misses == []
 
 
-def test_an_attribute_of_few_items_gives_no_number() -> None:
+def test_an_attribute_of_few_items_gives_no_number():
     captions, rows = catalogue()
     assert caption_metrics.agreement(captions[:29], rows[:29], 0) == ([], [])
     fewer = [row if n < 29 else {} for n, row in enumerate(rows)]
     assert caption_metrics.agreement(captions, fewer, 0) == ([], [])
 
 
-def test_misses_are_spread_over_attributes_and_items() -> None:
+def test_misses_are_spread_over_attributes_and_items():
     of_a = [Miss(index, "a", "x") for index in range(3)]
     of_b = [Miss(0, "b", "y"), Miss(3, "b", "y")]
     assert caption_metrics.spread([*of_a, *of_b], 3) == [of_a[0], of_a[1], of_b[1]]
 
 
-def test_drift_counts_texts_that_have_changed() -> None:
+def test_drift_counts_texts_that_have_changed():
     before = ["A red mug."] * 40
     now = ["A red mug."] * 30 + ["A crimson mug."] * 10
     cosines = np.array([1.0] * 30 + [0.6] * 10)
@@ -147,7 +145,7 @@ def test_drift_counts_texts_that_have_changed() -> None:
     assert few["drift_changed"] is None
 
 
-def test_ranks_by_hand_with_ties_at_the_mean_of_the_tied() -> None:
+def test_ranks_by_hand_with_ties_at_the_mean_of_the_tied():
     captions = np.array([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [0, 1], [0, 1]], np.float32)
     queries = np.array([[1, 0], [0.8, 0.6], [1, 0], [0, 0]], np.float32)
     ranks = caption_metrics.ranks(queries, captions, np.array([1, 0, 4, 2]))
@@ -161,7 +159,7 @@ def self_retrieval(vectors: np.ndarray) -> dict[str, float | None]:
     return values(caption_metrics.retrieval(ranks, len(vectors), seed=0))
 
 
-def test_one_caption_for_all_fails_every_check() -> None:
+def test_one_caption_for_all_fails_every_check():
     captions = ["A nice thing."] * 40
     vectors = np.tile(np.float32([0.6, 0.8]), (40, 1))
     assert caption_metrics.distinct("distinct_share", len(set(captions)), 40).value == 1 / 40
@@ -181,7 +179,7 @@ def test_one_caption_for_all_fails_every_check() -> None:
     assert metrics["self_rank_1"] == metrics["self_rank_10"] == 0
 
 
-def test_captions_of_their_own_are_found_first() -> None:
+def test_captions_of_their_own_are_found_first():
     vectors = np.eye(40, dtype=np.float32)
     metrics = self_retrieval(vectors)
     assert metrics["self_rank_1"] == metrics["self_rank_10"] == metrics["self_median_rank"] == 1
@@ -200,7 +198,7 @@ def test_captions_of_their_own_are_found_first() -> None:
     assert caption_metrics.retrieval(np.zeros(0), 40, seed=0) == []
 
 
-def test_a_perturbed_photo_is_mirrored_without_its_margins() -> None:
+def test_a_perturbed_photo_is_mirrored_without_its_margins():
     photo = Image.new("RGB", (200, 100), "white")
     photo.paste("red", (0, 0, 100, 100))
     out = io.BytesIO()
@@ -215,7 +213,7 @@ def test_a_perturbed_photo_is_mirrored_without_its_margins() -> None:
     assert right[1:].max() < 20
 
 
-def test_a_blank_photo_is_grey_and_can_be_decoded() -> None:
+def test_a_blank_photo_is_grey_and_can_be_decoded():
     grey = np.asarray(decode(blank_photo(), 672), int)
     assert 8 < grey.max() - grey.min() < 40
     assert np.ptp(grey, axis=(1, 2)).max() == 0

@@ -1,7 +1,5 @@
 """Captions from attributes and attributes from captions: each is the other's inverse."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -31,7 +29,7 @@ VALUES = {
         ("kurta", "This is a navy blue kurta for men, made for everyday use."),
     ],
 )
-def test_the_kind_decides_the_wording(kind: str, caption: str) -> None:
+def test_the_kind_decides_the_wording(kind: str, caption: str):
     attributes = {"kind": kind, "colour": "navy blue", "audience": "men", "use": "everyday use"}
     assert caption_from_attributes(attributes) == caption
 
@@ -49,11 +47,11 @@ def test_the_kind_decides_the_wording(kind: str, caption: str) -> None:
         ({"kind": "dress", "season": "summer\n and spring"}, "A dress, season summer and spring."),
     ],
 )
-def test_missing_attributes_are_left_out(attributes: dict[str, str], caption: str) -> None:
+def test_missing_attributes_are_left_out(attributes: dict[str, str], caption: str):
     assert caption_from_attributes(attributes) == caption
 
 
-def test_a_caption_gives_its_attributes_back() -> None:
+def test_a_caption_gives_its_attributes_back():
     choices = itertools.product(*([None, *values] for values in VALUES.values()))
     products = [
         {name: value for name, value in zip(VALUES, choice, strict=True) if value}
@@ -76,9 +74,7 @@ def test_a_caption_gives_its_attributes_back() -> None:
         ("", {}),
     ],
 )
-def test_the_longest_phrase_wins_and_uses_up_its_words(
-    text: str, attributes: dict[str, str]
-) -> None:
+def test_the_longest_phrase_wins_and_uses_up_its_words(text: str, attributes: dict[str, str]):
     values = {
         "kind": ["sports shoes", "dress"],
         "use": ["sports"],
@@ -88,6 +84,6 @@ def test_the_longest_phrase_wins_and_uses_up_its_words(
     assert extract_attributes(text, values) == attributes
 
 
-def test_attribute_values_are_distinct_and_sorted() -> None:
+def test_attribute_values_are_distinct_and_sorted():
     rows = [{"kind": "dress", "colour": "red"}, {"kind": "hat", "colour": ""}, {"kind": "dress"}]
     assert attribute_values(rows) == {"kind": ["dress", "hat"], "colour": ["red"]}

@@ -1,9 +1,6 @@
 """Photos as real folders hold them: each becomes an upright RGB image, or one named error."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +17,17 @@ def refusal(data: bytes) -> PhotoError:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_photo_gets_its_class(name: str) -> None:
+def test_a_hostile_photo_gets_its_class(name: str):
     data, error_class = HOSTILE[name]
     assert refusal(data).error_class == error_class
 
 
-def test_there_is_a_hostile_photo_of_every_class() -> None:
+def test_there_is_a_hostile_photo_of_every_class():
     assert {error_class for _, error_class in HOSTILE.values()} == set(PHOTO_ERRORS)
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_photo_is_decoded(name: str) -> None:
+def test_a_good_photo_is_decoded(name: str):
     image = decode(GOOD[name], 240)
     assert image.mode == "RGB"
     assert sorted(image.size) == ([160, 240] if name == "large" else [48, 64])
@@ -49,16 +46,16 @@ def test_a_good_photo_is_decoded(name: str) -> None:
         ("white", "the photo has one color all over"),
     ],
 )
-def test_the_message_says_what_is_wrong(name: str, message: str) -> None:
+def test_the_message_says_what_is_wrong(name: str, message: str):
     assert str(refusal(HOSTILE[name][0])) == message
 
 
-def test_the_message_of_a_damaged_photo_has_that_of_pillow() -> None:
+def test_the_message_of_a_damaged_photo_has_that_of_pillow():
     message = str(refusal(HOSTILE["half-jpeg"][0]))
     assert message.startswith("the photo ends early or is damaged: ")
 
 
-def test_postscript_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_starts_no_ghostscript(tmp_path, monkeypatch):
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -66,7 +63,7 @@ def test_postscript_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "started").exists()
 
 
-def test_flipped_bytes_raise_nothing_else() -> None:
+def test_flipped_bytes_raise_nothing_else():
     rng = np.random.default_rng(1)
     results = set()
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF"):
@@ -82,7 +79,7 @@ def test_flipped_bytes_raise_nothing_else() -> None:
     assert {"RGB", "truncated"} <= results <= {"RGB", *PHOTO_ERRORS}
 
 
-def test_a_hundred_megapixels_may_be_declared() -> None:
+def test_a_hundred_megapixels_may_be_declared():
     assert refusal(png_header(10_000, 10_000)).error_class == "truncated"
 
 
@@ -110,7 +107,7 @@ def assert_half_colors(
     np.testing.assert_allclose(half_colors(image), [left_color, right_color], atol=tolerance)
 
 
-def test_cmyk_becomes_rgb() -> None:
+def test_cmyk_becomes_rgb():
     cmyk = halves(RED, WHITE).convert("CMYK")
     image = reencoded(cmyk, "JPEG", quality=100)
     assert image.mode == "RGB"
@@ -119,24 +116,24 @@ def test_cmyk_becomes_rgb() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_transparent_pixels_become_white(kind: str) -> None:
+def test_transparent_pixels_become_white(kind: str):
     image = halves((*RED, 255), (*BLUE, 0), "RGBA")
     assert_half_colors(reencoded(image, kind, lossless=True), RED, WHITE)
 
 
-def test_half_transparent_pixels_become_half_white() -> None:
+def test_half_transparent_pixels_become_half_white():
     image = halves((*RED, 128), (*BLUE, 255), "RGBA")
     assert_half_colors(reencoded(image, "PNG"), (255, 127, 127), BLUE)
 
 
-def test_transparent_pixels_leave_no_edge_in_a_smaller_image() -> None:
+def test_transparent_pixels_leave_no_edge_in_a_smaller_image():
     image = halves((*RED, 255), (0, 0, 0, 0), "RGBA", (640, 320))
     row = np.asarray(reencoded(image, "PNG", 64))[16]
     # The invisible black would darken the edge. Red and white both have full red.
     assert row[:, 0].min() >= 254
 
 
-def test_a_transparent_palette_entry_becomes_white() -> None:
+def test_a_transparent_palette_entry_becomes_white():
     image = halves(0, 1, "P")
     image.putpalette([*RED, *BLUE])
     assert_half_colors(reencoded(image, "PNG", transparency=1), RED, WHITE)
@@ -144,7 +141,7 @@ def test_a_transparent_palette_entry_becomes_white() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("max_side", [320, 64])
-def test_a_sideways_photo_is_turned_upright(kind: str, max_side: int) -> None:
+def test_a_sideways_photo_is_turned_upright(kind: str, max_side: int):
     upright = halves(RED, BLUE, size=(320, 160)).transpose(Image.Transpose.ROTATE_270)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -156,7 +153,7 @@ def test_a_sideways_photo_is_turned_upright(kind: str, max_side: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_taken(kind: str):
     image = reencoded(
         halves(RED, WHITE),
         kind,
@@ -168,7 +165,7 @@ def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
     assert_half_colors(image, RED, WHITE, tolerance=2)
 
 
-def test_sixteen_bits_keep_their_shades() -> None:
+def test_sixteen_bits_keep_their_shades():
     shades = np.array([[0, 128 * 257, 65_535]], np.uint16)
     gray = Image.fromarray(np.repeat(shades, 8, axis=0).repeat(8, axis=1))
     image = np.asarray(reencoded(gray, "PNG"))
@@ -176,7 +173,7 @@ def test_sixteen_bits_keep_their_shades() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_every_mode_ends_as_rgb(mode: str) -> None:
+def test_every_mode_ends_as_rgb(mode: str):
     image = halves("black", "white").convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = halves(0, 65_535, mode)
@@ -198,11 +195,11 @@ def test_every_mode_ends_as_rgb(mode: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_longer_side_is_bounded_and_nothing_is_enlarged(
     kind: str, size: tuple[int, int], small: tuple[int, int]
-) -> None:
+):
     assert reencoded(halves(RED, BLUE, size=size), kind, 100).size == small
 
 
-def test_the_shortcut_for_large_jpegs_changes_no_pixel_much() -> None:
+def test_the_shortcut_for_large_jpegs_changes_no_pixel_much():
     smooth = photo(20, 15).resize((2_000, 1_500), Image.Resampling.BICUBIC)
     data = encoded(smooth, "JPEG", quality=95)
     plain = Image.open(io.BytesIO(data)).convert("RGB").resize((672, 504))
@@ -210,7 +207,7 @@ def test_the_shortcut_for_large_jpegs_changes_no_pixel_much() -> None:
     assert np.abs(difference).mean() < 1
 
 
-def test_heic_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_needs_its_extra(monkeypatch):
     heif = pytest.importorskip("pillow_heif", reason="the extra heic isn't installed")
     buffer = io.BytesIO()
     heif.from_pillow(halves(RED, BLUE, size=(64, 32))).save(buffer, quality=95)

@@ -1,6 +1,7 @@
-"""The demo's shop: same bytes for a seed, looks that only photos show, errors of real data."""
+"""The demo's shop: same bytes for a seed, looks that only photos show, errors of real data.
 
-from __future__ import annotations
+That ingest rejects, repeats and skips as many rows as are planted is in test_pipeline.py.
+"""
 
 from collections import Counter
 from hashlib import sha256
@@ -62,7 +63,7 @@ def test_titles_brands_and_categories_say_nothing_about_the_look(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shop(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     catalogue.write(folder, items=60, users=60)
     return folder
@@ -72,7 +73,7 @@ def photo_files(shop: Path) -> list[Path]:
     return sorted((shop / "photos").iterdir())
 
 
-def test_some_photos_are_broken_or_in_odd_formats(shop: Path) -> None:
+def test_some_photos_are_broken_or_in_odd_formats(shop: Path):
     errors: Counter[str] = Counter()
     kinds: Counter[object] = Counter()
     sizes = set()
@@ -93,15 +94,7 @@ def test_some_photos_are_broken_or_in_odd_formats(shop: Path) -> None:
     assert sizes == {(SIZE, SIZE)}
 
 
-def test_some_photos_are_copies_missing_or_second_ones(shop: Path) -> None:
-    files = photo_files(shop)
-    copies = Counter(sha256(file.read_bytes()).hexdigest() for file in files)
-    assert sorted(count for count in copies.values() if count > 1) == [2, 3]
-    assert len({file.name.split(".")[0] for file in files}) == 60 - 3
-    assert sum(file.name.endswith(".1.jpg") for file in files) == 5
-
-
-def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path) -> None:
+def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path):
     truth = pd.read_parquet(shop / "truth.parquet")
     assert truth.loc[[0, 8, 9], list(ATTRIBUTES)].drop_duplicates().shape == (1, 5)
 
@@ -115,26 +108,15 @@ def log(shop: Path) -> pd.DataFrame:
     return read_csv(*sorted(shop.glob("events-*.gz")))
 
 
-def test_the_catalogue_has_the_errors_of_real_data(shop: Path) -> None:
-    rows = read_csv(shop / "catalogue.csv")
-    assert len(rows) == 64
-    assert rows.duplicated().sum() == 1
-    assert (rows["item_id"] == "").sum() == 1
-    assert set(rows["item_id"]) > {"SKU-BAD01", "SKU-BAD02"}
-
-
-def test_the_log_has_the_errors_of_real_data(shop: Path, log: pd.DataFrame) -> None:
+def test_the_log_has_the_errors_of_real_data(shop: Path, log: pd.DataFrame):
     months = sorted(file.name[7:14] for file in shop.glob("events-*.gz"))
     assert months == [f"2025-0{month}" for month in range(1, 6)]
     assert set(log["event_type"]) == {"view", "cart", "purchase", "scroll"}
     assert ((log["user_id"] == "").sum(), (log["item_id"] == "").sum()) == (12, 12)
-    assert (log["user_id"] == "user-bot").sum() == 3_000
     assert log["item_id"].str.startswith("GONE-").sum() == 40
     assert (log["event_time"] > "2099").sum() == 6
-    assert log[log["user_id"] == "user-lost"]["item_id"].tolist() == ["SKU-UNKNOWN"]
-    assert log.duplicated().sum() >= 24
 
 
-def test_some_items_nobody_views(shop: Path, log: pd.DataFrame) -> None:
+def test_some_items_nobody_views(shop: Path, log: pd.DataFrame):
     items = set(pd.read_parquet(shop / "truth.parquet")["item_id"])
     assert items - set(log[log["user_id"].str.match(r"user-\d+$")]["item_id"])

@@ -1,7 +1,5 @@
 """Downloads from a real server on this machine: answers, refusals, and what no message reveals."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import socket
@@ -13,7 +11,6 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -75,6 +72,10 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def photo(self) -> str:
+        return f"{self.url}/a"
 
     def handle_error(self, *_: object) -> None:
         """These tests are about clients that hang up."""
@@ -166,7 +167,7 @@ def fetched(url: str, limits: HttpSettings = ONE_TRY) -> bytes:
     return photo.image
 
 
-def test_the_bytes_and_the_times_arrive(server: Server) -> None:
+def test_the_bytes_and_the_times_arrive(server: Server):
     server.routes["/a%20b/%C3%BC.jpg"] = answers(
         200, b"photo", Last_Modified=NOON_TEXT, Date=NOON_TEXT
     )
@@ -180,32 +181,32 @@ def test_the_bytes_and_the_times_arrive(server: Server) -> None:
 
 
 @pytest.mark.parametrize("when", ["yesterday", "", "Wed, 01 Jan 99999999999 12:00:00 GMT"])
-def test_without_a_time_of_the_server_the_local_clock_counts(server: Server, when: str) -> None:
+def test_without_a_time_of_the_server_the_local_clock_counts(server: Server, when: str):
     server.routes["/a"] = answers(200, b"photo", Last_Modified=when, Date=when)
     before = time.time()
-    photo = fetch(f"{server.url}/a", ONE_TRY)
+    photo = fetch(server.photo, ONE_TRY)
     assert photo is not None
     assert photo.last_modified is None
     assert before - 1 <= photo.answered_at / SECOND <= time.time()
 
 
-def test_an_unchanged_photo_is_not_sent(server: Server) -> None:
+def test_an_unchanged_photo_is_not_sent(server: Server):
     server.routes["/a"] = answers(304)
-    assert fetch(f"{server.url}/a", ONE_TRY, since=NOON + 999) is None
+    assert fetch(server.photo, ONE_TRY, since=NOON + 999) is None
     assert server.requests[0][1]["If-Modified-Since"] == NOON_TEXT
-    assert refusal(f"{server.url}/a") == "HTTP 304"  # without `since`, it is no answer
+    assert refusal(server.photo) == "HTTP 304"  # without `since`, it is no answer
 
 
 @pytest.mark.parametrize("status", [204, 206, 302, 400, 401, 403, 404, 410])
-def test_other_statuses_are_final(server: Server, status: int) -> None:
+def test_other_statuses_are_final(server: Server, status: int):
     server.routes["/a"] = answers(status)
-    assert refusal(f"{server.url}/a", HttpSettings(private_addresses=True)) == f"HTTP {status}"
+    assert refusal(server.photo, HttpSettings(private_addresses=True)) == f"HTTP {status}"
     assert len(server.requests) == 1
 
 
-def test_transient_failures_are_retried_after_growing_pauses(server: Server) -> None:
+def test_transient_failures_are_retried_after_growing_pauses(server: Server):
     server.routes["/a"] = [answers(500), lambda handler: None, answers(200, b"photo")]
-    assert fetched(f"{server.url}/a", HttpSettings(private_addresses=True)) == b"photo"
+    assert fetched(server.photo, HttpSettings(private_addresses=True)) == b"photo"
     first, second = (
         after - before for before, after in zip(server.times, server.times[1:], strict=False)
     )
@@ -213,9 +214,9 @@ def test_transient_failures_are_retried_after_growing_pauses(server: Server) -> 
     assert 1.0 <= second < 2.3
 
 
-def test_the_number_of_tries_is_limited(server: Server) -> None:
+def test_the_number_of_tries_is_limited(server: Server):
     server.routes["/a"] = answers(503, Retry_After="0")
-    assert refusal(f"{server.url}/a", HttpSettings(private_addresses=True, tries=4)) == "HTTP 503"
+    assert refusal(server.photo, HttpSettings(private_addresses=True, tries=4)) == "HTTP 503"
     assert len(server.requests) == 4
 
 
@@ -225,15 +226,15 @@ def test_the_number_of_tries_is_limited(server: Server) -> None:
 )
 def test_the_server_sets_the_pause(
     server: Server,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
     retry_after: str,
     min_pause: float,
     max_pause: float,
-) -> None:
+):
     if retry_after == "9999":
         monkeypatch.setattr(download, "MAX_PAUSE", 0.15)
     server.routes["/a"] = [answers(429, Retry_After=retry_after), answers(200, b"photo")]
-    assert fetch(f"{server.url}/a", HttpSettings(private_addresses=True)) is not None
+    assert fetch(server.photo, HttpSettings(private_addresses=True)) is not None
     assert min_pause <= server.times[1] - server.times[0] < max_pause
 
 
@@ -247,23 +248,23 @@ def test_the_server_sets_the_pause(
     ],
     ids=["nothing", "a drip of chunks", "a drip of headers", "a drip of bytes"],
 )
-def test_a_slow_answer_ends_at_the_timeout(server: Server, respond: Respond) -> None:
+def test_a_slow_answer_ends_at_the_timeout(server: Server, respond: Respond):
     server.routes["/a"] = respond
     start = time.monotonic()
-    assert refusal(f"{server.url}/a", IMPATIENT) == "no answer within 0.4 s"
+    assert refusal(server.photo, IMPATIENT) == "no answer within 0.4 s"
     assert 0.4 <= time.monotonic() - start < 1
 
 
-def test_redirects_do_not_extend_the_timeout(server: Server) -> None:
+def test_redirects_do_not_extend_the_timeout(server: Server):
     def slowly(handler: Handler) -> None:
         handler.server.closing.wait(0.15)
         answers(302, Location="/a")(handler)
 
     server.routes["/a"] = slowly
-    assert refusal(f"{server.url}/a", IMPATIENT) == "no answer within 0.4 s"
+    assert refusal(server.photo, IMPATIENT) == "no answer within 0.4 s"
 
 
-def test_a_host_that_does_not_answer_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_does_not_answer_the_connection(monkeypatch):
     monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.2)
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -282,7 +283,7 @@ def test_a_host_that_does_not_answer_the_connection(monkeypatch: pytest.MonkeyPa
             client.close()
 
 
-def test_broken_connections(server: Server) -> None:
+def test_broken_connections(server: Server):
     server.routes |= {
         "/half": answers(200, b"half", length=8),
         "/chunk": writes(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\nhalf"),
@@ -306,7 +307,7 @@ def test_broken_connections(server: Server) -> None:
         assert refusal(url) == "the connection failed: Connection refused"
 
 
-def test_nothing_larger_than_the_limit_is_taken(server: Server) -> None:
+def test_nothing_larger_than_the_limit_is_taken(server: Server):
     bomb = gzip.compress(bytes(50_000_000))
     server.routes |= {
         "/claim": answers(200, length=100_001),
@@ -332,17 +333,17 @@ def test_nothing_larger_than_the_limit_is_taken(server: Server) -> None:
 )
 def test_compressed_bodies_are_decompressed(
     server: Server, encoding: str, compress: Callable[[bytes], bytes]
-) -> None:
+):
     server.routes["/a"] = answers(200, compress(b"photo"), Content_Encoding=encoding)
-    assert fetched(f"{server.url}/a") == b"photo"
+    assert fetched(server.photo) == b"photo"
 
 
-def test_another_compression_is_refused(server: Server) -> None:
+def test_another_compression_is_refused(server: Server):
     server.routes["/a"] = answers(200, b"photo", Content_Encoding="br")
-    assert refusal(f"{server.url}/a") == "the content is compressed in a way that wasn't asked for"
+    assert refusal(server.photo) == "the content is compressed in a way that wasn't asked for"
 
 
-def test_redirects_are_followed_to_another_port(server: Server) -> None:
+def test_redirects_are_followed_to_another_port(server: Server):
     with Server() as target:
         server.routes["/a"] = answers(302, Location=f"{target.url}/b")
         target.routes["/b"] = answers(308, Location="c")
@@ -369,12 +370,12 @@ def test_redirects_are_followed_to_another_port(server: Server) -> None:
         ("http://[", "it isn't a valid address"),
     ],
 )
-def test_every_redirect_is_checked(server: Server, location: str, message: str) -> None:
+def test_every_redirect_is_checked(server: Server, location: str, message: str):
     server.routes["/a"] = answers(302, Location=location)
-    assert refusal(f"{server.url}/a") == message
+    assert refusal(server.photo) == message
 
 
-def test_a_redirect_to_a_private_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_to_a_private_address(server: Server, monkeypatch):
     # Nothing outside this machine can be reached here: the first hop has to pass for a public one.
     real = connection.address_fault
     monkeypatch.setattr(
@@ -382,12 +383,12 @@ def test_a_redirect_to_a_private_address(server: Server, monkeypatch: pytest.Mon
     )
     server.routes["/a"] = answers(302, Location="http://10.0.0.1/")
     limits = ONE_TRY.model_copy(update={"private_addresses": False})
-    assert refusal(f"{server.url}/a", limits) == f"the address is private (10.0.0.1){HINT}"
+    assert refusal(server.photo, limits) == f"the address is private (10.0.0.1){HINT}"
 
 
-def test_a_redirect_loop_ends(server: Server) -> None:
+def test_a_redirect_loop_ends(server: Server):
     server.routes["/a"] = answers(301, Location="/a")
-    assert refusal(f"{server.url}/a") == "more than 5 redirects"
+    assert refusal(server.photo) == "more than 5 redirects"
     assert len(server.requests) == 6
 
 
@@ -406,7 +407,7 @@ def test_a_redirect_loop_ends(server: Server) -> None:
         ("１２７.0.0.1", "127.0.0.1"),
     ],
 )
-def test_this_machine_is_refused_by_every_name(host: str, address: str | None) -> None:
+def test_this_machine_is_refused_by_every_name(host: str, address: str | None):
     message = refusal(f"http://{host}:9/", HttpSettings())
     addresses = [address] if address else ["127.0.0.1", "::1"]
     assert message in [f"the address is this machine's own ({ip}){HINT}" for ip in addresses]
@@ -432,7 +433,7 @@ ADDRESSES: dict[AddressFault | None, str] = {
     ("address", "fault"),
     [(address, fault) for fault, text in ADDRESSES.items() for address in text.split()],
 )
-def test_which_addresses_are_refused(address: str, fault: AddressFault | None) -> None:
+def test_which_addresses_are_refused(address: str, fault: AddressFault | None):
     assert connection.address_fault(address) == fault
 
 
@@ -442,16 +443,14 @@ def resolves_to(*addresses: str) -> Callable[..., list[tuple]]:
     ]
 
 
-def test_one_private_address_among_public_ones_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_private_address_among_public_ones_is_enough(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", resolves_to("93.184.216.34", "10.0.0.1"))
     assert refusal("http://cdn.example/", HttpSettings()).startswith(
         "the address is private (10.0.0.1)"
     )
 
 
-def test_the_name_is_resolved_once_and_the_next_address_is_tried(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_name_is_resolved_once_and_the_next_address_is_tried(server: Server, monkeypatch):
     hosts: list[str] = []
 
     def resolve(host: str, port: int, type: int) -> list[tuple]:
@@ -465,9 +464,7 @@ def test_the_name_is_resolved_once_and_the_next_address_is_tried(
     assert server.requests[0][1]["Host"] == f"xn--bcher-kva.example:{server.server_port}"
 
 
-def test_the_host_header_has_no_login_and_no_default_port(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_header_has_no_login_and_no_default_port(server: Server, monkeypatch):
     # Port 80 of this machine isn't free, so the name is resolved to another port.
     monkeypatch.setattr(
         socket,
@@ -481,8 +478,8 @@ def test_the_host_header_has_no_login_and_no_default_port(
 
 
 def test_an_unknown_host_is_final_and_a_silent_name_server_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     hosts: list[str] = []
 
     def resolve(host: str, port: int, type: int) -> list[tuple]:
@@ -497,9 +494,7 @@ def test_an_unknown_host_is_final_and_a_silent_name_server_is_not(
 
 
 @pytest.fixture
-def secure_server(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Server, list]]:
+def secure_server(server: Server, tmp_path, monkeypatch) -> Iterator[tuple[Server, list]]:
     """A server with a trusted certificate for localhost, and the names that clients asked for."""
     (tmp_path / "identity.pem").write_text(IDENTITY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -514,8 +509,8 @@ def secure_server(
 
 
 def test_https_checks_the_certificate_against_the_name(
-    secure_server: tuple[Server, list], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    secure_server: tuple[Server, list], monkeypatch
+):
     server, names = secure_server
     server.routes |= {"/a": answers(200, b"photo"), "/drip": streams(b"x", 0.05)}
     assert fetched(f"https://localhost:{server.server_port}/a") == b"photo"
@@ -534,7 +529,7 @@ def test_https_checks_the_certificate_against_the_name(
     assert len(server.requests) == 2
 
 
-def test_no_message_holds_a_password_or_a_signature(server: Server) -> None:
+def test_no_message_holds_a_password_or_a_signature(server: Server):
     server.routes |= {
         "/404": answers(404),
         "/500": answers(500),
@@ -573,14 +568,14 @@ def test_no_message_holds_a_password_or_a_signature(server: Server) -> None:
 @example("a\r\nb/\r\nX: y")
 @example("ann\x00@h")
 @settings(max_examples=300, deadline=None)
-def test_any_text_is_at_most_refused(text: str) -> None:
+def test_any_text_is_at_most_refused(text: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", resolves_to("10.0.0.1"))
         refusal(f"http://{text}", HttpSettings())
 
 
 @pytest.mark.parametrize("max_pending", [1, 3])
-def test_the_number_of_simultaneous_calls_is_bounded(max_pending: int) -> None:
+def test_the_number_of_simultaneous_calls_is_bounded(max_pending: int):
     lock = threading.Lock()
     all_running = threading.Barrier(max_pending)
     running = peak = consumed = 0
@@ -609,7 +604,7 @@ def test_the_number_of_simultaneous_calls_is_bounded(max_pending: int) -> None:
     assert peak == max_pending
 
 
-def test_a_stalled_call_does_not_hold_up_others() -> None:
+def test_a_stalled_call_does_not_hold_up_others():
     released = threading.Event()
 
     def work(row: int) -> int:

@@ -1,7 +1,5 @@
 """The endpoint backend against a loopback server that answers, stalls, throttles and fails."""
 
-from __future__ import annotations
-
 import base64
 import io
 import logging
@@ -58,7 +56,7 @@ Make = Callable[..., EndpointCaptioner]
 
 
 @pytest.fixture
-def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(server: Server, monkeypatch) -> Iterator[Make]:
     """Makes captioners of the server, with short waits."""
     monkeypatch.setenv(VARIABLES[server.dialect], KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -108,7 +106,7 @@ def answer_one(captioner: EndpointCaptioner) -> Answer:
     return answer
 
 
-def test_the_photo_and_the_prompt_arrive(server: Server, make: Make) -> None:
+def test_the_photo_and_the_prompt_arrive(server: Server, make: Make):
     photo = Image.new("RGB", (60, 40), (250, 10, 10))
     photo.paste((10, 10, 250), (30, 0, 60, 40))
     answers = answer_all(make(), [Request("a", photo, "What is it?\nIn 5 words – “please”.")])
@@ -123,7 +121,7 @@ def test_the_photo_and_the_prompt_arrive(server: Server, make: Make) -> None:
     assert [message["role"] for message in request.body["messages"]] == ["user"]
 
 
-def test_each_dialect_has_its_path_and_parameters(server: Server, make: Make) -> None:
+def test_each_dialect_has_its_path_and_parameters(server: Server, make: Make):
     answer_one(make())
     (request,) = server.received
     assert KEY in request.headers.get("authorization", "") + request.headers.get("x-api-key", "")
@@ -139,7 +137,7 @@ def test_each_dialect_has_its_path_and_parameters(server: Server, make: Make) ->
         assert photo == {"type": "image", "source": source}
 
 
-def test_the_json_schema_is_sent_in_the_dialects_way(server: Server, make: Make) -> None:
+def test_the_json_schema_is_sent_in_the_dialects_way(server: Server, make: Make):
     schema = {"type": "object", "properties": {"kind": {"type": "string"}}}
     server.always(server.says('{"kind": "shoe"}'))
     assert answer_one(make(schema)).text == '{"kind": "shoe"}'
@@ -155,7 +153,7 @@ def test_the_json_schema_is_sent_in_the_dialects_way(server: Server, make: Make)
         }
 
 
-def test_concurrent_requests_have_their_own_answers(server: Server, make: Make) -> None:
+def test_concurrent_requests_have_their_own_answers(server: Server, make: Make):
     barrier = threading.Barrier(4)
 
     def script(number: int, request: ReceivedRequest) -> Reply:
@@ -174,7 +172,7 @@ def test_concurrent_requests_have_their_own_answers(server: Server, make: Make) 
     assert (server.max_busy, len(server.received)) == (4, 20)
 
 
-def test_step_does_not_wait_for_slow_requests(server: Server, make: Make) -> None:
+def test_step_does_not_wait_for_slow_requests(server: Server, make: Make):
     server.script = lambda _, request: server.says("Done.", stalls=request.prompt == "Say 0.")
     captioner = make()
     for request in photos(3):
@@ -205,7 +203,7 @@ PARTS = [
 )
 def test_an_answer_may_be_empty_or_come_in_parts(
     server: Server, make: Make, content: Any, text: str
-) -> None:
+):
     server.always(server.says(content))
     assert answer_one(make()) == Answer("photo-0", text, 100, 20)
 
@@ -213,7 +211,7 @@ def test_an_answer_may_be_empty_or_come_in_parts(
 @pytest.mark.parametrize(
     "usage", [{}, {"usage": None}, {"usage": {}}], ids=["missing", "null", "empty"]
 )
-def test_usage_may_be_missing(server: Server, make: Make, usage: dict[str, Any]) -> None:
+def test_usage_may_be_missing(server: Server, make: Make, usage: dict[str, Any]):
     body = response_body(server.dialect, "A shoe.")
     del body["usage"]
     server.always(Reply(body | usage))
@@ -253,7 +251,7 @@ BAD_BODIES = {
 @pytest.mark.parametrize(("body", "message"), BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_bad_body_is_a_bad_answer_without_retry(
     server: Server, make: Make, body: Any, message: str
-) -> None:
+):
     content_type = "text/html" if body == BAD_BODIES["html"][0] else "application/json"
     server.always(Reply(body, headers={"Content-Type": content_type}))
     answer = answer_one(make())
@@ -268,14 +266,14 @@ def test_a_bad_body_is_a_bad_answer_without_retry(
         ("anthropic", response_body("anthropic", [CALL], "tool_use"), "tool_use"),
     ],
 )
-def test_a_tool_call_is_no_text(server: Server, make: Make, body: Any, reason: str) -> None:
+def test_a_tool_call_is_no_text(server: Server, make: Make, body: Any, reason: str):
     server.always(Reply(body))
     error = f"there is no text; it ended by {reason}"
     assert answer_one(make()) == Answer("photo-0", None, 100, 20, "bad_answer", error)
 
 
 @pytest.mark.parametrize("status", [400, 409, 413, 422])
-def test_a_bad_request_is_not_retried(server: Server, make: Make, status: int) -> None:
+def test_a_bad_request_is_not_retried(server: Server, make: Make, status: int):
     server.always(Reply(error_body("image  too\n large", code=7), status))
     answer = answer_one(make())
     assert (answer.text, answer.error_class, len(server.received)) == (None, "bad_request", 1)
@@ -293,9 +291,7 @@ def test_a_bad_request_is_not_retried(server: Server, make: Make, status: int) -
         ("anthropic", response_body("anthropic", "I won't.", "refusal"), "I won't."),
     ],
 )
-def test_a_refusal_has_its_own_error_class(
-    server: Server, make: Make, body: Any, reason: str
-) -> None:
+def test_a_refusal_has_its_own_error_class(server: Server, make: Make, body: Any, reason: str):
     server.always(Reply(body))
     error = f"the model refused: {reason}"
     assert answer_one(make()) == Answer("photo-0", None, 100, 20, "refusal", error)
@@ -304,7 +300,7 @@ def test_a_refusal_has_its_own_error_class(
 
 @openai_only
 @pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
-def test_a_filtered_request_is_a_refusal(server: Server, make: Make, code: str) -> None:
+def test_a_filtered_request_is_a_refusal(server: Server, make: Make, code: str):
     server.always(Reply(error_body("no", code=code), 400))
     answer = answer_one(make())
     assert (answer.text, answer.error_class, len(server.received)) == (None, "refusal", 1)
@@ -331,7 +327,7 @@ TROUBLES = {
 @pytest.mark.parametrize(("trouble", "error_class", "message"), TROUBLES.values(), ids=TROUBLES)
 def test_a_server_in_trouble_is_retried_until_it_recovers(
     server: Server, make: Make, trouble: Reply, error_class: str, message: str
-) -> None:
+):
     good = server.says("At last.")
     server.script = lambda number, _: trouble if number < 2 or number > 2 else good
     captioner = make(tries=3)
@@ -348,7 +344,7 @@ def test_a_server_in_trouble_is_retried_until_it_recovers(
     [Reply(b"", stalls=True), Reply(b"{}" * 50, trickles=True)],
     ids=["silent", "drop by drop"],
 )
-def test_a_server_that_hangs_costs_its_timeouts(server: Server, make: Make, hangs: Reply) -> None:
+def test_a_server_that_hangs_costs_its_timeouts(server: Server, make: Make, hangs: Reply):
     server.always(hangs)
     began = time.monotonic()
     answer = answer_one(make(timeout_seconds=0.25, tries=2))
@@ -357,7 +353,7 @@ def test_a_server_that_hangs_costs_its_timeouts(server: Server, make: Make, hang
     assert len(server.received) <= 2
 
 
-def test_a_port_without_a_server_is_unreachable(make: Make) -> None:
+def test_a_port_without_a_server_is_unreachable(make: Make):
     closed = Server("openai")
     closed.server_close()
     answer = answer_one(make(url=f"http://127.0.0.1:{closed.server_port}", tries=2))
@@ -368,7 +364,7 @@ def test_a_port_without_a_server_is_unreachable(make: Make) -> None:
 @pytest.mark.parametrize("status", [429, 503, 529])
 def test_a_throttled_request_delays_the_others_as_long_as_the_server_asks(
     server: Server, make: Make, status: int
-) -> None:
+):
     server.at_first(Reply(b"", status, {"Retry-After": "0.4"}))
     captioner = make(tries=1)
     assert answer_one(captioner).error_class == ("server_error" if status == 503 else "throttled")
@@ -378,7 +374,7 @@ def test_a_throttled_request_delays_the_others_as_long_as_the_server_asks(
     assert min(others) >= throttled + 0.4
 
 
-def test_a_throttled_request_is_retried_after_its_wait(server: Server, make: Make) -> None:
+def test_a_throttled_request_is_retried_after_its_wait(server: Server, make: Make):
     server.at_first(Reply(b"", 429, {"Retry-After": "0.4"}))
     assert answer_one(make()).text == "Done."
     first, second = (request.at for request in server.received)
@@ -386,7 +382,7 @@ def test_a_throttled_request_is_retried_after_its_wait(server: Server, make: Mak
 
 
 @openai_only
-def test_no_wait_follows_the_last_try(server: Server, make: Make) -> None:
+def test_no_wait_follows_the_last_try(server: Server, make: Make):
     server.always(Reply(b"", 429, {"Retry-After": "30"}))
     began = time.monotonic()
     assert answer_one(make(tries=1)).error_class == "throttled"
@@ -394,7 +390,7 @@ def test_no_wait_follows_the_last_try(server: Server, make: Make) -> None:
 
 
 @openai_only
-def test_retry_after_may_be_a_date(server: Server, make: Make) -> None:
+def test_retry_after_may_be_a_date(server: Server, make: Make):
     until = int(time.time()) + 2
     date = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
     arrived = list[float]()
@@ -424,8 +420,8 @@ def test_retry_after_may_be_a_date(server: Server, make: Make) -> None:
     ],
 )
 def test_an_odd_retry_after_is_capped_or_ignored(
-    server: Server, make: Make, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    server: Server, make: Make, value: str, monkeypatch
+):
     monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 0.05)
     server.at_first(Reply(b"", 429, {"Retry-After": value}))
     began = time.monotonic()
@@ -434,9 +430,7 @@ def test_an_odd_retry_after_is_capped_or_ignored(
 
 
 @openai_only
-def test_waits_without_retry_after_double_with_full_jitter(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waits_without_retry_after_double_with_full_jitter(server: Server, make: Make, monkeypatch):
     ranges = list[tuple[float, float]]()
 
     def longest(low: float, high: float) -> float:
@@ -460,9 +454,7 @@ def test_waits_without_retry_after_double_with_full_jitter(
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_a_status_that_every_photo_would_get_ends_the_run(
-    server: Server, make: Make, status: int
-) -> None:
+def test_a_status_that_every_photo_would_get_ends_the_run(server: Server, make: Make, status: int):
     server.always(Reply(error_body("no such thing"), status))
     with pytest.raises(RunError, match="no such thing") as failure:
         answer_all(make(), photos(3))
@@ -474,7 +466,7 @@ def test_a_status_that_every_photo_would_get_ends_the_run(
 
 
 @openai_only
-def test_an_account_without_credit_ends_the_run(server: Server, make: Make) -> None:
+def test_an_account_without_credit_ends_the_run(server: Server, make: Make):
     body = error_body("You exceeded your quota", code="insufficient_quota")
     server.always(Reply(body, 429))
     with pytest.raises(RunError, match="You exceeded your quota"):
@@ -491,9 +483,7 @@ def echo_key(request: ReceivedRequest, status: int, prefix: str = "") -> Reply:
     ["", "x" * 180, "x" * 465],
     ids=["at the start", "where a body is cut", "where an error is cut"],
 )
-def test_a_returned_key_is_in_no_error(
-    server: Server, make: Make, prefix: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_returned_key_is_in_no_error(server: Server, make: Make, prefix: str, caplog):
     caplog.set_level(logging.DEBUG)
     server.script = lambda number, request: echo_key(request, [400, 200, 500][number], prefix)
     captioner = make(tries=1)
@@ -507,12 +497,12 @@ def test_a_returned_key_is_in_no_error(
     assert KEY not in caplog.text + repr(captioner)
 
 
-def test_an_error_is_cut(server: Server, make: Make) -> None:
+def test_an_error_is_cut(server: Server, make: Make):
     server.always(Reply(b"x" * 100_000, 400))
     assert answer_one(make()).error == "status 400: " + "x" * 488
 
 
-def test_a_returned_key_is_in_no_caption_and_no_failure(server: Server, make: Make) -> None:
+def test_a_returned_key_is_in_no_caption_and_no_failure(server: Server, make: Make):
     replies = [
         server.says(f"A {KEY} shoe."),
         Reply(response_body(server.dialect, 5, note=f"Bearer {KEY}")),
@@ -526,9 +516,7 @@ def test_a_returned_key_is_in_no_caption_and_no_failure(server: Server, make: Ma
     assert KEY[:8] not in str(failure.value)
 
 
-def test_a_short_key_is_not_removed_from_captions(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_key_is_not_removed_from_captions(server: Server, make: Make, monkeypatch):
     monkeypatch.setenv(VARIABLES[server.dialect], "Done")
     server.at_first(Reply(b"not Done", 400))
     captioner = make()
@@ -537,8 +525,8 @@ def test_a_short_key_is_not_removed_from_captions(
 
 
 def test_a_provider_needs_a_key_and_another_server_does_not(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    server: Server, make: Make, monkeypatch
+):
     variable = VARIABLES[server.dialect]
     for missing in (None, " \n"):
         monkeypatch.delenv(variable) if missing is None else monkeypatch.setenv(variable, missing)
@@ -552,9 +540,7 @@ def test_a_provider_needs_a_key_and_another_server_does_not(
 
 
 @pytest.mark.parametrize("key", ["sk-abc\nsk-def", "sk-abc\N{HORIZONTAL ELLIPSIS}"])
-def test_a_malformed_key_is_not_repeated(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
+def test_a_malformed_key_is_not_repeated(server: Server, make: Make, monkeypatch, key: str):
     monkeypatch.setenv(VARIABLES[server.dialect], key)
     with pytest.raises(UsageError) as failure:
         make()
@@ -563,9 +549,7 @@ def test_a_malformed_key_is_not_repeated(
     assert str(failure.value) == error
 
 
-def test_a_missing_client_names_its_pip_command(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_client_names_its_pip_command(server: Server, make: Make, monkeypatch):
     monkeypatch.setitem(sys.modules, server.dialect, None)
     with pytest.raises(
         UsageError, match=rf"{server.dialect}.* pip install 'vlm4rec_spark\[endpoint\]'$"
@@ -574,7 +558,7 @@ def test_a_missing_client_names_its_pip_command(
 
 
 @openai_only
-def test_refused_parameters_are_dropped_or_replaced(server: Server, make: Make) -> None:
+def test_refused_parameters_are_dropped_or_replaced(server: Server, make: Make):
     refusals = {
         "max_tokens": "unsupported_parameter",
         "temperature": "unsupported_value",
@@ -606,9 +590,7 @@ def test_refused_parameters_are_dropped_or_replaced(server: Server, make: Make) 
         {"param": "temperature", "code": {"a": 1}},
     ],
 )
-def test_other_errors_change_no_parameters(
-    server: Server, make: Make, error: dict[str, Any]
-) -> None:
+def test_other_errors_change_no_parameters(server: Server, make: Make, error: dict[str, Any]):
     server.always(Reply(error_body("no", **error), 400))
     captioner = make()
     assert [answer_one(captioner).error_class for _ in range(2)] == ["bad_request"] * 2
@@ -616,9 +598,7 @@ def test_other_errors_change_no_parameters(
 
 
 @openai_only
-def test_the_tokens_per_minute_delay_requests(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tokens_per_minute_delay_requests(server: Server, make: Make, monkeypatch):
     monkeypatch.setattr(module, "_MINUTE", 0.4)
     monkeypatch.setattr(module, "_FIRST_ESTIMATE", 120)
     # 120 of 250 tokens per request: two start now, and the next two a minute later.
@@ -629,9 +609,7 @@ def test_the_tokens_per_minute_delay_requests(
 
 
 @openai_only
-def test_used_tokens_correct_the_estimate(
-    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_used_tokens_correct_the_estimate(server: Server, make: Make, monkeypatch):
     # Cheaper than estimated: after the first one, all fit into the minute.
     began = time.monotonic()
     assert len(answer_all(make(tokens_per_minute=1_500), photos(10))) == 10
@@ -648,7 +626,7 @@ def test_used_tokens_correct_the_estimate(
 
 
 @openai_only
-def test_a_process_ends_while_the_server_hangs(server: Server, make: Make) -> None:
+def test_a_process_ends_while_the_server_hangs(server: Server, make: Make):
     server.script = lambda _, request: server.says("Done.", stalls=request.prompt != "Say a.")
     code = f"""
 from PIL import Image
@@ -672,7 +650,7 @@ captioner.add(request("c"))
     assert (process.stdout, process.stderr, process.returncode) == ("Done.\n", "", 0)
 
 
-def test_the_model_id_has_the_models_name_and_nothing_of_the_server() -> None:
+def test_the_model_id_has_the_models_name_and_nothing_of_the_server():
     def model_id(**settings: Any) -> str:
         return ModelSettings(backend="endpoint", **settings).model_id()
 
@@ -700,6 +678,6 @@ def test_the_model_id_has_the_models_name_and_nothing_of_the_server() -> None:
         {"key": KEY},
     ],
 )
-def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any]):
     with pytest.raises(ValidationError):
         EndpointSettings.model_validate(settings)

@@ -1,7 +1,5 @@
 """A configuration of any YAML and any bytes is a Config, or an error with a line per mistake."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +111,20 @@ def outcome(files: list[Path], assignments: list[str]) -> Config | list[str]:
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("config") / "own.yaml"
 
 
 @hostile
 @given(content=trees | st.tuples(st.sampled_from(PATHS), trees).map(lambda pair: nested(*pair)))
-def test_any_tree(config_file: Path, content: Any) -> None:
+def test_any_tree(config_file: Path, content: Any):
     config_file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     outcome([config_file], [])
 
 
 @hostile
 @given(path=st.sampled_from(PATHS), value=st.sampled_from(SCALARS))
-def test_any_key_with_a_hostile_value(config_file: Path, path: tuple[str, ...], value: str) -> None:
+def test_any_key_with_a_hostile_value(config_file: Path, path: tuple[str, ...], value: str):
     result = outcome([], [f"{'.'.join(path)}={value}"])
     assert isinstance(result, Config) or len(result) == 1
     sections = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(path))
@@ -162,7 +160,7 @@ fragments = (
 @given(
     data=st.binary(max_size=200) | st.lists(st.sampled_from(fragments), max_size=40).map(b"".join)
 )
-def test_any_bytes(config_file: Path, data: bytes) -> None:
+def test_any_bytes(config_file: Path, data: bytes):
     config_file.write_bytes(data)
     outcome([config_file], [])
 
@@ -176,23 +174,23 @@ assignment = st.tuples(
 
 @hostile
 @given(assignments=st.lists(assignment, max_size=3))
-def test_any_assignments(assignments: list[str]) -> None:
+def test_any_assignments(assignments: list[str]):
     result = outcome([], assignments)
     assert isinstance(result, Config) or len(result) <= 1 + len(assignments)
 
 
-def test_a_very_long_key() -> None:
+def test_a_very_long_key():
     for key in ("x" * 100_000, "." * 100_000):
         (line,) = outcome([], [f"{key}=1"])
         assert line.endswith("?")
 
 
-def test_one_value_under_two_names_stays_two_values(config_file: Path) -> None:
+def test_one_value_under_two_names_stays_two_values(config_file: Path):
     config_file.write_text("ingest: {items: &same {path: [a]}, interactions: *same}\n")
     ingest = load([config_file], ["ingest.items.format=json"]).ingest
     assert (ingest.items.format, ingest.interactions.format) == ("json", "csv")
 
 
 @pytest.mark.parametrize("weight", [".inf", ".nan", "-1", "0"])
-def test_an_impossible_weight(weight: str) -> None:
+def test_an_impossible_weight(weight: str):
     assert len(outcome([], [f"profiles.event_weights.view={weight}"])) == 1

@@ -1,7 +1,5 @@
 """Hostile texts for the encoder and the index: no exception, and no endless computation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,7 +33,7 @@ FRAGMENTS = (
 @given(
     text=st.text() | st.lists(st.sampled_from(FRAGMENTS)).map("".join), max_words=st.integers(1, 5)
 )
-def test_any_text_becomes_printable_and_short(text: str, max_words: int) -> None:
+def test_any_text_becomes_printable_and_short(text: str, max_words: int):
     cleaned = clean(text, max_words)
     assert cleaned.isprintable()
     assert cleaned == " ".join(cleaned.split())
@@ -60,7 +58,7 @@ def test_any_text_becomes_printable_and_short(text: str, max_words: int) -> None
         ("\x00", MILLION),
     ],
 )
-def test_a_text_of_a_million_characters(fragment: str, times: int) -> None:
+def test_a_text_of_a_million_characters(fragment: str, times: int):
     cleaned = clean(fragment * times, 256)
     assert len(cleaned.split()) <= 256
     words = telling_words([cleaned]).vocabulary
@@ -68,5 +66,5 @@ def test_a_text_of_a_million_characters(fragment: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("number", ["99999999", "9" * 5_000, "x" + "f" * 5_000])
-def test_the_number_of_no_character(number: str) -> None:
+def test_the_number_of_no_character(number: str):
     assert clean(f"a&#{number};", 256) in ("a", "a\ufffd")

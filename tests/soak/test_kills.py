@@ -4,8 +4,6 @@ SIGKILL goes to real processes: the driver's Python, its JVM, its Python workers
 thirty and starts two drivers in the same second. test_pipeline.py has two kills for `make test`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -23,7 +21,7 @@ import deltalake
 import pytest
 
 from vlm4rec_spark.demo import catalogue
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.schemas import TABLES
 
 pytestmark = pytest.mark.soak
 FAST = {
@@ -88,7 +86,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def shop(tmp_path_factory) -> Iterator[Shop]:
     shop = Shop(tmp_path_factory.mktemp("kills"))
     yield shop
     for process in shop.started:
@@ -113,7 +111,7 @@ def expected(shop: Shop) -> Expected:
 def contents(out: Path) -> dict[str, list[str]]:
     """Every table's rows as text, without volatile columns. Without tables of runs and files."""
     tables = {}
-    for table in schemas.TABLES.values():
+    for table in TABLES.values():
         if table.name in ("runs", "state", "ingested_files"):
             continue
         rows = deltalake.DeltaTable(str(out / "tables" / table.name)).to_pyarrow_table()
@@ -181,7 +179,7 @@ def temporary_files() -> set[Path]:
 
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
     shop: Shop, expected: Expected
-) -> None:
+):
     rng = random.Random(SEED)
     files_before = temporary_files()
     kills = 0
@@ -205,9 +203,7 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
     assert temporary_files() <= files_before
 
 
-def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
-    shop: Shop, expected: Expected
-) -> None:
+def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(shop: Shop, expected: Expected):
     rng = random.Random(SEED)
     kills = 0
     runs = 0
@@ -225,9 +221,7 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
     assert runs <= kills
 
 
-def test_of_two_drivers_that_start_in_the_same_second_one_works(
-    shop: Shop, expected: Expected
-) -> None:
+def test_of_two_drivers_that_start_in_the_same_second_one_works(shop: Shop, expected: Expected):
     processes = [shop.start("both"), shop.start("both")]
     assert [process.wait(600) for process in processes] == [0, 0], shop.log("both")
     assert "Another run is at work on these tables" in shop.log("both")
