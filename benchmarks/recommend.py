@@ -297,7 +297,7 @@ class Shop:
         self.effort = self.calibration.effort or Effort(1, K)
         say(
             f"{items:,} items: calibrated in {time.monotonic() - started:.0f} s: "
-            f"{self.calibration.describe(searcher.leaves)}, recall {self.calibration.recall:.4f}"
+            f"{self.calibration.describe(searcher.leaf_count)}, recall {self.calibration.recall:.4f}"
         )
 
     def append_profiles(self) -> None:
@@ -435,7 +435,7 @@ class Shop:
         """Build an index that reorders; the returned function runs the process without Spark."""
         scann_folder = self.folder / "raw-scann"
         scann_folder.mkdir()
-        leaves = Searcher.open(self.index, verify=False).leaves
+        leaves = Searcher.open(self.index, verify=False).leaf_count
         build_reordering_scann(self.vectors, leaves, scann_folder)
         table = self.pipeline.tables.name_of(schemas.PROFILES)
         settings = RawSettings(

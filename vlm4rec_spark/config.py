@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
 from vlm4rec_spark.report.data import ReportSettings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.spark.session import SparkSettings
 from vlm4rec_spark.stages.embed import EmbedSettings
 from vlm4rec_spark.stages.index import IndexSettings
@@ -57,10 +58,8 @@ _Origins = dict[_Path, str]
 """Where the value of each key was given: a file and its line, or a --set."""
 
 
-class Config(BaseModel):
-    """The whole configuration. Frozen; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Config(Settings):
+    """The whole configuration."""
 
     tables: str = Field("tables", min_length=1)
     log: Literal["text", "json"] = "text"
@@ -79,7 +78,7 @@ class Config(BaseModel):
     maintain: MaintainSettings = MaintainSettings()
 
 
-def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
+def load(files: Sequence[Path] | None = None, assignments: Iterable[str] | None = None) -> Config:
     """The configuration from base.yaml, then `files`, then `key=value` assignments; later ones win.
 
     A file that isn't there is also looked for in conf/. Raises UsageError with a line per wrong
@@ -87,9 +86,9 @@ def load(files: Sequence[Path] = (), assignments: Iterable[str] = ()) -> Config:
     """
     content: dict[str, Any] = {}
     origins: _Origins = {}
-    for file in (CONF / "base.yaml", *files):
+    for file in (CONF / "base.yaml", *(files or ())):
         content = _merged(content, _read(file, origins))
-    for assignment in assignments:
+    for assignment in assignments or ():
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise UsageError(

@@ -630,13 +630,14 @@ def test_a_process_ends_while_the_server_hangs(server: Server, make: Make):
     server.script = lambda _, request: server.says("Done.", stalls=request.prompt != "Say a.")
     code = f"""
 from PIL import Image
-from vlm4rec_spark.models.captioning.captioner import EndpointSettings, Request
+from vlm4rec_spark.models.captioning.captioner import EndpointSettings, ModelSettings, Request
 from vlm4rec_spark.models.captioning.backends.endpoint import EndpointCaptioner
 def request(key):
     return Request(key, Image.new("RGB", (8, 8)), f"Say {{key}}.")
-settings = EndpointSettings(url={server.url!r}, timeout_seconds=600)
-captioner = EndpointCaptioner("eyes-1", 40, settings)
-never_stepped = EndpointCaptioner("eyes-1", 40, settings)
+endpoint = EndpointSettings(url={server.url!r}, timeout_seconds=600)
+settings = ModelSettings(model="eyes-1", max_new_tokens=40, endpoint=endpoint)
+captioner = EndpointCaptioner(settings)
+never_stepped = EndpointCaptioner(settings)
 never_stepped.add(request("d"))
 for key in ("a", "b"):
     captioner.add(request(key))

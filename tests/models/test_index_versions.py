@@ -92,12 +92,12 @@ def test_a_search_finds_added_and_changed_items_but_no_removed_ones(
     first: Searcher, second: Searcher, second_catalogue: Catalogue
 ) -> None:
     assert second.base == first.index_id
-    assert second.leaves == first.leaves
+    assert second.leaf_count == first.leaf_count
     assert 95 <= len(second.delta) <= 100
     queries = vectors_of(np.arange(200), seed=5)
     all_cosines = queries @ second_catalogue.vectors.T
     exact = np.argsort(-all_cosines, axis=1, kind="stable")[:, :K]
-    positions, cosines = second.search(queries, Effort(second.leaves, 400))
+    positions, cosines = second.search(queries, Effort(second.leaf_count, 400))
     is_item = positions >= 0
     order = np.argsort(-np.where(is_item, cosines, -9), axis=1, kind="stable")
     top = np.take_along_axis(positions, order[:, :K], 1)
@@ -111,10 +111,10 @@ def test_a_search_finds_added_and_changed_items_but_no_removed_ones(
 
 def test_a_smaller_search_finds_the_first_of_a_larger_one(second: Searcher) -> None:
     queries = vectors_of(np.arange(200), seed=5)
-    larger = second.search(queries, Effort(second.leaves, 400)).positions
-    smaller = second.search(queries, Effort(second.leaves, 50)).positions
+    larger = second.search(queries, Effort(second.leaf_count, 400)).positions
+    smaller = second.search(queries, Effort(second.leaf_count, 50)).positions
     assert smaller.tolist() == larger[:, :50].tolist()
-    alone = second.search(queries[7:8], Effort(second.leaves, 50)).positions
+    alone = second.search(queries[7:8], Effort(second.leaf_count, 50)).positions
     assert alone[0].tolist() == larger[7, :50].tolist()
 
 

@@ -47,7 +47,7 @@ def nearest(searcher: Searcher, queries: np.ndarray, k: int = K) -> np.ndarray:
 def test_identical_items_are_all_found_smaller_id_first(tmp_path):
     vectors = np.repeat(clustered(100, seed=7), 10, axis=0)
     opened = build_index(tmp_path / "x", vectors)
-    for effort in (None, Effort(opened.leaves, 150)):
+    for effort in (None, Effort(opened.leaf_count, 150)):
         top = best(opened, vectors[[0, 500]], effort).positions
         assert top.tolist() == [list(range(10)), list(range(500, 510))]
 
@@ -93,10 +93,10 @@ def test_every_query_gets_a_full_list(tmp_path, catalogue: str, items: int):
 
     assert lists(None).tolist() == exact.tolist()
     if opened.approximate:
-        assert lists(Effort(opened.leaves, items)).tolist() == exact.tolist()
+        assert lists(Effort(opened.leaf_count, items)).tolist() == exact.tolist()
         # ScaNN's codes hardly tell close items apart, even if all leaves are searched.
         min_recall = 0.7 if catalogue == "skewed" else 0.99
-        assert mean_recall(lists(Effort(opened.leaves, 16 * K)), exact) >= min_recall
+        assert mean_recall(lists(Effort(opened.leaf_count, 16 * K)), exact) >= min_recall
         assert all(len(set(row)) == length for row in lists(Effort(1, K)).tolist())
 
 

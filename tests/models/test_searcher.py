@@ -224,7 +224,7 @@ def search_top_k(searcher: Searcher, queries: np.ndarray, effort: Effort) -> np.
 def test_more_effort_finds_more(
     searcher: Searcher, queries: np.ndarray, exact_lists: np.ndarray
 ) -> None:
-    assert searcher.leaves == 45
+    assert searcher.leaf_count == 45
     efforts = (Effort(1, 20), Effort(4, 100), Effort(22, 200), Effort(45, 200))
     recalls = [
         mean_recall(search_top_k(searcher, queries, effort), exact_lists) for effort in efforts

@@ -42,7 +42,7 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 @pytest.fixture(scope="module")
 def hardest(searcher: Searcher) -> Effort:
     """The effort that misses nothing."""
-    return Effort(searcher.leaves, ITEMS)
+    return Effort(searcher.leaf_count, ITEMS)
 
 
 @pytest.fixture

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from vlm4rec_spark.models.captioning.captioner import ModelSettings
+from vlm4rec_spark.settings_base import Settings
 
 
-class Budget(BaseModel):
+class Budget(Settings):
     """The limit of a run. Items with the most events come first; the rest waits for the next."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     photos: int | None = Field(None, ge=0)
     money: float | None = Field(None, ge=0)
     """In the currency of `Prices`."""
 
 
-class Prices(BaseModel):
+class Prices(Settings):
     """In any one currency; 0 where nothing is paid."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device_hour: float = Field(0.0, ge=0)
     million_input_tokens: float = Field(0.0, ge=0)
@@ -46,10 +43,8 @@ class Prices(BaseModel):
         return any(self.model_dump().values())
 
 
-class Assumed(BaseModel):
+class Assumed(Settings):
     """Rates for the plan until a run has measured them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     photos_per_second: float = Field(1.0, gt=0)
     """Of one device."""
@@ -58,14 +53,10 @@ class Assumed(BaseModel):
     output_tokens: float = Field(100, ge=0)
 
 
-class CaptionSettings(BaseModel):
+class CaptionSettings(Settings):
     """`conf/base.yaml` explains every setting."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        protected_namespaces=(),
-    )
+    model_config = ConfigDict(protected_namespaces=())
 
     model: ModelSettings = ModelSettings()
     prompt: str = "describe.1"

@@ -201,7 +201,7 @@ def row(
         "error_class": error_class,
         "error": error[:1_000] if error else error,
         "seconds": result.seconds,
-        "waited": result.waited,
+        "waited": result.idle_seconds,
     }
 
 

@@ -32,7 +32,7 @@ Each stage reads and writes Delta tables and adds a row to the table `runs`. It 
 or killed at any moment. `vlm4rec run` runs all stages. `vlm4rec demo` draws a shop for them.""",
 )
 
-Files = Annotated[
+ConfigFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--config",
@@ -41,7 +41,7 @@ Files = Annotated[
         metavar="FILE",
     ),
 ]
-Assignments = Annotated[
+SettingOverrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
@@ -87,10 +87,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stage_command(name: str) -> Callable[..., None]:
-    def command(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+    def command(
+        config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
+    ) -> None:
         from vlm4rec_spark.cli.commands import run_stages
 
-        run_stages(name, config or [], set_ or [], debug)
+        run_stages(name, config, set_, debug)
 
     return command
 
@@ -107,8 +109,8 @@ ErrorClass = Annotated[
 def caption(
     error_class: ErrorClass = None,
     retry_failed: Retry = False,
-    config: Files = None,
-    set_: Assignments = None,
+    config: ConfigFiles = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Caption every photo that has no caption yet; identical photos are captioned once.
@@ -122,15 +124,15 @@ def caption(
     """
     from vlm4rec_spark.cli.commands import run_stages
 
-    run_stages("caption", config or [], set_ or [], debug, _retry(error_class, retry_failed))
+    run_stages("caption", config, set_, debug, _retry(error_class, retry_failed))
 
 
 def show_plan(
     error_class: ErrorClass = None,
     retry_failed: Retry = False,
     as_json: Json = False,
-    config: Files = None,
-    set_: Assignments = None,
+    config: ConfigFiles = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Show what `caption` would do now: how many photos, why, how long and at what price.
@@ -140,7 +142,7 @@ def show_plan(
     """
     from vlm4rec_spark.cli.commands import run_plan
 
-    run_plan(config or [], set_ or [], debug, as_json, _retry(error_class, retry_failed))
+    run_plan(config, set_, debug, as_json, _retry(error_class, retry_failed))
 
 
 def _retry(error_class: str | None, retry_failed: bool) -> str | None:
@@ -151,8 +153,8 @@ def _retry(error_class: str | None, retry_failed: bool) -> str | None:
 
 def evaluate(
     as_json: Json = False,
-    config: Files = None,
-    set_: Assignments = None,
+    config: ConfigFiles = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Evaluate every arm on held-out events, with confidence intervals.
@@ -164,7 +166,7 @@ def evaluate(
     """
     from vlm4rec_spark.cli.commands import run_evaluate
 
-    run_evaluate(config or [], set_ or [], debug, as_json)
+    run_evaluate(config, set_, debug, as_json)
 
 
 # The help lists commands in the order of their registration: that of the work.
@@ -200,18 +202,20 @@ def import_captions(
             metavar="NAME=COLUMN",
         ),
     ] = None,
-    config: Files = None,
-    set_: Assignments = None,
+    config: ConfigFiles = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Import captions from another system in place of the caption stage; run `embed` after it."""
     from vlm4rec_spark.cli.commands import run_import
 
-    run_import(path, format, column or [], config or [], set_ or [], debug)
+    run_import(path, format, column, config, set_, debug)
 
 
 @app.command("status")
-def show_status(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+def show_status(
+    config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
+) -> None:
     """Show the size of all tables, the last run of each stage, and which index is in force.
 
     Changes nothing, and may run while another run is at work. `size` counts the current version of
@@ -222,7 +226,7 @@ def show_status(config: Files = None, set_: Assignments = None, debug: Debug = F
     """
     from vlm4rec_spark.cli.commands import run_status
 
-    run_status(config or [], set_ or [], debug)
+    run_status(config, set_, debug)
 
 
 @app.command("show")
@@ -231,8 +235,8 @@ def show_one(
     id_: Annotated[
         str, typer.Argument(metavar="ID", help="Its id, as in the log or the catalogue.")
     ],
-    config: Files = None,
-    set_: Assignments = None,
+    config: ConfigFiles = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Show everything about one user or item: `vlm4rec show user U`, `vlm4rec show item I`.
@@ -248,7 +252,7 @@ def show_one(
     """
     from vlm4rec_spark.cli.commands import run_show
 
-    run_show(kind, id_, config or [], set_ or [], debug)
+    run_show(kind, id_, config, set_, debug)
 
 
 @app.command("tune")
@@ -264,8 +268,8 @@ def tune(
     metric: Annotated[
         Literal["ndcg", "recall"], typer.Option(help="The metric to maximize, at evaluate.k.")
     ] = "ndcg",
-    config: Files = None,
-    set_: Assignments = None,
+    config: ConfigFiles = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Choose the settings of profiles and blend, and write them as a configuration file.
@@ -281,11 +285,13 @@ def tune(
     """
     from vlm4rec_spark.cli.commands import run_tune
 
-    run_tune(out, representation or [], metric, config or [], set_ or [], debug)
+    run_tune(out, representation, metric, config, set_, debug)
 
 
 @app.command("maintain")
-def maintain(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+def maintain(
+    config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
+) -> None:
     """Join small files, delete old ones, and remove what killed runs left. Changes no row.
 
     Every table: OPTIMIZE joins small files into larger ones. Then VACUUM deletes the files that no
@@ -301,15 +307,17 @@ def maintain(config: Files = None, set_: Assignments = None, debug: Debug = Fals
     """
     from vlm4rec_spark.cli.commands import run_maintain
 
-    run_maintain(config or [], set_ or [], debug)
+    run_maintain(config, set_, debug)
 
 
 @app.command("config")
-def show_config(config: Files = None, set_: Assignments = None, debug: Debug = False) -> None:
+def show_config(
+    config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
+) -> None:
     """Print the effective configuration as YAML."""
     from vlm4rec_spark.config import load
 
-    settings = load(config or [], set_ or []).model_dump(mode="json")
+    settings = load(config, set_).model_dump(mode="json")
     print(yaml.safe_dump(settings, sort_keys=False), end="")
 
 
@@ -321,7 +329,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Another seed is another shop.")] = 7,
     items: Annotated[int, typer.Option(min=50, help="Items in the catalogue.")] = 560,
     users: Annotated[int, typer.Option(min=50, help="Users in the log.")] = 2_000,
-    set_: Assignments = None,
+    set_: SettingOverrides = None,
     debug: Debug = False,
 ) -> None:
     """Draw a shop with photos, run every stage on it, and write a report.
@@ -330,53 +338,65 @@ def demo(
     """
     from vlm4rec_spark.cli.commands import run_demo
 
-    run_demo(out, seed, items, users, set_ or [], debug)
+    run_demo(out, seed, items, users, set_, debug)
+
+
+LabelledTable = Annotated[
+    Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")
+]
+ModelFolder = Annotated[Path, typer.Option(help="Folder for the model, its card and its curve.")]
+AttributeColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=COLUMN",
+        help="An attribute of the captions and its column: kind=category; repeatable.",
+    ),
+]
+PhotoColumn = Annotated[
+    str, typer.Option(help="Column with the photo's bytes, or its path relative to the table.")
+]
+CaptionColumn = Annotated[
+    str, typer.Option(help="Column with a sentence of your own, if any, for the caption.")
+]
+WeightColumn = Annotated[
+    str, typer.Option(help="Column with the photo's sampling weight; 1 is normal.")
+]
+WorkFolder = Annotated[
+    Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")
+]
+PhotosSeen = Annotated[
+    int, typer.Option(min=1, help="Photos to train on; each is used several times.")
+]
+StartModel = Annotated[
+    str,
+    typer.Option(help="Start from this captioner, 'packaged' or a folder, not from nothing."),
+]
+MirroredShare = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of photos that are only mirrored, or not.")
+]
+StartShare = Annotated[
+    float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")
+]
+Licence = Annotated[str, typer.Option(help="The card's text on rights in photos and model.")]
 
 
 @app.command("train-captioner")
 def train_captioner(
-    table: Annotated[
-        Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the model, its card and its curve.")],
-    attribute: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=COLUMN",
-            help="An attribute of the captions and its column: kind=category; repeatable.",
-        ),
-    ] = None,
-    photo: Annotated[
-        str, typer.Option(help="Column with the photo's bytes, or its path relative to the table.")
-    ] = "photo",
-    caption: Annotated[
-        str, typer.Option(help="Column with a sentence of your own, if any, for the caption.")
-    ] = "caption",
-    weight: Annotated[
-        str, typer.Option(help="Column with the photo's sampling weight; 1 is normal.")
-    ] = "weight",
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")
-    ] = None,
-    seen: Annotated[
-        int, typer.Option(min=1, help="Photos to train on; each is used several times.")
-    ] = 400_000,
+    table: LabelledTable,
+    out: ModelFolder,
+    attribute: AttributeColumns = None,
+    photo: PhotoColumn = "photo",
+    caption: CaptionColumn = "caption",
+    weight: WeightColumn = "weight",
+    work: WorkFolder = None,
+    seen: PhotosSeen = 400_000,
     batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
     rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    start: Annotated[
-        str,
-        typer.Option(help="Start from this captioner, 'packaged' or a folder, not from nothing."),
-    ] = "",
-    mirrored: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of photos that are only mirrored, or not.")
-    ] = 0.0,
-    kept: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")
-    ] = 0.0,
-    licence: Annotated[
-        str, typer.Option(help="The card's text on rights in photos and model.")
-    ] = "Not stated.",
+    start: StartModel = "",
+    mirrored: MirroredShare = 0.0,
+    kept: StartShare = 0.0,
+    licence: Licence = "Not stated.",
     debug: Debug = False,
 ) -> None:
     """Train a small captioner on your own labelled photos, for `caption.model.model`.

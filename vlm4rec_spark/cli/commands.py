@@ -13,9 +13,17 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from vlm4rec_spark.cli import plan_table, quiet, show, status, tune_table
+from vlm4rec_spark.cli import (
+    ConfigFiles,
+    SettingOverrides,
+    plan_table,
+    quiet,
+    show,
+    status,
+    tune_table,
+)
 from vlm4rec_spark.cli.reporter import LOG, configure
-from vlm4rec_spark.config import Config, load
+from vlm4rec_spark.config import load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
 from vlm4rec_spark.pipeline import STAGES, Pipeline, Reporter, StageResult
@@ -26,36 +34,37 @@ from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.storage import schemas
 
 _HEADLINE_METRICS = ("recall", "ndcg")
+_CONSOLE = Console(stderr=True)
 
 
 def run_stages(
     name: str,
-    files: Sequence[Path],
-    assignments: Sequence[str],
+    files: ConfigFiles,
+    assignments: SettingOverrides,
     debug: bool,
     retry: str | None = None,
 ) -> None:
     """Run the stage `name`, or all of them for `run`; `retry` as in RunContext."""
-    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+    with _pipeline(files, assignments, debug) as pipeline:
         pipeline.context.retry = retry
-        _run(pipeline, STAGES if name == "run" else (name,), console)
+        _run(pipeline, STAGES if name == "run" else (name,))
 
 
 def run_evaluate(
-    files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool
+    files: ConfigFiles, assignments: SettingOverrides, debug: bool, as_json: bool
 ) -> None:
     """Run `evaluate`; with `as_json` print its metrics."""
-    with _pipeline(load(files, assignments), debug) as (pipeline, console):
-        _run(pipeline, ("evaluate",), console)
+    with _pipeline(files, assignments, debug) as pipeline:
+        _run(pipeline, ("evaluate",))
         if as_json:
             print(json.dumps(_evaluation(pipeline)))
 
 
 def run_plan(
-    files: Sequence[Path], assignments: Sequence[str], debug: bool, as_json: bool, retry: str | None
+    files: ConfigFiles, assignments: SettingOverrides, debug: bool, as_json: bool, retry: str | None
 ) -> None:
     """Run `plan`."""
-    with _pipeline(load(files, assignments), debug) as (pipeline, _):
+    with _pipeline(files, assignments, debug) as pipeline:
         pipeline.context.retry = retry
         plan = pipeline.plan()
         if as_json:
@@ -67,14 +76,14 @@ def run_plan(
 def run_import(
     path: str,
     kind: str,
-    columns: Sequence[str],
-    files: Sequence[Path],
-    assignments: Sequence[str],
+    columns: list[str] | None,
+    files: ConfigFiles,
+    assignments: SettingOverrides,
     debug: bool,
 ) -> None:
     """Run `import-captions`."""
     mapping = {}
-    for column in columns:
+    for column in columns or ():
         name, equals, source_name = column.partition("=")
         if not equals:
             raise UsageError(
@@ -84,74 +93,74 @@ def run_import(
     if kind not in ("csv", "json", "parquet", "delta"):
         raise UsageError(f"--format {kind}: use csv, json, parquet or delta.")
     source = Source(path=(path,), format=kind, columns=mapping)
-    with _pipeline(load(files, assignments), debug) as (pipeline, console):
-        _show([pipeline.import_captions(source)], console)
+    with _pipeline(files, assignments, debug) as pipeline:
+        _show([pipeline.import_captions(source)])
 
 
 def run_demo(
-    out: Path, seed: int, items: int, users: int, assignments: Sequence[str], debug: bool
+    out: Path, seed: int, items: int, users: int, assignments: SettingOverrides, debug: bool
 ) -> None:
     """Draw the shop, run every stage on it, and print where the report is."""
     from vlm4rec_spark.demo import catalogue
 
     raw = out / "raw"
-    settings = [*_demo_settings(out, raw), f"evaluate.cut={catalogue.CUT}", *assignments]
-    config = load([Path("demo.yaml")], settings)
+    settings = [*_demo_settings(out, raw), f"evaluate.cut={catalogue.CUT}", *(assignments or ())]
     truth = raw / "truth.parquet"
-    if not truth.exists():
-        LOG.info("drawing a shop of %s items and %s users into %s", f"{items:,}", f"{users:,}", raw)
-        catalogue.write(raw, seed, items, users)
-    with _pipeline(config, debug) as (pipeline, console):
+    with _pipeline([Path("demo.yaml")], settings, debug) as pipeline:
+        if not truth.exists():
+            shop = f"{items:,} items and {users:,} users"
+            LOG.info("drawing a shop of %s into %s", shop, raw)
+            catalogue.write(raw, seed, items, users)
         with pipeline.lease():
             _add_oracle(pipeline, truth)
-        _run(pipeline, STAGES, console)
+        _run(pipeline, STAGES)
 
 
 def run_tune(
     out: Path,
-    representations: Sequence[str],
+    representations: list[str] | None,
     metric: Metric,
-    files: Sequence[Path],
-    assignments: Sequence[str],
+    files: ConfigFiles,
+    assignments: SettingOverrides,
     debug: bool,
 ) -> None:
     """Run `tune`."""
     folder = out.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"--out {out}: there is no folder {folder}.")
-    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+    with _pipeline(files, assignments, debug) as pipeline:
         tuned = pipeline.tune(representations or [pipeline.config.representation], metric)
         tune_table.write(tuned, out)
-        tune_table.show(tuned, console)
-        _print_line(console, f"settings: {out.resolve()}. Use them: --config {out}")
+        tune_table.show(tuned, _CONSOLE)
+        _print_line(f"settings: {out.resolve()}. Use them: --config {out}")
 
 
-def run_status(files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
+def run_status(files: ConfigFiles, assignments: SettingOverrides, debug: bool) -> None:
     """Run `status`."""
-    with _pipeline(load(files, assignments), debug) as (pipeline, _):
+    with _pipeline(files, assignments, debug) as pipeline:
         status.show(pipeline, Console())
 
 
 def run_show(
     kind: Literal["user", "item"],
     id_: str,
-    files: Sequence[Path],
-    assignments: Sequence[str],
+    files: ConfigFiles,
+    assignments: SettingOverrides,
     debug: bool,
 ) -> None:
     """Run `show user` or `show item`."""
-    with _pipeline(load(files, assignments), debug) as (pipeline, _):
+    with _pipeline(files, assignments, debug) as pipeline:
         show_one = show.user if kind == "user" else show.item
         show_one(pipeline, id_, Console())
 
 
-def run_maintain(files: Sequence[Path], assignments: Sequence[str], debug: bool) -> None:
+def run_maintain(files: ConfigFiles, assignments: SettingOverrides, debug: bool) -> None:
     """Run `maintain`."""
-    with _pipeline(load(files, assignments), debug) as (pipeline, console):
+    with _pipeline(files, assignments, debug) as pipeline:
         result = pipeline.maintain()
         _report(result)
         if pipeline.config.log != "json":
-            status.show_maintenance(result, console)
+            status.show_maintenance(result, _CONSOLE)
 
 
 def _demo_settings(out: Path, raw: Path) -> list[str]:
@@ -183,31 +192,31 @@ def _add_oracle(pipeline: Pipeline, truth: Path) -> None:
 
 
 @contextmanager
-def _pipeline(config: Config, debug: bool) -> Iterator[tuple[Pipeline, Console]]:
-    console = Console(stderr=True)
+def _pipeline(files: ConfigFiles, assignments: SettingOverrides, debug: bool) -> Iterator[Pipeline]:
+    config = load(files, assignments)
     if not debug:
         quiet()
     as_json = config.log == "json"
-    with console.status("starting Spark") if console.is_terminal else nullcontext():
+    with _CONSOLE.status("starting Spark") if _CONSOLE.is_terminal else nullcontext():
         spark = session(config.spark)
     spark.sparkContext.setLogLevel("WARN" if debug else "FATAL")
     reporter = Reporter(
         stage=lambda run_id, stage: configure(as_json, run_id=run_id, stage=stage),
         info=LOG.info,
-        progress=partial(progress.watch, spark, None if as_json else console, LOG.info),
+        progress=partial(progress.watch, spark, None if as_json else _CONSOLE, LOG.info),
     )
-    yield Pipeline(spark, config, reporter), console
+    yield Pipeline(spark, config, reporter)
 
 
-def _run(pipeline: Pipeline, stages: Sequence[str], console: Console) -> None:
+def _run(pipeline: Pipeline, stages: Sequence[str]) -> None:
     results = pipeline.run(stages, _report)
     if pipeline.config.log == "json":
         return
-    _show(results, console)
+    _show(results)
     if "report" in stages:
-        _print_line(console, f"report: {Path(pipeline.config.report.path).resolve()}")
+        _print_line(f"report: {Path(pipeline.config.report.path).resolve()}")
     if "evaluate" in stages:
-        _headline(pipeline, console)
+        _headline(pipeline)
 
 
 def _report(result: StageResult) -> None:
@@ -223,7 +232,7 @@ def _report(result: StageResult) -> None:
     LOG.info("%s: %s, %.1f s", result.stage, outcome, result.seconds, extra={"figures": figures})
 
 
-def _show(results: Sequence[StageResult], console: Console) -> None:
+def _show(results: Sequence[StageResult]) -> None:
     table = Table(title="Stages of this run", title_justify="left")
     table.add_column("stage")
     table.add_column("status")
@@ -233,11 +242,11 @@ def _show(results: Sequence[StageResult], console: Console) -> None:
         counts = (result.rows_in, result.ok, result.failed, result.skipped)
         cells = [f"{count:,}" for count in counts]
         table.add_row(result.stage, result.status, *cells, f"{result.seconds:.1f}")
-    console.print(table)
+    _CONSOLE.print(table)
 
 
-def _print_line(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False)
+def _print_line(text: str) -> None:
+    _CONSOLE.print(text, soft_wrap=True, highlight=False)
 
 
 def _evaluation(pipeline: Pipeline) -> dict[str, object]:
@@ -259,7 +268,7 @@ def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     }
 
 
-def _headline(pipeline: Pipeline, console: Console) -> None:
+def _headline(pipeline: Pipeline) -> None:
     """The latest evaluation over all users, as a table for each split."""
     k = pipeline.config.evaluate.k
     cells = _cells(pipeline, k)
@@ -271,7 +280,7 @@ def _headline(pipeline: Pipeline, console: Console) -> None:
             table.add_column(f"{metric}@{k}", justify="right", no_wrap=True)
         for arm in pipeline.config.evaluate.arms:
             table.add_row(arm, *(cells[split, arm, metric] for metric in _HEADLINE_METRICS))
-        console.print(table)
+        _CONSOLE.print(table)
 
 
 def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:

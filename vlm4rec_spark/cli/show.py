@@ -6,7 +6,8 @@ An id is data: it is compared as a literal, never put into a query's text.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from vlm4rec_spark.pipeline.index import index_folder
 from vlm4rec_spark.storage import schemas
 from vlm4rec_spark.storage.tables import Tables
 
-_HISTORY = 20
+_MAX_HISTORY_ROWS = 20
 _NEIGHBORS = 10
 _SIMILAR_IDS = 50
 """Ids that are compared with an unknown one; Spark picks them, so that no more are collected."""
@@ -45,9 +46,15 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     tables = pipeline.tables
     user_id = _signed_in(tables, user_id, console)
     profile = _profile(tables, user_id)
-    recommendations = _recommendations(tables, user_id)
-    if profile is not None:
-        summary = _profile_summary(profile)
+    lists = tables.read(schemas.RECOMMENDATIONS).where(_equals("user_id", user_id))
+    generated_at = _micros("generated_at")
+    recommendations = lists.select("items", "k", "index_id", generated_at).first()
+    if profile:
+        day = _day(profile["last_event_at"])
+        summary = (
+            f"events that count: {profile['events']:,}, the last on {day}; "
+            f"items seen: {profile['seen']:,}; compared by {profile['representation']}"
+        )
     else:
         log = pipeline.context.log()
         events = log.where(_equals("user_id", user_id)).count()
@@ -60,9 +67,12 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     console.print(_line(f"User {user_id}", summary))
     history = profile["history"] if profile else []
     items = recommendations["items"] if recommendations else []
-    texts = _texts(tables, {row["item_id"] for row in [*history[:_HISTORY], *items]})
+    latest = {row["item_id"]: f"{row['weight']:.2f}" for row in history[:_MAX_HISTORY_ROWS]}
+    texts = _texts(tables, {*latest, *(row["item_id"] for row in items)})
     if history:
-        console.print(_history_table(history, texts))
+        more = len(history) - len(latest)
+        title = "History, latest first" + (f" (and {more:,} more items)" if more else "")
+        console.print(_items_table(title, "weight", latest, texts))
     if recommendations:
         console.print(_recommendations_table(recommendations, texts))
     else:
@@ -76,7 +86,7 @@ def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
     """Raises RunError for an item that isn't in the catalogue."""
     items = pipeline.context.read(schemas.ITEMS)
     times = {"first": _micros("first_seen_at"), "at": _micros("updated_at")}
-    row = _first(items.where(_equals("item_id", item_id)).withColumns(times))
+    row = items.where(_equals("item_id", item_id)).withColumns(times).first()
     if row is None:
         raise _unknown("item", item_id, items.select("item_id"))
     console.print(_line(f"Item {item_id}", row["title"] or "(no title)"))
@@ -91,7 +101,7 @@ def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
 def _signed_in(tables: Tables, user_id: str, console: Console) -> str:
     """The user that an anonymous id belongs to; any other id stays."""
     identities = tables.read(schemas.IDENTITIES).where(_equals("anonymous_id", user_id))
-    identity = _first(identities.select("user_id"))
+    identity = identities.select("user_id").first()
     if identity is None:
         return user_id
     console.print(_line(user_id, f"turned out to be {identity['user_id']}"))
@@ -102,12 +112,7 @@ def _profile(tables: Tables, user_id: str) -> Row | None:
     profiles = tables.read(schemas.PROFILES).where(_equals("user_id", user_id))
     seen = F.size("seen").alias("seen")
     columns = ("representation", "history", "events", seen, _micros("last_event_at"))
-    return _first(profiles.select(*columns))
-
-
-def _recommendations(tables: Tables, user_id: str) -> Row | None:
-    lists = tables.read(schemas.RECOMMENDATIONS).where(_equals("user_id", user_id))
-    return _first(lists.select("items", "k", "index_id", _micros("generated_at")))
+    return profiles.select(*columns).first()
 
 
 def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
@@ -127,38 +132,31 @@ def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
     return RunError(f"There is no {kind} {wanted!r} in {source}.{hint}")
 
 
-def _profile_summary(profile: Row) -> str:
-    return (
-        f"events that count: {profile['events']:,}, the last on {_day(profile['last_event_at'])}; "
-        f"items seen: {profile['seen']:,}; compared by {profile['representation']}"
-    )
-
-
-def _history_table(history: list[Row], texts: dict[str, _Texts]) -> Table:
-    more = len(history) - _HISTORY
-    title = "History, latest first" + (f" (and {more:,} more items)" if more > 0 else "")
-    table = _table(title, ("item", "title", "weight", "caption"))
-    for row in history[:_HISTORY]:
-        item_id = row["item_id"]
-        text = texts.get(item_id, _Texts())
-        weight = f"{row['weight']:.2f}"
-        table.add_row(_plain(item_id), _plain(text.title), weight, _plain(text.caption))
+def _items_table(
+    title: str, figure: str, figures: dict[str, str], texts: Mapping[str, _Texts]
+) -> Table:
+    """A row for each item in `figures`, which holds its weight or cosine."""
+    table = _table(title, ("item", "title", figure, "caption"))
+    for item_id, number in figures.items():
+        text = texts[item_id]
+        _add_row(table, item_id, text.title, number, text.caption)
     return table
 
 
-def _recommendations_table(recommendations: Row, texts: dict[str, _Texts]) -> Table:
+def _recommendations_table(recommendations: Row, texts: Mapping[str, _Texts]) -> Table:
     day = _day(recommendations["generated_at"])
     title = f"Recommendations of {day}, made with index {recommendations['index_id']}"
     table = _table(title, ("rank", "item", "title", "score", "because of", "shared words"))
     for rank, row in enumerate(recommendations["items"], start=1):
         item_id = row["item_id"]
-        table.add_row(
+        _add_row(
+            table,
             str(rank),
-            _plain(item_id),
-            _plain(texts.get(item_id, _Texts()).title),
+            item_id,
+            texts[item_id].title,
             f"{row['score']:.3f}",
-            _plain(row["because_item_id"] or "-"),
-            _plain(", ".join(row["because_terms"] or [])),
+            row["because_item_id"] or "-",
+            ", ".join(row["because_terms"] or []),
         )
     return table
 
@@ -178,7 +176,7 @@ def _catalogue_table(row: Row) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in values.items():
         if value:
-            table.add_row(_plain(name, style="dim"), _plain(value))
+            table.add_row(Text(_printable(name), "dim"), Text(_printable(value)))
     return table
 
 
@@ -244,23 +242,18 @@ def _print_neighbors(pipeline: Pipeline, item_id: str, console: Console) -> None
         reason = f"the index {searcher.index_id} doesn't contain this item."
         console.print(_line("No neighbors", reason))
         return
-    scores = _neighbors(searcher, position)
-    texts = _texts(pipeline.tables, scores.keys())
+    cosines = _neighbors(searcher, position)
+    texts = _texts(pipeline.tables, cosines)
     title = f"Nearest in index {searcher.index_id}"
-    table = _table(title, ("item", "title", "cosine", "caption"))
-    for neighbor, score in scores.items():
-        text = texts.get(neighbor, _Texts())
-        row = (_plain(neighbor), _plain(text.title), f"{score:.3f}", _plain(text.caption))
-        table.add_row(*row)
-    console.print(table)
+    console.print(_items_table(title, "cosine", cosines, texts))
 
 
-def _neighbors(searcher: Searcher, position: np.ndarray) -> dict[str, float]:
+def _neighbors(searcher: Searcher, position: np.ndarray) -> dict[str, str]:
     """The nearest items and their cosines, nearest first. `position`: array of one item's row."""
     query = np.asarray(searcher.vectors[position])
     if searcher.approximate:
         # Half of the leaves: one query is cheap, and a person wants the true neighbors.
-        effort = Effort(max(1, searcher.leaves // 2), 10 * _NEIGHBORS)
+        effort = Effort(max(1, searcher.leaf_count // 2), 10 * _NEIGHBORS)
         candidates = searcher.search(query, effort)
     else:
         candidates = searcher.score_all(query)
@@ -268,28 +261,26 @@ def _neighbors(searcher: Searcher, position: np.ndarray) -> dict[str, float]:
     allowed = np.ones(len(searcher), bool)
     rows, scores = top_k(*candidates, itself, allowed, _NEIGHBORS)
     pairs = zip(rows[0], scores[0], strict=True)
-    return {str(searcher.ids[row]): score for row, score in pairs if row >= 0}
+    return {str(searcher.ids[row]): f"{score:.3f}" for row, score in pairs if row >= 0}
 
 
-def _texts(tables: Tables, item_ids: Collection[str]) -> dict[str, _Texts]:
+def _texts(tables: Tables, item_ids: Iterable[str]) -> Mapping[str, _Texts]:
     """Title and caption of the main photo of these items."""
     of_items = F.col("item_id").isin(list(item_ids))
     links = tables.read(schemas.ITEM_CAPTIONS).where(of_items).groupBy("item_id")
     main = links.agg(F.min_by("caption_key", "position").alias("caption_key"))
     captions = tables.read(schemas.CAPTIONS).select("caption_key", "caption")
     titles = tables.read(schemas.ITEMS).where(of_items).select("item_id", "title")
-    rows = titles.join(
-        main.join(captions, on="caption_key", how="inner"), on="item_id", how="left"
-    ).collect()
-    return {row["item_id"]: _Texts(row["title"] or "", row["caption"] or "") for row in rows}
+    main_captions = main.join(captions, on="caption_key", how="inner")
+    rows = titles.join(main_captions, on="item_id", how="left").na.fill("")
+    texts = defaultdict[str, _Texts](_Texts)
+    for row in rows.collect():
+        texts[row["item_id"]] = _Texts(row["title"], row["caption"])
+    return texts
 
 
 def _equals(column: str, value: str) -> Column:
     return F.col(column) == F.lit(value)
-
-
-def _first(rows: DataFrame) -> Row | None:
-    return next(iter(rows.limit(1).collect()), None)
 
 
 def _micros(column: str) -> Column:
@@ -321,8 +312,8 @@ def _line(label: str, text: str) -> Text:
     return Text.assemble((_printable(label), "bold"), ": ", _printable(text))
 
 
-def _plain(text: str, style: str = "") -> Text:
-    return Text(_printable(text), style)
+def _add_row(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(_printable(cell)) for cell in cells))
 
 
 def _printable(text: str) -> str:

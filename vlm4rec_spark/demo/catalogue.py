@@ -319,31 +319,34 @@ class _Shoppers:
             )
 
 
-def _odd_events(ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
+def _odd_events(viewed_ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
     """A bot, users without a usable history, unknown items, missing ids, repeats, the future."""
     day = datetime(2025, 3, 10, tzinfo=UTC)
     for second in range(3_000):
         yield _Event(
-            "user-bot", ids[rng.integers(len(ids))], "view", day + timedelta(seconds=20 * second)
+            "user-bot",
+            viewed_ids[rng.integers(len(viewed_ids))],
+            "view",
+            day + timedelta(seconds=20 * second),
         )
     yield _Event("user-lost", "SKU-UNKNOWN", "view", day)
-    yield _Event("user-odd", ids[0], "scroll", day)
+    yield _Event("user-odd", viewed_ids[0], "scroll", day)
     for _ in range(40):
         yield _Event(f"user-{rng.integers(50):05d}", f"GONE-{rng.integers(9)}", "view", day)
     for _ in range(12):
         yield _Event(
             "",
-            ids[rng.integers(len(ids))],
+            viewed_ids[rng.integers(len(viewed_ids))],
             "view",
             day,
         )
         yield _Event(f"user-{rng.integers(50):05d}", "", "view", day)
     for _ in range(25):
-        yield _Event("user-00001", ids[1], "view", day)
+        yield _Event("user-00001", viewed_ids[1], "view", day)
     for _ in range(6):
         yield _Event(
             "user-00002",
-            ids[2],
+            viewed_ids[2],
             "purchase",
             datetime(2099, 1, 1, tzinfo=UTC),
         )

@@ -16,9 +16,10 @@ from datetime import date, datetime
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm4rec_spark.errors import UsageError, first_words
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
 
@@ -62,14 +63,12 @@ FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 length and dimension. Learned fusions belong here."""
 
 
-class Overrides(BaseModel):
+class Overrides(Settings):
     """The settings that a custom arm replaces. All others are those of the served lists."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     representation: str | None = None
-    profiles: dict[str, Any] = {}
-    item_item: dict[str, Any] = {}
+    profiles: dict[str, Any] = Field({})
+    item_item: dict[str, Any] = Field({})
 
     @model_validator(mode="after")
     def _check_sections(self) -> Overrides:
@@ -78,10 +77,8 @@ class Overrides(BaseModel):
         return self
 
 
-class EvaluateSettings(BaseModel):
+class EvaluateSettings(Settings):
     """Splits, arms and limits of an evaluation, and the sizes of the caption audit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     splits: tuple[str, ...] = ("time", "leave_one_out")
     cut: str | None = None
@@ -96,7 +93,7 @@ class EvaluateSettings(BaseModel):
         le=50,
     )
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
-    custom_arms: dict[str, Overrides] = {}
+    custom_arms: dict[str, Overrides] = Field({})
     control: str = "popularity"
     popularity_days: int | None = Field(None, ge=1)
     k: int = Field(10, ge=1)

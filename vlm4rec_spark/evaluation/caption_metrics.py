@@ -36,8 +36,8 @@ class Figure:
     high: float | None = None
     k: int = 0
 
-    def row(self, arm: str) -> dict:
-        row = asdict(self) | {"split": SPLIT, "arm": arm, "control": "", "slice": "all"}
+    def row(self, captioner: str) -> dict:
+        row = asdict(self) | {"split": SPLIT, "arm": captioner, "control": "", "slice": "all"}
         row["users"] = row.pop("items")
         return row
 

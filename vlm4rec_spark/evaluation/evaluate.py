@@ -139,46 +139,46 @@ def open_point_in_time(
 
 
 def _evaluate_split(
-    snapshot: PointInTime,
-    resolved: Sequence[Arm],
+    point_in_time: PointInTime,
+    compared_arms: Sequence[Arm],
     info: Callable[[str], None],
 ) -> tuple[list[dict], dict[str, object]]:
     """Rows of `metrics`, and facts about the split for the run's details."""
-    split = snapshot.split
-    settings = snapshot.settings
-    users = snapshot.users
-    items = len(snapshot.item_ids)
+    split = point_in_time.split
+    settings = point_in_time.settings
+    users = point_in_time.users
+    items = len(point_in_time.item_ids)
     guards.no_leak(split.name, split.cut, users)
-    lists = _lists(snapshot, resolved, info)
-    representations = arms.required_representations(resolved, snapshot.serving)
-    vectors = {name: _candidate_vectors(snapshot, name) for name in sorted(representations)}
+    lists = _lists(point_in_time, compared_arms, info)
+    representations = arms.required_representations(compared_arms, point_in_time.serving)
+    vectors = {name: _candidate_vectors(point_in_time, name) for name in sorted(representations)}
     # Diversity is measured in the served representation, or else in the first one.
-    diverse_in = next(iter(vectors), "")
-    if snapshot.serving.representation in vectors:
-        diverse_in = snapshot.serving.representation
+    diversity_representation = next(iter(vectors), "")
+    if point_in_time.serving.representation in vectors:
+        diversity_representation = point_in_time.serving.representation
     arm_lists = ArmLists(
         lists,
-        codes(users["relevant"], snapshot.item_ids),
+        user_item_codes(users["relevant"], point_in_time.item_ids),
         items,
-        snapshot.user_counts,
-        snapshot.total_users,
-        vectors.get(diverse_in),
+        point_in_time.user_counts,
+        point_in_time.total_users,
+        vectors.get(diversity_representation),
     )
-    parts = slices(users, split.cut, snapshot.user_counts, _catalogue(snapshot))
-    rows = list(metric_rows.rows(split.name, arm_lists, parts, settings))
+    user_slices = slices(users, split.cut, point_in_time.user_counts, _catalogue(point_in_time))
+    rows = list(metric_rows.rows(split.name, arm_lists, user_slices, settings))
     duplicates = {name: guards.count_duplicates(matrix) for name, matrix in vectors.items()}
-    leaking = metric_rows.above_chance(arm_lists, settings)
-    for warning in _warnings(duplicates, leaking, items):
+    arms_above_chance = metric_rows.above_chance(arm_lists, settings)
+    for warning in _warnings(duplicates, arms_above_chance, items):
         info(f"{split.name}: {warning}")
     facts: dict[str, object] = {
         "cut": split.cut,
         "users": len(users),
         "candidates": items,
         "identical_vectors": duplicates,
-        "above_chance": leaking,
+        "above_chance": arms_above_chance,
     }
-    if snapshot.tuned:
-        facts["tuned"] = snapshot.tuned
+    if point_in_time.tuned:
+        facts["tuned"] = point_in_time.tuned
     return rows, facts
 
 
@@ -191,7 +191,7 @@ def _lists(
     seen item."""
     users = len(snapshot.users)
     items = len(snapshot.item_ids)
-    seen = codes(snapshot.users["seen"], snapshot.item_ids)
+    seen = user_item_codes(snapshot.users["seen"], snapshot.item_ids)
     lists: dict[str, np.ndarray] = {}
     started = time.monotonic()
     for done, arm in enumerate(resolved):
@@ -220,7 +220,7 @@ def _warnings(
         yield f"{arm} predicts shuffled items better than chance: something leaks"
 
 
-def codes(lists: pd.Series, item_ids: pd.Index) -> np.ndarray:
+def user_item_codes(lists: pd.Series, item_ids: pd.Index) -> np.ndarray:
     """Sorted codes, as in `metrics`, of lists of ids; ids that are no candidates are skipped."""
     sizes = [0 if ids is None else len(ids) for ids in lists]
     flat = [item_id for ids in lists if ids is not None for item_id in ids]

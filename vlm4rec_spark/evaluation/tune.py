@@ -20,8 +20,8 @@ from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
 from vlm4rec_spark.evaluation.evaluate import (
     EvaluationTables,
     candidates,
-    codes,
     open_point_in_time,
+    user_item_codes,
     without_bots,
 )
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
@@ -143,7 +143,7 @@ def _search(
     representations: Sequence[str],
     info: Callable[[str], None],
 ) -> None:
-    relevant = codes(snapshot.users["relevant"], snapshot.item_ids)
+    relevant = user_item_codes(snapshot.users["relevant"], snapshot.item_ids)
     counts = np.bincount(relevant // tuned.candidates, minlength=tuned.users)
     planned = len(representations) * len(get_args(Shape)) + sum(map(len, OPTIONS.values()))
     started = time.monotonic()

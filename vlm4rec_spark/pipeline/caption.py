@@ -368,7 +368,7 @@ class _Chunks:
         tables.insert(
             schemas.CAPTIONS,
             caption_rows(self._context, part.captions.withColumns(made_with)),
-            instead_of="old.status IN ('failed', 'rejected')",
+            overwrite_where="old.status IN ('failed', 'rejected')",
         )
         tables.unstage(schemas.CAPTIONS, part.name)
         totals = self._totals

@@ -163,7 +163,7 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
         settings.target_recall,
         matching,
     )
-    description = calibration.describe(searcher.leaves)
+    description = calibration.describe(searcher.leaf_count)
     users = inputs.usable.count()
     context.reporter.info(
         f"recommending for {users:,} users, {description}, recall {calibration.recall:.3f} on "

@@ -143,16 +143,16 @@ def _sources(runs: Sequence[StageRun]) -> tuple[SourceSummary, ...]:
     return tuple(sources)
 
 
-def _source(name: str, run: StageRun) -> SourceSummary:
-    figures = group_of_details(run.details, name)
+def _source(source: str, run: StageRun) -> SourceSummary:
+    figures = group_of_details(run.details, source)
     counts = {key: int(count) for key, count in figures.items()}
     return SourceSummary(
-        name,
+        source,
         read=counts.get("in", 0),
         taken=counts.get("ok", 0),
         rejected=counts.get("rejected", 0),
         skipped=counts.get("skipped", 0),
-        delivered_at=run.started_at,
+        ingested_at=run.started_at,
     )
 
 

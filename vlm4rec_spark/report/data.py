@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from vlm4rec_spark.settings_base import Settings
 
 
-class ReportSettings(BaseModel):
+class ReportSettings(Settings):
     """Where the page goes, and how much it shows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field("report.html", min_length=1)
     users: int = Field(6, ge=0, le=100)
@@ -54,7 +54,7 @@ class SourceSummary:
     taken: int
     rejected: int
     skipped: int
-    delivered_at: datetime
+    ingested_at: datetime
 
 
 @dataclass(frozen=True)

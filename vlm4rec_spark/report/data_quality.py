@@ -55,7 +55,7 @@ class DataIssue:
 def data_issues(data: ReportData) -> list[DataIssue]:
     """In the order of the pipeline: photos, catalogue, log, users, texts. Issues that didn't occur
     are left out."""
-    issues = (*_photos(data), *_log_and_users(data), *_texts(data))
+    issues = (*_photos(data), *_log_and_users(data), *_text_issues(data))
     return [issue for issue in issues if issue.count]
 
 
@@ -106,7 +106,7 @@ def _log_and_users(data: ReportData) -> Iterator[DataIssue]:
     )
 
 
-def _texts(data: ReportData) -> Iterator[DataIssue]:
+def _text_issues(data: ReportData) -> Iterator[DataIssue]:
     embed = data.details("embed")
     yield DataIssue("Items without a caption", _int(embed, "fallback"), "their title is encoded")
     text_problems = group_of_details(embed, "text_problems")

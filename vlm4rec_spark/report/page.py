@@ -35,7 +35,7 @@ def render(data: ReportData) -> str:
     environment.filters |= {
         "alt": _alt,
         "arm": arm_label,
-        "audited": _audited,
+        "audited": _value_with_interval,
         "count": _count,
         "duration": _duration,
         "interval": _interval,
@@ -130,7 +130,7 @@ def _interval(metric: MetricRow) -> str:
     return f"{metric.low:.3f}–{metric.high:.3f}"
 
 
-def _audited(metric: MetricRow, number: bool) -> Markup:
+def _value_with_interval(metric: MetricRow, number: bool) -> Markup:
     """A share or a number, with its interval below."""
     write = _count if number else _share
     interval = ""

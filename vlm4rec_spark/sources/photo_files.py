@@ -5,25 +5,24 @@ from __future__ import annotations
 import re
 
 from py4j.protocol import Py4JJavaError
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.photos.download import HttpSettings
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.file_listing import file_reader, list_files
 from vlm4rec_spark.sources.spark_errors import first_line
 
 
-class PhotoSource(BaseModel):
+class PhotoSource(Settings):
     """Where photos come from: a folder of files named after the items, or a catalogue column.
 
     `file_name` is a regular expression in Java's syntax with two groups: the item's id, and the
     photo's position or nothing. Spark hides files whose name begins with a dot or `_`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str = ""
     file_name: str = Field(r"(.+?)(?:\.(\d{1,3}))?\.[A-Za-z0-9]+", min_length=1)

@@ -10,29 +10,28 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 from py4j.protocol import Py4JJavaError
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StringType
 
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.spark_errors import readable_errors
 
 _RESERVED = ("fields", "source", "modified_at", "row")
 
 
-class Source(BaseModel):
+class Source(Settings):
     """Files or a Delta table.
 
     `columns` maps the names of this project to those of the source. Other columns keep their names.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     path: tuple[str, ...] = ()
     format: Literal["csv", "json", "parquet", "delta"] = "csv"
-    columns: dict[str, str] = {}
-    options: dict[str, str] = {}
+    columns: dict[str, str] = Field({})
+    options: dict[str, str] = Field({})
 
 
 def read(spark: SparkSession, key: str, source: Source) -> DataFrame:

@@ -16,9 +16,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.spark import jars, java
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ _LOCAL_ENVIRONMENT = {
 }
 
 
-class SparkSettings(BaseModel):
+class SparkSettings(Settings):
     """Where Spark runs and where Delta comes from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     master: str | None = "local[*]"
     """None, or a job of spark-submit: the platform decides on master, memory and jars."""
@@ -74,7 +75,7 @@ class SparkSettings(BaseModel):
     """`platform`: Spark already has Delta, and it is switched on, as on Databricks."""
     delta_jars: tuple[Path, ...] = ()
     """Local jar files in place of the download: delta-spark and delta-storage."""
-    conf: dict[str, str] = {}
+    conf: dict[str, str] = Field({})
     """More Spark configuration; wins over everything that is set here."""
 
 

@@ -49,12 +49,7 @@ def ship(
     # Workers may have been started in another folder.
     absolute = folder.resolve()
     if str(spark.sparkContext.master).startswith("local["):
-        return partial(
-            _open_once,
-            folder.name,
-            opens,
-            partial(opens, absolute),
-        )
+        return partial(_open_once, folder.name, opens, partial(opens, absolute))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > broadcast_gb * 1e9:
         fetch: Callable[[Path], object] = partial(_copy, absolute)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -22,6 +22,7 @@ from vlm4rec_spark.models.encoding.vision_encoder import Vision, load_vision
 from vlm4rec_spark.models.photos import photo_reader
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.download import HttpSettings, concurrently
+from vlm4rec_spark.settings_base import Settings
 
 REPRESENTATIONS = ("title", "caption", "title_caption")
 IMAGE = "image"
@@ -33,10 +34,8 @@ _PHOTOS_PER_BATCH = 64
 Batches = Iterator[pd.DataFrame]
 
 
-class EmbedSettings(BaseModel):
+class EmbedSettings(Settings):
     """The encoders of texts and photos."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: str = Field("minilm", min_length=1)
     revision: str = "main"

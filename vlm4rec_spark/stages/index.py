@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pyspark.sql import DataFrame
 
+from vlm4rec_spark.settings_base import Settings
 
-class IndexSettings(BaseModel):
+
+class IndexSettings(Settings):
     """Where indexes are stored, and when search is approximate. The driver writes the folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str = "index"
     ann_min_items: int = Field(20_000, ge=1)

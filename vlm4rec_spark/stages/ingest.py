@@ -11,21 +11,19 @@ from datetime import datetime
 from itertools import chain
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.photos import download, photo_reader
 from vlm4rec_spark.models.photos.download import HttpSettings
 from vlm4rec_spark.models.photos.photo_reader import PhotoVersion
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.photo_files import PhotoSource
 from vlm4rec_spark.sources.reader import Source, column_named
 
 
-class IngestSettings(BaseModel):
+class IngestSettings(Settings):
     """Where catalogue, log, users and photos are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     items: Source = Source()
     interactions: Source = Source()

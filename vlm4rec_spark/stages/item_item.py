@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
+
+from vlm4rec_spark.settings_base import Settings
 
 _MAX_DISTANCE = 20
 """Items further apart are no pair: the default decay makes their weight less than a hundredth."""
@@ -12,10 +14,8 @@ _MICRO = 1_000_000
 """Weights are summed as whole millionths, so that partitioning doesn't change the last bits."""
 
 
-class ItemItemSettings(BaseModel):
+class ItemItemSettings(Settings):
     """How much of an item's score comes from item-item counts, and how these are counted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     share: float = Field(0.0, ge=0, le=1)
     distance_decay: float = Field(0.8, gt=0, le=1)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat
 from pyspark.sql import Column, DataFrame, GroupedData, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
@@ -18,22 +18,17 @@ from pyspark.sql.types import StructType
 from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.models.ranking import history
 from vlm4rec_spark.models.ranking.user_queries import Shape
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.storage.schemas import PROFILES
 
 EventWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _HISTORY_COLUMNS = ("user_id", "history", "seen", "events", "last_event_at")
 
 
-class ProfileSettings(BaseModel):
+class ProfileSettings(Settings):
     """Which events count, and how much."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    event_weights: dict[str, EventWeight] = {
-        "view": 1.0,
-        "cart": 3.0,
-        "purchase": 5.0,
-    }
+    event_weights: dict[str, EventWeight] = Field({"view": 1.0, "cart": 3.0, "purchase": 5.0})
     half_life_days: PositiveFloat | None = 60.0
     position_decay: float = Field(1.0, gt=0, le=1)
     last_n: int = Field(50, ge=1)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -31,6 +31,7 @@ from vlm4rec_spark.models.ranking.user_queries import (
     Queries,
     Shape,
 )
+from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.reader import Source
 
 _MAX_TERMS = 3
@@ -43,10 +44,8 @@ _ITEM_TYPE = (
 _LIST_SCHEMA = f"user_id STRING, items ARRAY<{_ITEM_TYPE}>, k INT, index_id STRING"
 
 
-class RecommendSettings(BaseModel):
+class RecommendSettings(Settings):
     """How many items, and how much of an exact search's list the approximate one must find."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     k: int = Field(10, ge=1)
     target_recall: float = Field(0.95, gt=0, le=1)
@@ -56,13 +55,13 @@ class RecommendSettings(BaseModel):
     rules: tuple[Rule, ...] = Field((), max_length=MAX_RULES)
     allow: Source = Source()
     deny: Source = Source()
-    caps: dict[str, PositiveInt] = {}
+    caps: dict[str, PositiveInt] = Field({})
     variants: tuple[Literal["parent", "photo"], ...] = ("parent", "photo")
     similarity_threshold: float | None = Field(None, ge=0, le=1)
     min_score: float | None = Field(None, ge=-1, le=1)
     diversity: float = Field(0.0, ge=0, lt=1)
     repeatable_events: tuple[str, ...] = ()
-    repurchase_days: dict[str, PositiveInt] = {}
+    repurchase_days: dict[str, PositiveInt] = Field({})
 
 
 class Scoring(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +124,8 @@ class HadoopFiles:
             if "FileNotFound" in str(error):
                 return None
             raise
-        try:
+        with closing(stream):
             return str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
-        finally:
-            stream.close()
 
     def delete(self, uri: str) -> None:
         self._filesystem.delete(self._path(uri), True)
@@ -152,11 +151,8 @@ class HadoopFiles:
         return list(self._filesystem.listStatus(path)) if self._filesystem.exists(path) else []
 
     def _write(self, uri: str, text: str, overwrite: bool) -> None:
-        stream = self._filesystem.create(self._path(uri), overwrite)
-        try:
+        with closing(self._filesystem.create(self._path(uri), overwrite)) as stream:
             stream.write(bytearray(text.encode()))
-        finally:
-            stream.close()
 
 
 def _local(uri: str) -> Path:

@@ -12,7 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from vlm4rec_spark.settings_base import Settings
 
 SECONDS_UNTOUCHED = 24 * 3600
 """What was written less than this ago stays: somebody may be at work on it."""
@@ -20,10 +22,8 @@ _INDEX_ID = re.compile(r"[0-9a-f]{16}")
 _PARTS = {"vectors.npy", "ids.parquet", "scann", "manifest.json", "manifest.json.aside"}
 
 
-class MaintainSettings(BaseModel):
+class MaintainSettings(Settings):
     """How long files stay that only older table versions need, and how many older indexes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     # At most the 30 days of Delta's own log. `maintenance.py` checks the minimum, as Delta does.
     retention_hours: int = Field(168, ge=0, le=720)

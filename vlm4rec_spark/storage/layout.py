@@ -27,7 +27,7 @@ _LAYOUT_KEY = "vlm4rec.layout"
 
 def check(tables: Tables) -> None:
     """Check that this release can read every existing table. Changes nothing; raises RunError."""
-    if tables.named and not tables.spark.catalog.databaseExists(tables.location):
+    if tables.in_catalog and not tables.spark.catalog.databaseExists(tables.location):
         raise RunError(
             f"tables: there is no schema {tables.location}. Create it, or name a folder with a / "
             "in it."
@@ -88,17 +88,18 @@ def _check_layout(properties: dict[str, str], name: str) -> None:
 def _check_schema(table: Table, schema: StructType, name: str) -> None:
     expected = _types(table.schema)
     actual = _types(schema)
-    wrong = [f"{column} isn't known" for column in actual.keys() - expected.keys()]
-    wrong += [f"{column} is missing" for column in expected.keys() - actual.keys()]
-    wrong += [
-        f"{column} is {actual[column]}, expected {expected[column]}"
-        for column in expected.keys() & actual.keys()
-        if expected[column] != actual[column]
-    ]
+    wrong = []
+    for column in sorted(expected | actual):
+        if column not in expected:
+            wrong.append(f"{column} isn't known")
+        elif column not in actual:
+            wrong.append(f"{column} is missing")
+        elif actual[column] != expected[column]:
+            wrong.append(f"{column} is {actual[column]}, expected {expected[column]}")
     if wrong:
         raise RunError(
             f"The table {name} has another schema than this release writes: "
-            f"{'; '.join(sorted(wrong))}. Name another place with --set tables=…, or move the "
+            f"{'; '.join(wrong)}. Name another place with --set tables=…, or move the "
             "table away."
         )
 

@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from vlm4rec_spark.errors import Busy, RunError
 
@@ -68,12 +69,7 @@ class Lease:
         threading.Thread(target=self._renew, daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         if not self.lost:
             self._files.delete(self._uri(self._number))
@@ -162,13 +158,5 @@ def _died_here(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
         return False
-    if pid == os.getpid():
-        # It had this process's number before, in a container that was started again.
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's process
-        return False
-    return False
+    # It may have had this process's number before, in a container that was started again.
+    return pid == os.getpid() or not psutil.pid_exists(pid)

@@ -133,19 +133,20 @@ def clear_leftovers(tables: Tables, hours: int) -> list[str]:
     return removed
 
 
-def _staging_folders(tables: Tables) -> list[tuple[str, str]]:
+def _staging_folders(tables: Tables) -> Iterator[tuple[str, str]]:
     """Name and folder of whatever is called _staging_…"""
-    if not tables.named:
-        names = tables.filesystem(tables.location).folders(tables.location)
-        staged = [name for name in names if name.startswith("_staging_")]
-        return [(name, f"{tables.location}/{name}") for name in staged]
-    rows = tables.spark.sql(f"SHOW TABLES IN {tables.location} LIKE '_staging_*'").collect()
-    names = [row["tableName"] for row in rows if not row["isTemporary"]]
-    details = {
-        name: tables.spark.sql(f"DESCRIBE DETAIL {tables.location}.{name}").collect()[0]
-        for name in names
-    }
-    return [(name, detail["location"]) for name, detail in details.items()]
+    location = tables.location
+    if tables.in_catalog:
+        rows = tables.spark.sql(f"SHOW TABLES IN {location} LIKE '_staging_*'").collect()
+        for row in rows:
+            name = row["tableName"]
+            if not row["isTemporary"]:
+                detail = tables.spark.sql(f"DESCRIBE DETAIL {location}.{name}").collect()
+                yield name, detail[0]["location"]
+        return
+    for name in tables.filesystem(location).folders(location):
+        if name.startswith("_staging_"):
+            yield name, f"{location}/{name}"
 
 
 def _bytes_below(tables: Tables, folder: str) -> int | None:

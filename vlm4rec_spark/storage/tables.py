@@ -56,20 +56,22 @@ class Tables:
 
     def __init__(self, spark: SparkSession, location: str):
         self.spark = spark
-        self.named = _CATALOG_SCHEMA.fullmatch(location) is not None
-        self.location = location if self.named else files.qualified(location)
+        self.in_catalog = _CATALOG_SCHEMA.fullmatch(location) is not None
+        self.location = location if self.in_catalog else files.qualified(location)
         self._versions: dict[str, int] = {}
 
     def name_of(self, table: Table) -> str:
-        return f"{self.location}.{table.name}" if self.named else f"{self.location}/{table.name}"
+        return (
+            f"{self.location}.{table.name}" if self.in_catalog else f"{self.location}/{table.name}"
+        )
 
     def sql_name(self, table: Table) -> str:
         """As `name_of`, for a SQL statement."""
-        return self.name_of(table) if self.named else f"delta.`{self.name_of(table)}`"
+        return self.name_of(table) if self.in_catalog else f"delta.`{self.name_of(table)}`"
 
     def folder(self) -> str:
         """The folder of the tables; for `catalog.schema` the one of that schema."""
-        if self.named:
+        if self.in_catalog:
             return self.spark.catalog.getDatabase(self.location).locationUri
         return self.location
 
@@ -78,7 +80,7 @@ class Tables:
         return files.filesystem(self.spark, uri)
 
     def exists(self, table: Table) -> bool:
-        if self.named:
+        if self.in_catalog:
             return self.spark.catalog.tableExists(self.name_of(table))
         return DeltaTable.isDeltaTable(self.spark, self.name_of(table))
 
@@ -128,18 +130,17 @@ class Tables:
         """The rows whose key isn't in the table yet."""
         return rows.join(self.read(table).select(*table.key), on=list(table.key), how="left_anti")
 
-    def insert(self, table: Table, rows: DataFrame, instead_of: str = "") -> int:
+    def insert(self, table: Table, rows: DataFrame, overwrite_where: str = "") -> int:
         """Add the rows whose key is new; returns how many. Two writers can't clash.
 
         Keys in `rows` are distinct. An existing row stays as it is, unless the condition
         `instead_of` holds for it (columns of `old`).
         """
-        self._create(table)
 
         def write() -> DataFrame:
             merge = self._merge(table, rows)
-            if instead_of:
-                merge = merge.whenMatchedUpdateAll(condition=instead_of)
+            if overwrite_where:
+                merge = merge.whenMatchedUpdateAll(condition=overwrite_where)
             return merge.whenNotMatchedInsertAll().execute()
 
         return int(self.commit(table, write).collect()[0]["num_inserted_rows"])
@@ -152,12 +153,10 @@ class Tables:
 
     def upsert(self, table: Table, rows: DataFrame) -> None:
         """Add new keys and update rows that differ outside the volatile columns."""
-        self._create(table)
         self.commit(table, lambda: _write_changes(table, self._merge(table, rows)).execute())
 
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, so that the change feed holds only real changes."""
-        self._create(table)
 
         def write() -> DataFrame:
             merge = _write_changes(table, self._merge(table, rows))
@@ -215,7 +214,7 @@ class Tables:
 
     def remove(self, name: str) -> None:
         """Remove the table `name` and its files, if it exists."""
-        if self.named:
+        if self.in_catalog:
             self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{name}")
         else:
             self.filesystem(self.location).delete(f"{self.location}/{name}")
@@ -225,7 +224,7 @@ class Tables:
         return dict(self.delta(table).detail().select("properties").collect()[0][0])
 
     def delta(self, table: Table) -> DeltaTable:
-        if self.named:
+        if self.in_catalog:
             return DeltaTable.forName(self.spark, self.name_of(table))
         return DeltaTable.forPath(self.spark, self.name_of(table))
 
@@ -289,14 +288,17 @@ class Tables:
 
     def _load(self, table: Table, options: dict[str, str]) -> DataFrame:
         reader = self.spark.read.options(**options)
-        if self.named:
+        if self.in_catalog:
             return reader.table(self.name_of(table))
         return reader.format("delta").load(self.name_of(table))
 
     def _save(self, writer: DataFrameWriter, table: Table) -> None:
-        writer.saveAsTable(self.name_of(table)) if self.named else writer.save(self.name_of(table))
+        writer.saveAsTable(self.name_of(table)) if self.in_catalog else writer.save(
+            self.name_of(table)
+        )
 
     def _merge(self, table: Table, rows: DataFrame) -> DeltaMergeBuilder:
+        self._create(table)
         new = rows.select(*table.columns).alias("new")
         return self.delta(table).alias("old").merge(new, _same_key(table))
 

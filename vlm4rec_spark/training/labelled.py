@@ -27,7 +27,7 @@ from vlm4rec_spark.models.captioning.caption_template import (
 )
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
-_HELD_OUT = 20
+_VALIDATION_EVERY = 20
 """One photo in this many is for validation."""
 _DECODED_SIDE = 512
 _MIN_PHOTOS = 100
@@ -169,9 +169,9 @@ def _weights(rows: pd.DataFrame, column: str) -> np.ndarray:
     return rows[column].to_numpy(float) if column in rows else np.ones(len(rows))
 
 
-def _held_out(digests: Sequence[str]) -> np.ndarray:
+def _held_out(photo_digests: Sequence[str]) -> np.ndarray:
     """bool (n,), with one photo at least."""
-    held_out = np.array([int(digest[:8], 16) % _HELD_OUT == 0 for digest in digests])
+    held_out = np.array([int(digest[:8], 16) % _VALIDATION_EVERY == 0 for digest in photo_digests])
     held_out[0] |= not held_out.any()
     return held_out
 

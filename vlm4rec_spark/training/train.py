@@ -187,7 +187,7 @@ class _Photos:
             name: torch.from_numpy(labels).to(device) for name, labels in labelled.labels.items()
         }
         weights = np.where(labelled.held_out, 0, labelled.weights)
-        self._cumulative = np.cumsum(weights) / weights.sum()
+        self._cumulative_weights = np.cumsum(weights) / weights.sum()
         self._held_out = np.flatnonzero(labelled.held_out)[:_VALIDATION_PHOTOS]
 
     def draw(
@@ -196,7 +196,7 @@ class _Photos:
         rng: np.random.Generator,
     ) -> np.ndarray:
         """Rows by weight, and none that is held out."""
-        rows = np.searchsorted(self._cumulative, rng.random(count), side="right")
+        rows = np.searchsorted(self._cumulative_weights, rng.random(count), side="right")
         return rows.clip(max=len(self._photos) - 1)
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:

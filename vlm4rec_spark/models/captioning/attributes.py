@@ -48,13 +48,13 @@ class Attributes(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Annotated[_Phrase, Field(description="what it is")]
-    colour: Annotated[_Phrase, Field(description="its main colours")] = ""
-    material: Annotated[_Phrase, Field(description="what it is made of")] = ""
-    pattern: Annotated[_Phrase, Field(description="pattern or print")] = ""
-    style: Annotated[_Phrase, Field(description="such as sporty, classic or rustic")] = ""
-    use: Annotated[_Phrase, Field(description="what it is used for")] = ""
-    occasion: Annotated[_Phrase, Field(description="when, where or by whom")] = ""
+    kind: _Phrase = Field(description="what it is")
+    colour: _Phrase = Field("", description="its main colours")
+    material: _Phrase = Field("", description="what it is made of")
+    pattern: _Phrase = Field("", description="pattern or print")
+    style: _Phrase = Field("", description="such as sporty, classic or rustic")
+    use: _Phrase = Field("", description="what it is used for")
+    occasion: _Phrase = Field("", description="when, where or by whom")
 
     @property
     def non_empty(self) -> dict[str, str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vlm4rec_spark.models.model_id import pinned_id
+from vlm4rec_spark.settings_base import Settings
 
 MAX_WAIT_SECONDS = 60.0
 """Providers set limits per minute. A server that asks for a longer wait is down."""
@@ -74,10 +75,8 @@ def caption_all(captioner: Captioner, requests: Sequence[Request]) -> dict[str, 
     return {request.key: answers[request.key] for request in requests}
 
 
-class EndpointSettings(BaseModel):
+class EndpointSettings(Settings):
     """The endpoint backend's server and limits. No part of the caption key: they change no text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dialect: Literal["openai", "anthropic"] = "openai"
     # No credentials in it: it appears in error messages, and the settings are stored in tables.
@@ -89,10 +88,8 @@ class EndpointSettings(BaseModel):
     tokens_per_minute: int | None = Field(None, ge=1)
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(Settings):
     """The model and what changes its text. The key leaves out `endpoint` and `torch_compile`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: Literal["transformers", "vllm", "endpoint", "fake"] = "transformers"
     model: str = "packaged"
@@ -144,21 +141,11 @@ def load_captioner(
     if settings.backend == "endpoint":
         from vlm4rec_spark.models.captioning.backends.endpoint import EndpointCaptioner
 
-        return EndpointCaptioner(
-            settings.model, settings.max_new_tokens, settings.endpoint, json_schema
-        )
+        return EndpointCaptioner(settings, json_schema)
     if settings.backend == "vllm":
         from vlm4rec_spark.models.captioning.backends.vllm import VllmCaptioner
 
-        return VllmCaptioner(
-            settings.source, settings.revision, settings.max_new_tokens, json_schema
-        )
+        return VllmCaptioner(settings, json_schema)
     from vlm4rec_spark.models.captioning.backends.transformers import TransformersCaptioner
 
-    return TransformersCaptioner(
-        settings.source,
-        settings.revision,
-        settings.max_new_tokens,
-        batch_size,
-        settings.torch_compile,
-    )
+    return TransformersCaptioner(settings, batch_size)

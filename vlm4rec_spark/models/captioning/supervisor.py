@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.captioning.captioner import Answer, ModelSettings
+from vlm4rec_spark.models.captioning.captioner import ModelSettings
 
 _POLL_SECONDS = 0.2
 _LOAD_SECONDS = 3_600
@@ -65,7 +65,7 @@ class Result:
     error_class: str | None
     error: str | None
     seconds: float
-    waited: float
+    idle_seconds: float
 
 
 @dataclass
@@ -129,10 +129,9 @@ class _Child:
             code = self.process.wait(10)
         except subprocess.TimeoutExpired:
             code = None
+        error = f"the process ended with exit code {code}"
         if code is not None and code < 0:
             error = f"the process ended by {signal.Signals(-code).name}"
-        else:
-            error = f"the process ended with exit code {code}"
         if code == -signal.SIGKILL:
             error += " (the kernel does that when memory runs out)"
         if last := self.last_words():
@@ -325,25 +324,17 @@ class Supervisor:
             for key in message["keys"]:
                 self._in_flight[key].state = message["state"]
             return
-        answers = [Answer(**answer) for answer in message["answers"]]
+        answers = message["answers"]
         # Without a time they come from the decoder: the model may still be broken.
         if "seconds" in message:
             self._deaths = 0
         seconds = message.get("seconds", 0.0) / len(answers)
         waited = message.get("waited", 0.0) / len(answers)
         for answer in answers:
-            del self._in_flight[answer.key]
-            failed = answer.text is None
-            yield Result(
-                answer.key,
-                answer.text,
-                None if failed else answer.input_tokens,
-                None if failed else answer.output_tokens,
-                answer.error_class,
-                answer.error,
-                seconds,
-                waited,
-            )
+            del self._in_flight[answer["key"]]
+            if answer["text"] is None:
+                answer |= {"input_tokens": None, "output_tokens": None}
+            yield Result(**answer, seconds=seconds, idle_seconds=waited)
 
     def _after(self, end: _ChildEnded, retries: deque[InFlight]) -> Iterator[Result]:
         """Queue the photos in flight again, suspects first. A second suspicion is an error."""

@@ -60,12 +60,13 @@ class TransformersVision:
             raise UsageError(
                 f"{missing}. The vision encoder needs: pip install 'vlm4rec_spark[local]'"
             ) from missing
-        from vlm4rec_spark.models.captioning.backends.transformers import load_processor
+        from vlm4rec_spark.models.captioning.backends.transformers import (
+            best_device,
+            load_processor,
+        )
 
         self.torch = torch
-        self.device = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            self.device = "cuda"
+        self.device = best_device()
         processor, _ = load_processor(source, revision)
         self.processor = getattr(processor, "image_processor", processor)
         config = AutoConfig.from_pretrained(source, revision=revision)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from vlm4rec_spark.errors import RunError
 
 _UNUSED_S = 86_400
@@ -79,6 +81,11 @@ def reuse(target: Path, open_folder: Callable[[Path], object]) -> bool:
         return False
     os.utime(target)
     return True
+
+
+def map_array(file: Path) -> np.ndarray:
+    """As a plain array: each slice of a memmap is another memmap, which is slow to make."""
+    return np.asarray(np.load(file, mmap_mode="r"))
 
 
 def _sha256(file: Path) -> str:

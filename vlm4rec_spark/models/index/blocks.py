@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 
-def blocks(
-    rows: int,
-    limit: int,
-    per_row: int = 1,
-) -> Iterator[slice]:
+def blocks(rows: int, limit: int, per_row: int = 1) -> Iterator[slice]:
     """Slices over `rows`. Each has at most `limit` values, at `per_row` values a row."""
     size = max(1, limit // max(1, per_row))
     for start in range(0, rows, size):

@@ -76,11 +76,7 @@ def build_index(
     return target
 
 
-def build_item_item(
-    pairs: pa.Table,
-    searcher: Searcher,
-    folder: Path,
-) -> Path:
+def build_item_item(pairs: pa.Table, searcher: Searcher, folder: Path) -> Path:
     """Build the folder of item-item scores under `folder` and return its path.
 
     pairs: item_id, other_id and strength. A sound folder of the same content is kept. Pairs with an
@@ -97,12 +93,7 @@ def build_item_item(
     digests = [_sha256(column) for column in columns]
     target = folder / _digest(ITEM_ITEM_FORMAT, searcher.index_id, *digests)[:16]
     if not artifact.reuse(target, ItemItemScores.open):
-        ItemItemScores.build(
-            target,
-            searcher.index_id,
-            len(searcher),
-            *columns,
-        )
+        ItemItemScores.build(target, searcher.index_id, len(searcher), *columns)
     return target
 
 

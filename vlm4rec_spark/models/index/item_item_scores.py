@@ -63,8 +63,8 @@ class ItemItemScores:
     def open(cls, folder: Path) -> ItemItemScores:
         """Open the folder. Raises RunError if it is incomplete, damaged or of another format."""
         artifact.read_manifest(folder, "cooccurrence", FORMAT, _ADVICE)
-        positions = np.load(folder / "positions.npy", mmap_mode="r")
-        strengths = np.load(folder / "strengths.npy", mmap_mode="r")
+        positions = artifact.map_array(folder / "positions.npy")
+        strengths = artifact.map_array(folder / "strengths.npy")
         return cls(positions, strengths)
 
     def scores_for(self, history: np.ndarray, weights: np.ndarray) -> Candidates:

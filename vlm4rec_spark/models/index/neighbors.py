@@ -89,9 +89,8 @@ class Neighbors:
     def open(cls, folder: Path) -> Neighbors:
         """Open the folder. Raises RunError if it is incomplete, damaged or of another format."""
         manifest = artifact.read_manifest(folder, "neighbours", FORMAT, _ADVICE)
-        # As plain arrays: each slice of a memmap is another memmap, which is slow to make.
-        positions = np.asarray(np.load(folder / "positions.npy", mmap_mode="r"))
-        cosines = np.asarray(np.load(folder / "cosines.npy", mmap_mode="r"))
+        positions = artifact.map_array(folder / "positions.npy")
+        cosines = artifact.map_array(folder / "cosines.npy")
         return cls(positions, cosines, manifest["index_id"], manifest["leaves"])
 
     def replace_search(self, searcher: Searcher, effort: Effort) -> bool:
@@ -107,21 +106,13 @@ class Neighbors:
         return self.leaves == effort.leaves
 
 
-def pays_off(
-    sample: pa.Table,
-    users: int,
-    items: int,
-) -> bool:
+def pays_off(sample: pa.Table, users: int, items: int) -> bool:
     """True if the histories of `users` users hold more items than the index, judged by a sample."""
     sampled = pc.sum(pc.list_value_length(sample["history"])).as_py() or 0
     return users * sampled > items * len(sample)
 
 
-def needed_depth(
-    candidates: int,
-    sample: pa.Table,
-    items: int,
-) -> int:
+def needed_depth(candidates: int, sample: pa.Table, items: int) -> int:
     """Neighbors per item that are enough for nine users in ten.
 
     These users need the candidates and as many as they have `seen`. Rounded up to a multiple of 32,
@@ -138,9 +129,5 @@ def size_gb(items: int, depth: int) -> float:
     return items * depth * BYTES / 1e9
 
 
-def _create(
-    file: Path,
-    dtype: type,
-    shape: tuple[int, int],
-) -> np.memmap:
+def _create(file: Path, dtype: type, shape: tuple[int, int]) -> np.memmap:
     return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)

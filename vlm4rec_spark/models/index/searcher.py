@@ -40,7 +40,7 @@ _SCANN_MIN_ITEMS = 16
 """A tree with asymmetric hashing needs at least 16 items (ScaNN 1.4.2)."""
 EXACT_COST = 5
 """Cost of an item in exact search, in scored codes: 384 products and a share of the sorting."""
-_CANDIDATE_COST = 100
+_RESCORING_COST = 100
 """Cost of a candidate that is rescored, in scored codes (384 dimensions)."""
 _MIN_QUERIES = 64
 """With 32 queries at a time ScaNN 1.4.2 searches other leaves than with 40, for one in hundreds."""
@@ -69,42 +69,25 @@ class Effort:
 
     def cost(self, searcher: Searcher) -> float:
         """Cost of one query, in scored codes."""
-        codes = len(searcher.coded) * self.leaves / searcher.leaves
+        codes = len(searcher.coded) * self.leaves / searcher.leaf_count
         delta = EXACT_COST * len(searcher.delta)
-        return codes + delta + _CANDIDATE_COST * self.candidates
-
-
-@dataclass(frozen=True)
-class IndexArrays:
-    """The files of an index folder, as its module describes them."""
-
-    ids: pa.Array
-    vectors: np.ndarray
-    words: np.ndarray
-    vocabulary: pa.Array
-    coded: np.ndarray
+        return codes + delta + _RESCORING_COST * self.candidates
 
 
 class Searcher:
     """Cosine search over unit vectors. Open one with `Searcher.open`; it can't be pickled."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: dict,
-        arrays: IndexArrays,
-        scann: Any = None,
-    ):
+    def __init__(self, folder: Path, manifest: dict):
         self.folder = folder
         self.manifest = manifest
-        self.arrow_ids = arrays.ids
-        self.ids = np.asarray(arrays.ids.to_pylist(), dtype=object)
-        self.vectors = arrays.vectors
-        self.words = arrays.words
-        self.vocabulary = arrays.vocabulary
-        self.coded = arrays.coded
+        self.arrow_ids = _read_strings(folder / "ids.parquet")
+        self.ids = np.asarray(self.arrow_ids.to_pylist(), dtype=object)
+        self.vectors = artifact.map_array(folder / "vectors.npy")
+        self.words = artifact.map_array(folder / "words.npy")
+        self.vocabulary = _read_strings(folder / "vocabulary.parquet")
+        self.coded = artifact.map_array(folder / "coded.npy")
         self.delta = np.setdiff1d(np.arange(len(self.ids)), self.coded)
-        self._scann = scann
+        self._scann: Any = _open_scann(folder / "scann") if self.leaf_count else None
         self._positions = pd.Index(self.ids)
 
     @property
@@ -117,7 +100,7 @@ class Searcher:
         return self.manifest["base"]
 
     @property
-    def leaves(self) -> int:
+    def leaf_count(self) -> int:
         """Leaves of ScaNN's tree; 0 if search is exact."""
         return self.manifest["leaves"]
 
@@ -156,7 +139,7 @@ class Searcher:
         _write_strings(folder / "vocabulary.parquet", "word", words.vocabulary)
         coded = base.coded_rows(ids, vectors) if base else np.arange(len(ids))
         np.save(folder / "coded.npy", coded)
-        leaves = base.leaves if base else _leaf_count(len(ids), ann_min_items)
+        leaves = base.leaf_count if base else _leaf_count(len(ids), ann_min_items)
         if leaves and base:
             shutil.copytree(base.folder / "scann", folder / "scann")
         elif leaves:
@@ -176,16 +159,7 @@ class Searcher:
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Searcher:
         """Open an index. Raises RunError if it is incomplete, damaged or of another format."""
-        manifest = artifact.read_manifest(folder, "index", FORMAT, _ADVICE, verify)
-        arrays = IndexArrays(
-            ids=_read_strings(folder / "ids.parquet"),
-            vectors=_map_array(folder / "vectors.npy"),
-            words=_map_array(folder / "words.npy"),
-            vocabulary=_read_strings(folder / "vocabulary.parquet"),
-            coded=_map_array(folder / "coded.npy"),
-        )
-        scann = _open_scann(folder / "scann") if manifest["leaves"] else None
-        return cls(folder, manifest, arrays, scann)
+        return cls(folder, artifact.read_manifest(folder, "index", FORMAT, _ADVICE, verify))
 
     def can_be_base(
         self,
@@ -337,21 +311,12 @@ def _require_unit_vectors(ids: Sequence[str], vectors: np.ndarray) -> None:
         )
 
 
-def _write_strings(
-    file: Path,
-    column: str,
-    values: Sequence[str],
-) -> None:
+def _write_strings(file: Path, column: str, values: Sequence[str]) -> None:
     pq.write_table(pa.table({column: pa.array(values, pa.string())}), file)
 
 
 def _read_strings(file: Path) -> pa.Array:
     return pq.read_table(file).column(0).combine_chunks()
-
-
-def _map_array(file: Path) -> np.ndarray:
-    """As a plain array: each slice of a memmap is another memmap, which is slow to make."""
-    return np.asarray(np.load(file, mmap_mode="r"))
 
 
 def _leaf_count(items: int, ann_min_items: int) -> int:
@@ -362,11 +327,7 @@ def _leaf_count(items: int, ann_min_items: int) -> int:
     return round(math.sqrt(items))
 
 
-def _build_scann(
-    folder: Path,
-    vectors: np.ndarray,
-    leaves: int,
-) -> None:
+def _build_scann(folder: Path, vectors: np.ndarray, leaves: int) -> None:
     # No reorder(): it stores a second copy of all vectors. vectors.npy serves for rescoring.
     searcher = (
         _scann()

@@ -129,12 +129,8 @@ class _Socket(socket.socket):
         return super().recv_into(*args)
 
 
-class _TlsSocket(ssl.SSLSocket):
-    deadline: float
-
-    def recv_into(self, *args: Any) -> int:
-        self.settimeout(_seconds_until(self.deadline))
-        return super().recv_into(*args)
+class _TlsSocket(_Socket, ssl.SSLSocket):
+    """The same for TLS."""
 
 
 @cache

@@ -66,7 +66,7 @@ def decode(data: bytes, max_side: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS + _heif_format()) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS + _can_read_heif()) as image:
                 _check_size(image)
                 photo = _resized(image, max_side)
     except UnidentifiedImageError:
@@ -127,7 +127,7 @@ def _upright(photo: Image.Image, source: Image.Image) -> Image.Image:
 
 
 @cache
-def _heif_format() -> tuple[str, ...]:
+def _can_read_heif() -> tuple[str, ...]:
     try:
         import pillow_heif
     except ImportError:
@@ -139,12 +139,12 @@ def _heif_format() -> tuple[str, ...]:
 def _unidentified(data: bytes) -> PhotoError:
     """The error for bytes that Pillow can't identify."""
     start = data[:1_024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    brand = data[8:12] if data[4:8] == b"ftyp" else b""
-    if brand in _HEIC_BRANDS and not _heif_format():
+    container_brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if container_brand in _HEIC_BRANDS and not _can_read_heif():
         return PhotoError(
             "unsupported", "a HEIC photo, which needs: pip install 'vlm4rec_spark[heic]'"
         )
-    if brand in _HEIC_BRANDS + _AVIF_BRANDS or data.startswith(_MAGIC_BYTES):
+    if container_brand in _HEIC_BRANDS + _AVIF_BRANDS or data.startswith(_MAGIC_BYTES):
         return PhotoError("truncated", "the photo ends early or is damaged: it can't be opened")
     if start.startswith((b"%!ps", b"%pdf")):
         return PhotoError("unsupported", "a PostScript or PDF file, not a photo")

@@ -23,10 +23,11 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteR
 from typing import TypeVar
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vlm4rec_spark import __version__
 from vlm4rec_spark.models.photos import connection
+from vlm4rec_spark.settings_base import Settings
 
 REDIRECTS = 5
 MAX_PAUSE = 60.0
@@ -36,10 +37,8 @@ _UNQUOTED = "/%:@!$&'()*+,;=~?"
 """Not quoted in a path or query. They have a meaning there, or belong to what is quoted already."""
 
 
-class HttpSettings(BaseModel):
+class HttpSettings(Settings):
     """How photos are downloaded, and from where they may come."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     concurrency: int = Field(16, ge=1)
     """Simultaneous downloads in each Spark task."""

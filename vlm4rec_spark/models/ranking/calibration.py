@@ -73,7 +73,7 @@ def cheapest_effort(
     min_cost = float(EXACT_COST * len(searcher))
     for factor in _CANDIDATE_FACTORS:
         effort = Effort(1, factor * k)
-        while effort.leaves < searcher.leaves and effort.cost(searcher) < min_cost:
+        while effort.leaves < searcher.leaf_count and effort.cost(searcher) < min_cost:
             trial = _measure(searcher, requests, eligibility, effort, exact_lists)
             trials.append(trial)
             if trial.low >= promise:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.ranking.top_k import SCORE_DIGITS, Candidates, no_positions
+from vlm4rec_spark.settings_base import Settings
 
 AVAILABLE = 1
 """The bit of the rule that holds for everybody: the item is available."""
@@ -30,13 +31,11 @@ _BLOCK_USERS = 256
 """Their vectors stay in the cores' caches."""
 
 
-class Rule(BaseModel):
+class Rule(Settings):
     """Which items may be recommended, and to whom: SQL predicates over `items` and `users`.
 
     Null counts as false.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     items: str = Field(min_length=1)
     users: str | None = Field(None, min_length=1)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from vlm4rec_spark.models.captioning.captioner import ModelSettings
+
 _REPLACEMENTS = {
     "max_tokens": "max_completion_tokens",
     "temperature": None,
@@ -35,24 +37,17 @@ class OpenAI:
 
     key_variable = "OPENAI_API_KEY"
 
-    def __init__(
-        self,
-        model: str,
-        max_new_tokens: int,
-        url: str | None,
-        key: str,
-        json_schema: dict[str, Any] | None,
-    ):
+    def __init__(self, settings: ModelSettings, key: str, json_schema: dict[str, Any] | None):
         import openai
 
         self.library: Any = openai
         # The captioner does the waiting and the retries.
         self.client: Any = openai.AsyncOpenAI(
-            base_url=url, api_key=key, max_retries=0, timeout=None
+            base_url=settings.endpoint.url, api_key=key, max_retries=0, timeout=None
         )
-        self._model = model
+        self._model = settings.model
         # Not every server knows the newer max_completion_tokens. Others would set no limit at all.
-        self._parameters: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0}
+        self._parameters: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "temperature": 0}
         if json_schema:
             schema = {"name": "attributes", "schema": json_schema, "strict": True}
             self._parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -96,22 +91,15 @@ class Anthropic:
 
     key_variable = "ANTHROPIC_API_KEY"
 
-    def __init__(
-        self,
-        model: str,
-        max_new_tokens: int,
-        url: str | None,
-        key: str,
-        json_schema: dict[str, Any] | None,
-    ):
+    def __init__(self, settings: ModelSettings, key: str, json_schema: dict[str, Any] | None):
         import anthropic
 
         self.library: Any = anthropic
         self.client: Any = anthropic.AsyncAnthropic(
-            base_url=url, api_key=key, max_retries=0, timeout=None
+            base_url=settings.endpoint.url, api_key=key, max_retries=0, timeout=None
         )
-        self._model = model
-        self._parameters: dict[str, Any] = {"max_tokens": max_new_tokens}
+        self._model = settings.model
+        self._parameters: dict[str, Any] = {"max_tokens": settings.max_new_tokens}
         if json_schema:
             self._parameters["output_config"] = {
                 "format": {"type": "json_schema", "schema": json_schema}
@@ -168,7 +156,7 @@ class _CompletionUsage(BaseModel):
 class _Completion(BaseModel):
     """OpenAI's response."""
 
-    choices: Annotated[list[_Choice], Field(min_length=1)]
+    choices: list[_Choice] = Field(min_length=1)
     usage: _CompletionUsage | None = None
 
 

@@ -28,7 +28,7 @@ from vlm4rec_spark.models.captioning.backends.dialects import Anthropic, OpenAI
 from vlm4rec_spark.models.captioning.captioner import (
     MAX_WAIT_SECONDS,
     Answer,
-    EndpointSettings,
+    ModelSettings,
     Request,
 )
 
@@ -41,30 +41,23 @@ _POLL_SECONDS = 0.1
 _MAX_ERROR_LENGTH = 500
 _MIN_SECRET_LENGTH = 8
 """Characters. A local server's key may be `EMPTY` or `none`, words that captions may contain."""
-_FATAL = {401, 402, 403, 404}
+_FATAL_STATUSES = {401, 402, 403, 404}
 """Statuses that any photo would get."""
 _OVERLOADED = {429, 503, 529}
-_FILTERED = ("content_filter", "content_policy_violation")
+_FILTER_CODES = ("content_filter", "content_policy_violation")
 
 
 class EndpointCaptioner:
     """Up to `concurrency` open requests. Their event loop runs inside `step`: no thread needed."""
 
-    def __init__(
-        self,
-        model: str,
-        max_new_tokens: int,
-        settings: EndpointSettings,
-        json_schema: dict[str, Any] | None = None,
-    ):
-        dialect: type[OpenAI] | type[Anthropic] = (
-            Anthropic if settings.dialect == "anthropic" else OpenAI
-        )
+    def __init__(self, model: ModelSettings, json_schema: dict[str, Any] | None = None):
+        settings = model.endpoint
+        dialect: type[OpenAI] | type[Anthropic] = OpenAI
+        if settings.dialect == "anthropic":
+            dialect = Anthropic
         self._key = _read_key(dialect.key_variable, settings.url)
         try:
-            self._dialect = dialect(
-                model, max_new_tokens, settings.url, self._key or "none", json_schema
-            )
+            self._dialect = dialect(model, self._key or "none", json_schema)
         except ImportError as missing:
             raise UsageError(
                 f"{missing}. The endpoint backend needs: pip install 'vlm4rec_spark[endpoint]'"
@@ -72,7 +65,7 @@ class EndpointCaptioner:
         self.max_in_flight = settings.concurrency
         self.batch_size = 1
         self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
-        self._model = model
+        self._model = model.model
         self._settings = settings
         self._rate_limit = _RateLimit(settings.tokens_per_minute)
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -162,7 +155,7 @@ class EndpointCaptioner:
         status = error.status_code
         code = getattr(error, "code", None)
         message = f"status {status}: {error.response.text.strip()}"
-        if status in _FATAL or code == "insufficient_quota":
+        if status in _FATAL_STATUSES or code == "insufficient_quota":
             raise RunError(
                 f"{self._dialect.client.base_url} doesn't serve the model {self._model}: "
                 f"{self._clean(message)}. See caption.model.model, caption.model.endpoint.url "
@@ -178,7 +171,7 @@ class EndpointCaptioner:
             return _Failure("timed_out", message, transient=True)
         if status < 400:
             return _Failure("bad_answer", message)
-        return _Failure("refusal" if code in _FILTERED else "bad_request", message)
+        return _Failure("refusal" if code in _FILTER_CODES else "bad_request", message)
 
     def _clean(self, message: str | bytes) -> str:
         """On one line, without the key. Cut last, or half a key could remain."""

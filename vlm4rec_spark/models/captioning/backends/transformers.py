@@ -10,25 +10,18 @@ from typing import Any
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
-from vlm4rec_spark.models.captioning.captioner import Answer, Request
+from vlm4rec_spark.models.captioning.captioner import Answer, ModelSettings, Request
 
 
 class TransformersCaptioner(BatchCaptioner):
-    """Greedy descriptions by the model at `source`, a folder or hub name, on CUDA, MPS or the CPU.
+    """Greedy descriptions by the model at `settings.source`, on CUDA, MPS or the CPU.
 
-    `torch_compile`: decode by a compiled graph over a cache of fixed size.
+    With `settings.torch_compile`, decode by a compiled graph over a cache of fixed size.
     Memory then limits the speed, not kernel launches.
     Each new size of batch and prompt is compiled first.
     """
 
-    def __init__(
-        self,
-        source: str,
-        revision: str,
-        max_new_tokens: int,
-        batch_size: int,
-        torch_compile: bool = False,
-    ):
+    def __init__(self, settings: ModelSettings, batch_size: int):
         super().__init__(batch_size)
         try:
             import torch
@@ -39,20 +32,23 @@ class TransformersCaptioner(BatchCaptioner):
             ) from missing
 
         self.torch = torch
-        self.device = _device()
-        self.processor, _ = load_processor(source, revision)
+        self.device = best_device()
+        self.processor, _ = load_processor(settings.source, settings.revision)
         # Answers follow on the right. With right padding, a short prompt would have pad tokens
         # before its answer, and a photo's caption would depend on its batch.
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token_id is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, revision=revision, dtype=self._dtype(), use_safetensors=True
+            settings.source,
+            revision=settings.revision,
+            dtype=self._dtype(),
+            use_safetensors=True,
         )
         self.model = model.to(self.device).eval()
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = settings.max_new_tokens
         # With a static cache transformers compiles on devices that benefit.
-        self.cache = {"cache_implementation": "static"} if torch_compile else {}
+        self.cache = {"cache_implementation": "static"} if settings.torch_compile else {}
 
     def _dtype(self) -> Any:
         if self.device == "cpu":
@@ -115,7 +111,8 @@ def chat_text(processor: Any, prompt: str) -> str:
     return processor.apply_chat_template(chat, add_generation_prompt=True)
 
 
-def _device() -> str:
+def best_device() -> str:
+    """cuda, mps or cpu."""
     import torch
 
     if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from typing import Any
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.backends.batches import failed
 from vlm4rec_spark.models.captioning.backends.transformers import chat_text, load_processor
-from vlm4rec_spark.models.captioning.captioner import Answer, Request
+from vlm4rec_spark.models.captioning.captioner import Answer, ModelSettings, Request
 
 _ENGINE_PHOTOS = 128
 """Photos in the engine. For a 7B model with grouped heads, 128 × 2,988 tokens take 50 GB.
@@ -35,19 +35,13 @@ _ENVIRONMENT = {
 
 
 class VllmCaptioner:
-    """Greedy descriptions by the model at `source`, a folder or hub name.
+    """Greedy descriptions by the model at `settings.source`.
 
     The engine has its own process, as is vLLM's default. A thread of this one prepares photos.
     In one process the two would wait for Python's lock.
     """
 
-    def __init__(
-        self,
-        source: str,
-        revision: str,
-        max_new_tokens: int,
-        json_schema: dict[str, Any] | None = None,
-    ):
+    def __init__(self, settings: ModelSettings, json_schema: dict[str, Any] | None):
         os.environ |= _ENVIRONMENT
         try:
             from vllm import LLMEngine, SamplingParams
@@ -62,16 +56,16 @@ class VllmCaptioner:
         self.max_in_flight = _ENGINE_PHOTOS + _PREPARED_PHOTOS
         self.batch_size = 1
         self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
-        self._processor, options = load_processor(source, revision)
+        self._processor, options = load_processor(settings.source, settings.revision)
         # Offline use: more tokens per step, since throughput counts and not the first token.
         self._engine: Any = LLMEngine.from_engine_args(
-            _arguments(source, revision, options), UsageContext.LLM_CLASS
+            _arguments(settings, options), UsageContext.LLM_CLASS
         )
         # The only one of the model's defaults that greedy decoding in transformers also applies.
         defaults = self._engine.model_config.get_diff_sampling_param()
         self._sampling = SamplingParams(
             temperature=0,
-            max_tokens=max_new_tokens,
+            max_tokens=settings.max_new_tokens,
             repetition_penalty=defaults.get("repetition_penalty", 1.0),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -130,15 +124,15 @@ class VllmCaptioner:
         )
 
 
-def _arguments(source: str, revision: str, processor_options: dict[str, str]) -> Any:
+def _arguments(settings: ModelSettings, processor_options: dict[str, str]) -> Any:
     import torch
     from vllm import EngineArgs
 
     gpu = torch.cuda.is_available()
     return EngineArgs(
-        model=source,
-        revision=revision,
-        tokenizer_revision=revision,
+        model=settings.source,
+        revision=settings.revision,
+        tokenizer_revision=settings.revision,
         runner="generate",
         load_format="safetensors",
         # A CPU is for trials: the transformers backend's precision, and no slow compilation.
