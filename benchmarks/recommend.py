@@ -297,7 +297,8 @@ class Shop:
         self.effort = self.calibration.effort or Effort(1, K)
         say(
             f"{items:,} items: calibrated in {time.monotonic() - started:.0f} s: "
-            f"{self.calibration.describe(searcher.leaf_count)}, recall {self.calibration.recall:.4f}"
+            f"{self.calibration.describe(searcher.leaf_count)}, "
+            f"recall {self.calibration.recall:.4f}"
         )
 
     def append_profiles(self) -> None:

@@ -105,18 +105,6 @@ def test_the_cut_is_a_time():
         EvaluateSettings(cut="last week")
 
 
-def test_replay_cuts_one_after_another(spark: SparkSession):
-    settings = EvaluateSettings(splits=("replay",), cut="2025-01-05", replay_cuts=2)
-    first, second = splits.of(log(spark, TEN_DAYS), settings)
-    assert [first.name, second.name] == ["replay 1", "replay 2"]
-    # Half of the time until the last event, at a whole minute.
-    assert [first.cut, second.cut] == ["2025-01-05 00:00:00", "2025-01-07 18:00:00"]
-    assert item_ids(first.train) == {"I1", "I2", "I3", "I4"}
-    assert item_ids(first.test) == {"I5", "I6", "I7"}
-    assert item_ids(second.train) == {f"I{day}" for day in range(1, 8)}
-    assert item_ids(second.test) == {"I8", "I9", "I10"}
-
-
 def test_validation_uses_nothing_of_the_test_part(spark: SparkSession):
     settings = EvaluateSettings(splits=("time", "leave_one_out"))
     time, leave_one_out = splits.of(log(spark, TEN_DAYS), settings)

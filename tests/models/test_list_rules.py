@@ -83,7 +83,7 @@ class BruteForce:
         return Expected(items, collapsed)
 
     def diverse_list(self) -> Expected:
-        """From the 5 k best candidates; else from the 20 k best, and so on, until the list is full."""
+        """From the 5 k best candidates; else from the 20 k best, and so on, until it is full."""
         ranked = self.ranked()
         pool = 5 * self.k
         while True:

@@ -9,8 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration, SwinConfig
 
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.errors import RunError, UsageError
@@ -167,18 +165,6 @@ def first(photos: labelled.Labelled, tmp_path_factory) -> tuple[Path, train.Trai
     return folder / "model", train.train(photos, folder / "model", folder, PLAN, ignore)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def trained_weights(
-    photos: labelled.Labelled, plan: train.TrainingPlan, folder: Path
-) -> dict[str, torch.Tensor]:
-    folder.mkdir()
-    train.train(photos, folder, folder, plan, ignore)
-    return weights(folder)
-
-
 def test_a_training_has_a_curve(first: tuple[Path, train.Training]):
     curve = first[1].curve
     assert (curve[-1].seen, set(curve[-1].right)) == (24, {"kind", "colour"})
@@ -228,96 +214,8 @@ def test_the_ordinary_backend_loads_a_trained_captioner(
     assert words_of(caption) <= words_of(" ".join(photos.sentences))
 
 
-@pytest.fixture(scope="module")
-def bonnets(photos: labelled.Labelled) -> labelled.Labelled:
-    """The same photos with a word that the first captioner doesn't know."""
-    sentences = [sentence.replace("hat", "bonnet") for sentence in photos.sentences]
-    return replace(photos, sentences=sentences)
-
-
-def ids(processor: object) -> dict[str, int]:
-    return processor.tokenizer.get_vocab()  # type: ignore[attr-defined]
-
-
-def test_a_captioner_inherits_the_tower_and_the_words_that_both_know(
-    bonnets: labelled.Labelled, first: tuple[Path, train.Training]
-):
-    start = LlavaForConditionalGeneration.from_pretrained(first[0], dtype=torch.float32)
-    start_ids = ids(AutoProcessor.from_pretrained(first[0]))
-    torch.manual_seed(0)
-    model, processor = network.build(bonnets.sentences)
-    untrained = model.get_input_embeddings().weight.detach().clone()
-    new_words = network.inherit(model, processor, first[0])
-    embeddings = model.get_input_embeddings().weight
-    start_embeddings = start.get_input_embeddings().weight
-    bonnet = ids(processor)["bonnet"]
-    assert new_words == [bonnet]
-    assert torch.equal(embeddings[ids(processor)["red"]], start_embeddings[start_ids["red"]])
-    assert torch.equal(embeddings[bonnet], untrained[bonnet])
-    tower = model.model.vision_tower.state_dict()
-    for name, tensor in start.model.vision_tower.state_dict().items():
-        assert torch.equal(tower[name], tensor), name
-
-
-def test_a_training_from_a_captioner_may_keep_a_share_of_its_weights(
-    bonnets: labelled.Labelled, first: tuple[Path, train.Training], tmp_path
-):
-    plan = replace(PLAN, start=str(first[0]), mirrored=0.5, seen=12)
-    start = weights(first[0])
-    trained = trained_weights(bonnets, plan, tmp_path / "trained")
-    averaged = trained_weights(bonnets, replace(plan, kept=0.5), tmp_path / "averaged")
-    same = {name for name, tensor in start.items() if torch.equal(tensor, trained[name])}
-    frozen = {name for name in same if ".layers.0." in name and "vision_tower" in name}
-    assert len(frozen) > 10
-    assert not any("multi_modal_projector" in name for name in same)
-    projector = next(n for n in start if "multi_modal_projector" in n and n.endswith("weight"))
-    mean = (start[projector] + trained[projector]) / 2
-    torch.testing.assert_close(averaged[projector], mean, atol=1e-3, rtol=0)
-    embeddings = next(n for n in start if n.endswith("embed_tokens.weight"))
-    bonnet = ids(AutoProcessor.from_pretrained(tmp_path / "trained"))["bonnet"]
-    torch.testing.assert_close(
-        averaged[embeddings][bonnet], trained[embeddings][bonnet], atol=1e-3, rtol=0
-    )
-
-
 def command(table: Path, out: Path, *options: str) -> list[str]:
     return ["train-captioner", str(table), "--out", str(out), *options]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gone", "--start gone: there is no captioner"),
-        ("none", "no captioner can be read from it"),
-        ("other", "its captioner is of another shape than those that are trained here"),
-    ],
-)
-def test_only_a_captioner_of_this_kind_can_be_started_from(
-    photos: labelled.Labelled,
-    table: Path,
-    tmp_path,
-    capsys,
-    name: str,
-    message: str,
-):
-    start = tmp_path / name
-    if name == "none":
-        start.mkdir()
-        (start / "config.json").write_text("{}")
-    if name == "other":
-        small = SwinConfig(
-            image_size=64,
-            patch_size=4,
-            embed_dim=24,
-            depths=[2, 2],
-            num_heads=[2, 4],
-            window_size=4,
-        )
-        for part in network.build(photos.sentences, small):
-            part.save_pretrained(start)
-    options = ["--attribute", "kind=category", "--start", name if name == "gone" else str(start)]
-    assert main(command(table, tmp_path / "out", *options)) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_photos_are_drawn_by_weight_and_never_those_held_out(photos: labelled.Labelled):
@@ -338,8 +236,8 @@ def random_photos(count: int, side: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=rng)
 
 
-def augmented(photos: torch.Tensor, seed: int, mirrored: float = 0.0) -> torch.Tensor:
-    return augment.augment(photos, torch.Generator().manual_seed(seed), mirrored)
+def augmented(photos: torch.Tensor, seed: int) -> torch.Tensor:
+    return augment.augment(photos, torch.Generator().manual_seed(seed))
 
 
 def test_changed_photos_depend_on_the_seed_and_stay_photos():
@@ -350,17 +248,6 @@ def test_changed_photos_depend_on_the_seed_and_stay_photos():
     assert not torch.equal(changed, augmented(photos, 2))
     assert changed.abs().max() < 1.3
     assert torch.equal(augment.plain(photos), photos / 127.5 - 1)
-
-
-def test_a_share_of_the_photos_is_mirrored_at_most():
-    photos = random_photos(8, 32)
-    changed = augmented(photos, 1, mirrored=0.5)
-    plain = augment.plain(photos)
-    is_plain = (changed == plain).flatten(1).all(1)
-    is_mirrored = (changed == plain.flip(-1)).flatten(1).all(1)
-    assert (is_plain | is_mirrored).tolist() == [True] * 4 + [False] * 4
-    assert 0 < is_plain.sum() < 4
-    assert augmented(photos, 1, mirrored=1.0).shape == photos.shape
 
 
 def test_the_background_is_what_reaches_the_edge():
@@ -398,7 +285,7 @@ def test_the_card_says_where_the_model_comes_from(tmp_path):
         licence="CC0.",
         photos=1_200,
         rejected={"html_page": 2},
-        plan=train.TrainingPlan(start="packaged"),
+        plan=train.TrainingPlan(),
         seconds=90.0,
         device="a GPU",
     )
@@ -408,7 +295,7 @@ def test_the_card_says_where_the_model_comes_from(tmp_path):
     for words in (
         "`vlm4rec train-captioner x`",
         "1,200 photos; left out: 2 html page.",
-        "seed 0; 1.5 minutes on a GPU. It started from a captioner",
+        "seed 0; 1.5 minutes on a GPU.",
         "| kind | 2 | 61 | 0.500 | 0.250 | 0.750 |",
         "## Licence CC0.",
     ):

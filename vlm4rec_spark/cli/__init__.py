@@ -367,16 +367,6 @@ WorkFolder = Annotated[
 PhotosSeen = Annotated[
     int, typer.Option(min=1, help="Photos to train on; each is used several times.")
 ]
-StartModel = Annotated[
-    str,
-    typer.Option(help="Start from this captioner, 'packaged' or a folder, not from nothing."),
-]
-MirroredShare = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of photos that are only mirrored, or not.")
-]
-StartShare = Annotated[
-    float, typer.Option(min=0, max=0.9, help="Share of the start's weights in the result.")
-]
 Licence = Annotated[str, typer.Option(help="The card's text on rights in photos and model.")]
 
 
@@ -393,9 +383,6 @@ def train_captioner(
     batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
     rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    start: StartModel = "",
-    mirrored: MirroredShare = 0.0,
-    kept: StartShare = 0.0,
     licence: Licence = "Not stated.",
     debug: Debug = False,
 ) -> None:
@@ -407,20 +394,16 @@ def train_captioner(
 
     On a GPU it takes minutes. The default, 400,000 photos, takes some four hours on two cores. It
     can be killed at any moment: the same command goes on from the last checkpoint, two minutes back
-    at most. Less is needed to teach a good captioner your own words:
-    --start packaged --seen 50000 --rate 0.00025.
+    at most.
     """
     from vlm4rec_spark.cli.train_captioner import run_training
 
     columns = {"photo": photo, "caption": caption, "weight": weight}
-    options: dict[str, int | float | bool | str] = {
+    options: dict[str, int | float] = {
         "seen": seen,
         "batch": batch,
         "rate": rate,
         "seed": seed,
-        "start": start,
-        "mirrored": mirrored,
-        "kept": kept,
     }
     run_training(table, out, work, columns, attribute or [], licence, options, debug)
 

@@ -30,6 +30,9 @@ from vlm4rec_spark.storage.tables import Tables
 
 _MAX_HISTORY_ROWS = 20
 _NEIGHBORS = 10
+_NO_LIST = (
+    "No recommendations yet: a list needs a history with a vector. See: vlm4rec recommend --help"
+)
 _SIMILAR_IDS = 50
 """Ids that are compared with an unknown one; Spark picks them, so that no more are collected."""
 
@@ -76,10 +79,7 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
     if recommendations:
         console.print(_recommendations_table(recommendations, texts))
     else:
-        console.print(
-            "No recommendations yet: a list needs a history with a vector. "
-            "See: vlm4rec recommend --help"
-        )
+        console.print(_NO_LIST)
 
 
 def item(pipeline: Pipeline, item_id: str, console: Console) -> None:

@@ -14,7 +14,6 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.cli.reporter import LOG, configure
 from vlm4rec_spark.errors import UsageError
-from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
 
 if TYPE_CHECKING:
     from vlm4rec_spark.training.measure import Share
@@ -36,9 +35,7 @@ def run_training(
     """Read the photos, train, measure on held-out photos, write the card."""
     attribute_columns = _attribute_columns(attributes)
     command = _command(table, out, columns, attributes, options)
-    _check(out, options)
-    if options["start"] == "packaged":
-        options["start"] = str(PACKAGED_MODEL)
+    _check(out)
     if not debug:
         quiet()
     configure(as_json=False)
@@ -70,16 +67,9 @@ def run_training(
     _show(out, accuracy)
 
 
-def _check(out: Path, options: Options) -> None:
+def _check(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
         raise UsageError(f"--out {out}: this folder has files but no model. Name a new folder.")
-    start = options["start"]
-    if start and start != "packaged" and not (Path(start) / "config.json").is_file():
-        raise UsageError(
-            f"--start {start}: there is no captioner. Use 'packaged', or the folder of a model."
-        )
-    if options["kept"] and not start:
-        raise UsageError("--kept needs a captioner to start from. Name one with --start.")
 
 
 def _attribute_columns(assignments: Sequence[str]) -> dict[str, str]:
@@ -115,9 +105,6 @@ def _command(
             words += [f"--{name}", column]
     for name in ("seen", "batch", "rate", "seed"):
         words += [f"--{name}", str(options[name])]
-    for name in ("start", "mirrored", "kept"):
-        if options[name]:
-            words += [f"--{name}", str(options[name])]
     return shlex.join(words)
 
 

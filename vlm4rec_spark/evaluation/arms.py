@@ -87,11 +87,6 @@ class EvaluateSettings(Settings):
         gt=0,
         lt=1,
     )
-    replay_cuts: int = Field(
-        3,
-        ge=2,
-        le=50,
-    )
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
     custom_arms: dict[str, Overrides] = Field({})
     control: str = "popularity"
@@ -131,9 +126,9 @@ class EvaluateSettings(Settings):
     @field_validator("splits")
     @classmethod
     def _check_splits(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := set(splits) - {"time", "leave_one_out", "replay"}:
+        if unknown := set(splits) - {"time", "leave_one_out"}:
             names = ", ".join(sorted(unknown))
-            raise ValueError(f"{names}: a split is time, leave_one_out or replay")
+            raise ValueError(f"{names}: a split is time or leave_one_out")
         return splits
 
     @field_validator("also_k")

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
-
-_MINUTE = 60_000_000
-"""Microseconds."""
 
 
 @dataclass(frozen=True)
@@ -29,34 +25,11 @@ class Split:
 def of(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
     """The splits that the settings name, in their order."""
     for name in settings.splits:
-        if name == "leave_one_out":
-            yield Split(name, None, *leave_one_out(log))
-        elif name == "time":
+        if name == "time":
             cut = settings.cut or last_share(log, settings.test_share)
             yield Split(name, cut, *time_split(log, cut))
         else:
-            yield from replay(log, settings)
-
-
-def replay(log: DataFrame, settings: EvaluateSettings) -> Iterator[Split]:
-    """Successive cuts at equal distances in the test part. Each is tested on the events up to the
-    next."""
-    first = F.to_timestamp(F.lit(settings.cut or last_share(log, settings.test_share)))
-    start = _evaluated(log, F.unix_micros(first))
-    end = log.agg(F.unix_micros(F.max("event_time"))).first()[0] + 1  # type: ignore[index]
-    count = settings.replay_cuts
-    # At whole minutes, so that their names can be read.
-    cuts = [start + (end - start) * part // count // _MINUTE * _MINUTE for part in range(count)]
-    micros = F.unix_micros("event_time")
-    for number, (cut, until) in enumerate(zip(cuts, [*cuts[1:], end], strict=True), 1):
-        time = _evaluated(log, F.timestamp_micros(F.lit(cut)).cast("string"))
-        test = log.where((micros >= cut) & (micros < until))
-        yield Split(f"replay {number}", str(time), log.where(micros < cut), test)
-
-
-def _evaluated(log: DataFrame, constant: Column) -> Any:
-    """The value that Spark, in its own time zone, gives a constant expression."""
-    return log.sparkSession.range(1).select(constant).first()[0]  # type: ignore[index]
+            yield Split(name, None, *leave_one_out(log))
 
 
 def validation(split: Split, test_share: float) -> Split:

@@ -59,13 +59,7 @@ def _search_blocks(
         for batch in batches:
             for first in batch.column("id").to_pylist():
                 queries = searcher.vectors[first : first + block_items]
-                found = searcher.search(queries, effort)
-                block = {
-                    "first": [first],
-                    "positions": [found.positions.astype(np.int32).tobytes()],
-                    "cosines": [found.scores.astype(np.float32).tobytes()],
-                }
-                yield pa.RecordBatch.from_pydict(block)
+                yield _block(first, *searcher.search(queries, effort))
 
     blocks_per_job = max(1, _DRIVER_BYTES // (BYTES * depth * block_items))
     items_per_job = block_items * blocks_per_job
@@ -79,3 +73,12 @@ def _search_blocks(
                 np.frombuffer(positions.as_buffer(), np.int32).reshape(-1, depth),
                 np.frombuffer(cosines.as_buffer(), np.float32).reshape(-1, depth),
             )
+
+
+def _block(first: int, positions: np.ndarray, cosines: np.ndarray) -> pa.RecordBatch:
+    columns = {
+        "first": [first],
+        "positions": [positions.astype(np.int32).tobytes()],
+        "cosines": [cosines.astype(np.float32).tobytes()],
+    }
+    return pa.RecordBatch.from_pydict(columns)

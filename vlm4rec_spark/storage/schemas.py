@@ -340,7 +340,7 @@ METRICS = Table(
     "metrics",
     "Offline evaluation: one row per split, arm, control, metric, k and slice.",
     """run_id STRING NOT NULL COMMENT 'Run',
-    split STRING NOT NULL COMMENT 'time, leave_one_out, replay 1; captions: the caption audit',
+    split STRING NOT NULL COMMENT 'time, leave_one_out; captions: the caption audit',
     arm STRING NOT NULL COMMENT 'What was evaluated; of captions their model, or imported',
     control STRING NOT NULL COMMENT 'Arm that this one is compared with; empty: none',
     metric STRING NOT NULL COMMENT 'Such as recall, coverage, self_rank_10',

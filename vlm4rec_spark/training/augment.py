@@ -12,24 +12,13 @@ _FLOOD_SIDE = 32
 """
 
 
-def augment(
-    photos: torch.Tensor,
-    rng: torch.Generator,
-    mirrored: float = 0.0,
-) -> torch.Tensor:
+def augment(photos: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """(n, 3, side, side) uint8 to floats from -1 to 1, every photo changed in its own way.
 
     In a third of the photos a plain light background is replaced: by a colour, a gradient, or
     another photo out of focus. Then photos are turned, mirrored, scaled and moved. Brightness,
-    contrast and colours change. Some photos get coarser, and some have a part covered. A share of
-    `mirrored` is mirrored at most.
+    contrast and colours change. Some photos get coarser, and some have a part covered.
     """
-    if mirrored and (count := round(len(photos) * mirrored)):
-        flip = _rand(photos[:count], 1, 1, 1, rng=rng) < 0.5
-        gentle = plain(torch.where(flip, photos[:count].flip(-1), photos[:count]))
-        if count == len(photos):
-            return gentle
-        return torch.cat([gentle, augment(photos[count:], rng)])
     pixels = photos.float() / 255
     pixels = _with_background(pixels, rng)
     pixels = _moved(pixels, rng)

@@ -54,7 +54,6 @@ def write(
         seed=plan.seed,
         minutes=provenance.seconds / 60,
         device=provenance.device,
-        note=_START if plan.start else "",
     )
     (folder / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
     if curve:
@@ -88,7 +87,6 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
     )
 
 
-_START = " It started from a captioner that was trained before."
 _TEXT = """\
 # A small captioner of product photos
 
@@ -109,7 +107,7 @@ It consists of transformers' own classes and loads through `AutoProcessor` and
 - Data: {data}. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
 - {seen:,} photos seen in batches of {batch:,}, seed {seed};
-  {minutes:.1f} minutes on {device}.{note}
+  {minutes:.1f} minutes on {device}.
 - The curve is in `curve.png`.
 
 ## Held-out figures

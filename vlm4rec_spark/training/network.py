@@ -6,10 +6,7 @@ Made of transformers' own classes, so that the ordinary backend loads it without
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from vlm4rec_spark.errors import UsageError
 
 SIDE = 128
 """Photos are resized to a square of so many pixels; the ratio of their sides is lost."""
@@ -121,73 +118,6 @@ def _processor(
         image_token="<image>",
         num_additional_image_tokens=patches.class_tokens,
     )
-
-
-def inherit(
-    model: Any,
-    processor: Any,
-    folder: Path,
-) -> list[int]:
-    """Give an untrained model of `build` the weights of the captioner in `folder`.
-
-    Words that both know keep their weights. Patches and the first half of the tower's stages, which
-    see edges and colours, are frozen. Returns the ids of the words that the captioner in `folder`
-    lacks.
-
-    Raises UsageError for a folder without such a captioner, or with weights of other shapes.
-    """
-    import torch
-
-    start, start_ids = _load(folder)
-    ids = processor.tokenizer.get_vocab()
-    weights = model.state_dict()
-    vocabulary = {
-        name
-        for name, tensor in weights.items()
-        if len(tensor) == len(ids)
-        and tensor.ndim == 2
-        and name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    }
-    different = [
-        name
-        for name, tensor in weights.items()
-        if name not in start or (name not in vocabulary and start[name].shape != tensor.shape)
-    ]
-    if different:
-        raise UsageError(
-            f"{folder}: its captioner is of another shape than those that are trained here "
-            f"({len(different):,} of {len(weights):,} weights, such as {different[0]}). Start from "
-            "the packaged one, or from one that this command made."
-        )
-    shared = [(number, start_ids[word]) for word, number in ids.items() if word in start_ids]
-    to, source = torch.tensor(shared).T
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            if name in vocabulary:
-                tensor[to] = start[name][source]
-            else:
-                tensor.copy_(start[name])
-    tower = model.model.vision_tower
-    stages = tower.encoder.layers
-    for part in (tower.embeddings, *stages[: len(stages) // 2]):
-        part.requires_grad_(False)
-    return [number for word, number in ids.items() if word not in start_ids]
-
-
-def _load(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A captioner's weights, and its words' ids."""
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
-        ids = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
-    except Exception as error:
-        message = str(error).splitlines()[0]
-        raise UsageError(f"{folder}: no captioner can be read from it: {message}") from error
-    return model.state_dict(), ids
 
 
 def _tokenizer(sentences: Iterable[str]) -> Any:

@@ -34,8 +34,6 @@ _WARM_UP = 0.06
 _HEAD_WEIGHT = 0.5
 """Of the heads' losses; the sentence's loss has 1."""
 _SMOOTHING = 0.1
-_NEW_WEIGHTS_RATE = 10
-"""How much faster weights learn that the captioner to start from doesn't have."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,6 @@ class TrainingPlan:
     batch: int = 96
     rate: float = 1e-3
     seed: int = 0
-    start: str = ""
-    """The folder of a captioner to start from, "" for none."""
-    mirrored: float = 0.0
-    """The share of photos that are at most mirrored, as the catalogue's own photos are.
-
-    Late in a training it raises the accuracy on such photos, and lowers it on others.
-    """
-    kept: float = 0.0
-    """The share of the start's weights in the result: WiSE-FT, Wortsman et al. 2022.
-
-    It restores most of the accuracy on other photos.
-    """
 
 
 def device_name() -> str:
@@ -132,35 +118,13 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(plan.seed)
     model, processor = network.build(labelled.sentences)
-    new_words = network.inherit(model, processor, Path(plan.start)) if plan.start else []
-    start = {}
-    if plan.kept:
-        start = {name: weights.detach().clone() for name, weights in model.named_parameters()}
     learner = _Learner(model, labelled).to(device)
     loop = _Loop(learner, _Photos(labelled, processor, device), plan, _digest(plan, labelled))
     loop.run(work / "checkpoint.pt", log)
     learner.model.eval().cpu()
-    _average(learner.model, start, new_words, plan.kept)
     learner.model.half().save_pretrained(out)
     processor.save_pretrained(out)
     return Training(loop.curve, loop.seconds)
-
-
-@torch.no_grad()
-def _average(
-    model: Any,
-    start: dict[str, torch.Tensor],
-    new_words: list[int],
-    share: float,
-) -> None:
-    """Move the weights towards the start's by the share, except those of words that it lacks."""
-    for name, weights in model.named_parameters():
-        if name in start:
-            is_vocabulary = name.endswith("embed_tokens.weight")
-            learnt = weights[new_words].clone() if is_vocabulary else None
-            weights.lerp_(start[name], share)
-            if learnt is not None:
-                weights[new_words] = learnt
 
 
 class _Photos:
@@ -250,11 +214,11 @@ class _Loop:
         self._digest = digest
         self._device = photos.device
         self._steps = max(1, plan.seen // plan.batch)
-        groups = _parameter_groups(learner, plan)
+        groups = _parameter_groups(learner)
         self._optimizer = torch.optim.AdamW(groups, plan.rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer,
-            [group["lr"] for group in groups],
+            plan.rate,
             total_steps=self._steps,
             pct_start=_WARM_UP,
         )
@@ -330,7 +294,7 @@ class _Loop:
         seed = plan.seed * 1_000_003 + step
         rng = torch.Generator(self._device).manual_seed(seed)
         torch.manual_seed(seed)
-        pixels = augment(self._photos.pixels(rows), rng, plan.mirrored)
+        pixels = augment(self._photos.pixels(rows), rng)
         positions = torch.from_numpy(rows).to(self._device)
         ids = self._photos.ids[positions]
         with _autocast(self._device):
@@ -378,20 +342,14 @@ def _word_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return words / len(ids) / 5
 
 
-def _parameter_groups(learner: _Learner, plan: TrainingPlan) -> list[dict[str, Any]]:
-    """The parameters by rate and decay: what the captioner to start from lacks learns faster."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            is_new = bool(plan.start) and not name.startswith("model.")
-            groups.setdefault((is_new, parameter.ndim > 1), []).append(parameter)
+def _parameter_groups(learner: _Learner) -> list[dict[str, Any]]:
+    """The parameters by weight decay: only matrices have it."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {}
+    for parameter in learner.parameters():
+        groups.setdefault(parameter.ndim > 1, []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": plan.rate * (_NEW_WEIGHTS_RATE if is_new else 1),
-            "weight_decay": 0.05 if is_matrix else 0.0,
-        }
-        for (is_new, is_matrix), parameters in groups.items()
+        {"params": parameters, "weight_decay": 0.05 if is_matrix else 0.0}
+        for is_matrix, parameters in groups.items()
     ]
 
 
