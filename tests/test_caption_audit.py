@@ -1,6 +1,5 @@
 """The caption audit of a captioner that looks at photos, and of one that doesn't."""
 
-import json
 from datetime import datetime
 from typing import Any
 
@@ -88,9 +87,9 @@ class Audited:
 
     def __init__(self, run: Pipeline):
         self.result = StageResult("evaluate")
-        self.rows = caption_audit.audit(run.context, self.result)
+        self.rows, audit = caption_audit.audit(run.context, self.result)
         self.values = {row["metric"]: row["value"] for row in self.rows}
-        self.details: dict[str, Any] = json.loads(self.result.details.get("caption_audit", "{}"))
+        self.details: dict[str, Any] = audit or {}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Evaluate: the splits, and arms whose scores can be worked out by hand."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import date, datetime
@@ -261,7 +260,7 @@ def test_arms_are_compared_with_the_control(evaluation: Evaluation):
 
 
 def test_the_details_say_what_was_evaluated(evaluation: Evaluation):
-    facts = json.loads(evaluation.details["time"])
+    facts = evaluation.facts["time"]
     assert facts["cut"] == CUT
     assert facts["users"] == 31
     assert facts["candidates"] == 60
@@ -350,7 +349,7 @@ def test_shuffled_items_fall_to_chance(evaluation: Evaluation):
     for arm in ("random", "popularity", "title"):
         # Chance is one of 60, on 31 users.
         assert row_of(evaluation, arm, metric=metric_rows.SHUFFLED)["value"] < 0.15
-    assert json.loads(evaluation.details["time"])["above_chance"] == []
+    assert evaluation.facts["time"]["above_chance"] == []
 
 
 def test_shuffling_items_keeps_the_number_of_each_user():
@@ -426,7 +425,7 @@ def test_identical_vectors_raise_an_alarm(spark: SparkSession):
         SERVING,
         lines.append,
     )
-    assert json.loads(evaluation.details["time"])["identical_vectors"] == {"title": 60}
+    assert evaluation.facts["time"]["identical_vectors"] == {"title": 60}
     warning = "60 of 60 candidates share their title vector with another"
     assert any(warning in line for line in lines)
 

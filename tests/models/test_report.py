@@ -3,7 +3,6 @@ of it."""
 
 import dataclasses
 import io
-import json
 import re
 from datetime import UTC, datetime
 from functools import cache
@@ -27,11 +26,11 @@ from vlm4rec_spark.report.data import (
     SourceSummary,
     StageRun,
     UserCard,
-    parse_details,
 )
 from vlm4rec_spark.report.data_quality import DataIssue, data_issues
 from vlm4rec_spark.report.metrics_section import headline, splits
 from vlm4rec_spark.report.page import render
+from vlm4rec_spark.storage.state import CalibrationState, TriedEffort
 
 AT = datetime(2026, 11, 24, 9, 12, tzinfo=UTC)
 PIXEL = "data:image/jpeg;base64,/9j/4AAQSkZJRg=="
@@ -79,7 +78,6 @@ def recall(
 
 
 def all_runs() -> tuple[StageRun, ...]:
-    facts = {"cut": "2026-10-20", "users": 1411, "candidates": 571, "left_out_share": 0.048}
     return (
         a_run("ingest", unknown_item_events="41", items_without_photo="5", untouched_items="14"),
         a_run(
@@ -118,7 +116,7 @@ def all_runs() -> tuple[StageRun, ...]:
             recall_promised="0.95",
             recall_measured="0.983",
         ),
-        a_run("evaluate", time=json.dumps(facts)),
+        a_run("evaluate"),
     )
 
 
@@ -137,6 +135,9 @@ def a_user() -> UserCard:
     variants = (BROKEN_PHOTO,) * 5
     item = RecommendedItem(HOSTILE_PHOTO, 0.87, BROKEN_PHOTO, ("red", "<i>"), variants)
     return UserCard("u<1>", 9, 18, (HOSTILE_PHOTO, BROKEN_PHOTO), (item,))
+
+
+FACTS = {"cut": "2026-10-20", "users": 1411, "candidates": 571, "left_out_share": 0.048}
 
 
 def full(**changes: object) -> ReportData:
@@ -164,6 +165,7 @@ def full(**changes: object) -> ReportData:
             recall("popularity", None, None, None, "history 20+"),
             recall("caption", None, None, None, "history 20+"),
         ),
+        splits={"time": FACTS},
     )
     return dataclasses.replace(data, **changes)  # type: ignore[arg-type]
 
@@ -246,6 +248,15 @@ def test_any_part_may_be_missing(field: str):
     assert page.endswith("</html>")
 
 
+def test_the_recall_curve_has_every_effort_and_the_chosen_one():
+    tried = (TriedEffort(10, 100, 0.9, 0.88, 2000.0), TriedEffort(40, 100, 0.97, 0.96, 800.0))
+    calibration = CalibrationState(0.95, 40, 100, 0.97, 0.96, 1000, None, tried)
+    page = render(full(calibration=calibration))
+    assert 'aria-label="Recall and lists a second of 2 search settings"' in page
+    assert ">lists a second, one process</text>" in page
+    assert "Recall against speed" not in render(full(calibration=calibration._replace(tried=())))
+
+
 def test_details_may_be_absent_or_unreadable():
     bare = [dataclasses.replace(run, details={}, versions={}) for run in all_runs()]
     assert render(full(runs=tuple(bare))).endswith("</html>")
@@ -253,7 +264,6 @@ def test_details_may_be_absent_or_unreadable():
         dataclasses.replace(run, details=dict.fromkeys(run.details, "?")) for run in all_runs()
     ]
     assert render(full(runs=tuple(broken))).endswith("</html>")
-    assert parse_details("not json") == parse_details("[1]") == parse_details(None) == {}
 
 
 def test_the_summary_states_the_values_and_that_their_intervals_are_separate():
@@ -327,8 +337,8 @@ def test_the_page_shows_other_metrics_and_leaks():
     )
     coverage = dataclasses.replace(recall("caption", 0.61, None, None), metric="coverage")
     facts = {"cut": "2026-10-20", "candidates": 571, "above_chance": ["caption"]}
-    runs = (*all_runs()[:-1], a_run("evaluate", time=json.dumps(facts)))
-    text = text_of(render(full(runs=runs, metrics=(*full().metrics, shuffled, coverage))))
+    splits = {"time": facts}
+    text = text_of(render(full(splits=splits, metrics=(*full().metrics, shuffled, coverage))))
     assert "Caption predicts shuffled items better than chance. Something leaks" in text
     assert "every arm must fall to chance, 0.0175" in text
     assert "Coverage Recall, shuffled items" in text
@@ -403,9 +413,7 @@ AUDIT_METRICS = (
 
 def with_evaluation(details: dict[str, object]) -> ReportData:
     """The full page after an evaluation with these details of the caption audit."""
-    *others, evaluated = all_runs()
-    texts = dict(evaluated.details) | {"caption_audit": json.dumps(details)}
-    return full(runs=(*others, dataclasses.replace(evaluated, details=texts)))
+    return full(caption_audit=details)
 
 
 def with_audit(**changes: object) -> ReportData:

@@ -27,7 +27,6 @@ from vlm4rec_spark.config import load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
 from vlm4rec_spark.pipeline import STAGES, Pipeline, Reporter, StageResult
-from vlm4rec_spark.report.data import parse_details
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.spark import progress
 from vlm4rec_spark.spark.session import session
@@ -251,14 +250,16 @@ def _print_line(text: str) -> None:
 
 def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     """The metrics of the last evaluation, and the tables and settings that they are of."""
-    run_id = pipeline.context.states()["evaluate"].run_id
+    state = pipeline.context.states()["evaluate"]
+    run_id = state.run_id
     runs = pipeline.tables.read(schemas.RUNS)
     run = runs.where((runs["run_id"] == run_id) & (runs["stage"] == "evaluate")).first()
     assert run is not None
     metrics = pipeline.tables.read(schemas.METRICS)
     metrics = metrics.where(metrics["run_id"] == run_id).drop("run_id")
     rows = metrics.orderBy("split", "arm", "metric", "k", "slice").collect()
-    details = {name: parse_details(text) or text for name, text in sorted(run["details"].items())}
+    evaluation = state.output.evaluation or {}
+    details = {"caption_audit": evaluation["caption_audit"], **evaluation["splits"]}
     return {
         "run_id": run_id,
         "versions": run["versions"],
@@ -286,7 +287,8 @@ def _headline(pipeline: Pipeline) -> None:
 def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:
     """The headline's figures by split, arm and metric."""
     rows = pipeline.tables.read(schemas.METRICS)
-    run_id = pipeline.context.states()["evaluate"].run_id
+    state = pipeline.context.states()["evaluate"]
+    run_id = state.run_id
     # The caption audit's metrics are no score of an arm. The report shows them.
     of_lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
     of_run = (rows["run_id"] == run_id) & rows["metric"].isin(*_HEADLINE_METRICS)

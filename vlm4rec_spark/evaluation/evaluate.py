@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -27,10 +26,10 @@ from vlm4rec_spark.stages import profiles
 
 
 class Evaluation(NamedTuple):
-    """Rows of `metrics` without run_id, and facts about each split as JSON."""
+    """Rows of `metrics` without run_id, and facts by split."""
 
     rows: list[dict]
-    details: dict[str, str]
+    facts: dict[str, dict[str, Any]]
 
 
 def required_representations(settings: EvaluateSettings, serving: ServingConfig) -> set[str]:
@@ -78,7 +77,7 @@ def evaluate(
             rows, facts = _evaluate_split(snapshot, resolved, info)
             evaluation.rows.extend(rows)
             facts["left_out_share"] = round(1 - len(snapshot.item_ids) / available, 4)
-            evaluation.details[split.name] = json.dumps(facts)
+            evaluation.facts[split.name] = facts
     complete.unpersist()
     return evaluation
 
@@ -142,8 +141,8 @@ def _evaluate_split(
     point_in_time: PointInTime,
     compared_arms: Sequence[Arm],
     info: Callable[[str], None],
-) -> tuple[list[dict], dict[str, object]]:
-    """Rows of `metrics`, and facts about the split for the run's details."""
+) -> tuple[list[dict], dict[str, Any]]:
+    """Rows of `metrics`, and facts about the split."""
     split = point_in_time.split
     settings = point_in_time.settings
     users = point_in_time.users
@@ -170,7 +169,7 @@ def _evaluate_split(
     arms_above_chance = metric_rows.above_chance(arm_lists, settings)
     for warning in _warnings(duplicates, arms_above_chance, items):
         info(f"{split.name}: {warning}")
-    facts: dict[str, object] = {
+    facts: dict[str, Any] = {
         "cut": split.cut,
         "users": len(users),
         "candidates": items,

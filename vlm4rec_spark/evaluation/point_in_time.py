@@ -284,7 +284,7 @@ class PointInTime:
         """user_id, items by ALS with the best of its settings."""
         weights = dict(self.serving.profiles.event_weights)
         best = self._tune_als(weights, k)
-        self.tuned["als"] = best._asdict()
+        self.tuned["als"] = {name: float(value) for name, value in best._asdict().items()}
         factors = als.fit(
             self.split.train,
             weights,

@@ -6,7 +6,6 @@ are those of `evaluation.caption_metrics`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -72,14 +71,14 @@ class _Judgment(NamedTuple):
     examples: list[dict]
 
 
-def audit(context: RunContext, result: StageResult) -> list[dict]:
-    """Rows of `metrics` without run_id; `result.details` gets examples and summaries.
+def audit(context: RunContext, result: StageResult) -> tuple[list[dict], dict | None]:
+    """Rows of `metrics` without run_id, and examples and summaries for the report.
 
-    Empty without any caption.
+    Nothing without any caption.
     """
     samples = _samples(context)
     if not samples:
-        return []
+        return [], None
     _add_earlier(context, samples)
     trouble = _recaption(context, result, samples)
     texts = {text for sample in samples for text in _texts(sample)}
@@ -91,12 +90,11 @@ def audit(context: RunContext, result: StageResult) -> list[dict]:
         context.reporter.info(_message(sample, judgment.figures))
         rows += [figure.row(sample.arm) for figure in judgment.figures]
         examples += judgment.examples
-    details = {
+    audit = {
         "captioners": [_summary(sample) for sample in samples],
         "examples": examples[:_EXAMPLES],
     }
-    result.details["caption_audit"] = json.dumps(details | trouble, ensure_ascii=False)
-    return rows
+    return rows, audit | trouble
 
 
 def inputs_fingerprint(context: RunContext) -> object:

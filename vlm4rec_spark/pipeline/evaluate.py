@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from pyspark.sql import DataFrame
@@ -17,6 +16,7 @@ from vlm4rec_spark.pipeline import caption_audit
 from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.stages import embed
 from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage.state import StageOutput
 
 
 def evaluate(context: RunContext, result: StageResult) -> None:
@@ -24,17 +24,17 @@ def evaluate(context: RunContext, result: StageResult) -> None:
     settings = context.config.evaluate
     serving = _serving_config(context)
     tables = _tables(context, settings, serving)
-    rows, result.details = evaluation.evaluate(
+    rows, splits = evaluation.evaluate(
         context.spark,
         tables,
         settings,
         serving,
         context.reporter.info,
     )
-    splits = map(json.loads, result.details.values())
-    result.ok = sum(split["users"] for split in splits)
-    rows += caption_audit.audit(context, result)
-    rows = [row | {"run_id": context.run_id} for row in rows]
+    result.ok = sum(facts["users"] for facts in splits.values())
+    audit_rows, audit = caption_audit.audit(context, result)
+    result.output = StageOutput(evaluation={"splits": splits, "caption_audit": audit})
+    rows = [row | {"run_id": context.run_id} for row in rows + audit_rows]
     metrics = context.spark.createDataFrame(rows, schemas.METRICS.schema)
     context.tables.insert(schemas.METRICS, metrics)
 

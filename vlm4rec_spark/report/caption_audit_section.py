@@ -1,19 +1,19 @@
 """The caption audit in plain words: each metric with its control, and what a good value looks like;
 its examples.
 
-Knows the metrics of split `captions` and the details of evaluate; knows no HTML.
+Knows the metrics of split `captions` and evaluate's row of `state`; knows no HTML.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vlm4rec_spark.report.data import AuditExample, MetricRow, ReportData, StageRun, parse_details
+from vlm4rec_spark.report.data import AuditExample, MetricRow, ReportData
 from vlm4rec_spark.report.thumbnails import PhotoKey, Thumbnails
 
 SPLIT = "captions"
-_DETAILS = "caption_audit"
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,8 @@ _RETRIEVAL_AND_DRIFT = (
 class AuditExamples:
     """The examples of the latest evaluation; each needs its photo."""
 
-    def __init__(self, evaluated: StageRun | None):
-        details = parse_details(evaluated.details.get(_DETAILS)) if evaluated else {}
-        self._examples = _objects(details.get("examples"))
+    def __init__(self, audit: Mapping[str, Any]):
+        self._examples = audit.get("examples") or []
 
     @property
     def photo_keys(self) -> list[PhotoKey]:
@@ -141,9 +140,9 @@ class AuditExamples:
 
 def audits(data: ReportData) -> list[Audit]:
     """One per captioner, in the order of the run's details; none without any value."""
-    details = parse_details(data.details("evaluate").get(_DETAILS))
     captioners = {
-        str(captioner.get("model")): captioner for captioner in _objects(details.get("captioners"))
+        str(captioner.get("model")): captioner
+        for captioner in data.caption_audit.get("captioners") or []
     }
     by_model: dict[str, dict[str, MetricRow]] = {}
     for row in data.metrics:
@@ -161,13 +160,7 @@ def audits(data: ReportData) -> list[Audit]:
 def trouble(data: ReportData) -> str:
     """Why the captioner couldn't describe the sample again; empty if it could, or wasn't asked
     to."""
-    details = parse_details(data.details("evaluate").get(_DETAILS))
-    return str(details.get("trouble", ""))
-
-
-def _objects(value: object) -> list[dict]:
-    """The JSON objects in a list; none if it isn't a list."""
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    return data.caption_audit.get("trouble") or ""
 
 
 def _notes(captioner: Mapping[str, object]) -> Iterator[str]:

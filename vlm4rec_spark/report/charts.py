@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from vlm4rec_spark.storage.state import CalibrationState
+
 INK = "#1f2328"
 MUTED = "#6a6f76"
 RULE = "#d9d6cf"
@@ -241,6 +243,25 @@ def _label_slices(axes: Axes, panel: SlicePanel) -> None:
     )
     axes.set_xlim(-0.6, len(panel.slices) - 0.4)
     axes.grid(axis="y", color=RULE, linewidth=0.6)
+
+
+def recall_curve(calibration: CalibrationState) -> str:
+    """Recall against speed of the tried efforts with their lower bounds; the chosen one is full."""
+
+    def draw(panels: Sequence[Axes]) -> None:
+        (axes,) = panels
+        speeds = [effort.lists_per_second for effort in calibration.tried]
+        recalls = [effort.recall for effort in calibration.tried]
+        below = [effort.recall - effort.low for effort in calibration.tried]
+        errors = [below, [0.0] * len(below)]
+        axes.errorbar(speeds, recalls, errors, fmt="o", color=MUTED, fillstyle="none", capsize=3)
+        axes.axhline(calibration.target_recall, color=ACCENT, linestyle="dashed")
+        if chosen := calibration.chosen:
+            axes.plot(chosen.lists_per_second, chosen.recall, "o", color=ACCENT)
+        axes.set_xlabel("lists a second, one process")
+        axes.set_ylabel("recall")
+
+    return _svg(draw, width=5.2, height=3.4)
 
 
 def values(counts: Sequence[tuple[str, int]]) -> str:

@@ -30,7 +30,7 @@ from vlm4rec_spark.report.samples import (
     photo_summary,
 )
 from vlm4rec_spark.report.thumbnails import Thumbnails
-from vlm4rec_spark.storage import schemas
+from vlm4rec_spark.storage import schemas, state
 
 if TYPE_CHECKING:
     from vlm4rec_spark.storage.tables import Tables
@@ -79,7 +79,11 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
     evaluated = next(iter(history.get("evaluate", ())), None)
     captions = CaptionSamples(tables, settings.photos, history.get("caption", ()))
     users = UserSamples(tables, settings.users)
-    audit = AuditExamples(evaluated)
+    states = state.read(tables)
+    evaluation = states["evaluate"].output.evaluation if "evaluate" in states else None
+    recommend = states.get("recommend")
+    caption_audit = (evaluation or {}).get("caption_audit") or {}
+    audit = AuditExamples(caption_audit)
     photo_keys = [*captions.photo_keys, *audit.photo_keys]
     thumbnails = Thumbnails(tables, photo_keys, users.item_ids)
     return ReportData(
@@ -89,9 +93,12 @@ def collect(tables: Tables, settings: ReportSettings) -> ReportData:
         rejections=_rejections(tables),
         photos=photo_summary(tables, counts["photos"]),
         captions=captions.with_photos(thumbnails),
+        caption_audit=caption_audit,
         audit_examples=audit.with_photos(thumbnails),
         users=users.with_photos(thumbnails),
         metrics=_metrics(tables, evaluated),
+        splits=(evaluation or {}).get("splits") or {},
+        calibration=recommend.output.calibration if recommend else None,
     )
 
 

@@ -7,14 +7,17 @@ page.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from vlm4rec_spark.settings_base import Settings
+
+if TYPE_CHECKING:
+    from vlm4rec_spark.storage.state import CalibrationState
 
 
 class ReportSettings(Settings):
@@ -202,6 +205,10 @@ class ReportData:
     audit_examples: tuple[AuditExample, ...] = ()
     users: tuple[UserCard, ...] = ()
     metrics: tuple[MetricRow, ...] = ()
+    splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Facts about each split of the latest evaluation."""
+    caption_audit: Mapping[str, Any] = field(default_factory=dict)
+    calibration: CalibrationState | None = None
 
     @property
     def latest_at(self) -> datetime | None:
@@ -230,12 +237,3 @@ def group_of_details(details: Mapping[str, str], group: str) -> dict[str, str]:
         for name, figure in details.items()
         if name.startswith(prefix)
     }
-
-
-def parse_details(text: str | None) -> dict[str, object]:
-    """The JSON object in a value of `runs.details`; empty if there is none or it can't be read."""
-    try:
-        value = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

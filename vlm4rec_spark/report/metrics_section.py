@@ -13,7 +13,6 @@ from vlm4rec_spark.report.data import (
     MetricRow,
     ReportData,
     arm_label,
-    parse_details,
 )
 
 ARMS = (
@@ -144,7 +143,7 @@ def splits(data: ReportData) -> list[SplitSection]:
 
 
 def _section(data: ReportData, split: str) -> SplitSection:
-    facts = parse_details(data.details("evaluate").get(split))
+    facts = data.splits.get(split, {})
     overall = _overall(data.metrics, split)
     k = overall[0].k if overall else 0
     rows = {(row.arm, row.metric): row for row in overall}

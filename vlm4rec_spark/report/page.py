@@ -45,6 +45,7 @@ def render(data: ReportData) -> str:
         "size": _size,
     }
     attributes = data.captions.attributes
+    calibration = data.calibration
     caption_lengths = [len(photo.caption or "") for photo in data.captions.samples]
     return environment.get_template("report.html.j2").render(
         data=data,
@@ -58,6 +59,7 @@ def render(data: ReportData) -> str:
         long_captions=median(caption_lengths or [0]) > _LONG_CAPTION,
         columns=_columns,
         recall_lost=_recall_lost(data),
+        recall_curve=charts.recall_curve(calibration) if calibration and calibration.tried else "",
         svg=Markup,
         version=__version__,
     )

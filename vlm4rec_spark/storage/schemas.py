@@ -304,6 +304,17 @@ STATE = Table(
         COMMENT 'Of recommend: the search and its measured recall@k; no leaves: exact search',
     profiles STRUCT<settings_sha256: STRING, embeddings_version: BIGINT, profiles_version: BIGINT>
         COMMENT 'Of profiles: what an incremental run compares',
+    evaluation STRUCT<
+        splits: MAP<STRING, STRUCT<cut: STRING, users: BIGINT, candidates: BIGINT,
+            left_out_share: DOUBLE, identical_vectors: MAP<STRING, BIGINT>,
+            above_chance: ARRAY<STRING>, tuned: MAP<STRING, MAP<STRING, DOUBLE>>>>,
+        caption_audit: STRUCT<trouble: STRING,
+            captioners: ARRAY<STRUCT<model: STRING, in_force: BIGINT, sampled: BIGINT,
+                earlier: ARRAY<STRING>, asked: BIGINT, failures: MAP<STRING, BIGINT>,
+                of_nothing: STRING, refused: STRING, cost: DOUBLE>>,
+            examples: ARRAY<STRUCT<model: STRING, item_id: STRING, position: INT, caption: STRING,
+                again: STRING, rank: DOUBLE, attribute: STRING, value: STRING>>>>
+        COMMENT 'Of evaluate: facts about each split, and the caption audit for the report',
     run_id STRING NOT NULL COMMENT 'Run that wrote the row',
     updated_at TIMESTAMP NOT NULL COMMENT 'When the row was written'""",
     key=("stage",),

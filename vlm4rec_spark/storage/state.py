@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyspark.sql import Row
 from pyspark.sql import functions as F
@@ -65,6 +65,7 @@ class StageOutput(NamedTuple):
     index_id: str | None = None
     calibration: CalibrationState | None = None
     profiles: ProfilesState | None = None
+    evaluation: dict[str, Any] | None = None
 
 
 class StageState(NamedTuple):
@@ -103,11 +104,12 @@ def write(tables: Tables, state: StageState) -> None:
 def _state(row: Row) -> StageState:
     calibration = row["calibration"] and _calibration(row["calibration"])
     profiles = row["profiles"] and ProfilesState(*row["profiles"])
+    evaluation = row["evaluation"] and row["evaluation"].asDict(recursive=True)
     return StageState(
         row["stage"],
         row["fingerprint"],
         row["versions"],
-        StageOutput(row["representation"], row["index_id"], calibration, profiles),
+        StageOutput(row["representation"], row["index_id"], calibration, profiles, evaluation),
         row["run_id"],
         datetime.fromtimestamp(row["updated_at"] / 1e6, UTC),
     )
