@@ -18,7 +18,6 @@ from vlm4rec_spark.models.encoding.text_encoder import load_embedder
 from vlm4rec_spark.models.index import neighbors
 from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.history import HISTORY
 from vlm4rec_spark.models.ranking.list_rules import Cap, ListRules
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
@@ -505,7 +504,7 @@ def profile_rows(
     return pa.table(
         {
             "embedding": pa.array(list(means)),
-            "history": pa.array(weighted, HISTORY),
+            "history": pa.array(weighted),
             "seen": pa.array(seen),
         }
     )

@@ -129,10 +129,7 @@ class AuditExamples:
         return tuple(
             AuditExample(
                 thumbnails.photo(key, example["caption"]),
-                example.get("again"),
-                example.get("rank"),
-                example.get("attribute"),
-                example.get("value"),
+                *(example[name] for name in ("again", "rank", "attribute", "value")),
             )
             for key, example in zip(self.photo_keys, self._examples, strict=True)
         )
@@ -140,10 +137,8 @@ class AuditExamples:
 
 def audits(data: ReportData) -> list[Audit]:
     """One per captioner, in the order of the run's details; none without any value."""
-    captioners = {
-        str(captioner.get("model")): captioner
-        for captioner in data.caption_audit.get("captioners") or []
-    }
+    summaries = data.caption_audit.get("captioners") or []
+    captioners = {captioner["model"]: captioner for captioner in summaries}
     by_model: dict[str, dict[str, MetricRow]] = {}
     for row in data.metrics:
         if row.split == SPLIT and row.value is not None:
@@ -157,13 +152,7 @@ def audits(data: ReportData) -> list[Audit]:
     return [audit for audit in audits if audit.lines]
 
 
-def trouble(data: ReportData) -> str:
-    """Why the captioner couldn't describe the sample again; empty if it could, or wasn't asked
-    to."""
-    return data.caption_audit.get("trouble") or ""
-
-
-def _notes(captioner: Mapping[str, object]) -> Iterator[str]:
+def _notes(captioner: Mapping[str, Any]) -> Iterator[str]:
     if captioner.get("sampled"):
         sampled = captioner["sampled"]
         yield f"The sample is {sampled:,} of {captioner['in_force']:,} captions in force."
@@ -172,10 +161,9 @@ def _notes(captioner: Mapping[str, object]) -> Iterator[str]:
             f"The model described {captioner['asked']:,} of the photos a second time, mirrored "
             "and with their margins cut."
         )
-    failures = captioner.get("failures")
-    if isinstance(failures, dict) and failures:
+    if failures := captioner.get("failures"):
         classes = ", ".join(
-            f"{str(name).replace('_', ' ')} {count:,}" for name, count in failures.items()
+            f"{name.replace('_', ' ')} {count:,}" for name, count in failures.items()
         )
         total = sum(failures.values())
         yield f"{total:,} of them got no caption then ({classes}) and count as not found."
@@ -183,9 +171,8 @@ def _notes(captioner: Mapping[str, object]) -> Iterator[str]:
         yield f"For a blank grey photo the model says: “{captioner['of_nothing']}”"
     elif captioner.get("refused"):
         yield "For a blank grey photo the model gives no caption, as it should."
-    earlier = captioner.get("earlier")
-    if isinstance(earlier, list) and earlier:
-        yield f"Earlier captions of these photos are by {'; '.join(map(str, earlier))}."
+    if earlier := captioner.get("earlier"):
+        yield f"Earlier captions of these photos are by {'; '.join(earlier)}."
 
 
 def _lines(metrics: Mapping[str, MetricRow]) -> Iterator[AuditLine]:

@@ -252,9 +252,9 @@ def recall_curve(calibration: CalibrationState) -> str:
         (axes,) = panels
         speeds = [effort.lists_per_second for effort in calibration.tried]
         recalls = [effort.recall for effort in calibration.tried]
-        below = [effort.recall - effort.low for effort in calibration.tried]
-        errors = [below, [0.0] * len(below)]
-        axes.errorbar(speeds, recalls, errors, fmt="o", color=MUTED, fillstyle="none", capsize=3)
+        lows = [effort.low for effort in calibration.tried]
+        axes.vlines(speeds, lows, recalls, color=MUTED)
+        axes.plot(speeds, recalls, "o", color=MUTED)
         axes.axhline(calibration.target_recall, color=ACCENT, linestyle="dashed")
         if chosen := calibration.chosen:
             axes.plot(chosen.lists_per_second, chosen.recall, "o", color=ACCENT)

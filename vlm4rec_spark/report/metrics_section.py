@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vlm4rec_spark.report import caption_audit_section, charts
 from vlm4rec_spark.report.charts import ForestPanel, SlicePanel
@@ -94,7 +95,7 @@ class SplitSection:
 
     title: str
     k: int
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
     forest: str
     differences: str
     multiples: str
@@ -173,11 +174,9 @@ def _section(data: ReportData, split: str) -> SplitSection:
     )
 
 
-def _chance(facts: Mapping[str, object], k: int) -> float | None:
+def _chance(facts: Mapping[str, Any], k: int) -> float | None:
     candidates = facts.get("candidates")
-    if not isinstance(candidates, int) or not candidates:
-        return None
-    return min(1.0, k / candidates)
+    return min(1.0, k / candidates) if candidates else None
 
 
 def _difference(row: MetricRow | None) -> MetricRow | None:

@@ -52,7 +52,7 @@ def render(data: ReportData) -> str:
         headline=headline(data),
         splits=splits(data),
         audits=caption_audit_section.audits(data),
-        trouble=caption_audit_section.trouble(data),
+        trouble=data.caption_audit.get("trouble"),
         data_issues=data_issues(data),
         details={run.stage: run.details for run in data.runs},
         attributes={name: charts.values(counts) for name, counts in attributes.items()},

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 from vlm4rec_spark.models.ranking.top_k import rank_in_group
 
 _HISTORY_ENTRY = pa.struct([("item_id", pa.string()), ("weight", pa.float64())])
-HISTORY = pa.list_(_HISTORY_ENTRY)
 _DAY_US = 86_400e6
 
 
