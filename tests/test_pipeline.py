@@ -377,7 +377,7 @@ COLLECTED = {
     "recommend._matching": "the co-occurring pairs, whose memory is reported before",
     "point_in_time._build_index": "the index of an arm",
     "point_in_time.count_pairs": "the pairs of items of an arm",
-    "point_in_time._read_users": "at most evaluate.max_users test users, with what they have seen",
+    "point_in_time.users": "at most evaluate.max_users test users, with what they have seen",
     "point_in_time._positions": "the lists of those users",
     "point_in_time._by_candidate": "the popularity of the candidates",
     "evaluate.open_point_in_time": "the candidates' ids",

@@ -214,7 +214,7 @@ def test_heic_needs_its_extra(monkeypatch):
     data = buffer.getvalue()
     assert_half_colors(decode(data, 224), RED, BLUE, tolerance=8)
     assert refusal(data[:300]).error_class == "truncated"
-    monkeypatch.setattr("vlm4rec_spark.models.photos.decode._heif_format", lambda: ())
+    monkeypatch.setattr("vlm4rec_spark.models.photos.decode._can_read_heif", lambda: ())
     error = refusal(data)
     assert error.error_class == "unsupported"
     assert str(error) == "a HEIC photo, which needs: pip install 'vlm4rec_spark[heic]'"

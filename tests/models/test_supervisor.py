@@ -298,7 +298,7 @@ def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]):
 
     results = list(supervised("ms=20", 1).caption(slow()))
     assert 0.08 <= sum(result.seconds for result in results) < 0.3
-    assert sum(result.idle_seconds for result in results) > 0.1
+    assert sum(result.starved_seconds for result in results) > 0.1
 
 
 def test_a_slow_source_of_photos_is_no_hang(supervised: type[Supervisor]):

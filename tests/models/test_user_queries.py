@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from small_indexes import Histories, build_index, random_histories, unit
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
-from vlm4rec_spark.models.index.searcher import Effort, IndexArrays, Searcher
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.top_k import Candidates, flat_exclusions, top_k
 from vlm4rec_spark.models.ranking.top_k_lists import retrieve
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
     MeanQuery,
-    MultiInterestQuery,
+    MultiTasteQuery,
     Queries,
     nearest_history_items,
 )
@@ -53,15 +52,6 @@ def histories() -> Histories:
 @pytest.fixture
 def queries(histories: Histories) -> MaxSimilarityQuery:
     return MaxSimilarityQuery(*histories)
-
-
-def in_memory(vectors: np.ndarray) -> Searcher:
-    """An index of a few items without words, searched exactly."""
-    ids = pa.array([f"i{number}" for number in range(len(vectors))])
-    no_words = np.empty((len(vectors), 0), np.int32)
-    vocabulary = pa.array([], pa.string())
-    arrays = IndexArrays(ids, vectors, no_words, vocabulary, np.arange(len(vectors)))
-    return Searcher(Path(), {}, arrays)
 
 
 def lists(candidates: Candidates, seen: list[np.ndarray]) -> list[list[int]]:
@@ -152,53 +142,55 @@ def test_long_histories_are_scored_fewer_at_a_time() -> None:
     ],
 )
 def test_the_nearest_history_item_is_the_first_of_equals(
-    weights: list[np.ndarray] | None, first_user: list[int]
+    tmp_path: Path, weights: list[np.ndarray] | None, first_user: list[int]
 ) -> None:
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
     histories = [np.array([1, 0, 4]), np.array([], int), np.array([2])]
     items = np.array([[2, 3, 1], [2, 3, 1], [0, -1, 2]])
-    nearest = nearest_history_items(histories, weights, in_memory(vectors), items)
+    nearest = nearest_history_items(
+        histories, weights, build_index(tmp_path / "small", vectors), items
+    )
     assert nearest.tolist() == [first_user, [-1, -1, -1], [2, -1, 2]]
 
 
-# Interests
+# Tastes
 
 
 class Groups(NamedTuple):
     """Queries of a history of two groups of near twins and a single item, and of an empty one.
 
-    interests, weights: those that the first user should have, in the order of their first items.
+    tastes, weights: those that the first user should have, in the order of their first items.
     """
 
     index: Searcher
-    queries: MultiInterestQuery
-    interests: np.ndarray
+    queries: MultiTasteQuery
+    tastes: np.ndarray
     weights: list[float]
 
 
-@pytest.fixture(scope="module")
-def groups() -> Groups:
+@pytest.fixture
+def groups(tmp_path: Path) -> Groups:
     centers = np.repeat(np.eye(3, DIMENSION), [3, 2, 1], axis=0)
     noise = 0.02 * np.random.default_rng(9).standard_normal((6, DIMENSION))
     vectors = unit(centers + noise)
-    index = in_memory(vectors)
+    index = build_index(tmp_path / "small", vectors)
     history = np.array([3, 0, 5, 1, 4, 2])
     weights = np.array([0.2, 1.0, 0.4, 0.9, 0.5, 0.1])
     histories = [history, history[:0]]
-    queries = MultiInterestQuery.from_histories(histories, [weights, weights[:0]], index, 3)
+    queries = MultiTasteQuery.from_histories(histories, [weights, weights[:0]], index, 3)
     by_item = weights[np.argsort(history)]
     sums = [by_item[group] @ vectors[group] for group in ([3, 4], [0, 1, 2], [5])]
     return Groups(index, queries, unit(np.stack(sums)), [0.5, 1.0, 0.4])
 
 
-def test_interests_are_the_means_of_similar_items(groups: Groups) -> None:
-    np.testing.assert_allclose(groups.queries._vectors[0], groups.interests, atol=1e-6)
+def test_tastes_are_the_means_of_similar_items(groups: Groups) -> None:
+    np.testing.assert_allclose(groups.queries._vectors[0], groups.tastes, atol=1e-6)
     assert groups.queries._weights[0].tolist() == pytest.approx(groups.weights)
 
 
-def test_an_item_scores_its_best_interest(groups: Groups) -> None:
+def test_an_item_scores_its_best_taste(groups: Groups) -> None:
     positions, scores = groups.queries.score_all(groups.index)
-    cosines = groups.index.vectors @ groups.interests.T
+    cosines = groups.index.vectors @ groups.tastes.T
     expected = (cosines * groups.weights).max(axis=1)
     np.testing.assert_allclose(scores[0], expected, atol=1e-6)
     assert positions[1].tolist() == [-1] * 6
@@ -207,24 +199,24 @@ def test_an_item_scores_its_best_interest(groups: Groups) -> None:
     np.testing.assert_allclose(exact[0], scores[0], atol=1e-6)
 
 
-def test_as_many_interests_as_items_are_the_history_itself(
+def test_as_many_tastes_as_items_are_the_history_itself(
     searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery, hardest: Effort
 ) -> None:
     seen = histories.positions
-    interests: Queries = MultiInterestQuery.from_histories(*histories, searcher, 20)
-    exact = lists(interests.score_all(searcher), seen)
+    tastes: Queries = MultiTasteQuery.from_histories(*histories, searcher, 20)
+    exact = lists(tastes.score_all(searcher), seen)
     assert exact == lists(queries.score_all(searcher), seen)
-    assert lists(interests.search(searcher, hardest, NO_EXTRA), seen) == exact
-    reasons = interests.take(np.array([3, 5])).explain(searcher, np.array([[7], [-1]]))
+    assert lists(tastes.search(searcher, hardest, NO_EXTRA), seen) == exact
+    reasons = tastes.take(np.array([3, 5])).explain(searcher, np.array([[7], [-1]]))
     assert reasons.history_items[0, 0] in histories.positions[3]
     assert reasons.history_items[1, 0] == -1
     assert not reasons.by_item_item.any()
 
 
-def test_one_interest_is_the_mean(searcher: Searcher, histories: Histories) -> None:
+def test_one_taste_is_the_mean(searcher: Searcher, histories: Histories) -> None:
     seen = histories.positions[1:]
     weights = histories.weights[1:]
-    one = MultiInterestQuery.from_histories(seen, weights, searcher, 1)
+    one = MultiTasteQuery.from_histories(seen, weights, searcher, 1)
     users = zip(seen, weights, strict=True)
     totals = [user_weights @ searcher.vectors[history] for history, user_weights in users]
     mean = MeanQuery(unit(np.stack(totals)), seen)

@@ -30,7 +30,7 @@ Batches = Iterator[pd.DataFrame]
 RESULT = (
     "caption_key STRING, image_sha256 STRING, caption STRING, attributes MAP<STRING, STRING>, "
     "input_tokens INT, output_tokens INT, status STRING, error_class STRING, error STRING, "
-    "attempts INT, seconds DOUBLE, waited DOUBLE"
+    "attempts INT, seconds DOUBLE, starved_seconds DOUBLE"
 )
 _MAX_ROWS = 512
 _MAX_SECONDS = 2.0
@@ -201,7 +201,7 @@ def row(
         "error_class": error_class,
         "error": error[:1_000] if error else error,
         "seconds": result.seconds,
-        "waited": result.idle_seconds,
+        "starved_seconds": result.starved_seconds,
     }
 
 
@@ -211,7 +211,7 @@ def _counts(result_row: dict) -> dict[str, float]:
         "photos": 1,
         "tokens": result_row["output_tokens"] or 0,
         "seconds": result_row["seconds"],
-        "waited": result_row["waited"],
+        "starved_seconds": result_row["starved_seconds"],
     }
     if result_row["status"] != "ok":
         counts |= {"failed": 1, f"failed {result_row['error_class']}": 1}

@@ -180,7 +180,7 @@ class PointInTime:
         folder = self._index(NO_CONTENT if share == 1 else serving.representation)
         open_searcher = self._shipped(folder, Searcher.open)
         scoring = recommend.ProfileScoring(
-            serving.profiles.shape, max_interests=serving.profiles.tastes
+            serving.profiles.shape, max_tastes=serving.profiles.tastes
         )
         if share:
             scores = self._item_item_scores(serving, folder)

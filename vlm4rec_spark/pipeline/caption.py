@@ -37,7 +37,7 @@ _PARTS = 2
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Work:
     """What there is to do. `photos` and `queue` are persisted, without any photo's bytes."""
 
     spec: planning.CaptionSpec
@@ -57,29 +57,29 @@ class _Totals:
     input_tokens: int = 0
     output_tokens: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
+    starved_seconds: float = 0.0
 
     @property
     def tried(self) -> int:
         return self.statuses.total()
 
     @property
-    def failed(self) -> int:
+    def without_caption(self) -> int:
         return self.failures.total()
 
 
 def plan_captions(context: RunContext) -> CaptionPlan:
     """What the caption stage would do now. Reads no photo's bytes and changes nothing."""
-    with _task(context) as task:
-        return task.plan
+    with _work(context) as work:
+        return work.plan
 
 
 def caption(context: RunContext, result: StageResult) -> None:
-    with _task(context) as task:
-        plan = task.plan
+    with _work(context) as work:
+        plan = work.plan
         result.details = {
-            "model": task.spec.model_id,
-            "prompt_id": task.spec.prompt.prompt_id,
+            "model": work.spec.model_id,
+            "prompt_id": work.spec.prompt.prompt_id,
             "photos_wanted": str(plan.wanted),
             "reused": str(plan.reused + plan.kept),
             "duplicates": str(plan.duplicates),
@@ -87,9 +87,9 @@ def caption(context: RunContext, result: StageResult) -> None:
             **grouped("reasons", plan.reasons),
         }
         totals = _Totals()
-        signal_name = _caption_queue(context, result, task, totals)
-        _finish(context, result, task, totals)
-        _raise_if_incomplete(context, task, totals, signal_name)
+        signal_name = _caption_queue(context, result, work, totals)
+        _finish(context, result, work, totals)
+        _raise_if_incomplete(context, work, totals, signal_name)
 
 
 def inputs_fingerprint(context: RunContext) -> object:
@@ -101,9 +101,9 @@ def inputs_fingerprint(context: RunContext) -> object:
     return [spec.settings.model_dump(mode="json"), spec.prompt.text, spec.model_id, catalogue]
 
 
-def _caption_queue(context: RunContext, result: StageResult, task: _Task, totals: _Totals) -> str:
+def _caption_queue(context: RunContext, result: StageResult, work: _Work, totals: _Totals) -> str:
     """Caption what the plan says; the name of the signal that stopped it, or nothing."""
-    plan = task.plan
+    plan = work.plan
     if not plan.now:
         result.skipped = plan.wanted
         return ""
@@ -112,39 +112,39 @@ def _caption_queue(context: RunContext, result: StageResult, task: _Task, totals
     )
     context.reporter.info(
         f"captioning {plan.now:,} of {plan.to_caption:,} photos ({reasons}) "
-        f"with {task.spec.model_id}"
+        f"with {work.spec.model_id}"
     )
     started = time.monotonic()
     try:
-        return _in_chunks(context, task, totals)
+        return _in_chunks(context, work, totals)
     finally:
         result.ok = totals.statuses["ok"]
-        result.failed = totals.failed
+        result.failed = totals.without_caption
         result.skipped = plan.wanted - totals.tried
         result.device_seconds = totals.seconds
         result.details |= _figures(totals, time.monotonic() - started, context)
 
 
-def _finish(context: RunContext, result: StageResult, task: _Task, totals: _Totals) -> None:
-    remaining = task.plan.to_caption - totals.tried
+def _finish(context: RunContext, result: StageResult, work: _Work, totals: _Totals) -> None:
+    remaining = work.plan.to_caption - totals.tried
     result.details |= grouped("failures", totals.failures) | {"left": str(remaining)}
     captions = context.tables.read(schemas.CAPTIONS)
     context.tables.sync(
-        schemas.ITEM_CAPTIONS, planning.item_captions(task.photos, captions, task.imported)
+        schemas.ITEM_CAPTIONS, planning.item_captions(work.photos, captions, work.imported)
     )
     result.complete = (
         not remaining
         and context.retry is None
-        and not (totals.failed and _has_retries(task, captions))
+        and not (totals.without_caption and _has_retries(work, captions))
     )
 
 
 def _raise_if_incomplete(
-    context: RunContext, task: _Task, totals: _Totals, signal_name: str
+    context: RunContext, work: _Work, totals: _Totals, signal_name: str
 ) -> None:
-    remaining = task.plan.to_caption - totals.tried
-    if totals.failed > context.config.caption.max_failed_share * totals.tried:
-        raise RunError(_failure_message(context, task, totals, remaining))
+    remaining = work.plan.to_caption - totals.tried
+    if totals.without_caption > context.config.caption.max_failed_share * totals.tried:
+        raise RunError(_failure_message(context, work, totals, remaining))
     if signal_name:
         raise Resumable(
             f"caption: stopped by {signal_name}. {totals.tried:,} photos are done and committed, "
@@ -155,7 +155,7 @@ def _raise_if_incomplete(
 
 
 @contextmanager
-def _task(context: RunContext) -> Iterator[_Task]:
+def _work(context: RunContext) -> Iterator[_Work]:
     spec = caption_spec(context)
     # Frozen, or every commit would change the queue and its ranks.
     captions = context.tables.frozen(schemas.CAPTIONS)
@@ -176,7 +176,7 @@ def _task(context: RunContext) -> Iterator[_Task]:
     plan = estimate(by_reason, _count_reasons(queue), rates, budget, spec.settings.prices)
     ordered = planning.in_order(queue, plan.now, max(1, chunk // _PARTS)).persist()
     try:
-        yield _Task(spec, photos, ordered, imported, plan)
+        yield _Work(spec, photos, ordered, imported, plan)
     finally:
         for frame in (photos, queue, ordered):
             frame.unpersist()
@@ -241,15 +241,15 @@ def _measured_speed(context: RunContext, model_id: str) -> float | None:
     return first_row(runs.agg(speed))[0]
 
 
-def _in_chunks(context: RunContext, task: _Task, totals: _Totals) -> str:
+def _in_chunks(context: RunContext, work: _Work, totals: _Totals) -> str:
     """Caption what the plan says; the name of the signal that stopped it, or nothing."""
     with (
         _progress_server(context) as server,
         _stop_on_sigterm(server) as signals,
         ThreadPoolExecutor(_PARTS) as pool,
     ):
-        chunks = _Chunks(context, task, totals, server, pool)
-        photos = task.plan.now
+        chunks = _Chunks(context, work, totals, server, pool)
+        photos = work.plan.now
         with context.reporter.progress("captioning photos", photos, chunks.progress):
             chunks.run()
         return next(iter(signals), "")
@@ -272,14 +272,14 @@ class _Chunks:
     def __init__(
         self,
         context: RunContext,
-        task: _Task,
+        work: _Work,
         totals: _Totals,
         server: ProgressServer,
         pool: ThreadPoolExecutor,
     ):
         self._context = context
         self._settings = context.config.caption
-        self._task = task
+        self._work = work
         self._totals = totals
         self._server = server
         self._pool = pool
@@ -289,7 +289,7 @@ class _Chunks:
         self._next_rank = 0
 
     def run(self) -> None:
-        speed = _initial_speed(self._context, self._task.plan.rates)
+        speed = _initial_speed(self._context, self._work.plan.rates)
         try:
             while self._running or self._has_more():
                 while self._has_more() and len(self._running) < _PARTS:
@@ -297,7 +297,7 @@ class _Chunks:
                 self._wait()
                 self._commit(self._running.popleft().result())
                 speed = self._totals.tried / (time.monotonic() - self._started)
-                self._stop_if_failing(self._totals.failed, self._totals.tried)
+                self._stop_if_failing(self._totals.without_caption, self._totals.tried)
         except BaseException:
             self._server.stop = True
             for part in self._running:
@@ -310,8 +310,8 @@ class _Chunks:
         counts = self._server.counts
         tokens_per_second = counts["tokens"] / (time.monotonic() - self._started)
         parts = [f"{tokens_per_second:,.0f} tokens/s"]
-        if device_seconds := counts["seconds"] + counts["waited"]:
-            parts.append(f"model idle {counts['waited'] / device_seconds:.1%}")
+        if device_seconds := counts["seconds"] + counts["starved_seconds"]:
+            parts.append(f"model idle {counts['starved_seconds'] / device_seconds:.1%}")
         parts += [
             f"{name.removeprefix('failed ')} {count:,}"
             for name, count in counts.items()
@@ -320,10 +320,10 @@ class _Chunks:
         return counts["photos"], ", ".join(parts)
 
     def _has_more(self) -> bool:
-        return self._next_rank < self._task.plan.now and not self._server.stop
+        return self._next_rank < self._work.plan.now and not self._server.stop
 
     def _start(self, speed: float) -> None:
-        photos = self._task.plan.now
+        photos = self._work.plan.now
         chunk = _chunk_size(self._context, speed)
         size = chunk if photos <= chunk else -(-chunk // _PARTS)
         ranks = range(self._next_rank, min(photos, self._next_rank + size))
@@ -335,14 +335,14 @@ class _Chunks:
     def _caption(self, ranks: range, name: str) -> _StagedPart:
         context = self._context
         rank = F.col("rank")
-        part = self._task.queue.where((rank >= ranks.start) & (rank < ranks.stop))
+        part = self._work.queue.where((rank >= ranks.start) & (rank < ranks.stop))
         photos = planning.with_photos(part, context.read(schemas.PHOTOS))
         # Every slot has work, small runs aren't cut too fine, and a lost task costs little.
         batches = -(-len(ranks) // self._settings.batch_size)
         least = -(-len(ranks) // self._settings.photos_per_task)
         tasks = max(min(gpus.slots(context.spark), batches), least)
         http = context.config.ingest.photos.http
-        job = worker.Job(self._settings, self._task.spec.prompt, http, self._server.address)
+        job = worker.Job(self._settings, self._work.spec.prompt, http, self._server.address)
         captions = worker.caption_photos(photos, job, tasks, gpus.profile(context.spark))
         return _StagedPart(context.tables.staged(schemas.CAPTIONS, captions, name), name)
 
@@ -357,12 +357,12 @@ class _Chunks:
             self._server.stop = True
 
     def _commit(self, part: _StagedPart) -> None:
-        sums = ("input_tokens", "output_tokens", "seconds", "waited")
+        sums = ("input_tokens", "output_tokens", "seconds", "starved_seconds")
         by_status = part.captions.groupBy("status", "error_class").agg(
             F.count(F.lit(1)).alias("rows"), *(F.sum(name).alias(name) for name in sums)
         )
         counts = by_status.collect()
-        spec = self._task.spec
+        spec = self._work.spec
         made_with = {"prompt_id": F.lit(spec.prompt.prompt_id), "model": F.lit(spec.model_id)}
         tables = self._context.tables
         tables.insert(
@@ -379,7 +379,7 @@ class _Chunks:
             totals.input_tokens += row["input_tokens"] or 0
             totals.output_tokens += row["output_tokens"] or 0
             totals.seconds += row["seconds"]
-            totals.waited += row["waited"]
+            totals.starved_seconds += row["starved_seconds"]
 
 
 def _initial_speed(context: RunContext, rates: Rates) -> float:
@@ -396,14 +396,14 @@ def _chunk_size(context: RunContext, speed: float) -> int:
 
 def _figures(totals: _Totals, seconds: float, context: RunContext) -> dict[str, str]:
     prices = context.config.caption.prices
-    device_seconds = totals.seconds + totals.waited
+    device_seconds = totals.seconds + totals.starved_seconds
     figures = {
         **{status: str(totals.statuses[status]) for status in ("ok", "failed", "rejected")},
         "photos_per_second": f"{totals.tried / seconds:.1f}",
         "tokens_per_second": f"{totals.output_tokens / seconds:.1f}",
         "input_tokens": str(totals.input_tokens),
         "output_tokens": str(totals.output_tokens),
-        "idle_share": f"{totals.waited / device_seconds:.4f}" if device_seconds else "0",
+        "idle_share": f"{totals.starved_seconds / device_seconds:.4f}" if device_seconds else "0",
     }
     if prices.any:
         cost = prices.cost(totals.seconds, totals.input_tokens, totals.output_tokens)
@@ -411,30 +411,30 @@ def _figures(totals: _Totals, seconds: float, context: RunContext) -> dict[str, 
     return figures
 
 
-def _has_retries(task: _Task, captions: DataFrame) -> bool:
+def _has_retries(work: _Work, captions: DataFrame) -> bool:
     """Whether the next run has failures to try again."""
     failed = captions.where(F.col("status").isin("failed", "rejected"))
-    keys = failed.where(task.spec.should_retry()).select("caption_key")
-    return not task.photos.join(keys, on="caption_key", how="left_semi").isEmpty()
+    keys = failed.where(work.spec.should_retry()).select("caption_key")
+    return not work.photos.join(keys, on="caption_key", how="left_semi").isEmpty()
 
 
-def _failure_message(context: RunContext, task: _Task, totals: _Totals, remaining: int) -> str:
+def _failure_message(context: RunContext, work: _Work, totals: _Totals, remaining: int) -> str:
     share = context.config.caption.max_failed_share
     classes = ", ".join(f"{name} {count:,}" for name, count in totals.failures.most_common())
     commonest = min(totals.failures, key=lambda name: (-totals.failures[name], name))
     failed = context.tables.read(schemas.CAPTIONS).where(
         (F.col("run_id") == context.run_id) & (F.col("error_class") == commonest)
     )
-    by_rank = failed.join(task.queue, on="caption_key", how="inner").orderBy("rank")
+    by_rank = failed.join(work.queue, on="caption_key", how="inner").orderBy("rank")
     examples = "; ".join(
         f"{row['item_id']}: {' '.join(row['error'].split())[:160]}"
         for row in by_rank.limit(_EXAMPLES).collect()
     )
     rest = f" Stopped with {remaining:,} photos to go." if remaining else ""
     return (
-        f"caption: {totals.failed:,} of {totals.tried:,} photos failed ({classes}), more than "
-        f"caption.max_failed_share = {share}. Such as {examples}.{rest} Their errors are in the "
-        "table captions."
+        f"caption: {totals.without_caption:,} of {totals.tried:,} photos failed ({classes}), more "
+        f"than caption.max_failed_share = {share}. Such as {examples}.{rest} Their errors are in "
+        "the table captions."
     )
 
 

@@ -433,7 +433,7 @@ def _matching(
     settings = context.config.item_item
     content = stage.ProfileScoring(
         context.config.profiles.shape,
-        max_interests=context.config.profiles.tastes,
+        max_tastes=context.config.profiles.tastes,
     )
     if not settings.share:
         return content

@@ -27,7 +27,7 @@ from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, RankedLists, 
 from vlm4rec_spark.models.ranking.user_queries import (
     MaxSimilarityQuery,
     MeanQuery,
-    MultiInterestQuery,
+    MultiTasteQuery,
     Queries,
     Shape,
 )
@@ -88,7 +88,7 @@ class Scoring(Protocol):
 class ProfileScoring:
     """Scores items by the user's profile: its shape, and a share of item-item scores.
 
-    max_interests: into how many interests the shape multi_taste divides a history at most.
+    max_tastes: into how many tastes the shape multi_taste divides a history at most.
     open_item_item: opens in a worker the scores that the driver has built.
     position_decay: for item-item scores, a history item weighs this much of the item after it.
     open_neighbors: saves searches for the shape max_similarity, and changes no list.
@@ -100,7 +100,7 @@ class ProfileScoring:
     share: float = 0.0
     position_decay: float = 1.0
     open_item_item: Callable[[], ItemItemScores] | None = None
-    max_interests: int = 3
+    max_tastes: int = 3
     open_neighbors: Callable[[], Neighbors] | None = None
 
     @property
@@ -144,11 +144,11 @@ class ProfileScoring:
             single = [user_weights.astype(np.float32) for user_weights in weights]
             return MaxSimilarityQuery(positions, single, neighbors)
         if self.shape == "multi_taste":
-            return MultiInterestQuery.from_histories(
+            return MultiTasteQuery.from_histories(
                 positions,
                 weights,
                 searcher,
-                self.max_interests,
+                self.max_tastes,
             )
         return MeanQuery(_vectors(batch.column("embedding")), positions)
 

@@ -72,7 +72,7 @@ def _serve(
 ) -> None:
     in_model = 0
     worked = 0.0
-    waited = 0.0
+    starved_seconds = 0.0
     while True:
         began = time.perf_counter()
         requests = queue.take(in_model, captioner.batch_size, idle_seconds)
@@ -85,14 +85,14 @@ def _serve(
             continue
         ready = time.perf_counter()
         # Before the first photo of a run nobody waited for this model.
-        waited += max(0.0, ready - max(began, queue.run_began))
+        starved_seconds += max(0.0, ready - max(began, queue.run_began))
         answers = captioner.step()
         worked += time.perf_counter() - ready
         if answers:
             in_model -= len(answers)
-            channel.send_answers(answers, seconds=worked, waited=waited)
+            channel.send_answers(answers, seconds=worked, starved_seconds=starved_seconds)
             worked = 0.0
-            waited = 0.0
+            starved_seconds = 0.0
 
 
 class _Channel:

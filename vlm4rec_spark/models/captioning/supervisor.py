@@ -55,7 +55,7 @@ class Result:
     """The outcome of a photo: a text, which may be empty, or an error and its class.
 
     `seconds`: the photo's share of the model's work.
-    `waited`: its share of the seconds that the model was idle before the photo's batch.
+    `starved_seconds`: its share of the seconds that the model was idle before the photo's batch.
     """
 
     key: str
@@ -65,7 +65,7 @@ class Result:
     error_class: str | None
     error: str | None
     seconds: float
-    idle_seconds: float
+    starved_seconds: float
 
 
 @dataclass
@@ -329,12 +329,12 @@ class Supervisor:
         if "seconds" in message:
             self._deaths = 0
         seconds = message.get("seconds", 0.0) / len(answers)
-        waited = message.get("waited", 0.0) / len(answers)
+        starved_seconds = message.get("starved_seconds", 0.0) / len(answers)
         for answer in answers:
             del self._in_flight[answer["key"]]
             if answer["text"] is None:
                 answer |= {"input_tokens": None, "output_tokens": None}
-            yield Result(**answer, seconds=seconds, idle_seconds=waited)
+            yield Result(**answer, seconds=seconds, starved_seconds=starved_seconds)
 
     def _after(self, end: _ChildEnded, retries: deque[InFlight]) -> Iterator[Result]:
         """Queue the photos in flight again, suspects first. A second suspicion is an error."""

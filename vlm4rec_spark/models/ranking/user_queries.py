@@ -322,10 +322,10 @@ class MaxSimilarityQuery(_MultiVectorQuery):
         return searcher.vectors[self._histories[user]]
 
 
-class MultiInterestQuery(_MultiVectorQuery):
-    """A few interests per user: groups of similar items of the history, each as its mean.
+class MultiTasteQuery(_MultiVectorQuery):
+    """A few tastes per user: groups of similar items of the history, each as its mean.
 
-    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020). An interest has the weight
+    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020). An taste has the weight
     of its heaviest item.
     """
 
@@ -335,9 +335,9 @@ class MultiInterestQuery(_MultiVectorQuery):
         weights: Sequence[np.ndarray],
         histories: Sequence[np.ndarray],
     ):
-        """vectors: float32 (interests, dimension) of each user, unit.
+        """vectors: float32 (tastes, dimension) of each user, unit.
 
-        weights: of each interest, a user's heaviest is 1. histories: int64 positions of each user's
+        weights: of each taste, a user's heaviest is 1. histories: int64 positions of each user's
         items, for the reasons.
         """
         self._vectors = vectors
@@ -350,19 +350,19 @@ class MultiInterestQuery(_MultiVectorQuery):
         histories: Sequence[np.ndarray],
         weights: Sequence[np.ndarray],
         searcher: Searcher,
-        max_interests: int,
-    ) -> MultiInterestQuery:
+        max_tastes: int,
+    ) -> MultiTasteQuery:
         """Cluster each user's history; histories and weights as in `MaxSimilarityQuery`."""
         vectors = []
-        interest_weights = []
+        taste_weights = []
         for history, item_weights in zip(histories, weights, strict=True):
-            interests = _cluster(searcher.vectors[history], item_weights, max_interests)
-            vectors.append(interests.vectors)
-            interest_weights.append(interests.weights)
-        return cls(vectors, interest_weights, histories)
+            tastes = _cluster(searcher.vectors[history], item_weights, max_tastes)
+            vectors.append(tastes.vectors)
+            taste_weights.append(tastes.weights)
+        return cls(vectors, taste_weights, histories)
 
-    def take(self, users: np.ndarray) -> MultiInterestQuery:
-        return MultiInterestQuery(
+    def take(self, users: np.ndarray) -> MultiTasteQuery:
+        return MultiTasteQuery(
             take_users(self._vectors, users),
             take_users(self._weights, users),
             take_users(self._histories, users),
@@ -383,7 +383,7 @@ class MultiInterestQuery(_MultiVectorQuery):
 
 
 class _Interests(NamedTuple):
-    """Unit vectors, float32 (interests, dimension), and their weights."""
+    """Unit vectors, float32 (tastes, dimension), and their weights."""
 
     vectors: np.ndarray
     weights: np.ndarray
@@ -392,15 +392,15 @@ class _Interests(NamedTuple):
 def _cluster(
     vectors: np.ndarray,
     weights: np.ndarray,
-    max_interests: int,
+    max_tastes: int,
 ) -> _Interests:
-    """The interests of one user, in the order of their first items."""
+    """The tastes of one user, in the order of their first items."""
     groups = np.arange(len(vectors))
-    if len(vectors) > max_interests:
+    if len(vectors) > max_tastes:
         from scipy.cluster.hierarchy import fcluster, linkage
 
         tree = linkage(vectors.astype(np.float64), "ward")
-        groups = fcluster(tree, max_interests, "maxclust")
+        groups = fcluster(tree, max_tastes, "maxclust")
     distinct = dict.fromkeys(groups.tolist())
     centers = np.empty((len(distinct), vectors.shape[1]), np.float32)
     center_weights = np.empty(len(centers), np.float32)

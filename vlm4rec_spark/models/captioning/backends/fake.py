@@ -71,11 +71,11 @@ class FakeCaptioner(BatchCaptioner):
         colour = f"red {red // 32}, green {green // 32} and blue {blue // 32}"
         text = self.values.get("says", f"A thing of {colour}.")
         if self.json:
-            text = json.dumps({"kind": "thing", "colour": text[11:-1], "style": "unknown"})
+            text = json.dumps({"kind": "thing", "colour": colour, "style": "unknown"})
         shades = {"red": red, "green": green, "blue": blue}
-        for fault, colour in self.faults:
-            rest = (shade for name, shade in shades.items() if name != colour)
-            if colour in shades and shades[colour] > 1.5 * max(rest):
+        for fault, fault_colour in self.faults:
+            rest = (shade for name, shade in shades.items() if name != fault_colour)
+            if fault_colour in shades and shades[fault_colour] > 1.5 * max(rest):
                 text = _fail(fault, prompt, text)
         return Answer(key, text, len(prompt.split()), len(text.split()))
 
