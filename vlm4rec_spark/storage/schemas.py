@@ -285,7 +285,8 @@ INGESTED_FILES = Table(
     rows_repeated BIGINT COMMENT 'Rows that were there already; null as rows_read',
     run_id STRING NOT NULL COMMENT 'Run that read it'""",
     key=("source", "file", "size", "modified_at", "settings_sha256"),
-    volatile=("run_id",),
+    # After a kill, the rows that the killed run wrote count as repeated.
+    volatile=("rows_taken", "rows_repeated", "run_id"),
 )
 
 STATE = Table(
