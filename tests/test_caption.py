@@ -735,5 +735,5 @@ def test_the_plan_is_a_table_for_people(plan_command: Callable[..., int], capsys
         assert re.search(line, shown), line
     assert plan_command(*BUDGET, "--retry-failed", "refusal") == 0
     assert plan_command(*BUDGET, "refusal") == 2
-    assert "an error class goes with --retry-failed" in capsys.readouterr().err
+    assert "an error class needs --retry-failed" in capsys.readouterr().err
     assert plan_command() == 0
