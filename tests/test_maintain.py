@@ -312,7 +312,7 @@ def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
     content: dict[Table, list[tuple]] = {
         ITEMS: [item_row("i0")],
         RUNS: [index_run(hour, letter) for hour, letter in enumerate("eadbc")],
-        STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, "rc", MONDAY)],
+        STATE: [("index", 1, None, {}, "caption", "c" * 16, None, None, None, "rc", MONDAY)],
         RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
     }
     for table, table_rows in content.items():

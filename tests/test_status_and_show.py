@@ -146,7 +146,7 @@ def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
     folder = tmp_path_factory.mktemp("shop")
     shop = pipeline(folder)
     index_run = run("index", 10, index_id=INDEX, representation="caption")
-    in_force = ("index", 1, None, {}, "caption", INDEX, None, None, "r1", MONDAY)
+    in_force = ("index", 1, None, {}, "caption", INDEX, None, None, None, "r1", MONDAY)
     index_rows = {schemas.RUNS: [*ROWS[schemas.RUNS], index_run], schemas.STATE: [in_force]}
     for table, rows in (ROWS | index_rows).items():
         shop.tables.replace(table, shop.spark.createDataFrame(rows, table.schema))
