@@ -139,8 +139,12 @@ def test_a_captioner_that_does_not_look_has_the_figures_of_chance(
         "self_median_rank_chance": 20.5,
     }
     (captioner,) = blind.details["captioners"]
-    assert captioner["of_nothing"] == "A nice thing for every home."
-    assert (captioner["sampled"], captioner["in_force"], captioner["asked"]) == (ITEMS, ITEMS, 36)
+    assert captioner["blank_caption"] == "A nice thing for every home."
+    assert (captioner["sampled"], captioner["captions"], captioner["recaptioned"]) == (
+        ITEMS,
+        ITEMS,
+        36,
+    )
     assert [example["rank"] for example in blind.details["examples"]] == [20.5] * 12
 
 
@@ -167,7 +171,11 @@ def test_a_photo_that_kills_the_model_is_counted_and_not_found(audits: dict[str,
     seeing = audits["seeing"]
     assert seeing.details["captioners"][0]["failures"] == {"model_died": 1}
     worst = seeing.details["examples"][0]
-    assert (worst["item_id"], worst["again"], worst["rank"]) == (f"i{DEADLY:02d}", None, ITEMS)
+    assert (worst["item_id"], worst["second_caption"], worst["rank"]) == (
+        f"i{DEADLY:02d}",
+        None,
+        ITEMS,
+    )
     assert seeing.result.complete
 
 

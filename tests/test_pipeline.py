@@ -345,7 +345,7 @@ def test_the_captions_are_audited(shop: Shop):
     assert metrics["distinct_share"]["value"] == len(set(captions)) / 50
     assert {row["arm"] for row in metrics.values()} == {shop.results["caption"].details["model"]}
     (captioner,) = shop.results["evaluate"].output.evaluation["caption_audit"]["captioners"]
-    assert (captioner["in_force"], captioner["sampled"]) == (50, 50)
+    assert (captioner["captions"], captioner["sampled"]) == (50, 50)
     assert "Do the captions come from the photos?" in (shop.folder / "report.html").read_text()
 
 

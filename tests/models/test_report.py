@@ -420,12 +420,12 @@ def with_audit(**changes: object) -> ReportData:
     """A captioner that names colors, but finds its captions again no better than chance."""
     captioner = {
         "model": "llava@1",
-        "in_force": 9000,
+        "captions": 9000,
         "sampled": 500,
-        "asked": 100,
+        "recaptioned": 100,
         "failures": {"model_died": 2},
-        "of_nothing": "A grey <b>wall.",
-        "refused": "",
+        "blank_caption": "A grey <b>wall.",
+        "blank_error": "",
         "earlier": ["llava@0, short.1"],
     }
     red = PhotoCard("A-1", HOSTILE, PIXEL, caption="a red mug")
@@ -484,7 +484,7 @@ def test_without_an_audit_the_page_has_no_word_of_it():
 def test_a_captioner_that_could_not_describe_again_is_named():
     text = text_of(render(with_evaluation({"trouble": "no <key>"})))
     assert "couldn't describe the photos again: no &lt;key&gt;" in text
-    refusing = text_of(render(with_audit(of_nothing="", refused="the model refused")))
+    refusing = text_of(render(with_audit(blank_caption="", blank_error="the model refused")))
     assert "For a blank grey photo the model gives no caption, as it should" in refusing
 
 

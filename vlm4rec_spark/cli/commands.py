@@ -254,17 +254,16 @@ def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     run_id = state.run_id
     runs = pipeline.tables.read(schemas.RUNS)
     run = runs.where((runs["run_id"] == run_id) & (runs["stage"] == "evaluate")).first()
-    assert run is not None
     metrics = pipeline.tables.read(schemas.METRICS)
     metrics = metrics.where(metrics["run_id"] == run_id).drop("run_id")
     rows = metrics.orderBy("split", "arm", "metric", "k", "slice").collect()
-    evaluation = state.output.evaluation or {}
-    details = {"caption_audit": evaluation["caption_audit"], **evaluation["splits"]}
+    evaluation = state.output.evaluation
+    assert run is not None and evaluation is not None
     return {
         "run_id": run_id,
         "versions": run["versions"],
         "config": json.loads(run["config"])["evaluate"],
-        "details": details,
+        "details": evaluation["splits"] | {"caption_audit": evaluation["caption_audit"]},
         "metrics": [row.asDict() for row in rows],
     }
 

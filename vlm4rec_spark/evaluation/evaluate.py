@@ -52,9 +52,9 @@ def evaluate(
 
     Raises RunError for a leak, UsageError for arms that can't be built.
     """
-    resolved = _resolve(settings, serving)
+    compared_arms = _resolve(settings, serving)
     log = without_bots(tables.interactions, serving)
-    complete = candidates(tables, arms.required_representations(resolved, serving)).persist()
+    complete = candidates(tables, arms.required_representations(compared_arms, serving)).persist()
     available = tables.items.where("available").count()
     evaluation = Evaluation([], {})
     if not complete.count():
@@ -69,14 +69,14 @@ def evaluate(
             split,
             settings,
             serving,
-        ) as snapshot:
-            if snapshot is None:
+        ) as point_in_time:
+            if point_in_time is None:
                 cut = split.cut or "the first event"
                 info(f"{split.name}: no test users, nobody has a new item after {cut}")
                 continue
-            rows, facts = _evaluate_split(snapshot, resolved, info)
+            rows, facts = _evaluate_split(point_in_time, compared_arms, info)
             evaluation.rows.extend(rows)
-            facts["left_out_share"] = round(1 - len(snapshot.item_ids) / available, 4)
+            facts["left_out_share"] = round(1 - len(point_in_time.item_ids) / available, 4)
             evaluation.facts[split.name] = facts
     complete.unpersist()
     return evaluation
@@ -118,7 +118,7 @@ def open_point_in_time(
     test_users = everyone.orderBy(order, "user_id").limit(settings.max_users).persist()
     item_ids = pd.Index(sorted(row["item_id"] for row in complete.collect()), dtype=object)
     with tempfile.TemporaryDirectory(prefix=f"vlm4rec-{os.getpid()}-evaluate-") as folder:
-        snapshot = PointInTime(
+        point_in_time = PointInTime(
             spark,
             tables,
             complete,
@@ -130,9 +130,9 @@ def open_point_in_time(
             Path(folder),
         )
         try:
-            yield None if test_users.isEmpty() else snapshot
+            yield None if test_users.isEmpty() else point_in_time
         finally:
-            snapshot.close()
+            point_in_time.close()
             test_users.unpersist()
             split.train.unpersist()
 
@@ -182,24 +182,24 @@ def _evaluate_split(
 
 
 def _lists(
-    snapshot: PointInTime,
-    resolved: Sequence[Arm],
+    point_in_time: PointInTime,
+    compared_arms: Sequence[Arm],
     info: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
     """The longest lists of each arm, (users, longest) of positions. Raises RunError if one holds a
     seen item."""
-    users = len(snapshot.users)
-    items = len(snapshot.item_ids)
-    seen = user_item_codes(snapshot.users["seen"], snapshot.item_ids)
+    users = len(point_in_time.users)
+    items = len(point_in_time.item_ids)
+    seen = user_item_codes(point_in_time.users["seen"], point_in_time.item_ids)
     lists: dict[str, np.ndarray] = {}
     started = time.monotonic()
-    for done, arm in enumerate(resolved):
-        line = f"{snapshot.split.name}: {arm.name}, {users:,} users, {items:,} candidates"
+    for done, arm in enumerate(compared_arms):
+        line = f"{point_in_time.split.name}: {arm.name}, {users:,} users, {items:,} candidates"
         if done:
-            remaining = (time.monotonic() - started) / done * (len(resolved) - done)
+            remaining = (time.monotonic() - started) / done * (len(compared_arms) - done)
             line += f", {remaining:.0f} s left"
         info(line)
-        lists[arm.name] = snapshot.lists(arm, snapshot.settings.lengths[-1])
+        lists[arm.name] = point_in_time.lists(arm, point_in_time.settings.lengths[-1])
         guards.nothing_seen(arm.name, lists[arm.name], seen, items)
     return lists
 
@@ -228,18 +228,18 @@ def user_item_codes(lists: pd.Series, item_ids: pd.Index) -> np.ndarray:
     return np.sort((users * len(item_ids) + positions)[positions >= 0])
 
 
-def _candidate_vectors(snapshot: PointInTime, representation: str) -> np.ndarray:
-    searcher = snapshot.searcher(representation)
-    return np.asarray(searcher.vectors[searcher.positions(snapshot.item_ids.tolist())])
+def _candidate_vectors(point_in_time: PointInTime, representation: str) -> np.ndarray:
+    searcher = point_in_time.searcher(representation)
+    return np.asarray(searcher.vectors[searcher.positions(point_in_time.item_ids.tolist())])
 
 
-def _catalogue(snapshot: PointInTime) -> pd.DataFrame:
+def _catalogue(point_in_time: PointInTime) -> pd.DataFrame:
     """category and first_seen_at of the candidates; null if the table lacks the column."""
-    items = snapshot.tables.items
+    items = point_in_time.tables.items
     columns = [
         F.col(name) if name in items.columns else F.lit(None).alias(name)
         for name in ("category", "first_seen_at")
     ]
-    rows = items.join(snapshot.candidates, on="item_id", how="left_semi")
+    rows = items.join(point_in_time.candidates, on="item_id", how="left_semi")
     catalogue = cast(pd.DataFrame, rows.select("item_id", *columns).toPandas())
-    return catalogue.set_index("item_id").reindex(snapshot.item_ids)
+    return catalogue.set_index("item_id").reindex(point_in_time.item_ids)

@@ -117,8 +117,8 @@ def tune(
         split,
         settings,
         serving,
-    ) as snapshot:
-        if snapshot is None:
+    ) as point_in_time:
+        if point_in_time is None:
             raise RunError(
                 f"tune: the split {split.name} has no test users. No user has a new item after "
                 f"{split.cut or 'the first event'}, or no item has a vector in each of "
@@ -127,33 +127,33 @@ def tune(
         tuned = Tuned(
             split.name,
             split.cut,
-            len(snapshot.users),
-            len(snapshot.item_ids),
+            len(point_in_time.users),
+            len(point_in_time.item_ids),
             settings.k,
             metric,
         )
-        _search(snapshot, tuned, representations, info)
+        _search(point_in_time, tuned, representations, info)
     complete.unpersist()
     return tuned
 
 
 def _search(
-    snapshot: PointInTime,
+    point_in_time: PointInTime,
     tuned: Tuned,
     representations: Sequence[str],
     info: Callable[[str], None],
 ) -> None:
-    relevant = user_item_codes(snapshot.users["relevant"], snapshot.item_ids)
+    relevant = user_item_codes(point_in_time.users["relevant"], point_in_time.item_ids)
     counts = np.bincount(relevant // tuned.candidates, minlength=tuned.users)
     planned = len(representations) * len(get_args(Shape)) + sum(map(len, OPTIONS.values()))
     started = time.monotonic()
-    for description, serving in _candidates(tuned, snapshot.serving, representations):
+    for description, serving in _candidates(tuned, point_in_time.serving, representations):
         if any(trial.serving == serving for trial in tuned.trials):
             continue
         tried_at = time.monotonic()
-        top = snapshot.lists(Arm("trial", "profiles", serving), tuned.k)
+        top = point_in_time.lists(Arm("trial", "profiles", serving), tuned.k)
         values = per_user(hit_mask(top, relevant, tuned.candidates), counts, tuned.k)
-        low, high = bootstrap_interval(values[tuned.metric], snapshot.settings.seed)
+        low, high = bootstrap_interval(values[tuned.metric], point_in_time.settings.seed)
         trial = Trial(
             description,
             serving,

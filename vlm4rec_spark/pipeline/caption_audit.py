@@ -254,7 +254,7 @@ def _judge_photos(
         if ranks[worst] > 1:
             text = texts[worst] and texts[worst][:_MAX_CHARACTERS]
             example = _example(sample, positions[worst])
-            examples.append(example | {"again": text, "rank": float(ranks[worst])})
+            examples.append(example | {"second_caption": text, "rank": float(ranks[worst])})
     return _Judgment(figures, examples)
 
 
@@ -279,7 +279,7 @@ def _summary(sample: _Sample) -> dict:
     """What the report says of a captioner, next to its figures."""
     summary: dict = {
         "model": sample.arm,
-        "in_force": sample.captions_total,
+        "captions": sample.captions_total,
         "sampled": len(sample.rows),
     }
     if sample.earlier:
@@ -287,10 +287,10 @@ def _summary(sample: _Sample) -> dict:
         summary["earlier"] = sorted(captioners)[:_MAX_ARMS]
     if recaptions := sample.recaptions:
         summary |= {
-            "asked": len(recaptions.captions),
+            "recaptioned": len(recaptions.captions),
             "failures": dict(sorted(recaptions.failures.items())),
-            "of_nothing": (recaptions.blank_caption or "")[:_MAX_CHARACTERS],
-            "refused": recaptions.blank_error[:_MAX_CHARACTERS],
+            "blank_caption": (recaptions.blank_caption or "")[:_MAX_CHARACTERS],
+            "blank_error": recaptions.blank_error[:_MAX_CHARACTERS],
             "cost": round(recaptions.cost, 6),
         }
     return summary

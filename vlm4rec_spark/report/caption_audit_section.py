@@ -129,7 +129,7 @@ class AuditExamples:
         return tuple(
             AuditExample(
                 thumbnails.photo(key, example["caption"]),
-                *(example[name] for name in ("again", "rank", "attribute", "value")),
+                *(example[name] for name in ("second_caption", "rank", "attribute", "value")),
             )
             for key, example in zip(self.photo_keys, self._examples, strict=True)
         )
@@ -155,11 +155,11 @@ def audits(data: ReportData) -> list[Audit]:
 def _notes(captioner: Mapping[str, Any]) -> Iterator[str]:
     if captioner.get("sampled"):
         sampled = captioner["sampled"]
-        yield f"The sample is {sampled:,} of {captioner['in_force']:,} captions in force."
-    if captioner.get("asked"):
+        yield f"The sample is {sampled:,} of {captioner['captions']:,} captions in force."
+    if recaptioned := captioner.get("recaptioned"):
         yield (
-            f"The model described {captioner['asked']:,} of the photos a second time, mirrored "
-            "and with their margins cut."
+            f"The model described {recaptioned:,} of the photos a second time, mirrored and with "
+            "their margins cut."
         )
     if failures := captioner.get("failures"):
         classes = ", ".join(
@@ -167,9 +167,9 @@ def _notes(captioner: Mapping[str, Any]) -> Iterator[str]:
         )
         total = sum(failures.values())
         yield f"{total:,} of them got no caption then ({classes}) and count as not found."
-    if captioner.get("of_nothing"):
-        yield f"For a blank grey photo the model says: “{captioner['of_nothing']}”"
-    elif captioner.get("refused"):
+    if captioner.get("blank_caption"):
+        yield f"For a blank grey photo the model says: “{captioner['blank_caption']}”"
+    elif captioner.get("blank_error"):
         yield "For a blank grey photo the model gives no caption, as it should."
     if earlier := captioner.get("earlier"):
         yield f"Earlier captions of these photos are by {'; '.join(earlier)}."

@@ -310,11 +310,11 @@ STATE = Table(
             left_out_share: DOUBLE, identical_vectors: MAP<STRING, BIGINT>,
             above_chance: ARRAY<STRING>, tuned: MAP<STRING, MAP<STRING, DOUBLE>>>>,
         caption_audit: STRUCT<trouble: STRING,
-            captioners: ARRAY<STRUCT<model: STRING, in_force: BIGINT, sampled: BIGINT,
-                earlier: ARRAY<STRING>, asked: BIGINT, failures: MAP<STRING, BIGINT>,
-                of_nothing: STRING, refused: STRING, cost: DOUBLE>>,
+            captioners: ARRAY<STRUCT<model: STRING, captions: BIGINT, sampled: BIGINT,
+                earlier: ARRAY<STRING>, recaptioned: BIGINT, failures: MAP<STRING, BIGINT>,
+                blank_caption: STRING, blank_error: STRING, cost: DOUBLE>>,
             examples: ARRAY<STRUCT<model: STRING, item_id: STRING, position: INT, caption: STRING,
-                again: STRING, rank: DOUBLE, attribute: STRING, value: STRING>>>>
+                second_caption: STRING, rank: DOUBLE, attribute: STRING, value: STRING>>>>
         COMMENT 'Of evaluate: facts about each split, and the caption audit for the report',
     run_id STRING NOT NULL COMMENT 'Run that wrote the row',
     updated_at TIMESTAMP NOT NULL COMMENT 'When the row was written'""",
