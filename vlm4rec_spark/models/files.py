@@ -1,4 +1,4 @@
-"""Files of every file system, for processes without Spark: workers and the server.
+"""Files of every file system, for processes without Spark, such as workers.
 
 Knows fsspec; knows nothing of what a file holds. On the driver, storage/files.py reaches them.
 """

@@ -1,6 +1,6 @@
 """Files of every file system on the driver: pathlib for local ones, Hadoop for all others.
 
-Knows paths and bytes; knows no table. Workers and the server use models/files.py.
+Knows paths and bytes; knows no table. Workers use models/files.py.
 """
 
 from __future__ import annotations

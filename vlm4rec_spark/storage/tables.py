@@ -134,7 +134,7 @@ class Tables:
         """Add the rows whose key is new; returns how many. Two writers can't clash.
 
         Keys in `rows` are distinct. An existing row stays as it is, unless the condition
-        `instead_of` holds for it (columns of `old`).
+        `overwrite_where` holds for it (columns of `old`). Overwritten rows aren't counted.
         """
 
         def write() -> DataFrame:
@@ -153,13 +153,15 @@ class Tables:
 
     def upsert(self, table: Table, rows: DataFrame) -> None:
         """Add new keys and update rows that differ outside the volatile columns."""
-        self.commit(table, lambda: _write_changes(table, self._merge(table, rows)).execute())
+        self.commit(
+            table, lambda: _with_update_and_insert(table, self._merge(table, rows)).execute()
+        )
 
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, so that the change feed holds only real changes."""
 
         def write() -> DataFrame:
-            merge = _write_changes(table, self._merge(table, rows))
+            merge = _with_update_and_insert(table, self._merge(table, rows))
             return merge.whenNotMatchedBySourceDelete().execute()
 
         self.commit(table, write)
@@ -170,7 +172,7 @@ class Tables:
         marked = rows.select(*table.columns, F.lit(True).alias("_exists"))
         distinct = keys.select(*table.key).distinct()
         source = distinct.join(marked, on=list(table.key), how="left").alias("new")
-        differs, updates = _changes(table)
+        differs, updates = _difference(table)
         inserts = updates | {name: f"new.`{name}`" for name in table.key}
 
         def write() -> DataFrame:
@@ -321,12 +323,12 @@ def _same_key(table: Table) -> str:
     return " AND ".join(f"old.`{name}` = new.`{name}`" for name in table.key)
 
 
-def _write_changes(table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
-    differs, updates = _changes(table)
+def _with_update_and_insert(table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
+    differs, updates = _difference(table)
     return merge.whenMatchedUpdate(condition=differs, set=updates).whenNotMatchedInsertAll()
 
 
-def _changes(table: Table) -> tuple[str, dict[str, str | Column]]:
+def _difference(table: Table) -> tuple[str, dict[str, str | Column]]:
     """The condition under which a row `new` differs from `old`, and what it then sets."""
     ignored = {*table.key, *table.volatile}
     comparisons = [

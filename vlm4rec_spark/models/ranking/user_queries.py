@@ -382,7 +382,7 @@ class MultiTasteQuery(_MultiVectorQuery):
         return self._vectors[user]
 
 
-class _Interests(NamedTuple):
+class _Tastes(NamedTuple):
     """Unit vectors, float32 (tastes, dimension), and their weights."""
 
     vectors: np.ndarray
@@ -393,7 +393,7 @@ def _cluster(
     vectors: np.ndarray,
     weights: np.ndarray,
     max_tastes: int,
-) -> _Interests:
+) -> _Tastes:
     """The tastes of one user, in the order of their first items."""
     groups = np.arange(len(vectors))
     if len(vectors) > max_tastes:
@@ -410,7 +410,7 @@ def _cluster(
         length = np.linalg.norm(total)
         centers[row] = total / max(length, 1e-12)
         center_weights[row] = weights[members].max()
-    return _Interests(centers, center_weights)
+    return _Tastes(centers, center_weights)
 
 
 def _split(rows: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
