@@ -239,7 +239,8 @@ def accepted(rows: Iterable[dict], *columns: str) -> list[tuple]:
 
 
 def good_rows(rows: Iterable[dict], *columns: str) -> list[tuple]:
-    return sorted(row for row in accepted(rows, *columns) if str(row[0]).startswith("good "))
+    good = {row[0] for row in [*GOOD_ITEMS, *GOOD_EVENTS]}
+    return sorted(row for row in accepted(rows, *columns) if row[0] in good)
 
 
 def have_texts_of(rows: list[dict], sent: list, *columns: str) -> bool:

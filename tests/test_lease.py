@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,12 +100,28 @@ def test_of_many_runs_that_start_together_one_works_at_a_time_and_the_rest_say_b
 ):
     ends = [output(process) for process in [start(f"run-{n}", work=1.5) for n in range(6)]]
     done = [end for end in ends if end.endswith("done\n")]
-    busy = [end for end in ends if "busy: Another run is at work on these tables: run run-" in end]
+    busy = [
+        end
+        for end in ends
+        if "busy: Another run is at work on these tables: run run-" in end
+        or "busy: Another run is at work on these tables: a run that is just starting" in end
+    ]
     # A run that comes when the first one is done may work too. Two are never inside together.
     assert len(done) + len(busy) == len(ends)
     assert done
     assert busy
     assert sorted(file.name for file in tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_file_is_still_empty_is_named_when_it_has_written_it(tmp_path, capsys):
+    file = tmp_path / "_lease-000001.json"
+    file.touch()
+    writes = threading.Timer(0.5, file.write_text, ['{"run_id": "quick", "host": "h"}'])
+    writes.start()
+    with pytest.raises(Busy, match="run quick on h"), lease(tmp_path, "second"):
+        pass
+    writes.join()
+    assert "(a run that is just starting)" in capsys.readouterr().out
 
 
 def test_the_next_run_need_not_wait_for_one_that_was_killed_on_this_machine(tmp_path, start: Start):

@@ -107,8 +107,9 @@ class Lease:
         holder = _parsed(first)
         if first is None or _died_here(holder):
             return
-        who = f"run {holder.get('run_id')} on {holder.get('host')}, since {holder.get('since')}"
-        self._say(f"another run holds these tables ({who}); waiting to see whether it is alive")
+        self._say(
+            f"another run holds these tables ({_told(holder)}); waiting to see whether it is alive"
+        )
         deadline = time.monotonic() + self._seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._seconds / 10))
@@ -117,8 +118,9 @@ class Lease:
                 return
             if latest != first:
                 raise Busy(
-                    f"Another run is at work on these tables: {who}. This run ends here and has "
-                    "changed nothing. Start it again when the other one is done."
+                    f"Another run is at work on these tables: {_told(_parsed(latest) or holder)}. "
+                    "This run ends here and has changed nothing. Start it again when the other "
+                    "one is done."
                 )
         self._say(f"the other run gave no sign of life for {self._seconds:g} s; taking over")
 
@@ -151,6 +153,12 @@ def _parsed(text: str | None) -> dict[str, Any]:
     except ValueError:  # half written
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def _told(holder: dict[str, Any]) -> str:
+    if not holder:  # its file is there, its content not yet
+        return "a run that is just starting"
+    return f"run {holder.get('run_id')} on {holder.get('host')}, since {holder.get('since')}"
 
 
 def _died_here(holder: dict[str, Any]) -> bool:
