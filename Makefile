@@ -4,17 +4,21 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST_ON_TWO_CORES := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test soak check clean
+.PHONY: help demo test test-cluster soak check clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)  ## draw a shop with photos, run every stage on it, write demo-output/report.html
 	@$(BIN)/vlm4rec demo
 
-test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## run the tests, and name the ten slowest
+	@$(PYTEST_ON_TWO_CORES) --durations 10
+
+test-cluster: $(STAMP)  ## run the tests that start a cluster, or kill processes
+	@$(PYTEST_ON_TWO_CORES) --durations 10 -m 'cluster and not soak'
 
 soak: $(STAMP)  ## kill runs at random moments, submit every job, damage photos; over an hour
 	@$(BIN)/python -m pytest -m soak --verbose

@@ -530,6 +530,7 @@ def test_photos_that_are_not_stored_are_read_again(linked_shop: LinkedShop):
     assert captions(run) == {"a": BLUE_TEXT, "b": BLUE_TEXT, "c": RED_TEXT}
 
 
+@pytest.mark.cluster
 def test_photos_that_kill_or_hang_the_model_cost_no_other_photo(pipeline: MakePipeline, tmp_path):
     model = "caption.model.model=exit:red+hang:green+eat:blue"
     run = pipeline(

@@ -2,7 +2,7 @@
 
 Workers share only the raw files and the tables. Each has its own work folder and temporary files.
 Their Python lacks this package, which is sent with --archives. One Python process dies during the
-run, and one stalls. `make test` submits the pipeline, `make soak` every other job too.
+run, and one stalls. `make test-cluster` submits the pipeline, `make soak` every other job too.
 """
 
 import json
@@ -30,6 +30,7 @@ from vlm4rec_spark.pipeline import STAGES, Pipeline
 from vlm4rec_spark.spark import jars, java
 from vlm4rec_spark.storage.schemas import CAPTIONS, ITEMS, PHOTOS, RUNS, STATE, TABLES, Table
 
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
 SPARK = Path(pyspark.__file__).parent
 SECRET_VARIABLES = {

@@ -559,6 +559,7 @@ def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp
     assert run.context.states()["recommend"] == before
 
 
+@pytest.mark.cluster
 def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_completes(
     shop: Shop, pipeline: MakePipeline, tmp_path
 ):

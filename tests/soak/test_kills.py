@@ -1,7 +1,7 @@
 """Kills: a run is killed at random moments and started again. In the end the tables are the same.
 
 SIGKILL goes to real processes: the driver's Python, its JVM, its Python workers. `make soak` does
-thirty and starts two drivers in the same second. test_pipeline.py has two kills for `make test`.
+thirty and starts two drivers in the same second. test_pipeline.py has two for `make test-cluster`.
 """
 
 import json
