@@ -14,7 +14,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.storage import layout, state
+from vlm4rec_spark.storage import commits, layout, maintenance, state
 from vlm4rec_spark.storage.schemas import PHOTOS, TABLES, Table
 from vlm4rec_spark.storage.state import (
     CalibrationState,
@@ -23,7 +23,7 @@ from vlm4rec_spark.storage.state import (
     StageState,
     TriedEffort,
 )
-from vlm4rec_spark.storage.tables import CONFLICTS, Tables
+from vlm4rec_spark.storage.tables import Tables
 
 PRODUCTS = Table(
     "products",
@@ -133,7 +133,7 @@ def test_upsert_touches_only_rows_that_differ(products: Tables):
         products.upsert(PRODUCTS, new)
     assert changes(products, before) == []
     assert version(products) == before
-    assert products.commits(PRODUCTS)[0]["version"] == before + 11
+    assert products.version(PRODUCTS) == before + 11
 
 
 def test_upsert_sees_a_change_inside_a_map_and_from_null(products: Tables):
@@ -153,11 +153,6 @@ def test_sync_deletes_what_is_gone_and_touches_nothing_twice(products: Tables):
     products.sync(PRODUCTS, new)
     assert changes(products, before) == []
     assert version(products) == before
-
-
-def test_replace_can_be_of_some_rows(products: Tables):
-    products.replace(PRODUCTS, rows(products, ("a", 5.0, None, TUESDAY)), where="id = 'a'")
-    assert content(products) == {"a": (5.0, None, TUESDAY), "b": (2.0, None, MONDAY)}
 
 
 def test_replace_keeps_constraints_and_is_all_or_nothing(products: Tables):
@@ -241,15 +236,28 @@ def test_a_writer_that_never_lets_anybody_pass_is_named(products: Tables, monkey
     monkeypatch.setattr("vlm4rec_spark.storage.tables._wait", waited.append)
 
     def overtaken() -> None:
-        raise CONFLICTS[0]("another was quicker")
+        raise RuntimeError("[DELTA_CONCURRENT_APPEND.WITHOUT_HINT] another was quicker")
 
     with pytest.raises(
         RunError,
-        match=r"keeps writing to .*products at the same time \(ConcurrentAppendException\)",
+        match=r"keeps writing to .*products at the same time \(DELTA_CONCURRENT_APPEND\)",
     ):
         products.commit(PRODUCTS, overtaken)
     assert waited == sorted(waited)
     assert len(waited) == 5
+
+
+def test_the_log_says_of_commits_what_sql_says(products: Tables):
+    products.upsert(PRODUCTS, rows(products, ("a", 9.0, None, TUESDAY)))
+    maintenance.optimize(products, PRODUCTS)
+    in_folder = list(products.commits(PRODUCTS))
+    by_sql = list(commits.by_sql(products.spark, products.sql_name(PRODUCTS)))
+    assert [commit[:1] + commit[2:] for commit in in_folder] == [
+        commit[:1] + commit[2:] for commit in by_sql
+    ]
+    assert [commit.changed for commit in in_folder] == [False, True, True, True]
+    assert commits.last_change(iter(in_folder)).version == 2
+    assert in_folder[-1].is_creation
 
 
 def test_staging_tables_of_a_killed_run_are_cleared(tables: Tables):
@@ -332,7 +340,7 @@ def test_files_carry_no_statistics_of_users(tables: Tables):
     for day, user in enumerate(("ann", "ben"), start=1):
         row = tables.spark.sql(visit.format(user, day))
         tables.insert(PERSONAL, row.withColumn("tags", row["tags"].cast("array<string>")))
-    tables.delta(PERSONAL).optimize().executeCompaction()
+    maintenance.optimize(tables, PERSONAL)
     all_statistics = statistics_in_log(tables, PERSONAL)
     assert len(all_statistics) == 3
     for statistics in all_statistics:
@@ -376,8 +384,8 @@ def test_state_holds_one_typed_row_per_stage(tables: Tables):
     profiles = stage_state("profiles", StageOutput(profiles=ProfilesState("sha", 3, None)))
     before = stage_state("recommend", StageOutput(index_id="i0", calibration=exact))
     after = stage_state("recommend", StageOutput(index_id="i1", calibration=approximate))
-    for row in (before, index, profiles, after):
-        state.write(tables, row)
+    state.write(tables, [before, index])
+    state.write(tables, [after, index, profiles])
     assert state.read(tables) == {"index": index, "profiles": profiles, "recommend": after}
     assert approximate.chosen == tried[1]
     assert exact.chosen is None

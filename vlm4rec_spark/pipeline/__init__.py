@@ -156,6 +156,8 @@ class Pipeline:
         reporter: Reporter,
     ):
         self.context = RunContext(spark, config, reporter)
+        self._unwritten: list[tuple] = []
+        """Rows of `runs` about unchanged stages: the next row that is written takes them along."""
 
     @property
     def spark(self) -> SparkSession:
@@ -187,10 +189,14 @@ class Pipeline:
         self.check(stages)
         results = []
         with self.lease() as lease:
-            for name in stages:
-                work = partial(self._work, _STAGES[name])
-                results.append(self._recorded(StageResult(name), lease, work))
-                on_result(results[-1])
+            try:
+                for name in stages:
+                    work = partial(self._work, _STAGES[name])
+                    results.append(self._recorded(StageResult(name), lease, work))
+                    on_result(results[-1])
+            finally:
+                if not lease.lost:
+                    self._write_runs()
         return results
 
     def check(self, stages: Sequence[str]) -> None:
@@ -318,7 +324,15 @@ class Pipeline:
             result.device_seconds,
             result.details,
         )
-        rows = self.spark.createDataFrame([row], schemas.RUNS.schema)
-        self.tables.append(schemas.RUNS, rows)
+        self._unwritten.append(row)
+        if result.status == "unchanged":
+            return
+        self._write_runs()
         if result.status == "ok" and result.stage in _STAGES:
             self.context.write_state(result)
+
+    def _write_runs(self) -> None:
+        if self._unwritten:
+            rows = self.spark.createDataFrame(self._unwritten, schemas.RUNS.schema).coalesce(1)
+            self.tables.append(schemas.RUNS, rows)
+            self._unwritten.clear()

@@ -113,8 +113,8 @@ class RunContext:
             self.run_id,
             datetime.now(UTC),
         )
-        state.write(self.tables, row)
         self._states = self.states() | {row.stage: row}
+        state.write(self.tables, self._states.values())
 
     def read(self, table: Table) -> DataFrame:
         """A table that an earlier stage made. Raises RunError when it doesn't exist."""

@@ -16,8 +16,9 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.storage import commits
 from vlm4rec_spark.storage.schemas import Table
-from vlm4rec_spark.storage.tables import Tables, last_change
+from vlm4rec_spark.storage.tables import Tables
 
 _RETENTION = "delta.deletedFileRetentionDuration"
 _OUR_RETENTION = re.compile(r"interval \d+ hours")
@@ -63,11 +64,11 @@ def footprint(tables: Tables, table: Table) -> Footprint | None:
     """None when the table doesn't exist."""
     if not tables.exists(table):
         return None
-    detail = tables.delta(table).detail().select("sizeInBytes", "location").collect()[0]
-    commits = tables.commits(table)
-    changed_at = datetime.fromtimestamp(last_change(commits)["at"] / 1e6, UTC)
+    detail = tables.detail(table)
+    changed = commits.last_change(tables.commits(table))
+    changed_at = datetime.fromtimestamp(changed.at / 1e6, UTC)
     on_disk = _bytes_below(tables, detail["location"])
-    return Footprint(commits[0]["version"], changed_at, detail["sizeInBytes"], on_disk)
+    return Footprint(tables.version(table), changed_at, detail["sizeInBytes"], on_disk)
 
 
 def optimize(tables: Tables, table: Table) -> tuple[int, int]:
@@ -76,11 +77,12 @@ def optimize(tables: Tables, table: Table) -> tuple[int, int]:
     Returns the numbers of files before and after. The rows stay as they are and the change feed
     is silent. A table with nothing to join isn't touched.
     """
-    before = tables.delta(table).detail().select("numFiles").collect()[0][0]
+    before = tables.detail(table)["numFiles"]
+    statement = f"OPTIMIZE {tables.sql_name(table)}"
     with tables.conf(OPTIMIZE):
-        done = tables.commit(table, lambda: tables.delta(table).optimize().executeCompaction())
-    metrics = done.select("metrics.numFilesAdded", "metrics.numFilesRemoved").collect()[0]
-    return before, before + metrics[0] - metrics[1]
+        done = tables.commit(table, lambda: tables.spark.sql(statement).collect())
+    metrics = done[0]["metrics"]
+    return before, before + metrics["numFilesAdded"] - metrics["numFilesRemoved"]
 
 
 def retention(tables: Tables, table: Table) -> str:
@@ -112,10 +114,10 @@ def vacuum(tables: Tables, table: Table, hours: int) -> int | None:
         tables.spark.sql(
             f"ALTER TABLE {tables.sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{wanted}')"
         )
-    folder = tables.delta(table).detail().select("location").collect()[0][0]
+    folder = tables.detail(table)["location"]
     before = _bytes_below(tables, folder)
     with tables.conf(_VACUUM), _silent_console(tables.spark):
-        tables.delta(table).vacuum()
+        tables.spark.sql(f"VACUUM {tables.sql_name(table)}")
     after = _bytes_below(tables, folder)
     return None if before is None or after is None else max(0, before - after)
 

@@ -1,4 +1,4 @@
-"""The only Delta code: creates, reads and writes the project's tables.
+"""The only Delta code: creates, reads and writes the project's tables, by SQL.
 
 Knows how rows get into a table safely; knows no stage. `layout.py` has the DDL, `maintenance.py`
 the upkeep.
@@ -13,34 +13,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from delta import exceptions
-from delta.tables import DeltaMergeBuilder, DeltaTable
-from pyspark.sql import Column, DataFrame, DataFrameWriter, Row, SparkSession
+from pyspark.sql import DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import DataType, MapType
+from pyspark.sql.types import MapType, StructField
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.storage import files, layout
+from vlm4rec_spark.storage import commits, files, layout
+from vlm4rec_spark.storage.commits import Commit
 from vlm4rec_spark.storage.files import Files
 from vlm4rec_spark.storage.schemas import TABLES, Table
 
 T = TypeVar("T")
-CONFLICTS = (
-    exceptions.ConcurrentAppendException,
-    exceptions.ConcurrentDeleteDeleteException,
-    exceptions.ConcurrentDeleteReadException,
-    exceptions.ConcurrentTransactionException,
-    exceptions.ConcurrentWriteException,
-    exceptions.MetadataChangedException,
-    exceptions.ProtocolChangedException,
-)
-"""What Delta raises when another writer was quicker. Nothing was written then."""
+_CONFLICT = re.compile(r"DELTA_(CONCURRENT_\w+|METADATA_CHANGED|PROTOCOL_CHANGED)")
+"""The error classes when another writer was quicker. Nothing was written then."""
 PARTS = ("", "_0", "_1")
 _WAITS = (0.5, 1, 2, 4, 8, None)
 """Seconds after each try of a commit; None: that was the last one."""
 _CATALOG_SCHEMA = re.compile(r"\w+\.\w+")
-_UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
-_ROW_COUNTS = ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")
 HEAVY = {
     # A reader holds a row group, and a batch of up to 4,096 rows of it. At Parquet's 128 MB, two
     # tasks that read photos of 200 kB took a JVM of 1 GB down; at 32 MB they don't.
@@ -82,12 +71,13 @@ class Tables:
     def exists(self, table: Table) -> bool:
         if self.in_catalog:
             return self.spark.catalog.tableExists(self.name_of(table))
-        return DeltaTable.isDeltaTable(self.spark, self.name_of(table))
+        return bool(self._folder_versions(table))
 
     def read(self, table: Table, version: int | None = None) -> DataFrame:
         """The table, as of `version` or now; an empty DataFrame when it doesn't exist yet."""
-        if not self.exists(table):
-            return self.spark.createDataFrame([], table.schema)
+        if self._is_new(table):
+            # Spark drops joins with rows that it knows not to exist.
+            return self.spark.createDataFrame([], table.schema).limit(0)
         options = {} if version is None else {"versionAsOf": str(version)}
         return self._load(table, options)
 
@@ -97,9 +87,13 @@ class Tables:
         A table that was read otherwise is read again by each action. A commit refreshes even what
         was persisted from it.
         """
-        if not self.exists(table):
-            return self.read(table)
-        return self.read(table, self.delta(table).history(1).select("version").collect()[0][0])
+        return self.read(table, self.version(table) if self.exists(table) else None)
+
+    def version(self, table: Table) -> int:
+        """The latest version of an existing table."""
+        if self.in_catalog:
+            return next(self.commits(table)).version
+        return self._folder_versions(table)[0]
 
     def versions(self, tables: Iterable[Table]) -> dict[str, int]:
         """Of each existing table the version that last changed its rows.
@@ -110,7 +104,7 @@ class Tables:
         versions = {}
         for table in tables:
             if table.name not in self._versions and self.exists(table):
-                self._versions[table.name] = last_change(self.commits(table))["version"]
+                self._versions[table.name] = commits.last_change(self.commits(table)).version
             if table.name in self._versions:
                 versions[table.name] = self._versions[table.name]
         return versions
@@ -121,7 +115,7 @@ class Tables:
 
     def changed_since(self, table: Table, version: int) -> DataFrame:
         """Changes after `version` from the change feed: the table's columns, and _change_type."""
-        if self.commits(table)[0]["version"] <= version:
+        if self.version(table) <= version:
             return self.read(table).limit(0).withColumn("_change_type", F.lit(""))
         options = {"readChangeFeed": "true", "startingVersion": str(version + 1)}
         return self._load(table, options)
@@ -136,60 +130,62 @@ class Tables:
         Keys in `rows` are distinct. An existing row stays as it is, unless the condition
         `overwrite_where` holds for it (columns of `old`). Overwritten rows aren't counted.
         """
+        if self._is_new(table):
+            return self.append(table, rows)
+        overwrite = f"WHEN MATCHED AND {overwrite_where} THEN UPDATE SET *"
+        clauses = [overwrite] if overwrite_where else []
+        counts = self._merge(table, rows, *clauses, "WHEN NOT MATCHED THEN INSERT *")
+        return int(counts["num_inserted_rows"])
 
-        def write() -> DataFrame:
-            merge = self._merge(table, rows)
-            if overwrite_where:
-                merge = merge.whenMatchedUpdateAll(condition=overwrite_where)
-            return merge.whenNotMatchedInsertAll().execute()
+    def append(self, table: Table, rows: DataFrame) -> int:
+        """Add rows whose keys nobody else can have: quicker than `insert`, which compares.
 
-        return int(self.commit(table, write).collect()[0]["num_inserted_rows"])
-
-    def append(self, table: Table, rows: DataFrame) -> None:
-        """Add rows whose keys nobody else can have: quicker than `insert`, which compares."""
+        Returns how many.
+        """
         self._create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("append")
         self.commit(table, lambda: self._save(writer, table))
+        return int(next(self.commits(table)).metrics.get("numOutputRows", 0))
 
     def upsert(self, table: Table, rows: DataFrame) -> None:
         """Add new keys and update rows that differ outside the volatile columns."""
-        self.commit(
-            table, lambda: _with_update_and_insert(table, self._merge(table, rows)).execute()
-        )
+        if self._is_new(table):
+            self.append(table, rows)
+        else:
+            self._merge(table, rows, _update(table), "WHEN NOT MATCHED THEN INSERT *")
 
     def sync(self, table: Table, rows: DataFrame) -> None:
         """Make the table equal to `rows`, so that the change feed holds only real changes."""
-
-        def write() -> DataFrame:
-            merge = _with_update_and_insert(table, self._merge(table, rows))
-            return merge.whenNotMatchedBySourceDelete().execute()
-
-        self.commit(table, write)
+        if self._is_new(table):
+            self.append(table, rows)
+        else:
+            self._merge(
+                table,
+                rows,
+                _update(table),
+                "WHEN NOT MATCHED THEN INSERT *",
+                "WHEN NOT MATCHED BY SOURCE THEN DELETE",
+            )
 
     def revise(self, table: Table, keys: DataFrame, rows: DataFrame) -> None:
         """As `sync`, for these keys only; a key without a row in `rows` loses its row."""
-        self._create(table)
         marked = rows.select(*table.columns, F.lit(True).alias("_exists"))
         distinct = keys.select(*table.key).distinct()
-        source = distinct.join(marked, on=list(table.key), how="left").alias("new")
-        differs, updates = _difference(table)
-        inserts = updates | {name: f"new.`{name}`" for name in table.key}
+        source = distinct.join(marked, on=list(table.key), how="left")
+        columns = ", ".join(f"`{name}`" for name in table.columns)
+        values = ", ".join(f"new.`{name}`" for name in table.columns)
+        self._merge(
+            table,
+            source,
+            "WHEN MATCHED AND new._exists IS NULL THEN DELETE",
+            _update(table),
+            f"WHEN NOT MATCHED AND new._exists THEN INSERT ({columns}) VALUES ({values})",
+        )
 
-        def write() -> DataFrame:
-            merge = self.delta(table).alias("old").merge(source, _same_key(table))
-            merge = merge.whenMatchedDelete(condition="new._exists IS NULL")
-            merge = merge.whenMatchedUpdate(condition=differs, set=updates)
-            merge = merge.whenNotMatchedInsert(condition="new._exists", values=inserts)
-            return merge.execute()
-
-        self.commit(table, write)
-
-    def replace(self, table: Table, rows: DataFrame, where: str = "") -> None:
-        """Make the table, or its rows `where`, equal to `rows` in one transaction."""
+    def replace(self, table: Table, rows: DataFrame) -> None:
+        """Make the table equal to `rows` in one transaction."""
         self._create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("overwrite")
-        if where:
-            writer = writer.option("replaceWhere", where)
         self.commit(table, lambda: self._save(writer, table))
 
     def staged(self, table: Table, rows: DataFrame, part: str = "") -> DataFrame:
@@ -223,30 +219,18 @@ class Tables:
 
     def properties(self, table: Table) -> dict[str, str]:
         """The Delta properties of an existing table."""
-        return dict(self.delta(table).detail().select("properties").collect()[0][0])
+        rows = self.spark.sql(f"SHOW TBLPROPERTIES {self.sql_name(table)}").collect()
+        return {row["key"]: row["value"] for row in rows}
 
-    def delta(self, table: Table) -> DeltaTable:
+    def detail(self, table: Table) -> Row:
+        """What Delta says of an existing table: numFiles, sizeInBytes, location."""
+        return self.spark.sql(f"DESCRIBE DETAIL {self.sql_name(table)}").collect()[0]
+
+    def commits(self, table: Table) -> Iterator[Commit]:
+        """The commits of an existing table, latest first."""
         if self.in_catalog:
-            return DeltaTable.forName(self.spark, self.name_of(table))
-        return DeltaTable.forPath(self.spark, self.name_of(table))
-
-    def commits(self, table: Table) -> list[Row]:
-        """Commits, latest first: version, `at` (microseconds since 1970), whether rows `changed`.
-
-        The last ten, or all of them when none of the ten changed rows.
-        """
-        # Not as a timestamp: collecting one would turn it into this machine's time zone.
-        at = F.unix_micros("timestamp").alias("at")
-        counts = [F.col("operationMetrics")[name].cast("long") for name in _ROW_COUNTS]
-        # Where Delta keeps no metrics, a merge counts as a change.
-        idle = (F.col("operation") == "MERGE") & F.coalesce(
-            sum(counts, F.lit(0)) == 0, F.lit(False)
-        )
-        changed = (~F.col("operation").isin(*_UPKEEP) & ~idle).alias("changed")
-        last = self.delta(table).history(10).select("version", at, changed).collect()
-        if any(commit["changed"] for commit in last):
-            return last
-        return self.delta(table).history().select("version", at, changed).collect()
+            return commits.by_sql(self.spark, self.sql_name(table))
+        return commits.in_folder(self.filesystem(self.location), self.name_of(table))
 
     def commit(self, table: Table, write: Callable[[], T]) -> T:
         """Do a write whose rows can be computed again; tries again when another was quicker."""
@@ -255,15 +239,15 @@ class Tables:
             try:
                 with self.conf(HEAVY if table.heavy else {}):
                     return write()
-            except CONFLICTS as conflict:
-                if seconds is None:
-                    name = type(conflict).__name__
-                    raise RunError(
-                        f"Another program keeps writing to {self.name_of(table)} at the same time "
-                        f"({name}); six tries failed. Run again when it is done."
-                    ) from None
-                _wait(seconds)
             except Exception as error:
+                if conflict := _CONFLICT.search(str(error)):
+                    if seconds is None:
+                        raise RunError(
+                            f"Another program keeps writing to {self.name_of(table)} at the same "
+                            f"time ({conflict[0]}); six tries failed. Run again when it is done."
+                        ) from None
+                    _wait(seconds)
+                    continue
                 if "No space left on device" not in str(error):
                     raise
                 raise RunError(
@@ -284,6 +268,16 @@ class Tables:
             for key, old in before.items():
                 self.spark.conf.unset(key) if old is None else self.spark.conf.set(key, old)
 
+    def _folder_versions(self, table: Table) -> list[int]:
+        return commits.versions(self.filesystem(self.location), self.name_of(table))
+
+    def _is_new(self, table: Table) -> bool:
+        """Whether the table never had rows: then there is nothing to compare new ones with."""
+        if self.in_catalog:
+            return not self.exists(table)
+        versions = self._folder_versions(table)
+        return not versions or (versions == [0] and next(self.commits(table)).is_creation)
+
     def _create(self, table: Table) -> None:
         if not self.exists(table):
             self.spark.sql(layout.create_statement(table, self.sql_name(table)))
@@ -299,15 +293,15 @@ class Tables:
             self.name_of(table)
         )
 
-    def _merge(self, table: Table, rows: DataFrame) -> DeltaMergeBuilder:
+    def _merge(self, table: Table, rows: DataFrame, *clauses: str) -> Row:
+        """Merge the rows, as `new`, into the table, as `old`; returns the numbers of rows."""
         self._create(table)
-        new = rows.select(*table.columns).alias("new")
-        return self.delta(table).alias("old").merge(new, _same_key(table))
-
-
-def last_change(commits: list[Row]) -> Row:
-    """The latest commit that changed rows; when none did, the latest."""
-    return next((commit for commit in commits if commit["changed"]), commits[0])
+        same_key = " AND ".join(f"old.`{name}` = new.`{name}`" for name in table.key)
+        statement = (
+            f"MERGE INTO {self.sql_name(table)} AS old USING {{new}} AS new ON {same_key} "
+            + " ".join(clauses)
+        )
+        return self.commit(table, lambda: self.spark.sql(statement, new=rows).collect()[0])
 
 
 def _wait(seconds: float) -> None:
@@ -319,31 +313,22 @@ def _staging(table: Table, part: str) -> Table:
     return Table(f"_staging_{table.name}{part}", "", table.ddl, table.key)
 
 
-def _same_key(table: Table) -> str:
-    return " AND ".join(f"old.`{name}` = new.`{name}`" for name in table.key)
-
-
-def _with_update_and_insert(table: Table, merge: DeltaMergeBuilder) -> DeltaMergeBuilder:
-    differs, updates = _difference(table)
-    return merge.whenMatchedUpdate(condition=differs, set=updates).whenNotMatchedInsertAll()
-
-
-def _difference(table: Table) -> tuple[str, dict[str, str | Column]]:
-    """The condition under which a row `new` differs from `old`, and what it then sets."""
-    ignored = {*table.key, *table.volatile}
-    comparisons = [
-        f"NOT ({_comparable('old', field.name, field.dataType)} <=> "
-        f"{_comparable('new', field.name, field.dataType)})"
-        for field in table.schema
-        if field.name not in ignored
+def _update(table: Table) -> str:
+    """The clause that updates a row which differs from the new one."""
+    comparable = [
+        field for field in table.schema if field.name not in {*table.key, *table.volatile}
     ]
-    updates: dict[str, str | Column] = {
-        name: f"new.`{name}`" for name in table.columns if name not in table.key
-    }
-    return " OR ".join(comparisons), updates
+    differs = " OR ".join(
+        f"NOT ({_comparable('old', field)} <=> {_comparable('new', field)})" for field in comparable
+    )
+    updates = ", ".join(
+        f"old.`{name}` = new.`{name}`" for name in table.columns if name not in table.key
+    )
+    return f"WHEN MATCHED AND ({differs}) THEN UPDATE SET {updates}"
 
 
-def _comparable(side: str, name: str, kind: DataType) -> str:
-    column = f"{side}.`{name}`"
+def _comparable(side: str, field: StructField) -> str:
+    column = f"{side}.`{field.name}`"
     # Spark can't compare maps; sorted entries can be compared.
-    return f"array_sort(map_entries({column}))" if isinstance(kind, MapType) else column
+    is_map = isinstance(field.dataType, MapType)
+    return f"array_sort(map_entries({column}))" if is_map else column
