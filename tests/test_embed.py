@@ -196,5 +196,5 @@ def test_problems_of_texts_are_counted(spark: SparkSession):
     texts = spark.createDataFrame(
         rows, "item_id STRING, representation STRING, text STRING, fallback BOOLEAN"
     )
-    (problems,) = embed.text_problems(texts, 3).collect()
-    assert problems.asDict() == {"scripts": 1, "markup": 1, "too_long": 3}
+    (figures,) = embed.text_figures(texts, 3).collect()
+    assert figures.asDict() == {"rows": 7, "scripts": 1, "markup": 1, "too_long": 3}

@@ -569,7 +569,8 @@ def open_searcher(
     texts = embed.item_texts(one_item, empty_tables["item_captions"], empty_tables["captions"])
     pending = embed.pending_texts(texts, empty_tables["embeddings"], "fake", 256)
     vectors = embed.embed(pending, "fake", embed.EmbedSettings(encoder="fake"))
-    rows = index.index_rows(vectors, texts, "title", "fake").toArrow()
+    indexed = index.index_vectors(vectors, "title", "fake")
+    rows = index.index_rows(indexed, texts, "title").toArrow()
     built = build_index(rows, "title", "fake", tmp_path, ann_min_items=20_000)
     return ship(spark, built, 1.0, Searcher.open)
 

@@ -15,15 +15,16 @@ _PHOTOS_PER_TASK = 1_000
 
 def embed(context: RunContext, result: StageResult) -> None:
     texts = item_texts(context)
+    all_texts = first_row(stage.text_figures(texts, context.config.embed.max_words)).asDict()
+    result.skipped = all_texts.pop("rows")
     _embed_texts(context, result, texts)
     unreadable = _embed_photos(context, result)
     encoder = context.encoder_id()
     vision = context.vision_id()
-    problems = stage.text_problems(texts, context.config.embed.max_words)
     result.details = {
         "encoder_id": encoder,
         **_vector_figures(context, [encoder, vision or encoder]),
-        **grouped("text_problems", first_row(problems).asDict()),
+        **grouped("text_problems", all_texts),
     }
     if vision:
         result.details |= {"vision_id": vision, "photos_unreadable": str(unreadable)}
@@ -50,14 +51,15 @@ def _embed_texts(context: RunContext, result: StageResult, texts: DataFrame) -> 
     settings = context.config.embed
     encoder = context.encoder_id()
     embeddings = context.tables.read(schemas.EMBEDDINGS)
-    pending = stage.pending_texts(texts, embeddings, encoder, settings.max_words)
+    pending = stage.pending_texts(texts, embeddings, encoder, settings.max_words).persist()
     count = pending.count()
     if count:
         context.reporter.info(f"embedding {count:,} texts with {encoder}")
         vectors = stage.embed(_split(pending, count, _TEXTS_PER_TASK), encoder, settings)
         result.ok = _store(context, "embedding texts", count, vectors)
+    pending.unpersist()
     result.failed = count - result.ok
-    result.skipped = texts.count() - count
+    result.skipped -= count
 
 
 def _embed_photos(context: RunContext, result: StageResult) -> int:
@@ -98,7 +100,7 @@ def _store(context: RunContext, label: str, count: int, vectors: DataFrame) -> i
     """Compute the vectors, write them, and return how many there are."""
     with context.reporter.progress(label, count):
         rows = context.tables.staged(schemas.EMBEDDINGS, vectors)
-    stored = rows.count()
+    stored = context.tables.staged_rows(schemas.EMBEDDINGS)
     context.tables.upsert(schemas.EMBEDDINGS, rows)
     context.tables.unstage(schemas.EMBEDDINGS)
     return stored

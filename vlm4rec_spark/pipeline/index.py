@@ -23,11 +23,11 @@ def index(context: RunContext, result: StageResult) -> None:
     representation = context.config.representation
     encoder = context.encoder_id()
     embeddings = context.read(schemas.EMBEDDINGS)
-    rows = stage.index_rows(embeddings, item_texts(context), representation, encoder)
-    result.ok = rows.count()
+    vectors = stage.index_vectors(embeddings, representation, encoder)
+    result.ok = _announced(context, vectors)
     if not result.ok:
         raise RunError(f"index: no item has a {representation} embedding by {encoder}. Run embed.")
-    _announce(context, rows, result.ok)
+    rows = stage.index_rows(vectors, item_texts(context), representation)
     folder = build_index(
         rows.toArrow(),
         representation,
@@ -84,18 +84,16 @@ def index_folder(context: RunContext) -> Path:
     return Path(context.config.index.folder) / known_id
 
 
-def _announce(
-    context: RunContext,
-    rows: DataFrame,
-    items: int,
-) -> None:
-    """Report the memory that the driver needs, before the vectors get there."""
-    dimension = first_row(rows.select(F.size("embedding")))[0]
-    gigabytes = 2 * items * dimension * 4 / 1e9
-    context.reporter.info(
-        f"building the index of {items:,} x {dimension} on the driver, "
-        f"needs about {gigabytes:.2f} GB there"
-    )
+def _announced(context: RunContext, vectors: DataFrame) -> int:
+    """Report the memory that the driver needs, before the vectors get there; returns the items."""
+    items, dimension = first_row(vectors.agg(F.count("*"), F.max(F.size("embedding"))))
+    if items:
+        gigabytes = 2 * items * dimension * 4 / 1e9
+        context.reporter.info(
+            f"building the index of {items:,} x {dimension} on the driver, "
+            f"needs about {gigabytes:.2f} GB there"
+        )
+    return items
 
 
 def _in_force(context: RunContext) -> Searcher | None:

@@ -23,37 +23,45 @@ from vlm4rec_spark.storage.schemas import Table
 from vlm4rec_spark.storage.state import ProfilesState, StageOutput, StageState
 
 
-class _BotFigures(NamedTuple):
+class _LogFigures(NamedTuple):
+    """Of the whole log; `counting` are events that a profile may be made of."""
+
     users: int
-    events: int
+    bot_users: int
+    bot_events: int
+    counting: int
 
 
 def profiles(context: RunContext, result: StageResult) -> None:
     """Make the profiles that may have changed, or all where that can't be known."""
     log = context.log()
     changed_users = _changed_users(context)
-    users = log.select("user_id").distinct().count()
-    rebuilt = users if changed_users is None else changed_users.count()
+    figures = _log_figures(context, log)
+    if changed_users is None and not figures.counting:
+        raise RunError(
+            "profiles: no user has an event that counts. Check profiles.event_weights against the "
+            "event types of the log. Nothing was written."
+        )
+    rebuilt = figures.users if changed_users is None else changed_users.count()
     rows = _profile_rows(context, log, changed_users)
     with context.reporter.progress("building profiles", rebuilt):
         if changed_users is None:
-            context.tables.replace(schemas.PROFILES, rows)
+            result.ok = context.tables.replace(schemas.PROFILES, rows)
         else:
             staged = context.tables.staged(schemas.PROFILES, rows)
             context.tables.revise(schemas.PROFILES, changed_users, staged)
             context.tables.unstage(schemas.PROFILES)
             changed_users.unpersist()
-    result.ok = context.tables.read(schemas.PROFILES).count()
-    result.skipped = users - result.ok
+            result.ok = context.tables.read(schemas.PROFILES).count()
+    result.skipped = figures.users - result.ok
     representation = context.config.representation
     result.output = StageOutput(representation=representation, profiles=_current(context))
-    bots = _bot_figures(context, log)
     result.details = {
         "representation": representation,
         "shape": context.config.profiles.shape,
-        "bot_users": str(bots.users),
-        "bot_events": str(bots.events),
-        "users_without_history": str(result.skipped - bots.users),
+        "bot_users": str(figures.bot_users),
+        "bot_events": str(figures.bot_events),
+        "users_without_history": str(result.skipped - figures.bot_users),
         "users_rebuilt": str(rebuilt),
     }
 
@@ -68,31 +76,20 @@ def _profile_rows(
     log: DataFrame,
     changed_users: DataFrame | None,
 ) -> DataFrame:
-    """Rows of `profiles`, of all users or of the changed ones. Raises RunError for no event."""
-    settings = context.config.profiles
-    items = context.read(schemas.ITEMS)
-    if changed_users is None:
-        # The events are asked and not the rows: PySpark prints a traceback where it stops a Python
-        # worker early.
-        counts = F.col("event_type").isin(*settings.event_weights)
-        on_items = log.where(counts).join(items, on="item_id", how="left_semi")
-        if on_items.isEmpty():
-            raise RunError(
-                "profiles: no user has an event that counts. Check profiles.event_weights against "
-                "the event types of the log. Nothing was written."
-            )
-    else:
+    """Rows of `profiles`, of all users or of the changed ones."""
+    if changed_users is not None:
         log = log.join(changed_users, on="user_id", how="left_semi")
-    histories = stage.histories(log, items, settings)
+    histories = stage.histories(log, context.read(schemas.ITEMS), context.config.profiles)
     open_searcher = context.ship(index_folder(context), Searcher.open)
     return stage.with_embedding(histories, context.config.representation, open_searcher)
 
 
-def _bot_figures(context: RunContext, log: DataFrame) -> _BotFigures:
-    bots = stage.bots(log, context.config.profiles.bot_events_per_day)
-    events = log.join(bots, on="user_id", how="left_semi")
-    figures = events.agg(F.countDistinct("user_id"), F.count("*"))
-    return _BotFigures(*first_row(figures))
+def _log_figures(context: RunContext, log: DataFrame) -> _LogFigures:
+    """In one pass."""
+    users = stage.events_by_user(log, context.read(schemas.ITEMS), context.config.profiles)
+    events = F.sum(F.when(F.col("is_bot"), F.col("events")))
+    figures = users.agg(F.count("*"), F.count_if("is_bot"), events, F.sum("counting"))
+    return _LogFigures(*(figure or 0 for figure in first_row(figures)))
 
 
 def _changed_users(context: RunContext) -> DataFrame | None:

@@ -21,7 +21,7 @@ from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.calibration import Calibration, EffortTrial
 from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, ListRules
-from vlm4rec_spark.pipeline.context import RunContext, StageResult
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row
 from vlm4rec_spark.pipeline.index import index_folder, index_id
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
@@ -53,6 +53,7 @@ class _Inputs:
     list_rules: ListRules
     profiles: DataFrame
     usable: DataFrame
+    usable_count: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def recommend(context: RunContext, result: StageResult) -> None:
     search = _choose_search(context, inputs)
     lists = _score(context, inputs, search)
     with context.reporter.progress("recommending", search.users):
-        context.tables.replace(schemas.RECOMMENDATIONS, lists)
+        result.ok = context.tables.replace(schemas.RECOMMENDATIONS, lists)
     _count(context, inputs, search, result)
 
 
@@ -113,12 +114,6 @@ def _load(context: RunContext) -> _Inputs:
     profiles = context.read(schemas.PROFILES)
     folder = index_folder(context)
     searcher = Searcher.open(folder)
-    is_different = F.col("representation") != context.config.representation
-    if not profiles.where(is_different).isEmpty():
-        raise RunError(
-            "recommend: the profiles are of another representation than the index. Run profiles "
-            "again."
-        )
     users = context.tables.read(schemas.USERS)
     items = _with_availability(context, context.read(schemas.ITEMS))
     photos = context.tables.read(schemas.PHOTOS)
@@ -132,6 +127,7 @@ def _load(context: RunContext) -> _Inputs:
     )
     without_consent = users.where(~F.col("consent"))
     refused = without_consent.select("user_id")
+    usable_count = _count_usable(context, profiles, refused)
     with_vector = profiles.where(F.col("embedding").isNotNull())
     consenting = with_vector.join(refused, on="user_id", how="left_anti")
     usable = _with_user_rules(context, consenting, users)
@@ -144,7 +140,26 @@ def _load(context: RunContext) -> _Inputs:
         list_rules,
         profiles,
         usable,
+        usable_count,
     )
+
+
+def _count_usable(context: RunContext, profiles: DataFrame, refused: DataFrame) -> int:
+    """Profiles with a vector, of users who consent. Raises RunError for another representation."""
+    is_different = F.col("representation") != context.config.representation
+    has_vector = F.col("embedding").isNotNull()
+    marked = refused.withColumn("refused", F.lit(True))
+    different, usable = first_row(
+        profiles.join(marked, on="user_id", how="left").agg(
+            F.count_if(is_different), F.count_if(has_vector & F.isnull("refused"))
+        )
+    )
+    if different:
+        raise RunError(
+            "recommend: the profiles are of another representation than the index. Run profiles "
+            "again."
+        )
+    return usable
 
 
 def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
@@ -164,7 +179,7 @@ def _choose_search(context: RunContext, inputs: _Inputs) -> _Search:
         matching,
     )
     description = calibration.describe(searcher.leaf_count)
-    users = inputs.usable.count()
+    users = inputs.usable_count
     context.reporter.info(
         f"recommending for {users:,} users, {description}, recall {calibration.recall:.3f} on "
         f"{calibration.users:,}"
@@ -234,10 +249,13 @@ def _count(
     settings = context.config.recommend
     calibration = search.calibration
     lists = context.tables.read(schemas.RECOMMENDATIONS)
-    without_list = inputs.profiles.join(lists, on="user_id", how="left_anti")
-    short_lists = lists.where(F.size("items") < settings.k)
-    result.ok = lists.count()
-    result.skipped = without_list.count()
+    sizes = lists.select("user_id", F.size("items").alias("size"))
+    profiles = inputs.profiles.select("user_id")
+    result.skipped, short_lists = first_row(
+        profiles.join(sizes, on="user_id", how="full_outer").agg(
+            F.count_if(F.isnull("size")), F.count_if(F.col("size") < settings.k)
+        )
+    )
     result.output = StageOutput(
         index_id=inputs.searcher.index_id,
         calibration=_calibration_state(calibration, settings.target_recall),
@@ -246,7 +264,7 @@ def _count(
         "k": str(settings.k),
         "users": str(search.users),
         "popular_lists": str(result.ok - search.users),
-        "short_lists": str(short_lists.count()),
+        "short_lists": str(short_lists),
         "search": search.description,
         "recall_promised": str(settings.target_recall),
         "recall_measured": f"{calibration.recall:.4f}",

@@ -89,19 +89,20 @@ def pending_texts(
     return hashed.join(embedded, on=key, how="left_anti")
 
 
-def text_problems(texts: DataFrame, max_words: int) -> DataFrame:
-    """One row: how many titles and captions have scripts, other markup, or too many words.
+def text_figures(texts: DataFrame, max_words: int) -> DataFrame:
+    """One row: how many rows, and titles and captions with scripts, other markup, too many words.
 
-    Its columns are scripts, markup and too_long.
+    Its columns are rows, scripts, markup and too_long.
     """
-    own = texts.where("representation IN ('title', 'caption') AND NOT fallback")
+    is_own = F.expr("representation IN ('title', 'caption') AND NOT fallback")
     has_script = F.col("text").rlike(SCRIPT)
     has_markup = F.col("text").rlike(MARKUP)
     words = F.size(F.split(F.trim("text"), r"\s+"))
-    return own.agg(
-        F.count_if(has_script).alias("scripts"),
-        F.count_if(has_markup & ~has_script).alias("markup"),
-        F.count_if(words > max_words).alias("too_long"),
+    return texts.agg(
+        F.count("*").alias("rows"),
+        F.count_if(is_own & has_script).alias("scripts"),
+        F.count_if(is_own & has_markup & ~has_script).alias("markup"),
+        F.count_if(is_own & (words > max_words)).alias("too_long"),
     )
 
 

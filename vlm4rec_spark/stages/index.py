@@ -17,13 +17,15 @@ class IndexSettings(Settings):
     broadcast_gb: float = Field(1.0, gt=0)
 
 
-def index_rows(
-    embeddings: DataFrame, texts: DataFrame, representation: str, encoder_id: str
-) -> DataFrame:
-    """item_id, embedding, content_sha256 and text of the items to index, sorted by item_id."""
-    vectors = embeddings.where(
+def index_vectors(embeddings: DataFrame, representation: str, encoder_id: str) -> DataFrame:
+    """The rows of the items to index."""
+    return embeddings.where(
         (embeddings["representation"] == representation) & (embeddings["encoder_id"] == encoder_id)
     )
+
+
+def index_rows(vectors: DataFrame, texts: DataFrame, representation: str) -> DataFrame:
+    """item_id, embedding, content_sha256 and text of `index_vectors`, sorted by item_id."""
     text = texts.where(texts["representation"] == representation).select("item_id", "text")
     return (
         vectors.join(text, on="item_id", how="left")

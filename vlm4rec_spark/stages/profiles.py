@@ -61,6 +61,24 @@ def bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
     return days.select("user_id").distinct()
 
 
+def events_by_user(
+    interactions: DataFrame, items: DataFrame, settings: ProfileSettings
+) -> DataFrame:
+    """user_id, events, is_bot, counting: how many events, and how many a profile may be made of."""
+    catalogue = items.select("item_id", F.lit(True).alias("in_catalogue"))
+    counts = F.col("event_type").isin(*settings.event_weights) & F.col("in_catalogue")
+    days = (
+        interactions.join(catalogue, on="item_id", how="left")
+        .groupBy("user_id", "event_date")
+        .agg(F.count("*").alias("events"), F.count_if(counts).alias("counting"))
+    )
+    return days.groupBy("user_id").agg(
+        F.sum("events").alias("events"),
+        (F.max("events") > settings.bot_events_per_day).alias("is_bot"),
+        F.sum("counting").alias("counting"),
+    )
+
+
 def _with_more_events(groups: GroupedData, events: int) -> DataFrame:
     return groups.count().where(F.col("count") > events)
 

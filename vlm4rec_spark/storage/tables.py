@@ -145,7 +145,7 @@ class Tables:
         self._create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("append")
         self.commit(table, lambda: self._save(writer, table))
-        return int(next(self.commits(table)).metrics.get("numOutputRows", 0))
+        return self._rows_written(table)
 
     def upsert(self, table: Table, rows: DataFrame) -> None:
         """Add new keys and update rows that differ outside the volatile columns."""
@@ -182,11 +182,12 @@ class Tables:
             f"WHEN NOT MATCHED AND new._exists THEN INSERT ({columns}) VALUES ({values})",
         )
 
-    def replace(self, table: Table, rows: DataFrame) -> None:
-        """Make the table equal to `rows` in one transaction."""
+    def replace(self, table: Table, rows: DataFrame) -> int:
+        """Make the table equal to `rows` in one transaction; returns how many there are."""
         self._create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("overwrite")
         self.commit(table, lambda: self._save(writer, table))
+        return self._rows_written(table)
 
     def staged(self, table: Table, rows: DataFrame, part: str = "") -> DataFrame:
         """Write expensive rows to a staging table and read them from there.
@@ -198,6 +199,10 @@ class Tables:
         writer = rows.write.format("delta").mode("overwrite").option("overwriteSchema", "true")
         self.commit(table, lambda: self._save(writer, staging))
         return self.read(staging)
+
+    def staged_rows(self, table: Table, part: str = "") -> int:
+        """How many rows `staged` wrote."""
+        return self._rows_written(_staging(table, part))
 
     def unstage(self, table: Table, part: str = "") -> None:
         """Remove what `staged` wrote for the table."""
@@ -277,6 +282,12 @@ class Tables:
             return not self.exists(table)
         versions = self._folder_versions(table)
         return not versions or (versions == [0] and next(self.commits(table)).is_creation)
+
+    def _rows_written(self, table: Table) -> int:
+        """By the latest commit, without a Spark job."""
+        written = next(self.commits(table)).metrics.get("numOutputRows")
+        # Delta can be told to keep no metrics.
+        return self.read(table).count() if written is None else int(written)
 
     def _create(self, table: Table) -> None:
         if not self.exists(table):
