@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from vlm4rec_spark.spark import jars, java
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+_LOCAL_MASTER = re.compile(r"local(\[.*\])?")
 _DELTA = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -43,7 +45,12 @@ _LOCAL = {
     "spark.databricks.delta.snapshotPartitions": "2",
 }
 
+ARCHIVE = Path(sys.prefix, "cache", "spark-classes.jsa")
+"""The archive that `class_archive` makes, and every local session uses."""
 _LOCAL_JVM_OPTIONS = (
+    # Java warns of an archive of another Java.
+    "-Xlog:cds=off",
+    "-Xlog:class+path=off",
     # Only the first compiler: starts in two thirds of the time, and the heavy work is in Python.
     "-XX:TieredStopAtLevel=1",
     # A long session fills the default of 48 MB, and then the JVM drops compiled code and compiles
@@ -79,8 +86,8 @@ class SparkSettings(Settings):
     """More Spark configuration; wins over everything that is set here."""
 
 
-def session(settings: SparkSettings) -> SparkSession:
-    """The running session if there is one, else a new one.
+def session(settings: SparkSettings, jvm_options: Sequence[str] = ()) -> SparkSession:
+    """The running session if there is one, else a new one, in a JVM with these further options.
 
     Raises UsageError when Spark, Java or Delta is missing.
     """
@@ -94,7 +101,7 @@ def session(settings: SparkSettings) -> SparkSession:
     running = SparkSession.getActiveSession() is not None or "PYSPARK_GATEWAY_PORT" in os.environ
     jvm: AbstractContextManager[dict[str, Any]] = nullcontext({})
     if settings.master is not None and not running:
-        jvm = _new_jvm(settings, settings.master)
+        jvm = _new_jvm(settings, settings.master, jvm_options)
     with jvm as conf:
         conf |= _DELTA if settings.delta == "fetch" else {}
         spark = (
@@ -112,11 +119,13 @@ def session(settings: SparkSettings) -> SparkSession:
 
 
 @contextmanager
-def _new_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
+def _new_jvm(
+    settings: SparkSettings, master: str, jvm_options: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """The configuration of a new JVM. Inside `with`, the environment is the one to start it in."""
     executable = java.find()
     log_settings = Path(__file__).with_name("log4j2.properties")
-    options = [f"-Dlog4j2.configurationFile={log_settings.as_uri()}"]
+    options = [f"-Dlog4j2.configurationFile={log_settings.as_uri()}", *jvm_options]
     conf = {
         "spark.master": master,
         "spark.driver.memory": settings.driver_memory,
@@ -125,12 +134,19 @@ def _new_jvm(settings: SparkSettings, master: str) -> Iterator[dict[str, Any]]:
     }
     if settings.delta == "fetch":
         ivy = Path(settings.conf.get("spark.jars.ivy", Path.home() / ".ivy2.5.2"))
-        conf["spark.jars"] = ",".join(str(jar) for jar in jars.find(settings.delta_jars, ivy))
+        delta = [str(jar) for jar in jars.find(settings.delta_jars, ivy)]
+        class_path = "spark.driver.extraClassPath"
+        if _LOCAL_MASTER.fullmatch(master) and class_path not in settings.conf:
+            # Only the classes of the class path can be archived.
+            conf[class_path] = os.pathsep.join(delta)
+        else:
+            conf["spark.jars"] = ",".join(delta)
     with java.home(executable) as home:
         environment = {"JAVA_HOME": str(home)}
         if master.startswith("local"):
             folder = _temporary_folder()
             options += [*_LOCAL_JVM_OPTIONS, f'"-Djava.io.tmpdir={folder}"']
+            options += [f'"-XX:SharedArchiveFile={ARCHIVE}"'] if ARCHIVE.is_file() else []
             conf |= _LOCAL | {
                 "spark.sql.warehouse.dir": f"{folder}/warehouse",
                 "spark.local.dir": f"{folder}/local",
@@ -175,15 +191,3 @@ def _temporary_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"vlm4rec-{os.getpid()}-", dir=parent))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _main() -> None:
-    """`python -m vlm4rec_spark.spark.session`: start Spark once, and download what it needs."""
-    spark = session(SparkSettings(driver_memory="1g"))
-    master = spark.conf.get("spark.master")
-    print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {master}.")
-    spark.stop()
-
-
-if __name__ == "__main__":
-    _main()
