@@ -92,10 +92,14 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
         EMBEDDINGS.schema,
     )
     titles = texts.where("representation = 'title'")
-    pending = embed.pending_texts(titles, embeddings, "fake", max_words=256)
-    assert sorted(row["item_id"] for row in pending.collect()) == ["bare", "same"]
+    marked = embed.marked_texts(titles, embeddings, "fake", max_words=256)
+    pending = marked.where("is_pending").collect()
+    assert {row["item_id"]: row["is_known"] for row in pending} == {"bare": True, "same": False}
+    (figures,) = marked.agg(*embed.pending_figures()).collect()
+    assert figures.asDict() == {"rows": titles.count(), "pending": 2, "changed": 1}
     # With another limit of words, every text is another one.
-    assert embed.pending_texts(titles, embeddings, "fake", max_words=8).count() == 3
+    marked = embed.marked_texts(titles, embeddings, "fake", max_words=8)
+    assert marked.where("is_pending").count() == 3
 
 
 def test_vectors_are_those_of_the_cleaned_text(spark: SparkSession):
@@ -162,7 +166,8 @@ def test_main_photos_without_a_vector_are_pending(spark: SparkSession, photos: D
         ],
         EMBEDDINGS.schema,
     )
-    pending = embed.pending_photos(embed.main_photos(photos), embedded, "v")
+    marked = embed.marked_photos(embed.main_photos(photos), embedded, "v")
+    pending = marked.where("is_pending")
     assert {(row["item_id"], row["position"]) for row in pending.collect()} == {
         ("two photos", 1),
         ("in a file", 0),
@@ -196,5 +201,7 @@ def test_problems_of_texts_are_counted(spark: SparkSession):
     texts = spark.createDataFrame(
         rows, "item_id STRING, representation STRING, text STRING, fallback BOOLEAN"
     )
-    (figures,) = embed.text_figures(texts, 3).collect()
-    assert figures.asDict() == {"rows": 7, "scripts": 1, "markup": 1, "too_long": 3}
+    marked = embed.marked_texts(texts, spark.createDataFrame([], EMBEDDINGS.schema), "fake", 3)
+    (figures,) = embed.text_figures(marked, 3).collect()
+    counts = {"rows": 7, "pending": 6, "changed": 0}
+    assert figures.asDict() == counts | {"scripts": 1, "markup": 1, "too_long": 3}

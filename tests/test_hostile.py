@@ -567,7 +567,7 @@ def open_searcher(
 ) -> Callable[[], Searcher]:
     """Of an index with one item."""
     texts = embed.item_texts(one_item, empty_tables["item_captions"], empty_tables["captions"])
-    pending = embed.pending_texts(texts, empty_tables["embeddings"], "fake", 256)
+    pending = embed.marked_texts(texts, empty_tables["embeddings"], "fake", 256)
     vectors = embed.embed(pending, "fake", embed.EmbedSettings(encoder="fake"))
     indexed = index.index_vectors(vectors, "title", "fake")
     rows = index.index_rows(indexed, texts, "title").toArrow()

@@ -197,6 +197,7 @@ class Pipeline:
             finally:
                 if not lease.lost:
                     self._write_runs()
+                    self.context.write_state()
         return results
 
     def check(self, stages: Sequence[str]) -> None:
@@ -329,7 +330,7 @@ class Pipeline:
             return
         self._write_runs()
         if result.status == "ok" and result.stage in _STAGES:
-            self.context.write_state(result)
+            self.context.keep_state(result)
 
     def _write_runs(self) -> None:
         if self._unwritten:

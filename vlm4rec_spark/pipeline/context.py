@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +21,9 @@ from vlm4rec_spark.storage import schemas, state
 from vlm4rec_spark.storage.schemas import Table
 from vlm4rec_spark.storage.state import StageOutput, StageState
 from vlm4rec_spark.storage.tables import Tables
+
+_STATE_SECONDS = 30
+"""A run that is killed does again what it did in this time; quick stages share one write."""
 
 
 @dataclass
@@ -84,6 +88,8 @@ class RunContext:
         self.built_index_id: str | None = None
         """The index that this run has built; `state` has it only after the stage's end."""
         self._states: dict[str, StageState] | None = None
+        self._unwritten_state = False
+        self._state_written_at = time.monotonic()
 
     def begin(self) -> None:
         """Start another run, with an id of its own."""
@@ -96,6 +102,7 @@ class RunContext:
         """Look up state and versions again: another run may have written since."""
         self.tables.forget()
         self._states = None
+        self._unwritten_state = False
 
     def states(self) -> dict[str, StageState]:
         """By stage what its last good run left."""
@@ -103,8 +110,8 @@ class RunContext:
             self._states = state.read(self.tables)
         return self._states
 
-    def write_state(self, result: StageResult) -> None:
-        """Replace the stage's row in `state` after a good run."""
+    def keep_state(self, result: StageResult) -> None:
+        """Put what a good run left into `state`, at once or with the next stages' rows."""
         row = StageState(
             result.stage,
             result.fingerprint,
@@ -114,7 +121,16 @@ class RunContext:
             datetime.now(UTC),
         )
         self._states = self.states() | {row.stage: row}
-        state.write(self.tables, self._states.values())
+        self._unwritten_state = True
+        if time.monotonic() - self._state_written_at > _STATE_SECONDS:
+            self.write_state()
+
+    def write_state(self) -> None:
+        """Write the table `state` if it isn't what this run knows."""
+        if self._unwritten_state:
+            state.write(self.tables, self.states().values())
+            self._unwritten_state = False
+            self._state_written_at = time.monotonic()
 
     def read(self, table: Table) -> DataFrame:
         """A table that an earlier stage made. Raises RunError when it doesn't exist."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -14,17 +16,14 @@ _PHOTOS_PER_TASK = 1_000
 
 
 def embed(context: RunContext, result: StageResult) -> None:
-    texts = item_texts(context)
-    all_texts = first_row(stage.text_figures(texts, context.config.embed.max_words)).asDict()
-    result.skipped = all_texts.pop("rows")
-    _embed_texts(context, result, texts)
-    unreadable = _embed_photos(context, result)
     encoder = context.encoder_id()
     vision = context.vision_id()
+    text_problems = _embed_texts(context, result)
+    unreadable = _embed_photos(context, result)
     result.details = {
         "encoder_id": encoder,
         **_vector_figures(context, [encoder, vision or encoder]),
-        **grouped("text_problems", all_texts),
+        **grouped("text_problems", text_problems),
     }
     if vision:
         result.details |= {"vision_id": vision, "photos_unreadable": str(unreadable)}
@@ -47,19 +46,29 @@ def item_texts(context: RunContext) -> DataFrame:
     )
 
 
-def _embed_texts(context: RunContext, result: StageResult, texts: DataFrame) -> None:
+class _Pending(NamedTuple):
+    """How many vectors are missing; `changed` of them have an older one to replace."""
+
+    rows: int
+    pending: int
+    changed: int
+
+
+def _embed_texts(context: RunContext, result: StageResult) -> dict[str, int]:
+    """Returns how many texts have a problem of each kind."""
     settings = context.config.embed
     encoder = context.encoder_id()
     embeddings = context.tables.read(schemas.EMBEDDINGS)
-    pending = stage.pending_texts(texts, embeddings, encoder, settings.max_words).persist()
-    count = pending.count()
-    if count:
-        context.reporter.info(f"embedding {count:,} texts with {encoder}")
-        vectors = stage.embed(_split(pending, count, _TEXTS_PER_TASK), encoder, settings)
-        result.ok = _store(context, "embedding texts", count, vectors)
-    pending.unpersist()
-    result.failed = count - result.ok
-    result.skipped -= count
+    texts = stage.marked_texts(item_texts(context), embeddings, encoder, settings.max_words)
+    problems = first_row(stage.text_figures(texts, settings.max_words)).asDict()
+    pending = _Pending(*(problems.pop(name) for name in _Pending._fields))
+    if pending.pending:
+        context.reporter.info(f"embedding {pending.pending:,} texts with {encoder}")
+        split = _split(texts.where("is_pending"), pending.pending, _TEXTS_PER_TASK)
+        vectors = stage.embed(split, encoder, settings)
+        _store(context, result, "embedding texts", pending, vectors)
+    result.skipped = pending.rows - pending.pending
+    return problems
 
 
 def _embed_photos(context: RunContext, result: StageResult) -> int:
@@ -68,42 +77,50 @@ def _embed_photos(context: RunContext, result: StageResult) -> int:
     if vision is None:
         return 0
     photos = context.read(schemas.PHOTOS)
-    main = stage.main_photos(photos)
     embeddings = context.tables.read(schemas.EMBEDDINGS)
-    pending = stage.pending_photos(main, embeddings, vision).persist()
-    count = pending.count()
-    stored = 0
-    if count:
-        context.reporter.info(f"embedding {count:,} photos with {vision}")
+    main = stage.marked_photos(stage.main_photos(photos), embeddings, vision).persist()
+    pending = _Pending(*first_row(main.agg(*stage.pending_figures())))
+    unreadable = 0
+    if pending.pending:
+        context.reporter.info(f"embedding {pending.pending:,} photos with {vision}")
         with_bytes = photos.withColumnRenamed("image_sha256", "content_sha256").join(
-            pending.select("item_id", "position"), on=["item_id", "position"], how="left_semi"
+            main.where("is_pending").select("item_id", "position"),
+            on=["item_id", "position"],
+            how="left_semi",
         )
         vectors = stage.embed_photos(
-            _split(with_bytes, count, _PHOTOS_PER_TASK),
+            _split(with_bytes, pending.pending, _PHOTOS_PER_TASK),
             vision,
             context.config.embed,
             context.config.ingest.photos.http,
         )
-        stored = _store(context, "embedding photos", count, vectors)
-    pending.unpersist()
-    result.ok += stored
-    result.failed += count - stored
-    result.skipped += main.count() - count
-    return count - stored
+        unreadable = _store(context, result, "embedding photos", pending, vectors)
+    main.unpersist()
+    result.skipped += pending.rows - pending.pending
+    return unreadable
 
 
 def _split(rows: DataFrame, count: int, rows_per_task: int) -> DataFrame:
     return rows.repartition(max(2, -(-count // rows_per_task)))
 
 
-def _store(context: RunContext, label: str, count: int, vectors: DataFrame) -> int:
-    """Compute the vectors, write them, and return how many there are."""
-    with context.reporter.progress(label, count):
-        rows = context.tables.staged(schemas.EMBEDDINGS, vectors)
-    stored = context.tables.staged_rows(schemas.EMBEDDINGS)
-    context.tables.upsert(schemas.EMBEDDINGS, rows)
-    context.tables.unstage(schemas.EMBEDDINGS)
-    return stored
+def _store(
+    context: RunContext, result: StageResult, label: str, pending: _Pending, vectors: DataFrame
+) -> int:
+    """Compute the vectors, write them, and return how many there aren't."""
+    tables = context.tables
+    with context.reporter.progress(label, pending.pending):
+        if not pending.changed:
+            stored = tables.append(schemas.EMBEDDINGS, vectors)
+        else:
+            rows = tables.staged(schemas.EMBEDDINGS, vectors)
+            stored = tables.staged_rows(schemas.EMBEDDINGS)
+            tables.upsert(schemas.EMBEDDINGS, rows)
+            tables.unstage(schemas.EMBEDDINGS)
+    missing = pending.pending - stored
+    result.ok += stored
+    result.failed += missing
+    return missing
 
 
 def _vector_figures(context: RunContext, encoders: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from PIL.Image import Image
 from pydantic import Field
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.models.encoding.text_encoder import (
@@ -78,28 +78,50 @@ def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) 
     return texts.select("item_id", F.inline(F.array(*representations)))
 
 
-def pending_texts(
+def marked_texts(
     texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_words: int
 ) -> DataFrame:
-    """The texts without an embedding by this encoder, or with one of another text."""
+    """`texts` with content_sha256, is_pending and is_known.
+
+    A text is pending if this encoder hasn't embedded it. It is known if its item has a vector of
+    this or another text.
+    """
     content = F.concat_ws("\n", F.lit(str(max_words)), "text")
-    hashed = texts.where("text IS NOT NULL").withColumn("content_sha256", F.sha2(content, 256))
-    key = ["item_id", "representation", "content_sha256", "fallback"]
-    embedded = embeddings.where(F.col("encoder_id") == encoder_id).select(*key)
-    return hashed.join(embedded, on=key, how="left_anti")
+    has_text = F.col("text").isNotNull()
+    hashed = texts.withColumn("content_sha256", F.when(has_text, F.sha2(content, 256)))
+    by_encoder = embeddings.where(F.col("encoder_id") == encoder_id)
+    return _marked(hashed, by_encoder, ["item_id", "representation"])
+
+
+def _marked(rows: DataFrame, embedded: DataFrame, key: list[str]) -> DataFrame:
+    """`rows`, whose texts or photos have a content_sha256, with is_pending and is_known."""
+    content = F.struct("content_sha256", "fallback")
+    old = embedded.select(*key, content.alias("old"))
+    is_pending = F.col("content_sha256").isNotNull() & ~F.col("old").eqNullSafe(content)
+    marked = rows.join(old, on=key, how="left").withColumn("is_pending", is_pending)
+    return marked.withColumn("is_known", F.col("old").isNotNull()).drop("old")
+
+
+def pending_figures() -> list[Column]:
+    """Of marked rows: `rows`, `pending`, and `changed`, which are pending ones that are known."""
+    return [
+        F.count("*").alias("rows"),
+        F.count_if("is_pending").alias("pending"),
+        F.count_if(F.col("is_pending") & F.col("is_known")).alias("changed"),
+    ]
 
 
 def text_figures(texts: DataFrame, max_words: int) -> DataFrame:
-    """One row: how many rows, and titles and captions with scripts, other markup, too many words.
+    """One row about `marked_texts`: `pending_figures`, and scripts, markup and too_long.
 
-    Its columns are rows, scripts, markup and too_long.
+    The latter count titles and captions with scripts, other markup or too many words.
     """
     is_own = F.expr("representation IN ('title', 'caption') AND NOT fallback")
     has_script = F.col("text").rlike(SCRIPT)
     has_markup = F.col("text").rlike(MARKUP)
     words = F.size(F.split(F.trim("text"), r"\s+"))
     return texts.agg(
-        F.count("*").alias("rows"),
+        *pending_figures(),
         F.count_if(is_own & has_script).alias("scripts"),
         F.count_if(is_own & has_markup & ~has_script).alias("markup"),
         F.count_if(is_own & (words > max_words)).alias("too_long"),
@@ -107,7 +129,7 @@ def text_figures(texts: DataFrame, max_words: int) -> DataFrame:
 
 
 def embed(texts: DataFrame, encoder_id: str, settings: EmbedSettings) -> DataFrame:
-    """Rows of `embeddings` for rows of `pending_texts`, but for texts that are empty once clean."""
+    """Rows of `embeddings` for pending `marked_texts`, but for texts that are empty once clean."""
     return texts.mapInPandas(
         _text_udf(settings),
         "item_id STRING, representation STRING, content_sha256 STRING, fallback BOOLEAN, "
@@ -155,11 +177,11 @@ def main_photos(photos: DataFrame) -> DataFrame:
     return first.select("item_id", "first.*")
 
 
-def pending_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
-    """Those of `main_photos` without an embedding by this encoder, or with one of another photo."""
-    key = ["item_id", "content_sha256"]
+def marked_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
+    """`main_photos` with is_pending and is_known, as for `marked_texts`."""
     by_encoder = (F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id)
-    return photos.join(embeddings.where(by_encoder).select(*key), on=key, how="left_anti")
+    never = photos.withColumn("fallback", F.lit(False))
+    return _marked(never, embeddings.where(by_encoder), ["item_id"])
 
 
 def embed_photos(
