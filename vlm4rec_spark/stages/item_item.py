@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
 from pydantic import Field
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -12,6 +16,9 @@ _MAX_DISTANCE = 20
 """Items further apart are no pair: the default decay makes their weight less than a hundredth."""
 _MICRO = 1_000_000
 """Weights are summed as whole millionths, so that partitioning doesn't change the last bits."""
+_BLOCK = 1_000
+"""Histories whose pairs are in memory at once: a thousand for each item within reach."""
+_PAIR_SCHEMA = "first STRING, second STRING, weight LONG"
 
 
 class ItemItemSettings(Settings):
@@ -32,28 +39,33 @@ def pairs(histories: DataFrame, settings: ItemItemSettings) -> DataFrame:
     popularity_power. A power of 0.5 is the cosine of item-item filtering (Sarwar et al. 2001). A
     power of 0 is the plain count. `histories` has the column history, latest item first.
     """
-    history_pairs = _history_pairs(F.col("history"), settings.distance_decay)
-    exploded = histories.select(F.explode(history_pairs).alias("pair"))
-    one_way = _sum_weights(exploded.select("pair.*"))
-    reverse = one_way.toDF("second", "first", "weight")
-    weights = _sum_weights(one_way.unionByName(reverse))
-    items = histories.select(F.explode("history.item_id").alias("item_id"))
-    users = items.groupBy("item_id").agg(F.count("*"))
-    first_users = users.toDF("first", "first_users")
-    second_users = users.toDF("second", "second_users")
+    distance_decay = settings.distance_decay
+
+    def count(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for start in range(0, len(batch), _BLOCK):
+                block = batch.slice(start, _BLOCK)
+                yield history_pairs(block.column("history"), distance_decay)
+
+    counted = histories.select("history").mapInArrow(count, _PAIR_SCHEMA)
+    weights = counted.groupBy("first", "second").agg(F.sum("weight").alias("weight"))
+    by_first = weights.withColumn("second_users", _users("second"))
+    by_second = by_first.withColumn("first_users", _users("first"))
     popularity = F.col("first_users") * F.col("second_users")
     damping = F.pow(popularity, F.lit(settings.popularity_power))
     strength = F.col("weight") / _MICRO / damping
-    strengths = (
-        weights.join(first_users, on="first", how="inner")
-        .join(second_users, on="second", how="inner")
-        .select(
-            F.col("first").alias("item_id"),
-            F.col("second").alias("other_id"),
-            strength.alias("strength"),
-        )
+    strengths = by_second.where(F.col("first") != F.col("second")).select(
+        F.col("first").alias("item_id"),
+        F.col("second").alias("other_id"),
+        strength.alias("strength"),
     )
     return _strongest(strengths, settings.max_neighbors)
+
+
+def _users(item: str) -> Column:
+    """The users of this item of the pair: the weight of its pair with itself."""
+    own_weight = F.when(F.col("first") == F.col("second"), F.col("weight"))
+    return F.max(own_weight).over(Window.partitionBy(item))
 
 
 def _strongest(strengths: DataFrame, max_neighbors: int) -> DataFrame:
@@ -64,26 +76,26 @@ def _strongest(strengths: DataFrame, max_neighbors: int) -> DataFrame:
     return ranked.where(F.col("rank") <= max_neighbors).drop("rank")
 
 
-def _history_pairs(history: Column, distance_decay: float) -> Column:
-    """Array of (first, second, weight): each item of the history with the older ones in reach."""
+def history_pairs(histories: pa.ListArray, distance_decay: float) -> pa.RecordBatch:
+    """first, second, weight: the summed millionths of all pairs of items in reach of each other.
 
-    def with_older(item: Column, position: Column) -> Column:
-        def pair(older: Column, items_between: Column) -> Column:
-            weight = F.pow(F.lit(distance_decay), items_between)
-            micros = F.round(weight * _MICRO)
-            return F.struct(
-                item["item_id"].alias("first"),
-                older["item_id"].alias("second"),
-                micros.cast("long").alias("weight"),
-            )
-
-        # Positions count from 0, slice() counts from 1.
-        older_items = F.slice(history, position + 2, _MAX_DISTANCE)
-        return F.transform(older_items, pair)
-
-    return F.flatten(F.transform(history, with_older))
-
-
-def _sum_weights(rows: DataFrame) -> DataFrame:
-    weight = F.sum("weight")
-    return rows.groupBy("first", "second").agg(weight.alias("weight"))
+    An item's pair with itself weighs 1 for each history that has it.
+    """
+    encoded = histories.flatten().field("item_id").dictionary_encode()
+    ids = encoded.dictionary
+    codes = encoded.indices.to_numpy().astype(np.int64)
+    users = np.repeat(np.arange(len(histories)), np.asarray(histories.value_lengths()))
+    keys = [codes * len(ids) + codes]
+    weights = [np.ones(len(codes))]
+    for distance in range(1, _MAX_DISTANCE + 1):
+        newer = np.flatnonzero(users[distance:] == users[:-distance])
+        first = codes[newer]
+        second = codes[newer + distance]
+        # Half a millionth is rounded up.
+        micros = np.floor(distance_decay ** (distance - 1) * _MICRO + 0.5)
+        keys += [first * len(ids) + second, second * len(ids) + first]
+        weights.append(np.full(2 * len(newer), micros))
+    distinct, rows = np.unique(np.concatenate(keys), return_inverse=True)
+    sums = np.bincount(rows, np.concatenate(weights)).astype(np.int64)
+    columns = [ids.take(distinct // len(ids)), ids.take(distinct % len(ids)), sums]
+    return pa.RecordBatch.from_arrays(columns, ["first", "second", "weight"])
