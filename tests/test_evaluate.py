@@ -6,6 +6,7 @@ from datetime import date, datetime
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import shop
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from vlm4rec_spark.evaluation import (
     arms,
     evaluate,
     guards,
+    list_batches,
     metric_rows,
     metrics,
     point_in_time,
@@ -161,25 +163,38 @@ def test_the_metrics_are_those_of_a_library(monkeypatch):
             )
 
 
-def test_the_random_arm_is_seeded_and_leaves_seen_items_out(spark: SparkSession):
-    rows = [(f"u{n}", ["A"]) for n in range(20)]
-    histories = spark.createDataFrame(rows, "user_id STRING, seen ARRAY<STRING>")
+def test_the_random_arm_is_seeded_and_leaves_seen_items_out():
+    users = pa.table({"user_id": [f"u{n}" for n in range(20)], "seen": [["A"]] * 20})
     ids = pd.Index(list("ABCDEF"), dtype=object)
 
     def lists(seed: int) -> dict[str, list[str]]:
-        drawn = point_in_time.scored_lists(
-            histories,
+        rank = list_batches.rank_by_value(
             ids,
             np.zeros(6, np.float32),
             5,
             seed,
         )
-        return {row["user_id"]: row["items"] for row in drawn.collect()}
+        drawn = pa.Table.from_batches(list_batches.map_batches(users, rank)).to_pylist()
+        return {row["user_id"]: row["items"] for row in drawn}
 
     first = lists(1)
     assert first == lists(1) != lists(2)
     assert {tuple(sorted(items)) for items in first.values()} == {tuple("BCDEF")}
     assert len({tuple(items) for items in first.values()}) > 10
+
+
+def tables_of(
+    spark: SparkSession,
+    events: Iterable[Event],
+    items: Iterable[str],
+    vectors: Mapping[str, Mapping[str, np.ndarray]],
+) -> EvaluationTables:
+    return EvaluationTables(
+        log(spark, events),
+        catalogue(spark, items),
+        embeddings(spark, vectors),
+        spark.createDataFrame([], "user_id STRING, segment STRING"),
+    )
 
 
 def look_alikes(spark: SparkSession, shift: int = 0) -> EvaluationTables:
@@ -195,11 +210,7 @@ def look_alikes(spark: SparkSession, shift: int = 0) -> EvaluationTables:
     events += [(f"u{n:02d}", f"R{n:02d}", "2025-05-01") for n in range(PAIRS)]
     events += [(f"u{n:02d}", item, "2025-01-02") for n in range(5) for item in without_vector[1:]]
     events += [("u30", "N0", "2025-01-01"), ("u30", "R00", "2025-05-02")]
-    return EvaluationTables(
-        log(spark, events),
-        catalogue(spark, [*vectors, *without_vector]),
-        embeddings(spark, {"title": vectors}),
-    )
+    return tables_of(spark, events, [*vectors, *without_vector], {"title": vectors})
 
 
 def with_log(spark: SparkSession, events: Iterable[Event]) -> EvaluationTables:
@@ -312,9 +323,7 @@ def test_an_arm_in_another_shape_finds_what_a_mean_blurs(spark: SparkSession):
         user = f"u{n:02d}"
         events += [(user, f"H{n:02d}", "2025-01-01"), (user, f"J{n:02d}", "2025-01-01")]
         events.append((user, f"R{n:02d}", "2025-05-01"))
-    tables = EvaluationTables(
-        log(spark, events), catalogue(spark, vectors), embeddings(spark, {"title": vectors})
-    )
+    tables = tables_of(spark, events, vectors, {"title": vectors})
     names = ("title", "title/max_similarity")
     evaluation = evaluated(
         spark,
@@ -367,12 +376,12 @@ def test_recall_above_chance_is_flagged():
 def test_a_planted_leak_ends_the_evaluation(spark: SparkSession, monkeypatch):
     """Profiles from the whole log: the commonest mistake there is."""
     tables = look_alikes(spark)
-    original = point_in_time.profiles.histories
+    original = point_in_time.profiles.weighted_events
 
     def leaking(train: DataFrame, *rest: object) -> DataFrame:
         return original(tables.interactions, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(point_in_time.profiles, "histories", leaking)
+    monkeypatch.setattr(point_in_time.profiles, "weighted_events", leaking)
     message = r"a leak: 31 of 31 histories of the split time contain test items"
     with pytest.raises(RunError, match=message):
         evaluated(spark, tables, splits=("time",))
@@ -569,15 +578,57 @@ def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch):
     ]
     assert len(own_circle) == 80
     assert all(own_circle)
-    assert (
-        lists
-        == lists_of(
+
+
+EVERY_KIND = (
+    *("random", "popularity", "als", "cooccurrence", "blend"),
+    *("title", "image", "fusion_average", "fusion_concat"),
+    *("title/recency_time", "title/max_similarity", "title/multi_taste", "blended_shape"),
+)
+
+
+def busy_shop(spark: SparkSession) -> EvaluationTables:
+    """Sixty users and items without any order, so that scores are close to each other."""
+    rng = np.random.default_rng(5)
+    ids = [f"{letter}{n:02d}" for letter in "HR" for n in range(PAIRS)]
+    vectors = {}
+    for name in ("title", "image"):
+        drawn = rng.normal(size=(len(ids), 8))
+        unit = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+        vectors[name] = dict(zip(ids, unit, strict=True))
+    events = []
+    for user in range(60):
+        items = rng.choice(ids, 12, replace=False)
+        events += [
+            (f"u{user:02d}", str(item), f"2025-0{1 + rank // 3}-0{1 + rank % 3}")
+            for rank, item in enumerate([*items[:10], items[0], items[3], *items[10:]])
+        ]
+    return tables_of(spark, events, ids, vectors)
+
+
+def test_the_driver_ranks_like_the_workers(spark: SparkSession, monkeypatch):
+    """Small data needs no tasks: every kind of arm has the same lists either way."""
+    tables = busy_shop(spark)
+    blended = {"profiles": {"shape": "max_similarity"}, "item_item": {"share": 0.5}}
+    monkeypatch.setattr(als, "GRID", als.GRID[:1])
+    monkeypatch.setattr(als, "_ITERATIONS", 2)
+    by_place = []
+    for max_scores in (0, 2**26):
+        monkeypatch.setattr(point_in_time, "_DRIVER_SCORES", max_scores)
+        lists = lists_of(
             spark,
             tables,
-            ("als",),
-            k=2,
-        )["als"]
-    )
+            EVERY_KIND,
+            custom_arms={"blended_shape": blended},
+            k=10,
+        )
+        by_place.append(lists)
+    on_workers, in_driver = by_place
+    assert set(on_workers) == set(EVERY_KIND)
+    for arm in EVERY_KIND:
+        assert {len(items) for items in in_driver[arm].values()} == {10}, arm
+        assert in_driver[arm] == on_workers[arm], arm
+    assert len({str(lists) for lists in in_driver.values()}) == len(EVERY_KIND)
 
 
 @pytest.mark.parametrize(("days", "item"), [(None, "H00"), (30, "H01")])

@@ -5,6 +5,8 @@ Knows events and their weights. Knows neither content nor metrics.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -37,39 +39,64 @@ GRID = (
 
 
 @dataclass(frozen=True)
-class Factors:
-    """users: user_id, factors. items: float32 (candidates, rank), zeros if an item has no event."""
+class Ratings:
+    """Events as ALS takes them. rows: user and item (numbers of ids), weight. user_ids, item_ids:
+    the ids in the order of their numbers."""
 
-    users: DataFrame
+    rows: DataFrame
+    user_ids: pd.Index
+    item_ids: pd.Index
+
+
+@dataclass(frozen=True)
+class Factors:
+    """users: float32 (user_ids, rank). items: float32 (candidates, rank), zeros if an item has no
+    event."""
+
+    user_ids: pd.Index
+    users: np.ndarray
     items: np.ndarray
 
 
-def fit(
-    events: DataFrame,
-    weights: dict[str, float],
-    item_ids: pd.Index,
-    setting: AlsSetting,
-    seed: int,
-) -> Factors:
-    """Factors of the users and items of the weighted events. item_ids: the candidates, sorted."""
+@contextmanager
+def ratings(events: DataFrame, weights: dict[str, float]) -> Iterator[Ratings]:
+    """The weighted events, for several fits."""
     from pyspark.ml.feature import StringIndexer
 
-    ratings = _ratings(events, weights)
+    summed = _sum_weights(events, weights)
     # In the order of the ids: the same log gets the same numbers, and ALS the same start.
     indexer = StringIndexer(
         inputCols=["user_id", "item_id"], outputCols=["user", "item"], stringOrderType="alphabetAsc"
-    ).fit(ratings)
-    rows = indexer.transform(ratings).select(
+    ).fit(summed)
+    numbered = indexer.transform(summed).select(
         F.col("user").cast("int"), F.col("item").cast("int"), F.col("weight").cast("float")
     )
-    model = _estimator(setting, seed, events.sparkSession).fit(rows.orderBy("user", "item"))
-    user_ids, fitted_ids = indexer.labelsArray
-    users = events.sparkSession.createDataFrame(
-        pd.DataFrame({"id": np.arange(len(user_ids)), "user_id": list(user_ids)})
+    rows = numbered.orderBy("user", "item").persist()
+    user_ids, item_ids = indexer.labelsArray
+    yield Ratings(rows, pd.Index(list(user_ids)), pd.Index(list(item_ids)))
+    rows.unpersist()
+
+
+def fit(
+    ratings: Ratings,
+    setting: AlsSetting,
+    seed: int,
+    user_ids: pd.Series,
+    item_ids: pd.Index,
+) -> Factors:
+    """Factors of these users, without those who have no rating, and of these items."""
+    spark = ratings.rows.sparkSession
+    model = _estimator(setting, seed, spark).fit(ratings.rows)
+    numbers = ratings.user_ids.get_indexer(pd.Index(user_ids))
+    numbers = np.sort(numbers[numbers >= 0])
+    rated = spark.createDataFrame(pd.DataFrame({"id": numbers}))
+    rated_ids = ratings.user_ids[numbers]
+    user_factors = model.userFactors.join(F.broadcast(rated), on="id", how="left_semi")
+    return Factors(
+        rated_ids,
+        _vectors(user_factors, ratings.user_ids, rated_ids, setting.rank),
+        _vectors(model.itemFactors, ratings.item_ids, item_ids, setting.rank),
     )
-    factors = model.userFactors.withColumnRenamed("features", "factors").join(users, on="id")
-    vectors = _item_vectors(model.itemFactors, list(fitted_ids), item_ids, setting.rank)
-    return Factors(factors.select("user_id", "factors"), vectors)
 
 
 def _estimator(
@@ -95,7 +122,7 @@ def _estimator(
     )
 
 
-def _ratings(events: DataFrame, weights: dict[str, float]) -> DataFrame:
+def _sum_weights(events: DataFrame, weights: dict[str, float]) -> DataFrame:
     """user_id, item_id, weight: the summed weights of the events that have one."""
     by_type = F.create_map(*[F.lit(part) for pair in weights.items() for part in pair])
     weighted = events.withColumn("weight", by_type[F.col("event_type")])
@@ -103,16 +130,17 @@ def _ratings(events: DataFrame, weights: dict[str, float]) -> DataFrame:
     return counted.groupBy("user_id", "item_id").agg(F.sum("weight").alias("weight"))
 
 
-def _item_vectors(
+def _vectors(
     factors: DataFrame,
-    fitted_ids: list[str],
-    item_ids: pd.Index,
+    fitted_ids: pd.Index,
+    ids: pd.Index,
     rank: int,
 ) -> np.ndarray:
+    """The factors of `ids`, float32 (ids, rank). fitted_ids: the ids by number."""
     rows = cast(pd.DataFrame, factors.toPandas())
-    fitted = np.asarray(fitted_ids, object)[rows["id"].to_numpy()]
-    positions = item_ids.get_indexer(pd.Index(fitted))
-    is_candidate = positions >= 0
-    vectors = np.zeros((len(item_ids), rank), np.float32)
-    vectors[positions[is_candidate]] = np.stack(rows["features"].tolist())[is_candidate]
+    positions = ids.get_indexer(fitted_ids[rows["id"].to_numpy()])
+    wanted = positions >= 0
+    vectors = np.zeros((len(ids), rank), np.float32)
+    features = np.array(rows["features"].tolist(), np.float32).reshape(-1, rank)
+    vectors[positions[wanted]] = features[wanted]
     return vectors

@@ -60,7 +60,7 @@ def paired_p_values(differences: np.ndarray, seed: int) -> np.ndarray:
     return (larger + 1) / (SAMPLES + 1)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float] | np.ndarray) -> list[float]:
     """The p-values corrected for their number by Holm's step-down method (1979), in the given
     order."""
     order = np.argsort(p_values, kind="stable")

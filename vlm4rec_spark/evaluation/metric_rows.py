@@ -189,26 +189,32 @@ def _comparisons(
     """Differences to the control with p-values corrected for the number of arms; none if the
     control isn't an arm."""
     column = {key: number for number, key in enumerate(keys)}
-    compared: dict[_Key, dict] = {}
-    for control in keys:
-        if control.arm != settings.control or control.metric not in ACCURACY:
-            continue
-        compared_keys = [key for key in keys if key[1:] == control[1:] and key != control]
-        if not compared_keys:
-            continue
-        arms = [column[key] for key in compared_keys]
-        base = column[control]
-        low, high = interval(resampled[:, arms] - resampled[:, [base]])
-        raw = paired_p_values(values[:, arms] - values[:, [base]], settings.seed).tolist()
-        for number, (key, p_value) in enumerate(zip(compared_keys, holm(raw), strict=True)):
-            compared[key] = {
-                "control": settings.control,
-                "difference": float(means[column[key]] - means[base]),
-                "difference_low": float(low[number]),
-                "difference_high": float(high[number]),
-                "p_value": p_value,
-            }
-    return compared
+    controls = [key for key in keys if key.arm == settings.control and key.metric in ACCURACY]
+    pairs = [
+        (key, control)
+        for control in controls
+        for key in keys
+        if key[1:] == control[1:] and key != control
+    ]
+    if not pairs:
+        return {}
+    arms = [column[key] for key, _ in pairs]
+    bases = [column[control] for _, control in pairs]
+    low, high = interval(resampled[:, arms] - resampled[:, bases])
+    raw = paired_p_values(values[:, arms] - values[:, bases], settings.seed)
+    # Each metric at each length is one family of tests.
+    p_values = [p_value for family in np.split(raw, len(controls)) for p_value in holm(family)]
+    differences = means[arms] - means[bases]
+    return {
+        key: {
+            "control": settings.control,
+            "difference": float(differences[number]),
+            "difference_low": float(low[number]),
+            "difference_high": float(high[number]),
+            "p_value": p_values[number],
+        }
+        for number, (key, _) in enumerate(pairs)
+    }
 
 
 def _estimate(

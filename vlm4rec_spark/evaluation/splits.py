@@ -79,16 +79,20 @@ def relevant(
     candidates: DataFrame,
 ) -> DataFrame:
     """user_id, relevant: the candidate items of a user's test events that aren't in the user's
-    train events.
+    train events. Those are `seen`.
 
     Users without such an item, or without a train event, can't be tested and are left out.
     """
-    trained_pairs = train.select("user_id", "item_id").distinct()
-    new = (
-        test.select("user_id", "item_id")
-        .distinct()
-        .join(trained_pairs, on=["user_id", "item_id"], how="left_anti")
-        .join(candidates.select("item_id"), on="item_id", how="left_semi")
-        .join(train.select("user_id").distinct(), on="user_id", how="left_semi")
+    item_id = F.col("item_id")
+    is_test = F.col("is_test")
+    tested = test.join(candidates.select("item_id"), on="item_id", how="left_semi")
+    events = train.select("user_id", item_id, F.lit(False).alias("is_test")).unionByName(
+        tested.select("user_id", item_id, F.lit(True).alias("is_test"))
     )
-    return new.groupBy("user_id").agg(F.array_sort(F.collect_set("item_id")).alias("relevant"))
+    users = events.groupBy("user_id").agg(
+        F.collect_set(F.when(is_test, item_id)).alias("tested"),
+        F.collect_set(F.when(~is_test, item_id)).alias("seen"),
+    )
+    new = F.array_sort(F.array_except("tested", "seen"))
+    rows = users.where(F.size("seen") > 0).select("user_id", new.alias("relevant"), "seen")
+    return rows.where(F.size("relevant") > 0)

@@ -19,12 +19,11 @@ from vlm4rec_spark.evaluation import splits
 from vlm4rec_spark.evaluation.arms import Arm, EvaluateSettings, ServingConfig
 from vlm4rec_spark.evaluation.evaluate import (
     EvaluationTables,
-    candidates,
+    open_inputs,
     open_point_in_time,
-    user_item_codes,
-    without_bots,
 )
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
+from vlm4rec_spark.evaluation.list_batches import user_item_codes
 from vlm4rec_spark.evaluation.metrics import hit_mask, per_user
 from vlm4rec_spark.evaluation.point_in_time import PointInTime
 from vlm4rec_spark.models.ranking.user_queries import Shape
@@ -107,33 +106,25 @@ def tune(
 
     Raises RunError if it has no test users.
     """
-    log = without_bots(tables.interactions, serving)
-    complete = candidates(tables, set(representations)).persist()
-    split = splits.validation(next(splits.of(log, settings)), settings.test_share)
-    with open_point_in_time(
-        spark,
-        tables,
-        complete,
-        split,
-        settings,
-        serving,
-    ) as point_in_time:
-        if point_in_time is None:
-            raise RunError(
-                f"tune: the split {split.name} has no test users. No user has a new item after "
-                f"{split.cut or 'the first event'}, or no item has a vector in each of "
-                f"{', '.join(representations)}."
+    with open_inputs(tables, settings, serving, set(representations)) as inputs:
+        split = next(splits.of(inputs.log, settings))
+        validation = splits.validation(split, settings.test_share)
+        with open_point_in_time(spark, inputs, validation) as point_in_time:
+            if point_in_time is None:
+                raise RunError(
+                    f"tune: the split {validation.name} has no test users. No user has a new item "
+                    f"after {validation.cut or 'the first event'}, or no item has a vector in each "
+                    f"of {', '.join(representations)}."
+                )
+            tuned = Tuned(
+                validation.name,
+                validation.cut,
+                len(point_in_time.users),
+                len(point_in_time.item_ids),
+                settings.k,
+                metric,
             )
-        tuned = Tuned(
-            split.name,
-            split.cut,
-            len(point_in_time.users),
-            len(point_in_time.item_ids),
-            settings.k,
-            metric,
-        )
-        _search(point_in_time, tuned, representations, info)
-    complete.unpersist()
+            _search(point_in_time, tuned, representations, info)
     return tuned
 
 

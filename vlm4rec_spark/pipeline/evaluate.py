@@ -23,14 +23,15 @@ def evaluate(context: RunContext, result: StageResult) -> None:
     """Add this run's metrics; audit the captions too."""
     settings = context.config.evaluate
     serving = _serving_config(context)
-    tables = _tables(context, settings, serving)
     rows, splits = evaluation.evaluate(
         context.spark,
-        tables,
+        _tables(context),
         settings,
         serving,
         context.reporter.info,
     )
+    if not splits:
+        _require_known_arms(context, settings, serving)
     result.ok = sum(facts["users"] for facts in splits.values())
     audit_rows, audit = caption_audit.audit(context, result)
     result.output = StageOutput(evaluation={"splits": splits, "caption_audit": audit})
@@ -47,10 +48,10 @@ def tune(
     """Choose settings on a validation cut; writes nothing."""
     settings = context.config.evaluate.model_copy(update={"arms": tuple(representations)})
     serving = _serving_config(context)
-    tables = _tables(context, settings, serving)
+    _require_known_arms(context, settings, serving)
     return tuning.tune(
         context.spark,
-        tables,
+        _tables(context),
         settings,
         serving,
         representations,
@@ -78,14 +79,23 @@ def _serving_config(context: RunContext) -> ServingConfig:
     )
 
 
-def _tables(
+def _tables(context: RunContext) -> evaluation.EvaluationTables:
+    """What the arms are evaluated on."""
+    return evaluation.EvaluationTables(
+        context.log(),
+        context.read(schemas.ITEMS),
+        _embeddings(context),
+        context.tables.read(schemas.USERS),
+    )
+
+
+def _require_known_arms(
     context: RunContext,
     settings: EvaluateSettings,
     serving: ServingConfig,
-) -> evaluation.EvaluationTables:
-    """What the arms are evaluated on. Raises RunError for an unknown arm."""
-    embeddings = _embeddings(context)
-    rows = embeddings.select("representation").distinct().collect()
+) -> None:
+    """Raises RunError for an arm whose representation has no embedding."""
+    rows = _embeddings(context).select("representation").distinct().collect()
     representations = {row["representation"] for row in rows}
     if unknown := evaluation.required_representations(settings, serving) - representations:
         raise RunError(
@@ -94,12 +104,6 @@ def _tables(
             "evaluate.custom_arms nor a representation of the table embeddings "
             f"({', '.join(sorted(representations))}). For image set embed.vision and run embed."
         )
-    return evaluation.EvaluationTables(
-        context.log(),
-        context.read(schemas.ITEMS),
-        embeddings,
-        context.tables.read(schemas.USERS),
-    )
 
 
 def _embeddings(context: RunContext) -> DataFrame:

@@ -97,11 +97,23 @@ def histories(
     counts once. Users with fewer than min_items in the history have no profile.
     """
     # Bots go before the rows are divided by user: one may have more events than a worker can hold.
-    robots = bots(interactions, settings.bot_events_per_day)
-    events = (
-        interactions.join(F.broadcast(robots), on="user_id", how="left_anti")
-        .join(items.select("item_id"), on="item_id", how="left_semi")
-        .select("user_id", "item_id", "event_type", "event_time")
+    events = without_bots(interactions, settings.bot_events_per_day)
+    return summed_histories(weighted_events(events, items, settings), settings)
+
+
+def without_bots(interactions: DataFrame, bot_events_per_day: int) -> DataFrame:
+    robots = bots(interactions, bot_events_per_day)
+    return interactions.join(F.broadcast(robots), on="user_id", how="left_anti")
+
+
+def weighted_events(
+    interactions: DataFrame,
+    items: DataFrame,
+    settings: ProfileSettings,
+) -> DataFrame:
+    """user_id, item_id, event_time, weight and user_row, as `weighted_histories` takes them."""
+    events = interactions.join(items.select("item_id"), on="item_id", how="left_semi").select(
+        "user_id", "item_id", "event_type", "event_time"
     )
     weights = [F.lit(value) for pair in settings.event_weights.items() for value in pair]
     weight_by_type = F.create_map(*weights)
@@ -113,11 +125,15 @@ def histories(
     # Of equal times the lighter event first: floats must be added in the same order every time.
     in_order = Window.partitionBy("user_id").orderBy("item_id", "event_time", "weight")
     user_row = F.row_number().over(in_order)
-    rows = (
+    return (
         events.withColumn("weight", F.when(counts, weight))
         .withColumn("user_row", user_row)
         .select("user_id", "item_id", "event_time", "weight", "user_row")
     )
+
+
+def summed_histories(events: DataFrame, settings: ProfileSettings) -> DataFrame:
+    """The histories of `weighted_events`."""
     half_life_days = settings.half_life_days
     position_decay = settings.position_decay
     last_n = settings.last_n
@@ -134,7 +150,7 @@ def histories(
             )
 
     schema = StructType([PROFILES.schema[name] for name in _HISTORY_COLUMNS])
-    return rows.mapInArrow(gather, schema)
+    return events.mapInArrow(gather, schema)
 
 
 def _first_of_session(settings: ProfileSettings) -> Column:
@@ -180,12 +196,20 @@ def with_embedding(
     )
 
     def add_embedding(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        searcher = open_searcher()
-        for batch in batches:
-            embedding = _mean_vectors(batch.column("history"), searcher)
-            yield batch.append_column("embedding", embedding).select(columns)
+        for batch in append_embedding(batches, open_searcher()):
+            yield batch.select(columns)
 
     return without_vector.mapInArrow(add_embedding, PROFILES.schema)
+
+
+def append_embedding(
+    batches: Iterator[pa.RecordBatch],
+    searcher: Searcher,
+) -> Iterator[pa.RecordBatch]:
+    """The batches of histories with the column embedding, as in `with_embedding`."""
+    for batch in batches:
+        embedding = _mean_vectors(batch.column("history"), searcher)
+        yield batch.append_column("embedding", embedding)
 
 
 def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:

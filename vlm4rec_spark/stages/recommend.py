@@ -212,6 +212,28 @@ def recommend(
     of the user's rules), `only` (the items that the user may get; null: all) and `segment`.
     `effort` of None means exact search. With `explain` each item says because of which item.
     """
+    rank = ranker(open_searcher, list_rules, k, effort, scoring, explain)
+    if "embedding" in profiles.columns:
+        profiles = profiles.where(F.col("embedding").isNotNull())
+    columns = [name for name in _PROFILE_COLUMNS if name in profiles.columns]
+    # Histories are most of what Spark sends to Python.
+    if not explain and not scoring.by_history and "history" in columns:
+        columns.remove("history")
+    return profiles.select(*columns).mapInArrow(rank, _LIST_SCHEMA)
+
+
+def ranker(
+    open_searcher: Callable[[], Searcher],
+    list_rules: ListRules,
+    k: int,
+    effort: Effort | None,
+    scoring: Scoring,
+    explain: bool,
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The function from batches of profiles to batches of lists that `recommend` sends to workers.
+
+    It can also run where the batches are.
+    """
     spec = _ListSpec(list_rules, k, effort, scoring, explain)
 
     def rank(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -220,13 +242,7 @@ def recommend(
             if len(batch):
                 yield _recommend_batch(batch, searcher, spec)
 
-    if "embedding" in profiles.columns:
-        profiles = profiles.where(F.col("embedding").isNotNull())
-    columns = [name for name in _PROFILE_COLUMNS if name in profiles.columns]
-    # Histories are most of what Spark sends to Python.
-    if not explain and not scoring.by_history and "history" in columns:
-        columns.remove("history")
-    return profiles.select(*columns).mapInArrow(rank, _LIST_SCHEMA)
+    return rank
 
 
 def _recommend_batch(
