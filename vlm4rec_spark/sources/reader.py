@@ -6,10 +6,9 @@ Knows formats and column mappings. Rejects no row: `stages/ingest.py` does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from typing import Literal
 
-from py4j.protocol import Py4JJavaError
 from pydantic import Field
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -19,6 +18,8 @@ from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.sources.spark_errors import readable_errors
 
+_HEADER_BYTES = 1_000_000
+"""No header is longer."""
 _RESERVED = ("fields", "source", "modified_at", "row")
 
 
@@ -52,11 +53,19 @@ def read(spark: SparkSession, key: str, source: Source) -> DataFrame:
     text = [name for name in names if name not in binary]
     row = F.struct(*[column_named(name) for name in text])
     return raw.select(
-        _fields(source, text).alias("fields"),
+        _fields(source, text),
         *[column_named(name) for name in binary if name.lower() not in _RESERVED],
         *_file_columns(raw),
         F.to_json(row, {"ignoreNullFields": "false"}).alias("row"),
     )
+
+
+def has_field(raw: DataFrame, field: str) -> bool:
+    """Whether rows of `read` have the field. Only JSON has to be read for that."""
+    names = raw.schema["fields"].metadata.get("names")
+    if names is not None:
+        return field in names
+    return not raw.where(F.col("fields")[field].isNotNull()).isEmpty()
 
 
 def open_table(spark: SparkSession, key: str, source: Source) -> DataFrame:
@@ -77,17 +86,18 @@ def column_named(name: str) -> Column:
 
 
 def _fields(source: Source, names: Sequence[str]) -> Column:
-    """A map of column name to text. `names` are the source's columns that aren't binary."""
+    """`fields`. `names` are the source's columns that aren't binary."""
     mapped = source.columns.values()
     own = {name: name for name in names if name not in mapped and not name.startswith("_")}
-    pairs: list[Column] = []
     # Mapped columns last: one wins over a column of the source that happens to have its name.
-    for name, column in (own | source.columns).items():
-        if column in names:
-            text = column_named(column).cast("string")
-            # Parquet doesn't ensure that text is UTF-8, and Python can't hold any other.
-            pairs += [F.lit(name), F.make_valid_utf8(text)]
-    return F.create_map(*pairs) if pairs else F.lit(None).cast("map<string, string>")
+    fields = {name: column for name, column in (own | source.columns).items() if column in names}
+    pairs: list[Column] = []
+    for name, column in fields.items():
+        text = column_named(column).cast("string")
+        # Parquet doesn't ensure that text is UTF-8, and Python can't hold any other.
+        pairs += [F.lit(name), F.make_valid_utf8(text)]
+    row = F.create_map(*pairs) if pairs else F.lit(None).cast("map<string, string>")
+    return row.alias("fields", metadata={"names": list(fields)})
 
 
 def _file_columns(raw: DataFrame) -> tuple[Column, Column]:
@@ -182,7 +192,11 @@ def _csv(spark: SparkSession, source: Source, paths: list[str]) -> DataFrame:
     options = {"header": "true", "multiLine": "true", "escape": '"', **source.options}
     # By default, Spark takes a NUL next to a quote for the escape of the escape, and drops it.
     options = {"charToEscapeQuoteEscaping": options["escape"], **options}
-    header = _csv_header(spark, options, paths)
+    files = spark.read.options(**options).text(paths)
+    beginning = _beginning(files, options)
+    header = _csv_of_text(spark, options, beginning)
+    if not header.columns:  # the text is empty, or begins with a comment
+        header = spark.read.options(**options).csv(paths)
     if not header.columns:
         return header
     # All files must have the same header, or cells would go to other columns. Spark can't compare
@@ -191,23 +205,44 @@ def _csv(spark: SparkSession, source: Source, paths: list[str]) -> DataFrame:
     maybe_renamed = any(
         name.endswith(str(position)) for position, name in enumerate(header.columns)
     )
-    if not (maybe_renamed and _has_renamed(spark, options, paths)):
+    if not (maybe_renamed and _has_renamed(spark, options, beginning)):
         options = {"enforceSchema": "false", **options}
+    schema = header.schema
+    # Folders such as day=1 are columns too.
+    for partition in files.drop("value").schema:
+        if partition.name not in schema.names:
+            schema.add(partition)
     reader = spark.read.options(**options, columnNameOfCorruptRecord="_corrupt_record")
-    return reader.schema(header.schema.add("_corrupt_record", StringType())).csv(paths)
+    return reader.schema(schema.add("_corrupt_record", StringType())).csv(paths)
 
 
-def _csv_header(spark: SparkSession, options: dict[str, str], paths: list[str]) -> DataFrame:
-    try:
-        return spark.read.options(**options).csv(paths)
-    except Py4JJavaError:
-        # For the header of a multiLine file, and only there, Spark takes a file's name for a glob
-        # if it holds a bracket or a star.
-        return spark.read.options(**{**options, "multiLine": "false"}).csv(paths)
+def _beginning(files: DataFrame, options: dict[str, str]) -> str:
+    """The text at the beginning of a file that isn't empty, read without a Spark job."""
+    spark = files.sparkSession
+    assert spark._jvm is not None
+    streams = spark._jvm.org.apache.spark.sql.execution.datasources.CodecStreams
+    conf = spark._jsparkSession.sessionState().newHadoopConf()
+    lowered = {name.lower(): value for name, value in options.items()}
+    encoding = lowered.get("encoding") or lowered.get("charset") or "UTF-8"
+    for uri in files._jdf.inputFiles():
+        path = spark._jvm.org.apache.hadoop.fs.Path(spark._jvm.java.net.URI(uri))
+        if path.getFileSystem(conf).getFileStatus(path).getLen():
+            with closing(streams.createInputStream(conf, path)) as stream:
+                text = spark._jvm.java.lang.String(stream.readNBytes(_HEADER_BYTES), encoding)
+            return str(text).lstrip("\ufeff\r\n")
+    return ""
 
 
-def _has_renamed(spark: SparkSession, options: dict[str, str], paths: list[str]) -> bool:
+def _csv_of_text(spark: SparkSession, options: dict[str, str], text: str) -> DataFrame:
+    """The first row of a text in CSV, as Spark parses it. With a header its schema is there."""
+    assert spark._jvm is not None
+    encoder = spark._jvm.org.apache.spark.sql.Encoders.STRING()
+    lines = spark._jsparkSession.createDataset([text], encoder)
+    return DataFrame(spark.read.options(**options)._jreader.csv(lines), spark)
+
+
+def _has_renamed(spark: SparkSession, options: dict[str, str], text: str) -> bool:
     """Whether the first line has an empty or a repeated name."""
-    (row,) = _csv_header(spark, {**options, "header": "false"}, paths).take(1)
+    (row,) = _csv_of_text(spark, {**options, "header": "false"}, text).take(1)
     names = [(name or "").lower() for name in row]
     return "" in names or len(set(names)) < len(names)
