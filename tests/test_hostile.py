@@ -515,9 +515,8 @@ def test_photo_names_of_any_kind(spark: SparkSession, tmp_path, photo_folder: di
         name: name if fits_pattern(name) else None for name in filter(fits, IDS)
     }
     item_id = F.coalesce("item_id", "uri").alias("item_id")
-    changed = ingest.changed_photos(
-        files.select(item_id, F.lit(0).alias("position"), "uri"),
-        files,
+    changed = ingest.with_stored(
+        files.select(item_id, F.lit(0).alias("position"), "uri", "bytes", "modified_at"),
         spark.createDataFrame([], PHOTOS.schema),
         keep=True,
     )

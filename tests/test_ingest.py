@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +17,9 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from shop import MakePipeline, rows_of, run_stage, source_counts
 
-from vlm4rec_spark.errors import UsageError
+from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline import Pipeline, StageResult
+from vlm4rec_spark.pipeline.ingest import inputs_fingerprint
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
 from vlm4rec_spark.stages import ingest
@@ -148,6 +150,34 @@ def test_files_with_columns_in_another_order_are_not_mixed_up(spark: SparkSessio
     # pandas writes its index under no name; one such file is fine.
     parsed = parse(spark, write(tmp_path / "pandas.csv", ",item_id,title\n0,A,Chair\n"))
     assert parsed.accepted["A"]["title"] == "Chair"
+
+
+def spark_jobs(spark: SparkSession) -> int:
+    """How many this session has started."""
+    return spark.sparkContext._jsc.sc().dagScheduler().numTotalJobs()
+
+
+def test_a_header_is_read_without_a_job(spark: SparkSession, tmp_path):
+    # The empty file has no header. A folder's name may hold a column.
+    write(tmp_path / "shop" / "day=1" / "a.csv", "")
+    text = '\n"sku";"näme\nin two lines"\nA;Stuhl\n'.encode("utf-16")
+    (tmp_path / "shop" / "day=1" / "b.csv.gz").write_bytes(gzip.compress(text))
+    options = {"SEP": ";", "Encoding": "UTF-16"}
+    columns = {"item_id": "sku", "title": "näme\nin two lines", "attributes.day": "day"}
+    source = Source(path=(f"{tmp_path}/shop",), options=options, columns=columns)
+    before = spark_jobs(spark)
+    raw = reader.read(spark, "ingest.items", source)
+    assert reader.has_field(raw, "title") and not reader.has_field(raw, "price")
+    assert spark_jobs(spark) == before
+    (row,) = ingest.parse_items(raw).collect()
+    assert (row["item_id"], row["title"], row["attributes"]) == ("A", "Stuhl", {"day": "1"})
+
+
+def test_a_comment_may_come_before_the_header(spark: SparkSession, tmp_path):
+    file = write(tmp_path / "shop.csv", "# exported\nitem_id,title\nA,Chair\nB\n")
+    parsed = parse(spark, file, options={"comment": "#"})
+    assert parsed.accepted.keys() == {"A"}
+    assert parsed.rest == {"B": ["the row isn't well formed"]}
 
 
 def test_json_lines_with_a_broken_line(spark: SparkSession, tmp_path):
@@ -368,6 +398,40 @@ def test_only_new_files_and_changed_photos_are_read(folder_shop: Pipeline, tmp_p
         "log-1.csv": [3, 2, 1, 0],
         "log-2 [+].csv": [3, 1, 0, 2],
     }
+
+
+def test_what_has_not_changed_is_known_by_one_job(folder_shop: Pipeline, tmp_path):
+    context = folder_shop.context
+    context.begin()
+    before = spark_jobs(context.spark)
+    fingerprint = inputs_fingerprint(context)
+    assert inputs_fingerprint(context) == fingerprint
+    assert spark_jobs(context.spark) == before + 1
+    write(tmp_path / "photos" / "empty.jpg", "")
+    context.begin()
+    assert inputs_fingerprint(context) != fingerprint
+
+
+def test_a_file_that_comes_during_a_run_is_for_the_next(folder_shop: Pipeline, tmp_path):
+    def write_late(_: str, stage: str) -> None:
+        if stage == "ingest":
+            write(tmp_path / "log-2.csv", f"{EVENTS}u2,A,view,2025-01-01\n")
+
+    context = folder_shop.context
+    context.reporter = replace(context.reporter, stage=write_late)
+    assert figures(run_stage(folder_shop, "ingest"), "interactions") == (2, 1, 0)
+    assert figures(run_stage(folder_shop, "ingest"), "interactions") == (1, 0, 0)
+    assert run_stage(folder_shop, "ingest").status == "unchanged"
+
+
+def test_users_of_whom_none_is_usable_are_refused(
+    pipeline: MakePipeline, user_tables: tuple[str, ...], tmp_path
+):
+    write(tmp_path / "users.csv", "user_id,consent\n,yes\nu1,perhaps\n")
+    run = pipeline(tmp_path, *user_tables)
+    with pytest.raises(RunError, match=r"ingest.users: the source has no usable row \(2 rejected"):
+        run.run(["ingest"])
+    assert not run.tables.exists(ITEMS)
 
 
 @pytest.fixture

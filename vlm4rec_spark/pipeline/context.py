@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from pyspark.sql import DataFrame, Row, SparkSession
 
@@ -22,6 +23,7 @@ from vlm4rec_spark.storage.schemas import Table
 from vlm4rec_spark.storage.state import StageOutput, StageState
 from vlm4rec_spark.storage.tables import Tables
 
+T = TypeVar("T")
 _STATE_SECONDS = 30
 """A run that is killed does again what it did in this time; quick stages share one write."""
 
@@ -90,11 +92,13 @@ class RunContext:
         self._states: dict[str, StageState] | None = None
         self._unwritten_state = False
         self._state_written_at = time.monotonic()
+        self._once: dict[str, Any] = {}
 
     def begin(self) -> None:
         """Start another run, with an id of its own."""
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         self.built_index_id = None
+        self._once.clear()
         self.forget()
         self.reporter.stage(self.run_id, "start")
 
@@ -103,6 +107,12 @@ class RunContext:
         self.tables.forget()
         self._states = None
         self._unwritten_state = False
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned when it was called for this name, once in a run."""
+        if name not in self._once:
+            self._once[name] = make()
+        return cast(T, self._once[name])
 
     def states(self) -> dict[str, StageState]:
         """By stage what its last good run left."""

@@ -10,6 +10,7 @@ from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.reader import Source
+from vlm4rec_spark.stages import ingest
 from vlm4rec_spark.storage import schemas
 
 _KEY = "import-captions"
@@ -45,18 +46,18 @@ def _import_table(context: RunContext, result: StageResult, table: DataFrame) ->
 
 def _import_texts(context: RunContext, result: StageResult, raw: DataFrame) -> None:
     for field in ("item_id", "text"):
-        if raw.where(F.col("fields")[field].isNotNull()).isEmpty():
+        if not reader.has_field(raw, field):
             raise UsageError(
                 f"{_KEY}: the source has no column {field} with a value. Name it with "
                 f"--column {field}=NAME."
             )
     rows = plan.import_rows(raw, context.read(schemas.ITEMS))
     good = rows.where("reason IS NULL")
-    bad = rows.where("reason IS NOT NULL")
-    total = good.count()
-    if not total:
-        first_bad = bad.first()
-        reason = first_bad["reason"] if first_bad else "the source is empty"
+    counts = rows.agg(F.count("*"), F.count("reason"), F.min("reason"))
+    ((total, failed, reason),) = counts.collect()
+    imported = total - failed
+    if not imported:
+        reason = reason or "the source is empty"
         raise RunError(f"{_KEY}: no row could be taken, such as: {reason}. Nothing was written.")
     captions = good.selectExpr(
         "caption_key",
@@ -64,18 +65,13 @@ def _import_texts(context: RunContext, result: StageResult, raw: DataFrame) -> N
         "'imported' AS status",
         "1 AS attempts",
     )
-    result.failed = bad.count()
+    result.failed = failed
     result.ok = context.tables.insert(schemas.CAPTIONS, caption_rows(context, captions))
-    result.skipped = total - result.ok
+    result.skipped = imported - result.ok
     _link_to_items(context, good)
-    source = F.concat(F.lit("captions "), "source")
-    context.reject(
-        bad.groupBy(source.alias("source"), "row").agg(
-            F.min("reason").alias("reason"),
-            F.count("*").alias("occurrences"),
-        )
-    )
-    result.details = {"imported": str(total)}
+    if failed:
+        context.reject(ingest.rejected(rows, "captions"))
+    result.details = {"imported": str(imported)}
 
 
 def _link_to_items(context: RunContext, captions: DataFrame) -> None:

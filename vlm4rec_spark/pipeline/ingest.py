@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial, reduce
 from typing import NamedTuple
 
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, grouped
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.file_listing import escape_glob, list_files
 from vlm4rec_spark.sources.photo_files import photo_files
@@ -21,43 +22,67 @@ from vlm4rec_spark.storage import schemas
 from vlm4rec_spark.storage.schemas import Table
 
 
-class _UserTable(NamedTuple):
+class _Source(NamedTuple):
     table: Table
     parse: Callable[[DataFrame], DataFrame]
 
 
-_USER_TABLES = {
-    "users": _UserTable(schemas.USERS, stage.parse_users),
-    "identities": _UserTable(schemas.IDENTITIES, stage.parse_identities),
+def _parse_interactions(raw: DataFrame) -> DataFrame:
+    return stage.parse_interactions(raw, datetime.now(UTC) + timedelta(days=1))
+
+
+_SOURCES = {
+    "items": _Source(schemas.ITEMS, stage.parse_items),
+    "interactions": _Source(schemas.INTERACTIONS, _parse_interactions),
+    "users": _Source(schemas.USERS, stage.parse_users),
+    "identities": _Source(schemas.IDENTITIES, stage.parse_identities),
 }
+_USER_TABLES = ("users", "identities")
+_ONE_JOB = {
+    "spark.sql.adaptive.enabled": "false",
+    "spark.sql.autoBroadcastJoinThreshold": "-1",
+}
+"""Otherwise every shuffle and every broadcast of a query is a job of its own."""
 
 
-@dataclass(frozen=True)
-class RawSources:
-    """The configured sources as raw rows. None: not configured, or no new file."""
+class LogFile(NamedTuple):
+    """`modified_at` is in microseconds since 1970. `path` is in the encoding of `source`."""
 
-    items: DataFrame | None
-    events: DataFrame | None
-    log_files: DataFrame | None
-    """New files of the log: a listing with settings_sha256. None for a log in a Delta table."""
-    users: dict[str, DataFrame]
-    """By the name in _USER_TABLES."""
+    uri: str
+    bytes: int
+    modified_at: int
+    path: str
 
 
-@dataclass(frozen=True)
-class RowCounts:
+class RawSources(NamedTuple):
+    """The raw rows of each source that is configured, and has a new file if it is the log."""
+
+    rows: dict[str, DataFrame]
+    log_files: list[LogFile]
+    """New files of the log; none for a log in a Delta table."""
+
+
+class RowCounts(NamedTuple):
     """What became of the rows of a source. `skipped`: repeated, or unchanged."""
 
-    ok: int
-    rejected: int
-    skipped: int
+    ok: int = 0
+    rejected: int = 0
+    skipped: int = 0
+
+    @classmethod
+    def sum(cls, counts: Iterable[RowCounts]) -> RowCounts:
+        return cls(*map(sum, zip(*counts, strict=True)))
+
+    @property
+    def total(self) -> int:
+        return sum(self)
 
     def less(self, repeated: int) -> RowCounts:
         """With some of the good rows counted as skipped."""
         return RowCounts(self.ok - repeated, self.rejected, self.skipped + repeated)
 
     def figures(self) -> dict[str, int]:
-        return {"in": self.ok + self.rejected + self.skipped, **asdict(self)}
+        return {"in": self.total, **self._asdict()}
 
 
 def open_sources(context: RunContext) -> RawSources:
@@ -66,73 +91,78 @@ def open_sources(context: RunContext) -> RawSources:
     if not settings.items.path and not settings.interactions.path:
         raise UsageError("ingest: neither ingest.items.path nor ingest.interactions.path is set.")
     if settings.photos.folder:
-        photo_files(context.spark, settings.photos)
-    items = _open_items(context)
-    users = _open_user_tables(context)
+        _photo_files(context)
+    sources = {name: getattr(settings, name) for name in _SOURCES}
     log = settings.interactions
+    log_files = []
     if log.path and log.format != "delta":
-        files = _new_log_files(context)
-        rows = files.select("uri").collect()
-        paths = tuple(escape_glob(row["uri"]) for row in rows)
-        log = log.model_copy(update={"path": paths})
-    else:
-        files = None
-    events = reader.read(context.spark, "ingest.interactions", log) if log.path else None
-    return RawSources(items, events, files, users)
+        log_files = _new_log_files(context)
+        paths = tuple(escape_glob(file.uri) for file in log_files)
+        sources["interactions"] = log.model_copy(update={"path": paths})
+    rows = {
+        name: reader.read(context.spark, f"ingest.{name}", source)
+        for name, source in sources.items()
+        if source.path
+    }
+    _check_fields(context, rows)
+    return RawSources(rows, log_files)
 
 
-def _open_items(context: RunContext) -> DataFrame | None:
-    settings = context.config.ingest
-    if not settings.items.path:
-        return None
-    items = reader.read(context.spark, "ingest.items", settings.items)
-    column = settings.photos.bytes_column
-    if column and column not in items.columns:
-        raise UsageError(
-            f"ingest.photos.bytes_column: the catalogue has no binary column {column!r}."
-        )
-    column = settings.photos.path_column
-    if column and not _has_values(items, column):
-        raise UsageError(
-            f"ingest.photos.path_column: the catalogue has no column {column!r} with a path in it."
-        )
-    return items
-
-
-def _open_user_tables(context: RunContext) -> dict[str, DataFrame]:
-    raw: dict[str, DataFrame] = {}
-    for name, target in _USER_TABLES.items():
-        source = getattr(context.config.ingest, name)
-        if not source.path:
-            continue
-        raw[name] = reader.read(context.spark, f"ingest.{name}", source)
-        (key,) = target.table.key
-        if not _has_values(raw[name], key):
+def _check_fields(context: RunContext, rows: dict[str, DataFrame]) -> None:
+    if "items" in rows:
+        photos = context.config.ingest.photos
+        column = photos.bytes_column
+        if column and column not in rows["items"].columns:
+            raise UsageError(
+                f"ingest.photos.bytes_column: the catalogue has no binary column {column!r}."
+            )
+        column = photos.path_column
+        if column and rows["items"].where(F.col("fields")[column].isNotNull()).isEmpty():
+            raise UsageError(
+                f"ingest.photos.path_column: the catalogue has no column {column!r} with a path "
+                "in it."
+            )
+    for name in _USER_TABLES:
+        (key,) = _SOURCES[name].table.key
+        if name in rows and not reader.has_field(rows[name], key):
             raise UsageError(
                 f"ingest.{name}: the source has no column {key} with a value. Name it in "
                 f"ingest.{name}.columns."
             )
-    return raw
 
 
-def _has_values(raw: DataFrame, field: str) -> bool:
-    return not raw.where(F.col("fields")[field].isNotNull()).isEmpty()
+def _files(context: RunContext, name: str) -> DataFrame:
+    """The files of a source, listed once in a run: what comes later is for the next run."""
+    source = getattr(context.config.ingest, name)
+    key = f"ingest.{name}.path"
+    return context.once(key, partial(list_files, context.spark, key, source.path))
 
 
-def _new_log_files(context: RunContext) -> DataFrame:
+def _photo_files(context: RunContext) -> DataFrame:
+    photos = context.config.ingest.photos
+    return context.once("ingest.photos", partial(photo_files, context.spark, photos))
+
+
+def _new_log_files(context: RunContext) -> list[LogFile]:
     """The files of the log that weren't read yet with these settings."""
-    log = context.config.ingest.interactions
-    files = list_files(context.spark, "ingest.interactions.path", log.path).withColumn(
-        "settings_sha256", F.sha2(F.lit(log.model_dump_json()), 256)
-    )
+    log_files = context.once("ingest.log_files", partial(_log_files, context))
     ledger = context.tables.read(schemas.INGESTED_FILES).where("source = 'interactions'")
-    read = ledger.selectExpr(
-        "file AS uri",
-        "size AS bytes",
-        "modified_at",
-        "settings_sha256",
-    )
-    return files.join(read, on=read.columns, how="left_anti")
+    versions = ledger.select("file", "size", F.unix_micros("modified_at"), "settings_sha256")
+    read = {tuple(row) for row in versions.collect()}
+    settings = _log_settings(context)
+    return [file for file in log_files if (*file[:3], settings) not in read]
+
+
+def _log_files(context: RunContext) -> list[LogFile]:
+    # Not as a timestamp: collecting one would turn it into this machine's time zone.
+    modified_at = F.unix_micros("modified_at")
+    rows = _files(context, "interactions").select("uri", "bytes", modified_at, "file_path")
+    return [LogFile(*row) for row in rows.collect()]
+
+
+def _log_settings(context: RunContext) -> str:
+    settings = context.config.ingest.interactions.model_dump_json()
+    return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def inputs_fingerprint(context: RunContext) -> object:
@@ -141,41 +171,48 @@ def inputs_fingerprint(context: RunContext) -> object:
     None if a listing can't show whether anything has changed.
     """
     settings = context.config.ingest
-    sources = {
-        f"ingest.{name}": getattr(settings, name)
-        for name in ("items", "interactions", *_USER_TABLES)
-    }
+    sources = {name: getattr(settings, name) for name in _SOURCES}
     formats = {source.format for source in sources.values()}
     if settings.photos.path_column or "delta" in formats:
         return None
-    listings = [
-        list_files(context.spark, f"{key}.path", source.path)
-        for key, source in sources.items()
-        if source.path
-    ]
-    if settings.photos.folder:
-        listings.append(photo_files(context.spark, settings.photos))
+    listed = [name for name, source in sources.items() if source.path]
+    digests = context.once("ingest.digests", partial(_digests, context, listed))
+    return [settings.model_dump(mode="json"), digests]
+
+
+def _digests(context: RunContext, names: list[str]) -> list[list[object]]:
+    """Name, digest and number of files of each listing."""
+    listings = {name: _files(context, name) for name in names}
+    if context.config.ingest.photos.folder:
+        listings["photos"] = _photo_files(context)
     file_hash = F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")
-    digest = F.sum(file_hash).cast("string")
-    listed = [list(first_row(files.agg(digest, F.count("*")))) for files in listings]
-    return [settings.model_dump(mode="json"), *listed]
+    hashes = [
+        files.select(F.lit(name).alias("name"), file_hash.alias("hash"))
+        for name, files in listings.items()
+    ]
+    digest = F.sum("hash").cast("string")
+    by_name = _union(hashes).groupBy("name").agg(digest, F.count("*"))
+    return sorted(list(row) for row in _collect(context, by_name))
+
+
+def _union(frames: Iterable[DataFrame]) -> DataFrame:
+    return reduce(DataFrame.unionByName, frames)
+
+
+def _collect(context: RunContext, rows: DataFrame) -> list[Row]:
+    """The few rows of an aggregation, by one Spark job."""
+    with context.tables.conf(_ONE_JOB):
+        return rows.collect()
 
 
 def ingest(context: RunContext, result: StageResult) -> None:
     raw = open_sources(context)
-    parsed: dict[str, DataFrame] = {}
-    if raw.items is not None:
-        parsed["items"] = stage.parse_items(raw.items)
-    if raw.events is not None:
-        tomorrow = datetime.now(UTC) + timedelta(days=1)
-        parsed["interactions"] = stage.parse_interactions(raw.events, tomorrow)
+    parsed = {name: _SOURCES[name].parse(rows) for name, rows in raw.rows.items()}
     # Parsed rows are used several times. With photos in them, a catalogue would fill the disk.
     has_bytes = bool(context.config.ingest.photos.bytes_column)
     with _persisted(rows for name, rows in parsed.items() if name != "items" or not has_bytes):
-        counts = _write(context, parsed, raw)
-    result.ok = sum(count.ok for count in counts.values())
-    result.failed = sum(count.rejected for count in counts.values())
-    result.skipped = sum(count.skipped for count in counts.values())
+        counts = _write(context, parsed, raw.log_files)
+    result.ok, result.failed, result.skipped = RowCounts.sum(counts.values())
     result.details = _catalogue_gaps(context)
     for name, count in counts.items():
         result.details |= grouped(name, count.figures())
@@ -192,183 +229,159 @@ def _persisted(frames: Iterable[DataFrame]) -> Iterator[None]:
 
 
 def _write(
-    context: RunContext, parsed: dict[str, DataFrame], raw: RawSources
+    context: RunContext, parsed: dict[str, DataFrame], log_files: list[LogFile]
 ) -> dict[str, RowCounts]:
     """Write the accepted and the rejected rows of every source, and count them."""
-    items = parsed.get("items")
-    events = parsed.get("interactions")
-    counts = {name: _counts(rows) for name, rows in parsed.items()}
-    _refuse_nonsense(context, items, events, counts)
-    accepted = None
-    if items is not None:
-        accepted = stage.accepted(items)
-        updated = accepted.withColumn("updated_at", F.current_timestamp())
-        context.tables.upsert(schemas.ITEMS, updated)
-        context.reject(stage.rejected(items, "items"))
-    repeated = None
-    if events is not None:
-        repeated = _write_events(context, events, counts["interactions"].ok)
-        counts["interactions"] = counts["interactions"].less(repeated.count)
-    photos = _find_photos(context, accepted)
+    by_file = _counts_by_file(context, parsed)
+    counts = {name: RowCounts.sum(by_file[name].values()) for name in parsed}
+    accepted = {name: stage.accepted(rows) for name, rows in parsed.items()}
+    _refuse_nonsense(context, accepted, counts)
+    for name, rows in accepted.items():
+        if name != "interactions":
+            # Rows that are no longer delivered stay.
+            updated = rows.withColumn("updated_at", F.current_timestamp())
+            context.tables.upsert(_SOURCES[name].table, updated)
+    repeated: dict[str, int] = {}
+    if "interactions" in accepted:
+        repeated = _write_events(context, accepted["interactions"], counts, bool(log_files))
+    rejected = [stage.rejected(parsed[name], name) for name in parsed if counts[name].rejected]
+    if rejected:
+        context.reject(_union(rejected))
+    photos = _write_photos(context, accepted.get("items"))
     if photos is not None:
-        counts["photos"] = _write_photos(context, photos)
-    for name, rows in raw.users.items():
-        counts[name] = _write_users(context, _USER_TABLES[name], rows)
-    if events is not None and repeated is not None and raw.log_files is not None:
+        counts["photos"] = photos
+    if log_files:
         # Last: if the run is killed before, the next one reads the files again and adds no event
         # twice.
-        _write_ledger(context, raw.log_files, stage.counts_by_file(events, repeated.events))
+        _write_ledger(context, log_files, by_file["interactions"], repeated)
     return counts
 
 
-@dataclass(frozen=True)
-class _Repeated:
-    """Accepted events that were in the table before."""
+def _counts_by_file(
+    context: RunContext, parsed: dict[str, DataFrame]
+) -> dict[str, dict[str, RowCounts]]:
+    """By name and file."""
+    counts: dict[str, dict[str, RowCounts]] = {name: {} for name in parsed}
+    if parsed:
+        for name, source, *figures in _collect(context, stage.counts_by_file(parsed)):
+            counts[name][source] = RowCounts(*figures)
+    return counts
 
-    count: int
-    events: DataFrame
 
+def _write_events(
+    context: RunContext, events: DataFrame, counts: dict[str, RowCounts], by_file: bool
+) -> dict[str, int]:
+    """Add the new events, and count the others as skipped.
 
-def _write_events(context: RunContext, events: DataFrame, count: int) -> _Repeated:
-    """Add the new ones of the `count` accepted events."""
-    accepted = stage.accepted(events)
+    Returns how many were in the table before: by file if this is wanted and not all are new.
+    """
     table = schemas.INTERACTIONS
     version = context.tables.versions([table]).get(table.name)
-    added = context.tables.insert(table, accepted)
-    context.reject(stage.rejected(events, "interactions"))
-    if added == count:
-        # The usual case. The table isn't read a second time.
-        return _Repeated(0, accepted.limit(0))
+    repeated = counts["interactions"].ok - context.tables.insert(table, events)
+    counts["interactions"] = counts["interactions"].less(repeated)
+    if not (repeated and by_file):
+        return {}
     before = context.tables.read(table, version).select("event_id")
-    return _Repeated(count - added, accepted.join(before, on="event_id", how="left_semi"))
+    in_table = events.join(before, on="event_id", how="left_semi").groupBy("source").count()
+    return {row["source"]: row["count"] for row in _collect(context, in_table)}
 
 
-def _write_users(context: RunContext, target: _UserTable, raw: DataFrame) -> RowCounts:
-    """Rows that are no longer delivered stay."""
-    parsed = target.parse(raw)
-    with _persisted([parsed]):
-        context.tables.upsert(target.table, stage.accepted(parsed))
-        context.reject(stage.rejected(parsed, target.table.name))
-        return _counts(parsed)
-
-
-def _write_ledger(context: RunContext, files: DataFrame, counts: DataFrame) -> None:
-    """Record the files as read; `counts` are the columns rows_… by file_path."""
-    columns = ["rows_read", "rows_taken", "rows_rejected", "rows_repeated"]
-    # A file without any row has no counts.
-    counted = files.join(counts, on="file_path", how="left").fillna(0, columns)
-    rows = counted.selectExpr(
-        "'interactions' AS source",
-        "uri AS file",
-        "bytes AS size",
-        "modified_at",
-        "settings_sha256",
-        *columns,
-        f"'{context.run_id}' AS run_id",
-    )
-    context.tables.insert(schemas.INGESTED_FILES, rows)
+def _write_ledger(
+    context: RunContext,
+    log_files: list[LogFile],
+    counts: dict[str, RowCounts],
+    repeated: dict[str, int],
+) -> None:
+    """Record the files as read. `repeated`: accepted events of a file that aren't new."""
+    rows = []
+    for file in log_files:
+        # A file without any row has no counts.
+        count = counts.get(file.path, RowCounts()).less(repeated.get(file.path, 0))
+        version = ("interactions", *file[:3], _log_settings(context))
+        rows.append((*version, count.total, *count, context.run_id))
+    schema = schemas.INGESTED_FILES.ddl.replace("modified_at TIMESTAMP", "modified_at BIGINT")
+    ledger = context.spark.createDataFrame(rows, schema).coalesce(1)
+    modified_at = F.timestamp_micros("modified_at")
+    context.tables.insert(schemas.INGESTED_FILES, ledger.withColumn("modified_at", modified_at))
 
 
 def _refuse_nonsense(
     context: RunContext,
-    items: DataFrame | None,
-    events: DataFrame | None,
+    accepted: dict[str, DataFrame],
     counts: dict[str, RowCounts],
 ) -> None:
-    """Raise RunError for a catalogue without a good row, or a log of other items.
+    """Raise RunError for a source without a good row, or a log of other items.
 
     Nothing has been written by then.
     """
-    if items is not None and not counts["items"].ok:
-        raise RunError(
-            "ingest.items: the catalogue has no usable row "
-            f"({counts['items'].rejected} rejected). Nothing was written."
-        )
-    if events is None or not counts["interactions"].ok:
+    for name in accepted:
+        if name != "interactions" and not counts[name].ok:
+            raise RunError(
+                f"ingest.{name}: the source has no usable row ({counts[name].rejected} rejected). "
+                "Nothing was written."
+            )
+    items = context.tables.read(schemas.ITEMS).select("item_id")
+    if "items" in accepted:
+        items = items.union(accepted["items"].select("item_id"))
+    if "interactions" not in accepted or not counts["interactions"].ok:
         return
-    item_ids = context.tables.read(schemas.ITEMS).select("item_id")
-    if items is not None:
-        item_ids = item_ids.union(stage.accepted(items).select("item_id"))
-    accepted = stage.accepted(events)
-    if accepted.join(item_ids, on="item_id", how="left_semi").isEmpty():
+    gaps = stage.catalogue_gaps(items, accepted["interactions"], items.limit(0))
+    if _collect(context, gaps)[0]["unknown_item_events"] == counts["interactions"].ok:
         raise RunError(
             "ingest.interactions: no event is about an item of the catalogue. Check that both use "
             "the same item_id, and ingest.interactions.columns. Nothing was written."
         )
 
 
-class _FoundPhotos(NamedTuple):
-    total: int
-    """Photos that the source names."""
-    to_write: DataFrame
-    """New or changed photos with their bytes, or with the `reason` why they can't be read."""
-    refused: DataFrame
-    """item_id, position, uri, reason of files that can't be an item's photo."""
-
-
-def _find_photos(context: RunContext, accepted_items: DataFrame | None) -> _FoundPhotos | None:
+def _write_photos(context: RunContext, accepted_items: DataFrame | None) -> RowCounts | None:
     """None if photos aren't configured, or if they are in a catalogue that isn't."""
     settings = context.config.ingest.photos
-    items = context.tables.read(schemas.ITEMS)
-    files = None
     if settings.folder:
-        files = photo_files(context.spark, settings)
-        rows = stage.photo_rows(files, items)
-    elif settings.path_column and accepted_items is not None:
-        named = stage.photos_from_column(accepted_items, settings.path_column)
-        rows = stage.photo_rows(named, items)
-    elif settings.bytes_column and accepted_items is not None:
-        photos = stage.photos_from_bytes(accepted_items, settings.bytes_column)
-        return _FoundPhotos(photos.count(), photos, photos.limit(0))
-    else:
+        return _write_photo_files(context, _photo_files(context))
+    if accepted_items is None:
         return None
-    good = rows.where("reason IS NULL")
-    stored = context.tables.read(schemas.PHOTOS)
-    changed = stage.changed_photos(good, files, stored, settings.keep)
+    if settings.path_column:
+        files = stage.photos_from_column(accepted_items, settings.path_column)
+        return _write_photo_files(context, files)
+    if settings.bytes_column:
+        photos = stage.photos_from_bytes(accepted_items, settings.bytes_column)
+        return _store_photos(context, photos, photos.count())
+    return None
+
+
+def _write_photo_files(context: RunContext, files: DataFrame) -> RowCounts:
+    """Read and store the photos among `files` that are new or changed."""
+    settings = context.config.ingest.photos
+    # As they are now, or the write of photos would make what is persisted anew.
+    items, photos = map(context.tables.frozen, (schemas.ITEMS, schemas.PHOTOS))
+    rows = stage.with_stored(stage.photo_rows(files, items), photos, settings.keep)
+    is_pending = F.expr("reason IS NULL AND NOT unchanged")
+    counts = rows.agg(F.count("*"), F.count("reason"), F.count_if(is_pending))
     slots = context.spark.sparkContext.defaultParallelism
-    to_write = stage.read_photos(changed, changed.count(), slots, settings)
-    refused = rows.where("reason IS NOT NULL")
-    return _FoundPhotos(rows.count(), to_write, refused)
+    with _persisted([rows]):
+        ((total, refused, pending),) = _collect(context, counts)
+        if not (refused or pending) and context.tables.exists(schemas.PHOTOS):
+            return RowCounts(skipped=total)
+        read = stage.read_photos(rows.where(is_pending), pending, slots, settings)
+        bad = rows.where("reason IS NOT NULL").select("item_id", "position", "uri", "reason")
+        return _store_photos(context, read.unionByName(bad, allowMissingColumns=True), total)
 
 
-def _write_photos(context: RunContext, photos: _FoundPhotos) -> RowCounts:
-    with context.reporter.progress("reading photos", photos.total):
-        read = context.tables.staged(schemas.PHOTOS, photos.to_write)
-    good = read.where("reason IS NULL")
-    context.tables.upsert(schemas.PHOTOS, good)
-    columns = ("item_id", "position", "uri", "reason")
-    unreadable = read.where("reason IS NOT NULL").select(*columns)
-    bad = photos.refused.select(*columns).unionByName(unreadable)
-    context.reject(
-        bad.selectExpr(
-            "'photos' AS source",
-            "to_json(struct(item_id, position, uri)) AS row",
-            "reason",
-            "1L AS occurrences",
-        )
-    )
-    ok = good.count()
-    rejected = bad.count()
+def _store_photos(context: RunContext, photos: DataFrame, total: int) -> RowCounts:
+    """Write those of `total` photos that aren't skipped: `photos`, or the reason for rejection."""
+    with context.reporter.progress("reading photos", total):
+        read = context.tables.staged(schemas.PHOTOS, photos)
+    ((rows, rejected),) = _collect(context, read.agg(F.count("*"), F.count("reason")))
+    if rows > rejected or not context.tables.exists(schemas.PHOTOS):
+        context.tables.upsert(schemas.PHOTOS, read.where("reason IS NULL"))
+    if rejected:
+        context.reject(stage.rejected_photos(read))
     context.tables.unstage(schemas.PHOTOS)
-    return RowCounts(ok, rejected, photos.total - ok - rejected)
+    return RowCounts(rows - rejected, rejected, total - rows)
 
 
 def _catalogue_gaps(context: RunContext) -> dict[str, str]:
-    items = context.tables.read(schemas.ITEMS)
-    events = context.tables.read(schemas.INTERACTIONS)
-    photos = context.tables.read(schemas.PHOTOS)
-    gaps = {
-        "unknown_item_events": events.join(items, on="item_id", how="left_anti"),
-        "items_without_photo": items.join(photos, on="item_id", how="left_anti"),
-        "untouched_items": items.join(events, on="item_id", how="left_anti"),
-    }
-    return {name: str(rows.count()) for name, rows in gaps.items()}
-
-
-def _counts(parsed: DataFrame) -> RowCounts:
-    counted = parsed.agg(
-        F.count_if(F.expr("reason IS NULL AND NOT duplicate")),
-        F.count_if(F.expr("reason IS NOT NULL")),
-        F.count_if(F.expr("reason IS NULL AND duplicate")),
-    )
-    return RowCounts(*first_row(counted))
+    tables = (schemas.ITEMS, schemas.INTERACTIONS, schemas.PHOTOS)
+    gaps = stage.catalogue_gaps(*map(context.tables.read, tables))
+    (row,) = _collect(context, gaps)
+    return {name: str(count) for name, count in row.asDict().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pyspark.sql import DataFrame, DataFrameReader, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from vlm4rec_spark.sources.spark_errors import readable_errors
 
@@ -18,17 +18,14 @@ def list_files(spark: SparkSession, key: str, paths: Sequence[str]) -> DataFrame
     """
     with readable_errors(key, f"{key}: the files can't be listed"):
         # Without its content column, this reader opens no file.
-        files = file_reader(spark).load(list(paths))
+        reader = spark.read.format("binaryFile").option("recursiveFileLookup", "true")
+        files = reader.load(list(paths))
     return files.selectExpr(
         "path AS uri",
         "length AS bytes",
         "modificationTime AS modified_at",
         "_metadata.file_path",
     )
-
-
-def file_reader(spark: SparkSession) -> DataFrameReader:
-    return spark.read.format("binaryFile").option("recursiveFileLookup", "true")
 
 
 def escape_glob(uri: str) -> str:

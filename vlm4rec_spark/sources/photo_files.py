@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.photos.download import HttpSettings
 from vlm4rec_spark.settings_base import Settings
-from vlm4rec_spark.sources.file_listing import file_reader, list_files
+from vlm4rec_spark.sources.file_listing import list_files
 from vlm4rec_spark.sources.spark_errors import first_line
 
 
@@ -60,8 +60,7 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
         spark._jvm.java.util.regex.Pattern.compile(photos.file_name)
     except (PySparkException, Py4JJavaError) as error:
         raise UsageError(f"ingest.photos.file_name: {first_line(error)}") from None
-    files = list_files(spark, "ingest.photos.folder", (photos.folder,))
-    files = files.unionByName(_empty_files(spark, photos.folder))
+    files = _with_empty_files(list_files(spark, "ingest.photos.folder", (photos.folder,)))
     name = F.regexp_extract("uri", "([^/]+)$", 1)
     pattern = f"^{photos.file_name}$"
     matches = name.rlike(pattern)
@@ -74,23 +73,20 @@ def photo_files(spark: SparkSession, photos: PhotoSource) -> DataFrame:
     )
 
 
-def _empty_files(spark: SparkSession, folder: str) -> DataFrame:
-    """The files of no bytes, which Spark's reader leaves out. Their modified_at is null."""
+def _with_empty_files(files: DataFrame) -> DataFrame:
+    """A listing with the files of no bytes, which Spark leaves out. Their modified_at is null."""
+    spark = files.sparkSession
     assert spark._jvm is not None
-    files = file_reader(spark).load(folder)
     # All names stay in the JVM, since there may be millions.
     java_names = spark._jvm.scala.Predef.genericWrapArray(files._jdf.inputFiles()).toSeq()
     encoder = spark._jvm.org.apache.spark.sql.Encoders.STRING()
     names = DataFrame(spark._jsparkSession.createDataset(java_names, encoder).toDF(), spark)
     # One of the two listings writes file:/ and the other file:///.
     one_form = "regexp_replace({}, '^file:/+', 'file:/') AS file_path"
-    not_empty = files.selectExpr(one_form.format("_metadata.file_path"))
-    empty = names.selectExpr(one_form.format("value")).join(
-        not_empty, on="file_path", how="left_anti"
-    )
-    return empty.selectExpr(
-        "url_decode(replace(file_path, '+', '%2B')) AS uri",
-        "0L AS bytes",
-        "CAST(NULL AS TIMESTAMP) AS modified_at",
-        "file_path",
+    not_empty = files.selectExpr("uri", "bytes", "modified_at", one_form.format("file_path"))
+    all_files = names.selectExpr(one_form.format("value"))
+    return all_files.join(not_empty, on="file_path", how="left").selectExpr(
+        "coalesce(uri, url_decode(replace(file_path, '+', '%2B'))) AS uri",
+        "coalesce(bytes, 0L) AS bytes",
+        "modified_at",
     )

@@ -6,8 +6,9 @@ Reads photos inside tasks; opens no table and no file on the driver.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import reduce
 from itertools import chain
 
 import pandas as pd
@@ -196,32 +197,37 @@ def rejected(parsed: DataFrame, kind: str) -> DataFrame:
     )
 
 
-def counts_by_file(events: DataFrame, repeated: DataFrame) -> DataFrame:
-    """file_path, rows_read, rows_taken, rows_rejected, rows_repeated of parsed interactions.
-
-    `repeated` are accepted events that were in the table before.
-    """
-    in_table = repeated.groupBy("source").agg(F.count("*").alias("in_table"))
-    by_file = events.groupBy("source").agg(
-        F.count("*").alias("rows_read"),
-        F.count_if(F.expr("reason IS NULL AND NOT duplicate")).alias("accepted"),
-        F.count_if(F.expr("reason IS NOT NULL")).alias("rows_rejected"),
-        F.count_if("duplicate").alias("duplicates"),
+def counts_by_file(parsed: Mapping[str, DataFrame]) -> DataFrame:
+    """name, source, ok, rejected, skipped of parsed rows by name. All need one shuffle."""
+    rows = [
+        frame.select(F.lit(name).alias("name"), "source", "reason", "duplicate")
+        for name, frame in parsed.items()
+    ]
+    by_file = reduce(DataFrame.unionByName, rows).groupBy("name", "source")
+    return by_file.agg(
+        F.count_if(F.expr("reason IS NULL AND NOT duplicate")).alias("ok"),
+        F.count_if(F.expr("reason IS NOT NULL")).alias("rejected"),
+        F.count_if(F.expr("reason IS NULL AND duplicate")).alias("skipped"),
     )
-    counts = by_file.join(in_table, on="source", how="left").fillna(0, ["in_table"])
-    return counts.selectExpr(
-        "source AS file_path",
-        "rows_read",
-        "accepted - in_table AS rows_taken",
-        "rows_rejected",
-        "duplicates + in_table AS rows_repeated",
+
+
+def catalogue_gaps(items: DataFrame, events: DataFrame, photos: DataFrame) -> DataFrame:
+    """One row: unknown_item_events, items_without_photo, untouched_items."""
+    rows = {"items": items, "events": events, "photos": photos}
+    ids = [frame.select("item_id", F.lit(name).alias("name")) for name, frame in rows.items()]
+    counts = [F.count_if(F.col("name") == name).alias(name) for name in rows]
+    by_item = reduce(DataFrame.unionByName, ids).groupBy("item_id").agg(*counts)
+    return by_item.agg(
+        F.expr("coalesce(sum(IF(items = 0, events, 0)), 0)").alias("unknown_item_events"),
+        F.count_if(F.expr("items > 0 AND photos = 0")).alias("items_without_photo"),
+        F.count_if(F.expr("items > 0 AND events = 0")).alias("untouched_items"),
     )
 
 
 def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
-    """item_id, position, uri, reason of photo files (item_id, position, uri).
+    """`files` (item_id, position, uri) with `reason`, why a file can't be an item's photo.
 
-    `reason` says why a file can't be an item's photo; null if it can.
+    It is null if the file can. Other columns of a listing stay.
     """
     in_catalogue = items.select("item_id", F.lit(True).alias("in_catalogue"))
     same_position = Window.partitionBy("item_id", "position").orderBy("uri")
@@ -234,22 +240,16 @@ def photo_rows(files: DataFrame, items: DataFrame) -> DataFrame:
         (F.expr("in_catalogue IS NULL"), "no such item in the catalogue"),
         (F.row_number().over(same_position) > 1, "the item has another photo at this position"),
     )
-    return files.join(in_catalogue, on="item_id", how="left").select(
-        "item_id",
-        "position",
-        "uri",
-        reason.alias("reason"),
-    )
+    rows = files.join(in_catalogue, on="item_id", how="left").withColumn("reason", reason)
+    return rows.drop("in_catalogue")
 
 
-def changed_photos(
-    rows: DataFrame, files: DataFrame | None, photos: DataFrame, keep: bool
-) -> DataFrame:
-    """The photos to read, with the stored_bytes, stored_at and stored_sha256 of the table `photos`.
+def with_stored(rows: DataFrame, photos: DataFrame, keep: bool) -> DataFrame:
+    """Adds the stored_bytes, stored_at and stored_sha256 of the table `photos`, and `unchanged`.
 
-    `files` is a listing (uri, bytes, modified_at): photos that are stored unchanged are left out.
-    Without a listing, the task that would read a photo checks first whether it has changed. With
-    `keep`, a photo stored without its bytes counts as not stored. No photo is opened.
+    With a listing's bytes and modified_at, photos that are stored like that are unchanged. Without
+    them, the task that would read a photo checks first whether it has changed. With `keep`, a photo
+    stored without its bytes counts as not stored. No photo is opened.
     """
     if keep:
         # Parquet's statistics of nulls answer this. A filter on not null would read every photo.
@@ -263,15 +263,16 @@ def changed_photos(
         "modified_at AS stored_at",
         "image_sha256 AS stored_sha256",
     )
+    is_listed = "bytes" in rows.columns
+    unchanged = F.expr("bytes <=> stored_bytes AND modified_at <=> stored_at")
     rows = rows.join(stored, on=["item_id", "position", "uri"], how="left")
-    if files is None:
-        return rows.withColumn("modified_at", _no_time())
-    listed = rows.join(files.select("uri", "bytes", "modified_at"), on="uri", how="inner")
-    return listed.where("NOT (bytes <=> stored_bytes AND modified_at <=> stored_at)")
+    if not is_listed:
+        rows = rows.withColumn("modified_at", _no_time())
+    return rows.withColumn("unchanged", unchanged if is_listed else F.lit(False))
 
 
 def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) -> DataFrame:
-    """Reads the `count` rows of `changed_photos` in `slots` parallel tasks or more.
+    """Reads the `count` rows of `with_stored` in `slots` parallel tasks or more.
 
     Columns: those of `photos`, and `reason` if a photo can't be read. `image` is null unless
     settings.keep. A task reads neighbors by item_id, so that one file of `photos` holds them.
@@ -322,6 +323,16 @@ def photos_from_bytes(items: DataFrame, column: str) -> DataFrame:
         "modified_at",
         F.lit(None).cast("string").alias("version"),
         F.lit(None).cast("string").alias("reason"),
+    )
+
+
+def rejected_photos(rows: DataFrame) -> DataFrame:
+    """Photos with a reason (item_id, position, uri, reason) as rows of the table `rejected`."""
+    return rows.where("reason IS NOT NULL").selectExpr(
+        "'photos' AS source",
+        "to_json(struct(item_id, position, uri)) AS row",
+        "reason",
+        "1L AS occurrences",
     )
 
 
