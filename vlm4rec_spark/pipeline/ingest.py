@@ -352,9 +352,10 @@ def _write_photos(context: RunContext, accepted_items: DataFrame | None) -> RowC
 def _write_photo_files(context: RunContext, files: DataFrame) -> RowCounts:
     """Read and store the photos among `files` that are new or changed."""
     settings = context.config.ingest.photos
-    # As they are now, or the write of photos would make what is persisted anew.
-    items, photos = map(context.tables.frozen, (schemas.ITEMS, schemas.PHOTOS))
-    rows = stage.with_stored(stage.photo_rows(files, items), photos, settings.keep)
+    rows = stage.photo_rows(files, context.tables.read(schemas.ITEMS))
+    # As the table is now, or its next version would make what is persisted anew.
+    stored = context.tables.frozen(schemas.PHOTOS)
+    rows = stage.with_stored(rows, stored, settings.keep)
     is_pending = F.expr("reason IS NULL AND NOT unchanged")
     counts = rows.agg(F.count("*"), F.count("reason"), F.count_if(is_pending))
     slots = context.spark.sparkContext.defaultParallelism
