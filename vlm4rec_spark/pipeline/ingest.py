@@ -91,7 +91,7 @@ def open_sources(context: RunContext) -> RawSources:
     if not settings.items.path and not settings.interactions.path:
         raise UsageError("ingest: neither ingest.items.path nor ingest.interactions.path is set.")
     if settings.photos.folder:
-        _photo_files(context)
+        _files(context, "photos")
     sources = {name: getattr(settings, name) for name in _SOURCES}
     log = settings.interactions
     log_files = []
@@ -133,14 +133,12 @@ def _check_fields(context: RunContext, rows: dict[str, DataFrame]) -> None:
 
 def _files(context: RunContext, name: str) -> DataFrame:
     """The files of a source, listed once in a run: what comes later is for the next run."""
-    source = getattr(context.config.ingest, name)
-    key = f"ingest.{name}.path"
-    return context.once(key, partial(list_files, context.spark, key, source.path))
-
-
-def _photo_files(context: RunContext) -> DataFrame:
-    photos = context.config.ingest.photos
-    return context.once("ingest.photos", partial(photo_files, context.spark, photos))
+    if name == "photos":
+        make = partial(photo_files, context.spark, context.config.ingest.photos)
+    else:
+        source = getattr(context.config.ingest, name)
+        make = partial(list_files, context.spark, f"ingest.{name}.path", source.path)
+    return context.once(f"ingest.{name}", make)
 
 
 def _new_log_files(context: RunContext) -> list[LogFile]:
@@ -176,23 +174,20 @@ def inputs_fingerprint(context: RunContext) -> object:
     if settings.photos.path_column or "delta" in formats:
         return None
     listed = [name for name, source in sources.items() if source.path]
+    if settings.photos.folder:
+        listed.append("photos")
     digests = context.once("ingest.digests", partial(_digests, context, listed))
     return [settings.model_dump(mode="json"), digests]
 
 
 def _digests(context: RunContext, names: list[str]) -> list[list[object]]:
     """Name, digest and number of files of each listing."""
-    listings = {name: _files(context, name) for name in names}
-    if context.config.ingest.photos.folder:
-        listings["photos"] = _photo_files(context)
-    file_hash = F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)")
-    hashes = [
-        files.select(F.lit(name).alias("name"), file_hash.alias("hash"))
-        for name, files in listings.items()
-    ]
-    digest = F.sum("hash").cast("string")
-    by_name = _union(hashes).groupBy("name").agg(digest, F.count("*"))
-    return sorted(list(row) for row in _collect(context, by_name))
+    file_hash = F.xxhash64("uri", "bytes", "modified_at").cast("decimal(38)").alias("hash")
+    hashes = _union(
+        _files(context, name).select(F.lit(name).alias("name"), file_hash) for name in names
+    )
+    digests = hashes.groupBy("name").agg(F.sum("hash").cast("string"), F.count("*"))
+    return sorted(map(list, _collect(context, digests)))
 
 
 def _union(frames: Iterable[DataFrame]) -> DataFrame:
@@ -337,7 +332,7 @@ def _write_photos(context: RunContext, accepted_items: DataFrame | None) -> RowC
     """None if photos aren't configured, or if they are in a catalogue that isn't."""
     settings = context.config.ingest.photos
     if settings.folder:
-        return _write_photo_files(context, _photo_files(context))
+        return _write_photo_files(context, _files(context, "photos"))
     if accepted_items is None:
         return None
     if settings.path_column:

@@ -192,8 +192,7 @@ def _csv(spark: SparkSession, source: Source, paths: list[str]) -> DataFrame:
     options = {"header": "true", "multiLine": "true", "escape": '"', **source.options}
     # By default, Spark takes a NUL next to a quote for the escape of the escape, and drops it.
     options = {"charToEscapeQuoteEscaping": options["escape"], **options}
-    files = spark.read.options(**options).text(paths)
-    beginning = _beginning(files, options)
+    beginning = _beginning(spark.read.options(**options).text(paths), options)
     header = _csv_of_text(spark, options, beginning)
     if not header.columns:  # the text is empty, or begins with a comment
         header = spark.read.options(**options).csv(paths)
@@ -207,13 +206,9 @@ def _csv(spark: SparkSession, source: Source, paths: list[str]) -> DataFrame:
     )
     if not (maybe_renamed and _has_renamed(spark, options, beginning)):
         options = {"enforceSchema": "false", **options}
-    schema = header.schema
-    # Folders such as day=1 are columns too.
-    for partition in files.drop("value").schema:
-        if partition.name not in schema.names:
-            schema.add(partition)
+    # Spark adds the columns of folders such as day=1.
     reader = spark.read.options(**options, columnNameOfCorruptRecord="_corrupt_record")
-    return reader.schema(schema.add("_corrupt_record", StringType())).csv(paths)
+    return reader.schema(header.schema.add("_corrupt_record", StringType())).csv(paths)
 
 
 def _beginning(files: DataFrame, options: dict[str, str]) -> str:
