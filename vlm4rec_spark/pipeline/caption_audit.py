@@ -40,7 +40,7 @@ class _Sample:
     """Of this captioner, in the sample or not."""
     texts_total: int
     """How many of these are distinct."""
-    rows: list[Row]
+    rows: list[Row] = field(default_factory=list)
     earlier: dict[str, Row] = field(default_factory=dict)
     """The caption that a photo had before, by the photo's SHA-256."""
     recaptions: Recaptions | None = None
@@ -109,50 +109,71 @@ def _samples(context: RunContext) -> list[_Sample]:
     settings = context.config.evaluate
     if not settings.audit_photos:
         return []
-    current = _current_captions(context)
+    rows = _counts_and_captions(context, settings.audit_photos, settings.seed).collect()
+    rows.sort(key=lambda row: (-(row["captions"] or 0), row["arm"], row["number"]))
+    samples = {
+        row["arm"]: _Sample(row["arm"], row["captions"], row["texts"])
+        for row in [row for row in rows if row["captions"]][:_MAX_ARMS]
+    }
+    for row in rows:
+        if row["number"] and row["arm"] in samples:
+            samples[row["arm"]].rows.append(row)
+    return list(samples.values())
+
+
+def _counts_and_captions(context: RunContext, photos: int, seed: int) -> DataFrame:
+    """For each arm a row of captions and texts, their number, and the first `photos` of them.
+
+    The captions have `number`, caption_key, item_id, position, image_sha256, caption, and the
+    item's category and attributes. Several photos may share a caption: it has the first of them.
+    """
+    links = context.tables.read(schemas.ITEM_CAPTIONS)
+    arm = F.coalesce("model", F.lit(IMPORTED)).alias("arm")
+    captions = context.tables.read(schemas.CAPTIONS).where(F.col("caption").isNotNull())
+    captions = captions.select("caption_key", "image_sha256", "caption", arm)
     # 64 bits of its hash identify a text well enough, and a shuffle of hashes is a light one.
     texts = F.countDistinct(F.xxhash64("caption")).alias("texts")
-    by_arm = current.groupBy("arm").agg(F.count(F.lit(1)).alias("captions"), texts)
+    in_use = captions.join(links, on="caption_key", how="left_semi")
+    counts = in_use.groupBy("arm").agg(F.count(F.lit(1)).alias("captions"), texts)
+    first_photo = F.min(F.struct("item_id", "position")).alias("photo")
+    current = captions.join(
+        links.groupBy("caption_key").agg(first_photo), on="caption_key", how="inner"
+    ).select("*", "photo.*")
+    order = F.xxhash64(F.coalesce("image_sha256", "item_id"), F.lit(seed))
+    by_hash = Window.partitionBy("arm").orderBy(order, "caption_key")
+    numbered = current.drop("photo").withColumn("number", F.row_number().over(by_hash))
     items = context.tables.read(schemas.ITEMS).select("item_id", "category", "attributes")
-    order = F.xxhash64(F.coalesce("image_sha256", "item_id"), F.lit(settings.seed)).alias("order")
-    samples = []
-    for arm in by_arm.orderBy(F.desc("captions"), "arm").limit(_MAX_ARMS).collect():
-        captions = current.where(F.col("arm") == arm["arm"]).select("*", order)
-        first = captions.orderBy("order", "caption_key").limit(settings.audit_photos)
-        rows = first.join(items, on="item_id", how="left").collect()
-        rows.sort(key=lambda row: (row["order"], row["caption_key"]))
-        samples.append(_Sample(arm["arm"], arm["captions"], arm["texts"], rows))
-    return samples
-
-
-def _current_captions(context: RunContext) -> DataFrame:
-    """caption_key, item_id, position, image_sha256, caption and arm: a row per caption in use."""
-    links = (
-        context.tables.read(schemas.ITEM_CAPTIONS)
-        .groupBy("caption_key")
-        .agg(F.min(F.struct("item_id", "position")).alias("photo"))
-    )
-    captions = context.tables.read(schemas.CAPTIONS).where(F.col("caption").isNotNull())
-    arm = F.coalesce("model", F.lit(IMPORTED)).alias("arm")
-    return captions.join(links, on="caption_key", how="inner").select(
-        "caption_key", "photo.*", "image_sha256", "caption", arm
-    )
+    first = numbered.where(F.col("number") <= photos).join(items, on="item_id", how="left")
+    return counts.unionByName(first, allowMissingColumns=True)
 
 
 def _add_earlier(context: RunContext, samples: Sequence[_Sample]) -> None:
     """Add the sampled photos' latest captions that no item has now, by whichever captioner."""
-    captions = context.tables.read(schemas.CAPTIONS).where(F.col("status") == "ok")
-    links = context.tables.read(schemas.ITEM_CAPTIONS)
-    unused = captions.join(links, on="caption_key", how="left_anti")
-    latest_first = Window.partitionBy("image_sha256").orderBy(F.desc("captioned_at"), "caption_key")
-    nth = F.row_number().over(latest_first).alias("nth")
+    unused = _unused(context, [row for sample in samples for row in sample.rows])
+    unused.sort(key=lambda row: row["caption_key"], reverse=True)
+    unused.sort(key=lambda row: row["at"])
+    latest = {row["image_sha256"]: row for row in unused}
     for sample in samples:
-        photos = [row["image_sha256"] for row in sample.rows if row["image_sha256"]]
-        earlier = unused.where(F.col("image_sha256").isin(photos)).select(
-            "image_sha256", "caption", "model", "prompt_id", nth
-        )
-        latest = earlier.where(F.col("nth") == 1).collect()
-        sample.earlier = {row["image_sha256"]: row for row in latest}
+        photos = latest.keys() & {row["image_sha256"] for row in sample.rows}
+        sample.earlier = {photo: latest[photo] for photo in photos}
+
+
+def _unused(context: RunContext, current: Sequence[Row]) -> list[Row]:
+    """All captions of the photos of `current` that no item has now; `at` is in microseconds."""
+    photos = {row["image_sha256"] for row in current if row["image_sha256"]}
+    is_current = F.col("caption_key").isin([row["caption_key"] for row in current])
+    at = F.unix_micros("captioned_at").alias("at")
+    captions = (
+        context.tables.read(schemas.CAPTIONS)
+        .where(F.col("image_sha256").isin(sorted(photos)) & ~is_current)
+        .where(F.col("status") == "ok")
+        .select("caption_key", "image_sha256", "caption", "model", "prompt_id", at)
+        .collect()
+    )
+    keys = [row["caption_key"] for row in captions]
+    links = context.tables.read(schemas.ITEM_CAPTIONS).where(F.col("caption_key").isin(keys))
+    in_use = {row["caption_key"] for row in links.select("caption_key").distinct().collect()}
+    return [row for row in captions if row["caption_key"] not in in_use]
 
 
 def _recaption(
