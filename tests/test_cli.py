@@ -43,20 +43,25 @@ def no_spark(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+def refused(
+    capsys: pytest.CaptureFixture[str],
+    *argv: str,
+    before: str = "",
+) -> tuple[int, str]:
     """Exit code and message.
 
-    The message is one paragraph on stderr. Nothing else was printed, and no file was written.
+    The message is one paragraph on stderr, after the line `before`. Nothing else was printed, and
+    no file was written.
     """
     code = main(list(argv))
     out, err = capsys.readouterr()
     assert out == ""
     assert list(Path.cwd().iterdir()) == []
-    assert err.startswith("Error: ")
+    assert err.startswith(f"{before}Error: ")
     assert err.endswith("\n")
     assert "\n\n" not in err
     assert "Traceback" not in err
-    return code, err.removeprefix("Error: ").rstrip("\n")
+    return code, err.removeprefix(f"{before}Error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize("command", STAGES)
@@ -254,7 +259,7 @@ def test_a_jvm_that_dies_is_one_paragraph_with_a_hint(
     session: Callable[[object], None],
 ):
     monkeypatch.setattr("vlm4rec_spark.cli.commands.session", session)
-    code, message = refused(capsys, "ingest")
+    code, message = refused(capsys, "ingest", before="  starting Spark\n")
     assert code == 1
     assert message.startswith(
         "Spark's JVM has ended: it was killed, or it had too little memory (spark.driver_memory)."

@@ -318,13 +318,13 @@ def test_before_the_first_run(
     assert line(out, "items") == "items not there yet"
     assert line(out, "ingest not") == "ingest not yet"
     assert line(out, "none") == "none yet"
-    assert err == ""
+    # What is waited for, also where nobody sees a terminal.
+    assert err == "  starting Spark\n"
     assert main(["show", "user", "ann", *paths]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(
-        f"Error: The table {tmp_path}/nowhere/interactions isn't there yet. Run the stage"
-    )
+    error = f"Error: The table {tmp_path}/nowhere/interactions isn't there yet. Run the stage"
+    assert err.startswith(f"  starting Spark\n{error}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -196,11 +196,18 @@ def _pipeline(files: ConfigFiles, assignments: SettingOverrides, debug: bool) ->
     if not debug:
         quiet()
     as_json = config.log == "json"
-    with _CONSOLE.status("starting Spark") if _CONSOLE.is_terminal else nullcontext():
-        spark = session(config.spark)
+    configure(as_json)
+    LOG.info("starting Spark")
+    spark = session(config.spark)
     spark.sparkContext.setLogLevel("WARN" if debug else "FATAL")
+
+    def begin(run_id: str, stage: str) -> None:
+        configure(as_json, run_id=run_id, stage=stage)
+        if stage == "start":
+            LOG.info("looking at the tables")
+
     reporter = Reporter(
-        stage=lambda run_id, stage: configure(as_json, run_id=run_id, stage=stage),
+        stage=begin,
         info=LOG.info,
         progress=partial(progress.watch, spark, None if as_json else _CONSOLE, LOG.info),
     )
