@@ -272,6 +272,7 @@ def test_the_summary_states_the_values_and_that_their_intervals_are_separate():
     assert "Recall@10 is 0.312 (95 % interval 0.290–0.330) against 0.061 (0.050–0.070)" in text
     assert "The intervals don't overlap" in text
     assert "items 1,234" in text
+    assert "Delivery of 24 November 2026, 09:12 UTC; 99 in the table now" in text
 
 
 def test_the_summary_says_that_a_small_difference_may_be_chance():
