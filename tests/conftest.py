@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,10 +17,29 @@ if TYPE_CHECKING:
 
     from vlm4rec_spark.pipeline import Pipeline
 
+# `make test` has two processes on two cores: a second thread of one only waits for the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONGEST_FILES = (
+    "test_cluster.py",
+    "test_pipeline.py",
+    "test_caption.py",
+    "test_evaluate.py",
+    "test_ingest.py",
+    "test_hostile.py",
+    "test_profiles.py",
+    "test_tables.py",
+    "test_maintain.py",
+    "test_docs.py",
+    "test_rules.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two longest files first: `make test` has two processes, and both end about together."""
-    items.sort(key=lambda item: item.path.name not in ("test_cluster.py", "test_pipeline.py"))
+    """The longest files first: `make test` has two processes, and both end about together."""
+    order = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +58,17 @@ def spark() -> Iterator[SparkSession]:
                 "spark.default.parallelism": "1",
                 "spark.databricks.delta.snapshotPartitions": "1",
                 "spark.sql.adaptive.enabled": "false",
+                # Nobody reads the plans in the UI. A thousand of them fill half the memory.
+                "spark.sql.ui.explainMode": "simple",
+                "spark.sql.maxPlanStringLength": "100",
+                "spark.sql.ui.retainedExecutions": "1",
+                "spark.ui.retainedJobs": "100",
+                "spark.ui.retainedStages": "100",
+                "spark.ui.retainedTasks": "1000",
+                # Spark checks each plan after each rule, and Delta the table after each commit.
+                "spark.sql.lightweightPlanChangeValidation": "false",
+                "spark.databricks.delta.stateReconstructionValidation.enabled": "false",
+                "spark.databricks.delta.autoCompact.enabled": "false",
             },
         )
     )

@@ -234,6 +234,17 @@ def test_more_effort_finds_more(
     assert recalls[3] >= 0.99
 
 
+def test_many_threads_find_what_one_finds(
+    searcher: Searcher, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is Spark's setting for its workers, and the tests' own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    by_one = search_top_k(searcher, queries, Effort(10, 100))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    by_many = search_top_k(searcher, queries, Effort(10, 100))
+    assert mean_recall(by_many, by_one) >= 0.99
+
+
 def test_scores_of_candidates_are_exact_cosines(
     searcher: Searcher, item_vectors: np.ndarray
 ) -> None:
