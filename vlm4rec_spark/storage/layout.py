@@ -35,7 +35,7 @@ def check(tables: Tables) -> None:
     for table in filter(tables.exists, TABLES.values()):
         name = tables.name_of(table)
         _check_layout(tables.properties(table), name)
-        _check_schema(table, tables.read(table).schema, name)
+        _check_schema(table, tables.stored_schema(table), name)
 
 
 def create_statement(table: Table, sql_name: str) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from pyspark.sql import DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import MapType, StructField
+from pyspark.sql.types import MapType, StructField, StructType
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.storage import commits, files, layout
@@ -29,6 +29,8 @@ _CONFLICT = re.compile(r"DELTA_(CONCURRENT_\w+|METADATA_CHANGED|PROTOCOL_CHANGED
 PARTS = ("", "_0", "_1")
 _WAITS = (0.5, 1, 2, 4, 8, None)
 """Seconds after each try of a commit; None: that was the last one."""
+_SMALL = 4 * 1024 * 1024
+"""Bytes of a table whose rows are kept in the driver: some 200,000 events."""
 _CATALOG_SCHEMA = re.compile(r"\w+\.\w+")
 HEAVY = {
     # A reader holds a row group, and a batch of up to 4,096 rows of it. At Parquet's 128 MB, two
@@ -48,6 +50,7 @@ class Tables:
         self.in_catalog = _CATALOG_SCHEMA.fullmatch(location) is not None
         self.location = location if self.in_catalog else files.qualified(location)
         self._versions: dict[str, int] = {}
+        self._small: dict[str, tuple[int, DataFrame]] = {}
 
     def name_of(self, table: Table) -> str:
         return (
@@ -78,8 +81,14 @@ class Tables:
         if self._is_new(table):
             # Spark drops joins with rows that it knows not to exist.
             return self.spark.createDataFrame([], table.schema).limit(0)
+        if self._is_small(table) and version in (None, self.version(table)):
+            return self._in_driver(table)
         options = {} if version is None else {"versionAsOf": str(version)}
         return self._load(table, options)
+
+    def stored_schema(self, table: Table) -> StructType:
+        """The columns of an existing table as they are."""
+        return self._load(table, {}).schema
 
     def frozen(self, table: Table) -> DataFrame:
         """The table as it is now, whatever is written to it later.
@@ -112,6 +121,7 @@ class Tables:
     def forget(self) -> None:
         """Look all versions up again: others may have written since."""
         self._versions.clear()
+        self._small.clear()
 
     def changed_since(self, table: Table, version: int) -> DataFrame:
         """Changes after `version` from the change feed: the table's columns, and _change_type."""
@@ -198,7 +208,7 @@ class Tables:
         staging = _staging(table, part)
         writer = rows.write.format("delta").mode("overwrite").option("overwriteSchema", "true")
         self.commit(table, lambda: self._save(writer, staging))
-        return self.read(staging)
+        return self._load(staging, {})
 
     def staged_rows(self, table: Table, part: str = "") -> int:
         """How many rows `staged` wrote."""
@@ -288,6 +298,28 @@ class Tables:
         written = next(self.commits(table)).metrics.get("numOutputRows")
         # Delta can be told to keep no metrics.
         return self.read(table).count() if written is None else int(written)
+
+    def _in_driver(self, table: Table) -> DataFrame:
+        """The rows of a small table, which are read once for each of its versions.
+
+        Delta takes one to four jobs to look up the files of each read. One partition needs no
+        shuffle to be joined or grouped, and each shuffle is a job too.
+        """
+        version = self.version(table)
+        if self._small.get(table.name, (-1,))[0] != version:
+            stored = self._load(table, {})
+            rows = self.spark.createDataFrame(stored.toArrow(), stored.schema)
+            self._small[table.name] = (version, rows)
+        rows = self._small[table.name][1]
+        # With names of its own, so that a table can be joined with itself.
+        return rows.coalesce(1).toDF(*rows.columns)
+
+    def _is_small(self, table: Table) -> bool:
+        if self.in_catalog:
+            return False
+        files = self.filesystem(self.location)
+        size = commits.size(files, self.name_of(table), self.version(table))
+        return size is not None and size <= _SMALL
 
     def _create(self, table: Table) -> None:
         if not self.exists(table):
