@@ -2,11 +2,12 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+NAMES := startup decode profiles recommend scientific pipeline caption_overhead caption_vs_daft captioner_quality
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST_ON_TWO_CORES := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-cluster soak check clean
+.PHONY: help demo test test-cluster soak bench check clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +23,10 @@ test-cluster: $(STAMP)  ## run the tests that start a cluster, or kill processes
 
 soak: $(STAMP)  ## kill runs at random moments, submit every job, damage photos; over an hour
 	@$(BIN)/python -m pytest -m soak --verbose
+
+bench: $(STAMP)  ## install the peers, run benchmarks: all, or those of make bench NAMES="startup decode"
+	@$(PIP) --editable '.[local,dev,bench]'
+	@for name in $(NAMES); do echo "benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit; done
 
 check: $(STAMP)  ## lint, check the layout, the types and the layers
 	@$(BIN)/ruff check .

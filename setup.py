@@ -44,6 +44,8 @@ EXTRAS = {
     "vllm": ["vllm>=0.22"],
     # The clients of the endpoint backend.
     "endpoint": ["anthropic>=0.40", "openai>=1.50"],
+    # Peers of benchmarks. Daft wants older packages, and gets a folder of its own.
+    "bench": ["faiss-cpu>=1.9"],
     "dev": [
         "anthropic>=0.40",
         "deltalake>=1",

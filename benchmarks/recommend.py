@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -776,6 +777,8 @@ def main() -> None:
         settings = RawSettings(**json.loads(options.raw.read_text()))
         print(json.dumps(asdict(run_raw(settings))))
         return
+    if find_spec("faiss") is None:
+        sys.exit("faiss isn't installed here. Get it with: make bench NAMES=recommend")
     quiet()
     results = Results()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,9 @@ LAYOUT = 1
 DEFAULT_LIST = "default"
 """The only list of a user, until there are several."""
 
+_RARE_CHECKPOINTS = (("delta.checkpointInterval", "100"),)
+"""For tables of few small files: a checkpoint takes longer than what reading it spares."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -320,6 +323,7 @@ STATE = Table(
     updated_at TIMESTAMP NOT NULL COMMENT 'When the row was written'""",
     key=("stage",),
     volatile=("run_id", "updated_at"),
+    properties=_RARE_CHECKPOINTS,
 )
 
 RUNS = Table(
@@ -345,7 +349,7 @@ RUNS = Table(
     ),
     # Every stage of every run adds one file of one row. From 50 small files on, the writer joins
     # them. Measured: reading 1,000 of them takes six times as long as 50.
-    properties=(("delta.autoOptimize.autoCompact", "true"),),
+    properties=(("delta.autoOptimize.autoCompact", "true"), *_RARE_CHECKPOINTS),
 )
 
 METRICS = Table(
