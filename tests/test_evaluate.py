@@ -567,6 +567,7 @@ def test_als_learns_who_takes_what_together(spark: SparkSession, monkeypatch):
         events.append((f"u{user:02d}", last, "2025-05-01"))
     tables = with_log(spark, events)
     monkeypatch.setattr(als, "GRID", als.GRID[:1])
+    monkeypatch.setattr(als, "_ITERATIONS", 4)
     lists = lists_of(
         spark,
         tables,

@@ -375,7 +375,7 @@ def test_another_reader_opens_every_table(shop: Shop):
 COLLECTED = {
     "index.index": "the one index build, whose memory is reported before it starts",
     "recommend._matching": "the co-occurring pairs, whose memory is reported before",
-    "arm_indexes._rows": "the index of an arm",
+    "arm_indexes._vectors": "the index of an arm",
     "point_in_time.count_pairs": "the pairs of items of an arm",
     "point_in_time.relevant": "at most evaluate.max_users test users",
     "point_in_time.users": "what those users have seen",

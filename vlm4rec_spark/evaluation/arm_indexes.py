@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -20,6 +21,9 @@ from vlm4rec_spark.models.index.searcher import Searcher
 
 NO_CONTENT = ""
 """The representation of an arm in which content has no share: every item has the same vector."""
+
+_FEW_ITEMS = 10_000
+"""Up to so many items the vectors of all representations are read at once: some 100 MB."""
 
 
 class ArmIndexes:
@@ -41,17 +45,27 @@ class ArmIndexes:
 
     def common_items(self, item_ids: pd.Index, representations: Iterable[str]) -> pd.Index:
         """The items, of these, that are in the index of each representation: the candidates."""
-        for representation in sorted(representations):
-            rows = self._rows(representation)
-            item_ids = item_ids[item_ids.isin(rows["item_id"].to_pylist())]
-            if len(item_ids):
-                self._build(representation, rows)
+        names = sorted(representations)
+        at_once = len(names) if len(item_ids) <= _FEW_ITEMS else 1
+        for start in range(0, len(names), max(at_once, 1)):
+            group = names[start : start + at_once]
+            vectors = self._vectors(group)
+            for representation in group:
+                rows = vectors.filter(pc.equal(vectors["representation"], representation))
+                item_ids = item_ids[item_ids.isin(rows["item_id"].to_pylist())]
+                if len(item_ids):
+                    self._build(representation, rows)
         self._candidates = item_ids
         return item_ids
 
     def searcher(self, representation: str) -> Searcher:
+        """The index of a representation of `common_items`, of a fusion, or of NO_CONTENT."""
         if representation not in self._searchers:
-            self._build(representation, self._rows(representation))
+            if representation in FUSIONS:
+                rows = self._fused(representation)
+            else:
+                rows = _table(self._candidates, np.ones((len(self._candidates), 1), np.float32))
+            self._build(representation, rows)
         return self._searchers[representation]
 
     def _build(self, representation: str, rows: pa.Table) -> None:
@@ -66,18 +80,12 @@ class ArmIndexes:
         )
         self._searchers[representation] = Searcher.open(index, verify=False)
 
-    def _rows(self, representation: str) -> pa.Table:
-        """item_id, embedding, content_sha256 and text, by item_id."""
-        if representation == NO_CONTENT:
-            return _table(self._candidates, np.ones((len(self._candidates), 1), np.float32))
-        if representation in FUSIONS:
-            return self._fused(representation)
-        is_real = ~F.col("fallback") & (F.col("representation") == representation)
-        text = F.lit("").alias("text")
-        rows = self._embeddings.where(is_real)
-        return (
-            rows.select("item_id", "embedding", "content_sha256", text).toArrow().sort_by("item_id")
-        )
+    def _vectors(self, representations: Sequence[str]) -> pa.Table:
+        """Rows of the table, by item_id, without fallbacks."""
+        is_real = ~F.col("fallback") & F.col("representation").isin(*representations)
+        columns = ("item_id", "representation", "embedding", "content_sha256")
+        rows = self._embeddings.where(is_real).select(*columns, F.lit("").alias("text"))
+        return rows.toArrow().sort_by("item_id")
 
     def _fused(self, fusion: str) -> pa.Table:
         texts = self.searcher(self._served)

@@ -6,8 +6,9 @@ the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,8 @@ from vlm4rec_spark.stages.profiles import ProfileSettings
 
 _ALS_SAMPLE = 2_000
 """Users, a seeded sample, on whose lists ALS is tuned."""
+_ALS_FITS = 2
+"""Fits at a time. A fit is many small jobs, between which the cores would wait."""
 _DRIVER_SCORES = 2**26
 """Users x items up to which the driver ranks. Histories hold each item of a user once, so they are
 a few hundred MB at most. One core scores so many pairs in seconds, and Spark needs as long to start
@@ -127,8 +130,9 @@ class PointInTime:
         """The test users' histories, as `profiles.histories` makes them."""
 
         def compute() -> Rows:
-            histories = profiles.summed_histories(self._events(settings), settings)
-            return histories.toArrow() if self.in_driver else histories.persist()
+            with self._plans():
+                histories = profiles.summed_histories(self._events(settings), settings)
+                return histories.toArrow() if self.in_driver else histories.persist()
 
         # Neither setting changes a history.
         key = settings.model_dump_json(exclude={"shape", "tastes"})
@@ -168,6 +172,17 @@ class PointInTime:
                 value.unpersist()
         self._cache.clear()
 
+    @contextmanager
+    def _plans(self) -> Iterator[None]:
+        """Without adaptive execution for few rows: it makes a job of every shuffle."""
+        key = "spark.sql.adaptive.enabled"
+        adaptive = cast(str, self.spark.conf.get(key))
+        self.spark.conf.set(key, "false" if self.in_driver else adaptive)
+        try:
+            yield
+        finally:
+            self.spark.conf.set(key, adaptive)
+
     def _cached(
         self,
         key: Hashable,
@@ -193,7 +208,8 @@ class PointInTime:
         candidates = self.candidates.withColumn("is_candidate", F.lit(True))
         rows = counts.join(candidates, on="item_id", how="left")
         rows = rows.where(F.col("is_candidate") | F.col("item_id").isNull())
-        return cast(pd.DataFrame, rows.toPandas()).set_index("item_id")
+        with self._plans():
+            return cast(pd.DataFrame, rows.toPandas()).set_index("item_id")
 
     def _of_candidates(self, column: str) -> np.ndarray:
         """A column of `_counts` in the order of the candidates; 0 for those without a row."""
@@ -299,21 +315,23 @@ class PointInTime:
         user_ids = users["user_id"].to_pandas()
         codes = user_item_codes(users["relevant"].to_pandas(), self.item_ids)
         counts = users["relevant"].to_pandas().map(len).to_numpy()
-        recall = {}
-        with self._ratings(validation.train) as ratings:
-            for setting in als.GRID:
-                factors = als.fit(
-                    ratings,
-                    setting,
-                    self.settings.seed,
-                    user_ids,
-                    self.item_ids,
-                )
-                lists = map_batches(users, rank_by_factors(self.item_ids, factors, k))
-                top = positions(lists, user_ids, self.item_ids, k)
-                hits = hit_mask(top, codes, len(self.item_ids))
-                recall[setting] = per_user(hits, counts, k)["recall"].mean()
-        return max(als.GRID, key=lambda setting: recall[setting])
+
+        def recall(setting: als.AlsSetting) -> float:
+            factors = als.fit(
+                ratings,
+                setting,
+                self.settings.seed,
+                user_ids,
+                self.item_ids,
+            )
+            lists = map_batches(users, rank_by_factors(self.item_ids, factors, k))
+            top = positions(lists, user_ids, self.item_ids, k)
+            hits = hit_mask(top, codes, len(self.item_ids))
+            return float(per_user(hits, counts, k)["recall"].mean())
+
+        with self._ratings(validation.train) as ratings, ThreadPoolExecutor(_ALS_FITS) as pool:
+            recalls = dict(zip(als.GRID, pool.map(recall, als.GRID), strict=True))
+        return max(als.GRID, key=lambda setting: recalls[setting])
 
     def _seen_lists(self, rank: BatchFunction) -> Iterable[pa.RecordBatch]:
         rows = self.histories(self.serving.profiles).select(["user_id", "seen"])
