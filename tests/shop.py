@@ -1,7 +1,9 @@
 """What tests of a shop share: its pipeline, its events, and the rows of its tables."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -43,6 +45,23 @@ def demo_settings(raw: Path) -> tuple[str, ...]:
         "report.photos=4",
         "report.users=2",
     )
+
+
+@dataclass
+class Shop:
+    """A folder with raw files, the settings that read them, and a pipeline of these settings."""
+
+    folder: Path
+    settings: tuple[str, ...]
+    run: Pipeline
+
+    def rows(self, table: Table) -> list[Row]:
+        return rows_of(self.run, table)
+
+    def copy(self, folder: Path) -> None:
+        """Copy its tables and its index to another folder; the raw files stay."""
+        for name in ("tables", "index"):
+            shutil.copytree(self.folder / name, folder / name)
 
 
 def rows_of(run: Pipeline, table: Table) -> list[Row]:

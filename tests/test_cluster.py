@@ -243,7 +243,7 @@ def pack(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Shop:
+class TwoRuns:
     """A run of the pipeline on the cluster, and a local one on the same raw files."""
 
     cluster: Cluster
@@ -253,7 +253,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(cluster: Cluster, pipeline: MakePipeline) -> Shop:
+def shop(cluster: Cluster, pipeline: MakePipeline) -> TwoRuns:
     raw = cluster.folder / "raw"
     settings = (
         *demo_settings(raw),
@@ -268,7 +268,7 @@ def shop(cluster: Cluster, pipeline: MakePipeline) -> Shop:
     cluster.submit("run_pipeline", *remote_settings)
     local = pipeline(cluster.folder / "local", *settings)
     local.run(STAGES)
-    return Shop(cluster, remote_settings, pipeline(remote, *settings), local)
+    return TwoRuns(cluster, remote_settings, pipeline(remote, *settings), local)
 
 
 def rows(run: Pipeline, table: Table) -> list[dict]:
@@ -287,7 +287,7 @@ def content(run: Pipeline, table: Table) -> list[str]:
     return sorted(str([row[name] for name in columns]) for row in rows(run, table))
 
 
-def test_the_cluster_makes_the_tables_of_one_machine(shop: Shop):
+def test_the_cluster_makes_the_tables_of_one_machine(shop: TwoRuns):
     for table in TABLES.values():
         remote = content(shop.remote, table)
         assert remote == content(shop.local, table), table.name
@@ -295,7 +295,7 @@ def test_the_cluster_makes_the_tables_of_one_machine(shop: Shop):
     assert (shop.cluster.folder / "remote" / "report.html").stat().st_size > 10_000
 
 
-def test_one_task_failed_and_a_copy_of_one_was_faster(shop: Shop):
+def test_one_task_failed_and_a_copy_of_one_was_faster(shop: TwoRuns):
     ends = shop.cluster.events("run_pipeline", "SparkListenerTaskEnd")
     (failed,) = [end for end in ends if end["Task Info"]["Failed"]]
     assert "Python worker exited unexpectedly" in json.dumps(failed["Task End Reason"])
@@ -303,12 +303,12 @@ def test_one_task_failed_and_a_copy_of_one_was_faster(shop: Shop):
     assert "Success" in reasons
 
 
-def test_each_model_sees_the_gpu_of_its_task_and_no_other(shop: Shop):
+def test_each_model_sees_the_gpu_of_its_task_and_no_other(shop: TwoRuns):
     # `all` is the local run: there Spark assigns none.
     assert set((shop.cluster.folder / "gpus").read_text().split()) == {"14", "24", "all"}
 
 
-def test_driver_and_workers_import_the_package_that_was_sent(shop: Shop, tmp_path):
+def test_driver_and_workers_import_the_package_that_was_sent(shop: TwoRuns, tmp_path):
     environment = shop.cluster.environment
     command = [environment["PYSPARK_PYTHON"], "-c", "import pyspark, vlm4rec_spark"]
     process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -319,7 +319,7 @@ def test_driver_and_workers_import_the_package_that_was_sent(shop: Shop, tmp_pat
     assert importers(shop, fake) == {"worker-1/work", "worker-2/work"}
 
 
-def importers(shop: Shop, module: str) -> set[str]:
+def importers(shop: TwoRuns, module: str) -> set[str]:
     """Folders of the cluster, by their first two names, from which a module was imported."""
     folder = shop.cluster.folder
     parents = set()
@@ -330,7 +330,7 @@ def importers(shop: Shop, module: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def new_captions(shop: Shop) -> list[dict]:
+def new_captions(shop: TwoRuns) -> list[dict]:
     """An item without a photo gets one, and the caption job runs: the captions that are new."""
     tables = shop.remote.tables
     before = rows(shop.remote, CAPTIONS)
@@ -346,7 +346,7 @@ def test_the_caption_job_alone_captions_the_new_photo(new_captions: list[dict]):
     assert [row["caption"] for row in new_captions] == ["A thing of red 0, green 4 and blue 0."]
 
 
-def test_no_secret_is_written_anywhere(shop: Shop):
+def test_no_secret_is_written_anywhere(shop: TwoRuns):
     folder = shop.cluster.folder
     assert len(list(folder.glob("worker-*/work/app-*/*/stderr"))) >= 2
     # Parquet is compressed, so rows are searched too.
@@ -360,7 +360,7 @@ def test_no_secret_is_written_anywhere(shop: Shop):
 
 
 @pytest.mark.soak
-def test_the_stages_own_jobs_make_the_same_tables(shop: Shop, pipeline: MakePipeline):
+def test_the_stages_own_jobs_make_the_same_tables(shop: TwoRuns, pipeline: MakePipeline):
     stage_by_stage = shop.cluster.folder / "stage-by-stage"
     jobs = (*STAGES, "maintain")
     for job in jobs:

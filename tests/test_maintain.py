@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
-from shop import MakePipeline, item_row
+from shop import MakePipeline, item_row, upsert
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline import Pipeline, maintain
@@ -191,13 +192,19 @@ def printed(spark: SparkSession) -> Iterator[Callable[[], str]]:
     console.setOutDirect(before)
 
 
+@pytest.fixture(scope="module")
+def two_files_folder(spark: SparkSession, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two-files")
+    for number in range(2):
+        Tables(spark, str(folder)).append(PRODUCTS, rows(spark, number))
+    return folder
+
+
 @pytest.fixture
-def two_files(spark: SparkSession, tmp_path) -> Tables:
+def two_files(spark: SparkSession, two_files_folder: Path, tmp_path) -> Tables:
     """Table `products` with one row in each of two files."""
-    tables = Tables(spark, str(tmp_path))
-    tables.insert(PRODUCTS, rows(spark, 0))
-    rows(spark, 1).write.format("delta").mode("append").save(tables.name_of(PRODUCTS))
-    return tables
+    shutil.copytree(two_files_folder, tmp_path, dirs_exist_ok=True)
+    return Tables(spark, str(tmp_path))
 
 
 def set_retention(tables: Tables, words: str) -> None:
@@ -316,7 +323,7 @@ def shop(pipeline: MakePipeline, tmp_path_factory) -> Pipeline:
         RECOMMENDATIONS: [("u1", "default", [], 5, "b" * 16, "r1", MONDAY)],
     }
     for table, table_rows in content.items():
-        run.tables.insert(table, run.spark.createDataFrame(table_rows, table.schema))
+        upsert(run, table, table_rows)
     run.tables.append(ITEMS, run.spark.createDataFrame([item_row("i1")], ITEMS.schema))
     for age, letter in enumerate("cbdae", start=5):
         index(folder / "index", letter * 16, age)

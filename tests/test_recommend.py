@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
 from shop import log
+from small_indexes import unit
 
 from vlm4rec_spark.models.encoding.text_encoder import load_embedder
 from vlm4rec_spark.models.index import neighbors
@@ -37,10 +38,6 @@ AT = datetime(2025, 1, 1)
 WITHDRAWN = [f"i{n:03d}" for n in range(0, ITEMS - 1, 7)]
 COLORS = ("red", "green", "blue", "black")
 MAX_SIMILARITY = ProfileScoring("max_similarity")
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-from shop import MakePipeline, build_exact, item_row, log
+from shop import MakePipeline, Shop, build_exact, item_row, log
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.index.searcher import Searcher
@@ -188,12 +188,6 @@ def write_csv(
     file.write_text("\n".join([header, *rows]) + "\n")
 
 
-class Shop(NamedTuple):
-    folder: Path
-    settings: tuple[str, ...]
-    pipeline: Pipeline
-
-
 @pytest.fixture(scope="module")
 def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
     """Lists of thirty items of three brands and ten parents, for two markets."""
@@ -254,7 +248,7 @@ def check_list(user: str, items: list) -> None:
 
 
 def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop):
-    lists = read_lists(shop.pipeline)
+    lists = read_lists(shop.run)
     assert set(lists) == {*USERS, "fresh", "picky"}  # u5 refused
     for user in USERS:
         check_list(user, lists[user])
@@ -269,13 +263,13 @@ def test_lists_obey_rules_caps_variants_and_exclusions(shop: Shop):
 
 
 def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop):
-    lists = read_lists(shop.pipeline)
+    lists = read_lists(shop.run)
     best = lists["u1"][0]["item_id"]
     with (shop.folder / "deny.csv").open("a") as deny:
         deny.write(f"u1,{best}\n")
-    (result,) = shop.pipeline.run(["recommend"])
+    (result,) = shop.run.run(["recommend"])
     assert result.status == "ok"
-    changed = read_lists(shop.pipeline)
+    changed = read_lists(shop.run)
     assert best not in {item["item_id"] for item in changed["u1"]}
     assert numbers(changed["u2"]) == numbers(lists["u2"])
 
@@ -283,7 +277,7 @@ def test_a_longer_deny_list_changes_lists_though_no_table_has_changed(shop: Shop
 def test_diversity_reorders_lists_and_popularity_follows_the_log(
     pipeline: MakePipeline, shop: Shop
 ):
-    lists = read_lists(shop.pipeline)
+    lists = read_lists(shop.run)
     least_popular = lists["fresh"][-1]["item_id"]
     assert lists["fresh"][0]["item_id"] != least_popular
     with (shop.folder / "log.csv").open("a") as log:

@@ -117,7 +117,7 @@ class BruteForce:
 
 
 @dataclass
-class Shop:
+class RandomShop:
     searcher: Searcher
     query_vectors: np.ndarray
     requests: ListRequests
@@ -137,7 +137,7 @@ class Shop:
         return BruteForce(vectors, scores, excluded, self.list_rules, rule_bits, self.k).expected()
 
 
-def random_shop(folder: Path, seed: int) -> Shop:
+def random_shop(folder: Path, seed: int) -> RandomShop:
     rng = np.random.default_rng(seed)
     items = int(rng.integers(1, 120))
     users = 12
@@ -157,7 +157,7 @@ def random_shop(folder: Path, seed: int) -> Shop:
         ],
     )
     searcher = build_index(folder / str(seed), vectors, EXACT)
-    return Shop(searcher, query_vectors, requests, list_rules, k)
+    return RandomShop(searcher, query_vectors, requests, list_rules, k)
 
 
 def random_rules(rng: np.random.Generator, items: int) -> ListRules:

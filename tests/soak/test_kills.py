@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import deltalake
 import pytest
+from shop import demo_settings, paths
 
-from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.storage.schemas import TABLES
 
 pytestmark = pytest.mark.soak
@@ -36,33 +36,21 @@ RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys
 SEED = 4
 
 
-class Shop:
+class KilledShop:
     """Raw files, and runs of the command line on them, each in a process session of its own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.raw = folder / "raw"
         self.started: list[subprocess.Popen] = []
-        catalogue.write(self.raw, items=60, users=60)
+        self.settings = demo_settings(folder / "raw")
 
     def start(self, name: str) -> subprocess.Popen:
         """Start a run whose tables, index and report go to the folder `name`."""
         out = self.folder / name
         settings = (
-            f"tables={out}/tables",
-            f"index.folder={out}/index",
-            f"report.path={out}/report.html",
-            f"ingest.items.path=[{self.raw}/catalogue.csv]",
-            f"ingest.interactions.path=['{self.raw}/events-*.csv.gz']",
-            f"ingest.photos.folder={self.raw}/photos",
-            f"ingest.users.path=[{self.raw}/users.csv]",
-            f"ingest.identities.path=[{self.raw}/identities.csv]",
-            f"evaluate.cut={catalogue.CUT}",
-            "evaluate.splits=[time]",
+            *paths(out),
+            *self.settings,
             "evaluate.arms=[popularity,caption]",
-            "report.photos=4",
-            "report.users=2",
-            "recommend.k=5",
             # A local master tries a failed task again only if it says so.
             "spark.master=local[2,4]",
             f"spark.conf={json.dumps(FAST)}",
@@ -86,8 +74,8 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory) -> Iterator[Shop]:
-    shop = Shop(tmp_path_factory.mktemp("kills"))
+def shop(tmp_path_factory) -> Iterator[KilledShop]:
+    shop = KilledShop(tmp_path_factory.mktemp("kills"))
     yield shop
     for process in shop.started:
         for pid in living(process):
@@ -102,7 +90,7 @@ class Expected(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def expected(shop: Shop) -> Expected:
+def expected(shop: KilledShop) -> Expected:
     start = time.monotonic()
     assert shop.start("undisturbed").wait(600) == 0, shop.log("undisturbed")
     return Expected(contents(shop.folder / "undisturbed"), time.monotonic() - start)
@@ -178,7 +166,7 @@ def temporary_files() -> set[Path]:
 
 
 def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
-    shop: Shop, expected: Expected
+    shop: KilledShop, expected: Expected
 ):
     rng = random.Random(SEED)
     files_before = temporary_files()
@@ -203,7 +191,9 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
     assert temporary_files() <= files_before
 
 
-def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(shop: Shop, expected: Expected):
+def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
+    shop: KilledShop, expected: Expected
+):
     rng = random.Random(SEED)
     kills = 0
     runs = 0
@@ -221,7 +211,9 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(shop: Shop, ex
     assert runs <= kills
 
 
-def test_of_two_drivers_that_start_in_the_same_second_one_works(shop: Shop, expected: Expected):
+def test_of_two_drivers_that_start_in_the_same_second_one_works(
+    shop: KilledShop, expected: Expected
+):
     processes = [shop.start("both"), shop.start("both")]
     assert [process.wait(600) for process in processes] == [0, 0], shop.log("both")
     assert "Another run is at work on these tables" in shop.log("both")
