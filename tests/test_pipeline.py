@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import pytest
 from pyspark.sql import Column, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.classic.dataframe import DataFrame
-from shop import MakePipeline, demo_settings, paths, rows_of, source_counts
+from shop import MakePipeline, Shop, demo_settings, paths, source_counts
 
 from vlm4rec_spark.cli import main
 from vlm4rec_spark.config import load
@@ -58,22 +58,16 @@ QUICK = """spark.conf={spark.sql.shuffle.partitions: "1", spark.sql.codegen.whol
 
 
 @dataclass
-class Shop:
-    """A folder with raw files, the settings that read them, and what the first run made of them."""
+class RecordedShop(Shop):
+    """What the first run made of the shop."""
 
-    folder: Path
-    settings: tuple[str, ...]
-    first: Pipeline
     collected: dict[str, int] = field(default_factory=dict)
     """Rows that each function of the package brought to the driver, at most."""
     results: dict[str, StageResult] = field(default_factory=dict)
 
-    def rows(self, table: Table) -> list:
-        return rows_of(self.first, table)
-
 
 @pytest.fixture(scope="module")
-def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
+def shop(pipeline: MakePipeline, tmp_path_factory) -> RecordedShop:
     folder = tmp_path_factory.mktemp("shop")
     settings = (
         *demo_settings(folder / "raw"),
@@ -81,11 +75,11 @@ def shop(pipeline: MakePipeline, tmp_path_factory) -> Shop:
         "profiles.shape=max_similarity",
         f"item_item.share={SHARE}",
     )
-    shop = Shop(folder, settings, pipeline(folder, *settings))
+    shop = RecordedShop(folder, settings, pipeline(folder, *settings))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("collect", "toPandas", "toArrow"):
             patch.setattr(DataFrame, name, _recording(getattr(DataFrame, name), shop.collected))
-        shop.first.run(STAGES, lambda result: shop.results.update({result.stage: result}))
+        shop.run.run(STAGES, lambda result: shop.results.update({result.stage: result}))
     return shop
 
 
@@ -107,7 +101,7 @@ def counts(result: StageResult) -> tuple[int, int, int]:
     return result.ok, result.failed, result.skipped
 
 
-def test_ingest_takes_or_rejects_every_row(shop: Shop):
+def test_ingest_takes_or_rejects_every_row(shop: RecordedShop):
     details = shop.results["ingest"].details
     # catalogue.py: 60 items, three bad rows and one twice; three items without a photo, five
     # with two.
@@ -124,7 +118,7 @@ def test_ingest_takes_or_rejects_every_row(shop: Shop):
     assert sum(row["occurrences"] for row in shop.rows(REJECTED)) == 33
 
 
-def test_every_photo_is_captioned_and_every_item_embedded(shop: Shop):
+def test_every_photo_is_captioned_and_every_item_embedded(shop: RecordedShop):
     # 57 photos. Two repeat the first, and the two HTML pages are alike. Two are corrupt, one is
     # empty, one is HTML.
     assert counts(shop.results["caption"]) == (50, 4, 3)
@@ -136,7 +130,7 @@ def test_every_photo_is_captioned_and_every_item_embedded(shop: Shop):
     assert shop.results["index"].ok == 60
 
 
-def test_every_user_with_a_history_has_k(shop: Shop):
+def test_every_user_with_a_history_has_k(shop: RecordedShop):
     # A bot, a user of unknown items and one who only scrolled have none.
     assert counts(shop.results["profiles"]) == (60, 0, 3)
     assert shop.results["profiles"].details["bot_events"] == "3000"
@@ -221,7 +215,7 @@ def check_score(item: Row, content: dict[str, float], item_item: dict[str, float
     assert shares[item["because_item_id"]] == pytest.approx(max(shares.values()), abs=2e-6)
 
 
-def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: Shop):
+def test_a_score_blends_the_highest_weighted_similarity_and_co_occurrence(shop: RecordedShop):
     vectors = {
         row["item_id"]: np.array(row["embedding"])
         for row in shop.rows(EMBEDDINGS)
@@ -278,7 +272,7 @@ print(json.dumps([[searcher.ids[item], score] for item, score in zip(top[0], sco
 """
 
 
-def variant_groups(shop: Shop) -> dict[str, int]:
+def variant_groups(shop: RecordedShop) -> dict[str, int]:
     """By item the number of its group: items with one parent or one photo, over others too."""
     photos = {
         row["item_id"]: row["image_sha256"] for row in shop.rows(PHOTOS) if row["position"] == 0
@@ -293,7 +287,7 @@ def variant_groups(shop: Shop) -> dict[str, int]:
     return group
 
 
-def test_a_process_without_spark_makes_the_list_of_the_table(shop: Shop):
+def test_a_process_without_spark_makes_the_list_of_the_table(shop: RecordedShop):
     profile = shop.rows(PROFILES)[0]
     groups = variant_groups(shop)
     facts = {
@@ -312,7 +306,7 @@ def test_a_process_without_spark_makes_the_list_of_the_table(shop: Shop):
     assert json.loads(output) == [[item["item_id"], item["score"]] for item in row["items"]]
 
 
-def test_metrics_and_exports(shop: Shop):
+def test_metrics_and_exports(shop: RecordedShop):
     metrics = {
         (row["arm"], row["metric"]): row
         for row in shop.rows(METRICS)
@@ -333,7 +327,7 @@ def test_metrics_and_exports(shop: Shop):
     assert '<tr class="highlight"><th scope="row">blend</th>' in page
 
 
-def test_the_captions_are_audited(shop: Shop):
+def test_the_captions_are_audited(shop: RecordedShop):
     rows = [row for row in shop.rows(METRICS) if row["split"] == "captions"]
     metrics = {row["metric"]: row for row in rows}
     # No photo is captioned again unless configured, and the demo's catalogue has no attributes.
@@ -349,7 +343,7 @@ def test_the_captions_are_audited(shop: Shop):
     assert "Do the captions come from the photos?" in (shop.folder / "report.html").read_text()
 
 
-def test_every_stage_is_recorded(shop: Shop):
+def test_every_stage_is_recorded(shop: RecordedShop):
     runs = {row["stage"]: row for row in shop.rows(RUNS)}
     assert set(runs) == set(STAGES)
     for stage, row in runs.items():
@@ -365,7 +359,7 @@ def test_every_stage_is_recorded(shop: Shop):
     assert {row["run_id"] for row in states.values()} == {row["run_id"] for row in runs.values()}
 
 
-def test_another_reader_opens_every_table(shop: Shop):
+def test_another_reader_opens_every_table(shop: RecordedShop):
     for table in TABLES.values():
         other = deltalake.DeltaTable(str(shop.folder / "tables" / table.name))
         assert other.count() == len(shop.rows(table)), table.name
@@ -399,22 +393,10 @@ FEW_ROWS = 24
 """Such as reasons, stages, tables and samples."""
 
 
-def test_nothing_that_grows_is_brought_to_the_driver(shop: Shop):
+def test_nothing_that_grows_is_brought_to_the_driver(shop: RecordedShop):
     many = {name for name, rows in shop.collected.items() if rows > FEW_ROWS}
     assert many - COLLECTED.keys() == set()
     assert shop.collected["index.index"] == 60
-
-
-def test_tables_in_a_catalog_hold_the_same(
-    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path
-):
-    spark.sql("CREATE SCHEMA IF NOT EXISTS whole")
-    try:
-        other = pipeline(tmp_path, *shop.settings, "tables=spark_catalog.whole")
-        other.run([stage for stage in STAGES if stage != "evaluate"])
-        assert_same_content(other, shop.first)
-    finally:
-        spark.sql("DROP SCHEMA whole CASCADE")
 
 
 def _doubled(number: Column) -> Column:
@@ -446,29 +428,31 @@ def _doubled(number: Column) -> Column:
     ids=lambda value: value.name if isinstance(value, Table) else "",
 )
 def test_the_real_tables_refuse_a_bad_row(
-    shop: Shop, table: Table, column: str, bad: Callable[[], Column], refusal: str
+    shop: RecordedShop, table: Table, column: str, bad: Callable[[], Column], refusal: str
 ):
-    rows = shop.first.tables.read(table).limit(1).withColumn(column, bad())
+    rows = shop.run.tables.read(table).limit(1).withColumn(column, bad())
     with pytest.raises(Exception, match=refusal):
-        rows.write.format("delta").mode("append").save(shop.first.tables.name_of(table))
+        rows.write.format("delta").mode("append").save(shop.run.tables.name_of(table))
 
 
-def test_a_second_run_has_nothing_to_do(shop: Shop, pipeline: MakePipeline):
+def test_a_second_run_has_nothing_to_do(shop: RecordedShop, pipeline: MakePipeline):
     again = pipeline(shop.folder, *shop.settings)
     before = again.tables.versions(TABLES.values())
+    recorded = again.tables.read(RUNS).count()
     # As a killed run leaves it.
     again.tables.staged(ITEM_CAPTIONS, again.tables.read(ITEM_CAPTIONS))
     results = again.run(STAGES)
     assert list((shop.folder / "tables").glob("_*")) == []
     assert [result.stage for result in results] == list(STAGES)
     assert {result.status for result in results} == {"unchanged"}
-    assert {result.details["unchanged_since"] for result in results} == {shop.first.run_id}
+    assert {result.details["unchanged_since"] for result in results} == {shop.run.run_id}
     after = again.tables.versions(TABLES.values())
-    assert after.pop("runs") == before.pop("runs") + len(STAGES)
+    assert after.pop("runs") == before.pop("runs") + 1
     assert after == before
+    assert again.tables.read(RUNS).count() == recorded + len(STAGES)
 
 
-def command_options(shop: Shop) -> list[str]:
+def command_options(shop: RecordedShop) -> list[str]:
     """The shop's settings, as the command line takes them."""
     return ["--config", "test.yaml", *assignments(*paths(shop.folder), *shop.settings)]
 
@@ -477,13 +461,13 @@ def assignments(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def test_the_figures_of_an_evaluation_are_printed_as_json(shop: Shop, capsys):
+def test_the_figures_of_an_evaluation_are_printed_as_json(shop: RecordedShop, capsys):
     assert main(["evaluate", "--json", *command_options(shop)]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert (printed["run_id"], printed["config"]["k"]) == (shop.first.run_id, 10)
+    assert (printed["run_id"], printed["config"]["k"]) == (shop.run.run_id, 10)
     assert printed["versions"] == shop.results["evaluate"].versions
     assert printed["details"]["time"]["users"] > 30
-    assert len(printed["metrics"]) == shop.first.tables.read(METRICS).count()
+    assert len(printed["metrics"]) == shop.run.tables.read(METRICS).count()
     blend = [
         row
         for row in printed["metrics"]
@@ -492,7 +476,7 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(shop: Shop, capsys):
     assert [row["slice"] for row in blend] == ["all"]
 
 
-def test_tune_writes_a_configuration_that_can_be_used(shop: Shop, tmp_path, monkeypatch):
+def test_tune_writes_a_configuration_that_can_be_used(shop: RecordedShop, tmp_path, monkeypatch):
     tried = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.5,)}
     monkeypatch.setattr(tune, "OPTIONS", tried)
     out = tmp_path / "tuned.yaml"
@@ -508,14 +492,28 @@ def test_tune_writes_a_configuration_that_can_be_used(shop: Shop, tmp_path, monk
     assert main(["tune", "--out", missing, *options]) == 2
 
 
-def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: MakePipeline):
-    before = contents(shop.first)
-    metrics = content(shop.first, METRICS)
+@pytest.fixture
+def catalogued(
+    spark: SparkSession, shop: RecordedShop, pipeline: MakePipeline, tmp_path
+) -> Iterator[Pipeline]:
+    """A copy of the shop with its tables in a catalog, but for those of publish."""
+    shop.copy(tmp_path)
+    spark.sql("CREATE SCHEMA whole")
+    for table in TABLES.values():
+        if table not in (EXPORT_LONG, EXPORT_WIDE):
+            location = tmp_path / "tables" / table.name
+            spark.sql(f"CREATE TABLE whole.{table.name} USING DELTA LOCATION '{location}'")
+    yield pipeline(tmp_path, *shop.settings, "tables=spark_catalog.whole")
+    spark.sql("DROP SCHEMA whole CASCADE")
+
+
+def test_a_run_that_redoes_everything_in_a_catalog_changes_nothing(
+    spark: SparkSession, shop: RecordedShop, catalogued: Pipeline
+):
     # As after a run that was killed before it could record itself.
-    state = shop.first.tables.sql_name(STATE)
-    shop.first.spark.sql(f"DELETE FROM {state} WHERE stage != 'index'")
-    again = pipeline(shop.folder, *shop.settings)
-    results = {result.stage: result for result in again.run(STAGES)}
+    spark.sql("DELETE FROM whole.state WHERE stage != 'index'")
+    results = {result.stage: result for result in catalogued.run(STAGES)}
+    assert results["index"].status == "unchanged"
     # No log file and no photo is opened again.
     assert source_counts(results["ingest"], "interactions") == {}
     photos = source_counts(results["ingest"], "photos")
@@ -523,16 +521,17 @@ def test_a_run_that_redoes_everything_changes_nothing(shop: Shop, pipeline: Make
     assert counts(results["caption"]) == (0, 0, 57)
     assert counts(results["embed"]) == (0, 0, 180)
     # A run's metrics are its own.
-    assert content(again, METRICS) == sorted(2 * metrics)
-    assert contents(again) == before
+    assert content(catalogued, METRICS) == sorted(2 * content(shop.run, METRICS))
+    assert_same_content(catalogued, shop.run)
+    made = {row["tableName"] for row in spark.sql("SHOW TABLES IN whole").collect()}
+    assert {EXPORT_LONG.name, EXPORT_WIDE.name} <= made
 
 
 def test_a_copied_shop_opens_its_own_index(
-    shop: Shop, pipeline: MakePipeline, tmp_path, monkeypatch
+    shop: RecordedShop, pipeline: MakePipeline, tmp_path, monkeypatch
 ):
     copy = tmp_path / "copy"
-    for name in ("tables", "index"):
-        shutil.copytree(shop.folder / name, copy / name)
+    shop.copy(copy)
     opened: set[Path] = set()
     open_searcher = Searcher.open
 
@@ -549,7 +548,7 @@ def test_a_copied_shop_opens_its_own_index(
     assert opened == {copy / "index"}
 
 
-def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp_path):
+def test_a_failed_stage_leaves_its_state(shop: RecordedShop, pipeline: MakePipeline, tmp_path):
     shutil.copytree(shop.folder / "tables", tmp_path / "tables")
     # Without the index folder.
     run = pipeline(tmp_path, *shop.settings)
@@ -562,7 +561,7 @@ def test_a_failed_stage_leaves_its_state(shop: Shop, pipeline: MakePipeline, tmp
 
 @pytest.mark.cluster
 def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_completes(
-    shop: Shop, pipeline: MakePipeline, tmp_path
+    shop: RecordedShop, pipeline: MakePipeline, tmp_path
 ):
     # The tables are named by a URI here.
     tables = f"tables=file://{tmp_path}/tables"
@@ -582,11 +581,11 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_comp
     finally:
         killed.set()
         killer.join()
-    assert_same_content(again, shop.first)
+    assert_same_content(again, shop.run)
     assert list((tmp_path / "tables").glob("_*")) == []
 
 
-def _kill_a_driver(shop: Shop, tables: str, folder: Path) -> None:
+def _kill_a_driver(shop: RecordedShop, tables: str, folder: Path) -> None:
     """Run all stages in a process, and kill it when photos are staged and not yet in `photos`."""
     code = "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])"
     options = ["--config", "test.yaml", *assignments(*paths(folder), tables, *shop.settings, QUICK)]
@@ -669,7 +668,7 @@ FAULTS: dict[str, tuple[type[Vlm4RecError], str, list[str]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_error_is_one_paragraph_and_changes_no_table(
-    spark: SparkSession, shop: Shop, pipeline: MakePipeline, tmp_path, fault: str
+    spark: SparkSession, shop: RecordedShop, pipeline: MakePipeline, tmp_path, fault: str
 ):
     (tmp_path / "empty.csv").write_text("item_id,title\n")
     (tmp_path / "others.csv").write_text(
