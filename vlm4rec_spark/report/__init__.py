@@ -4,6 +4,7 @@ steps."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,11 @@ from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.report.data import ReportSettings
 
 if TYPE_CHECKING:
+    from vlm4rec_spark.storage.state import StageState
     from vlm4rec_spark.storage.tables import Tables
 
 
-def write(tables: Tables, settings: ReportSettings) -> Path:
+def write(tables: Tables, states: Mapping[str, StageState], settings: ReportSettings) -> Path:
     """Write the page to `settings.path`, whole or not at all. Raises RunError if it can't be
     written."""
     # Here, so that the config can import ReportSettings without Jinja2 and matplotlib.
@@ -22,7 +24,7 @@ def write(tables: Tables, settings: ReportSettings) -> Path:
     from vlm4rec_spark.report.page import render
 
     path = Path(settings.path)
-    page = render(collect(tables, settings))
+    page = render(collect(tables, states, settings))
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

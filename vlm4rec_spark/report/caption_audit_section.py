@@ -129,7 +129,7 @@ class AuditExamples:
         return tuple(
             AuditExample(
                 thumbnails.photo(key, example["caption"]),
-                *(example[name] for name in ("second_caption", "rank", "attribute", "value")),
+                *(example.get(name) for name in ("second_caption", "rank", "attribute", "value")),
             )
             for key, example in zip(self.photo_keys, self._examples, strict=True)
         )

@@ -1,5 +1,4 @@
-"""Delta tables to `ReportData`: counts, runs, rejected rows and metrics; `samples.py` reads what
-has photos.
+"""Delta tables to `ReportData`: runs and metrics; `figures.py` counts, `samples.py` has the photos.
 
 Knows tables and limits; knows no HTML. Every choice is by hash or order, so equal tables give equal
 values.
@@ -7,16 +6,16 @@ values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.report.caption_audit_section import AuditExamples
 from vlm4rec_spark.report.data import (
     MetricRow,
+    PhotoSummary,
     Rejection,
     ReportData,
     ReportSettings,
@@ -24,15 +23,13 @@ from vlm4rec_spark.report.data import (
     StageRun,
     group_of_details,
 )
-from vlm4rec_spark.report.samples import (
-    CaptionSamples,
-    UserSamples,
-    photo_summary,
-)
+from vlm4rec_spark.report.figures import EXAMPLE_LENGTH, Figures
+from vlm4rec_spark.report.samples import CaptionSamples, UserSamples
 from vlm4rec_spark.report.thumbnails import Thumbnails
-from vlm4rec_spark.storage import schemas, state
+from vlm4rec_spark.storage import schemas
 
 if TYPE_CHECKING:
+    from vlm4rec_spark.storage.state import StageState
     from vlm4rec_spark.storage.tables import Tables
 
 _STAGES = (
@@ -46,13 +43,6 @@ _STAGES = (
     "publish",
     "evaluate",
 )
-_COUNTED = (
-    schemas.ITEMS,
-    schemas.PHOTOS,
-    schemas.INTERACTIONS,
-    schemas.CAPTIONS,
-    schemas.RECOMMENDATIONS,
-)
 _SOURCES = ("items", "photos", "interactions")
 _RUN_COLUMNS = (
     "stage",
@@ -64,40 +54,44 @@ _RUN_COLUMNS = (
     "rows_failed",
     "rows_skipped",
 )
-_RUNS_PER_STAGE = 50
+_RUNS = 10_000
 _REASONS = 40
-_EXAMPLE_LENGTH = 240
 _METRICS = 20_000
 
 
-def collect(tables: Tables, settings: ReportSettings) -> ReportData:
+def collect(
+    tables: Tables,
+    states: Mapping[str, StageState],
+    settings: ReportSettings,
+) -> ReportData:
     """Read what the page shows. A missing table counts as empty."""
     history = _history(tables)
-    counts = {table.name: tables.read(table).count() for table in _COUNTED}
     # Without the report's own runs: this one can't know about itself.
     runs = [stage_runs[0] for stage, stage_runs in history.items() if stage != "report"]
-    evaluated = next(iter(history.get("evaluate", ())), None)
-    captions = CaptionSamples(tables, settings.photos, history.get("caption", ()))
+    caption_runs = history.get("caption", ())
+    figures = Figures(tables, caption_runs, max(_REASONS, settings.photos))
+    captions = CaptionSamples(figures, settings.photos, caption_runs)
     users = UserSamples(tables, settings.users)
-    states = state.read(tables)
-    evaluation = states["evaluate"].output.evaluation if "evaluate" in states else None
+    evaluate = states.get("evaluate")
+    evaluation = (evaluate and evaluate.output.evaluation) or {}
     recommend = states.get("recommend")
-    caption_audit = (evaluation or {}).get("caption_audit") or {}
+    caption_audit = evaluation.get("caption_audit") or {}
     audit = AuditExamples(caption_audit)
-    photo_keys = [*captions.photo_keys, *audit.photo_keys]
-    thumbnails = Thumbnails(tables, photo_keys, users.item_ids)
+    counts = figures.counts("tables")
+    photos = counts.get("photos", 0)
+    thumbnails = Thumbnails(tables, captions.photos, audit.photo_keys, users.item_ids, photos)
     return ReportData(
         counts=counts,
         runs=tuple(sorted(runs, key=_stage_order)),
         sources=_sources(history.get("ingest", ())),
-        rejections=_rejections(tables),
-        photos=photo_summary(tables, counts["photos"]),
+        rejections=_rejections(figures),
+        photos=_photo_summary(figures.counts("shared"), thumbnails.kinds),
         captions=captions.with_photos(thumbnails),
         caption_audit=caption_audit,
         audit_examples=audit.with_photos(thumbnails),
         users=users.with_photos(thumbnails),
-        metrics=_metrics(tables, evaluated),
-        splits=(evaluation or {}).get("splits") or {},
+        metrics=_metrics(tables, history.get("evaluate", ())),
+        splits=evaluation.get("splits") or {},
         calibration=recommend.output.calibration if recommend else None,
     )
 
@@ -106,29 +100,22 @@ def _history(tables: Tables) -> dict[str, list[StageRun]]:
     """Each stage's good runs, latest first; the first one says whether a later run failed."""
     good: dict[str, list[StageRun]] = {}
     failed_since: dict[str, datetime] = {}
-    latest_first = Window.partitionBy("stage").orderBy(F.desc("started_at"), "run_id")
-    rows = (
-        tables.read(schemas.RUNS)
-        .where(F.col("status") != "unchanged")
-        # Collecting a timestamp would turn it into this machine's time zone.
-        .withColumn("started", F.unix_micros("started_at"))
-        .withColumn("number", F.row_number().over(latest_first))
-        .where(F.col("number") <= _RUNS_PER_STAGE)
-        .drop("config", "started_at")
-    )
-    for row in rows.orderBy("stage", "number").collect():
+    runs = tables.read(schemas.RUNS).where(F.col("status") != "unchanged").drop("config")
+    latest = runs.orderBy(F.desc("started_at"), "run_id").limit(_RUNS)
+    # Collecting a timestamp would turn it into this machine's time zone.
+    for row in latest.withColumn("started_at", F.unix_micros("started_at")).collect():
         stage = row["stage"]
-        started_at = datetime.fromtimestamp(row["started"] / 1e6, UTC)
+        started_at = datetime.fromtimestamp(row["started_at"] / 1e6, UTC)
         if row["status"] != "ok":
             failed_since.setdefault(stage, started_at)
             continue
-        runs = good.setdefault(stage, [])
-        runs.append(
+        stage_runs = good.setdefault(stage, [])
+        stage_runs.append(
             StageRun(
                 started_at=started_at,
                 versions=dict(sorted(row["versions"].items())),
                 details=dict(sorted(row["details"].items())),
-                failed_since=None if runs else failed_since.get(stage),
+                failed_since=None if stage_runs else failed_since.get(stage),
                 **{name: row[name] for name in _RUN_COLUMNS},
             )
         )
@@ -163,32 +150,28 @@ def _source(source: str, run: StageRun) -> SourceSummary:
     )
 
 
-def _rejections(tables: Tables) -> tuple[Rejection, ...]:
-    rejected = tables.read(schemas.REJECTED).select(
-        F.split("source", " ")[0].alias("source"),
-        # What follows a colon names one file or one error: every row would be a reason of its own.
-        F.regexp_replace("reason", ":.*", "").alias("reason"),
-        "occurrences",
-        # The column in which Spark keeps what it couldn't parse; empty, it only fills the line.
-        F.regexp_replace("row", ',?"_corrupt_record":null', "").alias("row"),
-    )
-    example = F.substring(F.min("row"), 1, _EXAMPLE_LENGTH + 1).alias("example")
-    reasons = rejected.groupBy("source", "reason").agg(F.sum("occurrences").alias("rows"), example)
-    ordered = reasons.orderBy("source", F.desc("rows"), "reason").limit(_REASONS)
-    return tuple(
-        Rejection(row["source"], row["reason"], row["rows"], _shortened(row["example"]))
-        for row in ordered.collect()
-    )
+def _rejections(figures: Figures) -> tuple[Rejection, ...]:
+    rejections = [
+        Rejection(source, row["key"], row["rows"], _shortened(row["example"]))
+        for source, rows in sorted(figures.by_name("rejected").items())
+        for row in rows
+    ]
+    return tuple(rejections[:_REASONS])
 
 
 def _shortened(example: str) -> str:
-    return example if len(example) <= _EXAMPLE_LENGTH else example[:_EXAMPLE_LENGTH] + "…"
+    return example if len(example) <= EXAMPLE_LENGTH else example[:EXAMPLE_LENGTH] + "…"
 
 
-def _metrics(tables: Tables, evaluated: StageRun | None) -> tuple[MetricRow, ...]:
-    """The latest evaluation's rows; none without a good run of evaluate."""
-    if evaluated is None:
+def _photo_summary(shared: Mapping[str, int], kinds: Mapping[str, int]) -> PhotoSummary:
+    contents = shared.get("contents", 0)
+    return PhotoSummary(sum(kinds.values()), kinds, contents, shared.get("photos", 0))
+
+
+def _metrics(tables: Tables, runs: Sequence[StageRun]) -> tuple[MetricRow, ...]:
+    """The latest evaluation's rows; none without a good run of evaluate (latest first)."""
+    if not runs:
         return ()
-    rows = tables.read(schemas.METRICS).where(F.col("run_id") == evaluated.run_id)
+    rows = tables.read(schemas.METRICS).where(F.col("run_id") == runs[0].run_id)
     ordered = rows.orderBy("split", "k", "metric", "slice", "arm").limit(_METRICS)
     return tuple(MetricRow(**row.asDict()) for row in ordered.drop("run_id").collect())
