@@ -62,12 +62,6 @@ def in_folder(files: Files, table: str) -> Iterator[Commit]:
             yield Commit(version, info["timestamp"] * 1000, info["operation"], metrics)
 
 
-def size(files: Files, table: str, version: int) -> int | None:
-    """Bytes of the table in a folder, by the checksum that Delta keeps of a version; else None."""
-    checksum = files.read(f"{table}/_delta_log/{version:020d}.crc")
-    return json.loads(checksum)["tableSizeBytes"] if checksum else None
-
-
 def by_sql(spark: SparkSession, table: str) -> Iterator[Commit]:
     """Commits of a table, latest first; `table` is its name in a statement."""
     # Not as a timestamp: collecting one would turn it into this machine's time zone.

@@ -6,12 +6,13 @@ the upkeep.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pyspark.sql import DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
@@ -23,6 +24,9 @@ from vlm4rec_spark.storage import commits, files, layout
 from vlm4rec_spark.storage.commits import Commit
 from vlm4rec_spark.storage.files import Files, LocalFiles
 from vlm4rec_spark.storage.schemas import TABLES, Table
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 T = TypeVar("T")
 _CONFLICT = re.compile(r"DELTA_(CONCURRENT_\w+|METADATA_CHANGED|PROTOCOL_CHANGED)")
@@ -51,7 +55,7 @@ class Tables:
         self.in_catalog = _CATALOG_SCHEMA.fullmatch(location) is not None
         self.location = location if self.in_catalog else files.qualified(location)
         self._versions: dict[str, int] = {}
-        self._small: dict[str, tuple[int, DataFrame]] = {}
+        self._small: dict[str, tuple[int, DataFrame | None]] = {}
 
     def name_of(self, table: Table) -> str:
         return (
@@ -82,13 +86,15 @@ class Tables:
         if self._is_new(table):
             # Spark drops joins with rows that it knows not to exist.
             return self.spark.createDataFrame([], table.schema).limit(0)
-        if self._is_small(table) and version in (None, self.version(table)):
-            return self._in_driver(table)
+        if version is None and (rows := self._in_driver(table)) is not None:
+            return rows
         options = {} if version is None else {"versionAsOf": str(version)}
         return self._load(table, options)
 
     def stored_schema(self, table: Table) -> StructType:
         """The columns of an existing table as they are."""
+        if stored := self._without_spark(table):
+            return StructType.fromJson(json.loads(stored.schema().to_json()))
         return self._load(table, {}).schema
 
     def frozen(self, table: Table) -> DataFrame:
@@ -97,7 +103,10 @@ class Tables:
         A table that was read otherwise is read again by each action. A commit refreshes even what
         was persisted from it.
         """
-        return self.read(table, self.version(table) if self.exists(table) else None)
+        if not self.exists(table):
+            return self.read(table)
+        rows = self._in_driver(table)
+        return self.read(table, self.version(table)) if rows is None else rows
 
     def version(self, table: Table) -> int:
         """The latest version of an existing table."""
@@ -235,6 +244,8 @@ class Tables:
 
     def properties(self, table: Table) -> dict[str, str]:
         """The Delta properties of an existing table."""
+        if stored := self._without_spark(table):
+            return dict(stored.metadata().configuration)
         rows = self.spark.sql(f"SHOW TBLPROPERTIES {self.sql_name(table)}").collect()
         return {row["key"]: row["value"] for row in rows}
 
@@ -300,32 +311,43 @@ class Tables:
         # Delta can be told to keep no metrics.
         return self.read(table).count() if written is None else int(written)
 
-    def _in_driver(self, table: Table) -> DataFrame:
-        """The rows of a small table, which are read once for each of its versions.
+    def _in_driver(self, table: Table) -> DataFrame | None:
+        """The rows of a small table, which are read once for each of its versions; else None.
 
         Spark takes four jobs to look up the files of a new version and one for each read of them.
         The deltalake library takes milliseconds. Rows of one partition are joined and grouped
         without shuffles, each of which is a job too.
         """
+        if self.in_catalog:
+            return None
         version = self.version(table)
         if self._small.get(table.name, (-1,))[0] != version:
-            from deltalake import DeltaTable
-
-            stored = DeltaTable(without_file_scheme(self.name_of(table)), version=version)
-            rows = self.spark.createDataFrame(stored.to_pyarrow_table(), self.stored_schema(table))
-            self._small[table.name] = (version, rows)
+            self._small[table.name] = (version, self._small_rows(table))
         rows = self._small[table.name][1]
         # With names of its own, so that a table can be joined with itself.
-        return rows.coalesce(1).toDF(*rows.columns)
+        return None if rows is None else rows.coalesce(1).toDF(*rows.columns)
 
-    def _is_small(self, table: Table) -> bool:
-        if self.in_catalog:
-            return False
-        files = self.filesystem(self.location)
-        if not isinstance(files, LocalFiles):
-            return False
-        size = commits.size(files, self.name_of(table), self.version(table))
-        return size is not None and size <= _SMALL
+    def _small_rows(self, table: Table) -> DataFrame | None:
+        from deltalake.exceptions import DeltaError
+
+        stored = self._without_spark(table)
+        if stored is None:
+            return None
+        if sum(stored.get_add_actions()["size_bytes"].to_pylist()) > _SMALL:
+            return None
+        try:
+            rows = stored.to_pyarrow_table()
+        except DeltaError:  # a feature of Delta that only Spark knows
+            return None
+        return self.spark.createDataFrame(rows, self.stored_schema(table))
+
+    def _without_spark(self, table: Table) -> DeltaTable | None:
+        """The table as the deltalake library sees it, if it lies in a folder of this machine."""
+        from deltalake import DeltaTable
+
+        if self.in_catalog or not isinstance(self.filesystem(self.location), LocalFiles):
+            return None
+        return DeltaTable(without_file_scheme(self.name_of(table)))
 
     def _create(self, table: Table) -> None:
         if not self.exists(table):
