@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -105,14 +106,14 @@ def run_demo(
     raw = out / "raw"
     settings = [*_demo_settings(out, raw), f"evaluate.cut={catalogue.CUT}", *(assignments or ())]
     truth = raw / "truth.parquet"
-    with _pipeline([Path("demo.yaml")], settings, debug) as pipeline:
-        if not truth.exists():
-            shop = f"{items:,} items and {users:,} users"
-            LOG.info("drawing a shop of %s into %s", shop, raw)
-            catalogue.write(raw, seed, items, users)
-        with pipeline.lease():
+    with ThreadPoolExecutor(1) as pool:
+        drawn = None if truth.exists() else pool.submit(catalogue.write, raw, seed, items, users)
+        with _pipeline([Path("demo.yaml")], settings, debug) as pipeline:
+            if drawn:
+                LOG.info("drawing a shop of %s items and %s users into %s", items, users, raw)
+                drawn.result()
             _add_oracle(pipeline, truth)
-        _run(pipeline, STAGES)
+            _run(pipeline, STAGES)
 
 
 def run_tune(
@@ -179,6 +180,9 @@ def _add_oracle(pipeline: Pipeline, truth: Path) -> None:
     """The true attributes as one-hot vectors: the evaluation shows how far captions could get."""
     import pandas as pd
 
+    stored = pipeline.tables.read(schemas.EMBEDDINGS).where("representation = 'oracle'")
+    if not stored.isEmpty():
+        return
     table = pd.read_parquet(truth).sort_values("item_id", ignore_index=True)
     vectors = pd.get_dummies(table.drop(columns="item_id")).to_numpy(float)
     vectors /= (vectors**2).sum(axis=1, keepdims=True) ** 0.5
@@ -187,7 +191,8 @@ def _add_oracle(pipeline: Pipeline, truth: Path) -> None:
         for item_id, vector in zip(table["item_id"], vectors, strict=True)
     ]
     frame = pipeline.spark.createDataFrame(rows, schemas.EMBEDDINGS.schema)
-    pipeline.tables.upsert(schemas.EMBEDDINGS, frame)
+    with pipeline.lease():
+        pipeline.tables.upsert(schemas.EMBEDDINGS, frame)
 
 
 @contextmanager
