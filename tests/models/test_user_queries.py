@@ -184,8 +184,9 @@ def groups(tmp_path: Path) -> Groups:
 
 
 def test_tastes_are_the_means_of_similar_items(groups: Groups) -> None:
-    np.testing.assert_allclose(groups.queries._vectors[0], groups.tastes, atol=1e-6)
-    assert groups.queries._weights[0].tolist() == pytest.approx(groups.weights)
+    vectors = groups.queries.vectors[groups.queries.rows[0]]
+    np.testing.assert_allclose(vectors, groups.tastes, atol=1e-6)
+    assert groups.queries.weights[0].tolist() == pytest.approx(groups.weights)
 
 
 def test_an_item_scores_its_best_taste(groups: Groups) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,50 +19,44 @@ from vlm4rec_spark.models.ranking.user_queries import (
 )
 
 
+@dataclass(frozen=True)
 class BlendedQuery:
     """An item scores (1 - share) x its content score + share x its item-item score.
 
     A user's strongest item-item score is 1. A user without any gets the order of the content. With
     a share of 1 only items with an item-item score are recommended.
+
+    histories: int64 positions of each user's items, latest first. weights: of each item.
     """
 
-    def __init__(
-        self,
-        content: Queries,
-        item_item: ItemItemScores,
-        share: float,
-        histories: Sequence[np.ndarray],
-        weights: Sequence[np.ndarray],
-    ):
-        """histories: int64 positions of each user's items, latest first. weights: of each item."""
-        self._content = content
-        self._item_item = item_item
-        self._share = share
-        self._histories = histories
-        self._weights = weights
+    content: Queries
+    item_item: ItemItemScores
+    share: float
+    histories: Sequence[np.ndarray]
+    weights: Sequence[np.ndarray]
 
     def __len__(self) -> int:
-        return len(self._content)
+        return len(self.content)
 
     def take(self, users: np.ndarray) -> BlendedQuery:
         return BlendedQuery(
-            self._content.take(users),
-            self._item_item,
-            self._share,
-            take_users(self._histories, users),
-            take_users(self._weights, users),
+            self.content.take(users),
+            self.item_item,
+            self.share,
+            take_users(self.histories, users),
+            take_users(self.weights, users),
         )
 
     def max_users_per_block(self, items: int) -> int:
-        return self._content.max_users_per_block(items)
+        return self.content.max_users_per_block(items)
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
         item_item = [restrict(candidates, subset) for candidates in self._item_item_candidates()]
-        if self._share == 1:
+        if self.share == 1:
             return pad(item_item)
-        content = self._content.score_all(searcher, subset)
+        content = self.content.score_all(searcher, subset)
         positions = content.positions
-        scores = (1 - self._share) * content.scores
+        scores = (1 - self.share) * content.scores
         for user, candidates in enumerate(item_item):
             columns = candidates.positions
             if subset is not None:
@@ -70,7 +65,7 @@ class BlendedQuery:
                 positions[user, columns] = candidates.positions
                 scores[user, columns] = 0
             item_item_scores = candidates.scores.astype(np.float32)
-            scores[user, columns] += self._share * item_item_scores
+            scores[user, columns] += self.share * item_item_scores
         return Candidates(positions, scores)
 
     def search(
@@ -80,9 +75,9 @@ class BlendedQuery:
         extra: np.ndarray,
     ) -> Candidates:
         """The best candidates of each part, as many as the effort says, scored by both parts."""
-        if self._share == 1:
+        if self.share == 1:
             return self.score_all(searcher)
-        content = self._content.search(searcher, effort, extra)
+        content = self.content.search(searcher, effort, extra)
         depths = effort.candidates + extra
         unions = []
         for user, item_item in enumerate(self._item_item_candidates()):
@@ -96,21 +91,21 @@ class BlendedQuery:
         return Candidates(positions, scores.astype(np.float32))
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
-        item_item = self._share * self._item_item_scores(positions)
-        if self._share == 1:
+        item_item = self.share * self._item_item_scores(positions)
+        if self.share == 1:
             return item_item
-        content = np.nan_to_num(self._content.scores(searcher, positions))
-        return (1 - self._share) * content + item_item
+        content = np.nan_to_num(self.content.scores(searcher, positions))
+        return (1 - self.share) * content + item_item
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
         """By item-item scores where they are the larger part of the score.
 
         Then the history item is the one that adds most to it.
         """
-        history_items = self._content.explain(searcher, items).history_items
+        history_items = self.content.explain(searcher, items).history_items
         item_item = self._item_item_scores(items)
-        content = np.nan_to_num(self._content.scores(searcher, items))
-        larger = self._share * item_item > (1 - self._share) * content
+        content = np.nan_to_num(self.content.scores(searcher, items))
+        larger = self.share * item_item > (1 - self.share) * content
         by_item_item = larger & (item_item > 0)
         for user in np.flatnonzero(by_item_item.any(axis=1)).tolist():
             columns = by_item_item[user]
@@ -119,18 +114,18 @@ class BlendedQuery:
 
     def _strongest_item(self, user: int, items: np.ndarray) -> np.ndarray:
         """The item of the user's history that adds most to the item-item score of each item."""
-        history = self._histories[user]
-        neighbors = self._item_item.positions[history]
-        weights = self._weights[user][:, None]
-        strengths = self._item_item.strengths[history] * weights
+        history = self.histories[user]
+        neighbors = self.item_item.positions[history]
+        weights = self.weights[user][:, None]
+        strengths = self.item_item.strengths[history] * weights
         added = [np.where(neighbors == item, strengths, 0) for item in items]
         strongest = np.max(added, axis=2).argmax(axis=1)
         return history[strongest]
 
     def _item_item_candidates(self) -> list[Candidates]:
         """Items with an item-item score of each user, by position."""
-        users = zip(self._histories, self._weights, strict=True)
-        return [self._item_item.scores_for(history, weights) for history, weights in users]
+        users = zip(self.histories, self.weights, strict=True)
+        return [self.item_item.scores_for(history, weights) for history, weights in users]
 
     def _item_item_scores(self, positions: np.ndarray) -> np.ndarray:
         """float64, of the same shape as the positions (users, items)."""

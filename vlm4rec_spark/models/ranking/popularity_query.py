@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,26 +14,28 @@ from vlm4rec_spark.models.ranking.user_queries import Explanations, pad, restric
 _BLOCK_SCORES = 2**22
 
 
+@dataclass(frozen=True)
 class PopularityQuery:
-    """An item scores its popularity in the user's segment."""
+    """An item scores its popularity in the user's segment.
 
-    def __init__(self, popular: Sequence[Candidates]):
-        """popular: items of each user, sorted by position, with their float64 popularity."""
-        self._popular = popular
+    popular: items of each user, sorted by position, with their float64 popularity.
+    """
+
+    popular: Sequence[Candidates]
 
     def __len__(self) -> int:
-        return len(self._popular)
+        return len(self.popular)
 
     def take(self, users: np.ndarray) -> PopularityQuery:
-        return PopularityQuery(take_users(self._popular, users))
+        return PopularityQuery(take_users(self.popular, users))
 
     def max_users_per_block(self, items: int) -> int:
-        sizes = lengths([popular.positions for popular in self._popular])
+        sizes = lengths([popular.positions for popular in self.popular])
         longest = int(sizes.max(initial=1))
         return max(1, _BLOCK_SCORES // longest)
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
-        return pad([restrict(popular, subset) for popular in self._popular])
+        return pad([restrict(popular, subset) for popular in self.popular])
 
     def search(
         self,
@@ -44,7 +47,7 @@ class PopularityQuery:
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         scores = np.empty(positions.shape)
-        for user, popular in enumerate(self._popular):
+        for user, popular in enumerate(self.popular):
             scores[user] = popular.lookup(positions[user], np.nan)
         return scores
 

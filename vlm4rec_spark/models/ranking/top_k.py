@@ -89,7 +89,8 @@ def top_k(
         positions, scores = _shortlist(positions, scores, allowed, depth)
         allowed = positions >= 0
     if len(exclusions):
-        allowed &= ~_excluded(positions, exclusions, items)
+        codes = np.arange(len(positions))[:, None] * items + positions
+        allowed &= ~is_in(codes, exclusions)
     # Scores as integers: then a candidate's score and position fit in one sort key.
     allowed_scores = np.where(allowed, scores, 0.0).astype(np.float64)
     rounded = np.round(allowed_scores * 10**SCORE_DIGITS).astype(np.int64)
@@ -142,23 +143,16 @@ def rank_in_group(sizes: np.ndarray) -> np.ndarray:
     return np.arange(sizes.sum()) - row_starts
 
 
+def is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """bool, the values that are in `ordered`, which is sorted and not empty."""
+    index = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+    return ordered[index] == values
+
+
 def _max_exclusions(exclusions: np.ndarray, items: int) -> int:
     """The largest number of exclusions of a user."""
     counts = np.bincount(exclusions // items)
     return int(counts.max(initial=0))
-
-
-def _excluded(
-    positions: np.ndarray,
-    exclusions: np.ndarray,
-    items: int,
-) -> np.ndarray:
-    """bool (users, candidates): the user must not get the item."""
-    users = np.arange(len(positions), dtype=np.int64)
-    codes = users[:, None] * items + positions
-    index = np.searchsorted(exclusions, codes)
-    index = np.minimum(index, len(exclusions) - 1)
-    return exclusions[index] == codes
 
 
 def _largest(keys: np.ndarray, k: int) -> np.ndarray:

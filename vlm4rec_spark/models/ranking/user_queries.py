@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.top_k import (
     SCORE_DIGITS,
     Candidates,
+    is_in,
     lengths,
     no_candidates,
     no_positions,
@@ -51,18 +53,15 @@ class Queries(Protocol):
 
     def take(self, users: np.ndarray) -> Queries:
         """The queries of the users at these positions (int64)."""
-        ...
 
     def max_users_per_block(self, items: int) -> int:
         """How many users can be scored exactly against so many items in memory."""
-        ...
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
         """Every item as a candidate of every user.
 
         subset: sorted positions; only these items are scored.
         """
-        ...
 
     def search(
         self,
@@ -75,18 +74,15 @@ class Queries(Protocol):
         extra: int64 (users,), candidates that each user gets beyond the effort's. A user's
         candidates don't depend on the other users.
         """
-        ...
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         """float64 scores of some items of each user, (users, items).
 
         A score doesn't depend on what else is scored at the same time.
         """
-        ...
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
         """Why each item was recommended; items: positions (users, items)."""
-        ...
 
 
 def nearest_history_items(
@@ -132,29 +128,29 @@ def _explain_by_content(
     return Explanations(history_items, np.zeros(items.shape, bool))
 
 
+@dataclass(frozen=True)
 class MeanQuery:
-    """One unit vector per user. An item scores its cosine with it."""
+    """One unit vector per user. An item scores its cosine with it.
 
-    def __init__(self, vectors: np.ndarray, histories: Sequence[np.ndarray] | None):
-        """vectors: float32 (users, dimension). histories: int64 positions of each user's items.
+    vectors: float32 (users, dimension). histories: int64 positions of each user's items. They only
+    explain, and are None if nobody asks for reasons.
+    """
 
-        Histories only explain. They are None if nobody asks for reasons.
-        """
-        self._vectors = vectors
-        self._histories = histories
+    vectors: np.ndarray
+    histories: Sequence[np.ndarray] | None
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        return len(self.vectors)
 
     def take(self, users: np.ndarray) -> MeanQuery:
-        histories = self._histories and take_users(self._histories, users)
-        return MeanQuery(self._vectors[users], histories)
+        histories = self.histories and take_users(self.histories, users)
+        return MeanQuery(self.vectors[users], histories)
 
     def max_users_per_block(self, items: int) -> int:
         return max(1, _BLOCK_SCORES // items)
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
-        return searcher.score_all(self._vectors, subset)
+        return searcher.score_all(self.vectors, subset)
 
     def search(
         self,
@@ -162,7 +158,7 @@ class MeanQuery:
         effort: Effort,
         extra: np.ndarray,
     ) -> Candidates:
-        candidates = searcher.search(self._vectors, effort.with_extra(extra))
+        candidates = searcher.search(self.vectors, effort.with_extra(extra))
         depths = effort.candidates + extra
         columns = np.arange(candidates.positions.shape[1])
         candidates.positions[columns >= depths[:, None]] = -1
@@ -170,7 +166,7 @@ class MeanQuery:
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         scores = np.empty(positions.shape)
-        vectors = self._vectors.astype(np.float64)
+        vectors = self.vectors.astype(np.float64)
         for user, items in enumerate(positions):
             for block in blocks(len(items), _BLOCK_ITEMS):
                 item_vectors = searcher.vectors[items[block]].astype(np.float64)
@@ -178,8 +174,8 @@ class MeanQuery:
         return scores
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        histories = self._histories or [np.empty(0, np.int64)] * len(self)
-        return _explain_by_content(histories, None, searcher, items)
+        assert self.histories is not None
+        return _explain_by_content(self.histories, None, searcher, items)
 
 
 class _UserVectors(NamedTuple):
@@ -189,24 +185,33 @@ class _UserVectors(NamedTuple):
     rows: list[np.ndarray]
 
 
+@dataclass(frozen=True)
 class _MultiVectorQuery(ABC):
-    """Some weighted vectors per user. An item scores its highest weighted cosine with one."""
+    """Some weighted vectors per user. An item scores its highest weighted cosine with one.
 
-    _weights: Sequence[np.ndarray]
+    rows: int64, each user's rows of `_table`. weights: float32, of each row.
+    """
+
+    rows: Sequence[np.ndarray]
+    weights: Sequence[np.ndarray]
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self.weights)
+
+    def take(self, users: np.ndarray) -> Self:
+        rows = take_users(self.rows, users)
+        return replace(self, rows=rows, weights=take_users(self.weights, users))
 
     def max_users_per_block(self, items: int) -> int:
-        longest = int(lengths(self._weights).max(initial=1))
+        longest = int(lengths(self.weights).max(initial=1))
         return max(1, _BLOCK_SCORES // items // longest)
 
     def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
         """No candidates (-1) for a user without a history in this index."""
-        vectors, rows = self._all_vectors(searcher)
+        vectors, rows = self._distinct_vectors(searcher)
         items, cosines = searcher.score_all(vectors, subset)
         candidates = no_candidates(len(self), items.shape[1], np.float32)
-        for user, weights in enumerate(self._weights):
+        for user, weights in enumerate(self.weights):
             if len(weights):
                 weighted = cosines[rows[user]] * weights[:, None]
                 candidates.positions[user] = items[rows[user][0]]
@@ -228,9 +233,10 @@ class _MultiVectorQuery(ABC):
 
     def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
         scores = np.full(positions.shape, np.nan)
-        for user, weights in enumerate(self._weights):
+        table = self._table(searcher)
+        for user, weights in enumerate(self.weights):
             if len(weights):
-                vectors = self._vectors_of(user, searcher).astype(np.float64)
+                vectors = table[self.rows[user]].astype(np.float64)
                 item_vectors = searcher.vectors[positions[user]].astype(np.float64)
                 cosines = item_vectors @ vectors.T
                 scores[user] = (cosines * weights).max(axis=1)
@@ -242,51 +248,38 @@ class _MultiVectorQuery(ABC):
         effort: Effort,
         extra: np.ndarray,
     ) -> list[Candidates]:
-        vectors, rows = self._all_vectors(searcher)
-        items, cosines = searcher.search(vectors, effort.with_extra(extra))
-        cosines = cosines.astype(np.float32)
+        vectors, rows = self._distinct_vectors(searcher)
+        nearest = searcher.search(vectors, effort.with_extra(extra))
+        nearest = nearest._replace(scores=nearest.scores.astype(np.float32))
         depths = effort.candidates + extra
-        merged = []
-        for user, depth in enumerate(depths.tolist()):
-            cells = (rows[user], slice(depth))
-            weights = self._weights[user][:, None]
-            merged.append(_merge(items[cells], cosines[cells] * weights))
-        return merged
+        return [
+            _merge(nearest, rows[user], self.weights[user], depth)
+            for user, depth in enumerate(depths.tolist())
+        ]
 
-    @abstractmethod
-    def _all_vectors(self, searcher: Searcher) -> _UserVectors:
+    def _distinct_vectors(self, searcher: Searcher) -> _UserVectors:
         """The vectors of all users."""
+        rows = np.concatenate([np.empty(0, np.int64), *self.rows])
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        return _UserVectors(self._table(searcher)[distinct], _split(inverse, self.rows))
 
     @abstractmethod
-    def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
-        """One user's vectors, (vectors, dimension)."""
+    def _table(self, searcher: Searcher) -> np.ndarray:
+        """The vectors that `rows` count, float32 (vectors, dimension)."""
 
 
+@dataclass(frozen=True)
 class MaxSimilarityQuery(_MultiVectorQuery):
-    """A weighted history per user. An item scores its highest weighted cosine with one item."""
+    """A weighted history per user. An item scores its highest weighted cosine with one item.
 
-    def __init__(
-        self,
-        histories: Sequence[np.ndarray],
-        weights: Sequence[np.ndarray],
-        neighbors: Neighbors | None = None,
-    ):
-        """histories: int64 positions of each user's items.
+    rows: positions of each user's items. weights: of each item, a user's heaviest is 1. neighbors:
+    save searches, and change no list.
+    """
 
-        weights: float32 of each item, a user's heaviest is 1. neighbors: save searches, and change
-        no list.
-        """
-        self._histories = histories
-        self._weights = weights
-        self._neighbors = neighbors
-
-    def take(self, users: np.ndarray) -> MaxSimilarityQuery:
-        histories = take_users(self._histories, users)
-        weights = take_users(self._weights, users)
-        return MaxSimilarityQuery(histories, weights, self._neighbors)
+    neighbors: Neighbors | None = None
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        return _explain_by_content(self._histories, self._weights, searcher, items)
+        return _explain_by_content(self.rows, self.weights, searcher, items)
 
     def _search_users(
         self,
@@ -295,54 +288,35 @@ class MaxSimilarityQuery(_MultiVectorQuery):
         extra: np.ndarray,
     ) -> list[Candidates]:
         """From the stored neighbors, if they are deep enough for the user."""
-        neighbors = self._neighbors
+        neighbors = self.neighbors
         if neighbors is None or not neighbors.replace_search(searcher, effort):
             return super()._search_users(searcher, effort, extra)
         depths = effort.candidates + extra
         too_deep = np.flatnonzero(depths > neighbors.depth)
-        without_neighbors = MaxSimilarityQuery(self._histories, self._weights)
-        deep_queries = without_neighbors.take(too_deep)
+        deep_queries = replace(self.take(too_deep), neighbors=None)
         searched = deep_queries._search_users(searcher, effort, extra[too_deep])
         candidates = dict(zip(too_deep.tolist(), searched, strict=True))
+        nearest = Candidates(neighbors.positions, neighbors.cosines)
         for user, depth in enumerate(depths.tolist()):
             if depth <= neighbors.depth:
-                cells = (self._histories[user], slice(depth))
-                weights = self._weights[user][:, None]
-                cosines = neighbors.cosines[cells] * weights
-                candidates[user] = _merge(neighbors.positions[cells], cosines)
+                candidates[user] = _merge(nearest, self.rows[user], self.weights[user], depth)
         return [candidates[user] for user in range(len(self))]
 
-    def _all_vectors(self, searcher: Searcher) -> _UserVectors:
-        items = np.concatenate([np.empty(0, np.int64), *self._histories])
-        distinct, rows = np.unique(items, return_inverse=True)
-        vectors = searcher.vectors[distinct]
-        return _UserVectors(vectors, _split(rows, self._histories))
-
-    def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
-        return searcher.vectors[self._histories[user]]
+    def _table(self, searcher: Searcher) -> np.ndarray:
+        return searcher.vectors
 
 
+@dataclass(frozen=True)
 class MultiTasteQuery(_MultiVectorQuery):
     """A few tastes per user: groups of similar items of the history, each as its mean.
 
-    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020). An taste has the weight
-    of its heaviest item.
+    Ward's linkage on unit vectors, as in PinnerSage (Pal et al. 2020). A taste has the weight of
+    its heaviest item. vectors: float32 (tastes, dimension) of all users, unit. histories: int64
+    positions of each user's items, for the reasons.
     """
 
-    def __init__(
-        self,
-        vectors: Sequence[np.ndarray],
-        weights: Sequence[np.ndarray],
-        histories: Sequence[np.ndarray],
-    ):
-        """vectors: float32 (tastes, dimension) of each user, unit.
-
-        weights: of each taste, a user's heaviest is 1. histories: int64 positions of each user's
-        items, for the reasons.
-        """
-        self._vectors = vectors
-        self._weights = weights
-        self._histories = histories
+    vectors: np.ndarray
+    histories: Sequence[np.ndarray]
 
     @classmethod
     def from_histories(
@@ -353,33 +327,24 @@ class MultiTasteQuery(_MultiVectorQuery):
         max_tastes: int,
     ) -> MultiTasteQuery:
         """Cluster each user's history; histories and weights as in `MaxSimilarityQuery`."""
-        vectors = []
+        vectors = [np.empty((0, searcher.vectors.shape[1]), np.float32)]
         taste_weights = []
         for history, item_weights in zip(histories, weights, strict=True):
             tastes = _cluster(searcher.vectors[history], item_weights, max_tastes)
             vectors.append(tastes.vectors)
             taste_weights.append(tastes.weights)
-        return cls(vectors, taste_weights, histories)
+        table = np.concatenate(vectors)
+        rows = _split(np.arange(len(table)), taste_weights)
+        return cls(rows, taste_weights, table, histories)
 
     def take(self, users: np.ndarray) -> MultiTasteQuery:
-        return MultiTasteQuery(
-            take_users(self._vectors, users),
-            take_users(self._weights, users),
-            take_users(self._histories, users),
-        )
+        return replace(super().take(users), histories=take_users(self.histories, users))
 
     def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
-        return _explain_by_content(self._histories, None, searcher, items)
+        return _explain_by_content(self.histories, None, searcher, items)
 
-    def _all_vectors(self, searcher: Searcher) -> _UserVectors:
-        dimension = searcher.vectors.shape[1]
-        no_vectors = np.empty((0, dimension), np.float32)
-        vectors = np.concatenate([no_vectors, *self._vectors])
-        rows = np.arange(len(vectors))
-        return _UserVectors(vectors, _split(rows, self._weights))
-
-    def _vectors_of(self, user: int, searcher: Searcher) -> np.ndarray:
-        return self._vectors[user]
+    def _table(self, searcher: Searcher) -> np.ndarray:
+        return self.vectors
 
 
 class _Tastes(NamedTuple):
@@ -423,21 +388,17 @@ def restrict(candidates: Candidates, subset: np.ndarray | None) -> Candidates:
     """One user's candidates that are in `subset` (sorted positions; None: all)."""
     if subset is None:
         return candidates
-    index = np.searchsorted(subset, candidates.positions)
-    index = index.clip(max=len(subset) - 1)
-    inside = subset[index] == candidates.positions
+    inside = is_in(candidates.positions, subset)
     return Candidates(candidates.positions[inside], candidates.scores[inside])
 
 
 def pad(lists: Sequence[Candidates]) -> Candidates:
     """Each user's candidates as rows of the same length, -1 and NaN past the last."""
-    sizes = lengths([candidates.positions for candidates in lists])
-    width = int(sizes.max(initial=0))
-    padded = no_candidates(len(lists), width, np.float32)
-    for user, (positions, scores) in enumerate(lists):
-        padded.positions[user, : len(positions)] = positions
-        padded.scores[user, : len(positions)] = scores
-    return padded
+    positions = pad_positions([candidates.positions for candidates in lists])
+    scores = np.full(positions.shape, np.nan, np.float32)
+    for user, candidates in enumerate(lists):
+        scores[user, : len(candidates.scores)] = candidates.scores
+    return Candidates(positions, scores)
 
 
 def pad_positions(lists: Sequence[np.ndarray]) -> np.ndarray:
@@ -448,13 +409,21 @@ def pad_positions(lists: Sequence[np.ndarray]) -> np.ndarray:
     return padded
 
 
-def _merge(positions: np.ndarray, scores: np.ndarray) -> Candidates:
-    """Each candidate once, with its highest score, sorted by position."""
-    flat_positions = positions.ravel()
-    flat_scores = scores.ravel()
-    order = np.lexsort((-flat_scores, flat_positions))
-    flat_positions = flat_positions[order]
-    flat_scores = flat_scores[order]
-    is_new = np.diff(flat_positions, prepend=-1) > 0
-    is_first = is_new & (flat_positions >= 0)
-    return Candidates(flat_positions[is_first], flat_scores[is_first])
+def _merge(
+    nearest: Candidates,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    depth: int,
+) -> Candidates:
+    """The first candidates of one user's rows, each once, sorted by position.
+
+    weights: of each row. A candidate has its highest weighted score.
+    """
+    weighted = nearest.scores[rows, :depth] * weights[:, None]
+    positions = nearest.positions[rows, :depth].ravel()
+    scores = weighted.ravel()
+    order = np.lexsort((-scores, positions))
+    positions = positions[order]
+    is_new = np.diff(positions, prepend=-1) > 0
+    is_first = is_new & (positions >= 0)
+    return Candidates(positions[is_first], scores[order][is_first])
