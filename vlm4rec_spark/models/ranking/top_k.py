@@ -84,7 +84,8 @@ def top_k(
     """
     items = len(eligible)
     allowed = (positions >= 0) & eligible[positions]
-    depth = k + _max_exclusions(exclusions, items)
+    exclusion_counts = np.bincount(exclusions // items)
+    depth = k + int(exclusion_counts.max(initial=0))
     if positions.shape[1] > _SHORTLIST_FACTOR * depth:
         positions, scores = _shortlist(positions, scores, allowed, depth)
         allowed = positions >= 0
@@ -97,27 +98,14 @@ def top_k(
     # A full order, so the cut is stable.
     keys = rounded * items + (items - 1 - positions)
     lowest = -np.iinfo(np.int64).max
-    columns = _largest(np.where(allowed, keys, lowest), k)
-    valid = np.take_along_axis(allowed, columns, 1)
-    best_positions = np.take_along_axis(positions, columns, 1)
-    best_scores = np.take_along_axis(rounded, columns, 1) / 10**SCORE_DIGITS
-    width = columns.shape[1]
+    best = _largest(np.where(allowed, keys, lowest), k)
+    valid = best > lowest
+    best_scores, reversed_positions = np.divmod(best, items)
+    width = best.shape[1]
     top = no_candidates(len(positions), k)
-    top.positions[:, :width] = np.where(valid, best_positions, -1)
-    top.scores[:, :width] = np.where(valid, best_scores, np.nan)
+    top.positions[:, :width] = np.where(valid, items - 1 - reversed_positions, -1)
+    top.scores[:, :width] = np.where(valid, best_scores / 10**SCORE_DIGITS, np.nan)
     return top
-
-
-def order_by_score(candidates: Candidates, k: int) -> Candidates:
-    """The first k candidates by score, ordered and padded as by `top_k`."""
-    positions = candidates.positions
-    scores = np.where(positions >= 0, candidates.scores, -np.inf)
-    rounded = np.round(scores, SCORE_DIGITS)
-    order = np.lexsort((positions, -rounded), axis=1)
-    columns = order[:, :k]
-    top = np.take_along_axis(positions, columns, 1)
-    top_scores = np.take_along_axis(rounded, columns, 1)
-    return Candidates(top, np.where(top >= 0, top_scores, np.nan))
 
 
 def no_candidates(
@@ -149,23 +137,12 @@ def is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return ordered[index] == values
 
 
-def _max_exclusions(exclusions: np.ndarray, items: int) -> int:
-    """The largest number of exclusions of a user."""
-    counts = np.bincount(exclusions // items)
-    return int(counts.max(initial=0))
-
-
 def _largest(keys: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest keys of each row, largest first."""
-    width = min(k, keys.shape[1])
-    if width < keys.shape[1]:
-        columns = np.argpartition(-keys, width - 1, axis=1)
-        columns = columns[:, :width]
-    else:
-        columns = np.broadcast_to(np.arange(width), keys.shape)
-    chosen_keys = np.take_along_axis(keys, columns, 1)
-    order = np.argsort(-chosen_keys, axis=1, kind="stable")
-    return np.take_along_axis(columns, order, 1)
+    """The k largest keys of each row, largest first."""
+    negated = -keys
+    if k < keys.shape[1]:
+        negated = np.partition(negated, k - 1, axis=1)[:, :k]
+    return -np.sort(negated, axis=1)
 
 
 def _shortlist(

@@ -20,7 +20,6 @@ from vlm4rec_spark.models.ranking.top_k import (
     flat_exclusions,
     lengths,
     no_candidates,
-    order_by_score,
     take_users,
     top_k,
 )
@@ -147,10 +146,10 @@ class _Retrieval:
         else:
             candidates = queries.search(self.searcher, self.effort, lengths(excluded))
         exclusions = flat_exclusions(excluded, len(self.searcher))
-        top = top_k(*candidates, exclusions, self.eligible, k + SPARE)
+        best = top_k(*candidates, exclusions, self.eligible, k + SPARE)
         if candidates.scores.dtype != np.float64:
-            top = _rescore(top, self.searcher, queries)
-        return order_by_score(top, k)
+            best = best._replace(scores=queries.scores(self.searcher, best.positions))
+        return top_k(*best, exclusions, self.eligible, k)
 
 
 def _plan(
@@ -163,14 +162,6 @@ def _plan(
         effort = None
     subset = items if 2 * len(items) < len(searcher) else None
     return _Retrieval(searcher, eligible, subset, effort)
-
-
-def _rescore(
-    candidates: Candidates,
-    searcher: Searcher,
-    queries: Queries,
-) -> Candidates:
-    return candidates._replace(scores=queries.scores(searcher, candidates.positions))
 
 
 class _Lists:
@@ -270,15 +261,11 @@ def _rank_only(
     k: int,
 ) -> Candidates:
     """As `retrieve`, out of the items that each user may get only."""
-    only = []
-    for items in requests.only or ():
-        if items is not None:
-            only.append(np.unique(items[items >= 0]))
-    positions = pad_positions(only)
+    restrictions = [items for items in requests.only or () if items is not None]
+    positions = pad_positions([np.unique(items[items >= 0]) for items in restrictions])
     if not positions.shape[1]:
         return no_candidates(len(requests), k)
     scores = requests.queries.scores(searcher, positions)
     positions = np.where(np.isnan(scores), -1, positions)
     exclusions = flat_exclusions(requests.excluded, len(searcher))
-    top = top_k(positions, scores, exclusions, eligible, k)
-    return order_by_score(_rescore(top, searcher, requests.queries), k)
+    return top_k(positions, scores, exclusions, eligible, k)
