@@ -83,25 +83,26 @@ def weighted_histories(
     event only marks the item as seen.
     """
     item_ids = rows["item_id"].combine_chunks()
-    user_starts = np.flatnonzero(rows["user_row"].to_numpy() == 1)
-    pair_starts = np.union1d(user_starts, _run_starts(item_ids))
-    events = _weighted_events(rows, user_starts, pair_starts)
+    is_user_start = rows["user_row"].to_numpy() == 1
+    is_pair_start = is_user_start | _differs_from_last(item_ids)
+    events = _weighted_events(rows, is_user_start, is_pair_start)
     users = _group_users(events)
     pairs = _group_pairs(_decay(events, users, half_life_days))
     sizes = np.minimum(users.items, last_n)
     enough = sizes >= min_items
     ranks = rank_in_group(users.items)
     in_history = (ranks < last_n) & np.repeat(enough, users.items)
-    item_rows = pair_starts[pairs.numbers[in_history]]
+    pair_items = item_ids.filter(is_pair_start)
+    history_items = pair_items.take(pairs.numbers[in_history])
     decays = position_decay ** ranks[in_history]
-    entries = _entries(item_ids.take(item_rows), pairs.weights[in_history] * decays)
+    entries = _entries(history_items, pairs.weights[in_history] * decays)
+    user_ids = rows["user_id"].filter(is_user_start).combine_chunks()
     user_numbers = users.numbers[enough]
-    user_rows = user_starts[user_numbers]
     last_event_at = pa.array(users.last_event[enough], pa.timestamp("us"))
     columns = {
-        "user_id": rows["user_id"].combine_chunks().take(user_rows),
+        "user_id": user_ids.take(user_numbers),
         "history": list_array(sizes[enough], entries),
-        "seen": _seen(item_ids, user_starts, pair_starts, user_numbers),
+        "seen": _seen(pair_items, is_user_start[is_pair_start], user_numbers),
         "events": users.events[enough],
         "last_event_at": last_event_at.cast(rows.schema.field("event_time").type),
     }
@@ -125,19 +126,17 @@ def list_array(
 
 def _weighted_events(
     rows: pa.Table,
-    user_starts: np.ndarray,
-    pair_starts: np.ndarray,
+    is_user_start: np.ndarray,
+    is_pair_start: np.ndarray,
 ) -> _Events:
     times = rows["event_time"].cast(pa.int64()).to_numpy()
     weights = rows["weight"].to_numpy()
-    users = _run_numbers(user_starts, len(times))
-    pairs = _run_numbers(pair_starts, len(times))
     counts = ~np.isnan(weights)
     return _Events(
         times[counts],
         weights[counts],
-        users[counts],
-        pairs[counts],
+        (np.cumsum(is_user_start) - 1)[counts],
+        (np.cumsum(is_pair_start) - 1)[counts],
     )
 
 
@@ -181,31 +180,19 @@ def _group_pairs(events: _Events) -> _Pairs:
     return _Pairs(numbers[order], weights[order])
 
 
-def _seen(
-    item_ids: pa.Array,
-    user_starts: np.ndarray,
-    pair_starts: np.ndarray,
-    user_numbers: np.ndarray,
-) -> pa.ListArray:
-    """All items of the users with these numbers, also those whose events don't count."""
-    first_pairs = np.searchsorted(pair_starts, user_starts)
-    sizes = np.diff(np.append(first_pairs, len(pair_starts)))
-    with_history = np.zeros(len(user_starts), bool)
-    with_history[user_numbers] = True
-    rows = pair_starts[np.repeat(with_history, sizes)]
-    return list_array(sizes[user_numbers], item_ids.take(rows))
+def _seen(items: pa.Array, is_first: np.ndarray, user_numbers: np.ndarray) -> pa.ListArray:
+    """All items of the users with these numbers, also those whose events don't count.
+
+    items, is_first: of each pair, its item, and whether it is its user's first pair.
+    """
+    users = np.cumsum(is_first) - 1
+    is_seen = np.isin(users, user_numbers)
+    _, sizes = np.unique(users[is_seen], return_counts=True)
+    return list_array(sizes, items.filter(is_seen))
 
 
-def _run_starts(values: pa.Array) -> np.ndarray:
-    """int64 positions where a run of equal values begins."""
-    if not len(values):
-        return np.empty(0, np.int64)
-    changes = pc.not_equal(values[1:], values[:-1])
-    change_rows = np.flatnonzero(np.asarray(changes))
-    return np.concatenate([[0], change_rows + 1])
-
-
-def _run_numbers(starts: np.ndarray, rows: int) -> np.ndarray:
-    """The number of each row's run."""
-    sizes = np.diff(np.append(starts, rows))
-    return np.repeat(np.arange(len(starts)), sizes)
+def _differs_from_last(values: pa.Array) -> np.ndarray:
+    """bool, the values that begin a run of equal values."""
+    differs = np.ones(len(values), bool)
+    differs[1:] = pc.not_equal(values[1:], values[:-1])
+    return differs

@@ -23,6 +23,8 @@ The first scores are float32, and their last digits change with the batch size.
 _SHORTLIST_FACTOR = 4
 """With this many times more candidates than needed, a shortlist is made before the sort."""
 
+_NO_KEY = -np.iinfo(np.int64).max
+
 
 class Candidates(NamedTuple):
     """Items and their scores, both (users, candidates), or (candidates,) for one user.
@@ -97,15 +99,11 @@ def top_k(
     rounded = np.round(allowed_scores * 10**SCORE_DIGITS).astype(np.int64)
     # A full order, so the cut is stable.
     keys = rounded * items + (items - 1 - positions)
-    lowest = -np.iinfo(np.int64).max
-    best = _largest(np.where(allowed, keys, lowest), k)
-    valid = best > lowest
+    best = _largest(np.where(allowed, keys, _NO_KEY), k)
+    valid = best > _NO_KEY
     best_scores, reversed_positions = np.divmod(best, items)
-    width = best.shape[1]
-    top = no_candidates(len(positions), k)
-    top.positions[:, :width] = np.where(valid, items - 1 - reversed_positions, -1)
-    top.scores[:, :width] = np.where(valid, best_scores / 10**SCORE_DIGITS, np.nan)
-    return top
+    best_positions = np.where(valid, items - 1 - reversed_positions, -1)
+    return Candidates(best_positions, np.where(valid, best_scores / 10**SCORE_DIGITS, np.nan))
 
 
 def no_candidates(
@@ -138,11 +136,10 @@ def is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 
 
 def _largest(keys: np.ndarray, k: int) -> np.ndarray:
-    """The k largest keys of each row, largest first."""
-    negated = -keys
-    if k < keys.shape[1]:
-        negated = np.partition(negated, k - 1, axis=1)[:, :k]
-    return -np.sort(negated, axis=1)
+    """The k largest keys of each row, largest first; _NO_KEY where there are fewer."""
+    missing = max(0, k - keys.shape[1])
+    negated = -np.pad(keys, ((0, 0), (0, missing)), constant_values=_NO_KEY)
+    return -np.sort(np.partition(negated, k - 1, axis=1)[:, :k], axis=1)
 
 
 def _shortlist(
