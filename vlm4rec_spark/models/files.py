@@ -3,8 +3,6 @@
 Knows fsspec; knows nothing of what a file holds. On the driver, storage/files.py reaches them.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta

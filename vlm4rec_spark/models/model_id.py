@@ -1,7 +1,5 @@
 """The id of a model's weights that goes into keys, from a folder or a hub name. Loads no model."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Knows no model and no prompt's wording.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError

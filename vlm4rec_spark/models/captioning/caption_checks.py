@@ -1,7 +1,5 @@
 """Rejects captions that aren't descriptions, with a reason. Knows text; knows no model."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A caption from a product's attributes, and attributes from a caption. Knows no model."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Iterable, Mapping

@@ -1,11 +1,9 @@
 """The protocol of captioning backends, their settings, and the factory that loads one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from PIL.Image import Image
 from pydantic import Field, model_validator
@@ -100,7 +98,7 @@ class ModelSettings(Settings):
     endpoint: EndpointSettings = EndpointSettings()
 
     @model_validator(mode="after")
-    def _vllm_needs_a_model(self) -> ModelSettings:
+    def _vllm_needs_a_model(self) -> Self:
         if (self.backend, self.model) == ("vllm", "packaged"):
             raise ValueError("vLLM doesn't read the packaged model's weights: name another model")
         return self

@@ -3,8 +3,6 @@
 Decodes ahead of the model. Only `supervisor.py` starts it. It always ends when its parent does.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os
@@ -65,34 +63,6 @@ def main(handle: int, parent: int, idle_seconds: float) -> None:
         _serve(captioner, queue, channel, idle_seconds)
     except RunError as failure:
         channel.send({"cannot": f"go on: {failure}"[:2_000]})
-
-
-def _serve(
-    captioner: Captioner, queue: _DecodedQueue, channel: _Channel, idle_seconds: float
-) -> None:
-    in_model = 0
-    worked = 0.0
-    starved_seconds = 0.0
-    while True:
-        began = time.perf_counter()
-        requests = queue.take(in_model, captioner.batch_size, idle_seconds)
-        if requests is None:
-            return  # an idle model shouldn't occupy a GPU while the parent does other work
-        for request in requests:
-            captioner.add(request)
-        in_model += len(requests)
-        if not in_model:
-            continue
-        ready = time.perf_counter()
-        # Before the first photo of a run nobody waited for this model.
-        starved_seconds += max(0.0, ready - max(began, queue.run_began))
-        answers = captioner.step()
-        worked += time.perf_counter() - ready
-        if answers:
-            in_model -= len(answers)
-            channel.send_answers(answers, seconds=worked, starved_seconds=starved_seconds)
-            worked = 0.0
-            starved_seconds = 0.0
 
 
 class _Channel:
@@ -171,6 +141,34 @@ class _DecodedQueue:
             if not in_model and not requests:
                 self._ended = False
             return requests
+
+
+def _serve(
+    captioner: Captioner, queue: _DecodedQueue, channel: _Channel, idle_seconds: float
+) -> None:
+    in_model = 0
+    worked = 0.0
+    starved_seconds = 0.0
+    while True:
+        began = time.perf_counter()
+        requests = queue.take(in_model, captioner.batch_size, idle_seconds)
+        if requests is None:
+            return  # an idle model shouldn't occupy a GPU while the parent does other work
+        for request in requests:
+            captioner.add(request)
+        in_model += len(requests)
+        if not in_model:
+            continue
+        ready = time.perf_counter()
+        # Before the first photo of a run nobody waited for this model.
+        starved_seconds += max(0.0, ready - max(began, queue.run_began))
+        answers = captioner.step()
+        worked += time.perf_counter() - ready
+        if answers:
+            in_model -= len(answers)
+            channel.send_answers(answers, seconds=worked, starved_seconds=starved_seconds)
+            worked = 0.0
+            starved_seconds = 0.0
 
 
 def _decode_ahead(channel: _Channel, max_side: int, queue: _DecodedQueue) -> None:

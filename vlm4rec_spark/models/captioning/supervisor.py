@@ -3,8 +3,6 @@
 Knows deadlines and suspects. Knows neither Spark nor the model, which `child.py` runs.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

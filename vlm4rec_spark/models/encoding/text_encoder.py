@@ -1,7 +1,5 @@
 """Text to unit vectors. Knows encoders; knows no items and no tables."""
 
-from __future__ import annotations
-
 import hashlib
 import html
 import re
@@ -10,6 +8,7 @@ from importlib import metadata
 from typing import Protocol
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.model_id import pinned_id
@@ -18,7 +17,7 @@ _FAKE_DIMENSION = 64
 
 
 class Embedder(Protocol):
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[str]) -> ndarray:
         """float32 array (texts, dimension); every row has length 1."""
         ...
 
@@ -65,7 +64,7 @@ class SentenceEmbedder:
             source, revision=revision, model_kwargs={"use_safetensors": True}
         )
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[str]) -> ndarray:
         return self.model.encode(
             list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False
         ).astype(np.float32)
@@ -74,16 +73,16 @@ class SentenceEmbedder:
 class FakeEmbedder:
     """Each word adds a fixed random direction, so common words make texts similar."""
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[str]) -> ndarray:
         vectors = np.stack([self._sum_of_words(text) for text in texts])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
-    def _sum_of_words(self, text: str) -> np.ndarray:
+    def _sum_of_words(self, text: str) -> ndarray:
         # The constant keeps a text without words from being the zero vector.
         return sum((_direction(word) for word in text.lower().split()), start=1e-3 * _direction(""))
 
 
-def _direction(word: str) -> np.ndarray:
+def _direction(word: str) -> ndarray:
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
     return np.random.default_rng(seed).standard_normal(_FAKE_DIMENSION)
 

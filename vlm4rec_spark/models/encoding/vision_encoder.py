@@ -1,11 +1,10 @@
 """Photos to unit vectors, without any text. Knows encoders; knows no items and no tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy import ndarray
 from PIL.Image import Image, Resampling
 
 from vlm4rec_spark.errors import UsageError
@@ -17,7 +16,7 @@ _FAKE_SIDE = 4
 
 
 class Vision(Protocol):
-    def embed(self, photos: Sequence[Image]) -> np.ndarray:
+    def embed(self, photos: Sequence[Image]) -> ndarray:
         """RGB photos to a float32 array (photos, dimension); every row has length 1.
 
         A row doesn't depend on the other photos.
@@ -84,7 +83,7 @@ class TransformersVision:
             model = model.model.vision_tower
         self.model = model.to(self.device).eval()
 
-    def embed(self, photos: Sequence[Image]) -> np.ndarray:
+    def embed(self, photos: Sequence[Image]) -> ndarray:
         features = []
         for first in range(0, len(photos), _BATCH_SIZE):
             batch = list(photos[first : first + _BATCH_SIZE])
@@ -109,7 +108,7 @@ class TransformersVision:
 class FakeVision:
     """The mean colors of sixteen parts of the photo. Deterministic."""
 
-    def embed(self, photos: Sequence[Image]) -> np.ndarray:
+    def embed(self, photos: Sequence[Image]) -> ndarray:
         size = (_FAKE_SIDE, _FAKE_SIDE)
         thumbnails = [
             np.asarray(photo.resize(size, Resampling.BOX), np.float32) for photo in photos

@@ -3,8 +3,6 @@
 The manifest is written last and holds the checksum of every file. Knows files, not their content.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Slices that divide rows into blocks whose arrays fit in memory or in the cores' caches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 

@@ -3,8 +3,6 @@
 Knows vectors, ids and counted pairs. Doesn't know where these come from. Imports no Spark.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -8,12 +8,12 @@
 Knows positions of an index. Doesn't know users, or where the counts come from.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.models.index import artifact
 from vlm4rec_spark.models.ranking.top_k import Candidates, rank_in_group
@@ -26,17 +26,17 @@ _ADVICE = "Run the recommend stage again."
 class ItemItemScores:
     """Both arrays, memory-mapped."""
 
-    positions: np.ndarray
-    strengths: np.ndarray
+    positions: ndarray
+    strengths: ndarray
 
     @staticmethod
     def build(
         folder: Path,
         index_id: str,
         items: int,
-        first: np.ndarray,
-        second: np.ndarray,
-        strengths: np.ndarray,
+        first: ndarray,
+        second: ndarray,
+        strengths: ndarray,
     ) -> None:
         """Write the folder from pairs: two positions and the strength, each pair once."""
         order = np.lexsort((second, -strengths, first))
@@ -60,14 +60,14 @@ class ItemItemScores:
         artifact.seal(folder, details)
 
     @classmethod
-    def open(cls, folder: Path) -> ItemItemScores:
+    def open(cls, folder: Path) -> Self:
         """Open the folder. Raises RunError if it is incomplete, damaged or of another format."""
         artifact.read_manifest(folder, "cooccurrence", FORMAT, _ADVICE)
         positions = artifact.map_array(folder / "positions.npy")
         strengths = artifact.map_array(folder / "strengths.npy")
         return cls(positions, strengths)
 
-    def scores_for(self, history: np.ndarray, weights: np.ndarray) -> Candidates:
+    def scores_for(self, history: ndarray, weights: ndarray) -> Candidates:
         """The items found with those of one user's history: sorted positions and float64 scores.
 
         A score is the sum over the history of weight times strength. It is scaled so that the

@@ -9,17 +9,16 @@ A row keeps the order of the search. So its first n are the result of a search f
 Knows positions of an index. Doesn't know users, or how the search is distributed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index import artifact
@@ -37,16 +36,16 @@ class NeighborBlock(NamedTuple):
     """Rows of the table from `first_item` on, both arrays (rows, depth)."""
 
     first_item: int
-    positions: np.ndarray
-    cosines: np.ndarray
+    positions: ndarray
+    cosines: ndarray
 
 
 @dataclass(frozen=True)
 class Neighbors:
     """Both arrays, memory-mapped, of one index. `leaves` were searched for each item."""
 
-    positions: np.ndarray
-    cosines: np.ndarray
+    positions: ndarray
+    cosines: ndarray
     index_id: str
     leaves: int
 
@@ -86,7 +85,7 @@ class Neighbors:
         artifact.seal(folder, details)
 
     @classmethod
-    def open(cls, folder: Path) -> Neighbors:
+    def open(cls, folder: Path) -> Self:
         """Open the folder. Raises RunError if it is incomplete, damaged or of another format."""
         manifest = artifact.read_manifest(folder, "neighbours", FORMAT, _ADVICE)
         positions = artifact.map_array(folder / "positions.npy")

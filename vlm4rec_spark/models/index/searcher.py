@@ -13,20 +13,19 @@ are the delta: they have no codes and are searched exactly. Knows vectors and id
 rules.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy import ndarray
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.index import artifact
@@ -60,14 +59,14 @@ class Effort:
     leaves: int
     candidates: int
 
-    def with_extra(self, extra: np.ndarray) -> Effort:
+    def with_extra(self, extra: ndarray) -> Self:
         """The same effort for every query, with enough candidates for the one that needs most.
 
         extra: int64 (queries,), additional candidates that each query needs.
         """
-        return Effort(self.leaves, self.candidates + int(extra.max(initial=0)))
+        return replace(self, candidates=self.candidates + int(extra.max(initial=0)))
 
-    def cost(self, searcher: Searcher) -> float:
+    def cost(self, searcher: "Searcher") -> float:
         """Cost of one query, in scored codes."""
         codes = len(searcher.coded) * self.leaves / searcher.leaf_count
         delta = EXACT_COST * len(searcher.delta)
@@ -116,10 +115,10 @@ class Searcher:
         folder: Path,
         index_id: str,
         ids: Sequence[str],
-        vectors: np.ndarray,
+        vectors: ndarray,
         texts: Sequence[str],
         ann_min_items: int,
-        base: Searcher | None = None,
+        base: "Searcher | None" = None,
         content: str = "",
     ) -> None:
         """Write the index to `folder`.
@@ -157,14 +156,14 @@ class Searcher:
         artifact.seal(folder, details)
 
     @classmethod
-    def open(cls, folder: Path, verify: bool = True) -> Searcher:
+    def open(cls, folder: Path, verify: bool = True) -> Self:
         """Open an index. Raises RunError if it is incomplete, damaged or of another format."""
         return cls(folder, artifact.read_manifest(folder, "index", FORMAT, _ADVICE, verify))
 
     def can_be_base(
         self,
         ids: Sequence[str],
-        vectors: np.ndarray,
+        vectors: ndarray,
         ann_min_items: int,
         rebuild_threshold: float,
     ) -> bool:
@@ -180,7 +179,7 @@ class Searcher:
         removed = len(self.coded) - unchanged
         return added + removed <= rebuild_threshold * len(ids)
 
-    def coded_rows(self, ids: Sequence[str], vectors: np.ndarray) -> np.ndarray:
+    def coded_rows(self, ids: Sequence[str], vectors: ndarray) -> ndarray:
         """`coded` of a version with these items, int64; -1 where an item's vector has changed."""
         rows = pd.Index(ids, dtype=object).get_indexer(self._positions)
         for block in blocks(len(rows), _BLOCK_ROWS):
@@ -189,11 +188,11 @@ class Searcher:
             block_rows[changed] = -1
         return np.where(self.coded >= 0, rows[self.coded], -1).astype(np.int64)
 
-    def positions(self, item_ids: Sequence[str]) -> np.ndarray:
+    def positions(self, item_ids: Sequence[str]) -> ndarray:
         """int64 positions of the items in the index; -1 for an item that isn't in it."""
         return self._positions.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
 
-    def positions_of(self, item_ids: pa.Array) -> np.ndarray:
+    def positions_of(self, item_ids: pa.Array) -> ndarray:
         """As `positions`. Looks each distinct id up once."""
         encoded = item_ids.dictionary_encode()
         positions = self.positions(encoded.dictionary.to_pylist())
@@ -201,7 +200,7 @@ class Searcher:
             return np.empty(0, np.int64)
         return positions[encoded.indices.to_numpy()]
 
-    def score_all(self, queries: np.ndarray, subset: np.ndarray | None = None) -> Candidates:
+    def score_all(self, queries: ndarray, subset: ndarray | None = None) -> Candidates:
         """Every item as a candidate of every query: positions and cosines, in index order.
 
         subset: sorted positions; only these items are scored.
@@ -216,7 +215,7 @@ class Searcher:
         cosines = queries @ vectors.T
         return Candidates(np.broadcast_to(items, cosines.shape), cosines)
 
-    def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
+    def search(self, queries: ndarray, effort: Effort) -> Candidates:
         """Approximate candidates, rescored exactly: positions and float64 cosines.
 
         They keep the order of the search, so the first c are the result of a search for c. A short
@@ -229,7 +228,7 @@ class Searcher:
             positions = self._merge_delta(queries, found)
         return Candidates(positions, self._cosines(queries, positions))
 
-    def _search_codes(self, queries: np.ndarray, effort: Effort) -> Candidates:
+    def _search_codes(self, queries: ndarray, effort: Effort) -> Candidates:
         """Candidates with ScaNN's own scores, NaN where its answer is short."""
         candidates = min(effort.candidates, len(self))
         padded = np.zeros((max(len(queries), _MIN_QUERIES), queries.shape[1]), np.float32)
@@ -248,7 +247,7 @@ class Searcher:
         positions = np.where(np.isnan(scores), -1, self.coded[codes])
         return Candidates(positions, scores)
 
-    def _merge_delta(self, queries: np.ndarray, found: Candidates) -> np.ndarray:
+    def _merge_delta(self, queries: ndarray, found: Candidates) -> ndarray:
         """Positions, with the delta's items merged in by their cosines."""
         width = found.positions.shape[1]
         merged = np.empty_like(found.positions)
@@ -267,7 +266,7 @@ class Searcher:
             merged[block] = np.take_along_axis(positions, order, 1)
         return merged
 
-    def _cosines(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _cosines(self, queries: ndarray, positions: ndarray) -> ndarray:
         """Exact cosines, float64 (queries, candidates)."""
         cosines = np.empty(positions.shape)
         queries_float64 = queries.astype(np.float64)
@@ -281,7 +280,7 @@ class Searcher:
             np.matmul(vectors_float64, queries_float64[row], out=cosines[row])
         return cosines
 
-    def _check(self, queries: np.ndarray) -> None:
+    def _check(self, queries: ndarray) -> None:
         """Raise RunError for queries of another dimension, and for numbers that aren't finite."""
         dimension = self.vectors.shape[1]
         if queries.shape[1] != dimension:
@@ -299,7 +298,7 @@ class Searcher:
         return self.vocabulary.to_pylist()[-self.manifest["words"] :]
 
 
-def _require_unit_vectors(ids: Sequence[str], vectors: np.ndarray) -> None:
+def _require_unit_vectors(ids: Sequence[str], vectors: ndarray) -> None:
     if len(ids) == 0:
         raise RunError("The index can't be built: no item has an embedding.")
     deviations = np.abs(np.linalg.norm(vectors, axis=1) - 1)
@@ -327,7 +326,7 @@ def _leaf_count(items: int, ann_min_items: int) -> int:
     return round(math.sqrt(items))
 
 
-def _build_scann(folder: Path, vectors: np.ndarray, leaves: int) -> None:
+def _build_scann(folder: Path, vectors: ndarray, leaves: int) -> None:
     # No reorder(): it stores a second copy of all vectors. vectors.npy serves for rescoring.
     searcher = (
         _scann()

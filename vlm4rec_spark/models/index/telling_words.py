@@ -3,8 +3,6 @@
 Knows texts. Doesn't know the index.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ a host is resolved once, and the address that was checked is the one that is con
 server that changes its answer gains nothing.
 """
 
-from __future__ import annotations
-
 import socket
 import ssl
 import time

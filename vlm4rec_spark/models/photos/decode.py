@@ -1,7 +1,5 @@
 """Photo bytes to an upright RGB image, or a named error. Knows Pillow; knows no models or files."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from contextlib import suppress

@@ -5,8 +5,6 @@ it leads. No proxy is used, since a proxy would resolve the host again. No messa
 URL than its host, since the rest may hold a password or a signature.
 """
 
-from __future__ import annotations
-
 import base64
 import random
 import socket

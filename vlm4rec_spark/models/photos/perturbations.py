@@ -1,7 +1,5 @@
 """Photos to test a captioner with: one as if taken again, and a blank one. Knows pixels only."""
 
-from __future__ import annotations
-
 import io
 
 from PIL import Image, ImageOps

@@ -1,7 +1,5 @@
 """Reads photos from file systems and URLs, if they have changed. Knows no rows and no tables."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,11 +1,11 @@
 """Queries that blend content with items found together in histories. Imports numpy only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
@@ -32,25 +32,24 @@ class BlendedQuery:
     content: Queries
     item_item: ItemItemScores
     share: float
-    histories: Sequence[np.ndarray]
-    weights: Sequence[np.ndarray]
+    histories: Sequence[ndarray]
+    weights: Sequence[ndarray]
 
     def __len__(self) -> int:
         return len(self.content)
 
-    def take(self, users: np.ndarray) -> BlendedQuery:
-        return BlendedQuery(
-            self.content.take(users),
-            self.item_item,
-            self.share,
-            take_users(self.histories, users),
-            take_users(self.weights, users),
+    def take(self, users: ndarray) -> Self:
+        return replace(
+            self,
+            content=self.content.take(users),
+            histories=take_users(self.histories, users),
+            weights=take_users(self.weights, users),
         )
 
     def max_users_per_block(self, items: int) -> int:
         return self.content.max_users_per_block(items)
 
-    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: ndarray | None = None) -> Candidates:
         item_item = [restrict(candidates, subset) for candidates in self._item_item_candidates()]
         if self.share == 1:
             return pad(item_item)
@@ -72,7 +71,7 @@ class BlendedQuery:
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> Candidates:
         """The best candidates of each part, as many as the effort says, scored by both parts."""
         if self.share == 1:
@@ -90,14 +89,14 @@ class BlendedQuery:
         scores = self.scores(searcher, positions)
         return Candidates(positions, scores.astype(np.float32))
 
-    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+    def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
         item_item = self.share * self._item_item_scores(positions)
         if self.share == 1:
             return item_item
         content = np.nan_to_num(self.content.scores(searcher, positions))
         return (1 - self.share) * content + item_item
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+    def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         """By item-item scores where they are the larger part of the score.
 
         Then the history item is the one that adds most to it.
@@ -112,7 +111,7 @@ class BlendedQuery:
             history_items[user, columns] = self._strongest_item(user, items[user, columns])
         return Explanations(history_items, by_item_item)
 
-    def _strongest_item(self, user: int, items: np.ndarray) -> np.ndarray:
+    def _strongest_item(self, user: int, items: ndarray) -> ndarray:
         """The item of the user's history that adds most to the item-item score of each item."""
         history = self.histories[user]
         neighbors = self.item_item.positions[history]
@@ -127,7 +126,7 @@ class BlendedQuery:
         users = zip(self.histories, self.weights, strict=True)
         return [self.item_item.scores_for(history, weights) for history, weights in users]
 
-    def _item_item_scores(self, positions: np.ndarray) -> np.ndarray:
+    def _item_item_scores(self, positions: ndarray) -> ndarray:
         """float64, of the same shape as the positions (users, items)."""
         scores = np.empty(positions.shape)
         for user, candidates in enumerate(self._item_item_candidates()):

@@ -1,11 +1,10 @@
 """The effort that an approximate search needs, measured against exact search."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules
@@ -88,7 +87,7 @@ def _measure(
     requests: ListRequests,
     eligibility: ListRules,
     effort: Effort,
-    exact_lists: np.ndarray,
+    exact_lists: ndarray,
 ) -> EffortTrial:
     started = time.monotonic()
     k = exact_lists.shape[1]
@@ -100,7 +99,7 @@ def _measure(
     return EffortTrial(effort, mean, float(mean - margin), len(requests) / seconds)
 
 
-def _recalls(lists: np.ndarray, exact_lists: np.ndarray) -> np.ndarray:
+def _recalls(lists: ndarray, exact_lists: ndarray) -> ndarray:
     """The share of each user's exact list that was found. Users without a list are left out."""
     is_item = exact_lists >= 0
     hits = (lists[:, :, None] == exact_lists[:, None, :]) & is_item[:, None, :]

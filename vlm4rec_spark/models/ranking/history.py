@@ -6,14 +6,13 @@ Rows come sorted by user, item and time. So each group's floats are added in the
 the log was partitioned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 
 from vlm4rec_spark.models.ranking.top_k import rank_in_group
 
@@ -47,26 +46,26 @@ class _Events(NamedTuple):
     A pair is a user and an item. Users and pairs are numbered in the order of the rows.
     """
 
-    times: np.ndarray
-    weights: np.ndarray
-    users: np.ndarray
-    pairs: np.ndarray
+    times: ndarray
+    weights: ndarray
+    users: ndarray
+    pairs: ndarray
 
 
 class _Pairs(NamedTuple):
     """Number and weight of pairs with an event that counts, by user, latest first."""
 
-    numbers: np.ndarray
-    weights: np.ndarray
+    numbers: ndarray
+    weights: ndarray
 
 
 class _Users(NamedTuple):
     """Users with an event that counts: number, events, last event, items. Sorted by number."""
 
-    numbers: np.ndarray
-    events: np.ndarray
-    last_event: np.ndarray
-    items: np.ndarray
+    numbers: ndarray
+    events: ndarray
+    last_event: ndarray
+    items: ndarray
 
 
 def weighted_histories(
@@ -109,13 +108,13 @@ def weighted_histories(
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _entries(items: pa.Array, weights: np.ndarray) -> pa.StructArray:
+def _entries(items: pa.Array, weights: ndarray) -> pa.StructArray:
     return pa.StructArray.from_arrays([items, weights], fields=list(_HISTORY_ENTRY))
 
 
 def list_array(
-    sizes: np.ndarray,
-    values: pa.Array | np.ndarray,
+    sizes: ndarray,
+    values: pa.Array | ndarray,
     is_null: pa.Array | None = None,
 ) -> pa.ListArray:
     """Consecutive values as lists of these sizes. is_null: bool, lists that are null."""
@@ -126,8 +125,8 @@ def list_array(
 
 def _weighted_events(
     rows: pa.Table,
-    is_user_start: np.ndarray,
-    is_pair_start: np.ndarray,
+    is_user_start: ndarray,
+    is_pair_start: ndarray,
 ) -> _Events:
     times = rows["event_time"].cast(pa.int64()).to_numpy()
     weights = rows["weight"].to_numpy()
@@ -180,7 +179,7 @@ def _group_pairs(events: _Events) -> _Pairs:
     return _Pairs(numbers[order], weights[order])
 
 
-def _seen(items: pa.Array, is_first: np.ndarray, user_numbers: np.ndarray) -> pa.ListArray:
+def _seen(items: pa.Array, is_first: ndarray, user_numbers: ndarray) -> pa.ListArray:
     """All items of the users with these numbers, also those whose events don't count.
 
     items, is_first: of each pair, its item, and whether it is its user's first pair.
@@ -191,7 +190,7 @@ def _seen(items: pa.Array, is_first: np.ndarray, user_numbers: np.ndarray) -> pa
     return list_array(sizes, items.filter(is_seen))
 
 
-def _differs_from_last(values: pa.Array) -> np.ndarray:
+def _differs_from_last(values: pa.Array) -> ndarray:
     """bool, the values that begin a run of equal values."""
     differs = np.ones(len(values), bool)
     differs[1:] = pc.not_equal(values[1:], values[:-1])

@@ -3,13 +3,12 @@
 Knows positions of the index, not SQL or users' ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 from pydantic import Field
 
 from vlm4rec_spark.models.index.blocks import blocks
@@ -44,7 +43,7 @@ class Rule(Settings):
 class Cap(NamedTuple):
     """A list may have at most `limit` items of a group. groups: int64 (items,), -1: no group."""
 
-    groups: np.ndarray
+    groups: ndarray
     limit: int
 
 
@@ -56,9 +55,9 @@ class Selection(NamedTuple):
     list is full, or further candidates can't fill it.
     """
 
-    ranks: np.ndarray
-    collapsed: np.ndarray
-    complete: np.ndarray
+    ranks: ndarray
+    collapsed: ndarray
+    complete: ndarray
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ class ListRules:
     diversity: weight of dissimilarity against the score, in [0, 1); 0 ranks by score alone.
     """
 
-    passed_rules: np.ndarray
-    variants: np.ndarray | None = None
+    passed_rules: ndarray
+    variants: ndarray | None = None
     caps: Sequence[Cap] = ()
     similarity_threshold: float | None = None
     min_score: float | None = None
@@ -89,7 +88,7 @@ class ListRules:
         """How many candidates of each user `select` needs at first."""
         return DIVERSITY_POOL * k if self.diversity else k
 
-    def eligible(self, rules: int) -> np.ndarray:
+    def eligible(self, rules: int) -> ndarray:
         """bool (items,), for users to whom the rules of these bits apply."""
         required = rules | AVAILABLE
         return (self.passed_rules & required) == required
@@ -97,7 +96,7 @@ class ListRules:
     def select(
         self,
         candidates: Candidates,
-        vectors: np.ndarray,
+        vectors: ndarray,
         k: int,
     ) -> Selection:
         """Select k of each user's ranked candidates.
@@ -111,7 +110,7 @@ class ListRules:
     def _select_best(
         self,
         candidates: Candidates,
-        vectors: np.ndarray,
+        vectors: ndarray,
         k: int,
     ) -> Selection:
         """Go through the candidates from the best on."""
@@ -140,10 +139,10 @@ class ListRules:
 
     def _variants_of(
         self,
-        items: np.ndarray,
-        listed: np.ndarray,
-        vectors: np.ndarray,
-    ) -> np.ndarray:
+        items: ndarray,
+        listed: ndarray,
+        vectors: ndarray,
+    ) -> ndarray:
         """bool (users, k): the user's item is a variant of the listed one."""
         is_variant = np.zeros(listed.shape, bool)
         if self.variants is not None:
@@ -157,11 +156,11 @@ class ListRules:
                 is_variant[block] |= self.is_similar(cosines[:, :, 0])
         return is_variant
 
-    def is_similar(self, cosines: np.ndarray) -> np.ndarray:
+    def is_similar(self, cosines: ndarray) -> ndarray:
         """bool, items of these cosines count as variants."""
         return np.round(cosines, SCORE_DIGITS) > self.similarity_threshold
 
-    def _within_caps(self, items: np.ndarray, listed: np.ndarray) -> np.ndarray:
+    def _within_caps(self, items: ndarray, listed: ndarray) -> ndarray:
         """bool (users,): the user's list has room for another item of the item's groups."""
         within = np.ones(len(items), bool)
         for groups, limit in self.caps:
@@ -173,7 +172,7 @@ class ListRules:
     def _select_diverse(
         self,
         candidates: Candidates,
-        vectors: np.ndarray,
+        vectors: ndarray,
         k: int,
     ) -> Selection:
         """By maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998).
@@ -221,7 +220,7 @@ class _OpenLists:
         self.lengths = np.zeros(users, np.int64)
         self.collapsed = [np.empty((0, 3), np.int64)]
 
-    def collapse(self, is_variant: np.ndarray, items: np.ndarray) -> np.ndarray:
+    def collapse(self, is_variant: ndarray, items: ndarray) -> ndarray:
         """Hide the users' items that are variants of a listed item.
 
         is_variant: bool (users, k). Returns the users (int64) whose item is hidden.
@@ -234,9 +233,9 @@ class _OpenLists:
 
     def append(
         self,
-        users: np.ndarray,
+        users: ndarray,
         rank: int,
-        items: np.ndarray,
+        items: ndarray,
     ) -> None:
         """Add the candidate of this rank to the lists of some users; items: of all users."""
         columns = self.lengths[users]
@@ -252,7 +251,7 @@ class _DiversePool:
         self,
         rules: ListRules,
         candidates: Candidates,
-        vectors: np.ndarray,
+        vectors: ndarray,
     ):
         positions, scores = candidates
         self.rules = rules
@@ -272,7 +271,7 @@ class _DiversePool:
             listed = np.zeros(positions.shape, np.int64)
             self.caps.append(_PoolCap(groups[positions], limit, listed))
 
-    def next_best(self) -> np.ndarray:
+    def next_best(self) -> ndarray:
         """The rank of each user's next candidate; -1 if there is none."""
         allowed = self.free.copy()
         for cap in self.caps:
@@ -284,7 +283,7 @@ class _DiversePool:
         is_allowed = allowed[self.users, ranks]
         return np.where(is_allowed, ranks, -1)
 
-    def select(self, ranks: np.ndarray) -> np.ndarray:
+    def select(self, ranks: ndarray) -> ndarray:
         """List the candidates of these ranks, -1: none. Returns the variants that they hide."""
         selected = ranks >= 0
         self.free[self.users[selected], ranks[selected]] = False
@@ -308,6 +307,6 @@ class _DiversePool:
 class _PoolCap(NamedTuple):
     """A cap with each candidate's group, and how many of the group are listed (users, depth)."""
 
-    groups: np.ndarray
+    groups: ndarray
     limit: int
-    listed: np.ndarray
+    listed: ndarray

@@ -1,11 +1,11 @@
 """Queries of users without a usable history: they get what is popular. Imports numpy only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.top_k import Candidates, lengths, no_positions, take_users
@@ -26,30 +26,30 @@ class PopularityQuery:
     def __len__(self) -> int:
         return len(self.popular)
 
-    def take(self, users: np.ndarray) -> PopularityQuery:
-        return PopularityQuery(take_users(self.popular, users))
+    def take(self, users: ndarray) -> Self:
+        return type(self)(take_users(self.popular, users))
 
     def max_users_per_block(self, items: int) -> int:
         sizes = lengths([popular.positions for popular in self.popular])
         longest = int(sizes.max(initial=1))
         return max(1, _BLOCK_SCORES // longest)
 
-    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: ndarray | None = None) -> Candidates:
         return pad([restrict(popular, subset) for popular in self.popular])
 
     def search(
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> Candidates:
         return self.score_all(searcher)
 
-    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+    def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
         scores = np.empty(positions.shape)
         for user, popular in enumerate(self.popular):
             scores[user] = popular.lookup(positions[user], np.nan)
         return scores
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+    def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         return Explanations(no_positions(items.shape), np.zeros(items.shape, bool))

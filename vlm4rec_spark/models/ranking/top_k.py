@@ -3,13 +3,12 @@
 Positions are rows of the index, which is sorted by item id: a lower position is a smaller id.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy import ndarray
 
 _T = TypeVar("_T")
 
@@ -32,10 +31,10 @@ class Candidates(NamedTuple):
     positions: int64; -1 is no candidate.
     """
 
-    positions: np.ndarray
-    scores: np.ndarray
+    positions: ndarray
+    scores: ndarray
 
-    def lookup(self, items: np.ndarray, default: float) -> np.ndarray:
+    def lookup(self, items: ndarray, default: float) -> ndarray:
         """Scores of `items` among one user's candidates, which are sorted by position.
 
         An item that isn't a candidate has the score `default`.
@@ -47,17 +46,17 @@ class Candidates(NamedTuple):
         return np.where(self.positions[index] == items, self.scores[index], default)
 
 
-def lengths(lists: Sequence[np.ndarray]) -> np.ndarray:
+def lengths(lists: Sequence[ndarray]) -> ndarray:
     """int64 (lists,)."""
     return np.array([len(values) for values in lists], np.int64)
 
 
-def take_users(values: Sequence[_T], users: np.ndarray) -> list[_T]:
+def take_users(values: Sequence[_T], users: ndarray) -> list[_T]:
     """The values of these users. users: int64 positions in `values`."""
     return [values[user] for user in users]
 
 
-def flat_exclusions(excluded: Sequence[np.ndarray], items: int) -> np.ndarray:
+def flat_exclusions(excluded: Sequence[ndarray], items: int) -> ndarray:
     """Sorted int64 codes `user * items + position` of the positions that users must not get.
 
     Each code stands once. A position of -1 is skipped.
@@ -72,10 +71,10 @@ def flat_exclusions(excluded: Sequence[np.ndarray], items: int) -> np.ndarray:
 
 
 def top_k(
-    positions: np.ndarray,
-    scores: np.ndarray,
-    exclusions: np.ndarray,
-    eligible: np.ndarray,
+    positions: ndarray,
+    scores: ndarray,
+    exclusions: ndarray,
+    eligible: ndarray,
     k: int,
 ) -> Candidates:
     """The best k eligible candidates of every user that aren't excluded.
@@ -117,25 +116,25 @@ def no_candidates(
     return Candidates(positions, scores)
 
 
-def no_positions(shape: tuple[int, ...]) -> np.ndarray:
+def no_positions(shape: tuple[int, ...]) -> ndarray:
     """-1 everywhere."""
     return np.full(shape, -1, np.int64)
 
 
-def rank_in_group(sizes: np.ndarray) -> np.ndarray:
+def rank_in_group(sizes: ndarray) -> ndarray:
     """The rank of each row within its group, from 0, for sorted groups of these sizes."""
     starts = np.cumsum(sizes) - sizes
     row_starts = np.repeat(starts, sizes)
     return np.arange(sizes.sum()) - row_starts
 
 
-def is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+def is_in(values: ndarray, ordered: ndarray) -> ndarray:
     """bool, the values that are in `ordered`, which is sorted and not empty."""
     index = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
     return ordered[index] == values
 
 
-def _largest(keys: np.ndarray, k: int) -> np.ndarray:
+def _largest(keys: ndarray, k: int) -> ndarray:
     """The k largest keys of each row, largest first; _NO_KEY where there are fewer."""
     missing = max(0, k - keys.shape[1])
     negated = -np.pad(keys, ((0, 0), (0, missing)), constant_values=_NO_KEY)
@@ -143,9 +142,9 @@ def _largest(keys: np.ndarray, k: int) -> np.ndarray:
 
 
 def _shortlist(
-    positions: np.ndarray,
-    scores: np.ndarray,
-    allowed: np.ndarray,
+    positions: ndarray,
+    scores: ndarray,
+    allowed: ndarray,
     depth: int,
 ) -> Candidates:
     """The `depth` best allowed candidates of each user, and those that rounding may add to them."""

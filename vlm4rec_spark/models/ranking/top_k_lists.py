@@ -3,13 +3,12 @@
 Imports numpy only, so that a server can make lists too. Knows positions of the index, no user's id.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
@@ -39,9 +38,9 @@ class RankedLists(NamedTuple):
     variant.
     """
 
-    items: np.ndarray
-    scores: np.ndarray
-    collapsed: np.ndarray
+    items: ndarray
+    scores: ndarray
+    collapsed: ndarray
 
 
 @dataclass(frozen=True)
@@ -54,22 +53,23 @@ class ListRequests:
     """
 
     queries: Queries
-    excluded: Sequence[np.ndarray]
-    rules: np.ndarray
-    only: Sequence[np.ndarray | None] | None = None
+    excluded: Sequence[ndarray]
+    rules: ndarray
+    only: Sequence[ndarray | None] | None = None
 
     def __len__(self) -> int:
         return len(self.queries)
 
-    def take(self, users: np.ndarray) -> ListRequests:
-        return ListRequests(
-            self.queries.take(users),
-            take_users(self.excluded, users),
-            self.rules[users],
-            self.only and take_users(self.only, users),
+    def take(self, users: ndarray) -> Self:
+        return replace(
+            self,
+            queries=self.queries.take(users),
+            excluded=take_users(self.excluded, users),
+            rules=self.rules[users],
+            only=self.only and take_users(self.only, users),
         )
 
-    def has_only(self) -> np.ndarray:
+    def has_only(self) -> ndarray:
         """bool (users,): the user may get some items only."""
         if self.only is None:
             return np.zeros(len(self), bool)
@@ -79,8 +79,8 @@ class ListRequests:
 def retrieve(
     searcher: Searcher,
     queries: Queries,
-    excluded: Sequence[np.ndarray],
-    eligible: np.ndarray,
+    excluded: Sequence[ndarray],
+    eligible: ndarray,
     k: int,
     effort: Effort | None,
 ) -> Candidates:
@@ -124,8 +124,8 @@ class _Retrieval:
     """
 
     searcher: Searcher
-    eligible: np.ndarray
-    subset: np.ndarray | None
+    eligible: ndarray
+    subset: ndarray | None
     effort: Effort | None
 
     def max_users(self, queries: Queries) -> int:
@@ -138,7 +138,7 @@ class _Retrieval:
     def top_k(
         self,
         queries: Queries,
-        excluded: Sequence[np.ndarray],
+        excluded: Sequence[ndarray],
         k: int,
     ) -> Candidates:
         if self.effort is None:
@@ -154,7 +154,7 @@ class _Retrieval:
 
 def _plan(
     searcher: Searcher,
-    eligible: np.ndarray,
+    eligible: ndarray,
     effort: Effort | None,
 ) -> _Retrieval:
     items = np.flatnonzero(eligible)
@@ -173,7 +173,7 @@ class _Lists:
 
     def write(
         self,
-        users: np.ndarray,
+        users: ndarray,
         candidates: Candidates,
         selection: Selection,
     ) -> None:
@@ -223,7 +223,7 @@ def recommend_lists(
     return RankedLists(*lists.best, np.concatenate(lists.collapsed))
 
 
-def _groups(requests: ListRequests) -> list[np.ndarray]:
+def _groups(requests: ListRequests) -> list[ndarray]:
     """The users divided by the rules that apply, and by whether they may get some items only."""
     keys = np.stack([requests.rules, requests.has_only()], axis=1)
     distinct = np.unique(keys, axis=0)
@@ -244,7 +244,7 @@ def _deepen(
 def _rank(
     searcher: Searcher,
     requests: ListRequests,
-    eligible: np.ndarray,
+    eligible: ndarray,
     k: int,
     effort: Effort | None,
 ) -> Candidates:
@@ -257,7 +257,7 @@ def _rank(
 def _rank_only(
     searcher: Searcher,
     requests: ListRequests,
-    eligible: np.ndarray,
+    eligible: ndarray,
     k: int,
 ) -> Candidates:
     """As `retrieve`, out of the items that each user may get only."""

@@ -5,14 +5,13 @@ Imports numpy only, so that a server can search too. Knows vectors and weights, 
 rules.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.neighbors import Neighbors
@@ -42,8 +41,8 @@ class Explanations(NamedTuple):
     by_item_item: bool, it speaks by the item-item score and not by content.
     """
 
-    history_items: np.ndarray
-    by_item_item: np.ndarray
+    history_items: ndarray
+    by_item_item: ndarray
 
 
 class Queries(Protocol):
@@ -51,13 +50,13 @@ class Queries(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, users: np.ndarray) -> Queries:
+    def take(self, users: ndarray) -> Self:
         """The queries of the users at these positions (int64)."""
 
     def max_users_per_block(self, items: int) -> int:
         """How many users can be scored exactly against so many items in memory."""
 
-    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: ndarray | None = None) -> Candidates:
         """Every item as a candidate of every user.
 
         subset: sorted positions; only these items are scored.
@@ -67,7 +66,7 @@ class Queries(Protocol):
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> Candidates:
         """Approximate candidates with exact scores.
 
@@ -75,22 +74,22 @@ class Queries(Protocol):
         candidates don't depend on the other users.
         """
 
-    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+    def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
         """float64 scores of some items of each user, (users, items).
 
         A score doesn't depend on what else is scored at the same time.
         """
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+    def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         """Why each item was recommended; items: positions (users, items)."""
 
 
 def nearest_history_items(
-    histories: Sequence[np.ndarray],
-    weights: Sequence[np.ndarray] | None,
+    histories: Sequence[ndarray],
+    weights: Sequence[ndarray] | None,
     searcher: Searcher,
-    items: np.ndarray,
-) -> np.ndarray:
+    items: ndarray,
+) -> ndarray:
     """The item of the user's history with the highest (weighted) cosine, for each of `items`.
 
     items: positions (users, items). Returns positions of the same shape; -1 without a history. Of
@@ -119,10 +118,10 @@ def nearest_history_items(
 
 
 def _explain_by_content(
-    histories: Sequence[np.ndarray],
-    weights: Sequence[np.ndarray] | None,
+    histories: Sequence[ndarray],
+    weights: Sequence[ndarray] | None,
     searcher: Searcher,
-    items: np.ndarray,
+    items: ndarray,
 ) -> Explanations:
     history_items = nearest_history_items(histories, weights, searcher, items)
     return Explanations(history_items, np.zeros(items.shape, bool))
@@ -136,27 +135,27 @@ class MeanQuery:
     explain, and are None if nobody asks for reasons.
     """
 
-    vectors: np.ndarray
-    histories: Sequence[np.ndarray] | None
+    vectors: ndarray
+    histories: Sequence[ndarray] | None
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def take(self, users: np.ndarray) -> MeanQuery:
+    def take(self, users: ndarray) -> Self:
         histories = self.histories and take_users(self.histories, users)
-        return MeanQuery(self.vectors[users], histories)
+        return replace(self, vectors=self.vectors[users], histories=histories)
 
     def max_users_per_block(self, items: int) -> int:
         return max(1, _BLOCK_SCORES // items)
 
-    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: ndarray | None = None) -> Candidates:
         return searcher.score_all(self.vectors, subset)
 
     def search(
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> Candidates:
         candidates = searcher.search(self.vectors, effort.with_extra(extra))
         depths = effort.candidates + extra
@@ -164,7 +163,7 @@ class MeanQuery:
         candidates.positions[columns >= depths[:, None]] = -1
         return candidates
 
-    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+    def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
         scores = np.empty(positions.shape)
         vectors = self.vectors.astype(np.float64)
         for user, items in enumerate(positions):
@@ -173,7 +172,7 @@ class MeanQuery:
                 scores[user, block] = item_vectors @ vectors[user]
         return scores
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+    def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         assert self.histories is not None
         return _explain_by_content(self.histories, None, searcher, items)
 
@@ -181,8 +180,8 @@ class MeanQuery:
 class _UserVectors(NamedTuple):
     """vectors: float32 (vectors, dimension), each once. rows: the rows of each user's vectors."""
 
-    vectors: np.ndarray
-    rows: list[np.ndarray]
+    vectors: ndarray
+    rows: list[ndarray]
 
 
 @dataclass(frozen=True)
@@ -192,13 +191,13 @@ class _MultiVectorQuery(ABC):
     rows: int64, each user's rows of `_table`. weights: float32, of each row.
     """
 
-    rows: Sequence[np.ndarray]
-    weights: Sequence[np.ndarray]
+    rows: Sequence[ndarray]
+    weights: Sequence[ndarray]
 
     def __len__(self) -> int:
         return len(self.weights)
 
-    def take(self, users: np.ndarray) -> Self:
+    def take(self, users: ndarray) -> Self:
         rows = take_users(self.rows, users)
         return replace(self, rows=rows, weights=take_users(self.weights, users))
 
@@ -206,7 +205,7 @@ class _MultiVectorQuery(ABC):
         longest = int(lengths(self.weights).max(initial=1))
         return max(1, _BLOCK_SCORES // items // longest)
 
-    def score_all(self, searcher: Searcher, subset: np.ndarray | None = None) -> Candidates:
+    def score_all(self, searcher: Searcher, subset: ndarray | None = None) -> Candidates:
         """No candidates (-1) for a user without a history in this index."""
         vectors, rows = self._distinct_vectors(searcher)
         items, cosines = searcher.score_all(vectors, subset)
@@ -222,7 +221,7 @@ class _MultiVectorQuery(ABC):
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> Candidates:
         """The nearest items of each vector, merged for each user. Each vector is searched once.
 
@@ -231,7 +230,7 @@ class _MultiVectorQuery(ABC):
         """
         return pad(self._search_users(searcher, effort, extra))
 
-    def scores(self, searcher: Searcher, positions: np.ndarray) -> np.ndarray:
+    def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
         scores = np.full(positions.shape, np.nan)
         table = self._table(searcher)
         for user, weights in enumerate(self.weights):
@@ -246,7 +245,7 @@ class _MultiVectorQuery(ABC):
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> list[Candidates]:
         vectors, rows = self._distinct_vectors(searcher)
         nearest = searcher.search(vectors, effort.with_extra(extra))
@@ -264,7 +263,7 @@ class _MultiVectorQuery(ABC):
         return _UserVectors(self._table(searcher)[distinct], _split(inverse, self.rows))
 
     @abstractmethod
-    def _table(self, searcher: Searcher) -> np.ndarray:
+    def _table(self, searcher: Searcher) -> ndarray:
         """The vectors that `rows` count, float32 (vectors, dimension)."""
 
 
@@ -278,14 +277,14 @@ class MaxSimilarityQuery(_MultiVectorQuery):
 
     neighbors: Neighbors | None = None
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+    def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         return _explain_by_content(self.rows, self.weights, searcher, items)
 
     def _search_users(
         self,
         searcher: Searcher,
         effort: Effort,
-        extra: np.ndarray,
+        extra: ndarray,
     ) -> list[Candidates]:
         """From the stored neighbors, if they are deep enough for the user."""
         neighbors = self.neighbors
@@ -302,7 +301,7 @@ class MaxSimilarityQuery(_MultiVectorQuery):
                 candidates[user] = _merge(nearest, self.rows[user], self.weights[user], depth)
         return [candidates[user] for user in range(len(self))]
 
-    def _table(self, searcher: Searcher) -> np.ndarray:
+    def _table(self, searcher: Searcher) -> ndarray:
         return searcher.vectors
 
 
@@ -315,17 +314,17 @@ class MultiTasteQuery(_MultiVectorQuery):
     positions of each user's items, for the reasons.
     """
 
-    vectors: np.ndarray
-    histories: Sequence[np.ndarray]
+    vectors: ndarray
+    histories: Sequence[ndarray]
 
     @classmethod
     def from_histories(
         cls,
-        histories: Sequence[np.ndarray],
-        weights: Sequence[np.ndarray],
+        histories: Sequence[ndarray],
+        weights: Sequence[ndarray],
         searcher: Searcher,
         max_tastes: int,
-    ) -> MultiTasteQuery:
+    ) -> Self:
         """Cluster each user's history; histories and weights as in `MaxSimilarityQuery`."""
         vectors = [np.empty((0, searcher.vectors.shape[1]), np.float32)]
         taste_weights = []
@@ -337,26 +336,26 @@ class MultiTasteQuery(_MultiVectorQuery):
         rows = _split(np.arange(len(table)), taste_weights)
         return cls(rows, taste_weights, table, histories)
 
-    def take(self, users: np.ndarray) -> MultiTasteQuery:
+    def take(self, users: ndarray) -> Self:
         return replace(super().take(users), histories=take_users(self.histories, users))
 
-    def explain(self, searcher: Searcher, items: np.ndarray) -> Explanations:
+    def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         return _explain_by_content(self.histories, None, searcher, items)
 
-    def _table(self, searcher: Searcher) -> np.ndarray:
+    def _table(self, searcher: Searcher) -> ndarray:
         return self.vectors
 
 
 class _Tastes(NamedTuple):
     """Unit vectors, float32 (tastes, dimension), and their weights."""
 
-    vectors: np.ndarray
-    weights: np.ndarray
+    vectors: ndarray
+    weights: ndarray
 
 
 def _cluster(
-    vectors: np.ndarray,
-    weights: np.ndarray,
+    vectors: ndarray,
+    weights: ndarray,
     max_tastes: int,
 ) -> _Tastes:
     """The tastes of one user, in the order of their first items."""
@@ -378,13 +377,13 @@ def _cluster(
     return _Tastes(centers, center_weights)
 
 
-def _split(rows: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _split(rows: ndarray, groups: Sequence[ndarray]) -> list[ndarray]:
     """Divide the rows into groups of the same sizes."""
     ends = np.cumsum(lengths(groups))
     return np.split(rows, ends)[:-1]
 
 
-def restrict(candidates: Candidates, subset: np.ndarray | None) -> Candidates:
+def restrict(candidates: Candidates, subset: ndarray | None) -> Candidates:
     """One user's candidates that are in `subset` (sorted positions; None: all)."""
     if subset is None:
         return candidates
@@ -401,7 +400,7 @@ def pad(lists: Sequence[Candidates]) -> Candidates:
     return Candidates(positions, scores)
 
 
-def pad_positions(lists: Sequence[np.ndarray]) -> np.ndarray:
+def pad_positions(lists: Sequence[ndarray]) -> ndarray:
     """Each user's positions as rows of the same length, -1 past the last."""
     padded = no_positions((len(lists), int(lengths(lists).max(initial=0))))
     for user, positions in enumerate(lists):
@@ -411,8 +410,8 @@ def pad_positions(lists: Sequence[np.ndarray]) -> np.ndarray:
 
 def _merge(
     nearest: Candidates,
-    rows: np.ndarray,
-    weights: np.ndarray,
+    rows: ndarray,
+    weights: ndarray,
     depth: int,
 ) -> Candidates:
     """The first candidates of one user's rows, each once, sorted by position.

@@ -3,8 +3,6 @@
 Knows sizes, out-of-memory errors and single failing requests. Its subclasses know the model.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 

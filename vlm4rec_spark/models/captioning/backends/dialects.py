@@ -3,8 +3,6 @@
 Responses are validated here, because the clients accept any shape. Knows no retries.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any
 

@@ -5,8 +5,6 @@ Knows retries, rate limits and server errors; `dialects.py` knows the protocols.
 The key comes from the environment, goes only to the server, and is removed from all responses.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -45,6 +43,68 @@ _FATAL_STATUSES = {401, 402, 403, 404}
 """Statuses that any photo would get."""
 _OVERLOADED = {429, 503, 529}
 _FILTER_CODES = ("content_filter", "content_policy_violation")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error_class: str
+    message: str
+    transient: bool = False
+    """Another try may succeed."""
+    overloaded: bool = False
+    """The other requests must wait as well."""
+    retry_after: float = 0.0
+    """Seconds that the server asks for."""
+
+
+@dataclass
+class _Reservation:
+    """Tokens that a request uses, or may use, of the minute's budget."""
+
+    at: float
+    tokens: float
+
+
+class _RateLimit:
+    """Delays requests: during a pause, and while the minute's tokens are used up."""
+
+    def __init__(self, tokens_per_minute: int | None):
+        self._budget = tokens_per_minute
+        self._reservations = deque[_Reservation]()
+        self._mean_tokens = float(_FIRST_ESTIMATE)
+        self._answered = 0
+        self._paused_until = 0.0
+        self._lock = asyncio.Lock()
+
+    async def acquire(self) -> _Reservation:
+        """Wait for a request's turn and reserve an estimate of its tokens.
+
+        A failed request doesn't give them back: providers count failed tries too.
+        """
+        async with self._lock:  # first come, first served
+            while (wait := max(self._paused_until - time.monotonic(), self._token_wait())) > 0:
+                await asyncio.sleep(wait)
+            reservation = _Reservation(time.monotonic(), self._mean_tokens)
+            self._reservations.append(reservation)
+            return reservation
+
+    def pause(self, seconds: float) -> None:
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+    def settle(self, reservation: _Reservation, tokens: int) -> None:
+        """Replace the estimate by the tokens that were used."""
+        self._answered += 1
+        self._mean_tokens += (tokens - self._mean_tokens) / self._answered
+        reservation.tokens = tokens
+
+    def _token_wait(self) -> float:
+        """Seconds until the next check. Short, because a cheap answer can free tokens any time."""
+        while self._reservations and self._reservations[0].at <= time.monotonic() - _MINUTE:
+            self._reservations.popleft()
+        if self._budget is None or not self._reservations:
+            return 0.0  # a single request may exceed the budget
+        reserved = sum(reservation.tokens for reservation in self._reservations)
+        return _POLL_SECONDS if reserved + self._mean_tokens > self._budget else 0.0
 
 
 class EndpointCaptioner:
@@ -179,68 +239,6 @@ class EndpointCaptioner:
         if self._key:
             text = text.replace(self._key, "***")
         return " ".join(text.split())[:_MAX_ERROR_LENGTH]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error_class: str
-    message: str
-    transient: bool = False
-    """Another try may succeed."""
-    overloaded: bool = False
-    """The other requests must wait as well."""
-    retry_after: float = 0.0
-    """Seconds that the server asks for."""
-
-
-@dataclass
-class _Reservation:
-    """Tokens that a request uses, or may use, of the minute's budget."""
-
-    at: float
-    tokens: float
-
-
-class _RateLimit:
-    """Delays requests: during a pause, and while the minute's tokens are used up."""
-
-    def __init__(self, tokens_per_minute: int | None):
-        self._budget = tokens_per_minute
-        self._reservations = deque[_Reservation]()
-        self._mean_tokens = float(_FIRST_ESTIMATE)
-        self._answered = 0
-        self._paused_until = 0.0
-        self._lock = asyncio.Lock()
-
-    async def acquire(self) -> _Reservation:
-        """Wait for a request's turn and reserve an estimate of its tokens.
-
-        A failed request doesn't give them back: providers count failed tries too.
-        """
-        async with self._lock:  # first come, first served
-            while (wait := max(self._paused_until - time.monotonic(), self._token_wait())) > 0:
-                await asyncio.sleep(wait)
-            reservation = _Reservation(time.monotonic(), self._mean_tokens)
-            self._reservations.append(reservation)
-            return reservation
-
-    def pause(self, seconds: float) -> None:
-        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-
-    def settle(self, reservation: _Reservation, tokens: int) -> None:
-        """Replace the estimate by the tokens that were used."""
-        self._answered += 1
-        self._mean_tokens += (tokens - self._mean_tokens) / self._answered
-        reservation.tokens = tokens
-
-    def _token_wait(self) -> float:
-        """Seconds until the next check. Short, because a cheap answer can free tokens any time."""
-        while self._reservations and self._reservations[0].at <= time.monotonic() - _MINUTE:
-            self._reservations.popleft()
-        if self._budget is None or not self._reservations:
-            return 0.0  # a single request may exceed the budget
-        reserved = sum(reservation.tokens for reservation in self._reservations)
-        return _POLL_SECONDS if reserved + self._mean_tokens > self._budget else 0.0
 
 
 def _read_key(variable: str, url: str | None) -> str:

@@ -17,8 +17,6 @@ The default is red, or blue for `empty`.
 Any other word has no effect.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 Knows the chat template, padding and decoding; knows nothing of photo files, retries or Spark.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

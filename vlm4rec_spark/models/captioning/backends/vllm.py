@@ -3,8 +3,6 @@
 Knows the engine and its requests; knows nothing of photo files, retries or Spark.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Sequence

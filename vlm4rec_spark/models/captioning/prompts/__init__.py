@@ -4,8 +4,6 @@ A prompt may contain catalogue fields such as {title}, which are filled in per i
 A prompt that contains {attributes} is structured: its answer is JSON.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass
