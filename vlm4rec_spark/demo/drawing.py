@@ -7,28 +7,28 @@ picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageColor, ImageFilter
 
-from vlm4rec_spark.demo.shapes import Points, Shape, shapes
+from vlm4rec_spark.demo.shapes import SHAPES, Points, Shape
 from vlm4rec_spark.demo.surfaces import Plane, background, material, pattern
-from vlm4rec_spark.demo.trims import trim
+from vlm4rec_spark.demo.trims import TRIMS, Pen
 
 SIZE = 224
 _FINE = 2 * SIZE
 """Outlines are drawn at twice the size and scaled down: Pillow draws without anti-aliasing."""
 
-_COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (196, 30, 38),
-    "yellow": (240, 196, 30),
-    "green": (34, 128, 52),
-    "turquoise": (40, 186, 186),
-    "blue": (32, 68, 190),
-    "purple": (112, 44, 150),
-    "pink": (244, 130, 176),
-    "black": (52, 50, 54),
+_COLOURS = {
+    "red": "#c41e26",
+    "yellow": "#f0c41e",
+    "green": "#228034",
+    "turquoise": "#28baba",
+    "blue": "#2044be",
+    "purple": "#702c96",
+    "pink": "#f482b0",
+    "black": "#343236",
 }
 _USES = {
     "classic": "the office and dinners",
@@ -68,12 +68,9 @@ class _Camera:
         angle = np.radians(rng.uniform(-16, 16))
         self.scale = rng.uniform(0.68, 0.9)
         self.centre = rng.uniform(-0.09, 0.09, size=2)
-        self.turn = np.array(
-            [
-                [np.cos(angle), np.sin(angle)],
-                [-np.sin(angle), np.cos(angle)],
-            ]
-        )
+        cos = np.cos(angle)
+        sin = np.sin(angle)
+        self.turn = np.array([[cos, sin], [-sin, cos]])
 
     def pixels(self, points: Points) -> list[tuple[float, float]]:
         """Points of the product's box as positions in the fine picture."""
@@ -90,24 +87,29 @@ class _Camera:
 
 def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image:
     """A photo of the product, SIZE × SIZE, RGB."""
-    shape = shapes()[attributes["kind"]]
+    shape = SHAPES[attributes["kind"]]
     camera = _Camera(rng)
     line = np.linspace(-1, 1, SIZE, dtype=np.float32)
     x, y = np.meshgrid(line, line)
 
     fabric = Image.new("L", (_FINE, _FINE))
-    ImageDraw.Draw(fabric).polygon(camera.pixels(shape.outline), fill=255)
-    cover = np.asarray(fabric.reduce(2), dtype=np.float32)[..., None] / 255
+    Pen(fabric, camera.pixels).polygon(shape.outline, fill=255)
+    cover = _reduced(fabric)[..., None] / 255
     shift = rng.uniform(-12, 12, size=3).astype(np.float32)
-    colour = np.array(_COLOURS[attributes["colour"]], np.float32) + shift
+    colour = np.array(ImageColor.getrgb(_COLOURS[attributes["colour"]]), np.float32) + shift
     surface = _surface(attributes, colour, camera.box(x, y), rng)
 
-    scene = background(x, y, rng) * (1 - _shadow(fabric, rng))
-    scene = _inked(scene, lambda picture: _fixtures(picture, shape, camera, colour))
-    scene = scene * (1 - cover) + surface * cover
+    picture = _fine(background(x, y, rng) * (1 - _shadow(fabric, rng)))
+    _draw_fixtures(Pen(picture, camera.pixels), shape, colour)
+    picture = _fine(_reduced(picture) * (1 - cover) + surface * cover)
+    for seam in shape.seams:
+        Pen(picture, camera.pixels).line(seam, "#1e1a1c", 4)
+    trimmed = picture.copy()
     style = attributes["style"]
-    scene = _inked(scene, lambda picture: _finish(picture, fabric, style, shape, camera))
-    return _exposed(scene, rng)
+    TRIMS[style](Pen(trimmed, camera.pixels), shape)
+    if style == "sporty":  # its bands end where the fabric does
+        trimmed = Image.composite(trimmed, picture, fabric)
+    return _exposed(_reduced(trimmed), rng)
 
 
 def _exposed(scene: np.ndarray, rng: np.random.Generator) -> Image.Image:
@@ -138,10 +140,14 @@ def _bytes(scene: np.ndarray) -> np.ndarray:
     return np.clip(scene, 0, 255).astype(np.uint8)
 
 
-def _inked(scene: np.ndarray, ink: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """The scene after `ink` has drawn on it at the fine size."""
-    fine = Image.fromarray(_bytes(scene)).resize((_FINE, _FINE), Image.Resampling.NEAREST)
-    return np.asarray(ink(fine).reduce(2), dtype=np.float32)
+def _fine(scene: np.ndarray) -> Image.Image:
+    """The scene at the size at which outlines are drawn."""
+    return Image.fromarray(_bytes(scene)).resize((_FINE, _FINE), Image.Resampling.NEAREST)
+
+
+def _reduced(fine: Image.Image) -> np.ndarray:
+    """The picture at its final size."""
+    return np.asarray(fine.reduce(2), dtype=np.float32)
 
 
 def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
@@ -153,45 +159,10 @@ def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(soft, dtype=np.float32)[..., None] * np.float32(rng.uniform(0.25, 0.5) / 255)
 
 
-def _fixtures(
-    picture: Image.Image,
-    shape: Shape,
-    camera: _Camera,
-    colour: np.ndarray,
-) -> Image.Image:
+def _draw_fixtures(pen: Pen, shape: Shape, colour: np.ndarray) -> None:
     """The parts behind the fabric: legs and stands of wood, and a dark handle."""
-    pen = ImageDraw.Draw(picture)
     for part in shape.behind:
-        pen.polygon(
-            camera.pixels(part),
-            fill=(150, 108, 62),
-            outline=(84, 56, 28),
-        )
-    if len(shape.handle):
+        pen.polygon(part, fill="#966c3e", outline="#54381c")
+    if shape.handle is not None:
         dark = tuple(int(channel) for channel in np.clip(colour * 0.6, 0, 255))
-        pen.line(
-            camera.pixels(shape.handle),
-            fill=dark,
-            width=22,
-            joint="curve",
-        )
-    return picture
-
-
-def _finish(
-    picture: Image.Image,
-    fabric: Image.Image,
-    style: str,
-    shape: Shape,
-    camera: _Camera,
-) -> Image.Image:
-    """Seams, then the style's decoration."""
-    pen = ImageDraw.Draw(picture)
-    for seam in shape.seams:
-        pen.line(
-            camera.pixels(seam),
-            fill=(30, 26, 28),
-            width=4,
-            joint="curve",
-        )
-    return trim(style, picture, fabric, shape, camera.pixels)
+        pen.line(shape.handle, dark, 22)

@@ -5,8 +5,7 @@ Knows geometry only: points in a box from -1 to 1, with y pointing down.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,13 +23,9 @@ class Shape:
     seams: tuple[Points, ...] = ()
     behind: tuple[Points, ...] = ()
     """Parts of wood or metal that stick out: legs, a stand. Polygons drawn under the fabric."""
-    handle: Points = field(default_factory=lambda: np.empty((0, 2)))
+    handle: Points | None = None
 
-    def walk(
-        self,
-        gap: float,
-        offset: float = 0.0,
-    ) -> Points:
+    def walk(self, gap: float, offset: float = 0.0) -> Points:
         """Points along the outline, `gap` apart, moved towards the middle by `offset`."""
         closed = np.vstack([self.outline, self.outline[:1]])
         steps = np.hypot(*np.diff(closed, axis=0).T)
@@ -47,9 +42,14 @@ class Shape:
         return points + offset * normal / length[:, None]
 
 
-def _mirrored(*right: tuple[float, float]) -> Points:
+def _points(text: str) -> Points:
+    """Points as in an SVG: "x,y x,y"."""
+    return np.array([point.split(",") for point in text.split()], float)
+
+
+def _mirrored(right: str) -> Points:
     """A symmetric outline from its right half, listed from top to bottom."""
-    half = np.array(right)
+    half = _points(right)
     return np.vstack([half, half[::-1] * (-1, 1)])
 
 
@@ -63,240 +63,83 @@ def _rounded(corners: Points, times: int = 2) -> Points:
     return corners
 
 
-def _arc(
-    centre: tuple[float, float],
-    radii: tuple[float, float],
-    start: float,
-    stop: float,
-) -> Points:
+def _arc(centre: str, radii: str, start: float, stop: float) -> Points:
+    """From one angle to another, in degrees."""
     angle = np.radians(np.linspace(start, stop, 24))
-    return np.array(centre) + np.array(radii) * np.column_stack([np.cos(angle), np.sin(angle)])
+    return _points(centre) + _points(radii) * np.column_stack([np.cos(angle), np.sin(angle)])
 
 
-def _box(
-    left: float,
-    top: float,
-    right: float,
-    bottom: float,
-) -> Points:
-    return np.array(
-        [
-            (left, top),
-            (right, top),
-            (right, bottom),
-            (left, bottom),
-        ]
-    )
-
-
-def _line(*points: tuple[float, float]) -> Points:
-    return np.array(points)
-
-
-def _line_and_mirror(*points: tuple[float, float]) -> tuple[Points, Points]:
-    """A line, and the same on the other side of the middle."""
-    line = np.array(points)
-    return line, line * (-1, 1)
-
-
-def _shirt() -> Shape:
-    neck = _arc(
-        (0, -0.82),
-        (0.22, 0.24),
-        170,
-        10,
-    )
-    body = _mirrored(
-        (0.2, -0.78), (0.5, -0.82), (1.0, -0.3), (0.76, -0.02), (0.54, -0.22), (0.56, 0.9)
-    )
-    return Shape(
-        _rounded(np.vstack([neck, body]), 1),
-        emblem=(0.26, -0.2),
-        seams=_line_and_mirror(
-            (0.5, -0.8),
-            (0.54, -0.2),
-        ),
-    )
-
-
-def _dress() -> Shape:
-    neck = _arc(
-        (0, -0.92),
-        (0.24, 0.3),
-        170,
-        10,
-    )
-    body = _mirrored(
-        (0.26, -0.95), (0.44, -0.9), (0.42, -0.5), (0.3, -0.12), (0.6, 0.45), (0.84, 0.95)
-    )
-    waist = _line(
-        (-0.3, -0.12),
-        (0.3, -0.12),
-    )
-    return Shape(
-        _rounded(np.vstack([neck, body]), 1),
-        emblem=(0.0, -0.1),
-        seams=(
-            waist,
-            *_line_and_mirror(
-                (-0.1, 0.1),
-                (-0.28, 0.9),
-            ),
-        ),
-    )
-
-
-def _trousers() -> Shape:
-    outline = _mirrored(
-        (0.5, -0.95),
-        (0.56, -0.4),
-        (0.66, 0.95),
-        (0.14, 0.95),
-        (0.03, -0.2),
-    )
-    waistband = _line(
-        (-0.52, -0.78),
-        (0.52, -0.78),
-    )
-    fly = _line(
-        (0.0, -0.78),
-        (0.0, -0.2),
-    )
-    return Shape(
-        _rounded(outline, 1),
-        emblem=(0.34, -0.3),
-        seams=(waistband, fly),
-    )
-
-
-def _bag() -> Shape:
-    return Shape(
-        _rounded(
-            _mirrored(
-                (0.62, -0.32),
-                (0.9, 0.82),
-                (0.8, 0.92),
-            )
-        ),
-        emblem=(0.0, 0.25),
-        seams=(
-            _line(
-                (-0.7, -0.05),
-                (0.7, -0.05),
-            ),
-        ),
-        handle=_arc(
-            (0, -0.3),
-            (0.4, 0.62),
-            180,
-            360,
-        ),
-    )
-
-
-def _hat() -> Shape:
-    crown = _arc(
-        (0, -0.05),
-        (0.56, 0.72),
-        180,
-        360,
-    )
-    brim = _arc(
-        (0, 0.38),
-        (1.0, 0.34),
-        -52,
-        232,
-    )
-    ribbon = _arc(
-        (0, 0.1),
-        (0.57, 0.14),
-        170,
-        10,
-    )
-    return Shape(
-        np.vstack([crown, brim]),
-        emblem=(0.1, -0.2),
-        seams=(ribbon,),
-    )
-
-
-def _cushion() -> Shape:
+def _cushion() -> Points:
     """A square whose sides are pulled in and whose corners stick out."""
     t = np.linspace(-1, 1, 17)[:-1]
     top = np.column_stack([0.9 * t, -0.9 + 0.14 * (1 - t**2)])
-    turns = np.array(
-        [
-            [[0, 1], [-1, 0]],
-            [[-1, 0], [0, -1]],
-            [[0, -1], [1, 0]],
-        ]
-    )
-    return Shape(np.vstack([top, *(top @ turn for turn in turns)]), emblem=(0.3, 0.3))
+    quarter_turn = [[0, 1], [-1, 0]]
+    return np.vstack([top @ np.linalg.matrix_power(quarter_turn, turns) for turns in range(4)])
 
 
-def _lamp() -> Shape:
-    pole = _box(-0.06, 0.1, 0.06, 0.86)
-    foot = _arc(
-        (0, 0.9),
-        (0.42, 0.12),
-        0,
-        360,
-    )
-    outline = _mirrored(
-        (0.38, -0.95),
-        (0.82, 0.16),
-    )
-    return Shape(
-        _rounded(outline, 1),
+def _neckline(neck: Points, right: str) -> Points:
+    """The outline of a garment from its neck and its right half."""
+    return _rounded(np.vstack([neck, _mirrored(right)]), 1)
+
+
+SHAPES = {
+    "shirt": Shape(
+        _neckline(
+            _arc("0,-0.82", "0.22,0.24", 170, 10),
+            "0.2,-0.78 0.5,-0.82 1,-0.3 0.76,-0.02 0.54,-0.22 0.56,0.9",
+        ),
+        emblem=(0.26, -0.2),
+        seams=(_points("0.5,-0.8 0.54,-0.2"), _points("-0.5,-0.8 -0.54,-0.2")),
+    ),
+    "dress": Shape(
+        _neckline(
+            _arc("0,-0.92", "0.24,0.3", 170, 10),
+            "0.26,-0.95 0.44,-0.9 0.42,-0.5 0.3,-0.12 0.6,0.45 0.84,0.95",
+        ),
+        emblem=(0.0, -0.1),
+        seams=(
+            _points("-0.3,-0.12 0.3,-0.12"),
+            _points("-0.1,0.1 -0.28,0.9"),
+            _points("0.1,0.1 0.28,0.9"),
+        ),
+    ),
+    "trousers": Shape(
+        _rounded(_mirrored("0.5,-0.95 0.56,-0.4 0.66,0.95 0.14,0.95 0.03,-0.2"), 1),
+        emblem=(0.34, -0.3),
+        seams=(_points("-0.52,-0.78 0.52,-0.78"), _points("0,-0.78 0,-0.2")),
+    ),
+    "bag": Shape(
+        _rounded(_mirrored("0.62,-0.32 0.9,0.82 0.8,0.92")),
+        emblem=(0.0, 0.25),
+        seams=(_points("-0.7,-0.05 0.7,-0.05"),),
+        handle=_arc("0,-0.3", "0.4,0.62", 180, 360),
+    ),
+    "hat": Shape(
+        np.vstack([_arc("0,-0.05", "0.56,0.72", 180, 360), _arc("0,0.38", "1,0.34", -52, 232)]),
+        emblem=(0.1, -0.2),
+        seams=(_arc("0,0.1", "0.57,0.14", 170, 10),),
+    ),
+    "cushion": Shape(_cushion(), emblem=(0.3, 0.3)),
+    "lamp": Shape(
+        _rounded(_mirrored("0.38,-0.95 0.82,0.16"), 1),
         emblem=(0.0, -0.3),
-        behind=(pole, foot),
-    )
-
-
-def _armchair() -> Shape:
-    outline = _mirrored(
-        (0.34, -0.9),
-        (0.62, -0.78),
-        (0.66, -0.16),
-        (0.92, -0.14),
-        (0.96, 0.68),
-    )
-    seat = _line(
-        (-0.62, 0.16),
-        (0.62, 0.16),
-    )
-    return Shape(
-        _rounded(outline),
+        behind=(
+            _points("-0.06,0.1 0.06,0.1 0.06,0.86 -0.06,0.86"),
+            _arc("0,0.9", "0.42,0.12", 0, 360),
+        ),
+    ),
+    "armchair": Shape(
+        _rounded(_mirrored("0.34,-0.9 0.62,-0.78 0.66,-0.16 0.92,-0.14 0.96,0.68")),
         emblem=(0.0, -0.5),
         seams=(
-            *_line_and_mirror(
-                (-0.64, -0.1),
-                (-0.6, 0.66),
-            ),
-            seat,
+            _points("-0.64,-0.1 -0.6,0.66"),
+            _points("0.64,-0.1 0.6,0.66"),
+            _points("-0.62,0.16 0.62,0.16"),
         ),
         behind=(
-            _box(
-                -0.86,
-                0.5,
-                -0.72,
-                0.95,
-            ),
-            _box(0.72, 0.5, 0.86, 0.95),
+            _points("-0.86,0.5 -0.72,0.5 -0.72,0.95 -0.86,0.95"),
+            _points("0.72,0.5 0.86,0.5 0.86,0.95 0.72,0.95"),
         ),
-    )
-
-
-@cache
-def shapes() -> dict[str, Shape]:
-    """All kinds by name."""
-    return {
-        "shirt": _shirt(),
-        "dress": _dress(),
-        "trousers": _trousers(),
-        "bag": _bag(),
-        "hat": _hat(),
-        "cushion": _cushion(),
-        "lamp": _lamp(),
-        "armchair": _armchair(),
-    }
+    ),
+}
+"""All kinds by name."""
