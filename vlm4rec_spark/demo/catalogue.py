@@ -7,14 +7,13 @@ The evaluation's oracle arm reads it.
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +29,8 @@ _MATCH = {"kind": 2.0, "colour": 2.5, "pattern": 2.0, "material": 2.0, "style": 
 """What a match with the user's taste adds to an item's log-odds of being looked at."""
 _NOISE = 0.1
 """Share of views of an item picked without regard to taste."""
+_TWINS = (8, 9)
+"""Items with the look and the photo of the first."""
 _CATALOGUE = (
     "item_id",
     "title",
@@ -41,7 +42,7 @@ _CATALOGUE = (
     "available",
     "first_seen_at",
 )
-_LOG = ("user_id", "item_id", "event_type", "event_time")
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _VISITOR = "visitor-"
 _VISITOR_SHARE = 20
 _FIRST_SIGN_IN = datetime(2025, 1, 25, tzinfo=UTC)
@@ -52,15 +53,10 @@ class _Event(NamedTuple):
     user_id: str
     item_id: str
     event_type: str
-    at: datetime
+    event_time: datetime
 
 
-def write(
-    folder: Path,
-    seed: int = 7,
-    items: int = 560,
-    users: int = 2_000,
-) -> None:
+def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> None:
     """Write the shop into `folder`, which is emptied first.
 
     It has photos/, catalogue.csv, events-YYYY-MM.csv.gz, users.csv, identities.csv and, written
@@ -97,10 +93,7 @@ def _first_seen(items: int, rng: np.random.Generator) -> list[datetime]:
 
 
 def _write_catalogue(
-    file: Path,
-    ids: Sequence[str],
-    first_seen: Sequence[datetime],
-    rng: np.random.Generator,
+    file: Path, ids: Sequence[str], first_seen: Sequence[datetime], rng: np.random.Generator
 ) -> None:
     rows = [
         (
@@ -112,7 +105,7 @@ def _write_catalogue(
             rng.choice(["", "", "", "EU", "US"]),
             f"{rng.integers(900, 19_900) / 100:.2f}",
             "false" if rng.random() < 0.02 else "true",
-            seen.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            seen.strftime(_TIME),
         )
         for item, seen in zip(ids, first_seen, strict=True)
     ]
@@ -121,7 +114,7 @@ def _write_catalogue(
         ("SKU-BAD01", "Article with a wrong price", "", "", "", "", "on request", "true", ""),
         ("SKU-BAD02", "Article from a bad date", "", "", "", "", "5.00", "true", "last week"),
     ]
-    file.write_text(_csv(_CATALOGUE, [*rows, *bad, rows[3]]), encoding="utf-8")
+    _write_csv(file, _CATALOGUE, [*rows, *bad, rows[3]])
 
 
 def _title(rng: np.random.Generator) -> str:
@@ -129,11 +122,7 @@ def _title(rng: np.random.Generator) -> str:
     return f"Article {letter}{rng.integers(100, 1000)}-{rng.integers(10, 100)}"
 
 
-def _write_users(
-    folder: Path,
-    users: int,
-    seed: int,
-) -> None:
+def _write_users(folder: Path, users: int, seed: int) -> None:
     """Every user's segment and market, and the user ids of the first weeks' visitors."""
     rng = np.random.default_rng([seed, users])
     rows = [
@@ -145,120 +134,68 @@ def _write_users(
         )
         for number in range(users)
     ]
-    (folder / "users.csv").write_text(
-        _csv(("user_id", "segment", "region", "consent"), rows), encoding="utf-8"
-    )
+    _write_csv(folder / "users.csv", ("user_id", "segment", "region", "consent"), rows)
     identities = [
         (f"{_VISITOR}{number:05d}", f"user-{number:05d}")
         for number in range(0, users, _VISITOR_SHARE)
     ]
-    (folder / "identities.csv").write_text(
-        _csv(("anonymous_id", "user_id"), identities), encoding="utf-8"
-    )
+    _write_csv(folder / "identities.csv", ("anonymous_id", "user_id"), identities)
 
 
-def _write_photos(
-    folder: Path,
-    truth: pd.DataFrame,
-    seed: int,
-) -> None:
+def _write_csv(file: Path, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+    pd.DataFrame(rows, columns=columns).to_csv(file, index=False, lineterminator="\n")
+
+
+def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
     """A photo per item, a second one for some, and the odd files of real photo folders."""
-    for number, row in enumerate(truth.to_dict("records")):
-        item = row["item_id"]
+    for number, look in enumerate(truth.to_dict("records")):
+        item = look["item_id"]
         rng = np.random.default_rng([seed, number])
-        look = {name: row[name] for name in ATTRIBUTES}
         photo = draw(look, rng)
-        oddity = _ODDITIES.get(number)
-        if oddity is None:
-            photo.save(folder / f"{item}.jpg", quality=90)
-        elif oddity == "twin":
-            first = truth["item_id"].iloc[0]
-            shutil.copyfile(folder / f"{first}.jpg", folder / f"{item}.jpg")
+        jpeg = folder / f"{item}.jpg"
+        if number in _TWINS:
+            shutil.copyfile(folder / f"{truth['item_id'].iloc[0]}.jpg", jpeg)
             truth.loc[number, list(ATTRIBUTES)] = truth.loc[0, list(ATTRIBUTES)]
         else:
-            name, data = _odd_photo(oddity, photo)
-            if data is not None:
-                (folder / f"{item}{name}").write_bytes(data)
-        if number % 12 == 5 and oddity is None:
+            _write_photo(number, photo, jpeg)
+        if number % 12 == 5:
             draw(look, rng).save(folder / f"{item}.1.jpg", quality=90)
 
 
-_ODDITIES = {
-    8: "twin",
-    9: "twin",
-    10: "corrupt",
-    11: "corrupt",
-    12: "empty",
-    13: "html",
-    14: "html",
-    15: "none",
-    16: "none",
-    18: "none",
-    19: "cmyk",
-    20: "cmyk",
-    21: "rgba",
-    22: "rgba",
-    23: "rotated",
-    24: "rotated",
-    25: "animated",
-    26: "animated",
-    27: "webp",
-}
-
-
-def _odd_photo(oddity: str, photo: Image.Image) -> tuple[str, bytes | None]:
-    """The photo's file ending and bytes; None for an item without a photo."""
-    match oddity:
-        case "none":
-            return "", None
-        case "html":
-            return ".jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
-        case "cmyk":
-            return ".jpg", _encoded(photo.convert("CMYK"), "JPEG", quality=90)
-        case "rgba":
-            return ".png", _encoded(photo.convert("RGBA"), "PNG")
-        case "rotated":
+def _write_photo(number: int, photo: Image.Image, jpeg: Path) -> None:
+    match number:
+        case 10 | 11:  # damaged
+            photo.save(jpeg, quality=90)
+            os.truncate(jpeg, jpeg.stat().st_size // 2)
+        case 12:
+            jpeg.touch()
+        case 13 | 14:
+            jpeg.write_bytes(b"<!DOCTYPE html><html><body>404 Not Found</body></html>")
+        case 15 | 16 | 18:
+            pass  # an item without a photo
+        case 19 | 20:
+            photo.convert("CMYK").save(jpeg, quality=90)
+        case 21 | 22:
+            photo.convert("RGBA").save(jpeg.with_suffix(".png"))
+        case 23 | 24:
             exif = Image.Exif()
             exif[0x0112] = 6  # shown turned by 90° clockwise
-            turned = photo.transpose(Image.Transpose.ROTATE_90)
-            return ".jpg", _encoded(
-                turned,
-                "JPEG",
-                quality=90,
-                exif=exif,
-            )
-        case "animated":
+            photo.transpose(Image.Transpose.ROTATE_90).save(jpeg, quality=90, exif=exif)
+        case 25 | 26:
             frames = [Image.new("RGB", photo.size, "white")]
-            data = _encoded(
-                photo,
-                "GIF",
-                save_all=True,
-                append_images=frames,
-                duration=500,
-            )
-            return ".gif", data
-        case "webp":
-            return ".webp", _encoded(photo, "WEBP", quality=90)
-        case "corrupt":
-            data = _encoded(photo, "JPEG", quality=90)
-            return ".jpg", data[: len(data) // 2]
-    return ".jpg", b""
-
-
-def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+            gif = jpeg.with_suffix(".gif")
+            photo.save(gif, save_all=True, append_images=frames, duration=500)
+        case 27:
+            photo.save(jpeg.with_suffix(".webp"), quality=90)
+        case _:
+            photo.save(jpeg, quality=90)
 
 
 class _Shoppers:
     """Users who look for what is like an item of their taste. Some items nobody views."""
 
     def __init__(
-        self,
-        truth: pd.DataFrame,
-        first_seen: Sequence[datetime],
-        rng: np.random.Generator,
+        self, truth: pd.DataFrame, first_seen: Sequence[datetime], rng: np.random.Generator
     ):
         codes = [pd.Categorical(truth[name], ATTRIBUTES[name]).codes for name in ATTRIBUTES]
         self._rng = rng
@@ -294,62 +231,32 @@ class _Shoppers:
         """Of every item, that a user of this taste views it."""
         return _softmax((self._codes == taste) @ self._weights + self._popularity)
 
-    def _visit(
-        self,
-        number: int,
-        item: str,
-        at: datetime,
-    ) -> Iterable[_Event]:
+    def _visit(self, number: int, item: str, at: datetime) -> Iterable[_Event]:
         """A view, some carts after it, and some purchases after these."""
         is_visitor = number % _VISITOR_SHARE == 0 and at < _FIRST_SIGN_IN
         user = f"{_VISITOR if is_visitor else 'user-'}{number:05d}"
-        steps = (
-            ("view", 1.0),
-            ("cart", 0.3),
-            ("purchase", 0.5),
-        )
-        for step, (event_type, share) in enumerate(steps):
+        for event_type, share in {"view": 1.0, "cart": 0.3, "purchase": 0.5}.items():
             if self._rng.random() >= share:
                 return
-            yield _Event(
-                user,
-                item,
-                event_type,
-                at + timedelta(minutes=4 * step),
-            )
+            yield _Event(user, item, event_type, at)
+            at += timedelta(minutes=4)
 
 
 def _odd_events(viewed_ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
     """A bot, users without a usable history, unknown items, missing ids, repeats, the future."""
     day = datetime(2025, 3, 10, tzinfo=UTC)
-    for second in range(3_000):
-        yield _Event(
-            "user-bot",
-            viewed_ids[rng.integers(len(viewed_ids))],
-            "view",
-            day + timedelta(seconds=20 * second),
-        )
+    for number, item in enumerate(viewed_ids[rng.integers(len(viewed_ids), size=3_000)]):
+        yield _Event("user-bot", item, "view", day + timedelta(seconds=20 * number))
     yield _Event("user-lost", "SKU-UNKNOWN", "view", day)
     yield _Event("user-odd", viewed_ids[0], "scroll", day)
     for _ in range(40):
         yield _Event(f"user-{rng.integers(50):05d}", f"GONE-{rng.integers(9)}", "view", day)
     for _ in range(12):
-        yield _Event(
-            "",
-            viewed_ids[rng.integers(len(viewed_ids))],
-            "view",
-            day,
-        )
+        yield _Event("", viewed_ids[rng.integers(len(viewed_ids))], "view", day)
         yield _Event(f"user-{rng.integers(50):05d}", "", "view", day)
-    for _ in range(25):
-        yield _Event("user-00001", viewed_ids[1], "view", day)
-    for _ in range(6):
-        yield _Event(
-            "user-00002",
-            viewed_ids[2],
-            "purchase",
-            datetime(2099, 1, 1, tzinfo=UTC),
-        )
+    yield from [_Event("user-00001", viewed_ids[1], "view", day)] * 25
+    future = datetime(2099, 1, 1, tzinfo=UTC)
+    yield from [_Event("user-00002", viewed_ids[2], "purchase", future)] * 6
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -358,23 +265,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _write_log(folder: Path, events: Iterable[_Event]) -> None:
-    months: dict[str, list[tuple[str, ...]]] = {}
-    for event in events:
-        # The future comes with the last month's file.
-        month = min(event.at, _END - timedelta(days=1)).strftime("%Y-%m")
-        time = event.at.strftime("%Y-%m-%dT%H:%M:%SZ")
-        months.setdefault(month, []).append((*event[:3], time))
-    for month, rows in months.items():
+    log = pd.DataFrame(events).sort_values(["event_time", "user_id", "item_id", "event_type"])
+    # The future comes with the last month's file.
+    months = log["event_time"].clip(upper=pd.Timestamp(CUT, tz=UTC)).dt.strftime("%Y-%m")
+    for month, rows in log.groupby(months):
         with (
             (folder / f"events-{month}.csv.gz").open("wb") as raw,
             gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
         ):
-            packed.write(_csv(_LOG, sorted(rows, key=lambda row: (row[3], row))).encode())
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+            text = rows.to_csv(index=False, date_format=_TIME, lineterminator="\n")
+            packed.write(text.encode())
