@@ -11,8 +11,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 import yaml
@@ -55,17 +56,13 @@ Debug = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
-_HELP = {
-    "ingest": "Read catalogue, photos and log into tables; `rejected` gets bad rows and reasons.",
-    "embed": "Encode titles and captions whose text is new or has changed.",
-    "index": "Build the index of the items' vectors, a folder.",
-    "profiles": "Weight every user's history and average its vectors.",
-    "recommend": "Write the best k items of every user, with a reason for each.",
-    "evaluate": "",
-    "publish": "Write the tables that marketing systems read.",
-    "report": "Write the HTML report.",
-    "run": "Run all stages, from ingest to report.",
-}
+
+class CommonOptions(NamedTuple):
+    """The options of every command that loads a configuration."""
+
+    files: list[Path] | None
+    assignments: list[str] | None
+    debug: bool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,16 +83,37 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _stage_command(name: str) -> Callable[..., None]:
-    def command(
-        config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
-    ) -> None:
+def _command(name: str, help_text: str | None = None) -> Callable[[Callable[..., None]], None]:
+    """Register a command; its function gets the common options as the first argument."""
+
+    def register(function: Callable[..., None]) -> None:
+        def command(
+            config: ConfigFiles = None,
+            set_: SettingOverrides = None,
+            debug: Debug = False,
+            **own: Any,
+        ) -> None:
+            function(CommonOptions(config, set_, debug), **own)
+
+        # Typer reads a command's options from its signature.
+        _, *own = signature(function, eval_str=True).parameters.values()
+        *common, _ = signature(command, eval_str=True).parameters.values()
+        command.__signature__ = Signature([*own, *common])  # type: ignore[attr-defined]
+        app.command(name, help=help_text or function.__doc__)(command)
+
+    return register
+
+
+def _stage(name: str, help_text: str) -> None:
+    @_command(name, help_text)
+    def stage(common: CommonOptions) -> None:
         from vlm4rec_spark.cli.commands import run_stages
 
-        run_stages(name, config, set_, debug)
+        run_stages(name, common)
 
-    return command
 
+# The help lists commands in the order of their registration: that of the work.
+_stage("ingest", "Read catalogue, photos and log into tables; bad rows go to `rejected`.")
 
 Retry = Annotated[
     bool, typer.Option("--retry-failed", help="Try failed and rejected captions again too.")
@@ -106,12 +124,9 @@ ErrorClass = Annotated[
 ]
 
 
+@_command("caption")
 def caption(
-    error_class: ErrorClass = None,
-    retry_failed: Retry = False,
-    config: ConfigFiles = None,
-    set_: SettingOverrides = None,
-    debug: Debug = False,
+    common: CommonOptions, error_class: ErrorClass = None, retry_failed: Retry = False
 ) -> None:
     """Caption every photo that has no caption yet; identical photos are captioned once.
 
@@ -124,16 +139,15 @@ def caption(
     """
     from vlm4rec_spark.cli.commands import run_stages
 
-    run_stages("caption", config, set_, debug, _retry(error_class, retry_failed))
+    run_stages("caption", common, _retry(error_class, retry_failed))
 
 
+@_command("plan")
 def show_plan(
+    common: CommonOptions,
     error_class: ErrorClass = None,
     retry_failed: Retry = False,
     as_json: Json = False,
-    config: ConfigFiles = None,
-    set_: SettingOverrides = None,
-    debug: Debug = False,
 ) -> None:
     """Show what `caption` would do now: how many photos, why, how long and at what price.
 
@@ -142,7 +156,7 @@ def show_plan(
     """
     from vlm4rec_spark.cli.commands import run_plan
 
-    run_plan(config, set_, debug, as_json, _retry(error_class, retry_failed))
+    run_plan(common, as_json, _retry(error_class, retry_failed))
 
 
 def _retry(error_class: str | None, retry_failed: bool) -> str | None:
@@ -151,12 +165,14 @@ def _retry(error_class: str | None, retry_failed: bool) -> str | None:
     return (error_class or "") if retry_failed else None
 
 
-def evaluate(
-    as_json: Json = False,
-    config: ConfigFiles = None,
-    set_: SettingOverrides = None,
-    debug: Debug = False,
-) -> None:
+_stage("embed", "Encode titles and captions whose text is new or has changed.")
+_stage("index", "Build the index of the items' vectors, a folder.")
+_stage("profiles", "Weight every user's history and average its vectors.")
+_stage("recommend", "Write the best k items of every user, with a reason for each.")
+
+
+@_command("evaluate")
+def evaluate(common: CommonOptions, as_json: Json = False) -> None:
     """Evaluate every arm on held-out events, with confidence intervals.
 
     The section `evaluate` of the configuration has splits, arms and control. The metrics go to the
@@ -166,17 +182,12 @@ def evaluate(
     """
     from vlm4rec_spark.cli.commands import run_evaluate
 
-    run_evaluate(config, set_, debug, as_json)
+    run_evaluate(common, as_json)
 
 
-# The help lists commands in the order of their registration: that of the work.
-for _name, _help in _HELP.items():
-    app.command(_name, help=_help or None)(
-        evaluate if _name == "evaluate" else _stage_command(_name)
-    )
-    if _name == "ingest":
-        app.command("caption")(caption)
-        app.command("plan")(show_plan)
+_stage("publish", "Write the tables that marketing systems read.")
+_stage("report", "Write the HTML report.")
+_stage("run", "Run all stages, from ingest to report.")
 
 
 @app.command(
@@ -189,8 +200,9 @@ def export() -> None:
     raise UsageError("export is called publish now: vlm4rec publish.")
 
 
-@app.command("import-captions")
+@_command("import-captions")
 def import_captions(
+    common: CommonOptions,
     path: Annotated[
         str, typer.Argument(help="File, folder or Delta table: item_id and text, or captions.")
     ],
@@ -202,20 +214,15 @@ def import_captions(
             metavar="NAME=COLUMN",
         ),
     ] = None,
-    config: ConfigFiles = None,
-    set_: SettingOverrides = None,
-    debug: Debug = False,
 ) -> None:
     """Import captions from another system in place of the caption stage; run `embed` after it."""
     from vlm4rec_spark.cli.commands import run_import
 
-    run_import(path, format, column, config, set_, debug)
+    run_import(common, path, format, column)
 
 
-@app.command("status")
-def show_status(
-    config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
-) -> None:
+@_command("status")
+def show_status(common: CommonOptions) -> None:
     """Show the size of all tables, the last run of each stage, and which index is in force.
 
     Changes nothing, and may run while another run is at work. `size` counts the current version of
@@ -226,18 +233,16 @@ def show_status(
     """
     from vlm4rec_spark.cli.commands import run_status
 
-    run_status(config, set_, debug)
+    run_status(common)
 
 
-@app.command("show")
+@_command("show")
 def show_one(
+    common: CommonOptions,
     kind: Annotated[Literal["user", "item"], typer.Argument(help="What to look at.")],
     id_: Annotated[
         str, typer.Argument(metavar="ID", help="Its id, as in the log or the catalogue.")
     ],
-    config: ConfigFiles = None,
-    set_: SettingOverrides = None,
-    debug: Debug = False,
 ) -> None:
     """Show everything about one user or item: `vlm4rec show user U`, `vlm4rec show item I`.
 
@@ -252,11 +257,12 @@ def show_one(
     """
     from vlm4rec_spark.cli.commands import run_show
 
-    run_show(kind, id_, config, set_, debug)
+    run_show(common, kind, id_)
 
 
-@app.command("tune")
+@_command("tune")
 def tune(
+    common: CommonOptions,
     out: Annotated[Path, typer.Option(help="Configuration file to write.")] = Path("tuned.yaml"),
     representation: Annotated[
         list[str] | None,
@@ -268,9 +274,6 @@ def tune(
     metric: Annotated[
         Literal["ndcg", "recall"], typer.Option(help="The metric to maximize, at evaluate.k.")
     ] = "ndcg",
-    config: ConfigFiles = None,
-    set_: SettingOverrides = None,
-    debug: Debug = False,
 ) -> None:
     """Choose the settings of profiles and blend, and write them as a configuration file.
 
@@ -285,13 +288,11 @@ def tune(
     """
     from vlm4rec_spark.cli.commands import run_tune
 
-    run_tune(out, representation, metric, config, set_, debug)
+    run_tune(common, out, representation, metric)
 
 
-@app.command("maintain")
-def maintain(
-    config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
-) -> None:
+@_command("maintain")
+def maintain(common: CommonOptions) -> None:
     """Join small files, delete old ones, and remove what killed runs left. Changes no row.
 
     Every table: OPTIMIZE joins small files into larger ones. Then VACUUM deletes the files that no
@@ -307,17 +308,15 @@ def maintain(
     """
     from vlm4rec_spark.cli.commands import run_maintain
 
-    run_maintain(config, set_, debug)
+    run_maintain(common)
 
 
-@app.command("config")
-def show_config(
-    config: ConfigFiles = None, set_: SettingOverrides = None, debug: Debug = False
-) -> None:
+@_command("config")
+def show_config(common: CommonOptions) -> None:
     """Print the effective configuration as YAML."""
     from vlm4rec_spark.config import load
 
-    settings = load(config, set_).model_dump(mode="json")
+    settings = load(common.files, common.assignments).model_dump(mode="json")
     print(yaml.safe_dump(settings, sort_keys=False), end="")
 
 
@@ -338,7 +337,7 @@ def demo(
     """
     from vlm4rec_spark.cli.commands import run_demo
 
-    run_demo(out, seed, items, users, set_, debug)
+    run_demo(CommonOptions([Path("demo.yaml")], set_, debug), out, seed, items, users)
 
 
 LabelledTable = Annotated[

@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 
-from vlm4rec_spark.cli import (
-    ConfigFiles,
-    SettingOverrides,
-    plan_table,
-    quiet,
-    show,
-    status,
-    tune_table,
-)
+from vlm4rec_spark.cli import CommonOptions, plan_table, quiet, show, status, tune_table
 from vlm4rec_spark.cli.reporter import LOG, configure
+from vlm4rec_spark.cli.table_style import new_table
 from vlm4rec_spark.config import load
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.evaluation.tune import Metric
@@ -37,34 +29,24 @@ _HEADLINE_METRICS = ("recall", "ndcg")
 _CONSOLE = Console(stderr=True)
 
 
-def run_stages(
-    name: str,
-    files: ConfigFiles,
-    assignments: SettingOverrides,
-    debug: bool,
-    retry: str | None = None,
-) -> None:
+def run_stages(name: str, common: CommonOptions, retry: str | None = None) -> None:
     """Run the stage `name`, or all of them for `run`; `retry` as in RunContext."""
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         pipeline.context.retry = retry
         _run(pipeline, STAGES if name == "run" else (name,))
 
 
-def run_evaluate(
-    files: ConfigFiles, assignments: SettingOverrides, debug: bool, as_json: bool
-) -> None:
+def run_evaluate(common: CommonOptions, as_json: bool) -> None:
     """Run `evaluate`; with `as_json` print its metrics."""
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         _run(pipeline, ("evaluate",))
         if as_json:
             print(json.dumps(_evaluation(pipeline)))
 
 
-def run_plan(
-    files: ConfigFiles, assignments: SettingOverrides, debug: bool, as_json: bool, retry: str | None
-) -> None:
+def run_plan(common: CommonOptions, as_json: bool, retry: str | None) -> None:
     """Run `plan`."""
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         pipeline.context.retry = retry
         plan = pipeline.plan()
         if as_json:
@@ -73,14 +55,7 @@ def run_plan(
             plan_table.show(plan, pipeline.config.caption, Console())
 
 
-def run_import(
-    path: str,
-    kind: str,
-    columns: list[str] | None,
-    files: ConfigFiles,
-    assignments: SettingOverrides,
-    debug: bool,
-) -> None:
+def run_import(common: CommonOptions, path: str, kind: str, columns: list[str] | None) -> None:
     """Run `import-captions`."""
     mapping = {}
     for column in columns or ():
@@ -93,22 +68,21 @@ def run_import(
     if kind not in ("csv", "json", "parquet", "delta"):
         raise UsageError(f"--format {kind}: use csv, json, parquet or delta.")
     source = Source(path=(path,), format=kind, columns=mapping)
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         _show([pipeline.import_captions(source)])
 
 
-def run_demo(
-    out: Path, seed: int, items: int, users: int, assignments: SettingOverrides, debug: bool
-) -> None:
+def run_demo(common: CommonOptions, out: Path, seed: int, items: int, users: int) -> None:
     """Draw the shop, run every stage on it, and print where the report is."""
     from vlm4rec_spark.demo import catalogue
 
     raw = out / "raw"
-    settings = [*_demo_settings(out, raw), f"evaluate.cut={catalogue.CUT}", *(assignments or ())]
+    settings = [*_demo_settings(out, raw), f"evaluate.cut={catalogue.CUT}"]
     truth = raw / "truth.parquet"
+    common = common._replace(assignments=settings + (common.assignments or []))
     with ThreadPoolExecutor(1) as pool:
         drawn = None if truth.exists() else pool.submit(catalogue.write, raw, seed, items, users)
-        with _pipeline([Path("demo.yaml")], settings, debug) as pipeline:
+        with _pipeline(common) as pipeline:
             if drawn:
                 LOG.info("drawing a shop of %s items and %s users into %s", items, users, raw)
                 drawn.result()
@@ -117,46 +91,35 @@ def run_demo(
 
 
 def run_tune(
-    out: Path,
-    representations: list[str] | None,
-    metric: Metric,
-    files: ConfigFiles,
-    assignments: SettingOverrides,
-    debug: bool,
+    common: CommonOptions, out: Path, representations: list[str] | None, metric: Metric
 ) -> None:
     """Run `tune`."""
     folder = out.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"--out {out}: there is no folder {folder}.")
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         tuned = pipeline.tune(representations or [pipeline.config.representation], metric)
         tune_table.write(tuned, out)
         tune_table.show(tuned, _CONSOLE)
         _print_line(f"settings: {out.resolve()}. Use them: --config {out}")
 
 
-def run_status(files: ConfigFiles, assignments: SettingOverrides, debug: bool) -> None:
+def run_status(common: CommonOptions) -> None:
     """Run `status`."""
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         status.show(pipeline, Console())
 
 
-def run_show(
-    kind: Literal["user", "item"],
-    id_: str,
-    files: ConfigFiles,
-    assignments: SettingOverrides,
-    debug: bool,
-) -> None:
+def run_show(common: CommonOptions, kind: Literal["user", "item"], id_: str) -> None:
     """Run `show user` or `show item`."""
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         show_one = show.user if kind == "user" else show.item
         show_one(pipeline, id_, Console())
 
 
-def run_maintain(files: ConfigFiles, assignments: SettingOverrides, debug: bool) -> None:
+def run_maintain(common: CommonOptions) -> None:
     """Run `maintain`."""
-    with _pipeline(files, assignments, debug) as pipeline:
+    with _pipeline(common) as pipeline:
         result = pipeline.maintain()
         _report(result)
         if pipeline.config.log != "json":
@@ -196,15 +159,15 @@ def _add_oracle(pipeline: Pipeline, truth: Path) -> None:
 
 
 @contextmanager
-def _pipeline(files: ConfigFiles, assignments: SettingOverrides, debug: bool) -> Iterator[Pipeline]:
-    config = load(files, assignments)
-    if not debug:
+def _pipeline(common: CommonOptions) -> Iterator[Pipeline]:
+    config = load(common.files, common.assignments)
+    if not common.debug:
         quiet()
     as_json = config.log == "json"
     configure(as_json)
     LOG.info("starting Spark")
     spark = session(config.spark)
-    spark.sparkContext.setLogLevel("WARN" if debug else "FATAL")
+    spark.sparkContext.setLogLevel("WARN" if common.debug else "FATAL")
 
     def begin(run_id: str, stage: str) -> None:
         configure(as_json, run_id=run_id, stage=stage)
@@ -244,11 +207,8 @@ def _report(result: StageResult) -> None:
 
 
 def _show(results: Sequence[StageResult]) -> None:
-    table = Table(title="Stages of this run", title_justify="left")
-    table.add_column("stage")
-    table.add_column("status")
-    for name in ("rows in", "ok", "failed", "skipped", "seconds"):
-        table.add_column(name, justify="right")
+    columns = ("rows in", "ok", "failed", "skipped", "seconds")
+    table = new_table("Stages of this run", ("stage", "status"), columns)
     for result in results:
         counts = (result.rows_in, result.ok, result.failed, result.skipped)
         cells = [f"{count:,}" for count in counts]
@@ -286,10 +246,7 @@ def _headline(pipeline: Pipeline) -> None:
     cells = _cells(pipeline, k)
     for split in dict.fromkeys(cell_split for cell_split, _, _ in cells):
         title = f"{split} split, mean over users with 95 % interval"
-        table = Table(title=title, title_justify="left")
-        table.add_column("arm", no_wrap=True)
-        for metric in _HEADLINE_METRICS:
-            table.add_column(f"{metric}@{k}", justify="right", no_wrap=True)
+        table = new_table(title, ("arm",), [f"{metric}@{k}" for metric in _HEADLINE_METRICS])
         for arm in pipeline.config.evaluate.arms:
             table.add_row(arm, *(cells[split, arm, metric] for metric in _HEADLINE_METRICS))
         _CONSOLE.print(table)
@@ -298,8 +255,7 @@ def _headline(pipeline: Pipeline) -> None:
 def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:
     """The headline's figures by split, arm and metric."""
     rows = pipeline.tables.read(schemas.METRICS)
-    state = pipeline.context.states()["evaluate"]
-    run_id = state.run_id
+    run_id = pipeline.context.states()["evaluate"].run_id
     # The caption audit's metrics are no score of an arm. The report shows them.
     of_lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
     of_run = (rows["run_id"] == run_id) & rows["metric"].isin(*_HEADLINE_METRICS)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from pyspark.sql import Row
 from pyspark.sql import functions as F
-from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from vlm4rec_spark.cli.table_style import new_table
 from vlm4rec_spark.pipeline import STAGES, Pipeline, StageResult, maintain
 from vlm4rec_spark.storage import maintenance, schemas
 
@@ -40,7 +40,7 @@ def show_maintenance(result: StageResult, console: Console) -> None:
 
 def _maintained_tables(details: Mapping[str, str]) -> Table:
     title = "Maintained tables"
-    grid = _grid(title, ("table", "retention"), ("files before", "files after", "freed"))
+    grid = new_table(title, ("table", "retention"), ("files before", "files after", "freed"))
     for name in schemas.TABLES:
         if f"{name}.files_before" in details:
             freed = details[f"{name}.bytes_freed"]
@@ -56,7 +56,7 @@ def _maintained_tables(details: Mapping[str, str]) -> Table:
 
 def _tables(pipeline: Pipeline) -> Table:
     title = f"Tables at {pipeline.tables.location}"
-    grid = _grid(title, ("table", "last change (UTC)"), ("rows", "version", "size", "on disk"))
+    grid = new_table(title, ("table", "last change (UTC)"), ("rows", "version", "size", "on disk"))
     for table in schemas.TABLES.values():
         footprint = maintenance.footprint(pipeline.tables, table)
         if footprint is None:
@@ -77,7 +77,7 @@ def _tables(pipeline: Pipeline) -> Table:
 def _runs(pipeline: Pipeline) -> Table:
     """The last run of each stage, in the order of the stages."""
     columns = ("ok", "failed", "skipped", "seconds")
-    grid = _grid("Last runs", ("stage", "started (UTC)", "status"), columns)
+    grid = new_table("Last runs", ("stage", "started (UTC)", "status"), columns)
     runs = _last_runs(pipeline)
     for stage in [*STAGES, *sorted(runs.keys() - set(STAGES))]:
         if stage not in runs:
@@ -102,7 +102,7 @@ def _last_runs(pipeline: Pipeline) -> dict[str, Row]:
 
 def _indexes(pipeline: Pipeline) -> Table:
     title = f"Index versions in {pipeline.config.index.folder}"
-    grid = _grid(title, ("index", "in force for"), ("written (UTC)", "size"))
+    grid = new_table(title, ("index", "in force for"), ("written (UTC)", "size"))
     for index in maintain.indexes(pipeline.context):
         if index.version is None:
             grid.add_row(index.index_id, index.in_force_for, "[red]gone[/]", "")
@@ -117,15 +117,6 @@ def _indexes(pipeline: Pipeline) -> Table:
         )
     if not grid.rows:
         grid.add_row("none yet", style="dim")
-    return grid
-
-
-def _grid(title: str, texts: Iterable[str], figures: Iterable[str]) -> Table:
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in texts:
-        grid.add_column(name)
-    for name in figures:
-        grid.add_column(name, justify="right")
     return grid
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.cli.reporter import LOG, configure
+from vlm4rec_spark.cli.table_style import new_table
 from vlm4rec_spark.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,10 +109,8 @@ def _command(
 
 
 def _show(out: Path, accuracy: Mapping[str, Share]) -> None:
-    table = Table(title="Captions of held-out photos", title_justify="left")
-    table.add_column("attribute")
-    for name in ("photos", "right", "blank photo", "majority"):
-        table.add_column(name, justify="right")
+    columns = ("photos", "right", "blank photo", "majority")
+    table = new_table("Captions of held-out photos", ("attribute",), columns)
     for name, share in accuracy.items():
         figures = [f"{figure:.3f}" for figure in (share.right, share.blank, share.majority)]
         table.add_row(name, f"{share.photos:,}", *figures)

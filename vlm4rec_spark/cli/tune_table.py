@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from vlm4rec_spark import __version__
+from vlm4rec_spark.cli.table_style import new_table
 from vlm4rec_spark.evaluation.tune import Trial, Tuned, overrides
 
 _SHOWN = 8
@@ -43,10 +43,8 @@ def _comments(tuned: Tuned) -> list[str]:
 def show(tuned: Tuned, console: Console) -> None:
     """The best trials as a table."""
     title = f"Best of {len(tuned.trials)} settings on {tuned.split}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("last changed")
-    for name in (f"recall@{tuned.k}", f"ndcg@{tuned.k}", f"95 % of {tuned.metric}"):
-        table.add_column(name, justify="right")
+    figures = (f"recall@{tuned.k}", f"ndcg@{tuned.k}", f"95 % of {tuned.metric}")
+    table = new_table(title, ("last changed",), figures)
     ranked = sorted(tuned.trials, key=lambda trial: -tuned.value(trial))[:_SHOWN]
     if tuned.best_content not in ranked:
         ranked.append(tuned.best_content)
