@@ -15,7 +15,6 @@ from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.training import augment, card, labelled, measure, network, train
 from vlm4rec_spark.training.measure import Share
 
-COLUMNS = {"photo": "photo", "caption": "caption", "weight": "weight"}
 COLOURS = {"red": (190, 30, 30), "green": (30, 150, 40), "blue": (30, 60, 190)}
 GOOD = 120
 
@@ -67,7 +66,7 @@ def ignore(message: object) -> None:
 
 def read(table: Path) -> labelled.Labelled:
     attributes = {"kind": "category", "colour": "shade"}
-    return labelled.read(table, COLUMNS, attributes, network.SIDE, table.parent / "work", ignore)
+    return labelled.read(table, "photo", attributes, network.SIDE, table.parent / "work", ignore)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +103,8 @@ def test_a_csv_may_name_photos_by_their_path(tmp_path):
         (tmp_path / "files" / f"{number}.png").write_bytes(photo(number, "green"))
     lines = [f"files/{number}.png,hat" for number in range(100)] + ["files/gone.png,hat"]
     (tmp_path / "photos.csv").write_text("\n".join(["file,kind", *lines]))
-    columns = COLUMNS | {"photo": "file"}
     work = tmp_path / "work"
-    csv = labelled.read(tmp_path / "photos.csv", columns, {"kind": "kind"}, 32, work, ignore)
+    csv = labelled.read(tmp_path / "photos.csv", "file", {"kind": "kind"}, 32, work, ignore)
     assert (len(csv.sentences), csv.rejected) == (100, {"unreadable": 1})
     assert csv.photos[0, :, 16, 16].argmax() == 1
 
@@ -145,7 +143,7 @@ def test_a_table_that_can_not_be_used_is_an_error(
 ):
     table = broken_table(tmp_path, name)
     with pytest.raises(error, match=message):
-        labelled.read(table, COLUMNS, {"kind": column}, 32, tmp_path / "work", ignore)
+        labelled.read(table, "photo", {"kind": column}, 32, tmp_path / "work", ignore)
 
 
 # Training
@@ -278,26 +276,20 @@ def test_shares_are_over_the_photos_whose_truth_is_known():
     }
 
 
-def test_the_card_says_where_the_model_comes_from(tmp_path):
-    provenance = card.Provenance(
-        command="vlm4rec train-captioner x",
-        data="`x.parquet`",
-        licence="CC0.",
-        photos=1_200,
-        rejected={"html_page": 2},
-        plan=train.TrainingPlan(),
-        seconds=90.0,
-        device="a GPU",
-    )
+def test_the_card_says_where_the_model_comes_from(photos: labelled.Labelled, tmp_path):
+    plan = train.TrainingPlan()
     curve = [train.Point(96, 5.0, {"kind": 0.1}), train.Point(192, 4.0, {"kind": 0.3})]
-    card.write(tmp_path, provenance, {"kind": Share(61, 2, 0.5, 0.25, 0.75)}, curve)
+    training = train.Training(plan, curve, 90.0, "a GPU")
+    photos = replace(photos, sentences=["A hat."] * 1_200, rejected={"html_page": 2})
+    shares = {"kind": Share(61, 2, 0.5, 0.25, 0.75)}
+    card.write(tmp_path, "vlm4rec train-captioner x", "x.parquet", photos, training, shares)
     text = " ".join((tmp_path / "README.md").read_text().split())
     for words in (
         "`vlm4rec train-captioner x`",
         "1,200 photos; left out: 2 html page.",
         "seed 0; 1.5 minutes on a GPU.",
         "| kind | 2 | 61 | 0.500 | 0.250 | 0.750 |",
-        "## Licence CC0.",
+        "Data: `x.parquet`.",
     ):
         assert words in text
     with Image.open(tmp_path / "curve.png") as image:
@@ -334,9 +326,10 @@ def test_a_folder_of_other_files_is_left_alone(table: Path, tmp_path, capsys):
 def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path):
     out = tmp_path / "mine"
     options = "--attribute kind=category --seen 24 --batch 12"
-    assert main(command(table, out, *options.split(), "--licence", "Ours.")) == 0
+    assert main(command(table, out, *options.split())) == 0
     text = (out / "README.md").read_text()
-    assert f"{options} --rate 0.001 --seed 0`" in text
+    choices = "--attribute=kind=category --seen=24 --batch=12 --seed=0`"
+    assert f"{table} --out={out} --photo=photo {choices}" in text
     assert "| kind | 2 |" in text
     files = {file.name for file in out.iterdir()}
     assert files >= {"model.safetensors", "curve.png", "config.json"}

@@ -340,71 +340,45 @@ def demo(
     run_demo(CommonOptions([Path("demo.yaml")], set_, debug), out, seed, items, users)
 
 
-LabelledTable = Annotated[
-    Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")
-]
-ModelFolder = Annotated[Path, typer.Option(help="Folder for the model, its card and its curve.")]
-AttributeColumns = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=COLUMN",
-        help="An attribute of the captions and its column: kind=category; repeatable.",
-    ),
-]
-PhotoColumn = Annotated[
-    str, typer.Option(help="Column with the photo's bytes, or its path relative to the table.")
-]
-CaptionColumn = Annotated[
-    str, typer.Option(help="Column with a sentence of your own, if any, for the caption.")
-]
-WeightColumn = Annotated[
-    str, typer.Option(help="Column with the photo's sampling weight; 1 is normal.")
-]
-WorkFolder = Annotated[
-    Path | None, typer.Option(help="Folder for decoded photos and the checkpoint.")
-]
-PhotosSeen = Annotated[
-    int, typer.Option(min=1, help="Photos to train on; each is used several times.")
-]
-Licence = Annotated[str, typer.Option(help="The card's text on rights in photos and model.")]
-
-
 @app.command("train-captioner")
 def train_captioner(
-    table: LabelledTable,
-    out: ModelFolder,
-    attribute: AttributeColumns = None,
-    photo: PhotoColumn = "photo",
-    caption: CaptionColumn = "caption",
-    weight: WeightColumn = "weight",
-    work: WorkFolder = None,
-    seen: PhotosSeen = 400_000,
+    table: Annotated[
+        Path, typer.Argument(help="Labelled photos: a Parquet file or folder, or a CSV file.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the model, its card and its curve.")],
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN",
+            help="An attribute of the captions and its column: kind=category; repeatable.",
+        ),
+    ] = None,
+    photo: Annotated[
+        str, typer.Option(help="Column with the photo's bytes, or its path relative to the table.")
+    ] = "photo",
+    seen: Annotated[
+        int, typer.Option(min=1, help="Photos to train on; each is used several times.")
+    ] = 400_000,
     batch: Annotated[int, typer.Option(min=2, help="Photos per step.")] = 96,
-    rate: Annotated[float, typer.Option(min=1e-6, max=0.1, help="Highest learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    licence: Licence = "Not stated.",
     debug: Debug = False,
 ) -> None:
     """Train a small captioner on your own labelled photos, for `caption.model.model`.
 
     `kind`, `colour`, `pattern`, `material`, `audience`, `style` and `use` have fixed positions in
     the sentences. Other attributes follow with their names. A photo may lack any of them.
-    One photo in twenty is held out to measure the result. Unusable photos are counted by class.
+    A column `caption` may hold sentences of your own, and a column `weight` how often a photo is
+    used; 1 is normal. One photo in twenty is held out to measure the result. Unusable photos are
+    counted by class.
 
-    On a GPU it takes minutes. The default, 400,000 photos, takes some four hours on two cores. It
-    can be killed at any moment: the same command goes on from the last checkpoint, two minutes back
-    at most.
+    Decoded photos and the checkpoint are in a folder beside the model's, with `-training` at the
+    end of its name. On a GPU it takes minutes. The default, 400,000 photos, takes some four hours
+    on two cores. It can be killed at any moment: the same command goes on from the last checkpoint,
+    two minutes back at most.
     """
     from vlm4rec_spark.cli.train_captioner import run_training
 
-    columns = {"photo": photo, "caption": caption, "weight": weight}
-    options: dict[str, int | float] = {
-        "seen": seen,
-        "batch": batch,
-        "rate": rate,
-        "seed": seed,
-    }
-    run_training(table, out, work, columns, attribute or [], licence, options, debug)
+    run_training(table, out, photo, attribute or [], (seen, batch, seed), debug)
 
 
 def quiet() -> None:

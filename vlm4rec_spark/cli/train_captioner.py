@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,32 +18,29 @@ from vlm4rec_spark.errors import UsageError
 if TYPE_CHECKING:
     from vlm4rec_spark.training.measure import Share
 
-Options = dict[str, Any]
-"""The fields of TrainingPlan."""
-
 
 def run_training(
     table: Path,
     out: Path,
-    work: Path | None,
-    columns: dict[str, str],
+    photo: str,
     attributes: Sequence[str],
-    licence: str,
-    options: Options,
+    plan_values: tuple[int, int, int],
     debug: bool,
 ) -> None:
-    """Read the photos, train, measure on held-out photos, write the card."""
-    attribute_columns = _attribute_columns(attributes)
-    command = _command(table, out, columns, attributes, options)
+    """Read the photos, train, measure on held-out photos, write the card.
+
+    `plan_values` are the fields of TrainingPlan. `attributes` are written as name=column.
+    """
+    columns = _attribute_columns(attributes)
     _check(out)
     if not debug:
         quiet()
     configure(as_json=False)
     from vlm4rec_spark.training import card, labelled, measure, network, train
 
-    plan = train.TrainingPlan(**options)
-    folder = work or out.with_name(f"{out.name}-training")
-    photos = labelled.read(table, columns, attribute_columns, network.SIDE, folder, LOG.info)
+    plan = train.TrainingPlan(*plan_values)
+    work = out.with_name(f"{out.name}-training")
+    photos = labelled.read(table, photo, columns, network.SIDE, work, LOG.info)
     values = [f"{len(values):,} values of {name}" for name, values in photos.values.items()]
     LOG.info(
         "%s photos with %s; left out: %s",
@@ -51,19 +48,12 @@ def run_training(
         ", ".join(values),
         photos.rejected or "none",
     )
-    curve, seconds = train.train(photos, out, folder, plan, LOG.info)
+    training = train.train(photos, out, work, plan, LOG.info)
     accuracy = measure.held_out(out, photos, LOG.info)
-    origin = card.Provenance(
-        command,
-        f"`{table.name}`",
-        licence,
-        len(photos.sentences),
-        photos.rejected,
-        plan,
-        seconds,
-        train.device_name(),
-    )
-    card.write(out, origin, accuracy, curve)
+    pairs = [f"--attribute={name}={column}" for name, column in columns.items()]
+    words = ["vlm4rec", "train-captioner", str(table), f"--out={out}", f"--photo={photo}", *pairs]
+    size = [f"--seen={plan.seen}", f"--batch={plan.batch}", f"--seed={plan.seed}"]
+    card.write(out, shlex.join(words + size), table.name, photos, training, accuracy)
     _show(out, accuracy)
 
 
@@ -87,25 +77,6 @@ def _attribute_columns(assignments: Sequence[str]) -> dict[str, str]:
             )
         columns[name] = column or name
     return columns
-
-
-def _command(
-    table: Path,
-    out: Path,
-    columns: Mapping[str, str],
-    attributes: Sequence[str],
-    options: Options,
-) -> str:
-    """The command line for the card, without what is the default or has no influence."""
-    words = ["vlm4rec", "train-captioner", str(table), "--out", str(out)]
-    for attribute in attributes:
-        words += ["--attribute", attribute]
-    for name, column in columns.items():
-        if name != column:
-            words += [f"--{name}", column]
-    for name in ("seen", "batch", "rate", "seed"):
-        words += [f"--{name}", str(options[name])]
-    return shlex.join(words)
 
 
 def _show(out: Path, accuracy: Mapping[str, Share]) -> None:

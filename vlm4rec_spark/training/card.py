@@ -3,61 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlm4rec_spark.training.labelled import Labelled
     from vlm4rec_spark.training.measure import Share
-    from vlm4rec_spark.training.train import Point, TrainingPlan
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How a captioner was trained."""
-
-    command: str
-    data: str
-    licence: str
-    photos: int
-    rejected: Mapping[str, int]
-    plan: TrainingPlan
-    seconds: float
-    device: str
+    from vlm4rec_spark.training.train import Point, Training
 
 
 def write(
     folder: Path,
-    provenance: Provenance,
+    command: str,
+    table: str,
+    photos: Labelled,
+    training: Training,
     shares: Mapping[str, Share],
-    curve: Sequence[Point],
 ) -> None:
     """README.md and curve.png."""
-    plan = provenance.plan
     rows = [
         f"| {name} | {share.values:,} | {share.photos:,} | {share.right:.3f} | {share.blank:.3f} "
         f"| {share.majority:.3f} |"
         for name, share in shares.items()
     ]
     rejected = [
-        f"{count:,} {reason.replace('_', ' ')}" for reason, count in provenance.rejected.items()
+        f"{count:,} {reason.replace('_', ' ')}" for reason, count in photos.rejected.items()
     ]
     text = _TEXT.format(
         rows="\n".join(rows),
-        command=provenance.command,
-        data=provenance.data,
-        licence=provenance.licence,
-        photos=provenance.photos,
+        command=command,
+        table=table,
+        photos=len(photos.sentences),
         left_out=", ".join(rejected) or "none",
-        seen=plan.seen,
-        batch=plan.batch,
-        seed=plan.seed,
-        minutes=provenance.seconds / 60,
-        device=provenance.device,
+        plan=training.plan,
+        minutes=training.seconds / 60,
+        device=training.device,
     )
-    (folder / "README.md").write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
-    if curve:
-        _draw(folder / "curve.png", curve)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    _draw(folder / "curve.png", training.curve)
 
 
 def _draw(file: Path, curve: Sequence[Point]) -> None:
@@ -70,21 +53,9 @@ def _draw(file: Path, curve: Sequence[Point]) -> None:
     loss.set(title="Loss", xlabel="photos seen")
     for name in curve[-1].right:
         right.plot(seen, [point.right.get(name) for point in curve], label=name)
-    right.set(
-        title="Right on held-out photos (heads)",
-        xlabel="photos seen",
-        ylim=(0, 1.02),
-    )
-    right.legend(
-        fontsize=7,
-        loc="lower right",
-        ncols=2,
-    )
-    figure.savefig(
-        file,
-        dpi=110,
-        metadata={"Software": None},
-    )
+    right.set(title="Right on held-out photos (heads)", xlabel="photos seen", ylim=(0, 1.02))
+    right.legend(fontsize=7, loc="lower right", ncols=2)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 _TEXT = """\
@@ -104,9 +75,9 @@ It consists of transformers' own classes and loads through `AutoProcessor` and
 
 ## Training
 
-- Data: {data}. {photos:,} photos; left out: {left_out}.
+- Data: `{table}`. {photos:,} photos; left out: {left_out}.
 - Command: `{command}`
-- {seen:,} photos seen in batches of {batch:,}, seed {seed};
+- {plan.seen:,} photos seen in batches of {plan.batch:,}, seed {plan.seed};
   {minutes:.1f} minutes on {device}.
 - The curve is in `curve.png`.
 
@@ -119,8 +90,4 @@ value.
 | attribute | values | photos | right | blank | majority |
 |---|---:|---:|---:|---:|---:|
 {rows}
-
-## Licence
-
-{licence}
 """

@@ -62,7 +62,7 @@ class _Decoded(NamedTuple):
 
 def read(
     table: Path,
-    columns: Mapping[str, str],
+    photo_column: str,
     attributes: Mapping[str, str],
     side: int,
     work: Path,
@@ -70,41 +70,44 @@ def read(
 ) -> Labelled:
     """The labelled photos of a Parquet file or folder, or of a CSV file.
 
-    `attributes` maps our names to the table's columns. `columns` does so for `photo`: bytes, or a
-    path relative to the table's folder. It may do so for `caption`, a sentence in place of one made
-    from the attributes, and for `weight`, how often a photo is drawn relative to 1. Photos are
-    decoded once, into `work`.
+    `attributes` maps our names to the table's columns. Its column `photo_column` has bytes, or a
+    path relative to the table's folder. A column `caption` may have sentences in place of those
+    made from the attributes, and a column `weight` how often a photo is drawn relative to 1. Photos
+    are decoded once, into `work`.
 
     Raises UsageError for a missing table or column, RunError when too few photos can be used.
     """
-    rows = _rows(table, [columns["photo"], *attributes.values()], list(columns.values()))
+    rows = _rows(table, {photo_column, *attributes.values()})
     truth = _truth(rows, attributes)
-    sentences = _sentences(rows, columns["caption"], truth)
-    decoded = _decoded(rows[columns["photo"]].tolist(), table, side, work, log)
-    reasons = _reasons(decoded, sentences)
+    sentences = _sentences(rows, truth)
+    decoded = _decoded(rows[photo_column].tolist(), table, side, work, log)
+    reasons = [
+        reason or ("" if words else "unlabelled")
+        for reason, words in zip(decoded.reasons, sentences, strict=True)
+    ]
     rejected = dict(Counter(filter(None, reasons)))
     good = np.flatnonzero([not reason for reason in reasons])
-    _check_enough(table, len(good), rejected)
+    if len(good) < _MIN_PHOTOS:
+        raise RunError(
+            f"{table}: {len(good):,} of {len(rows):,} photos can be learnt from, "
+            f"at least {_MIN_PHOTOS} are needed. Left out: {json.dumps(rejected)}."
+        )
     truth = [truth[row] for row in good]
     values = attribute_values(truth)
-    # A subset would be a copy in memory; all photos stay memory-mapped.
-    photos = decoded.pixels if len(good) == len(rows) else decoded.pixels[good]
+    weights = rows["weight"].to_numpy(float) if "weight" in rows else np.ones(len(rows))
     return Labelled(
-        photos=photos,
+        # A subset would be a copy in memory; all photos stay memory-mapped.
+        photos=decoded.pixels if len(good) == len(rows) else decoded.pixels[good],
         labels=_labels(truth, values),
         values=values,
         sentences=[sentences[row] for row in good],
-        weights=_weights(rows, columns["weight"])[good],
+        weights=weights[good],
         held_out=_held_out([decoded.digests[row] for row in good]),
         rejected=rejected,
     )
 
 
-def _rows(
-    table: Path,
-    required: Sequence[str],
-    optional: Sequence[str],
-) -> pd.DataFrame:
+def _rows(table: Path, required: set[str]) -> pd.DataFrame:
     if not table.exists():
         raise UsageError(
             f"{table}: there is no such table. Give a Parquet file or folder, or a CSV file."
@@ -116,10 +119,10 @@ def _rows(
         kind = "CSV" if is_csv else "Parquet"
         message = str(error).splitlines()[0]
         raise UsageError(f"{table}: it can't be read as {kind}: {message}") from error
-    if missing := [name for name in required if name not in rows]:
+    if missing := sorted(required.difference(rows)):
         names = ", ".join(map(str, rows.columns))
         raise UsageError(f"{table}: it has no column {', '.join(missing)}; it has {names}.")
-    return rows[[name for name in rows.columns if name in {*required, *optional}]]
+    return rows
 
 
 def _truth(rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, str]]:
@@ -132,41 +135,13 @@ def _truth(rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, str
     return truth
 
 
-def _sentences(
-    rows: pd.DataFrame,
-    column: str,
-    truth: Sequence[dict[str, str]],
-) -> list[str]:
+def _sentences(rows: pd.DataFrame, truth: Sequence[dict[str, str]]) -> list[str]:
     """The table's captions, or sentences from the attributes; "" where there are none."""
-    captions = rows[column].fillna("").tolist() if column in rows else [""] * len(rows)
+    captions = rows["caption"].fillna("") if "caption" in rows else [""] * len(rows)
     return [
         " ".join(caption.split()) or (caption_from_attributes(attributes) if attributes else "")
         for caption, attributes in zip(captions, truth, strict=True)
     ]
-
-
-def _reasons(decoded: _Decoded, sentences: Sequence[str]) -> list[str]:
-    """Why photos can't be used, "" for those that can."""
-    return [
-        reason or ("" if words else "unlabelled")
-        for reason, words in zip(decoded.reasons, sentences, strict=True)
-    ]
-
-
-def _check_enough(
-    table: Path,
-    good: int,
-    rejected: Mapping[str, int],
-) -> None:
-    if good < _MIN_PHOTOS:
-        raise RunError(
-            f"{table}: {good:,} of {good + sum(rejected.values()):,} photos can be learnt from, "
-            f"at least {_MIN_PHOTOS} are needed. Left out: {json.dumps(rejected)}."
-        )
-
-
-def _weights(rows: pd.DataFrame, column: str) -> np.ndarray:
-    return rows[column].to_numpy(float) if column in rows else np.ones(len(rows))
 
 
 def _held_out(photo_digests: Sequence[str]) -> np.ndarray:
@@ -225,9 +200,10 @@ def _decode_into(
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(photos), _CHUNK):
             chunk = photos[first : first + _CHUNK]
-            for photo in pool.map(lambda photo: _decode(photo, folder, array.shape[-1]), chunk):
-                array[len(results)] = photo.pixels
-                results.append((photo.reason, photo.digest))
+            decoded = pool.map(lambda photo: _decode(photo, folder, array.shape[-1]), chunk)
+            for pixels, reason, digest in decoded:
+                array[len(results)] = pixels
+                results.append((reason, digest))
             rate = len(results) / (time.monotonic() - started)
             log(
                 f"decoded {len(results):,} of {len(photos):,} photos, {rate:,.0f}/s, "
@@ -236,24 +212,16 @@ def _decode_into(
     return results
 
 
-class _DecodedPhoto(NamedTuple):
-    pixels: np.ndarray
-    reason: str
-    digest: str
+def _decode(photo: Any, folder: Path, side: int) -> tuple[np.ndarray, str, str]:
+    """Pixels, reason and digest of bytes, or of those at a path in `folder`.
 
-
-def _decode(
-    photo: Any,
-    folder: Path,
-    side: int,
-) -> _DecodedPhoto:
-    """Of bytes, or of those at a path in `folder`; a missing value is an empty photo."""
+    A missing value is an empty photo.
+    """
     try:
         if not isinstance(photo, bytes):
             photo = (folder / str(photo)).read_bytes() if pd.notna(photo) else b""
         image = decode(photo, _DECODED_SIDE).resize((side, side), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).transpose(2, 0, 1)
-        return _DecodedPhoto(pixels, "", hashlib.sha256(photo).hexdigest())
     except (PhotoError, OSError) as error:
         reason = error.error_class if isinstance(error, PhotoError) else "unreadable"
-        return _DecodedPhoto(np.zeros((3, side, side), np.uint8), reason, "")
+        return np.zeros((3, side, side), np.uint8), reason, ""
+    return np.asarray(image).transpose(2, 0, 1), "", hashlib.sha256(photo).hexdigest()

@@ -30,6 +30,8 @@ _LOG_SECONDS = 15
 _VALIDATIONS = 20
 _VALIDATION_PHOTOS = 1_000
 """How often, and on how many held-out photos: it takes time from the training."""
+_RATE = 1e-3
+"""The highest learning rate."""
 _WARM_UP = 0.06
 _HEAD_WEIGHT = 0.5
 """Of the heads' losses; the sentence's loss has 1."""
@@ -43,15 +45,7 @@ class TrainingPlan:
     seen: int = 400_000
     """Photos over all. A photo is seen several times, differently augmented."""
     batch: int = 96
-    rate: float = 1e-3
     seed: int = 0
-
-
-def device_name() -> str:
-    """What the training runs on, for people."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores"
 
 
 @dataclass(frozen=True)
@@ -68,8 +62,11 @@ class Point:
 class Training(NamedTuple):
     """What a training was."""
 
+    plan: TrainingPlan
     curve: list[Point]
     seconds: float
+    device: str
+    """For people."""
 
 
 class _Learner(torch.nn.Module):
@@ -124,7 +121,8 @@ def train(
     learner.model.eval().cpu()
     learner.model.half().save_pretrained(out)
     processor.save_pretrained(out)
-    return Training(loop.curve, loop.seconds)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    return Training(plan, loop.curve, loop.seconds, name)
 
 
 class _Photos:
@@ -215,12 +213,9 @@ class _Loop:
         self._device = photos.device
         self._steps = max(1, plan.seen // plan.batch)
         groups = _parameter_groups(learner)
-        self._optimizer = torch.optim.AdamW(groups, plan.rate, fused=True)
+        self._optimizer = torch.optim.AdamW(groups, _RATE, fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer,
-            plan.rate,
-            total_steps=self._steps,
-            pct_start=_WARM_UP,
+            self._optimizer, _RATE, self._steps, pct_start=_WARM_UP
         )
         self._parts: dict[str, Any] = {
             "learner": learner,
@@ -320,8 +315,8 @@ class _Loop:
         state = torch.load(checkpoint, weights_only=True)
         if state["digest"] != self._digest:
             raise UsageError(
-                f"{checkpoint}: it belongs to a training with other photos or settings. Give "
-                "another --work folder, or delete it."
+                f"{checkpoint}: it belongs to a training with other photos or settings. Name "
+                "another --out, or delete it."
             )
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
