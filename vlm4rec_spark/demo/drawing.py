@@ -102,14 +102,24 @@ def draw(attributes: Mapping[str, str], rng: np.random.Generator) -> Image.Image
     picture = _fine(background(x, y, rng) * (1 - _shadow(fabric, rng)))
     _draw_fixtures(Pen(picture, camera.pixels), shape, colour)
     picture = _fine(_reduced(picture) * (1 - cover) + surface * cover)
+    picture = _trimmed(picture, fabric, attributes["style"], shape, camera)
+    return _exposed(_reduced(picture), rng)
+
+
+def _trimmed(
+    picture: Image.Image,
+    fabric: Image.Image,
+    style: str,
+    shape: Shape,
+    camera: _Camera,
+) -> Image.Image:
+    """The picture with seams and the style's decoration; `fabric` is the product's mask."""
     for seam in shape.seams:
         Pen(picture, camera.pixels).line(seam, "#1e1a1c", 4)
     trimmed = picture.copy()
-    style = attributes["style"]
     TRIMS[style](Pen(trimmed, camera.pixels), shape)
-    if style == "sporty":  # its bands end where the fabric does
-        trimmed = Image.composite(trimmed, picture, fabric)
-    return _exposed(_reduced(trimmed), rng)
+    # The sporty bands reach beyond the fabric.
+    return Image.composite(trimmed, picture, fabric) if style == "sporty" else trimmed
 
 
 def _exposed(scene: np.ndarray, rng: np.random.Generator) -> Image.Image:
