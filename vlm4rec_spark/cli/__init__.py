@@ -126,7 +126,9 @@ ErrorClass = Annotated[
 
 @_command("caption")
 def caption(
-    common: CommonOptions, error_class: ErrorClass = None, retry_failed: Retry = False
+    common: CommonOptions,
+    error_class: ErrorClass = None,
+    retry_failed: Retry = False,
 ) -> None:
     """Caption every photo that has no caption yet; identical photos are captioned once.
 

@@ -29,7 +29,11 @@ _HEADLINE_METRICS = ("recall", "ndcg")
 _CONSOLE = Console(stderr=True)
 
 
-def run_stages(name: str, common: CommonOptions, retry: str | None = None) -> None:
+def run_stages(
+    name: str,
+    common: CommonOptions,
+    retry: str | None = None,
+) -> None:
     """Run the stage `name`, or all of them for `run`; `retry` as in RunContext."""
     with _pipeline(common) as pipeline:
         pipeline.context.retry = retry
@@ -44,7 +48,11 @@ def run_evaluate(common: CommonOptions, as_json: bool) -> None:
             print(json.dumps(_evaluation(pipeline)))
 
 
-def run_plan(common: CommonOptions, as_json: bool, retry: str | None) -> None:
+def run_plan(
+    common: CommonOptions,
+    as_json: bool,
+    retry: str | None,
+) -> None:
     """Run `plan`."""
     with _pipeline(common) as pipeline:
         pipeline.context.retry = retry
@@ -55,7 +63,12 @@ def run_plan(common: CommonOptions, as_json: bool, retry: str | None) -> None:
             plan_table.show(plan, pipeline.config.caption, Console())
 
 
-def run_import(common: CommonOptions, path: str, kind: str, columns: list[str] | None) -> None:
+def run_import(
+    common: CommonOptions,
+    path: str,
+    kind: str,
+    columns: list[str] | None,
+) -> None:
     """Run `import-captions`."""
     mapping = {}
     for column in columns or ():
@@ -72,7 +85,13 @@ def run_import(common: CommonOptions, path: str, kind: str, columns: list[str] |
         _show([pipeline.import_captions(source)])
 
 
-def run_demo(common: CommonOptions, out: Path, seed: int, items: int, users: int) -> None:
+def run_demo(
+    common: CommonOptions,
+    out: Path,
+    seed: int,
+    items: int,
+    users: int,
+) -> None:
     """Draw the shop, run every stage on it, and print where the report is."""
     from vlm4rec_spark.demo import catalogue
 
@@ -91,7 +110,10 @@ def run_demo(common: CommonOptions, out: Path, seed: int, items: int, users: int
 
 
 def run_tune(
-    common: CommonOptions, out: Path, representations: list[str] | None, metric: Metric
+    common: CommonOptions,
+    out: Path,
+    representations: list[str] | None,
+    metric: Metric,
 ) -> None:
     """Run `tune`."""
     folder = out.absolute().parent
@@ -110,7 +132,11 @@ def run_status(common: CommonOptions) -> None:
         status.show(pipeline, Console())
 
 
-def run_show(common: CommonOptions, kind: Literal["user", "item"], id_: str) -> None:
+def run_show(
+    common: CommonOptions,
+    kind: Literal["user", "item"],
+    id_: str,
+) -> None:
     """Run `show user` or `show item`."""
     with _pipeline(common) as pipeline:
         show_one = show.user if kind == "user" else show.item
@@ -265,7 +291,11 @@ def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:
     }
 
 
-def _cell(value: float | None, low: float | None, high: float | None) -> str:
+def _cell(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+) -> str:
     if value is None:
         return "too few users"
     # Two of these and the arm's name fit into 80 columns.

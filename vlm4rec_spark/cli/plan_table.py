@@ -9,7 +9,11 @@ from vlm4rec_spark.caption.estimate import CaptionPlan
 from vlm4rec_spark.caption.settings import CaptionSettings
 
 
-def show(plan: CaptionPlan, settings: CaptionSettings, console: Console) -> None:
+def show(
+    plan: CaptionPlan,
+    settings: CaptionSettings,
+    console: Console,
+) -> None:
     """How many photos get a caption and why the others don't, then time and price."""
     console.print(_photos(plan))
     console.print(_effort(plan, settings))

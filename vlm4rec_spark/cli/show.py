@@ -44,7 +44,11 @@ class _Texts(NamedTuple):
     caption: str = ""
 
 
-def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
+def user(
+    pipeline: Pipeline,
+    user_id: str,
+    console: Console,
+) -> None:
     """Raises RunError for a user who is neither in the log nor has a list."""
     tables = pipeline.tables
     user_id = _signed_in(tables, user_id, console)
@@ -82,7 +86,11 @@ def user(pipeline: Pipeline, user_id: str, console: Console) -> None:
         console.print(_NO_LIST)
 
 
-def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
+def item(
+    pipeline: Pipeline,
+    item_id: str,
+    console: Console,
+) -> None:
     """Raises RunError for an item that isn't in the catalogue."""
     items = pipeline.context.read(schemas.ITEMS)
     times = {"first": _micros("first_seen_at"), "at": _micros("updated_at")}
@@ -98,7 +106,11 @@ def item(pipeline: Pipeline, item_id: str, console: Console) -> None:
     console.print(_line("On the lists of", f"{listing:,} of {lists.count():,} users"))
 
 
-def _signed_in(tables: Tables, user_id: str, console: Console) -> str:
+def _signed_in(
+    tables: Tables,
+    user_id: str,
+    console: Console,
+) -> str:
     """The user that an anonymous id belongs to; any other id stays."""
     identities = tables.read(schemas.IDENTITIES).where(_equals("anonymous_id", user_id))
     identity = identities.select("user_id").first()
@@ -115,7 +127,11 @@ def _profile(tables: Tables, user_id: str) -> Row | None:
     return profiles.select(*columns).first()
 
 
-def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
+def _unknown(
+    kind: str,
+    wanted: str,
+    ids: DataFrame,
+) -> RunError:
     """The error for an unknown id. It names the nearest ones, by Spark's edit distance.
 
     Only ids with the same first letter are compared.
@@ -133,7 +149,10 @@ def _unknown(kind: str, wanted: str, ids: DataFrame) -> RunError:
 
 
 def _items_table(
-    title: str, figure: str, figures: dict[str, str], texts: Mapping[str, _Texts]
+    title: str,
+    figure: str,
+    figures: dict[str, str],
+    texts: Mapping[str, _Texts],
 ) -> Table:
     """A row for each item in `figures`, which holds its weight or cosine."""
     table = _table(title, ("item", "title", figure, "caption"))
@@ -180,7 +199,11 @@ def _catalogue_table(row: Row) -> Table:
     return table
 
 
-def _print_photos(tables: Tables, item_id: str, console: Console) -> None:
+def _print_photos(
+    tables: Tables,
+    item_id: str,
+    console: Console,
+) -> None:
     """Each photo with its caption in force, or else the result of the latest try."""
     of_item = _equals("item_id", item_id)
     photos = _by_position(tables.read(schemas.PHOTOS).where(of_item).drop("image"))
@@ -203,7 +226,11 @@ def _by_position(rows: DataFrame) -> dict[int, Row]:
     return {row["position"]: row for row in rows.collect()}
 
 
-def _captions(tables: Tables, photos: Collection[Row], links: Collection[Row]) -> list[Row]:
+def _captions(
+    tables: Tables,
+    photos: Collection[Row],
+    links: Collection[Row],
+) -> list[Row]:
     """All captions and failures of these photos and links, the latest last."""
     of_photos = F.col("image_sha256").isin([photo["image_sha256"] for photo in photos])
     of_links = F.col("caption_key").isin([link["caption_key"] for link in links])
@@ -230,7 +257,11 @@ def _caption_lines(row: Row) -> list[Text]:
     return lines
 
 
-def _print_neighbors(pipeline: Pipeline, item_id: str, console: Console) -> None:
+def _print_neighbors(
+    pipeline: Pipeline,
+    item_id: str,
+    console: Console,
+) -> None:
     try:
         # Without checksums: they would read all vectors, and one is enough here.
         searcher = Searcher.open(index_folder(pipeline.context), verify=False)

@@ -56,7 +56,12 @@ class _Event(NamedTuple):
     event_time: datetime
 
 
-def write(folder: Path, seed: int = 7, items: int = 560, users: int = 2_000) -> None:
+def write(
+    folder: Path,
+    seed: int = 7,
+    items: int = 560,
+    users: int = 2_000,
+) -> None:
     """Write the shop into `folder`, which is emptied first.
 
     It has photos/, catalogue.csv, events-YYYY-MM.csv.gz, users.csv, identities.csv and, written
@@ -93,7 +98,10 @@ def _first_seen(items: int, rng: np.random.Generator) -> list[datetime]:
 
 
 def _write_catalogue(
-    file: Path, ids: Sequence[str], first_seen: Sequence[datetime], rng: np.random.Generator
+    file: Path,
+    ids: Sequence[str],
+    first_seen: Sequence[datetime],
+    rng: np.random.Generator,
 ) -> None:
     rows = [
         (
@@ -122,7 +130,11 @@ def _title(rng: np.random.Generator) -> str:
     return f"Article {letter}{rng.integers(100, 1000)}-{rng.integers(10, 100)}"
 
 
-def _write_users(folder: Path, users: int, seed: int) -> None:
+def _write_users(
+    folder: Path,
+    users: int,
+    seed: int,
+) -> None:
     """Every user's segment and market, and the user ids of the first weeks' visitors."""
     rng = np.random.default_rng([seed, users])
     rows = [
@@ -142,11 +154,19 @@ def _write_users(folder: Path, users: int, seed: int) -> None:
     _write_csv(folder / "identities.csv", ("anonymous_id", "user_id"), identities)
 
 
-def _write_csv(file: Path, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+def _write_csv(
+    file: Path,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+) -> None:
     pd.DataFrame(rows, columns=columns).to_csv(file, index=False, lineterminator="\n")
 
 
-def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
+def _write_photos(
+    folder: Path,
+    truth: pd.DataFrame,
+    seed: int,
+) -> None:
     """A photo per item, a second one for some, and the odd files of real photo folders."""
     for number, look in enumerate(truth.to_dict("records")):
         item = look["item_id"]
@@ -162,7 +182,11 @@ def _write_photos(folder: Path, truth: pd.DataFrame, seed: int) -> None:
             draw(look, rng).save(folder / f"{item}.1.jpg", quality=90)
 
 
-def _write_photo(number: int, photo: Image.Image, jpeg: Path) -> None:
+def _write_photo(
+    number: int,
+    photo: Image.Image,
+    jpeg: Path,
+) -> None:
     match number:
         case 10 | 11:  # damaged
             photo.save(jpeg, quality=90)
@@ -195,7 +219,10 @@ class _Shoppers:
     """Users who look for what is like an item of their taste. Some items nobody views."""
 
     def __init__(
-        self, truth: pd.DataFrame, first_seen: Sequence[datetime], rng: np.random.Generator
+        self,
+        truth: pd.DataFrame,
+        first_seen: Sequence[datetime],
+        rng: np.random.Generator,
     ):
         codes = [pd.Categorical(truth[name], ATTRIBUTES[name]).codes for name in ATTRIBUTES]
         self._rng = rng
@@ -231,7 +258,12 @@ class _Shoppers:
         """Of every item, that a user of this taste views it."""
         return _softmax((self._codes == taste) @ self._weights + self._popularity)
 
-    def _visit(self, number: int, item: str, at: datetime) -> Iterable[_Event]:
+    def _visit(
+        self,
+        number: int,
+        item: str,
+        at: datetime,
+    ) -> Iterable[_Event]:
         """A view, some carts after it, and some purchases after these."""
         is_visitor = number % _VISITOR_SHARE == 0 and at < _FIRST_SIGN_IN
         user = f"{_VISITOR if is_visitor else 'user-'}{number:05d}"

@@ -77,7 +77,11 @@ class _Camera:
         placed = (points @ self.turn * self.scale + self.centre + 1) * (_FINE / 2)
         return list(map(tuple, placed.tolist()))
 
-    def box(self, x: Plane, y: Plane) -> tuple[Plane, Plane]:
+    def box(
+        self,
+        x: Plane,
+        y: Plane,
+    ) -> tuple[Plane, Plane]:
         """Positions in the photo, from -1 to 1, as points of the product's box."""
         back = (self.turn.T / self.scale).astype(np.float32)
         x = x - np.float32(self.centre[0])
@@ -169,7 +173,11 @@ def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(soft, dtype=np.float32)[..., None] * np.float32(rng.uniform(0.25, 0.5) / 255)
 
 
-def _draw_fixtures(pen: Pen, shape: Shape, colour: np.ndarray) -> None:
+def _draw_fixtures(
+    pen: Pen,
+    shape: Shape,
+    colour: np.ndarray,
+) -> None:
     """The parts behind the fabric: legs and stands of wood, and a dark handle."""
     for part in shape.behind:
         pen.polygon(part, fill="#966c3e", outline="#54381c")

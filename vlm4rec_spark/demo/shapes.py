@@ -25,7 +25,11 @@ class Shape:
     """Parts of wood or metal that stick out: legs, a stand. Polygons drawn under the fabric."""
     handle: Points | None = None
 
-    def walk(self, gap: float, offset: float = 0.0) -> Points:
+    def walk(
+        self,
+        gap: float,
+        offset: float = 0.0,
+    ) -> Points:
         """Points along the outline, `gap` apart, moved towards the middle by `offset`."""
         closed = np.vstack([self.outline, self.outline[:1]])
         steps = np.hypot(*np.diff(closed, axis=0).T)
@@ -63,7 +67,12 @@ def _rounded(corners: Points, times: int = 2) -> Points:
     return corners
 
 
-def _arc(centre: str, radii: str, start: float, stop: float) -> Points:
+def _arc(
+    centre: str,
+    radii: str,
+    start: float,
+    stop: float,
+) -> Points:
     """From one angle to another, in degrees."""
     angle = np.radians(np.linspace(start, stop, 24))
     return _points(centre) + _points(radii) * np.column_stack([np.cos(angle), np.sin(angle)])

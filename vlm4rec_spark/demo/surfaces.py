@@ -93,7 +93,11 @@ def material(
     raise ValueError(f"no material named {name!r}")
 
 
-def _leather(u: Plane, v: Plane, phase: np.ndarray) -> Material:
+def _leather(
+    u: Plane,
+    v: Plane,
+    phase: np.ndarray,
+) -> Material:
     """Creases whose crests shine."""
     waves = 1.2 * np.sin(2.4 * v + phase[0])
     crest = np.sin(4.2 * u + 2.6 * v + waves + phase[1])

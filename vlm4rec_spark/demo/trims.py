@@ -23,17 +23,36 @@ _THREAD = "#5c3c22"
 class Pen:
     """Draws on a picture, by points of the product's box."""
 
-    def __init__(self, picture: Image.Image, to_pixels: Callable[[Points], list]):
+    def __init__(
+        self,
+        picture: Image.Image,
+        to_pixels: Callable[[Points], list],
+    ):
         self._draw = ImageDraw.Draw(picture)
         self._to_pixels = to_pixels
 
-    def line(self, points: Points, fill: str | tuple[int, ...], width: int) -> None:
+    def line(
+        self,
+        points: Points,
+        fill: str | tuple[int, ...],
+        width: int,
+    ) -> None:
         self._draw.line(self._to_pixels(points), fill, width, joint="curve")
 
-    def polygon(self, points: Points, **style: Any) -> None:
+    def polygon(
+        self,
+        points: Points,
+        **style: Any,
+    ) -> None:
         self._draw.polygon(self._to_pixels(points), **style)
 
-    def disc(self, centre: Points, radius: float, fill: str, edge: str) -> None:
+    def disc(
+        self,
+        centre: Points,
+        radius: float,
+        fill: str,
+        edge: str,
+    ) -> None:
         angle = np.linspace(0, 2 * np.pi, 14, endpoint=False)
         circle = np.column_stack([np.cos(angle), np.sin(angle)])
         self.polygon(centre + radius * circle, fill=fill, outline=edge)

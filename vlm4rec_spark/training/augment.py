@@ -32,7 +32,11 @@ def plain(photos: torch.Tensor) -> torch.Tensor:
     return photos.float() / 127.5 - 1
 
 
-def _rand(like: torch.Tensor, *shape: int, rng: torch.Generator) -> torch.Tensor:
+def _rand(
+    like: torch.Tensor,
+    *shape: int,
+    rng: torch.Generator,
+) -> torch.Tensor:
     return torch.rand(
         len(like),
         *shape,

@@ -212,7 +212,11 @@ def _decode_into(
     return results
 
 
-def _decode(photo: Any, folder: Path, side: int) -> tuple[np.ndarray, str, str]:
+def _decode(
+    photo: Any,
+    folder: Path,
+    side: int,
+) -> tuple[np.ndarray, str, str]:
     """Pixels, reason and digest of bytes, or of those at a path in `folder`.
 
     A missing value is an empty photo.

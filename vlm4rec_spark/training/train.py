@@ -72,7 +72,11 @@ class Training(NamedTuple):
 class _Learner(torch.nn.Module):
     """The captioner with the parts that only the training needs."""
 
-    def __init__(self, model: Any, labelled: Labelled):
+    def __init__(
+        self,
+        model: Any,
+        labelled: Labelled,
+    ):
         super().__init__()
         self.model = model
         width = model.config.vision_config.hidden_size
