@@ -15,6 +15,7 @@ from vlm4rec_spark.models.index.searcher import Searcher
 from vlm4rec_spark.pipeline import Pipeline, StageResult
 from vlm4rec_spark.report.data import group_of_details
 from vlm4rec_spark.storage.schemas import INTERACTIONS, ITEMS, Table
+from vlm4rec_spark.storage.tables import Tables
 
 MakePipeline = Callable[..., Pipeline]
 """Makes the pipeline of a folder and `key=value` settings: conftest.py's fixture `pipeline`."""
@@ -66,6 +67,11 @@ class Shop:
 
 def rows_of(run: Pipeline, table: Table) -> list[Row]:
     return run.tables.read(table).collect()
+
+
+def from_files(tables: Tables, table: Table) -> DataFrame:
+    """The table as Delta's own reader has it, which tells its files."""
+    return tables.spark.read.format("delta").load(tables.name_of(table))
 
 
 def run_stage(run: Pipeline, stage: str) -> StageResult:

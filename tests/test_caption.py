@@ -24,7 +24,7 @@ from PIL import Image
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from rich.console import Console
-from shop import MakePipeline, item_row, log, photo_row, rows_of, run_stage, upsert
+from shop import MakePipeline, from_files, item_row, log, photo_row, rows_of, run_stage, upsert
 
 from vlm4rec_spark.caption.estimate import Rates
 from vlm4rec_spark.caption.plan import in_order, queue, with_photos
@@ -244,7 +244,7 @@ def shelves(pipeline: MakePipeline, tmp_path_factory) -> Shelves:
     for shelf in "abcd":
         loaded = [photo_row(f"{shelf}{n}", f"{shelf}{n}".encode()) for n in range(4)]
         run.tables.append(PHOTOS, run.spark.createDataFrame(loaded, PHOTOS.schema))
-    photos = run.tables.read(PHOTOS)
+    photos = from_files(run.tables, PHOTOS)
     assert len(photos.inputFiles()) == 4
     events(run, {"d3": 9, "b1": 8})
     pending = photos.select(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
-from shop import MakePipeline, rows_of, run_stage, source_counts
+from shop import MakePipeline, from_files, rows_of, run_stage, source_counts
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline import Pipeline, StageResult
@@ -313,7 +313,8 @@ def rejected_photos(run: Pipeline) -> dict[str, str]:
 def items_by_file(run: Pipeline) -> list[set[str]]:
     """The items in each file of the table photos. A chunk of captioning reads only some files."""
     files: dict[str, set[str]] = {}
-    for row in run.tables.read(PHOTOS).select("_metadata.file_name", "item_id").collect():
+    photos = from_files(run.tables, PHOTOS)
+    for row in photos.select("_metadata.file_name", "item_id").collect():
         files.setdefault(row["file_name"], set()).add(row["item_id"])
     return sorted(files.values(), key=min)
 

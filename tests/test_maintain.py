@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
-from shop import MakePipeline, item_row, upsert
+from shop import MakePipeline, from_files, item_row, upsert
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.pipeline import Pipeline, maintain
@@ -289,10 +289,10 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     tables.insert(log, days[0])
     days[1].write.format("delta").mode("append").save(tables.name_of(log))
     assert maintenance.optimize(tables, log) == (2, 1)
-    (first,) = tables.read(log).inputFiles()
+    (first,) = from_files(tables, log).inputFiles()
     days[2].write.format("delta").mode("append").save(tables.name_of(log))
     maintenance.optimize(tables, log)
-    assert first in tables.read(log).inputFiles()
+    assert first in from_files(tables, log).inputFiles()
 
 
 def test_photos_get_small_row_groups(spark: SparkSession, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from shop import from_files
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.storage import commits, layout, maintenance, state
@@ -175,6 +177,22 @@ def test_replace_keeps_constraints_and_is_all_or_nothing(products: Tables):
         )
     assert content(products) == {"z": (7.0, None, MONDAY)}
     assert products.read(PRODUCTS).schema["id"].metadata["comment"] == "Id of the product"
+
+
+def test_a_small_table_has_the_same_rows_in_the_driver_as_in_its_files(tables: Tables):
+    times = "VALUES ('first', '0001-01-01 00:00:00'), ('last', '9999-12-31 23:59:59.999999')"
+    ends = tables.spark.sql(f"SELECT col1 AS id, timestamp(col2) AS at FROM {times}")
+    ends = ends.select("id", F.lit(1.0).alias("price"), F.lit(None).alias("tags"), "at")
+    tables.insert(PRODUCTS, ends.unionByName(rows(tables, ("x", 1.0, {"k": "v"}, MONDAY))))
+
+    def plain(frame: DataFrame) -> list[tuple]:
+        columns = ("id", "price", F.map_entries("tags"), F.unix_micros("at"))
+        return sorted(map(tuple, frame.select(*columns).collect()))
+
+    in_driver = tables.read(PRODUCTS)
+    assert "LocalRelation" in str(in_driver._jdf.queryExecution().optimizedPlan())
+    assert plain(in_driver) == plain(from_files(tables, PRODUCTS))
+    assert in_driver.schema.simpleString() == tables.stored_schema(PRODUCTS).simpleString()
 
 
 def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables):

@@ -240,6 +240,7 @@ def _write(
     if "interactions" in accepted:
         repeated = _write_events(context, accepted["interactions"], counts, bool(log_files))
     rejected = [stage.rejected(parsed[name], name) for name in parsed if counts[name].rejected]
+    context.tables.create(schemas.REJECTED)
     if rejected:
         context.reject(_union(rejected))
     photos = _write_photos(context, accepted.get("items"))

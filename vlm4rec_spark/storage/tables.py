@@ -162,7 +162,7 @@ class Tables:
 
         Returns how many.
         """
-        self._create(table)
+        self.create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("append")
         self.commit(table, lambda: self._save(writer, table))
         return self._rows_written(table)
@@ -204,7 +204,7 @@ class Tables:
 
     def replace(self, table: Table, rows: DataFrame) -> int:
         """Make the table equal to `rows` in one transaction; returns how many there are."""
-        self._create(table)
+        self.create(table)
         writer = rows.select(*table.columns).write.format("delta").mode("overwrite")
         self.commit(table, lambda: self._save(writer, table))
         return self._rows_written(table)
@@ -329,6 +329,7 @@ class Tables:
 
     def _small_rows(self, table: Table) -> DataFrame | None:
         from deltalake.exceptions import DeltaError
+        from pyarrow.dataset import ParquetReadOptions
 
         stored = self._without_spark(table)
         if stored is None:
@@ -336,7 +337,9 @@ class Tables:
         if sum(stored.get_add_actions()["size_bytes"].to_pylist()) > _SMALL:
             return None
         try:
-            rows = stored.to_pyarrow_table()
+            # Spark writes times of 96 bits. As nanoseconds they would end in the year 2262.
+            microseconds = ParquetReadOptions(coerce_int96_timestamp_unit="us")
+            rows = stored.to_pyarrow_dataset(parquet_read_options=microseconds).to_table()
         except DeltaError:  # a feature of Delta that only Spark knows
             return None
         return self.spark.createDataFrame(rows, self.stored_schema(table))
@@ -349,7 +352,8 @@ class Tables:
             return None
         return DeltaTable(without_file_scheme(self.name_of(table)))
 
-    def _create(self, table: Table) -> None:
+    def create(self, table: Table) -> None:
+        """Create the table, without rows, if it doesn't exist."""
         if not self.exists(table):
             self.spark.sql(layout.create_statement(table, self.sql_name(table)))
 
@@ -366,7 +370,7 @@ class Tables:
 
     def _merge(self, table: Table, rows: DataFrame, *clauses: str) -> Row:
         """Merge the rows, as `new`, into the table, as `old`; returns the numbers of rows."""
-        self._create(table)
+        self.create(table)
         same_key = " AND ".join(f"old.`{name}` = new.`{name}`" for name in table.key)
         statement = (
             f"MERGE INTO {self.sql_name(table)} AS old USING {{new}} AS new ON {same_key} "
