@@ -305,7 +305,7 @@ def test_a_filtered_request_is_a_refusal(server: Server, make: Make, code: str):
     answer = answer_one(make())
     assert (answer.text, answer.error_class, len(server.received)) == (None, "refusal", 1)
     assert (answer.error or "").startswith("status 400: ")
-    assert answer.input_tokens + answer.output_tokens == 0
+    assert (answer.input_tokens, answer.output_tokens) == (None, None)
 
 
 TROUBLES = {
@@ -349,7 +349,9 @@ def test_a_server_that_hangs_costs_its_timeouts(server: Server, make: Make, hang
     began = time.monotonic()
     answer = answer_one(make(timeout_seconds=0.25, tries=2))
     assert 0.5 <= time.monotonic() - began < 5
-    assert answer == Answer("photo-0", None, 0, 0, "timed_out", "no answer within 0.25 s (2 tries)")
+    assert answer == Answer(
+        "photo-0", None, None, None, "timed_out", "no answer within 0.25 s (2 tries)"
+    )
     assert len(server.received) <= 2
 
 
@@ -493,7 +495,8 @@ def test_a_returned_key_is_in_no_error(server: Server, make: Make, prefix: str, 
         ("bad_answer", f"{NO_JSON}; it began: {body[:200]}"),
         ("server_error", f"status 500: {body}"),
     ):
-        assert answer_one(captioner) == Answer("photo-0", None, 0, 0, error_class, error)
+        answer = answer_one(captioner)
+        assert answer == Answer("photo-0", None, error_class=error_class, error=error)
     assert KEY not in caplog.text + repr(captioner)
 
 

@@ -27,7 +27,6 @@ ITEMS = 300
 DIMENSION = 12
 USERS = 30
 K = 10
-NO_EXTRA = np.zeros(USERS, np.int64)
 ALL_ELIGIBLE = np.ones(ITEMS, bool)
 EMPTY_LIST = [-1] * K
 
@@ -62,6 +61,11 @@ def ranked(candidates: Candidates, seen: list[np.ndarray]) -> Candidates:
     return top_k(*candidates, flat_exclusions(seen, ITEMS), ALL_ELIGIBLE, K)
 
 
+def search(queries: Queries, searcher: Searcher, effort: Effort) -> Candidates:
+    depths = np.full(len(queries), effort.candidates)
+    return queries.search(searcher, effort.leaves, depths)
+
+
 def best_unseen(scores: np.ndarray, seen: np.ndarray) -> tuple[list[float], list[int]]:
     """The K highest scores and their items, ties by position."""
     pairs = [(-round(float(score), 6), item) for item, score in enumerate(scores)]
@@ -87,7 +91,7 @@ def test_scann_at_its_hardest_gives_the_exact_lists(
     searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery, hardest: Effort
 ) -> None:
     exact = ranked(queries.score_all(searcher), histories.positions)
-    searched = ranked(queries.search(searcher, hardest, NO_EXTRA), histories.positions)
+    searched = ranked(search(queries, searcher, hardest), histories.positions)
     assert searched.positions.tolist() == exact.positions.tolist()
     assert exact.positions[0].tolist() == EMPTY_LIST  # no history, no list
     np.testing.assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
@@ -109,8 +113,8 @@ def test_k_candidates_and_the_exclusions_are_enough(
     nearest = NearestSearcher.open(searcher.folder)
     enough = Effort(1, K + max(map(len, histories.positions)))
     too_few = Effort(1, K // 2)
-    assert lists(queries.search(nearest, enough, NO_EXTRA), histories.positions) == exact
-    assert lists(queries.search(nearest, too_few, NO_EXTRA), histories.positions) != exact
+    assert lists(search(queries, nearest, enough), histories.positions) == exact
+    assert lists(search(queries, nearest, too_few), histories.positions) != exact
 
 
 def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
@@ -207,7 +211,7 @@ def test_as_many_tastes_as_items_are_the_history_itself(
     tastes: Queries = MultiTasteQuery.from_histories(*histories, searcher, 20)
     exact = lists(tastes.score_all(searcher), seen)
     assert exact == lists(queries.score_all(searcher), seen)
-    assert lists(tastes.search(searcher, hardest, NO_EXTRA), seen) == exact
+    assert lists(search(tastes, searcher, hardest), seen) == exact
     reasons = tastes.take(np.array([3, 5])).explain(searcher, np.array([[7], [-1]]))
     assert reasons.history_items[0, 0] in histories.positions[3]
     assert reasons.history_items[1, 0] == -1
@@ -342,7 +346,7 @@ def test_a_blend_by_scann_gives_the_exact_lists(
 ) -> None:
     queries, histories, _ = blend(pairs, 0.4)
     exact = ranked(queries.score_all(searcher), histories)
-    searched = ranked(queries.search(searcher, hardest, NO_EXTRA), histories)
+    searched = ranked(search(queries, searcher, hardest), histories)
     assert searched.positions.tolist() == exact.positions.tolist()
     np.testing.assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
     two = np.array([4, 9])

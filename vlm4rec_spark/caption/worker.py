@@ -170,7 +170,7 @@ def _read(photo: dict, http: HttpSettings) -> bytes | Result:
 
 
 def _unreadable(key: str, error_class: str, error: str) -> Result:
-    return Result(key, None, None, None, error_class, error, 0.0, 0.0)
+    return Result(key, None, error_class=error_class, error=error)
 
 
 def row(

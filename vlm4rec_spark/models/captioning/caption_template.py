@@ -40,16 +40,15 @@ def _placed_parts(values: Mapping[str, str]) -> list[str]:
     style = f"in a {values['style']} style" if "style" in values else ""
     wording = zlib.crc32(kind.encode()) % len(_USE_WORDS)
     use = f"{_USE_WORDS[wording]} {values['use']}" if "use" in values else ""
-    if wording == 0:
-        return [f"{product} {audience}".rstrip(), style, use]
     if wording == 1:
-        verb = "these are" if plural else "this is"
-        return [f"{verb} {product} {audience}".rstrip(), style, use]
-    if wording == 2:
-        if "colour" in values:
-            product = f"{_with_article([*adjectives[1:], kind], plural)} in {values['colour']}"
-        return [product, audience, style, use]
-    return [audience, product, style, use]
+        product = f"{'these are' if plural else 'this is'} {product}"
+    if wording < 2:
+        return [f"{product} {audience}".rstrip(), style, use]
+    if wording == 3:
+        return [audience, product, style, use]
+    if "colour" in values:
+        product = f"{_with_article([*adjectives[1:], kind], plural)} in {values['colour']}"
+    return [product, audience, style, use]
 
 
 def _with_article(words: list[str], plural: bool) -> str:

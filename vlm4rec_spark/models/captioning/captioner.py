@@ -31,8 +31,8 @@ class Answer:
 
     key: str
     text: str | None
-    input_tokens: int = 0
-    output_tokens: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
     error_class: str | None = None
     error: str | None = None
 
@@ -52,7 +52,6 @@ class Captioner(Protocol):
 
     def add(self, request: Request) -> None:
         """Queue a request. Returns at once."""
-        ...
 
     def step(self) -> list[Answer]:
         """Work until some requests are answered. Not called while there are none.
@@ -60,7 +59,6 @@ class Captioner(Protocol):
         An error in one request is that request's answer.
         Raises RunError, which ends the run, when no request can be served: a wrong key, say.
         """
-        ...
 
 
 def caption_all(captioner: Captioner, requests: Sequence[Request]) -> dict[str, Answer]:

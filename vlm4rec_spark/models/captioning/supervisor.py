@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from vlm4rec_spark.errors import RunError
-from vlm4rec_spark.models.captioning.captioner import ModelSettings
+from vlm4rec_spark.models.captioning.captioner import Answer, ModelSettings
 
 _POLL_SECONDS = 0.2
 _LOAD_SECONDS = 3_600
@@ -49,21 +49,15 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class Result:
-    """The outcome of a photo: a text, which may be empty, or an error and its class.
+class Result(Answer):
+    """The outcome of a photo. An error has no tokens.
 
     `seconds`: the photo's share of the model's work.
     `starved_seconds`: its share of the seconds that the model was idle before the photo's batch.
     """
 
-    key: str
-    text: str | None
-    input_tokens: int | None
-    output_tokens: int | None
-    error_class: str | None
-    error: str | None
-    seconds: float
-    starved_seconds: float
+    seconds: float = 0.0
+    starved_seconds: float = 0.0
 
 
 @dataclass
@@ -351,16 +345,15 @@ class Supervisor:
                 )
         blamed = suspects(in_flight, hung=end.error_class == "model_hung")
         failed = [flight for flight in blamed if flight.suspected]
-        retried = [flight for flight in blamed if not flight.suspected]
-        others = [flight for flight in in_flight if flight not in blamed]
+        retried = [flight for flight in in_flight if flight not in failed]
+        retried.sort(key=lambda flight: flight not in blamed)
         for flight in retried:
-            flight.suspected = True
-        for flight in in_flight:
+            flight.suspected |= flight in blamed
             flight.state = "sent"
-        retries.extendleft(reversed(retried + others))
+        retries.extendleft(reversed(retried))
         for flight in failed:
             key = flight.photo.key
-            yield Result(key, None, None, None, end.error_class, str(end), 0.0, 0.0)
+            yield Result(key, None, error_class=end.error_class, error=str(end))
 
     def _check_memory(self, child: _Child) -> None:
         # Not for every message: each photo has several.

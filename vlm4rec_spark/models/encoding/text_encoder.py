@@ -19,7 +19,6 @@ _FAKE_DIMENSION = 64
 class Embedder(Protocol):
     def embed(self, texts: Sequence[str]) -> ndarray:
         """float32 array (texts, dimension); every row has length 1."""
-        ...
 
 
 def encoder_id(encoder: str, revision: str) -> str:

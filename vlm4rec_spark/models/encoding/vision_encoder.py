@@ -21,7 +21,6 @@ class Vision(Protocol):
 
         A row doesn't depend on the other photos.
         """
-        ...
 
 
 def vision_id(name: str, revision: str) -> str:

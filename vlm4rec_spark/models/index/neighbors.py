@@ -92,8 +92,8 @@ class Neighbors:
         cosines = artifact.map_array(folder / "cosines.npy")
         return cls(positions, cosines, manifest["index_id"], manifest["leaves"])
 
-    def replace_search(self, searcher: Searcher, effort: Effort) -> bool:
-        """Whether a search with this effort's leaves finds the same neighbors.
+    def replace_search(self, searcher: Searcher, leaves: int) -> bool:
+        """Whether a search of so many leaves finds the same neighbors.
 
         Raises RunError if the neighbors are those of another index.
         """
@@ -102,7 +102,7 @@ class Neighbors:
                 f"The neighbours are those of index {self.index_id}, "
                 f"not of {searcher.index_id}. {_ADVICE}"
             )
-        return self.leaves == effort.leaves
+        return self.leaves == leaves
 
 
 def pays_off(sample: pa.Table, users: int, items: int) -> bool:

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,13 +58,6 @@ class Effort:
 
     leaves: int
     candidates: int
-
-    def with_extra(self, extra: ndarray) -> Self:
-        """The same effort for every query, with enough candidates for the one that needs most.
-
-        extra: int64 (queries,), additional candidates that each query needs.
-        """
-        return replace(self, candidates=self.candidates + int(extra.max(initial=0)))
 
     def cost(self, searcher: "Searcher") -> float:
         """Cost of one query, in scored codes."""
@@ -196,8 +189,6 @@ class Searcher:
         """As `positions`. Looks each distinct id up once."""
         encoded = item_ids.dictionary_encode()
         positions = self.positions(encoded.dictionary.to_pylist())
-        if not len(positions):
-            return np.empty(0, np.int64)
         return positions[encoded.indices.to_numpy()]
 
     def score_all(self, queries: ndarray, subset: ndarray | None = None) -> Candidates:

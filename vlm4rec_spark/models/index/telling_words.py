@@ -10,42 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlm4rec_spark.models.ranking.top_k import pad_positions
+
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _STOP_WORDS = frozenset(
-    {
-        "and",
-        "are",
-        "but",
-        "can",
-        "for",
-        "from",
-        "has",
-        "have",
-        "into",
-        "its",
-        "made",
-        "not",
-        "out",
-        "per",
-        "same",
-        "such",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "this",
-        "used",
-        "using",
-        "was",
-        "were",
-        "which",
-        "while",
-        "with",
-        "you",
-        "your",
-    }
+    _WORD.findall(
+        "and are but can for from has have into its made not out per same such than that the "
+        "their them then this used using was were which while with you your"
+    )
 )
 _MAX_WORDS = 32
 
@@ -76,8 +48,4 @@ def telling_words(texts: Sequence[str], frozen: Sequence[str] = ()) -> TellingWo
     vocabulary = [*sorted(new_words, key=order), *frozen]
     numbers = {word: number for number, word in enumerate(vocabulary)}
     rows = [sorted(numbers[word] for word in words)[:_MAX_WORDS] for words in word_sets]
-    width = max(map(len, rows), default=0)
-    table = np.full((len(rows), width), -1, np.int32)
-    for row_number, row in enumerate(rows):
-        table[row_number, : len(row)] = row
-    return TellingWords(table, vocabulary)
+    return TellingWords(pad_positions(rows).astype(np.int32), vocabulary)

@@ -8,15 +8,9 @@ import numpy as np
 from numpy import ndarray
 
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
-from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import Candidates, take_users
-from vlm4rec_spark.models.ranking.user_queries import (
-    Explanations,
-    Queries,
-    pad,
-    pad_positions,
-    restrict,
-)
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.models.ranking.top_k import Candidates, look_up, pad_positions, take_users
+from vlm4rec_spark.models.ranking.user_queries import Explanations, Queries, pad, restrict
 
 
 @dataclass(frozen=True)
@@ -70,14 +64,13 @@ class BlendedQuery:
     def search(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> Candidates:
-        """The best candidates of each part, as many as the effort says, scored by both parts."""
+        """The best candidates of each part, scored by both parts."""
         if self.share == 1:
             return self.score_all(searcher)
-        content = self.content.search(searcher, effort, extra)
-        depths = effort.candidates + extra
+        content = self.content.search(searcher, leaves, depths)
         unions = []
         for user, item_item in enumerate(self._item_item_candidates()):
             order = np.argsort(-item_item.scores, kind="stable")
@@ -128,7 +121,4 @@ class BlendedQuery:
 
     def _item_item_scores(self, positions: ndarray) -> ndarray:
         """float64, of the same shape as the positions (users, items)."""
-        scores = np.empty(positions.shape)
-        for user, candidates in enumerate(self._item_item_candidates()):
-            scores[user] = candidates.lookup(positions[user], 0.0)
-        return scores
+        return look_up(self._item_item_candidates(), positions, 0.0)

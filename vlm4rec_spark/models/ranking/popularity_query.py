@@ -7,8 +7,14 @@ from typing import Self
 import numpy as np
 from numpy import ndarray
 
-from vlm4rec_spark.models.index.searcher import Effort, Searcher
-from vlm4rec_spark.models.ranking.top_k import Candidates, lengths, no_positions, take_users
+from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.models.ranking.top_k import (
+    Candidates,
+    lengths,
+    look_up,
+    no_positions,
+    take_users,
+)
 from vlm4rec_spark.models.ranking.user_queries import Explanations, pad, restrict
 
 _BLOCK_SCORES = 2**22
@@ -40,16 +46,13 @@ class PopularityQuery:
     def search(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> Candidates:
         return self.score_all(searcher)
 
     def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
-        scores = np.empty(positions.shape)
-        for user, popular in enumerate(self.popular):
-            scores[user] = popular.lookup(positions[user], np.nan)
-        return scores
+        return look_up(self.popular, positions, np.nan)
 
     def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         return Explanations(no_positions(items.shape), np.zeros(items.shape, bool))

@@ -3,7 +3,7 @@
 Positions are rows of the index, which is sorted by item id: a lower position is a smaller id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -34,19 +34,26 @@ class Candidates(NamedTuple):
     positions: ndarray
     scores: ndarray
 
-    def lookup(self, items: ndarray, default: float) -> ndarray:
-        """Scores of `items` among one user's candidates, which are sorted by position.
 
-        An item that isn't a candidate has the score `default`.
-        """
-        if not len(self.positions):
-            return np.full(items.shape, default)
-        index = np.searchsorted(self.positions, items)
-        index = index.clip(max=len(self.positions) - 1)
-        return np.where(self.positions[index] == items, self.scores[index], default)
+def look_up(
+    candidates: Sequence[Candidates],
+    positions: ndarray,
+    default: float,
+) -> ndarray:
+    """float64 scores of some items of each user, of the same shape as the positions.
+
+    candidates: of each user, sorted by position. An item that isn't one has the score `default`.
+    """
+    scores = np.full(positions.shape, default)
+    for user, (ordered, user_scores) in enumerate(candidates):
+        if len(ordered):
+            index = np.searchsorted(ordered, positions[user]).clip(max=len(ordered) - 1)
+            is_candidate = ordered[index] == positions[user]
+            scores[user, is_candidate] = user_scores[index[is_candidate]]
+    return scores
 
 
-def lengths(lists: Sequence[ndarray]) -> ndarray:
+def lengths(lists: Sequence[Sized]) -> ndarray:
     """int64 (lists,)."""
     return np.array([len(values) for values in lists], np.int64)
 
@@ -119,6 +126,14 @@ def no_candidates(
 def no_positions(shape: tuple[int, ...]) -> ndarray:
     """-1 everywhere."""
     return np.full(shape, -1, np.int64)
+
+
+def pad_positions(lists: Sequence[Sized]) -> ndarray:
+    """int64, each user's positions as rows of the same length, -1 past the last."""
+    padded = no_positions((len(lists), int(lengths(lists).max(initial=0))))
+    for user, positions in enumerate(lists):
+        padded[user, : len(positions)] = positions
+    return padded
 
 
 def rank_in_group(sizes: ndarray) -> ndarray:

@@ -19,10 +19,11 @@ from vlm4rec_spark.models.ranking.top_k import (
     flat_exclusions,
     lengths,
     no_candidates,
+    pad_positions,
     take_users,
     top_k,
 )
-from vlm4rec_spark.models.ranking.user_queries import Queries, pad_positions
+from vlm4rec_spark.models.ranking.user_queries import Queries
 
 _BLOCK_USERS = 1_024
 _BLOCK_CANDIDATES = 2**22
@@ -144,7 +145,8 @@ class _Retrieval:
         if self.effort is None:
             candidates = queries.score_all(self.searcher, self.subset)
         else:
-            candidates = queries.search(self.searcher, self.effort, lengths(excluded))
+            depths = self.effort.candidates + lengths(excluded)
+            candidates = queries.search(self.searcher, self.effort.leaves, depths)
         exclusions = flat_exclusions(excluded, len(self.searcher))
         best = top_k(*candidates, exclusions, self.eligible, k + SPARE)
         if candidates.scores.dtype != np.float64:

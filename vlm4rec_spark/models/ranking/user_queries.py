@@ -23,6 +23,7 @@ from vlm4rec_spark.models.ranking.top_k import (
     lengths,
     no_candidates,
     no_positions,
+    pad_positions,
     take_users,
 )
 
@@ -30,8 +31,6 @@ Shape = Literal["mean", "max_similarity", "multi_taste"]
 _BLOCK_SCORES = 2**24
 """Exact search holds this many float32 scores, one per query and item: 64 MB."""
 _BLOCK_ITEMS = 4_096
-_BLOCK_FLOATS = 2**20
-"""Vectors that are compared at a time stay in the cores' caches."""
 
 
 class Explanations(NamedTuple):
@@ -65,13 +64,13 @@ class Queries(Protocol):
     def search(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> Candidates:
         """Approximate candidates with exact scores.
 
-        extra: int64 (users,), candidates that each user gets beyond the effort's. A user's
-        candidates don't depend on the other users.
+        leaves: of ScaNN's tree, to search. depths: int64 (users,), how many candidates each user
+        gets. A user's candidates don't depend on the other users.
         """
 
     def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
@@ -96,23 +95,12 @@ def nearest_history_items(
     equals the earlier one is returned.
     """
     nearest = no_positions(items.shape)
-    dimension = searcher.vectors.shape[1]
-    sizes = lengths(histories)
-    distinct_sizes = np.unique(sizes[sizes > 0])
-    for size in distinct_sizes.tolist():
-        same_size = np.flatnonzero(sizes == size)
-        vectors_per_user = size + items.shape[1]
-        for block in blocks(len(same_size), _BLOCK_FLOATS, dimension * vectors_per_user):
-            users = same_size[block]
-            history = np.stack(take_users(histories, users))
-            history_vectors = searcher.vectors[history].transpose(0, 2, 1)
-            item_vectors = searcher.vectors[items[users]]
-            cosines = np.matmul(item_vectors, history_vectors)
+    for user, history in enumerate(histories):
+        if len(history):
+            cosines = searcher.vectors[items[user]] @ searcher.vectors[history].T
             if weights is not None:
-                user_weights = np.stack(take_users(weights, users))
-                cosines = cosines * user_weights[:, None, :]
-            columns = np.round(cosines, SCORE_DIGITS).argmax(axis=2)
-            nearest[users] = np.take_along_axis(history, columns, 1)
+                cosines = cosines * weights[user]
+            nearest[user] = history[np.round(cosines, SCORE_DIGITS).argmax(axis=1)]
     nearest[items < 0] = -1
     return nearest
 
@@ -154,11 +142,10 @@ class MeanQuery:
     def search(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> Candidates:
-        candidates = searcher.search(self.vectors, effort.with_extra(extra))
-        depths = effort.candidates + extra
+        candidates = searcher.search(self.vectors, _deepest(leaves, depths))
         columns = np.arange(candidates.positions.shape[1])
         candidates.positions[columns >= depths[:, None]] = -1
         return candidates
@@ -220,15 +207,15 @@ class _MultiVectorQuery(ABC):
     def search(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> Candidates:
         """The nearest items of each vector, merged for each user. Each vector is searched once.
 
         With e of the items excluded for a user, each item of the exact list is among the k + e
         nearest of its best vector. So only what ScaNN itself misses can be missing.
         """
-        return pad(self._search_users(searcher, effort, extra))
+        return pad(self._search_users(searcher, leaves, depths))
 
     def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
         scores = np.full(positions.shape, np.nan)
@@ -244,13 +231,12 @@ class _MultiVectorQuery(ABC):
     def _search_users(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> list[Candidates]:
         vectors, rows = self._distinct_vectors(searcher)
-        nearest = searcher.search(vectors, effort.with_extra(extra))
+        nearest = searcher.search(vectors, _deepest(leaves, depths))
         nearest = nearest._replace(scores=nearest.scores.astype(np.float32))
-        depths = effort.candidates + extra
         return [
             _merge(nearest, rows[user], self.weights[user], depth)
             for user, depth in enumerate(depths.tolist())
@@ -283,17 +269,16 @@ class MaxSimilarityQuery(_MultiVectorQuery):
     def _search_users(
         self,
         searcher: Searcher,
-        effort: Effort,
-        extra: ndarray,
+        leaves: int,
+        depths: ndarray,
     ) -> list[Candidates]:
         """From the stored neighbors, if they are deep enough for the user."""
         neighbors = self.neighbors
-        if neighbors is None or not neighbors.replace_search(searcher, effort):
-            return super()._search_users(searcher, effort, extra)
-        depths = effort.candidates + extra
+        if neighbors is None or not neighbors.replace_search(searcher, leaves):
+            return super()._search_users(searcher, leaves, depths)
         too_deep = np.flatnonzero(depths > neighbors.depth)
         deep_queries = replace(self.take(too_deep), neighbors=None)
-        searched = deep_queries._search_users(searcher, effort, extra[too_deep])
+        searched = deep_queries._search_users(searcher, leaves, depths[too_deep])
         candidates = dict(zip(too_deep.tolist(), searched, strict=True))
         nearest = Candidates(neighbors.positions, neighbors.cosines)
         for user, depth in enumerate(depths.tolist()):
@@ -377,6 +362,11 @@ def _cluster(
     return _Tastes(centers, center_weights)
 
 
+def _deepest(leaves: int, depths: ndarray) -> Effort:
+    """The effort of the query that needs most candidates: ScaNN takes one for all."""
+    return Effort(leaves, int(depths.max(initial=0)))
+
+
 def _split(rows: ndarray, groups: Sequence[ndarray]) -> list[ndarray]:
     """Divide the rows into groups of the same sizes."""
     ends = np.cumsum(lengths(groups))
@@ -398,14 +388,6 @@ def pad(lists: Sequence[Candidates]) -> Candidates:
     for user, candidates in enumerate(lists):
         scores[user, : len(candidates.scores)] = candidates.scores
     return Candidates(positions, scores)
-
-
-def pad_positions(lists: Sequence[ndarray]) -> ndarray:
-    """Each user's positions as rows of the same length, -1 past the last."""
-    padded = no_positions((len(lists), int(lengths(lists).max(initial=0))))
-    for user, positions in enumerate(lists):
-        padded[user, : len(positions)] = positions
-    return padded
 
 
 def _merge(
