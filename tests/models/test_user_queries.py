@@ -20,7 +20,7 @@ from vlm4rec_spark.models.ranking.user_queries import (
     MeanQuery,
     MultiTasteQuery,
     Queries,
-    nearest_history_items,
+    explain_by_content,
 )
 
 ITEMS = 300
@@ -151,10 +151,9 @@ def test_the_nearest_history_item_is_the_first_of_equals(
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
     histories = [np.array([1, 0, 4]), np.array([], int), np.array([2])]
     items = np.array([[2, 3, 1], [2, 3, 1], [0, -1, 2]])
-    nearest = nearest_history_items(
-        histories, weights, build_index(tmp_path / "small", vectors), items
-    )
-    assert nearest.tolist() == [first_user, [-1, -1, -1], [2, -1, 2]]
+    index = build_index(tmp_path / "small", vectors)
+    nearest = explain_by_content(histories, weights, index, items)
+    assert nearest.history_items.tolist() == [first_user, [-1, -1, -1], [2, -1, 2]]
 
 
 # Tastes

@@ -43,7 +43,7 @@ def main(handle: int, parent: int, idle_seconds: float) -> None:
     _offer_to_the_oom_killer()
     channel = _Channel(handle)
     settings = channel.receive()
-    model = ModelSettings.model_validate_json(json.dumps(settings["model"]))
+    model = ModelSettings.model_validate(settings["model"])
     try:
         captioner = load_captioner(model, settings["batch_size"], settings["json_schema"])
     except Exception as failure:

@@ -41,10 +41,10 @@ def connect(host: str, port: int, tls: bool, private: bool, deadline: float) -> 
     deadline.
     """
     resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for _, _, _, _, address in resolved:
+    for *_, address in resolved:
         _check(str(address[0]), private)
     failure: OSError = ConnectionError("the host has no address")
-    for family, _, _, _, address in resolved:
+    for family, *_, address in resolved:
         try:
             return _open(family, address, host if tls else None, deadline)
         except OSError as error:

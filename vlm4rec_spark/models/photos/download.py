@@ -12,7 +12,7 @@ import ssl
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC
@@ -112,10 +112,8 @@ def concurrently(
                 while done:
                     yield done.pop().result()
             pending.add(pool.submit(work, row))
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            while done:
-                yield done.pop().result()
+        for future in as_completed(pending):
+            yield future.result()
 
 
 def _fetch_once(url: str, limits: HttpSettings, since: int | None) -> Download | None:
@@ -158,22 +156,22 @@ def _request(url: str, private: bool, since: int | None, deadline: float) -> Ite
         raise ValueError
     host = parts.hostname.encode("idna").decode()
     tls = parts.scheme == "https"
-    port = parts.port or (443 if tls else 80)
+    default_port = 443 if tls else 80
+    port = parts.port or default_port
     target = quote(parts.path or "/", safe=_UNQUOTED)
     if parts.query:
         target += f"?{quote(parts.query, safe=_UNQUOTED)}"
     with connection.connect(host, port, tls, private, deadline) as sock:
         request = HTTPConnection(host, port)
+        request.default_port = default_port  # left out of the header Host
         request.sock = sock
-        request.request("GET", target, headers=_headers(parts, host, since))
+        request.request("GET", target, headers=_headers(parts, since))
         with request.getresponse() as response:
             yield response
 
 
-def _headers(parts: SplitResult, host: str, since: int | None) -> dict[str, str]:
-    name = f"[{host}]" if ":" in host else host
+def _headers(parts: SplitResult, since: int | None) -> dict[str, str]:
     headers = {
-        "Host": name if parts.port is None else f"{name}:{parts.port}",
         "User-Agent": f"vlm4rec_spark/{__version__}",
         "Accept": "image/*, */*;q=0.5",
         "Connection": "close",

@@ -94,7 +94,11 @@ def retrieve(
     best = no_candidates(len(queries), k)
     if not eligible.any():
         return best
-    search = _plan(searcher, eligible, effort)
+    eligible_items = np.flatnonzero(eligible)
+    if effort is not None and EXACT_COST * len(eligible_items) < effort.cost(searcher):
+        effort = None
+    subset = eligible_items if 2 * len(eligible_items) < len(searcher) else None
+    search = _Retrieval(searcher, eligible, subset, effort)
     # Users with as many exclusions share a block: the most of them decide on its depth.
     order = np.argsort(lengths(excluded), kind="stable")
     for block in blocks(len(queries), search.max_users(queries)):
@@ -103,7 +107,7 @@ def retrieve(
         top = search.top_k(queries.take(users), block_excluded, k)
         best.positions[users], best.scores[users] = top
     is_short = (best.positions < 0).any(axis=1)
-    if search.effort is not None and is_short.any():
+    if effort is not None and is_short.any():
         users = np.flatnonzero(is_short)
         exact = retrieve(
             searcher,
@@ -152,18 +156,6 @@ class _Retrieval:
         if candidates.scores.dtype != np.float64:
             best = best._replace(scores=queries.scores(self.searcher, best.positions))
         return top_k(*best, exclusions, self.eligible, k)
-
-
-def _plan(
-    searcher: Searcher,
-    eligible: ndarray,
-    effort: Effort | None,
-) -> _Retrieval:
-    items = np.flatnonzero(eligible)
-    if effort is not None and EXACT_COST * len(items) < effort.cost(searcher):
-        effort = None
-    subset = items if 2 * len(items) < len(searcher) else None
-    return _Retrieval(searcher, eligible, subset, effort)
 
 
 class _Lists:
@@ -250,19 +242,9 @@ def _rank(
     k: int,
     effort: Effort | None,
 ) -> Candidates:
-    """As `retrieve`, for a group of users."""
-    if requests.has_only().any():
-        return _rank_only(searcher, requests, eligible, k)
-    return retrieve(searcher, requests.queries, requests.excluded, eligible, k, effort)
-
-
-def _rank_only(
-    searcher: Searcher,
-    requests: ListRequests,
-    eligible: ndarray,
-    k: int,
-) -> Candidates:
-    """As `retrieve`, out of the items that each user may get only."""
+    """As `retrieve`, for a group of users. If each may get some items only, these are ranked."""
+    if not requests.has_only().any():
+        return retrieve(searcher, requests.queries, requests.excluded, eligible, k, effort)
     restrictions = [items for items in requests.only or () if items is not None]
     positions = pad_positions([np.unique(items[items >= 0]) for items in restrictions])
     if not positions.shape[1]:

@@ -83,16 +83,15 @@ class Queries(Protocol):
         """Why each item was recommended; items: positions (users, items)."""
 
 
-def nearest_history_items(
+def explain_by_content(
     histories: Sequence[ndarray],
     weights: Sequence[ndarray] | None,
     searcher: Searcher,
     items: ndarray,
-) -> ndarray:
+) -> Explanations:
     """The item of the user's history with the highest (weighted) cosine, for each of `items`.
 
-    items: positions (users, items). Returns positions of the same shape; -1 without a history. Of
-    equals the earlier one is returned.
+    items: positions (users, items). Of equals the earlier one is returned; -1 without a history.
     """
     nearest = no_positions(items.shape)
     for user, history in enumerate(histories):
@@ -102,17 +101,7 @@ def nearest_history_items(
                 cosines = cosines * weights[user]
             nearest[user] = history[np.round(cosines, SCORE_DIGITS).argmax(axis=1)]
     nearest[items < 0] = -1
-    return nearest
-
-
-def _explain_by_content(
-    histories: Sequence[ndarray],
-    weights: Sequence[ndarray] | None,
-    searcher: Searcher,
-    items: ndarray,
-) -> Explanations:
-    history_items = nearest_history_items(histories, weights, searcher, items)
-    return Explanations(history_items, np.zeros(items.shape, bool))
+    return Explanations(nearest, np.zeros(items.shape, bool))
 
 
 @dataclass(frozen=True)
@@ -161,7 +150,7 @@ class MeanQuery:
 
     def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
         assert self.histories is not None
-        return _explain_by_content(self.histories, None, searcher, items)
+        return explain_by_content(self.histories, None, searcher, items)
 
 
 class _UserVectors(NamedTuple):
@@ -264,7 +253,7 @@ class MaxSimilarityQuery(_MultiVectorQuery):
     neighbors: Neighbors | None = None
 
     def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
-        return _explain_by_content(self.rows, self.weights, searcher, items)
+        return explain_by_content(self.rows, self.weights, searcher, items)
 
     def _search_users(
         self,
@@ -325,7 +314,7 @@ class MultiTasteQuery(_MultiVectorQuery):
         return replace(super().take(users), histories=take_users(self.histories, users))
 
     def explain(self, searcher: Searcher, items: ndarray) -> Explanations:
-        return _explain_by_content(self.histories, None, searcher, items)
+        return explain_by_content(self.histories, None, searcher, items)
 
     def _table(self, searcher: Searcher) -> ndarray:
         return self.vectors
