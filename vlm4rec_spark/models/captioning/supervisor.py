@@ -107,6 +107,7 @@ class _Child:
         self.connection = Connection(parent_end.detach())
         self.statistics = psutil.Process(self.process.pid)
         self.loaded = False
+        self.next_memory_check = 0.0
 
     def memory_bytes(self) -> int:
         """0 if the process has ended: reading its connection says so."""
@@ -159,9 +160,11 @@ class Supervisor:
         `gpu`: the address of the only GPU that the child sees; None for all.
         `json_schema`: the schema of the answers, in backends that can enforce it.
         """
-        self._model = model
-        self._batch_size = batch_size
-        self._json_schema = json_schema
+        self._settings = {
+            "model": model.model_dump(mode="json"),
+            "batch_size": batch_size,
+            "json_schema": json_schema,
+        }
         self._batch_seconds = max(batch_seconds, model.max_silence_seconds)
         self._environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self._memory_limit = memory_bytes or int(0.8 * _machine_memory())
@@ -172,7 +175,6 @@ class Supervisor:
         self._failed_loads = 0
         self._announced_end = False
         self._last_message = 0.0
-        self._next_memory_check = 0.0
         self.idle_seconds = 60.0
         """The child ends after this long without a photo, as Spark's idle Python workers do."""
         self.run = ""
@@ -250,7 +252,7 @@ class Supervisor:
             self._last_message = time.monotonic()
         first_of_run = self.run != self._last_run
         header = {"key": photo.key, "prompt": photo.prompt, "first_of_run": first_of_run}
-        self._write(child, json.dumps(header).encode(), photo.data)
+        self._write(child, header, photo.data)
         self._last_run = self.run
         self._announced_end = False
 
@@ -258,13 +260,13 @@ class Supervisor:
         """Tell the child not to wait for more photos, if there is room that none fills."""
         assert self._child
         if len(self._in_flight) < self._max_in_flight and not self._announced_end:
-            self._write(self._child, json.dumps({"end": True}).encode())
+            self._write(self._child, {"end": True})
             self._announced_end = True
 
-    def _write(self, child: _Child, *messages: bytes) -> None:
+    def _write(self, child: _Child, message: dict[str, Any], *photos: bytes) -> None:
         try:
-            for message in messages:
-                child.connection.send_bytes(message)
+            for content in (json.dumps(message).encode(), *photos):
+                child.connection.send_bytes(content)
         except BlockingIOError:
             raise self._hung(child) from None
         except OSError:
@@ -275,13 +277,7 @@ class Supervisor:
         child = _Child(self.idle_seconds, self._batch_seconds, self._environment)
         self._child = child
         self._last_message = time.monotonic()
-        self._next_memory_check = 0.0
-        settings = {
-            "model": self._model.model_dump(mode="json"),
-            "batch_size": self._batch_size,
-            "json_schema": self._json_schema,
-        }
-        self._write(child, json.dumps(settings).encode())
+        self._write(child, self._settings)
         self._max_in_flight = self._receive()["max_in_flight"]
         child.loaded = True
         self._failed_loads = 0
@@ -357,9 +353,9 @@ class Supervisor:
 
     def _check_memory(self, child: _Child) -> None:
         # Not for every message: each photo has several.
-        if time.monotonic() < self._next_memory_check:
+        if time.monotonic() < child.next_memory_check:
             return
-        self._next_memory_check = time.monotonic() + _POLL_SECONDS
+        child.next_memory_check = time.monotonic() + _POLL_SECONDS
         used = child.memory_bytes()
         if used > self._memory_limit:
             raise _ChildEnded(

@@ -171,16 +171,17 @@ class _Lists:
         candidates: Candidates,
         selection: Selection,
     ) -> None:
-        """Write the complete lists of some users, to whom candidates and selection belong."""
-        complete = selection.complete
-        ranks = selection.ranks[complete]
+        """Write the lists of some users, to whom candidates and selection belong.
+
+        A list that isn't complete yet is overwritten later.
+        """
+        ranks = selection.ranks
         is_item = ranks >= 0
-        positions = np.take_along_axis(candidates.positions[complete], ranks, 1)
-        scores = np.take_along_axis(candidates.scores[complete], ranks, 1)
-        rows = users[complete]
-        self.best.positions[rows] = np.where(is_item, positions, -1)
-        self.best.scores[rows] = np.where(is_item, scores, np.nan)
-        hidden = selection.collapsed[complete[selection.collapsed[:, 0]]]
+        positions = np.take_along_axis(candidates.positions, ranks, 1)
+        scores = np.take_along_axis(candidates.scores, ranks, 1)
+        self.best.positions[users] = np.where(is_item, positions, -1)
+        self.best.scores[users] = np.where(is_item, scores, np.nan)
+        hidden = selection.collapsed[selection.complete[selection.collapsed[:, 0]]]
         hidden[:, 0] = users[hidden[:, 0]]
         self.collapsed.append(hidden)
 
@@ -247,8 +248,6 @@ def _rank(
         return retrieve(searcher, requests.queries, requests.excluded, eligible, k, effort)
     restrictions = [items for items in requests.only or () if items is not None]
     positions = pad_positions([np.unique(items[items >= 0]) for items in restrictions])
-    if not positions.shape[1]:
-        return no_candidates(len(requests), k)
     scores = requests.queries.scores(searcher, positions)
     positions = np.where(np.isnan(scores), -1, positions)
     exclusions = flat_exclusions(requests.excluded, len(searcher))
