@@ -28,8 +28,8 @@ def pinned_id(key: str, name: str, revision: str) -> str:
             "Other weight formats aren't loaded."
         )
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if file.suffix in _DOCUMENTATION:
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in _DOCUMENTATION or not file.is_file():
             continue
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as stream:

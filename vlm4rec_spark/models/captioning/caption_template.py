@@ -86,14 +86,14 @@ def extract_attributes(text: str, values: Mapping[str, Iterable[str]]) -> dict[s
     extracted: dict[str, str] = {}
     position = 0
     while position < len(words):
-        step = 1
         for phrase in phrases.get(words[position], ()):
             end = position + len(phrase.words)
             if phrase.attribute not in extracted and tuple(words[position:end]) == phrase.words:
                 extracted[phrase.attribute] = phrase.value
-                step = len(phrase.words)
+                position = end
                 break
-        position += step
+        else:
+            position += 1
     return extracted
 
 

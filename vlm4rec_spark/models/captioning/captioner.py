@@ -47,7 +47,7 @@ class Captioner(Protocol):
     """The most requests to give it before they are answered. Enough to keep it busy."""
     batch_size: int
     """`step` is efficient from this many requests on. With fewer, wait if more are coming."""
-    on_begin: Callable[[Sequence[str]], None]
+    on_begin: Callable[[Sequence[str]], None] = staticmethod(lambda keys: None)
     """Called with the keys of requests as their work begins: suspects, if the process ends now."""
 
     def add(self, request: Request) -> None:

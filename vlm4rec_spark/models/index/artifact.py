@@ -68,8 +68,7 @@ def reuse(target: Path, open_folder: Callable[[Path], object]) -> bool:
     A torn or damaged `target` is removed. So are other folders in its parent that nobody used for a
     day.
     """
-    siblings = target.parent.iterdir() if target.parent.is_dir() else ()
-    for sibling in siblings:
+    for sibling in target.parent.glob("*"):
         if sibling != target and time.time() - sibling.stat().st_mtime > _UNUSED_S:
             shutil.rmtree(sibling, ignore_errors=True)
     try:

@@ -83,7 +83,7 @@ class BlendedQuery:
         return Candidates(positions, scores.astype(np.float32))
 
     def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:
-        item_item = self.share * self._item_item_scores(positions)
+        item_item = self.share * look_up(self._item_item_candidates(), positions, 0.0)
         if self.share == 1:
             return item_item
         content = np.nan_to_num(self.content.scores(searcher, positions))
@@ -95,7 +95,7 @@ class BlendedQuery:
         Then the history item is the one that adds most to it.
         """
         history_items = self.content.explain(searcher, items).history_items
-        item_item = self._item_item_scores(items)
+        item_item = look_up(self._item_item_candidates(), items, 0.0)
         content = np.nan_to_num(self.content.scores(searcher, items))
         larger = self.share * item_item > (1 - self.share) * content
         by_item_item = larger & (item_item > 0)
@@ -118,7 +118,3 @@ class BlendedQuery:
         """Items with an item-item score of each user, by position."""
         users = zip(self.histories, self.weights, strict=True)
         return [self.item_item.scores_for(history, weights) for history, weights in users]
-
-    def _item_item_scores(self, positions: ndarray) -> ndarray:
-        """float64, of the same shape as the positions (users, items)."""
-        return look_up(self._item_item_candidates(), positions, 0.0)

@@ -118,9 +118,8 @@ def list_array(
     is_null: pa.Array | None = None,
 ) -> pa.ListArray:
     """Consecutive values as lists of these sizes. is_null: bool, lists that are null."""
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    int32_offsets = pa.array(offsets, pa.int32())
-    return pa.ListArray.from_arrays(int32_offsets, values, mask=is_null)
+    offsets = pa.array(np.append(0, np.cumsum(sizes)), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values, mask=is_null)
 
 
 def _weighted_events(

@@ -151,8 +151,7 @@ class ListRules:
         if self.similarity_threshold is not None:
             for block in blocks(len(items), _BLOCK_USERS):
                 item_vectors = vectors[items[block], :, None]
-                listed_vectors = vectors[listed[block]]
-                cosines = np.matmul(listed_vectors, item_vectors)
+                cosines = np.matmul(vectors[listed[block]], item_vectors)
                 is_variant[block] |= self.is_similar(cosines[:, :, 0])
         return is_variant
 
@@ -278,10 +277,8 @@ class _DiversePool:
             allowed &= (cap.groups < 0) | (cap.listed < cap.limit)
         redundancy = self.rules.diversity * self.highest_cosines
         rounded = np.round(self.relevance - redundancy, SCORE_DIGITS)
-        values = np.where(allowed, rounded, -np.inf)
-        ranks = values.argmax(axis=1)
-        is_allowed = allowed[self.users, ranks]
-        return np.where(is_allowed, ranks, -1)
+        ranks = np.where(allowed, rounded, -np.inf).argmax(axis=1)
+        return np.where(allowed[self.users, ranks], ranks, -1)
 
     def select(self, ranks: ndarray) -> ndarray:
         """List the candidates of these ranks, -1: none. Returns the variants that they hide."""
@@ -292,10 +289,8 @@ class _DiversePool:
         cosines = np.matmul(self.vectors, selected_vectors)[:, :, 0]
         self.highest_cosines = np.maximum(self.highest_cosines, cosines)
         for cap in self.caps:
-            selected_groups = cap.groups[cells][:, None]
-            cap.listed[...] += cap.groups == selected_groups
-        selected_variants = self.variants[cells][:, None]
-        hidden = self.variants == selected_variants
+            cap.listed[...] += cap.groups == cap.groups[cells][:, None]
+        hidden = self.variants == self.variants[cells][:, None]
         hidden &= self.variants >= 0
         if self.rules.similarity_threshold is not None:
             hidden |= self.rules.is_similar(cosines)

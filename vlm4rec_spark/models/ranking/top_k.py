@@ -139,8 +139,7 @@ def pad_positions(lists: Sequence[Sized]) -> ndarray:
 def rank_in_group(sizes: ndarray) -> ndarray:
     """The rank of each row within its group, from 0, for sorted groups of these sizes."""
     starts = np.cumsum(sizes) - sizes
-    row_starts = np.repeat(starts, sizes)
-    return np.arange(sizes.sum()) - row_starts
+    return np.arange(sizes.sum()) - np.repeat(starts, sizes)
 
 
 def is_in(values: ndarray, ordered: ndarray) -> ndarray:

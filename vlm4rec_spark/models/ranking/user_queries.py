@@ -358,8 +358,7 @@ def _deepest(leaves: int, depths: ndarray) -> Effort:
 
 def _split(rows: ndarray, groups: Sequence[ndarray]) -> list[ndarray]:
     """Divide the rows into groups of the same sizes."""
-    ends = np.cumsum(lengths(groups))
-    return np.split(rows, ends)[:-1]
+    return np.split(rows, np.cumsum(lengths(groups)))[:-1]
 
 
 def restrict(candidates: Candidates, subset: ndarray | None) -> Candidates:

@@ -4,9 +4,9 @@ Knows sizes, out-of-memory errors and single failing requests. Its subclasses kn
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from vlm4rec_spark.models.captioning.captioner import Answer, Request
+from vlm4rec_spark.models.captioning.captioner import Answer, Captioner, Request
 
 _BATCHES_IN_FLIGHT = 3
 """One at work, and two from which the next is chosen by size."""
@@ -14,13 +14,12 @@ _GROW_AFTER = 16
 """Successful batches after an out-of-memory error before a batch twice as large is tried."""
 
 
-class BatchCaptioner(ABC):
+class BatchCaptioner(Captioner, ABC):
     """A Captioner whose model describes `batch_size` requests at a time."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
         self.max_in_flight = _BATCHES_IN_FLIGHT * batch_size
-        self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
         self._fitting_size = batch_size
         self._successes = 0
         self._waiting: list[Request] = []

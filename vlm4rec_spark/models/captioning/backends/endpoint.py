@@ -13,7 +13,6 @@ import random
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -26,6 +25,7 @@ from vlm4rec_spark.models.captioning.backends.dialects import Anthropic, OpenAI
 from vlm4rec_spark.models.captioning.captioner import (
     MAX_WAIT_SECONDS,
     Answer,
+    Captioner,
     ModelSettings,
     Request,
 )
@@ -107,7 +107,7 @@ class _RateLimit:
         return _POLL_SECONDS if reserved + self._mean_tokens > self._budget else 0.0
 
 
-class EndpointCaptioner:
+class EndpointCaptioner(Captioner):
     """Up to `concurrency` open requests. Their event loop runs inside `step`: no thread needed."""
 
     def __init__(self, model: ModelSettings, json_schema: dict[str, Any] | None = None):
@@ -124,7 +124,6 @@ class EndpointCaptioner:
             ) from None
         self.max_in_flight = settings.concurrency
         self.batch_size = 1
-        self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
         self._model = model.model
         self._settings = settings
         self._rate_limit = _RateLimit(settings.tokens_per_minute)

@@ -5,14 +5,13 @@ Knows the engine and its requests; knows nothing of photo files, retries or Spar
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.backends.batches import failed
 from vlm4rec_spark.models.captioning.backends.transformers import chat_text, load_processor
-from vlm4rec_spark.models.captioning.captioner import Answer, ModelSettings, Request
+from vlm4rec_spark.models.captioning.captioner import Answer, Captioner, ModelSettings, Request
 
 _ENGINE_PHOTOS = 128
 """Photos in the engine. For a 7B model with grouped heads, 128 × 2,988 tokens take 50 GB.
@@ -32,7 +31,7 @@ _ENVIRONMENT = {
 }
 
 
-class VllmCaptioner:
+class VllmCaptioner(Captioner):
     """Greedy descriptions by the model at `settings.source`.
 
     The engine has its own process, as is vLLM's default. A thread of this one prepares photos.
@@ -53,7 +52,6 @@ class VllmCaptioner:
 
         self.max_in_flight = _ENGINE_PHOTOS + _PREPARED_PHOTOS
         self.batch_size = 1
-        self.on_begin: Callable[[Sequence[str]], None] = lambda keys: None
         self._processor, options = load_processor(settings.source, settings.revision)
         # Offline use: more tokens per step, since throughput counts and not the first token.
         self._engine: Any = LLMEngine.from_engine_args(
