@@ -260,15 +260,9 @@ class Searcher:
     def _cosines(self, queries: ndarray, positions: ndarray) -> ndarray:
         """Exact cosines, float64 (queries, candidates)."""
         cosines = np.empty(positions.shape)
-        queries_float64 = queries.astype(np.float64)
         # Vectors of one query at a time: they stay in the core's caches.
-        shape = (positions.shape[1], queries.shape[1])
-        vectors = np.empty(shape, np.float32)
-        vectors_float64 = np.empty(shape)
-        for row in range(len(queries)):
-            np.take(self.vectors, positions[row], axis=0, out=vectors, mode="clip")
-            vectors_float64[...] = vectors
-            np.matmul(vectors_float64, queries_float64[row], out=cosines[row])
+        for row, query in enumerate(queries.astype(np.float64)):
+            cosines[row] = self.vectors[positions[row]].astype(np.float64) @ query
         return cosines
 
     def _check(self, queries: ndarray) -> None:

@@ -41,8 +41,7 @@ class FakeCaptioner(BatchCaptioner):
         self.json = json_schema is not None
         words = instructions.split("+")
         self.values = dict(word.split("=", 1) for word in words if "=" in word)
-        if "gpus" in self.values:
-            _append(self.values["gpus"], os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+        self._log("gpus", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
         faults = [word.partition(":") for word in words if "=" not in word]
         self.faults = {
             (name, colour or _DEFAULT_COLOURS.get(name, "red")) for name, _, colour in faults
@@ -64,8 +63,7 @@ class FakeCaptioner(BatchCaptioner):
         if self._is_first("stall_once"):
             time.sleep(3_600)
         red, green, blue = image.resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
-        if "count" in self.values:
-            _append(self.values["count"], "1")
+        self._log("count", "1")
         colour = f"red {red // 32}, green {green // 32} and blue {blue // 32}"
         text = self.values.get("says", f"A thing of {colour}.")
         if self.json:
@@ -85,11 +83,12 @@ class FakeCaptioner(BatchCaptioner):
             return False
         return True
 
-
-def _append(file: str, line: str) -> None:
-    # Several processes write to the same file: lines stay whole in this mode.
-    with Path(file).open("a") as log:
-        log.write(f"{line}\n")
+    def _log(self, value: str, line: str) -> None:
+        """Add a line to the file that the value names, if it is given."""
+        if value in self.values:
+            # Several processes write to the same file: lines stay whole in this mode.
+            with Path(self.values[value]).open("a") as log:
+                log.write(f"{line}\n")
 
 
 def _fail(fault: str, prompt: str, text: str) -> str:
