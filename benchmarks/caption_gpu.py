@@ -61,7 +61,11 @@ def prompt(folder: Path) -> str:
     )
 
 
-def timed(work: Callable[[int], list[int]], count: int, warm: int = WARM) -> dict[str, float]:
+def timed(
+    work: Callable[[int], list[int]],
+    count: int,
+    warm: int = WARM,
+) -> dict[str, float]:
     """Photos per second of a warm `work`, which captions so many and returns their new tokens."""
     work(min(warm, count))
     started = time.perf_counter()
@@ -115,7 +119,11 @@ def raw_vllm(folder: Path, count: int) -> dict[str, float]:
     return timed(work, count)
 
 
-def worker(folder: Path, backend: str, count: int) -> dict[str, float]:
+def worker(
+    folder: Path,
+    backend: str,
+    count: int,
+) -> dict[str, float]:
     settings = {
         "backend": backend,
         "model": str(folder),
@@ -169,7 +177,11 @@ def paper(folder: Path, count: int) -> dict[str, float]:
     return timed(work, count, PAPER_BATCH)
 
 
-def stage(folder: Path, backend: str, count: int) -> dict[str, float]:
+def stage(
+    folder: Path,
+    backend: str,
+    count: int,
+) -> dict[str, float]:
     """The whole stage, by Spark: photos from a Delta table, planning and commits counted."""
     from caption_overhead import pipeline, store
 
@@ -251,7 +263,11 @@ def measurements(folder: Path, count: int) -> Iterator[tuple[str, str, Figures]]
     yield "spark_vllm", "this, vLLM, by Spark", figures
 
 
-def measure_one(name: str, folder: str, *words: str) -> dict[str, float]:
+def measure_one(
+    name: str,
+    folder: str,
+    *words: str,
+) -> dict[str, float]:
     calls: dict[str, Any] = {
         "model": model,
         "raw_vllm": raw_vllm,

@@ -51,7 +51,12 @@ MODELS = {
 WARM = 64
 
 
-def config(folder: Path, model: str, master: str, *more: str) -> Config:
+def config(
+    folder: Path,
+    model: str,
+    master: str,
+    *more: str,
+) -> Config:
     paths = [
         f"tables={folder}/tables",
         f"index.folder={folder}/index",
@@ -78,7 +83,11 @@ def numbered(photo: bytes, number: int) -> bytes:
     return photo + number.to_bytes(8, "big")
 
 
-def loop(folder: Path, model: str, photos: int) -> dict[str, float]:
+def loop(
+    folder: Path,
+    model: str,
+    photos: int,
+) -> dict[str, float]:
     """Photos per second of the plain loop."""
     settings = config(folder, model, "local[1]").caption
     prompt = load_prompt(settings.prompt).text
@@ -100,7 +109,12 @@ def loop(folder: Path, model: str, photos: int) -> dict[str, float]:
     return {"rate": photos / (time.perf_counter() - started), "photos": photos}
 
 
-def stage(folder: Path, model: str, master: str, photos: int) -> dict[str, float]:
+def stage(
+    folder: Path,
+    model: str,
+    master: str,
+    photos: int,
+) -> dict[str, float]:
     """Photos per second of the stage, its idle share, and the peaks of memory."""
     quiet()
     run = pipeline(config(folder / model, model, master, "spark.driver_memory=1g"))
@@ -155,7 +169,11 @@ def pipeline(settings: Config, like: Pipeline | None = None) -> Pipeline:
     return Pipeline(spark, settings, silent)
 
 
-def store(run: Pipeline, photos: int, photo: Callable[[int], bytes]) -> None:
+def store(
+    run: Pipeline,
+    photos: int,
+    photo: Callable[[int], bytes],
+) -> None:
     """The table `photos`, written by Spark's workers."""
 
     def rows(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -197,7 +215,11 @@ def run(*commands: list[str]) -> list[dict[str, Any]]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def measure_one(name: str, folder: str, *words: str) -> dict[str, float]:
+def measure_one(
+    name: str,
+    folder: str,
+    *words: str,
+) -> dict[str, float]:
     calls: dict[str, Any] = {
         "loop": loop,
         "stage": stage,
@@ -219,7 +241,12 @@ class Comparison(NamedTuple):
         return self.stage["rate"] / self.loop_rate
 
 
-def compare(folder: Path, model: str, workers: int, seconds: float) -> Comparison:
+def compare(
+    folder: Path,
+    model: str,
+    workers: int,
+    seconds: float,
+) -> Comparison:
     """The stage for about so many seconds, and as many plain loops as it has workers."""
     (first,) = run(measured("loop", folder, model, 640))
     loop_photos = max(640, int(first["rate"] * 62) // 16 * 16)
@@ -243,7 +270,13 @@ def new_table() -> Table:
     return table
 
 
-def add_stage(table: Table, model: str, words: str, figures: dict[str, float], share: str) -> None:
+def add_stage(
+    table: Table,
+    model: str,
+    words: str,
+    figures: dict[str, float],
+    share: str,
+) -> None:
     table.add_row(
         model,
         words,
@@ -277,7 +310,11 @@ def main() -> None:
         print(json.dumps(measure_all(Path(folder), options.seconds, options.photos)))
 
 
-def measure_all(folder: Path, seconds: float, photos: int) -> dict[str, float]:
+def measure_all(
+    folder: Path,
+    seconds: float,
+    photos: int,
+) -> dict[str, float]:
     """Measure everything and show it; the figures that have bounds."""
     originals(folder)
     # The run with the narrowest bound is the longest: planning and the last commit count.

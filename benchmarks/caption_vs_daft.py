@@ -132,7 +132,11 @@ def draw(file: Path, seeds: range) -> None:
     )
 
 
-def draw_all(folder: Path, first: int, photos: int) -> None:
+def draw_all(
+    folder: Path,
+    first: int,
+    photos: int,
+) -> None:
     """One file for each of Spark's tasks."""
     folder.mkdir()
     tasks = max(CORES, -(-photos // CaptionSettings().photos_per_task))
@@ -288,7 +292,11 @@ class Run:
     """Share of texts that are this project's."""
 
 
-def measure(way: str, folder: Path, out: Path) -> Run:
+def measure(
+    way: str,
+    folder: Path,
+    out: Path,
+) -> Run:
     path = [*([str(folder / "daft")] if way == "Daft" else []), os.environ.get("PYTHONPATH", "")]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -319,7 +327,11 @@ def read_texts(out: Path) -> dict[str, str]:
     return dict(zip(columns["key"], columns["text"], strict=True))
 
 
-def all_runs(folder: Path, photos: int, runs: int) -> dict[str, list[Run]]:
+def all_runs(
+    folder: Path,
+    photos: int,
+    runs: int,
+) -> dict[str, list[Run]]:
     by_way: dict[str, list[Run]] = {way: [] for way in WAYS}
     first_texts: dict[str, str] = {}
     for number in range(runs):
@@ -352,7 +364,11 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def run_one(way: str, folder: Path, out: Path) -> None:
+def run_one(
+    way: str,
+    folder: Path,
+    out: Path,
+) -> None:
     """Print the seconds of this way, once it is warm."""
     run = WAYS[way](folder)
     run(folder / "warm", Path(f"{out}-warm"))
@@ -362,7 +378,11 @@ def run_one(way: str, folder: Path, out: Path) -> None:
     print(time.perf_counter() - started, flush=True)
 
 
-def show(by_way: dict[str, list[Run]], faster: dict[str, float], photos: int) -> None:
+def show(
+    by_way: dict[str, list[Run]],
+    faster: dict[str, float],
+    photos: int,
+) -> None:
     runs = len(by_way[THIS])
     title = f"{photos:,} photos, {CORES} cores, medians of {runs}"
     table = Table(title=title, title_justify="left")

@@ -107,7 +107,11 @@ def features(photos: Sequence[bytes], log: Log) -> torch.Tensor:
 class Probe:
     """Softmax regression on features of photos whose label is known."""
 
-    def __init__(self, photos: torch.Tensor, labels: pd.Series):
+    def __init__(
+        self,
+        photos: torch.Tensor,
+        labels: pd.Series,
+    ):
         codes, values = pd.factorize(labels)
         self.values = values
         self.mean = photos.mean(0)
@@ -121,7 +125,11 @@ class Probe:
     def _scaled(self, photos: torch.Tensor) -> torch.Tensor:
         return (photos - self.mean) / self.deviation
 
-    def _fit(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _fit(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+    ) -> None:
         optimizer = torch.optim.AdamW(self.linear.parameters(), 3e-3, weight_decay=0.3)
         for _ in range(200):
             optimizer.zero_grad()
@@ -129,7 +137,11 @@ class Probe:
             loss.backward()
             optimizer.step()
 
-    def accuracy(self, photos: torch.Tensor, truth: pd.Series) -> float:
+    def accuracy(
+        self,
+        photos: torch.Tensor,
+        truth: pd.Series,
+    ) -> float:
         """Where the true label is known."""
         with torch.no_grad():
             classes = self.linear(self._scaled(photos)).argmax(1).numpy()
@@ -144,7 +156,11 @@ class Studio(NamedTuple):
     probe: dict[str, float]
 
 
-def studio(model: Path, data: Path, log: Log) -> Studio:
+def studio(
+    model: Path,
+    data: Path,
+    log: Log,
+) -> Studio:
     rows = fashion(data / "fashion")
     test = rows[rows["test"]]
     train = rows[~rows["test"]].sample(PROBE_PHOTOS, random_state=SEED)
@@ -177,7 +193,11 @@ class Snapshots(NamedTuple):
     probe: float
 
 
-def people(model: Path, data: Path, log: Log) -> Snapshots:
+def people(
+    model: Path,
+    data: Path,
+    log: Log,
+) -> Snapshots:
     rows = clothing_photos(data / "clothing-photos")
     train = snapshots(data / "clothing-labelled")
     classes = {kind: name for name, kinds in CLASSES.items() for kind in kinds}
@@ -207,7 +227,11 @@ def drawn(model: Path) -> dict[str, Share]:
     return shares(captions[1:], captions[0], rows[list(ATTRIBUTES)].to_dict("records"), values)
 
 
-def stage_rate(model: Path, data: Path, folder: Path) -> float:
+def stage_rate(
+    model: Path,
+    data: Path,
+    folder: Path,
+) -> float:
     """Photos per second of the caption stage, tables and commits included, on two cores."""
     rows = (
         fashion(data / "fashion").drop_duplicates("image").sample(STAGE_PHOTOS, random_state=SEED)
@@ -262,10 +286,20 @@ class Figures:
         for name in ("of them", "captions", "blank photo", "commonest", "linear probe"):
             self.table.add_column(name, justify="right")
 
-    def _row(self, photos: str, name: str, count: int, *figures: float) -> None:
+    def _row(
+        self,
+        photos: str,
+        name: str,
+        count: int,
+        *figures: float,
+    ) -> None:
         self.table.add_row(photos, name, f"{count:,}", *(f"{figure:.3f}" for figure in figures))
 
-    def _results(self, key: str, *figures: float) -> None:
+    def _results(
+        self,
+        key: str,
+        *figures: float,
+    ) -> None:
         for suffix, figure in zip(("", "_blank", "_majority", "_probe"), figures, strict=True):
             self.result[f"{key}{suffix}"] = round(figure, 4)
 

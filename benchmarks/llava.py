@@ -106,7 +106,11 @@ TINY = Shapes(
 )
 
 
-def write(folder: Path, shapes: Shapes, device: str) -> None:
+def write(
+    folder: Path,
+    shapes: Shapes,
+    device: str,
+) -> None:
     """The model and its processor; it never ends a text by itself."""
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**shapes.vision, image_size=shapes.tile, projection_dim=64),

@@ -141,7 +141,11 @@ class Sweep(NamedTuple):
     seconds: dict[str, list[float]]
 
     @classmethod
-    def of(cls, sizes: list[int], figures: list[StageFigures]) -> Sweep:
+    def of(
+        cls,
+        sizes: list[int],
+        figures: list[StageFigures],
+    ) -> Sweep:
         return cls(sizes, {stage: [row[stage]["seconds"] for row in figures] for stage in STAGES})
 
     def slope(self, stage: str) -> float:
@@ -151,7 +155,11 @@ class Sweep(NamedTuple):
         return round(max(map(self.slope, STAGES)), 3)
 
 
-def show(by_shop: dict[Shop, StageFigures], by_users: Sweep, by_items: Sweep) -> None:
+def show(
+    by_shop: dict[Shop, StageFigures],
+    by_users: Sweep,
+    by_items: Sweep,
+) -> None:
     table = Table(title="Seconds (driver GB, largest worker GB)", title_justify="left")
     table.add_column("stage")
     for shop in by_shop:
@@ -216,7 +224,11 @@ def main() -> None:
     print(json.dumps(compare(options.items, options.users, options.plot)))
 
 
-def compare(items: list[int], users: list[int], plot_file: Path) -> dict[str, float]:
+def compare(
+    items: list[int],
+    users: list[int],
+    plot_file: Path,
+) -> dict[str, float]:
     """Measure all shops and show them; the figures that have bounds."""
     user_shops = [Shop(items[0], size) for size in users]
     item_shops = [Shop(size, users[0]) for size in items]

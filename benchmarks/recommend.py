@@ -120,7 +120,11 @@ def catalogue(items: int) -> Catalogue:
     return Catalogue(vectors, item_kinds, around(centers, new_kinds, rng), new_kinds)
 
 
-def around(centers: np.ndarray, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def around(
+    centers: np.ndarray,
+    kinds: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """A unit vector near the center of each kind, float32 (items, DIMENSION)."""
     vectors = np.empty((len(kinds), DIMENSION), np.float32)
     for block in blocks(len(kinds), BLOCK):
@@ -157,7 +161,11 @@ def list_array(values: pa.Array, sizes: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
-def write_profiles(folder: Path, vectors: np.ndarray, item_positions: np.ndarray) -> None:
+def write_profiles(
+    folder: Path,
+    vectors: np.ndarray,
+    item_positions: np.ndarray,
+) -> None:
     """Parquet files of rows of `profiles`."""
     ids = pa.array(names(len(vectors)), pa.string())
     for block in blocks(len(item_positions), BLOCK):
@@ -367,7 +375,11 @@ class Shop:
     def list_rules(self, **settings: Any) -> ListRules:
         return ListRules(np.ones(self.items, np.int64), **settings)
 
-    def ship(self, folder: Path, open_folder: Callable[[Path], Any]) -> Callable[[], Any]:
+    def ship(
+        self,
+        folder: Path,
+        open_folder: Callable[[Path], Any],
+    ) -> Callable[[], Any]:
         broadcast_gb = self.pipeline.config.index.broadcast_gb
         return ship(self.pipeline.spark, folder, broadcast_gb, open_folder)
 
@@ -510,7 +522,11 @@ class Shop:
             frame.unpersist()
         return rate
 
-    def random_factors(self, count: int, rng: np.random.Generator) -> DataFrame:
+    def random_factors(
+        self,
+        count: int,
+        rng: np.random.Generator,
+    ) -> DataFrame:
         features = rng.normal(size=(count, RANK)).astype(np.float32)
         ids = np.arange(count, dtype=np.int32)
         return self.pipeline.spark.createDataFrame(
@@ -538,7 +554,11 @@ class Shop:
         return rate
 
 
-def build_quick_faiss(vectors: np.ndarray, name: str, max_sample: int) -> Any:
+def build_quick_faiss(
+    vectors: np.ndarray,
+    name: str,
+    max_sample: int,
+) -> Any:
     import faiss
 
     index = faiss.index_factory(DIMENSION, name, faiss.METRIC_INNER_PRODUCT)
@@ -548,7 +568,11 @@ def build_quick_faiss(vectors: np.ndarray, name: str, max_sample: int) -> Any:
     return index
 
 
-def build_reordering_scann(vectors: np.ndarray, leaves: int, folder: Path) -> None:
+def build_reordering_scann(
+    vectors: np.ndarray,
+    leaves: int,
+    folder: Path,
+) -> None:
     import scann
 
     builder = scann.scann_ops_pybind.builder(vectors, K, "dot_product")
@@ -566,7 +590,11 @@ def mean_recall(lists: Iterable[Sequence[int]], exact_lists: np.ndarray) -> floa
     return float(np.mean([len({*items} & {*exact}) / K for items, exact in pairs]))
 
 
-def list_differs(before: Column, after: Column, first_new: str) -> Column:
+def list_differs(
+    before: Column,
+    after: Column,
+    first_new: str,
+) -> Column:
     """Whether a list differs from the one before, other than by new items that entered it.
 
     New items have ids from `first_new` on. Without them the list must be the beginning of the one
@@ -610,7 +638,13 @@ class Results:
         self.table.add_row(side, f"{items:,}", f"{users:,}", speed, recall_text, memory)
         self.say(f"{side}, {items:,} items: {speed}/s")
 
-    def add_share(self, side: str, items: int, users: int, share: float) -> None:
+    def add_share(
+        self,
+        side: str,
+        items: int,
+        users: int,
+        share: float,
+    ) -> None:
         """A row whose value is a share of the users and no speed."""
         self.table.add_row(side, f"{items:,}", f"{users:,}", f"{share:.2%}", "-", "")
         self.say(f"{side}, {items:,} items: {share:.2%}")
@@ -665,7 +699,11 @@ def compare_raw(shop: Shop, results: Results) -> dict[str, float]:
     }
 
 
-def measure_rules(shop: Shop, plain_s: float, results: Results) -> dict[str, float]:
+def measure_rules(
+    shop: Shop,
+    plain_s: float,
+    results: Results,
+) -> dict[str, float]:
     """What rules, variants, caps and diversity cost: times `plain_s`, the seconds without any."""
     one_percent = np.random.default_rng(6).random(shop.items) < 0.01
     pairs = np.arange(shop.items) // 2
@@ -714,7 +752,11 @@ def measure_max_similarity(shop: Shop, results: Results) -> dict[str, float]:
     }
 
 
-def compare_others(shop: Shop, rate: float, results: Results) -> dict[str, float]:
+def compare_others(
+    shop: Shop,
+    rate: float,
+    results: Results,
+) -> dict[str, float]:
     """numpy, faiss, ALS and crossJoin on a few users each, against the pass's `rate` in users/s."""
     users = np.arange(SAMPLE["numpy"])
     started = time.monotonic()

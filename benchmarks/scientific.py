@@ -103,7 +103,11 @@ def evaluated(pipeline: Pipeline) -> Scores:
     }
 
 
-def show(title: str, scores: Scores, console: Console) -> None:
+def show(
+    title: str,
+    scores: Scores,
+    console: Console,
+) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
     for metric in METRICS:
@@ -114,7 +118,11 @@ def show(title: str, scores: Scores, console: Console) -> None:
     console.print(table)
 
 
-def run(folder: Path, out: Path, console: Console) -> Results:
+def run(
+    folder: Path,
+    out: Path,
+    console: Console,
+) -> Results:
     """Convert, ingest, import captions, tune and evaluate; files go to `out`."""
     convert(folder, out)
     paths = [

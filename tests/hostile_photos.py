@@ -15,7 +15,11 @@ BLUE = (0, 0, 255)
 WHITE = (255, 255, 255)
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(
+    image: Image.Image,
+    kind: str,
+    **options: object,
+) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -28,7 +32,11 @@ def one_color(color: object, side: int = 8) -> bytes:
     return encoded(image, "PNG")
 
 
-def photo(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
+def photo(
+    width: int = 64,
+    height: int = 48,
+    seed: int = 0,
+) -> Image.Image:
     """Noise: it can't be compressed, so that a truncated file really lacks pixels."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
@@ -38,7 +46,11 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png_header(width: int, height: int, comment: bytes = b"") -> bytes:
+def png_header(
+    width: int,
+    height: int,
+    comment: bytes = b"",
+) -> bytes:
     """A PNG that declares a size and has no pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + comment + chunk(b"IDAT", b"")
@@ -61,7 +73,11 @@ def _half(kind: str, **options: object) -> bytes:
     return data[: len(data) // 2]
 
 
-def _overwritten(data: bytes, start: int, new: bytes) -> bytes:
+def _overwritten(
+    data: bytes,
+    start: int,
+    new: bytes,
+) -> bytes:
     return data[:start] + new + data[start + len(new) :]
 
 

@@ -15,7 +15,11 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def clustered(count: int, seed: int, dimension: int = 32) -> np.ndarray:
+def clustered(
+    count: int,
+    seed: int,
+    dimension: int = 32,
+) -> np.ndarray:
     """Unit vectors around 40 fixed centers, as items of 40 kinds."""
     centers = np.random.default_rng(0).standard_normal((40, dimension))
     rng = np.random.default_rng(seed)
@@ -27,7 +31,11 @@ def item_ids(count: int) -> list[str]:
     return [f"i{number:05d}" for number in range(count)]
 
 
-def build_index(folder: Path, vectors: np.ndarray, ann_min_items: int = 16) -> Searcher:
+def build_index(
+    folder: Path,
+    vectors: np.ndarray,
+    ann_min_items: int = 16,
+) -> Searcher:
     """An index without texts, named by its folder, opened."""
     texts = [""] * len(vectors)
     ids = item_ids(len(vectors))

@@ -54,7 +54,11 @@ BLUE_TEXT = "A thing of red 0, green 0 and blue 7."
 RED_TEXT = "A thing of red 7, green 0 and blue 0."
 
 
-def store(run: Pipeline, images: dict[str, bytes], price: float = 1.0) -> None:
+def store(
+    run: Pipeline,
+    images: dict[str, bytes],
+    price: float = 1.0,
+) -> None:
     """Items and their photos, straight into the tables."""
     items = [item_row(item, title=f"Title {item}", price=price) for item in [*images, "bare"]]
     upsert(run, ITEMS, items)
@@ -91,7 +95,11 @@ class Calls(NamedTuple):
 class Counted:
     """Runs of the caption stage with a fake that counts its calls."""
 
-    def __init__(self, make: MakePipeline, folder: Path):
+    def __init__(
+        self,
+        make: MakePipeline,
+        folder: Path,
+    ):
         self.make = make
         self.folder = folder
         self.calls = folder / "calls"
@@ -226,7 +234,11 @@ class Shelves(NamedTuple):
     def rows(self) -> list[Row]:
         return self.ordered.orderBy("rank").collect()
 
-    def read(self, first: int, last: int) -> tuple[set[str], int]:
+    def read(
+        self,
+        first: int,
+        last: int,
+    ) -> tuple[set[str], int]:
         """The items with these ranks, and how many files of photos are read for them."""
         part = with_photos(self.ordered.where(F.col("rank").between(first, last)), self.photos)
         files = {
@@ -445,7 +457,12 @@ def test_attributes_of_a_structured_prompt_are_in_columns_in_the_report_and_in_s
 class LinkedShop:
     """Four items whose photos aren't stored: two are files and two are behind URLs."""
 
-    def __init__(self, make: MakePipeline, folder: Path, url: str):
+    def __init__(
+        self,
+        make: MakePipeline,
+        folder: Path,
+        url: str,
+    ):
         self.photos = folder / "photos"
         self.folder = folder
         for item, image in {"a": GREEN, "b": BLUE, "c": GREEN, "d": GREY}.items():

@@ -25,7 +25,11 @@ CAPTION = (
 LINK = "item_id STRING, position INT, caption_key STRING"
 
 
-def spec_of(prompt: Prompt = DESCRIBE, model_id: str = "m@1", **settings: object) -> CaptionSpec:
+def spec_of(
+    prompt: Prompt = DESCRIBE,
+    model_id: str = "m@1",
+    **settings: object,
+) -> CaptionSpec:
     retry = settings.pop("retry", None)
     return CaptionSpec(prompt, model_id, CaptionSettings.model_validate(settings), retry)  # type: ignore[arg-type]
 
@@ -69,16 +73,28 @@ class CaptionedPhotos:
             items = self.spark.createDataFrame(list(titles.items()), "item_id STRING, title STRING")
         return plan.wanted_captions(photos, self.imported, items, spec)
 
-    def planned(self, spec: CaptionSpec, titles: dict[str, str] | None = None) -> DataFrame:
+    def planned(
+        self,
+        spec: CaptionSpec,
+        titles: dict[str, str] | None = None,
+    ) -> DataFrame:
         """The photos with their reasons."""
         current = plan.current_captions(self.links, self.captions)
         wanted = self._wanted(self.photos, spec, titles)
         return plan.with_reason(wanted, self.captions, current, spec)
 
-    def reasons(self, spec: CaptionSpec, titles: dict[str, str] | None = None) -> dict[str, str]:
+    def reasons(
+        self,
+        spec: CaptionSpec,
+        titles: dict[str, str] | None = None,
+    ) -> dict[str, str]:
         return {row["item_id"]: row["reason"] for row in self.planned(spec, titles).collect()}
 
-    def add_failures(self, spec: CaptionSpec, failures: dict[str, tuple[str, str, int]]) -> None:
+    def add_failures(
+        self,
+        spec: CaptionSpec,
+        failures: dict[str, tuple[str, str, int]],
+    ) -> None:
         """Failed captions of these items: status, error class and attempts."""
         wanted = {row["item_id"]: row for row in self._wanted(self.photos, spec, None).collect()}
         made = (spec.prompt.prompt_id, spec.model_id)

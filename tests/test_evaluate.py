@@ -217,7 +217,11 @@ def with_log(spark: SparkSession, events: Iterable[Event]) -> EvaluationTables:
     return replace(look_alikes(spark), interactions=log(spark, events))
 
 
-def evaluated(spark: SparkSession, tables: EvaluationTables, **settings: object) -> Evaluation:
+def evaluated(
+    spark: SparkSession,
+    tables: EvaluationTables,
+    **settings: object,
+) -> Evaluation:
     """An evaluation at k = 1 and CUT, by default of three arms."""
     defaults = {"arms": ("random", "popularity", "title"), "cut": CUT, "k": 1}
     chosen = EvaluateSettings(**{**defaults, **settings})  # type: ignore[arg-type]

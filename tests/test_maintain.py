@@ -27,7 +27,12 @@ MONDAY = datetime(2025, 3, 3, tzinfo=UTC)
 PRODUCTS = Table("products", "Products.", "id STRING NOT NULL, size INT", key=("id",), feed=True)
 
 
-def index(folder: Path, index_id: str, age: float, whole: bool = True) -> Path:
+def index(
+    folder: Path,
+    index_id: str,
+    age: float,
+    whole: bool = True,
+) -> Path:
     """A folder that looks like an index version which was written `age` days ago."""
     version = folder / index_id
     (version / "scann").mkdir(parents=True)
@@ -201,7 +206,11 @@ def two_files_folder(spark: SparkSession, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def two_files(spark: SparkSession, two_files_folder: Path, tmp_path) -> Tables:
+def two_files(
+    spark: SparkSession,
+    two_files_folder: Path,
+    tmp_path,
+) -> Tables:
     """Table `products` with one row in each of two files."""
     shutil.copytree(two_files_folder, tmp_path, dirs_exist_ok=True)
     return Tables(spark, str(tmp_path))
@@ -295,7 +304,11 @@ def test_a_clustered_log_is_not_ordered_again_as_a_whole(
     assert first in from_files(tables, log).inputFiles()
 
 
-def test_photos_get_small_row_groups(spark: SparkSession, tmp_path, monkeypatch):
+def test_photos_get_small_row_groups(
+    spark: SparkSession,
+    tmp_path,
+    monkeypatch,
+):
     assert int(HEAVY["parquet.block.size"]) == 32 * 2**20
     monkeypatch.setitem(HEAVY, "parquet.block.size", str(2**20))
     tables = Tables(spark, str(tmp_path))
@@ -391,7 +404,11 @@ def killed(shop: Pipeline, monkeypatch) -> Row:
     return row
 
 
-def test_maintain_can_be_killed_and_run_twice(shop: Pipeline, pipeline: MakePipeline, killed: Row):
+def test_maintain_can_be_killed_and_run_twice(
+    shop: Pipeline,
+    pipeline: MakePipeline,
+    killed: Row,
+):
     folder = Path(shop.tables.location).parent
     assert (killed["status"], killed["rows_ok"], killed["rows_skipped"]) == ("failed", 1, 1)
     # In force are c and b. Of a, d and e one stays: the run that built d came last.

@@ -194,7 +194,11 @@ def item_item_scores(
     }
 
 
-def content_scores(item_id: str, history: list, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+def content_scores(
+    item_id: str,
+    history: list,
+    vectors: dict[str, np.ndarray],
+) -> dict[str, float]:
     """The weighted similarity of the item to each history item."""
     heaviest = max(item["weight"] for item in history)
     return {
@@ -203,7 +207,11 @@ def content_scores(item_id: str, history: list, vectors: dict[str, np.ndarray]) 
     }
 
 
-def check_score(item: Row, content: dict[str, float], item_item: dict[str, float]) -> None:
+def check_score(
+    item: Row,
+    content: dict[str, float],
+    item_item: dict[str, float],
+) -> None:
     """`content` and `item_item`: the share that each history item has in the item's scores."""
     scores = {
         "content": (1 - SHARE) * max(content.values()),
@@ -477,7 +485,11 @@ def test_the_figures_of_an_evaluation_are_printed_as_json(shop: RecordedShop, ca
     assert [row["slice"] for row in blend] == ["all"]
 
 
-def test_tune_writes_a_configuration_that_can_be_used(shop: RecordedShop, tmp_path, monkeypatch):
+def test_tune_writes_a_configuration_that_can_be_used(
+    shop: RecordedShop,
+    tmp_path,
+    monkeypatch,
+):
     tried = dict.fromkeys(tune.OPTIONS, ()) | {"item_item.share": (0.5,)}
     monkeypatch.setattr(tune, "OPTIONS", tried)
     out = tmp_path / "tuned.yaml"
@@ -536,7 +548,11 @@ def test_a_copied_shop_opens_its_own_index(
     opened: set[Path] = set()
     open_searcher = Searcher.open
 
-    def recording(folder: Path, *args: object, **options: object) -> Searcher:
+    def recording(
+        folder: Path,
+        *args: object,
+        **options: object,
+    ) -> Searcher:
         opened.add(folder.parent)
         return open_searcher(folder, *args, **options)  # type: ignore[arg-type]
 
@@ -549,7 +565,11 @@ def test_a_copied_shop_opens_its_own_index(
     assert opened == {copy / "index"}
 
 
-def test_a_failed_stage_leaves_its_state(shop: RecordedShop, pipeline: MakePipeline, tmp_path):
+def test_a_failed_stage_leaves_its_state(
+    shop: RecordedShop,
+    pipeline: MakePipeline,
+    tmp_path,
+):
     shutil.copytree(shop.folder / "tables", tmp_path / "tables")
     # Without the index folder.
     run = pipeline(tmp_path, *shop.settings)
@@ -586,7 +606,11 @@ def test_a_killed_driver_and_a_killed_worker_leave_tables_that_the_next_run_comp
     assert list((tmp_path / "tables").glob("_*")) == []
 
 
-def _kill_a_driver(shop: RecordedShop, tables: str, folder: Path) -> None:
+def _kill_a_driver(
+    shop: RecordedShop,
+    tables: str,
+    folder: Path,
+) -> None:
     """Run all stages in a process, and kill it when photos are staged and not yet in `photos`."""
     code = "import sys; from vlm4rec_spark.cli import main; main(sys.argv[1:])"
     options = ["--config", "test.yaml", *assignments(*paths(folder), tables, *shop.settings, QUICK)]

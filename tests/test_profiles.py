@@ -222,7 +222,11 @@ class Nights:
         events = self.pipeline.tables.read(INTERACTIONS).where(F.col("item_id") == item)
         return {row["user_id"] for row in events.collect()}
 
-    def identify(self, anonymous_id: str, user_id: str) -> None:
+    def identify(
+        self,
+        anonymous_id: str,
+        user_id: str,
+    ) -> None:
         upsert(self.pipeline, IDENTITIES, [(anonymous_id, user_id, None)])
 
     def _add_events(

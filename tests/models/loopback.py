@@ -68,7 +68,11 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}" + ("/v1" if self.dialect == "openai" else "")
 
-    def says(self, text: Any, stalls: bool = False) -> Reply:
+    def says(
+        self,
+        text: Any,
+        stalls: bool = False,
+    ) -> Reply:
         """A response with this text in the server's dialect."""
         return Reply(response_body(self.dialect, text), stalls=stalls)
 

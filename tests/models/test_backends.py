@@ -402,7 +402,12 @@ def test_without_vllm_its_backend_says_how_to_install_it(llava: Path):
 class RecordingCaptioner(BatchCaptioner):
     """Records its batches. It fails on more than `max_size` photos and on the width `bad_width`."""
 
-    def __init__(self, batch_size: int, max_size: int = 99, bad_width: int = 0):
+    def __init__(
+        self,
+        batch_size: int,
+        max_size: int = 99,
+        bad_width: int = 0,
+    ):
         super().__init__(batch_size)
         self.max_size = max_size
         self.bad_width = bad_width

@@ -22,7 +22,11 @@ def searcher(tmp_path_factory) -> Searcher:
     return build_index(tmp_path_factory.mktemp("scann") / "v1", clustered(ITEMS, seed=1))
 
 
-def nearest(searcher: Searcher, queries: np.ndarray, k: int) -> np.ndarray:
+def nearest(
+    searcher: Searcher,
+    queries: np.ndarray,
+    k: int,
+) -> np.ndarray:
     return np.argsort(-(queries @ searcher.vectors.T), axis=1, kind="stable")[:, :k]
 
 

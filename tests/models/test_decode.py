@@ -83,7 +83,12 @@ def test_a_hundred_megapixels_may_be_declared():
     assert refusal(png_header(10_000, 10_000)).error_class == "truncated"
 
 
-def reencoded(image: Image.Image, kind: str, max_side: int = 224, **options: object) -> Image.Image:
+def reencoded(
+    image: Image.Image,
+    kind: str,
+    max_side: int = 224,
+    **options: object,
+) -> Image.Image:
     return decode(encoded(image, kind, **options), max_side)
 
 

@@ -120,7 +120,11 @@ def answers(
     return respond
 
 
-def streams(chunk: bytes, pause: float = 0.0, **headers: str) -> Respond:
+def streams(
+    chunk: bytes,
+    pause: float = 0.0,
+    **headers: str,
+) -> Respond:
     """A chunked body that never ends."""
 
     def respond(handler: Handler) -> None:
@@ -370,7 +374,11 @@ def test_redirects_are_followed_to_another_port(server: Server):
         ("http://[", "it isn't a valid address"),
     ],
 )
-def test_every_redirect_is_checked(server: Server, location: str, message: str):
+def test_every_redirect_is_checked(
+    server: Server,
+    location: str,
+    message: str,
+):
     server.routes["/a"] = answers(302, Location=location)
     assert refusal(server.photo) == message
 
@@ -453,7 +461,11 @@ def test_one_private_address_among_public_ones_is_enough(monkeypatch):
 def test_the_name_is_resolved_once_and_the_next_address_is_tried(server: Server, monkeypatch):
     hosts: list[str] = []
 
-    def resolve(host: str, port: int, type: int) -> list[tuple]:
+    def resolve(
+        host: str,
+        port: int,
+        type: int,
+    ) -> list[tuple]:
         hosts.append(host)
         return resolves_to("127.0.0.2", "127.0.0.1")(host, port, type)
 
@@ -482,7 +494,11 @@ def test_an_unknown_host_is_final_and_a_silent_name_server_is_not(
 ):
     hosts: list[str] = []
 
-    def resolve(host: str, port: int, type: int) -> list[tuple]:
+    def resolve(
+        host: str,
+        port: int,
+        type: int,
+    ) -> list[tuple]:
         hosts.append(host)
         raise socket.gaierror(socket.EAI_AGAIN if host == "away" else socket.EAI_NONAME, "no")
 
@@ -494,7 +510,11 @@ def test_an_unknown_host_is_final_and_a_silent_name_server_is_not(
 
 
 @pytest.fixture
-def secure_server(server: Server, tmp_path, monkeypatch) -> Iterator[tuple[Server, list]]:
+def secure_server(
+    server: Server,
+    tmp_path,
+    monkeypatch,
+) -> Iterator[tuple[Server, list]]:
     """A server with a trusted certificate for localhost, and the names that clients asked for."""
     (tmp_path / "identity.pem").write_text(IDENTITY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -211,7 +211,11 @@ def test_an_answer_may_be_empty_or_come_in_parts(
 @pytest.mark.parametrize(
     "usage", [{}, {"usage": None}, {"usage": {}}], ids=["missing", "null", "empty"]
 )
-def test_usage_may_be_missing(server: Server, make: Make, usage: dict[str, Any]):
+def test_usage_may_be_missing(
+    server: Server,
+    make: Make,
+    usage: dict[str, Any],
+):
     body = response_body(server.dialect, "A shoe.")
     del body["usage"]
     server.always(Reply(body | usage))
@@ -266,14 +270,23 @@ def test_a_bad_body_is_a_bad_answer_without_retry(
         ("anthropic", response_body("anthropic", [CALL], "tool_use"), "tool_use"),
     ],
 )
-def test_a_tool_call_is_no_text(server: Server, make: Make, body: Any, reason: str):
+def test_a_tool_call_is_no_text(
+    server: Server,
+    make: Make,
+    body: Any,
+    reason: str,
+):
     server.always(Reply(body))
     error = f"there is no text; it ended by {reason}"
     assert answer_one(make()) == Answer("photo-0", None, 100, 20, "bad_answer", error)
 
 
 @pytest.mark.parametrize("status", [400, 409, 413, 422])
-def test_a_bad_request_is_not_retried(server: Server, make: Make, status: int):
+def test_a_bad_request_is_not_retried(
+    server: Server,
+    make: Make,
+    status: int,
+):
     server.always(Reply(error_body("image  too\n large", code=7), status))
     answer = answer_one(make())
     assert (answer.text, answer.error_class, len(server.received)) == (None, "bad_request", 1)
@@ -291,7 +304,12 @@ def test_a_bad_request_is_not_retried(server: Server, make: Make, status: int):
         ("anthropic", response_body("anthropic", "I won't.", "refusal"), "I won't."),
     ],
 )
-def test_a_refusal_has_its_own_error_class(server: Server, make: Make, body: Any, reason: str):
+def test_a_refusal_has_its_own_error_class(
+    server: Server,
+    make: Make,
+    body: Any,
+    reason: str,
+):
     server.always(Reply(body))
     error = f"the model refused: {reason}"
     assert answer_one(make()) == Answer("photo-0", None, 100, 20, "refusal", error)
@@ -300,7 +318,11 @@ def test_a_refusal_has_its_own_error_class(server: Server, make: Make, body: Any
 
 @openai_only
 @pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
-def test_a_filtered_request_is_a_refusal(server: Server, make: Make, code: str):
+def test_a_filtered_request_is_a_refusal(
+    server: Server,
+    make: Make,
+    code: str,
+):
     server.always(Reply(error_body("no", code=code), 400))
     answer = answer_one(make())
     assert (answer.text, answer.error_class, len(server.received)) == (None, "refusal", 1)
@@ -344,7 +366,11 @@ def test_a_server_in_trouble_is_retried_until_it_recovers(
     [Reply(b"", stalls=True), Reply(b"{}" * 50, trickles=True)],
     ids=["silent", "drop by drop"],
 )
-def test_a_server_that_hangs_costs_its_timeouts(server: Server, make: Make, hangs: Reply):
+def test_a_server_that_hangs_costs_its_timeouts(
+    server: Server,
+    make: Make,
+    hangs: Reply,
+):
     server.always(hangs)
     began = time.monotonic()
     answer = answer_one(make(timeout_seconds=0.25, tries=2))
@@ -432,7 +458,11 @@ def test_an_odd_retry_after_is_capped_or_ignored(
 
 
 @openai_only
-def test_waits_without_retry_after_double_with_full_jitter(server: Server, make: Make, monkeypatch):
+def test_waits_without_retry_after_double_with_full_jitter(
+    server: Server,
+    make: Make,
+    monkeypatch,
+):
     ranges = list[tuple[float, float]]()
 
     def longest(low: float, high: float) -> float:
@@ -456,7 +486,11 @@ def test_waits_without_retry_after_double_with_full_jitter(server: Server, make:
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_a_status_that_every_photo_would_get_ends_the_run(server: Server, make: Make, status: int):
+def test_a_status_that_every_photo_would_get_ends_the_run(
+    server: Server,
+    make: Make,
+    status: int,
+):
     server.always(Reply(error_body("no such thing"), status))
     with pytest.raises(RunError, match="no such thing") as failure:
         answer_all(make(), photos(3))
@@ -476,7 +510,11 @@ def test_an_account_without_credit_ends_the_run(server: Server, make: Make):
     assert len(server.received) == 1
 
 
-def echo_key(request: ReceivedRequest, status: int, prefix: str = "") -> Reply:
+def echo_key(
+    request: ReceivedRequest,
+    status: int,
+    prefix: str = "",
+) -> Reply:
     return Reply((prefix + request.headers["authorization"]).encode(), status)
 
 
@@ -485,7 +523,12 @@ def echo_key(request: ReceivedRequest, status: int, prefix: str = "") -> Reply:
     ["", "x" * 180, "x" * 465],
     ids=["at the start", "where a body is cut", "where an error is cut"],
 )
-def test_a_returned_key_is_in_no_error(server: Server, make: Make, prefix: str, caplog):
+def test_a_returned_key_is_in_no_error(
+    server: Server,
+    make: Make,
+    prefix: str,
+    caplog,
+):
     caplog.set_level(logging.DEBUG)
     server.script = lambda number, request: echo_key(request, [400, 200, 500][number], prefix)
     captioner = make(tries=1)
@@ -519,7 +562,11 @@ def test_a_returned_key_is_in_no_caption_and_no_failure(server: Server, make: Ma
     assert KEY[:8] not in str(failure.value)
 
 
-def test_a_short_key_is_not_removed_from_captions(server: Server, make: Make, monkeypatch):
+def test_a_short_key_is_not_removed_from_captions(
+    server: Server,
+    make: Make,
+    monkeypatch,
+):
     monkeypatch.setenv(VARIABLES[server.dialect], "Done")
     server.at_first(Reply(b"not Done", 400))
     captioner = make()
@@ -543,7 +590,12 @@ def test_a_provider_needs_a_key_and_another_server_does_not(
 
 
 @pytest.mark.parametrize("key", ["sk-abc\nsk-def", "sk-abc\N{HORIZONTAL ELLIPSIS}"])
-def test_a_malformed_key_is_not_repeated(server: Server, make: Make, monkeypatch, key: str):
+def test_a_malformed_key_is_not_repeated(
+    server: Server,
+    make: Make,
+    monkeypatch,
+    key: str,
+):
     monkeypatch.setenv(VARIABLES[server.dialect], key)
     with pytest.raises(UsageError) as failure:
         make()
@@ -552,7 +604,11 @@ def test_a_malformed_key_is_not_repeated(server: Server, make: Make, monkeypatch
     assert str(failure.value) == error
 
 
-def test_a_missing_client_names_its_pip_command(server: Server, make: Make, monkeypatch):
+def test_a_missing_client_names_its_pip_command(
+    server: Server,
+    make: Make,
+    monkeypatch,
+):
     monkeypatch.setitem(sys.modules, server.dialect, None)
     with pytest.raises(
         UsageError, match=rf"{server.dialect}.* pip install 'vlm4rec_spark\[endpoint\]'$"
@@ -593,7 +649,11 @@ def test_refused_parameters_are_dropped_or_replaced(server: Server, make: Make):
         {"param": "temperature", "code": {"a": 1}},
     ],
 )
-def test_other_errors_change_no_parameters(server: Server, make: Make, error: dict[str, Any]):
+def test_other_errors_change_no_parameters(
+    server: Server,
+    make: Make,
+    error: dict[str, Any],
+):
     server.always(Reply(error_body("no", **error), 400))
     captioner = make()
     assert [answer_one(captioner).error_class for _ in range(2)] == ["bad_request"] * 2
@@ -601,7 +661,11 @@ def test_other_errors_change_no_parameters(server: Server, make: Make, error: di
 
 
 @openai_only
-def test_the_tokens_per_minute_delay_requests(server: Server, make: Make, monkeypatch):
+def test_the_tokens_per_minute_delay_requests(
+    server: Server,
+    make: Make,
+    monkeypatch,
+):
     monkeypatch.setattr(module, "_MINUTE", 0.4)
     monkeypatch.setattr(module, "_FIRST_ESTIMATE", 120)
     # 120 of 250 tokens per request: two start now, and the next two a minute later.
@@ -612,7 +676,11 @@ def test_the_tokens_per_minute_delay_requests(server: Server, make: Make, monkey
 
 
 @openai_only
-def test_used_tokens_correct_the_estimate(server: Server, make: Make, monkeypatch):
+def test_used_tokens_correct_the_estimate(
+    server: Server,
+    make: Make,
+    monkeypatch,
+):
     # Cheaper than estimated: after the first one, all fit into the minute.
     began = time.monotonic()
     assert len(answer_all(make(tokens_per_minute=1_500), photos(10))) == 10

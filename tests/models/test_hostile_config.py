@@ -124,7 +124,11 @@ def test_any_tree(config_file: Path, content: Any):
 
 @hostile
 @given(path=st.sampled_from(PATHS), value=st.sampled_from(SCALARS))
-def test_any_key_with_a_hostile_value(config_file: Path, path: tuple[str, ...], value: str):
+def test_any_key_with_a_hostile_value(
+    config_file: Path,
+    path: tuple[str, ...],
+    value: str,
+):
     result = outcome([], [f"{'.'.join(path)}={value}"])
     assert isinstance(result, Config) or len(result) == 1
     sections = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(path))

@@ -174,7 +174,11 @@ class Words(NamedTuple):
     words: list[list[str]]
 
 
-def build_words(folder: Path, texts: list[str], base: Searcher | None = None) -> Words:
+def build_words(
+    folder: Path,
+    texts: list[str],
+    base: Searcher | None = None,
+) -> Words:
     ids = [f"i{number}" for number in range(len(texts))]
     vectors = np.eye(len(texts), 5, dtype=np.float32)
     Searcher.build(folder, folder.name, ids, vectors, texts, 99, base)

@@ -50,17 +50,29 @@ class BruteForce:
         good = min_score is None or self.scores[item] >= min_score
         return bool(passes and good) and item not in self.excluded
 
-    def are_variants(self, first: int, second: int) -> bool:
+    def are_variants(
+        self,
+        first: int,
+        second: int,
+    ) -> bool:
         variants = self.list_rules.variants
         threshold = self.list_rules.similarity_threshold
         if variants is not None and variants[first] == variants[second] >= 0:
             return True
         return threshold is not None and round(self.cosine(first, second), 6) > threshold
 
-    def cosine(self, first: int, second: int) -> float:
+    def cosine(
+        self,
+        first: int,
+        second: int,
+    ) -> float:
         return float(self.vectors[first] @ self.vectors[second])
 
-    def within_caps(self, item: int, items: list[int]) -> bool:
+    def within_caps(
+        self,
+        item: int,
+        items: list[int],
+    ) -> bool:
         for groups, limit in self.list_rules.caps:
             listed = Counter(groups[items].tolist())
             if groups[item] >= 0 and listed[groups[item]] >= limit:
@@ -110,7 +122,11 @@ class BruteForce:
             items.append(chosen)
         return Expected(items, collapsed)
 
-    def value(self, item: int, items: list[int]) -> float:
+    def value(
+        self,
+        item: int,
+        items: list[int],
+    ) -> float:
         diversity = self.list_rules.diversity
         nearest = max((self.cosine(item, other) for other in items), default=0.0)
         return round((1 - diversity) * self.scores[item] - diversity * nearest, 6)

@@ -30,7 +30,11 @@ HITS = [
 ]
 
 
-def paired_p_value(arm: np.ndarray, control: np.ndarray, seed: int) -> float:
+def paired_p_value(
+    arm: np.ndarray,
+    control: np.ndarray,
+    seed: int,
+) -> float:
     return float(paired_p_values((arm - control)[:, None], seed)[0])
 
 

@@ -96,7 +96,11 @@ class CountingSearcher(Searcher):
 
     searched = 0
 
-    def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
+    def search(
+        self,
+        queries: np.ndarray,
+        effort: Effort,
+    ) -> Candidates:
         self.searched += len(queries)
         return super().search(queries, effort)
 

@@ -61,7 +61,11 @@ def test_a_missing_prompt_names_the_key_and_the_packaged_prompts():
 @pytest.mark.parametrize(
     ("data", "message"), [(b" \n", "is empty"), (b"\xff\xfe\x00", "can't be read")]
 )
-def test_a_file_without_text_is_refused(tmp_path, data: bytes, message: str):
+def test_a_file_without_text_is_refused(
+    tmp_path,
+    data: bytes,
+    message: str,
+):
     file = tmp_path / "own.txt"
     file.write_bytes(data)
     with pytest.raises(UsageError, match=rf"^caption\.prompt: the file .*own\.txt {message}"):

@@ -314,7 +314,12 @@ def test_arms_stand_in_their_order_and_slices_by_size():
     assert deciles == sorted(deciles)
 
 
-def with_difference(row: MetricRow, value: float, low: float, high: float) -> MetricRow:
+def with_difference(
+    row: MetricRow,
+    value: float,
+    low: float,
+    high: float,
+) -> MetricRow:
     return dataclasses.replace(row, difference=value, difference_low=low, difference_high=high)
 
 
@@ -489,7 +494,11 @@ def test_a_captioner_that_could_not_describe_again_is_named():
     assert "For a blank grey photo the model gives no caption, as it should" in refusing
 
 
-def photo_bytes(format: str, mode: str = "RGB", **save) -> bytes:  # type: ignore[no-untyped-def]
+def photo_bytes(
+    format: str,
+    mode: str = "RGB",
+    **save,
+) -> bytes:  # type: ignore[no-untyped-def]
     out = io.BytesIO()
     image = Image.new(mode, (400, 200))
     image.paste((200,) * len(mode), (0, 0, 200, 200))

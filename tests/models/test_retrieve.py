@@ -38,7 +38,11 @@ def best(
     return retrieve(searcher, queries, excluded or nothing, eligible, K, effort)
 
 
-def nearest(searcher: Searcher, queries: np.ndarray, k: int = K) -> np.ndarray:
+def nearest(
+    searcher: Searcher,
+    queries: np.ndarray,
+    k: int = K,
+) -> np.ndarray:
     """Brute force; cosines are rounded, ties go to the smaller position."""
     cosines = queries.astype(np.float64) @ searcher.vectors.astype(np.float64).T
     return np.argsort(-np.round(cosines, 6), axis=1, kind="stable")[:, :k]
@@ -77,7 +81,11 @@ CATALOGUES = {
 
 @pytest.mark.parametrize("items", [1, 15, 16, 1_000])
 @pytest.mark.parametrize("catalogue", CATALOGUES)
-def test_every_query_gets_a_full_list(tmp_path, catalogue: str, items: int):
+def test_every_query_gets_a_full_list(
+    tmp_path,
+    catalogue: str,
+    items: int,
+):
     vectors = CATALOGUES[catalogue](items)
     opened = build_index(tmp_path / "x", vectors, ann_min_items=1)
     assert opened.approximate is (items >= 16)
@@ -108,7 +116,11 @@ def effort(request: pytest.FixtureRequest) -> Effort | None:
     return request.param
 
 
-def two_lists(searcher: Searcher, vector: np.ndarray, effort: Effort | None) -> np.ndarray:
+def two_lists(
+    searcher: Searcher,
+    vector: np.ndarray,
+    effort: Effort | None,
+) -> np.ndarray:
     """The lists of a sound query and of `vector`."""
     sound = clustered(1, seed=19)[0, : len(vector)]
     return best(searcher, np.stack([sound, vector]), effort).positions
@@ -188,7 +200,11 @@ def test_the_last_digits_of_a_float32_score_decide_nothing(searcher: Searcher, m
     score_all = Searcher.score_all
     rng = np.random.default_rng(1)
 
-    def score_roughly(self: Searcher, queries: np.ndarray, subset: np.ndarray | None) -> Candidates:
+    def score_roughly(
+        self: Searcher,
+        queries: np.ndarray,
+        subset: np.ndarray | None,
+    ) -> Candidates:
         positions, scores = score_all(self, queries, subset)
         error = rng.uniform(-4e-7, 4e-7, scores.shape).astype(np.float32)
         return Candidates(positions, scores + error)

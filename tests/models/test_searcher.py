@@ -215,7 +215,11 @@ def test_large_catalogues_get_an_approximate_index(
     assert opened.approximate is approximate
 
 
-def search_top_k(searcher: Searcher, queries: np.ndarray, effort: Effort) -> np.ndarray:
+def search_top_k(
+    searcher: Searcher,
+    queries: np.ndarray,
+    effort: Effort,
+) -> np.ndarray:
     positions, scores = searcher.search(queries, effort)
     order = np.argsort(-np.where(positions < 0, -2, scores), axis=1)
     return np.take_along_axis(positions, order[:, :K], 1)

@@ -212,7 +212,11 @@ def test_the_ordinary_backend_loads_a_trained_captioner(
     assert words_of(caption) <= words_of(" ".join(photos.sentences))
 
 
-def command(table: Path, out: Path, *options: str) -> list[str]:
+def command(
+    table: Path,
+    out: Path,
+    *options: str,
+) -> list[str]:
     return ["train-captioner", str(table), "--out", str(out), *options]
 
 
@@ -317,7 +321,11 @@ def test_wrong_options_are_errors_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_files_is_left_alone(table: Path, tmp_path, capsys):
+def test_a_folder_of_other_files_is_left_alone(
+    table: Path,
+    tmp_path,
+    capsys,
+):
     (tmp_path / "letter.txt").write_text("Dear")
     assert main(command(table, tmp_path, "--attribute", "kind=category")) == 2
     assert "this folder has files but no model" in " ".join(capsys.readouterr().err.split())

@@ -61,7 +61,11 @@ def ranked(candidates: Candidates, seen: list[np.ndarray]) -> Candidates:
     return top_k(*candidates, flat_exclusions(seen, ITEMS), ALL_ELIGIBLE, K)
 
 
-def search(queries: Queries, searcher: Searcher, effort: Effort) -> Candidates:
+def search(
+    queries: Queries,
+    searcher: Searcher,
+    effort: Effort,
+) -> Candidates:
     depths = np.full(len(queries), effort.candidates)
     return queries.search(searcher, effort.leaves, depths)
 
@@ -100,7 +104,11 @@ def test_scann_at_its_hardest_gives_the_exact_lists(
 class NearestSearcher(Searcher):
     """Finds the right neighbors instead of ScaNN's."""
 
-    def search(self, queries: np.ndarray, effort: Effort) -> Candidates:
+    def search(
+        self,
+        queries: np.ndarray,
+        effort: Effort,
+    ) -> Candidates:
         scores = queries @ self.vectors.T
         nearest = np.argsort(-scores, axis=1, kind="stable")[:, : effort.candidates]
         return Candidates(nearest, np.take_along_axis(scores, nearest, 1))
@@ -279,7 +287,11 @@ def test_item_item_scores_come_back_strongest_first(pairs: Pairs, item: int) -> 
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-def test_a_blend_is_the_sum_of_its_parts(searcher: Searcher, pairs: Pairs, share: float) -> None:
+def test_a_blend_is_the_sum_of_its_parts(
+    searcher: Searcher,
+    pairs: Pairs,
+    share: float,
+) -> None:
     queries, histories, all_weights = blend(pairs, share)
     top = ranked(queries.score_all(searcher), histories)
     vectors = searcher.vectors.astype(np.float64)
@@ -309,7 +321,11 @@ def test_without_item_item_scores_the_content_decides(searcher: Searcher, pairs:
 
 
 @pytest.fixture(params=["mean", "max_similarity", "blend", "item_item"])
-def any_queries(request: pytest.FixtureRequest, searcher: Searcher, pairs: Pairs) -> Queries:
+def any_queries(
+    request: pytest.FixtureRequest,
+    searcher: Searcher,
+    pairs: Pairs,
+) -> Queries:
     """Queries of each kind, of the histories of `blend`."""
     queries, histories, weights = blend(pairs, 1.0 if request.param == "item_item" else 0.4)
     if request.param == "mean":

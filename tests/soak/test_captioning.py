@@ -46,7 +46,11 @@ class Job:
         }
         pq.write_table(pa.table(rows), folder / "shop.parquet")
 
-    def start(self, name: str, command: str = "caption") -> psutil.Popen:
+    def start(
+        self,
+        name: str,
+        command: str = "caption",
+    ) -> psutil.Popen:
         out = self.folder / name
         # 120 ms a call of 8 photos: some minutes of two models, enough to kill twenty drivers.
         settings = (
@@ -78,7 +82,11 @@ class Job:
         file = self.folder / f"calls-{name}"
         return file.stat().st_size // 2 if file.exists() else 0
 
-    def table(self, name: str, table: str) -> list[dict]:
+    def table(
+        self,
+        name: str,
+        table: str,
+    ) -> list[dict]:
         return deltalake.DeltaTable(str(self.folder / name / table)).to_pyarrow_table().to_pylist()
 
     def captions(self, name: str) -> dict[str, list[str]]:
