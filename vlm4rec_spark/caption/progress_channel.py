@@ -35,11 +35,7 @@ class Address:
 class ProgressServer:
     """The driver's end. `counts` sums up the tasks' reports; `stop` ends them after their batch."""
 
-    def __init__(
-        self,
-        host: str,
-        bind: str = "",
-    ):
+    def __init__(self, host: str, bind: str = ""):
         """`host` is the driver's name for executors; the server listens at `bind`, or there."""
         self.stop = False
         self._counts: Counter[str] = Counter()
@@ -87,7 +83,6 @@ class ProgressClient:
         self._unsent: Counter[str] = Counter()
         self._last_sent = 0.0
         self._socket = None if address is None else _connect(address)
-        self._replies = self._socket.makefile("rb") if self._socket else None
 
     def add(self, counts: Mapping[str, float]) -> None:
         """Add to the next report, and send it when it is due."""
@@ -98,11 +93,12 @@ class ProgressClient:
     def flush(self) -> None:
         """Send the report, and read whether to stop."""
         self._last_sent = time.monotonic()
-        if self._socket is None or self._replies is None:
+        if self._socket is None:
             return
         try:
             self._socket.sendall(json.dumps(self._unsent).encode() + b"\n")
-            self.stopped = self._replies.readline(10) == b"stop\n"
+            with self._socket.makefile("rb") as replies:
+                self.stopped = replies.readline(10) == b"stop\n"
             self._unsent.clear()
         except OSError:
             self._disconnect()
@@ -112,11 +108,9 @@ class ProgressClient:
         self._disconnect()
 
     def _disconnect(self) -> None:
-        for end in (self._replies, self._socket):
-            if end is not None:
-                with suppress(OSError):
-                    end.close()
-        self._replies = None
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.close()
         self._socket = None
 
 

@@ -42,9 +42,9 @@ def watch(
 
     def show() -> None:
         if console is not None and console.is_terminal:
-            _bar(measure, console, f"  {label}", rows, stop)
+            _bar(_measurements(measure, _POLL_SECONDS, stop), console, f"  {label}", rows)
         else:
-            _lines(measure, say, label, rows, stop)
+            _lines(_measurements(measure, _LINE_SECONDS, stop), say, label, rows)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -53,6 +53,20 @@ def watch(
     finally:
         stop.set()
         thread.join()
+
+
+def _measurements(
+    measure: Progressed,
+    seconds: float,
+    stop: threading.Event,
+) -> Iterator[tuple[float, str, float]]:
+    """Rows done, further text and rows per second, every so many seconds until the stop."""
+    started = time.monotonic()
+    completed = 0.0
+    while not stop.wait(seconds):
+        measured, text = measure()
+        completed = max(completed, measured)
+        yield completed, text, completed / (time.monotonic() - started)
 
 
 def _done_share(spark: SparkSession) -> float:
@@ -67,7 +81,10 @@ def _done_share(spark: SparkSession) -> float:
 
 
 def _bar(
-    measure: Progressed, console: Console, label: str, rows: int, stop: threading.Event
+    measurements: Iterator[tuple[float, str, float]],
+    console: Console,
+    label: str,
+    rows: int,
 ) -> None:
     columns = (
         TextColumn("{task.description}"),
@@ -75,31 +92,22 @@ def _bar(
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    started = time.monotonic()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=rows, rate="")
-        while not stop.wait(_POLL_SECONDS):
-            measured, text = measure()
-            completed = max(progress.tasks[task].completed, measured)
+        for completed, text, rate in measurements:
             if completed:
-                text = f"{_per_second(completed / (time.monotonic() - started))}  {text}"
+                text = f"{_per_second(rate)}  {text}"
             progress.update(task, completed=completed, rate=text)
 
 
 def _lines(
-    measure: Progressed,
+    measurements: Iterator[tuple[float, str, float]],
     say: Callable[[str], None],
     label: str,
     rows: int,
-    stop: threading.Event,
 ) -> None:
-    started = time.monotonic()
-    completed = 0.0
-    while not stop.wait(_LINE_SECONDS):
-        measured, text = measure()
-        completed = max(completed, measured)
+    for completed, text, rate in measurements:
         if completed:
-            rate = completed / (time.monotonic() - started)
             seconds = (rows - completed) / rate
             line = (
                 f"{label}: {completed:,.0f} of {rows:,}, {_per_second(rate)}, {seconds:,.0f} s left"

@@ -32,45 +32,32 @@ def plain(photos: torch.Tensor) -> torch.Tensor:
     return photos.float() / 127.5 - 1
 
 
-def _rand(
-    like: torch.Tensor,
-    *shape: int,
+def _draw(
+    photos: torch.Tensor,
     rng: torch.Generator,
+    numbers: int = 1,
 ) -> torch.Tensor:
-    return torch.rand(
-        len(like),
-        *shape,
-        generator=rng,
-        device=like.device,
-    )
+    """(n, numbers, 1, 1): from 0 to 1, for every photo its own."""
+    return torch.rand(len(photos), numbers, 1, 1, generator=rng, device=photos.device)
 
 
 def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    return functional.interpolate(
-        pixels,
-        size=size,
-        mode="bilinear",
-        align_corners=False,
-    )
+    return functional.interpolate(pixels, size, mode="bilinear")
 
 
 def _with_background(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     side = pixels.shape[-1]
     # Zero in a photo without a plain background.
     cover = _background(pixels)
-    replace = (_rand(pixels, 1, 1, 1, rng=rng) < 0.35).float()
-    top = _rand(pixels, 3, 1, 1, rng=rng)
-    bottom = _rand(pixels, 3, 1, 1, rng=rng)
+    replace = (_draw(pixels, rng) < 0.35).float()
+    top = _draw(pixels, rng, 3)
+    bottom = _draw(pixels, rng, 3)
     slope = torch.linspace(0, 1, side, device=pixels.device).view(1, 1, -1, 1)
-    gradient = top + (bottom - top) * slope * (_rand(pixels, 1, 1, 1, rng=rng) < 0.5)
+    gradient = top + (bottom - top) * slope * (_draw(pixels, rng) < 0.5)
     blurred = _resize(_resize(pixels.roll(1, 0), 12), side)
-    background = torch.where(_rand(pixels, 1, 1, 1, rng=rng) < 0.4, blurred, gradient)
+    background = torch.where(_draw(pixels, rng) < 0.4, blurred, gradient)
     # A room's floor or wall has a grain.
-    grain = torch.rand(
-        pixels.shape,
-        generator=rng,
-        device=pixels.device,
-    )
+    grain = torch.rand(pixels.shape, generator=rng, device=pixels.device)
     background = background + 0.06 * (grain - 0.5)
     return pixels + cover * replace * (background - pixels)
 
@@ -92,7 +79,7 @@ def _background(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _moved(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    draw = _rand(pixels, 7, rng=rng)
+    draw = _draw(pixels, rng, 7).flatten(1)
     # Some photos are hardly moved at all.
     strength = draw[:, 6]
     # The window's side: from two thirds of the photo's to 1.6 of it.
@@ -104,12 +91,9 @@ def _moved(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     move = (draw[:, 4:6] - 0.5) * 2 * room
     angle = (draw[:, 0] - 0.5) * 2 * math.radians(16) * strength
     mirrored = torch.where(draw[:, 3] < 0.5, -1.0, 1.0)
-    grid = functional.affine_grid(
-        _affine(window, angle, mirrored, move), list(pixels.shape), align_corners=False
-    )
-    return functional.grid_sample(
-        pixels, grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    transform = _affine(window, angle, mirrored, move)
+    grid = functional.affine_grid(transform, list(pixels.shape), align_corners=False)
+    return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
 def _affine(
@@ -130,9 +114,9 @@ def _affine(
 
 
 def _with_light(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    draw = _rand(pixels, 4, 1, 1, rng=rng)
+    draw = _draw(pixels, rng, 4)
     strength = draw[:, 3:]
-    cast = 1 + (_rand(pixels, 3, 1, 1, rng=rng) - 0.5) * 0.2 * strength
+    cast = 1 + (_draw(pixels, rng, 3) - 0.5) * 0.2 * strength
     mean = pixels.mean((1, 2, 3), keepdim=True)
     grey = pixels.mean(1, keepdim=True)
     pixels = grey + (pixels - grey) * (1 + (draw[:, :1] - 0.5) * 0.4 * strength)
@@ -142,30 +126,22 @@ def _with_light(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def _coarser(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     side = pixels.shape[-1]
-    small = functional.interpolate(
-        pixels,
-        size=side // 2,
-        mode="area",
-    )
-    is_coarse = _rand(pixels, 1, 1, 1, rng=rng) < 0.2
+    small = functional.avg_pool2d(pixels, 2)
+    is_coarse = _draw(pixels, rng) < 0.2
     pixels = torch.where(is_coarse, _resize(small, side), pixels)
-    noise = torch.randn(
-        pixels.shape,
-        generator=rng,
-        device=pixels.device,
-    )
-    return pixels + noise * 0.04 * _rand(pixels, 1, 1, 1, rng=rng) ** 2
+    noise = torch.randn(pixels.shape, generator=rng, device=pixels.device)
+    return pixels + noise * 0.04 * _draw(pixels, rng) ** 2
 
 
 def _with_cover(pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """A quarter of the photos get a rectangle of one colour."""
     side = pixels.shape[-1]
-    draw = _rand(pixels, 5, rng=rng)
+    draw = _draw(pixels, rng, 5).flatten(1)
     is_row = _between(draw[:, 2:3], 0.1 + 0.3 * draw[:, 0:1], side)
     is_column = _between(draw[:, 3:4], 0.1 + 0.3 * draw[:, 1:2], side)
     is_covered = draw[:, 4].view(-1, 1, 1, 1) < 0.25
     rectangle = is_row[:, None, :, None] & is_column[:, None, None, :] & is_covered
-    return torch.where(rectangle, _rand(pixels, 3, 1, 1, rng=rng), pixels)
+    return torch.where(rectangle, _draw(pixels, rng, 3), pixels)
 
 
 def _between(

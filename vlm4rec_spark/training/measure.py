@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from PIL import Image
 
 from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.captioning.captioner import (
-    Captioner,
     ModelSettings,
     Request,
     caption_all,
@@ -41,7 +40,7 @@ class Share:
 
 def describe(
     folder: Path,
-    photos: Iterable[Image.Image],
+    photos: Sequence[Image.Image],
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """The captions of the model in `folder`, by the ordinary backend and prompt.
@@ -51,18 +50,12 @@ def describe(
     captioner = load_captioner(ModelSettings(model=str(folder)), _BATCH)
     prompt = load_prompt("describe.1").text
     captions: list[str] = []
-    batch: list[Request] = []
-    for photo in photos:
-        batch.append(Request(str(len(captions) + len(batch)), photo, prompt))
-        if len(batch) == _BATCH:
-            captions += _captions(captioner, batch)
-            batch = []
-            progress(len(captions))
-    return captions + _captions(captioner, batch)
-
-
-def _captions(captioner: Captioner, batch: Sequence[Request]) -> list[str]:
-    return [answer.text or "" for answer in caption_all(captioner, batch).values()]
+    for first in range(0, len(photos), _BATCH):
+        batch = enumerate(photos[first : first + _BATCH])
+        requests = [Request(str(number), photo, prompt) for number, photo in batch]
+        captions += [answer.text or "" for answer in caption_all(captioner, requests).values()]
+        progress(len(captions))
+    return captions
 
 
 def shares(
@@ -109,7 +102,7 @@ def held_out(
     captions = describe(
         folder,
         [blank(), *photos],
-        lambda count: log(f"described {count:,} of {len(rows):,} photos"),
+        lambda count: log(f"described {count - 1:,} of {len(rows):,} photos"),
     )
     truth = [
         {
