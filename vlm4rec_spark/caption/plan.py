@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import pandas as pd
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption.settings import CaptionSettings
@@ -60,10 +60,10 @@ def wanted_captions(
     model = spec.settings.model
     parameters = {"max_new_tokens": model.max_new_tokens, "max_side": model.max_side}
     made_with = json.dumps([spec.prompt.text, spec.model_id, parameters], sort_keys=True)
-    first = Window.partitionBy("item_id").orderBy("position")
+    nth = F.expr("row_number() OVER (PARTITION BY item_id ORDER BY position)")
     chosen = (
         photos.join(imported.select("item_id"), on="item_id", how="left_anti")
-        .select("item_id", "position", "image_sha256", F.row_number().over(first).alias("nth"))
+        .select("item_id", "position", "image_sha256", nth.alias("nth"))
         .where(F.col("nth") <= spec.settings.photos_per_item)
     )
     return _with_prompts(chosen, items, spec.prompt).select(
@@ -100,8 +100,9 @@ def current_captions(item_captions: DataFrame, captions: DataFrame) -> DataFrame
 
     `old` is a struct of the caption's key, photo, prompt and model.
     """
-    old = F.struct("caption_key", "image_sha256", "prompt_id", "model").alias("old")
-    described = captions.where(F.col("status") == "ok").select("caption_key", old)
+    described = captions.where("status = 'ok'").selectExpr(
+        "caption_key", "struct(caption_key, image_sha256, prompt_id, model) AS old"
+    )
     return item_captions.join(described, on="caption_key", how="inner").select(
         "item_id", "position", "old"
     )
@@ -156,16 +157,16 @@ def queue(photos: DataFrame, interactions: DataFrame | None) -> DataFrame:
     if interactions is None:
         pending = pending.withColumn("events", F.lit(0))
     else:
-        events = interactions.groupBy("item_id").agg(F.count(F.lit(1)).alias("events"))
+        events = interactions.groupBy("item_id").agg(F.expr("count(*) AS events"))
         pending = pending.join(events, on="item_id", how="left")
     keys = pending.groupBy("caption_key").agg(
-        F.min(F.struct("item_id", "position", "reason", "attempts", "prompt")).alias("photo"),
-        F.sum("events").alias("events"),
+        F.expr("min(struct(item_id, position, reason, attempts, prompt)) AS photo"),
+        F.expr("sum(events) AS events"),
     )
     # One task sorts all keys, some hundred bytes each: the ranks are dense and the same in every
     # run.
-    rank = F.row_number().over(Window.orderBy(F.desc_nulls_last("events"), "caption_key")) - 1
-    return keys.select("caption_key", "photo.*", rank.alias("rank"))
+    rank = "row_number() OVER (ORDER BY events DESC NULLS LAST, caption_key) - 1 AS rank"
+    return keys.selectExpr("caption_key", "photo.*", rank)
 
 
 def in_order(
@@ -180,7 +181,7 @@ def in_order(
     and a chunk reads only a part of it.
     """
     tier = F.floor(F.log2(F.col("rank") / first + 1)).cast("int")
-    rank = F.row_number().over(Window.orderBy("tier", "item_id", "position")) - 1
+    rank = F.expr("row_number() OVER (ORDER BY tier, item_id, position) - 1")
     return queue.where(F.col("rank") < now).withColumn("tier", tier).withColumn("rank", rank)
 
 
@@ -189,12 +190,8 @@ def with_photos(part: DataFrame, photos: DataFrame) -> DataFrame:
 
     Reads only files and row groups that may hold an item between a tier's first and last.
     """
-    tiers = (
-        part.groupBy("tier")
-        .agg(F.min("item_id").alias("first"), F.max("item_id").alias("last"))
-        .collect()
-    )
-    ranges = [F.col("item_id").between(tier["first"], tier["last"]) for tier in tiers]
+    tiers = part.groupBy("tier").agg(F.min("item_id"), F.max("item_id")).collect()
+    ranges = [F.col("item_id").between(first, last) for _, first, last in tiers]
     columns = photos.select("item_id", "position", "uri", "image_sha256", "image")
     images = columns.where(reduce(Column.__or__, ranges))
     return part.join(images, on=["item_id", "position"], how="inner")
@@ -209,20 +206,23 @@ def item_captions(
 
     It is the wanted caption if there is one, else the one that the item had of this very photo.
     """
-    ok = captions.where(F.col("status") == "ok").select("caption_key", F.lit(True).alias("ok"))
-    same_photo = F.col("old")["image_sha256"] == F.col("image_sha256")
-    key = F.when(F.col("ok"), F.col("caption_key")).when(same_photo, F.col("old")["caption_key"])
-    described = photos.join(ok, on="caption_key", how="left").select(
-        "item_id", "position", key.alias("caption_key")
+    ok = captions.where("status = 'ok'").selectExpr("caption_key", "true AS ok")
+    described = photos.join(ok, on="caption_key", how="left").selectExpr(
+        "item_id",
+        "position",
+        """CASE
+            WHEN ok THEN caption_key
+            WHEN old.image_sha256 = image_sha256 THEN old.caption_key
+        END AS caption_key""",
     )
-    return described.where(F.col("caption_key").isNotNull()).unionByName(
+    return described.where("caption_key IS NOT NULL").unionByName(
         imported.select("item_id", "position", "caption_key")
     )
 
 
 def imported_captions(item_captions: DataFrame, captions: DataFrame) -> DataFrame:
     """item_id, position and caption_key of items with an imported caption; the model skips them."""
-    imported = captions.where(F.col("status") == "imported").select("caption_key")
+    imported = captions.where("status = 'imported'").select("caption_key")
     return item_captions.join(imported, on="caption_key", how="left_semi")
 
 
@@ -231,25 +231,24 @@ def import_rows(raw: DataFrame, items: DataFrame) -> DataFrame:
 
     The first of several texts for one item, in alphabetical order, is used; the rest get a reason.
     """
-    item_id = F.col("fields")["item_id"]
-    text = F.trim(F.col("fields")["text"])
-    rows = raw.select(item_id.alias("item_id"), text.alias("caption"), "source", "row").join(
-        items.select("item_id", F.lit(True).alias("in_catalogue")), on="item_id", how="left"
+    rows = raw.selectExpr(
+        "fields['item_id'] AS item_id", "trim(fields['text']) AS caption", "source", "row"
     )
-    empty = F.col("caption").isNull() | F.lower("caption").isin("", "nan", "null", "none")
-    fits = F.col("in_catalogue").isNotNull() & ~empty
-    rank = F.row_number().over(Window.partitionBy("item_id", fits).orderBy("caption"))
-    return rows.select(
+    catalogue = items.selectExpr("item_id", "true AS in_catalogue")
+    texts = rows.join(catalogue, on="item_id", how="left").withColumn(
+        "has_text", F.expr("coalesce(lower(caption) NOT IN ('', 'nan', 'null', 'none'), false)")
+    )
+    return texts.selectExpr(
         "item_id",
         "caption",
         "source",
         "row",
-        F.sha2(F.to_json(F.array(F.lit("imported"), "item_id", "caption")), 256).alias(
-            "caption_key"
-        ),
-        F.when(F.coalesce(F.col("item_id"), F.lit("")) == "", "item_id is missing")
-        .when(F.col("in_catalogue").isNull(), "no such item in the catalogue")
-        .when(empty, "the text is empty")
-        .when(rank > 1, "the item has another text")
-        .alias("reason"),
+        "sha2(to_json(array('imported', item_id, caption)), 256) AS caption_key",
+        """CASE
+            WHEN coalesce(item_id, '') = '' THEN 'item_id is missing'
+            WHEN in_catalogue IS NULL THEN 'no such item in the catalogue'
+            WHEN NOT has_text THEN 'the text is empty'
+            WHEN row_number() OVER (PARTITION BY item_id, has_text ORDER BY caption) > 1
+                THEN 'the item has another text'
+        END AS reason""",
     )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pyspark.sql import DataFrame
 from rich.console import Console
 
 from vlm4rec_spark.cli import CommonOptions, plan_table, quiet, show, status, tune_table
@@ -249,21 +250,25 @@ def _print_line(text: str) -> None:
 def _evaluation(pipeline: Pipeline) -> dict[str, object]:
     """The metrics of the last evaluation, and the tables and settings that they are of."""
     state = pipeline.context.states()["evaluate"]
-    run_id = state.run_id
-    runs = pipeline.tables.read(schemas.RUNS)
-    run = runs.where((runs["run_id"] == run_id) & (runs["stage"] == "evaluate")).first()
-    metrics = pipeline.tables.read(schemas.METRICS)
-    metrics = metrics.where(metrics["run_id"] == run_id).drop("run_id")
-    rows = metrics.orderBy("split", "arm", "metric", "k", "slice").collect()
+    runs = pipeline.tables.read(schemas.RUNS).where("stage = 'evaluate'")
+    run = runs.where(runs["run_id"] == state.run_id).first()
+    rows = _metrics(pipeline).orderBy("split", "arm", "metric", "k", "slice").collect()
     evaluation = state.output.evaluation
     assert run is not None and evaluation is not None
     return {
-        "run_id": run_id,
+        "run_id": state.run_id,
         "versions": run["versions"],
         "config": json.loads(run["config"])["evaluate"],
         "details": evaluation["splits"] | {"caption_audit": evaluation["caption_audit"]},
         "metrics": [row.asDict() for row in rows],
     }
+
+
+def _metrics(pipeline: Pipeline) -> DataFrame:
+    """The metrics of the last evaluation."""
+    metrics = pipeline.tables.read(schemas.METRICS)
+    run_id = pipeline.context.states()["evaluate"].run_id
+    return metrics.where(metrics["run_id"] == run_id).drop("run_id")
 
 
 def _headline(pipeline: Pipeline) -> None:
@@ -280,14 +285,11 @@ def _headline(pipeline: Pipeline) -> None:
 
 def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:
     """The headline's figures by split, arm and metric."""
-    rows = pipeline.tables.read(schemas.METRICS)
-    run_id = pipeline.context.states()["evaluate"].run_id
     # The caption audit's metrics are no score of an arm. The report shows them.
-    of_lists = (rows["slice"] == "all") & (rows["split"] != "captions") & (rows["k"] == k)
-    of_run = (rows["run_id"] == run_id) & rows["metric"].isin(*_HEADLINE_METRICS)
+    of_lists = _metrics(pipeline).where(f"k = {k} AND slice = 'all' AND split != 'captions'")
     return {
         (row["split"], row["arm"], row["metric"]): _cell(row["value"], row["low"], row["high"])
-        for row in rows.where(of_run & of_lists).orderBy("split").collect()
+        for row in of_lists.orderBy("split").collect()
     }
 
 

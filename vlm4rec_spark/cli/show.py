@@ -55,7 +55,7 @@ def user(
     profile = _profile(tables, user_id)
     lists = tables.read(schemas.RECOMMENDATIONS).where(_equals("user_id", user_id))
     generated_at = _micros("generated_at")
-    recommendations = lists.select("items", "k", "index_id", generated_at).first()
+    recommendations = lists.select("items", "index_id", generated_at).first()
     if profile:
         day = _day(profile["last_event_at"])
         summary = (

@@ -34,16 +34,13 @@ class Shape:
         closed = np.vstack([self.outline, self.outline[:1]])
         steps = np.hypot(*np.diff(closed, axis=0).T)
         along = np.concatenate([[0.0], np.cumsum(steps)])
-        count = max(8, round(along[-1] / gap))
+        count = round(along[-1] / gap)
         at = np.linspace(0, along[-1], count, endpoint=False)
         points = np.column_stack([np.interp(at, along, closed[:, axis]) for axis in (0, 1)])
-        if not offset:
-            return points
         direction = np.roll(points, -1, axis=0) - np.roll(points, 1, axis=0)
         # Outlines run clockwise on the screen.
         normal = np.column_stack([-direction[:, 1], direction[:, 0]])
-        length = np.maximum(np.hypot(*normal.T), 1e-9)
-        return points + offset * normal / length[:, None]
+        return points + offset * normal / np.linalg.norm(normal, axis=1, keepdims=True)
 
 
 def _points(text: str) -> Points:

@@ -36,11 +36,11 @@ def make() -> None:
 
 def _use(spark: SparkSession, table: str) -> None:
     """Delta tables, joins, windows and Python workers."""
-    rows = spark.range(100).select(
-        F.col("id").cast("string").alias("id"),
-        (F.col("id") % 7).alias("n"),
-        F.array(F.struct(F.lit(1.0).alias("score"))).alias("items"),
-        F.current_timestamp().alias("at"),
+    rows = spark.range(100).selectExpr(
+        "CAST(id AS STRING) AS id",
+        "id % 7 AS n",
+        "array(named_struct('score', 1D)) AS items",
+        "current_timestamp() AS at",
     )
     spark.sql(
         f"CREATE TABLE delta.`{table}` (id STRING NOT NULL, n BIGINT, items ARRAY<STRUCT<score: "

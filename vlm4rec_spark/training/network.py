@@ -74,12 +74,9 @@ def build(
         intermediate_size=3 * _WIDTH,
         num_hidden_layers=2,
         num_attention_heads=8,
-        num_key_value_heads=8,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=END,
     )
     config = LlavaConfig(
         vision_config=tower,

@@ -130,7 +130,7 @@ def train(
 
 
 class _Photos:
-    """The photos, their sentences as word ids, and their labels, on the training's device."""
+    """The photos, with their sentences as word ids and their labels on the training's device."""
 
     def __init__(
         self,
@@ -140,9 +140,6 @@ class _Photos:
     ):
         self.device = device
         self._photos = labelled.photos
-        self._on_gpu = None
-        if device == "cuda":
-            self._on_gpu = torch.from_numpy(np.ascontiguousarray(labelled.photos)).to(device)
         tokenizer = processor.tokenizer
         sentences = tokenizer(labelled.sentences, add_special_tokens=False)["input_ids"]
         start = tokenizer.convert_tokens_to_ids(network.ANSWER)
@@ -156,23 +153,13 @@ class _Photos:
         self._cumulative_weights = np.cumsum(weights) / weights.sum()
         self._held_out = np.flatnonzero(labelled.held_out)[:_VALIDATION_PHOTOS]
 
-    def draw(
-        self,
-        count: int,
-        rng: np.random.Generator,
-    ) -> np.ndarray:
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Rows by weight, and none that is held out."""
         rows = np.searchsorted(self._cumulative_weights, rng.random(count), side="right")
         return rows.clip(max=len(self._photos) - 1)
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:
-        if self._on_gpu is not None:
-            return self._on_gpu[torch.from_numpy(rows).to(self.device)]
-        # In the order of the file, which is memory-mapped.
-        order = np.argsort(rows)
-        pixels = np.empty((len(rows), *self._photos.shape[1:]), np.uint8)
-        pixels[order] = self._photos[rows[order]]
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(self._photos[rows]).to(self.device)
 
     @torch.no_grad()
     def accuracy(self, learner: _Learner) -> dict[str, float]:
@@ -227,11 +214,7 @@ class _Loop:
             "schedule": self._schedule,
         }
 
-    def run(
-        self,
-        checkpoint: Path,
-        log: Callable[[str], None],
-    ) -> None:
+    def run(self, checkpoint: Path, log: Callable[[str], None]) -> None:
         if checkpoint.exists():
             self._resume(checkpoint)
             log(f"going on from step {self.step:,} of {self._steps:,}")
