@@ -281,7 +281,7 @@ def test_shares_are_over_the_photos_whose_truth_is_known():
 
 
 def test_the_card_says_where_the_model_comes_from(photos: labelled.Labelled, tmp_path):
-    plan = train.TrainingPlan()
+    plan = train.TrainingPlan(seen=192, batch=96, seed=0)
     curve = [train.Point(96, 5.0, {"kind": 0.1}), train.Point(192, 4.0, {"kind": 0.3})]
     training = train.Training(plan, curve, 90.0, "a GPU")
     photos = replace(photos, sentences=["A hat."] * 1_200, rejected={"html_page": 2})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -176,13 +175,11 @@ def _decoded(
     results = work / f"{name}.json"
     if not results.exists():
         work.mkdir(parents=True, exist_ok=True)
-        # Complete before it has its name, since another process may decode the same photos.
-        unfinished = work / f"{name}.{os.getpid()}.npy"
         shape = (len(photos), 3, side, side)
-        array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
+        array = np.lib.format.open_memmap(pixels, "w+", np.uint8, shape)
         reasons_and_digests = _decode_into(array, photos, table.parent, log)
         array.flush()
-        unfinished.replace(pixels)
+        # Written last: pixels without it are incomplete.
         results.write_text(json.dumps(reasons_and_digests), encoding="utf-8")
     reasons, digests = zip(*json.loads(results.read_text(encoding="utf-8")), strict=True)
     return _Decoded(np.load(pixels, mmap_mode="c"), list(reasons), list(digests))

@@ -42,10 +42,10 @@ _SMOOTHING = 0.1
 class TrainingPlan:
     """How long a training takes, and its settings."""
 
-    seen: int = 400_000
+    seen: int
     """Photos over all. A photo is seen several times, differently augmented."""
-    batch: int = 96
-    seed: int = 0
+    batch: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -326,13 +326,9 @@ def _word_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def _parameter_groups(learner: _Learner) -> list[dict[str, Any]]:
     """The parameters by weight decay: only matrices have it."""
-    groups: dict[bool, list[torch.nn.Parameter]] = {}
-    for parameter in learner.parameters():
-        groups.setdefault(parameter.ndim > 1, []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": 0.05 if is_matrix else 0.0}
-        for is_matrix, parameters in groups.items()
-    ]
+    matrices = [parameter for parameter in learner.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in learner.parameters() if parameter.ndim <= 1]
+    return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
 
 
 def _autocast(device: str) -> torch.autocast:
