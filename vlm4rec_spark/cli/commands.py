@@ -286,10 +286,10 @@ def _headline(pipeline: Pipeline) -> None:
 def _cells(pipeline: Pipeline, k: int) -> dict[tuple[str, str, str], str]:
     """The headline's figures by split, arm and metric."""
     # The caption audit's metrics are no score of an arm. The report shows them.
-    of_lists = _metrics(pipeline).where(f"k = {k} AND slice = 'all' AND split != 'captions'")
+    shown = f"metric IN {_HEADLINE_METRICS} AND k = {k} AND slice = 'all' AND split != 'captions'"
     return {
         (row["split"], row["arm"], row["metric"]): _cell(row["value"], row["low"], row["high"])
-        for row in of_lists.orderBy("split").collect()
+        for row in _metrics(pipeline).where(shown).orderBy("split").collect()
     }
 
 

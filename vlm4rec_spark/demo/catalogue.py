@@ -70,12 +70,8 @@ def write(
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "photos").mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    truth = pd.DataFrame(
-        {
-            name: [values[i] for i in rng.integers(len(values), size=items)]
-            for name, values in ATTRIBUTES.items()
-        }
-    )
+    looks = {name: rng.choice(values, items) for name, values in ATTRIBUTES.items()}
+    truth = pd.DataFrame(looks)
     numbers = rng.permutation(90_000)[:items] + 10_000
     truth.insert(0, "item_id", [f"SKU-{number:05d}" for number in numbers])
     first_seen = _first_seen(items, rng)

@@ -153,11 +153,11 @@ def _held_out(photo_digests: Sequence[str]) -> np.ndarray:
 def _labels(
     truth: Sequence[dict[str, str]], values: Mapping[str, Sequence[str]]
 ) -> dict[str, np.ndarray]:
-    labels = {}
-    for name, names in values.items():
-        index = {value: number for number, value in enumerate(names)}
-        labels[name] = np.array([index.get(row.get(name, ""), -1) for row in truth])
-    return labels
+    columns = pd.DataFrame(truth, columns=list(values))
+    return {
+        name: pd.Categorical(columns[name], categories).codes.astype(np.int64)
+        for name, categories in values.items()
+    }
 
 
 def _decoded(

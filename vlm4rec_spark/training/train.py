@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.training import network
@@ -143,20 +144,18 @@ class _Photos:
         tokenizer = processor.tokenizer
         sentences = tokenizer(labelled.sentences, add_special_tokens=False)["input_ids"]
         start = tokenizer.convert_tokens_to_ids(network.ANSWER)
-        longest = max(map(len, sentences))
-        rows = [[start, *words, network.END, *[0] * (longest - len(words))] for words in sentences]
-        self.ids = torch.tensor(rows, device=device)
+        ids = [torch.tensor([start, *words, network.END]) for words in sentences]
+        self.ids = pad_sequence(ids, batch_first=True).to(device)
         self.labels = {
             name: torch.from_numpy(labels).to(device) for name, labels in labelled.labels.items()
         }
         weights = np.where(labelled.held_out, 0, labelled.weights)
-        self._cumulative_weights = np.cumsum(weights) / weights.sum()
+        self._chances = weights / weights.sum()
         self._held_out = np.flatnonzero(labelled.held_out)[:_VALIDATION_PHOTOS]
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Rows by weight, and none that is held out."""
-        rows = np.searchsorted(self._cumulative_weights, rng.random(count), side="right")
-        return rows.clip(max=len(self._photos) - 1)
+        return rng.choice(len(self._chances), count, p=self._chances)
 
     def pixels(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self._photos[rows]).to(self.device)
@@ -166,8 +165,7 @@ class _Photos:
         """The accuracy of every head on the held-out photos whose label is known."""
         learner.eval()
         pooled = []
-        for first in range(0, len(self._held_out), 250):
-            rows = self._held_out[first : first + 250]
+        for rows in np.split(self._held_out, range(250, len(self._held_out), 250)):
             with _autocast(self.device):
                 patches = learner.patches(plain(self.pixels(rows)))
             pooled.append(patches.mean(1).float())
