@@ -72,6 +72,12 @@ class Searcher:
     def __init__(self, folder: Path, manifest: dict):
         self.folder = folder
         self.manifest = manifest
+        self.index_id: str = manifest["index_id"]
+        self.base: str = manifest["base"]
+        """index_id of the version whose codes and word weights are used; its own if built anew."""
+        self.leaf_count: int = manifest["leaves"]
+        """Leaves of ScaNN's tree; 0 if search is exact."""
+        self.approximate = self.leaf_count > 0
         self.arrow_ids = _read_strings(folder / "ids.parquet")
         self.ids = np.asarray(self.arrow_ids.to_pylist(), dtype=object)
         self.vectors = artifact.map_array(folder / "vectors.npy")
@@ -79,26 +85,8 @@ class Searcher:
         self.vocabulary = _read_strings(folder / "vocabulary.parquet")
         self.coded = artifact.map_array(folder / "coded.npy")
         self.delta = np.setdiff1d(np.arange(len(self.ids)), self.coded)
-        self._scann: Any = _open_scann(folder / "scann") if self.leaf_count else None
+        self._scann: Any = _open_scann(folder / "scann") if self.approximate else None
         self._positions = pd.Index(self.ids)
-
-    @property
-    def index_id(self) -> str:
-        return self.manifest["index_id"]
-
-    @property
-    def base(self) -> str:
-        """index_id of the version whose codes and word weights are used; its own if built anew."""
-        return self.manifest["base"]
-
-    @property
-    def leaf_count(self) -> int:
-        """Leaves of ScaNN's tree; 0 if search is exact."""
-        return self.manifest["leaves"]
-
-    @property
-    def approximate(self) -> bool:
-        return self._scann is not None
 
     def __len__(self) -> int:
         return len(self.ids)
