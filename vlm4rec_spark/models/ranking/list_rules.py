@@ -116,6 +116,7 @@ class ListRules:
         """Go through the candidates from the best on."""
         users, depth = candidates.positions.shape
         lists = _OpenLists(users, k)
+        hidden_by = no_positions((users, depth))
         too_low = np.zeros(users, bool)
         for rank in range(depth):
             items = candidates.positions[:, rank]
@@ -129,13 +130,11 @@ class ListRules:
                 break
             is_variant = self._variants_of(items, lists.items, vectors)
             is_variant &= fits[:, None] & (lists.items >= 0)
-            fits[lists.collapse(is_variant, items)] = False
-            fits &= self._within_caps(items, lists.items)
+            is_hidden = is_variant.any(axis=1)
+            hidden_by[is_hidden, rank] = is_variant[is_hidden].argmax(axis=1)
+            fits &= ~is_hidden & self._within_caps(items, lists.items)
             lists.append(np.flatnonzero(fits), rank, items)
-        is_full = lists.lengths == k
-        exhausted = candidates.positions[:, -1] < 0
-        complete = is_full | too_low | exhausted
-        return Selection(lists.ranks, np.concatenate(lists.collapsed), complete)
+        return _selection(candidates, lists.ranks, hidden_by, too_low)
 
     def _variants_of(
         self,
@@ -195,40 +194,38 @@ class ListRules:
                     break
                 ranks[block, list_rank] = chosen
                 hidden_by[block][pool.select(chosen)] = list_rank
-        hidden, columns = np.nonzero(hidden_by >= 0)
-        hiding_ranks = hidden_by[hidden, columns]
-        variants = positions[hidden, columns]
-        collapsed = np.stack([hidden, hiding_ranks, variants], axis=1)
-        is_full = ranks[:, -1] >= 0
-        exhausted = positions[:, -1] < 0
-        complete = is_full | exhausted
+        too_low = np.zeros(users, bool)
         if self.min_score is not None:
-            complete |= scores[:, -1] < self.min_score
-        return Selection(ranks, collapsed, complete)
+            too_low = scores[:, -1] < self.min_score
+        return _selection(candidates, ranks, hidden_by, too_low)
+
+
+def _selection(
+    candidates: Candidates,
+    ranks: ndarray,
+    hidden_by: ndarray,
+    too_low: ndarray,
+) -> Selection:
+    """The lists of these ranks.
+
+    hidden_by: int64 (users, candidates), the rank on the list of the item that hides the candidate,
+    -1 for none. too_low: bool (users,), further candidates have too low a score.
+    """
+    users, columns = np.nonzero(hidden_by >= 0)
+    variants = candidates.positions[users, columns]
+    collapsed = np.stack([users, hidden_by[users, columns], variants], axis=1)
+    is_full = ranks[:, -1] >= 0
+    exhausted = candidates.positions[:, -1] < 0
+    return Selection(ranks, collapsed, is_full | too_low | exhausted)
 
 
 class _OpenLists:
-    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,).
-
-    collapsed: parts of `Selection.collapsed`.
-    """
+    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,)."""
 
     def __init__(self, users: int, k: int):
         self.ranks = no_positions((users, k))
         self.items = no_positions((users, k))
         self.lengths = np.zeros(users, np.int64)
-        self.collapsed = [np.empty((0, 3), np.int64)]
-
-    def collapse(self, is_variant: ndarray, items: ndarray) -> ndarray:
-        """Hide the users' items that are variants of a listed item.
-
-        is_variant: bool (users, k). Returns the users (int64) whose item is hidden.
-        """
-        users = np.flatnonzero(is_variant.any(axis=1))
-        hiding_ranks = is_variant[users].argmax(axis=1)
-        columns = [users, hiding_ranks, items[users]]
-        self.collapsed.append(np.stack(columns, axis=1))
-        return users
 
     def append(
         self,
