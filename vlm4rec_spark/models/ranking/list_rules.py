@@ -115,7 +115,9 @@ class ListRules:
     ) -> Selection:
         """Go through the candidates from the best on."""
         users, depth = candidates.positions.shape
-        lists = _OpenLists(users, k)
+        ranks = no_positions((users, k))
+        listed = no_positions((users, k))
+        lengths = np.zeros(users, np.int64)
         hidden_by = no_positions((users, depth))
         too_low = np.zeros(users, bool)
         for rank in range(depth):
@@ -124,17 +126,19 @@ class ListRules:
             if self.min_score is not None:
                 scores = candidates.scores[:, rank]
                 too_low |= is_item & (scores < self.min_score)
-            is_open = lists.lengths < k
-            fits = is_item & is_open & ~too_low
+            fits = is_item & ~too_low & (lengths < k)
             if not fits.any():
                 break
-            is_variant = self._variants_of(items, lists.items, vectors)
-            is_variant &= fits[:, None] & (lists.items >= 0)
+            is_variant = self._variants_of(items, listed, vectors)
+            is_variant &= fits[:, None] & (listed >= 0)
             is_hidden = is_variant.any(axis=1)
             hidden_by[is_hidden, rank] = is_variant[is_hidden].argmax(axis=1)
-            fits &= ~is_hidden & self._within_caps(items, lists.items)
-            lists.append(np.flatnonzero(fits), rank, items)
-        return _selection(candidates, lists.ranks, hidden_by, too_low)
+            fits &= ~is_hidden & self._within_caps(items, listed)
+            columns = lengths[fits]
+            ranks[fits, columns] = rank
+            listed[fits, columns] = items[fits]
+            lengths += fits
+        return _selection(candidates, ranks, hidden_by, too_low)
 
     def _variants_of(
         self,
@@ -217,27 +221,6 @@ def _selection(
     is_full = ranks[:, -1] >= 0
     exhausted = candidates.positions[:, -1] < 0
     return Selection(ranks, collapsed, is_full | too_low | exhausted)
-
-
-class _OpenLists:
-    """Lists that are filled: ranks and items (users, k), -1 past the end, and lengths (users,)."""
-
-    def __init__(self, users: int, k: int):
-        self.ranks = no_positions((users, k))
-        self.items = no_positions((users, k))
-        self.lengths = np.zeros(users, np.int64)
-
-    def append(
-        self,
-        users: ndarray,
-        rank: int,
-        items: ndarray,
-    ) -> None:
-        """Add the candidate of this rank to the lists of some users; items: of all users."""
-        columns = self.lengths[users]
-        self.ranks[users, columns] = rank
-        self.items[users, columns] = items[users]
-        self.lengths[users] += 1
 
 
 class _DiversePool:
