@@ -64,6 +64,14 @@ def read_events(spark: SparkSession, file: Path) -> DataFrame:
     return ingest.parse_interactions(raw, NOW)
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"], ids=repr)
+def test_lines_of_a_csv_end_in_any_way(spark: SparkSession, tmp_path, ending):
+    file = tmp_path / "shop.csv"
+    file.write_bytes(ending.join(["item_id,title", "A,Chair", "B,Table", ""]).encode())
+    items = parse(spark, file).accepted
+    assert {name: item["title"] for name, item in items.items()} == {"A": "Chair", "B": "Table"}
+
+
 def test_all_fields_of_a_csv_row(spark: SparkSession, tmp_path):
     # `title` is mapped, so the source's own column of that name must not be used.
     file = write(

@@ -5,6 +5,7 @@ Knows formats and column mappings. Rejects no row: `stages/ingest.py` does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Literal
@@ -224,7 +225,8 @@ def _beginning(files: DataFrame, options: dict[str, str]) -> str:
         if path.getFileSystem(conf).getFileStatus(path).getLen():
             with closing(streams.createInputStream(conf, path)) as stream:
                 text = spark._jvm.java.lang.String(stream.readNBytes(_HEADER_BYTES), encoding)
-            return str(text).lstrip("\ufeff\r\n")
+            # A parser of texts, unlike one of files, takes no line ending but its own.
+            return re.sub("\r\n?", "\n", str(text).lstrip("\ufeff\r\n"))
     return ""
 
 
