@@ -373,15 +373,14 @@ class Supervisor:
         return _ChildEnded("model_hung", error)
 
 
-def suspects(in_flight: Iterable[InFlight], hung: bool) -> list[InFlight]:
+def suspects(in_flight: list[InFlight], hung: bool) -> list[InFlight]:
     """The photos that may have ended the child: those it captioned and those it decoded.
 
     If it `hung` while it captioned, decoding is excused once: a busy machine decodes late.
     """
-    flights = list(in_flight)
-    captioning = hung and any(flight.state == "captioning" for flight in flights)
+    captioning = hung and any(flight.state == "captioning" for flight in in_flight)
     blamed = []
-    for flight in flights:
+    for flight in in_flight:
         if captioning and flight.state == "decoding" and not flight.excused:
             flight.excused = True
         elif flight.state in ("decoding", "captioning"):

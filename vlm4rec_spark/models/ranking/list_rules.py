@@ -245,16 +245,16 @@ class _DiversePool:
         self.variants = no_positions(positions.shape)
         if rules.variants is not None:
             self.variants = rules.variants[positions]
-        self.caps = []
-        for groups, limit in rules.caps:
-            listed = np.zeros(positions.shape, np.int64)
-            self.caps.append(_PoolCap(groups[positions], limit, listed))
+        # Of each cap, every candidate's group, and how many more of the group may be listed.
+        self.caps = [
+            (groups[positions], np.full(positions.shape, limit)) for groups, limit in rules.caps
+        ]
 
     def next_best(self) -> ndarray:
         """The rank of each user's next candidate; -1 if there is none."""
         allowed = self.free.copy()
-        for cap in self.caps:
-            allowed &= (cap.groups < 0) | (cap.listed < cap.limit)
+        for groups, room in self.caps:
+            allowed &= (groups < 0) | (room > 0)
         redundancy = self.rules.diversity * self.highest_cosines
         rounded = np.round(self.relevance - redundancy, SCORE_DIGITS)
         ranks = np.where(allowed, rounded, -np.inf).argmax(axis=1)
@@ -268,8 +268,8 @@ class _DiversePool:
         selected_vectors = self.vectors[cells][:, :, None]
         cosines = np.matmul(self.vectors, selected_vectors)[:, :, 0]
         self.highest_cosines = np.maximum(self.highest_cosines, cosines)
-        for cap in self.caps:
-            cap.listed[...] += cap.groups == cap.groups[cells][:, None]
+        for groups, room in self.caps:
+            room -= groups == groups[cells][:, None]
         hidden = self.variants == self.variants[cells][:, None]
         hidden &= self.variants >= 0
         if self.rules.similarity_threshold is not None:
@@ -277,11 +277,3 @@ class _DiversePool:
         hidden &= self.free & selected[:, None]
         self.free[hidden] = False
         return hidden
-
-
-class _PoolCap(NamedTuple):
-    """A cap with each candidate's group, and how many of the group are listed (users, depth)."""
-
-    groups: ndarray
-    limit: int
-    listed: ndarray
