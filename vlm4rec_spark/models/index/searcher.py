@@ -167,11 +167,11 @@ class Searcher:
             block_rows = rows[block]
             changed = (vectors[block_rows] != self.vectors[block]).any(axis=1)
             block_rows[changed] = -1
-        return np.where(self.coded >= 0, rows[self.coded], -1).astype(np.int64)
+        return np.where(self.coded >= 0, rows[self.coded], -1)
 
     def positions(self, item_ids: Sequence[str]) -> ndarray:
         """int64 positions of the items in the index; -1 for an item that isn't in it."""
-        return self._positions.get_indexer(pd.Index(item_ids, dtype=object)).astype(np.int64)
+        return self._positions.get_indexer(pd.Index(item_ids, dtype=object))
 
     def positions_of(self, item_ids: pa.Array) -> ndarray:
         """As `positions`. Looks each distinct id up once."""
@@ -185,12 +185,8 @@ class Searcher:
         subset: sorted positions; only these items are scored.
         """
         self._check(queries)
-        if subset is None:
-            vectors = self.vectors
-            items = np.arange(len(self), dtype=np.int64)
-        else:
-            vectors = self.vectors[subset]
-            items = subset
+        items = np.arange(len(self)) if subset is None else subset
+        vectors = self.vectors if subset is None else self.vectors[subset]
         cosines = queries @ vectors.T
         return Candidates(np.broadcast_to(items, cosines.shape), cosines)
 

@@ -30,8 +30,6 @@ from PIL.Image import Image
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
 from vlm4rec_spark.models.captioning.captioner import Answer, Request
 
-_DEFAULT_COLOURS = {"empty": "blue"}
-
 
 class FakeCaptioner(BatchCaptioner):
     def __init__(
@@ -44,7 +42,7 @@ class FakeCaptioner(BatchCaptioner):
         self._log("gpus", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
         faults = [word.partition(":") for word in words if "=" not in word]
         self.faults = {
-            (name, colour or _DEFAULT_COLOURS.get(name, "red")) for name, _, colour in faults
+            (name, colour or ("blue" if name == "empty" else "red")) for name, _, colour in faults
         }
 
     def describe(self, batch: Sequence[Request]) -> list[Answer]:
