@@ -93,11 +93,10 @@ def _runs(pipeline: Pipeline) -> Table:
 
 
 def _last_runs(pipeline: Pipeline) -> dict[str, Row]:
-    started_at = F.unix_micros("started_at").alias("at")
-    run = F.struct(started_at, "status", *_COUNTS, "seconds")
-    last = F.max_by(run, F.struct("started_at", "run_id")).alias("run")
-    rows = pipeline.tables.read(schemas.RUNS).groupBy("stage").agg(last).collect()
-    return {row["stage"]: row["run"] for row in rows}
+    runs = pipeline.tables.read(schemas.RUNS).withColumn("at", F.unix_micros("started_at"))
+    last = F.max_by(F.struct("*"), F.struct("started_at", "run_id"))
+    rows = runs.groupBy("stage").agg(last).collect()
+    return dict(rows)
 
 
 def _indexes(pipeline: Pipeline) -> Table:
