@@ -88,6 +88,7 @@ def _zipped() -> bytes:
     return buffer.getvalue()
 
 
+_KINDS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000")
 _PNG = encoded(photo(), "PNG")
 _GIF = encoded(photo(), "GIF")
 _BMP = encoded(photo(), "BMP")
@@ -127,15 +128,8 @@ _BY_CLASS: dict[str, dict[str, bytes]] = {
         "floats": encoded(Image.new("F", (16, 16)), "TIFF"),
     },
     "truncated": {
-        "half-jpeg": _half("JPEG"),
+        **{f"half-{kind.lower()}": _half(kind) for kind in _KINDS},
         "half-progressive": _half("JPEG", progressive=True),
-        "half-png": _half("PNG"),
-        "half-gif": _half("GIF"),
-        "half-webp": _half("WEBP"),
-        "half-avif": _half("AVIF"),
-        "half-tiff": _half("TIFF"),
-        "half-bmp": _half("BMP"),
-        "half-jpeg2000": _half("JPEG2000"),
         "jpeg-header-only": _jpeg_of_size(64, 48)[:300],
         "png-header-only": png_header(640, 480),
         "png-pixels-damaged": _overwritten(_PNG, len(_PNG) // 2, b"\x00" * 50),
@@ -184,7 +178,7 @@ _HALF_TRANSPARENT = Image.merge("RGBA", (*_PHOTO.split(), _PHOTO.getchannel("R")
 _SIXTEEN_BITS = Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 21)
 
 GOOD: dict[str, bytes] = {
-    "jpeg": encoded(_PHOTO, "JPEG"),
+    **{kind.lower(): encoded(_PHOTO, kind) for kind in _KINDS},
     "progressive": encoded(_PHOTO, "JPEG", progressive=True),
     "cmyk": encoded(_PHOTO.convert("CMYK"), "JPEG"),
     "grey": encoded(_PHOTO.convert("L"), "JPEG"),
@@ -198,10 +192,6 @@ GOOD: dict[str, bytes] = {
     "animated-gif": encoded(_PHOTO, "GIF", **_FRAMES),
     "animated-png": encoded(_PHOTO, "PNG", **_FRAMES),
     "animated-webp": encoded(_PHOTO, "WEBP", **_FRAMES),
-    "avif": encoded(_PHOTO, "AVIF"),
-    "tiff": encoded(_PHOTO, "TIFF"),
-    "bmp": encoded(_PHOTO, "BMP"),
-    "jpeg2000": encoded(_PHOTO, "JPEG2000"),
     "stereo": encoded(_PHOTO, "MPO", save_all=True, append_images=[_SECOND]),
     "large": encoded(photo(3_000, 2_000), "JPEG", quality=30),
 }

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from vlm4rec_spark.models.index.searcher import Searcher
+from vlm4rec_spark.models.index.searcher import Effort, Searcher
 
 EXACT = 2**62
 """As ann_min_items: no index is so large that its search is approximate."""
@@ -41,6 +42,53 @@ def build_index(
     ids = item_ids(len(vectors))
     Searcher.build(folder, folder.name, ids, vectors, texts, ann_min_items)
     return Searcher.open(folder)
+
+
+def nearest(
+    searcher: Searcher,
+    queries: np.ndarray,
+    k: int,
+) -> np.ndarray:
+    """Brute force; cosines are rounded, ties go to the smaller position."""
+    cosines = queries.astype(np.float64) @ searcher.vectors.astype(np.float64).T
+    return np.argsort(-np.round(cosines, 6), axis=1, kind="stable")[:, :k]
+
+
+def nothing(users: int) -> list[np.ndarray]:
+    """No item for each user."""
+    return [np.empty(0, np.int64)] * users
+
+
+def search_top_k(
+    searcher: Searcher,
+    queries: np.ndarray,
+    effort: Effort,
+    k: int,
+) -> np.ndarray:
+    """The k best of the approximate candidates."""
+    positions, scores = searcher.search(queries, effort)
+    order = np.argsort(-np.where(positions < 0, -2, scores), axis=1, kind="stable")
+    return np.take_along_axis(positions, order[:, :k], 1)
+
+
+def words_of(searcher: Searcher) -> list[list[str]]:
+    """The telling words of each item."""
+    vocabulary = searcher.vocabulary.to_pylist()
+    return [[vocabulary[word] for word in row if word >= 0] for row in searcher.words.tolist()]
+
+
+def index_rows(
+    ids: list[str],
+    vectors: np.ndarray,
+) -> pa.Table:
+    """What an index is built from. A row's content is known by its id."""
+    columns = {
+        "item_id": ids,
+        "embedding": pa.array(list(vectors), pa.list_(pa.float32())),
+        "content_sha256": ids,
+        "text": ids,
+    }
+    return pa.table(columns)
 
 
 class Histories(NamedTuple):

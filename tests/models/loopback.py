@@ -65,6 +65,16 @@ class Server(ThreadingHTTPServer):
         self.max_busy = 0
 
     @property
+    def variable(self) -> str:
+        """The environment variable of its key."""
+        return VARIABLES[self.dialect]
+
+    @property
+    def times(self) -> list[float]:
+        """When the requests came, in seconds."""
+        return [request.at for request in self.received]
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}" + ("/v1" if self.dialect == "openai" else "")
 

@@ -51,6 +51,10 @@ BLUE = Image.new("RGB", (8, 8), (0, 0, 200))
 BLANK = Image.new("RGB", (SIZE, SIZE), (160, 160, 160))
 
 
+def fake_settings(instructions: str) -> ModelSettings:
+    return ModelSettings(backend="fake", model=instructions)
+
+
 @cache
 def packaged() -> Captioner:
     return load_captioner(ModelSettings())
@@ -260,10 +264,14 @@ def endpoint(dialect: str) -> Iterator[Load]:
         yield load
 
 
+def short_answers(folder: Path, **options: object) -> ModelSettings:
+    return ModelSettings(model=str(folder), max_new_tokens=8, **options)  # type: ignore[arg-type]
+
+
 @contextmanager
 def vllm(folder: Path) -> Iterator[Load]:
     """It has no batches, and takes a minute to load."""
-    settings = ModelSettings(backend="vllm", model=str(folder), max_new_tokens=8)
+    settings = short_answers(folder, backend="vllm")
     with pytest.MonkeyPatch.context() as environment:
         # GB. By default it takes half of the machine's memory on a CPU.
         environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -286,7 +294,7 @@ BACKENDS = [
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def load(request: pytest.FixtureRequest) -> Iterator[Load]:
+def load(request) -> Iterator[Load]:
     """A function from a batch size to the backend's captioner."""
     backend, _, model = request.param.rpartition(" ")
     if backend == "endpoint":
@@ -296,15 +304,14 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
         with vllm(request.getfixturevalue(model)) as make:
             yield make
     else:
-        settings = ModelSettings(backend="fake", model="none")
+        settings = fake_settings("none")
         if model != "fake":
-            folder = str(request.getfixturevalue(model))
-            compiled = backend == "compiled"
-            settings = ModelSettings(model=folder, max_new_tokens=8, torch_compile=compiled)
+            folder = request.getfixturevalue(model)
+            settings = short_answers(folder, torch_compile=backend == "compiled")
         yield lambda batch_size: load_captioner(settings, batch_size)
 
 
-def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load):
+def test_a_caption_is_the_same_in_any_batch_and_any_order(load):
     batch = requests(PHOTOS, PROMPTS)
     captioner = load(1)
     alone = {request.key: caption_all(captioner, [request])[request.key] for request in batch}
@@ -316,7 +323,7 @@ def test_a_caption_is_the_same_in_any_batch_and_any_order(load: Load):
         assert caption_all(captioner, batch[::-1]) == alone
 
 
-def test_each_request_has_one_answer_and_is_reported_when_it_begins(load: Load):
+def test_each_request_has_one_answer_and_is_reported_when_it_begins(load):
     captioner = load(3)
     begun = list[str]()
     captioner.on_begin = begun.extend
@@ -335,7 +342,7 @@ def test_each_request_has_one_answer_and_is_reported_when_it_begins(load: Load):
     assert captioner.max_in_flight >= captioner.batch_size >= 1
 
 
-def test_tokens_are_counted_and_answers_stop_at_their_limit(load: Load):
+def test_tokens_are_counted_and_answers_stop_at_their_limit(load):
     pair = requests([PHOTOS[0]] * 2, ["Say.", "Say it all once more."])
     short, long = caption_all(load(2), pair).values()
     assert long.input_tokens - short.input_tokens == 4  # padding isn't counted
@@ -352,7 +359,7 @@ def test_tokens_are_counted_and_answers_stop_at_their_limit(load: Load):
     indirect=["load"],
 )
 def test_vllm_answers_as_transformers_does_and_refuses_long_prompts(
-    load: Load, model: str, request: pytest.FixtureRequest
+    load: Load, model: str, request
 ):
     batch = requests(PHOTOS, PROMPTS)
     too_long = Request("long", PHOTOS[0], "word " * 600)
@@ -360,15 +367,14 @@ def test_vllm_answers_as_transformers_does_and_refuses_long_prompts(
     refusal = answers.pop("long")
     assert (refusal.text, refusal.error_class) == (None, "bad_request")
     assert "maximum context length is 512 tokens" in (refusal.error or "")
-    settings = ModelSettings(model=str(request.getfixturevalue(model)), max_new_tokens=8)
+    settings = short_answers(request.getfixturevalue(model))
     assert answers == caption_all(load_captioner(settings), batch)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason=NO_VLLM)
-def test_vllms_engine_ends_when_its_parent_is_killed(llava: Path, monkeypatch):
+def test_vllms_engine_ends_when_its_parent_is_killed(llava, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    model = ModelSettings(backend="vllm", model=str(llava), max_new_tokens=8)
-    supervisor = Supervisor(model, 16, 600)
+    supervisor = Supervisor(short_answers(llava, backend="vllm"), 16, 600)
     jpeg = io.BytesIO()
     PHOTOS[0].save(jpeg, "JPEG")
     (result,) = supervisor.caption([Photo("one", jpeg.getvalue(), PROMPTS[0])])
@@ -389,7 +395,7 @@ def test_vllm_refuses_the_packaged_model():
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("vllm")), reason="vLLM is installed")
-def test_without_vllm_its_backend_says_how_to_install_it(llava: Path):
+def test_without_vllm_its_backend_says_how_to_install_it(llava):
     with pytest.raises(
         UsageError, match=r"No module named 'vllm'.*pip install .*vllm.* -c constraints-vllm\.txt"
     ):
@@ -470,7 +476,7 @@ BLUE_TEXT = "A thing of red 0, green 0 and blue 6."
 
 
 def fake(instructions: str) -> Captioner:
-    return load_captioner(ModelSettings(backend="fake", model=instructions))
+    return load_captioner(fake_settings(instructions))
 
 
 def fake_errors(instructions: str, *photos: Image.Image) -> list[str | None]:
@@ -485,9 +491,7 @@ def test_the_fake_describes_the_mean_colour():
 
 
 def test_the_fake_answers_in_json_with_a_schema():
-    captioner = load_captioner(
-        ModelSettings(backend="fake", model="empty:blue"), json_schema=SCHEMA
-    )
+    captioner = load_captioner(fake_settings("empty:blue"), json_schema=SCHEMA)
     red, blue = texts(captioner, [RED, BLUE])
     colour = "red 6, green 0 and blue 0"
     assert parse_attributes(red).non_empty == {"kind": "thing", "colour": colour}
@@ -521,56 +525,46 @@ def test_the_fake_counts_its_photos(tmp_path):
 # Ids
 
 
+def model_id(model: object) -> str:
+    return ModelSettings(model=str(model)).model_id()
+
+
 def test_ids_of_the_fake_and_of_the_packaged_model():
-    assert ModelSettings(backend="fake", model="raise").model_id() == "fake-raise@1"
+    assert fake_settings("raise").model_id() == "fake-raise@1"
     name, _, digest = ModelSettings().model_id().partition("@")
     assert (name, len(digest)) == ("packaged", 12)
 
 
-def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(tmp_path, llava: Path):
+def test_the_id_depends_on_weights_and_template_and_not_on_card_or_folder(tmp_path, llava):
     copy = shutil.copytree(llava, tmp_path / "elsewhere" / llava.name)
-    before = ModelSettings(model=str(llava)).model_id()
+    before = model_id(llava)
     assert before.startswith("untrained@")
     (copy / "README.md").write_text("A card.")
     (copy / "curve.png").write_bytes(b"A picture.")
-    assert ModelSettings(model=str(copy)).model_id() == before
+    assert model_id(copy) == before
     with (copy / "chat_template.jinja").open("a") as template:
         template.write(" ")
-    other_template = ModelSettings(model=str(copy)).model_id()
+    other_template = model_id(copy)
     with (copy / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, 2)
         weights.write(b"\x01")
-    assert len({before, other_template, ModelSettings(model=str(copy)).model_id()}) == 3
+    assert len({before, other_template, model_id(copy)}) == 3
 
 
-def test_the_id_does_not_depend_on_what_runs_the_model(llava: Path):
-    assert (
-        ModelSettings(backend="vllm", model=str(llava)).model_id()
-        == ModelSettings(model=str(llava)).model_id()
-    )
+def test_the_id_does_not_depend_on_what_runs_the_model(llava):
+    assert ModelSettings(backend="vllm", model=str(llava)).model_id() == model_id(llava)
 
 
 def test_a_missing_folder_names_the_key_and_the_remedy(tmp_path):
-    with pytest.raises(UsageError) as failure:
-        ModelSettings(model=f"{tmp_path}/gone").model_id()
-    assert str(failure.value) == (
-        f"caption.model.model: there is no model folder {tmp_path}/gone. "
-        "Give a folder that exists or a hub name."
-    )
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
-    with pytest.raises(
-        UsageError, match=r"^caption\.model\.model: the folder .* holds no \.safetensors file\."
-    ):
-        ModelSettings(model=str(tmp_path)).model_id()
+    message = r"^caption\.model\.model: there is no model folder .*/gone\. Give a folder"
+    with pytest.raises(UsageError, match=message):
+        model_id(tmp_path / "gone")
 
 
 # Folders
 
 
-def test_pickled_weights_are_not_loaded(llava: Path, tmp_path):
+def test_pickled_weights_are_not_loaded(llava, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(llava, folder)
     (folder / "extra").mkdir()

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from small_indexes import EXACT, build_index, clustered, mean_recall, unit
+from small_indexes import EXACT, build_index, clustered, mean_recall, nearest, nothing, unit
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest_effort
@@ -17,27 +17,14 @@ K = 10
 ALL = ListRules(np.ones(ITEMS, np.int64))
 
 
-@pytest.fixture(scope="module")
-def searcher(tmp_path_factory) -> Searcher:
-    return build_index(tmp_path_factory.mktemp("scann") / "v1", clustered(ITEMS, seed=1))
-
-
-def nearest(
-    searcher: Searcher,
-    queries: np.ndarray,
-    k: int,
-) -> np.ndarray:
-    return np.argsort(-(queries @ searcher.vectors.T), axis=1, kind="stable")[:, :k]
-
-
 def requests(vectors: np.ndarray, excluded: list[np.ndarray] | None = None) -> ListRequests:
-    nothing = [np.empty(0, np.int64)] * len(vectors)
-    queries = MeanQuery(vectors, nothing)
-    return ListRequests(queries, excluded or nothing, np.zeros(len(vectors), np.int64))
+    users = len(vectors)
+    queries = MeanQuery(vectors, None)
+    return ListRequests(queries, excluded or nothing(users), np.zeros(users, np.int64))
 
 
 @pytest.mark.parametrize("promise", [0.6, 0.95])
-def test_the_promise_holds_for_other_users(searcher: Searcher, promise: float):
+def test_the_promise_holds_for_other_users(searcher, promise: float):
     queries = clustered(150, seed=11)
     sample = requests(queries, list(nearest(searcher, queries, 5)))
     calibration = cheapest_effort(searcher, sample, ALL, K, promise)
@@ -52,7 +39,7 @@ def test_the_promise_holds_for_other_users(searcher: Searcher, promise: float):
     assert mean_recall(top, nearest(searcher, queries, K)) >= promise - 0.03
 
 
-def test_a_higher_promise_costs_more(searcher: Searcher):
+def test_a_higher_promise_costs_more(searcher):
     sample = requests(clustered(200, seed=13))
     low, high = (
         cheapest_effort(searcher, sample, ALL, K, promise).effort for promise in (0.1, 0.95)
@@ -80,22 +67,22 @@ def calibrate_stage(
 ) -> Calibration:
     """Of profiles without history and exclusions."""
     history_type = pa.list_(pa.struct({"item_id": pa.string(), "weight": pa.float64()}))
-    nothing = [[]] * len(vectors)
+    empty = [[]] * len(vectors)
     columns = {
         "embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())),
-        "history": pa.array(nothing, history_type),
-        "seen": pa.array(nothing, pa.list_(pa.string())),
+        "history": pa.array(empty, history_type),
+        "seen": pa.array(empty, pa.list_(pa.string())),
     }
     return calibrate(searcher, pa.table(columns), rules, K, promise)
 
 
-def test_the_stage_finds_the_same_effort(searcher: Searcher):
+def test_the_stage_finds_the_same_effort(searcher):
     vectors = clustered(200, seed=13)
     expected = cheapest_effort(searcher, requests(vectors), ALL, K, 0.95).effort
     assert calibrate_stage(searcher, vectors, ALL, 0.95).effort == expected is not None
 
 
-def test_search_is_exact_without_users_or_items(searcher: Searcher):
+def test_search_is_exact_without_users_or_items(searcher):
     assert calibrate_stage(searcher, clustered(0, seed=15), ALL).effort is None
     no_items = ListRules(np.zeros(ITEMS, np.int64))
     assert calibrate_stage(searcher, clustered(3, seed=15), no_items).effort is None

@@ -7,7 +7,18 @@ import pytest
 from PIL import Image
 
 from vlm4rec_spark.evaluation import caption_metrics
-from vlm4rec_spark.evaluation.caption_metrics import Figure, Miss
+from vlm4rec_spark.evaluation.caption_metrics import (
+    Figure,
+    Miss,
+    agreement,
+    derangement,
+    distinct,
+    drift,
+    mean,
+    ranks,
+    retrieval,
+    spread,
+)
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.perturbations import blank_photo, perturbed
 
@@ -20,34 +31,22 @@ def values(figures: list[Figure]) -> dict[str, float | None]:
 
 @pytest.mark.parametrize("n", [2, 3, 40])
 def test_a_derangement_maps_no_index_to_itself(n: int):
-    successors = caption_metrics.derangement(n, 0)
+    successors = derangement(n, 0)
     assert sorted(successors) == list(range(n))
     assert not (successors == np.arange(n)).any()
 
 
 def test_a_derangement_depends_on_the_seed():
-    first = caption_metrics.derangement(40, 0)
-    assert (first == caption_metrics.derangement(40, 0)).all()
-    assert (first != caption_metrics.derangement(40, 1)).any()
+    first = derangement(40, 0)
+    assert (first == derangement(40, 0)).all()
+    assert (first != derangement(40, 1)).any()
 
 
 def test_a_mean_of_few_gives_no_number():
-    assert caption_metrics.mean("x", [1.0] * 29, 0) == Figure("x", None, 29)
-    assert caption_metrics.mean(
-        "x",
-        [1.0] * 30,
-        0,
-        k=7,
-    ) == Figure(
-        "x",
-        1.0,
-        30,
-        1.0,
-        1.0,
-        7,
-    )
-    assert caption_metrics.distinct("x", 3, 29).value is None
-    assert caption_metrics.distinct("x", 12, 40) == Figure("x", 0.3, 40)
+    assert mean("x", [1.0] * 29, 0) == Figure("x", None, 29)
+    assert mean("x", [1.0] * 30, 0, k=7) == Figure("x", 1.0, 30, 1.0, 1.0, 7)
+    assert distinct("x", 3, 29).value is None
+    assert distinct("x", 12, 40) == Figure("x", 0.3, 40)
 
 
 def catalogue() -> tuple[list[str], list[dict[str, str | None]]]:
@@ -71,22 +70,22 @@ def catalogue() -> tuple[list[str], list[dict[str, str | None]]]:
 
 
 def test_agreement_is_the_share_whose_caption_names_the_catalogues_value():
-    figures, misses = caption_metrics.agreement(*catalogue(), seed=0)
+    figures, misses = agreement(*catalogue(), seed=0)
     # One kind, a code per item, and sizes that no caption names: these tell nothing.
     names = [figure.metric for figure in figures]
     assert names == ["agreement/colour", "agreement_shuffled/colour"]
-    agreement = figures[0]
+    colour = figures[0]
     # The navy blue ones aren't blue ones: the longest phrase counts.
-    assert agreement.value == pytest.approx(32 / 40)
-    assert agreement.items == 40
-    assert agreement.low < agreement.value < agreement.high  # type: ignore[operator]
+    assert colour.value == pytest.approx(32 / 40)
+    assert colour.items == 40
+    assert colour.low < colour.value < colour.high  # type: ignore[operator]
     assert misses == [Miss(index, "colour", "green") for index in range(11, 40, 4)]
 
 
 def test_shuffled_captions_agree_by_chance():
     rows = [{"colour": COLORS[n % 4]} for n in range(400)]
     captions = [f"A {row['colour']} mug." for row in rows]
-    metrics = values(caption_metrics.agreement(captions, rows, seed=0)[0])
+    metrics = values(agreement(captions, rows, seed=0)[0])
     assert metrics["agreement/colour"] == 1
     assert metrics["agreement_shuffled/colour"] == pytest.approx(0.25, abs=0.06)
 
@@ -94,75 +93,53 @@ def test_shuffled_captions_agree_by_chance():
 def test_captions_that_name_everything_are_no_better_than_shuffled_ones():
     rows = [{"colour": COLORS[n % 4]} for n in range(400)]
     captions = ["It may be red, green, blue or navy blue."] * 400
-    figures, misses = caption_metrics.agreement(captions, rows, seed=0)
+    figures, misses = agreement(captions, rows, seed=0)
     assert values(figures) == {"agreement/colour": 1, "agreement_shuffled/colour": 1}
     assert misses == []
 
 
 def test_an_attribute_of_few_items_gives_no_number():
     captions, rows = catalogue()
-    assert caption_metrics.agreement(captions[:29], rows[:29], 0) == ([], [])
+    assert agreement(captions[:29], rows[:29], 0) == ([], [])
     fewer = [row if n < 29 else {} for n, row in enumerate(rows)]
-    assert caption_metrics.agreement(captions, fewer, 0) == ([], [])
+    assert agreement(captions, fewer, 0) == ([], [])
 
 
 def test_misses_are_spread_over_attributes_and_items():
     of_a = [Miss(index, "a", "x") for index in range(3)]
     of_b = [Miss(0, "b", "y"), Miss(3, "b", "y")]
-    assert caption_metrics.spread([*of_a, *of_b], 3) == [of_a[0], of_a[1], of_b[1]]
+    assert spread([*of_a, *of_b], 3) == [of_a[0], of_a[1], of_b[1]]
 
 
 def test_drift_counts_texts_that_have_changed():
     before = ["A red mug."] * 40
     now = ["A red mug."] * 30 + ["A crimson mug."] * 10
     cosines = np.array([1.0] * 30 + [0.6] * 10)
-    metrics = values(
-        caption_metrics.drift(
-            before,
-            now,
-            cosines,
-            seed=0,
-        )
-    )
+    metrics = values(drift(before, now, cosines, seed=0))
     assert metrics == {"drift_changed": 0.25, "drift_cosine": pytest.approx(0.9)}
-    assert (
-        caption_metrics.drift(
-            [],
-            [],
-            np.zeros(0),
-            0,
-        )
-        == []
-    )
-    few = values(
-        caption_metrics.drift(
-            before[:5],
-            now[:5],
-            np.ones(5),
-            0,
-        )
-    )
+    assert drift([], [], np.zeros(0), 0) == []
+    few = values(drift(before[:5], now[:5], np.ones(5), 0))
     assert few["drift_changed"] is None
 
 
 def test_ranks_by_hand_with_ties_at_the_mean_of_the_tied():
     captions = np.array([[1, 0], [1, 0], [0.6, 0.8], [0, 1], [0, 1], [0, 1]], np.float32)
     queries = np.array([[1, 0], [0.8, 0.6], [1, 0], [0, 0]], np.float32)
-    ranks = caption_metrics.ranks(queries, captions, np.array([1, 0, 4, 2]))
+    query_ranks = ranks(queries, captions, np.array([1, 0, 4, 2]))
     # Two of 1.0 share the ranks 1 and 2. One of .96 comes before two of .8.
     # Three of 0 share 4, 5 and 6. Six share 1 to 6.
-    assert ranks.tolist() == [1.5, 2.5, 5, 3.5]
+    assert query_ranks.tolist() == [1.5, 2.5, 5, 3.5]
 
 
 def self_retrieval(vectors: np.ndarray) -> dict[str, float | None]:
-    ranks = caption_metrics.ranks(vectors, vectors, np.arange(len(vectors)))
-    return values(caption_metrics.retrieval(ranks, len(vectors), seed=0))
+    own_ranks = ranks(vectors, vectors, np.arange(len(vectors)))
+    return values(retrieval(own_ranks, len(vectors), seed=0))
 
 
 def test_one_caption_for_all_fails_every_check():
     captions = ["A nice thing."] * 40
     vectors = np.tile(np.float32([0.6, 0.8]), (40, 1))
-    assert caption_metrics.distinct("distinct_share", len(set(captions)), 40).value == 1 / 40
+    assert distinct("distinct_share", len(set(captions)), 40).value == 1 / 40
     blank = values(
         caption_metrics.blank(
             captions,
@@ -195,7 +172,7 @@ def test_captions_of_their_own_are_found_first():
         0,
     )
     assert [figure.value for figure in blank] == [0, 0, 0]
-    assert caption_metrics.retrieval(np.zeros(0), 40, seed=0) == []
+    assert retrieval(np.zeros(0), 40, seed=0) == []
 
 
 def test_a_perturbed_photo_is_mirrored_without_its_margins():

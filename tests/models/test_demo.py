@@ -73,7 +73,7 @@ def photo_files(shop: Path) -> list[Path]:
     return sorted((shop / "photos").iterdir())
 
 
-def test_some_photos_are_broken_or_in_odd_formats(shop: Path):
+def test_some_photos_are_broken_or_in_odd_formats(shop):
     errors: Counter[str] = Counter()
     kinds: Counter[object] = Counter()
     sizes = set()
@@ -94,7 +94,7 @@ def test_some_photos_are_broken_or_in_odd_formats(shop: Path):
     assert sizes == {(SIZE, SIZE)}
 
 
-def test_twins_are_alike_in_truth_as_in_their_photos(shop: Path):
+def test_twins_are_alike_in_truth_as_in_their_photos(shop):
     truth = pd.read_parquet(shop / "truth.parquet")
     assert truth.loc[[0, 8, 9], list(ATTRIBUTES)].drop_duplicates().shape == (1, 5)
 
@@ -108,7 +108,7 @@ def log(shop: Path) -> pd.DataFrame:
     return read_csv(*sorted(shop.glob("events-*.gz")))
 
 
-def test_the_log_has_the_errors_of_real_data(shop: Path, log: pd.DataFrame):
+def test_the_log_has_the_errors_of_real_data(shop, log):
     months = sorted(file.name[7:14] for file in shop.glob("events-*.gz"))
     assert months == [f"2025-0{month}" for month in range(1, 6)]
     assert set(log["event_type"]) == {"view", "cart", "purchase", "scroll"}
@@ -117,6 +117,6 @@ def test_the_log_has_the_errors_of_real_data(shop: Path, log: pd.DataFrame):
     assert (log["event_time"] > "2099").sum() == 6
 
 
-def test_some_items_nobody_views(shop: Path, log: pd.DataFrame):
+def test_some_items_nobody_views(shop, log):
     items = set(pd.read_parquet(shop / "truth.parquet")["item_id"])
     assert items - set(log[log["user_id"].str.match(r"user-\d+$")]["item_id"])

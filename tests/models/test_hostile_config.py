@@ -117,7 +117,7 @@ def config_file(tmp_path_factory) -> Path:
 
 @hostile
 @given(content=trees | st.tuples(st.sampled_from(PATHS), trees).map(lambda pair: nested(*pair)))
-def test_any_tree(config_file: Path, content: Any):
+def test_any_tree(config_file, content: Any):
     config_file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     outcome([config_file], [])
 
@@ -125,7 +125,7 @@ def test_any_tree(config_file: Path, content: Any):
 @hostile
 @given(path=st.sampled_from(PATHS), value=st.sampled_from(SCALARS))
 def test_any_key_with_a_hostile_value(
-    config_file: Path,
+    config_file,
     path: tuple[str, ...],
     value: str,
 ):
@@ -164,7 +164,7 @@ fragments = (
 @given(
     data=st.binary(max_size=200) | st.lists(st.sampled_from(fragments), max_size=40).map(b"".join)
 )
-def test_any_bytes(config_file: Path, data: bytes):
+def test_any_bytes(config_file, data: bytes):
     config_file.write_bytes(data)
     outcome([config_file], [])
 
@@ -189,7 +189,7 @@ def test_a_very_long_key():
         assert line.endswith("?")
 
 
-def test_one_value_under_two_names_stays_two_values(config_file: Path):
+def test_one_value_under_two_names_stays_two_values(config_file):
     config_file.write_text("ingest: {items: &same {path: [a]}, interactions: *same}\n")
     ingest = load([config_file], ["ingest.items.format=json"]).ingest
     assert (ingest.items.format, ingest.interactions.format) == ("json", "csv")

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from small_indexes import mean_recall, unit
+from small_indexes import index_rows, mean_recall, search_top_k, unit, words_of
 
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
@@ -44,15 +43,7 @@ def build(
     rebuild_threshold: float = 0.1,
     ann_min_items: int = 16,
 ) -> Searcher:
-    ids = ids_of(catalogue.items)
-    rows = pa.table(
-        {
-            "item_id": ids,
-            "embedding": pa.array(list(catalogue.vectors), pa.list_(pa.float32())),
-            "content_sha256": ids,
-            "text": [f"thing {item}" for item in ids],
-        }
-    )
+    rows = index_rows(ids_of(catalogue.items), catalogue.vectors)
     return Searcher.open(
         build_index(rows, "caption", "test", folder, ann_min_items, base, rebuild_threshold)
     )
@@ -65,7 +56,7 @@ def first_catalogue() -> Catalogue:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, first_catalogue: Catalogue) -> Searcher:
+def first(tmp_path_factory, first_catalogue: Catalogue) -> Searcher:
     return build(tmp_path_factory.mktemp("index"), first_catalogue)
 
 
@@ -89,18 +80,18 @@ def second(first: Searcher, second_catalogue: Catalogue) -> Searcher:
 
 
 def test_a_search_finds_added_and_changed_items_but_no_removed_ones(
-    first: Searcher, second: Searcher, second_catalogue: Catalogue
-) -> None:
+    first, second, second_catalogue
+):
     assert second.base == first.index_id
     assert second.leaf_count == first.leaf_count
     assert 95 <= len(second.delta) <= 100
     queries = vectors_of(np.arange(200), seed=5)
     all_cosines = queries @ second_catalogue.vectors.T
     exact = np.argsort(-all_cosines, axis=1, kind="stable")[:, :K]
-    positions, cosines = second.search(queries, Effort(second.leaf_count, 400))
+    effort = Effort(second.leaf_count, 400)
+    positions, cosines = second.search(queries, effort)
     is_item = positions >= 0
-    order = np.argsort(-np.where(is_item, cosines, -9), axis=1, kind="stable")
-    top = np.take_along_axis(positions, order[:, :K], 1)
+    top = search_top_k(second, queries, effort, K)
     assert mean_recall(top, exact) > 0.999
     expected = np.take_along_axis(all_cosines, positions, 1)
     assert np.allclose(cosines[is_item], expected[is_item], atol=1e-6)
@@ -109,7 +100,7 @@ def test_a_search_finds_added_and_changed_items_but_no_removed_ones(
         assert len({*items}) == len(items)
 
 
-def test_a_smaller_search_finds_the_first_of_a_larger_one(second: Searcher) -> None:
+def test_a_smaller_search_finds_the_first_of_a_larger_one(second):
     queries = vectors_of(np.arange(200), seed=5)
     larger = second.search(queries, Effort(second.leaf_count, 400)).positions
     smaller = second.search(queries, Effort(second.leaf_count, 50)).positions
@@ -118,9 +109,7 @@ def test_a_smaller_search_finds_the_first_of_a_larger_one(second: Searcher) -> N
     assert alone[0].tolist() == larger[7, :50].tolist()
 
 
-def test_a_third_version_does_not_depend_on_the_second(
-    first: Searcher, second: Searcher, second_catalogue: Catalogue
-) -> None:
+def test_a_third_version_does_not_depend_on_the_second(first, second, second_catalogue):
     """Two nights or one, killed between them or not."""
     folder = first.folder.parent
     new_item = np.array([9_999])
@@ -133,9 +122,7 @@ def test_a_third_version_does_not_depend_on_the_second(
     assert build(folder, catalogue, third).index_id == third.index_id
 
 
-def test_an_item_that_comes_back_is_found(
-    first: Searcher, second: Searcher, first_catalogue: Catalogue
-) -> None:
+def test_an_item_that_comes_back_is_found(first, second, first_catalogue):
     """It is in the delta, though it is as it was."""
     third = build(first.folder.parent, first_catalogue, second)
     queries = first_catalogue.vectors[third.delta]
@@ -145,9 +132,7 @@ def test_an_item_that_comes_back_is_found(
     assert best == third.delta.tolist()
 
 
-def test_many_changes_another_dimension_or_size_build_anew(
-    first: Searcher, second_catalogue: Catalogue, tmp_path: Path
-) -> None:
+def test_many_changes_another_dimension_or_size_build_anew(first, second_catalogue, tmp_path):
     items, vectors = second_catalogue
     assert not first.can_be_base(ids_of(items), vectors, 16, 0.05)
     shorter = Catalogue(items, unit(vectors[:, :16]))
@@ -159,7 +144,7 @@ def test_many_changes_another_dimension_or_size_build_anew(
         assert rebuilt.base != first.index_id
 
 
-def test_an_exact_index_can_be_a_base(second_catalogue: Catalogue, tmp_path: Path) -> None:
+def test_an_exact_index_can_be_a_base(second_catalogue, tmp_path):
     exact = build(tmp_path, second_catalogue, ann_min_items=10**6)
     fewer = Catalogue(*(column[:-1] for column in second_catalogue))
     version = build(tmp_path, fewer, exact, ann_min_items=10**6)
@@ -183,12 +168,10 @@ def build_words(
     vectors = np.eye(len(texts), 5, dtype=np.float32)
     Searcher.build(folder, folder.name, ids, vectors, texts, 99, base)
     searcher = Searcher.open(folder)
-    vocabulary = searcher.vocabulary.to_pylist()
-    words = [[vocabulary[word] for word in row if word >= 0] for row in searcher.words.tolist()]
-    return Words(searcher, words)
+    return Words(searcher, words_of(searcher))
 
 
-def test_words_keep_the_weights_of_the_base(tmp_path: Path) -> None:
+def test_words_keep_the_weights_of_the_base(tmp_path):
     """red is rarer than blue in the base only. A word that the base lacks is the rarest."""
     base = build_words(tmp_path / "1", ["red shoe", "blue shoe", "blue shoe"]).searcher
     texts = ["red shoe", "red shoe", "red shoe linen", "red blue linen cork", "shoe"]

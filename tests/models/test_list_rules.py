@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from small_indexes import EXACT, build_index, unit
+from small_indexes import EXACT, build_index, nothing, unit
 
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import Cap, ListRules
@@ -17,7 +17,6 @@ from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, recommend_lis
 from vlm4rec_spark.models.ranking.user_queries import MeanQuery
 
 DIMENSION = 8
-NOTHING = np.empty(0, np.int64)
 
 
 class Expected(NamedTuple):
@@ -164,7 +163,7 @@ def random_shop(folder: Path, seed: int) -> RandomShop:
     list_rules = random_rules(rng, items)
     query_vectors = unit(rng.standard_normal((users, DIMENSION)))
     requests = ListRequests(
-        MeanQuery(query_vectors, [NOTHING] * users),
+        MeanQuery(query_vectors, None),
         [rng.permutation(items)[: rng.integers(0, items + 1) // 3] for _ in range(users)],
         rng.choice([0, 2, 4, 6], users),
         [
@@ -196,7 +195,7 @@ def random_rules(rng: np.random.Generator, items: int) -> ListRules:
     return ListRules(passed_rules, **settings)  # type: ignore[arg-type]
 
 
-def test_all_rules_together_equal_brute_force(tmp_path: Path) -> None:
+def test_all_rules_together_equal_brute_force(tmp_path):
     counts: Counter[str] = Counter()
     for seed in range(60):
         shop = random_shop(tmp_path, seed)
@@ -219,8 +218,8 @@ def test_all_rules_together_equal_brute_force(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("leaves", "diversity"), [(1, 0.0), (14, 0.0), (1, 0.5)])
 def test_an_approximate_search_fills_each_list_that_can_be_filled(
-    tmp_path: Path, leaves: int, diversity: float
-) -> None:
+    tmp_path, leaves: int, diversity: float
+):
     rng = np.random.default_rng(1)
     items = np.arange(200)
     k = 10
@@ -229,7 +228,7 @@ def test_an_approximate_search_fills_each_list_that_can_be_filled(
     passed_rules = np.where(items % 100 == 7, 3, 1)
     caps = [Cap(items % 5, 2)]
     list_rules = ListRules(passed_rules, items // 4, caps, diversity=diversity)
-    queries = MeanQuery(unit(rng.standard_normal((2, DIMENSION))), [NOTHING] * 2)
+    queries = MeanQuery(unit(rng.standard_normal((2, DIMENSION))), None)
     requests = ListRequests(queries, [np.arange(3)] * 2, np.array([0, 2]))
     lists = recommend_lists(searcher, requests, list_rules, k, Effort(leaves, k))
     all_items, rule_items = lists.items
@@ -243,9 +242,9 @@ def exact_lists(
     searcher: Searcher, query_vectors: np.ndarray, list_rules: ListRules, k: int
 ) -> list[list[int]]:
     """Lists of users without exclusions."""
-    nothing = [NOTHING] * len(query_vectors)
-    rules = np.zeros(len(query_vectors), np.int64)
-    requests = ListRequests(MeanQuery(query_vectors, nothing), nothing, rules)
+    users = len(query_vectors)
+    queries = MeanQuery(query_vectors, None)
+    requests = ListRequests(queries, nothing(users), np.zeros(users, np.int64))
     return recommend_lists(searcher, requests, list_rules, k, None).items.tolist()
 
 
@@ -259,9 +258,7 @@ def exact_lists(
         (0.3, [0, 3, 1]),
     ],
 )
-def test_diversity_prefers_items_unlike_the_listed(
-    tmp_path: Path, diversity: float, items: list[int]
-) -> None:
+def test_diversity_prefers_items_unlike_the_listed(tmp_path, diversity: float, items: list[int]):
     # Degrees from the query: three close together on one side, one further off on the other.
     angles = np.radians([20, 21, 22, -30])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
@@ -271,9 +268,7 @@ def test_diversity_prefers_items_unlike_the_listed(
     assert exact_lists(searcher, query, list_rules, 3) == [items]
 
 
-def test_a_diverse_list_does_not_depend_on_the_other_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diverse_list_does_not_depend_on_the_other_users(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     searcher = build_index(tmp_path / "x", unit(rng.standard_normal((400, DIMENSION))), EXACT)
     queries = unit(rng.standard_normal((90, DIMENSION)))

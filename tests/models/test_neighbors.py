@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from small_indexes import build_index, random_histories, unit
+from small_indexes import build_index, nothing, random_histories, unit
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.models.index.item_item_scores import ItemItemScores
@@ -47,13 +47,16 @@ class Users(NamedTuple):
     weights: list[np.ndarray]
     excluded: list[np.ndarray]
 
+    def queries(self, neighbors: Neighbors | None = None) -> MaxSimilarityQuery:
+        return MaxSimilarityQuery(self.histories, self.weights, neighbors)
+
 
 def random_index(folder: Path, seed: int) -> Searcher:
     return build_index(folder, unit(np.random.default_rng(seed).normal(size=(ITEMS, DIMENSION))))
 
 
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def searcher(tmp_path_factory) -> Searcher:
     return random_index(tmp_path_factory.mktemp("index") / "v1", 5)
 
 
@@ -63,7 +66,7 @@ def counting(searcher: Searcher) -> CountingSearcher:
 
 
 @pytest.fixture
-def make_neighbors(searcher: Searcher, tmp_path: Path) -> MakeNeighbors:
+def make_neighbors(searcher: Searcher, tmp_path) -> MakeNeighbors:
     """Writes neighbors of a given depth in blocks, and opens them."""
 
     def make(depth: int) -> Neighbors:
@@ -115,22 +118,22 @@ def lists(
 
 @pytest.mark.parametrize("depth", [1, 21, 32, 64, 500])
 def test_lists_are_those_of_searching(
-    searcher: Searcher,
-    counting: CountingSearcher,
-    make_neighbors: MakeNeighbors,
-    users: Users,
+    searcher,
+    counting,
+    make_neighbors,
+    users,
     depth: int,
-) -> None:
-    histories, weights, excluded = users
+):
+    excluded = users.excluded
     neighbors = make_neighbors(depth)
     assert neighbors.depth == depth
-    expected = lists(searcher, MaxSimilarityQuery(histories, weights), excluded)
+    expected = lists(searcher, users.queries(), excluded)
     assert expected.items[0] == [-1] * K
-    queries = MaxSimilarityQuery(histories, weights, neighbors)
+    queries = users.queries(neighbors)
     assert lists(counting, queries, excluded) == expected
     depths = [EFFORT.candidates + len(positions) for positions in excluded]
-    too_deep = [histories[user] for user in range(USERS) if depths[user] > depth]
-    searched_items = np.unique(np.concatenate([np.empty(0, np.int64), *too_deep]))
+    too_deep = [users.histories[user] for user in range(USERS) if depths[user] > depth]
+    searched_items = np.unique(np.concatenate([*nothing(1), *too_deep]))
     assert counting.searched == len(searched_items)
     for user in (3, 5, 8):  # a list doesn't depend on the other users
         alone = lists(searcher, queries.take(np.array([user])), [excluded[user]])
@@ -138,20 +141,20 @@ def test_lists_are_those_of_searching(
 
 
 def test_nothing_is_searched_if_the_neighbors_are_deep_enough(
-    searcher: Searcher, counting: CountingSearcher, make_neighbors: MakeNeighbors, users: Users
-) -> None:
-    histories, weights, _ = users
-    queries = MaxSimilarityQuery(histories, weights, make_neighbors(EFFORT.candidates + 20))
+    searcher, counting, make_neighbors, users
+):
+    histories = users.histories
+    queries = users.queries(make_neighbors(EFFORT.candidates + 20))
     lists(counting, queries, histories)
     assert counting.searched == 0
     # Other leaves have other neighbors: these are searched.
     harder = Effort(EFFORT.leaves + 1, EFFORT.candidates)
-    expected = lists(searcher, MaxSimilarityQuery(histories, weights), histories, harder)
+    expected = lists(searcher, users.queries(), histories, harder)
     assert lists(counting, queries, histories, harder) == expected
     assert counting.searched > 0
 
 
-def test_an_item_is_its_own_neighbor(searcher: Searcher, make_neighbors: MakeNeighbors) -> None:
+def test_an_item_is_its_own_neighbor(searcher, make_neighbors):
     neighbors = make_neighbors(400)
     is_own = neighbors.positions == np.arange(ITEMS)[:, None]
     own = np.flatnonzero(is_own.any(axis=1))
@@ -159,15 +162,14 @@ def test_an_item_is_its_own_neighbor(searcher: Searcher, make_neighbors: MakeNei
     # Without exclusions the history's items are on the lists, best of all.
     histories = [own[:1], own[1::-1]]
     weights = [np.ones(1, np.float32), np.array([0.4, 1], np.float32)]
-    nothing = [np.empty(0, np.int64)] * 2
     effort = Effort(EFFORT.leaves, 300)
-    queries = MaxSimilarityQuery(histories, weights, neighbors)
-    stored = lists(searcher, queries, nothing, effort)
-    assert stored == lists(searcher, MaxSimilarityQuery(histories, weights), nothing, effort)
+    users = Users(histories, weights, nothing(2))
+    stored = lists(searcher, users.queries(neighbors), users.excluded, effort)
+    assert stored == lists(searcher, users.queries(), users.excluded, effort)
     assert [items[0] for items in stored.items] == [own[0]] * 2
 
 
-def test_a_short_answer_is_padded(searcher: Searcher, make_neighbors: MakeNeighbors) -> None:
+def test_a_short_answer_is_padded(searcher, make_neighbors):
     neighbors = make_neighbors(400)
     filled = neighbors.positions >= 0
     assert not filled[:, -1].any()
@@ -179,36 +181,29 @@ def test_a_short_answer_is_padded(searcher: Searcher, make_neighbors: MakeNeighb
 
 @pytest.mark.parametrize("depth", [32, 500])
 def test_a_blend_is_the_same_with_stored_neighbors(
-    searcher: Searcher, make_neighbors: MakeNeighbors, users: Users, tmp_path: Path, depth: int
-) -> None:
-    histories, weights, excluded = users
+    searcher, make_neighbors, users, tmp_path, depth: int
+):
     rng = np.random.default_rng(8)
     first, second = np.divmod(np.unique(rng.integers(0, ITEMS**2, 20 * ITEMS)), ITEMS)
     strengths = rng.random(len(first)).astype(np.float32)
     ItemItemScores.build(tmp_path / "item_item", "v1", ITEMS, first, second, strengths)
     item_item = ItemItemScores.open(tmp_path / "item_item")
     stored, searched = (
-        BlendedQuery(
-            MaxSimilarityQuery(histories, weights, neighbors), item_item, 0.4, histories, weights
-        )
+        BlendedQuery(users.queries(neighbors), item_item, 0.4, users.histories, users.weights)
         for neighbors in (make_neighbors(depth), None)
     )
-    assert lists(searcher, stored, excluded) == lists(searcher, searched, excluded)
+    expected = lists(searcher, searched, users.excluded)
+    assert lists(searcher, stored, users.excluded) == expected
 
 
-def test_neighbors_of_another_index_are_refused(
-    make_neighbors: MakeNeighbors, users: Users, tmp_path: Path
-) -> None:
-    histories, weights, excluded = users
-    queries = MaxSimilarityQuery(histories, weights, make_neighbors(8))
+def test_neighbors_of_another_index_are_refused(make_neighbors, users, tmp_path):
+    queries = users.queries(make_neighbors(8))
     message = r"neighbours are those of index v1, not of v2\. Run the recommend"
     with pytest.raises(RunError, match=message):
-        lists(random_index(tmp_path / "v2", 6), queries, excluded)
+        lists(random_index(tmp_path / "v2", 6), queries, users.excluded)
 
 
-def test_a_torn_or_damaged_folder_is_refused_by_name(
-    make_neighbors: MakeNeighbors, tmp_path: Path
-) -> None:
+def test_a_torn_or_damaged_folder_is_refused_by_name(make_neighbors, tmp_path):
     make_neighbors(8)
     folder = tmp_path / "neighbors"
     manifest_file = folder / "manifest.json"

@@ -1,9 +1,9 @@
 """The report's page from literal values: what it shows, and that nothing in the data breaks out
 of it."""
 
-import dataclasses
 import io
 import re
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import cache
 
@@ -167,7 +167,7 @@ def full(**changes: object) -> ReportData:
         ),
         splits={"time": FACTS},
     )
-    return dataclasses.replace(data, **changes)  # type: ignore[arg-type]
+    return replace(data, **changes)  # type: ignore[arg-type]
 
 
 @cache
@@ -242,7 +242,7 @@ def test_an_empty_shop_has_a_page_of_sentences():
         assert sentence in text
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReportData)])
+@pytest.mark.parametrize("field", [field.name for field in fields(ReportData)])
 def test_any_part_may_be_missing(field: str):
     page = render(full(**{field: getattr(ReportData(), field)}))
     assert page.endswith("</html>")
@@ -258,11 +258,9 @@ def test_the_recall_curve_has_every_effort_and_the_chosen_one():
 
 
 def test_details_may_be_absent_or_unreadable():
-    bare = [dataclasses.replace(run, details={}, versions={}) for run in all_runs()]
+    bare = [replace(run, details={}, versions={}) for run in all_runs()]
     assert render(full(runs=tuple(bare))).endswith("</html>")
-    broken = [
-        dataclasses.replace(run, details=dict.fromkeys(run.details, "?")) for run in all_runs()
-    ]
+    broken = [replace(run, details=dict.fromkeys(run.details, "?")) for run in all_runs()]
     assert render(full(runs=tuple(broken))).endswith("</html>")
 
 
@@ -320,7 +318,7 @@ def with_difference(
     low: float,
     high: float,
 ) -> MetricRow:
-    return dataclasses.replace(row, difference=value, difference_low=low, difference_high=high)
+    return replace(row, difference=value, difference_low=low, difference_high=high)
 
 
 def test_a_difference_whose_interval_contains_zero_is_named():
@@ -338,10 +336,10 @@ def test_a_difference_whose_interval_contains_zero_is_named():
 
 
 def test_the_page_shows_other_metrics_and_leaks():
-    shuffled = dataclasses.replace(
+    shuffled = replace(
         recall("caption", 0.0175, 0.01, 0.02), metric="recall_shuffled", p_value=None
     )
-    coverage = dataclasses.replace(recall("caption", 0.61, None, None), metric="coverage")
+    coverage = replace(recall("caption", 0.61, None, None), metric="coverage")
     facts = {"cut": "2026-10-20", "candidates": 571, "above_chance": ["caption"]}
     splits = {"time": facts}
     text = text_of(render(full(splits=splits, metrics=(*full().metrics, shuffled, coverage))))
@@ -437,7 +435,7 @@ def with_audit(**changes: object) -> ReportData:
     red = PhotoCard("A-1", HOSTILE, PIXEL, caption="a red mug")
     mug = PhotoCard("A-2", None, PIXEL, caption="a mug")
     data = with_evaluation({"captioners": [captioner | changes]})
-    return dataclasses.replace(
+    return replace(
         data,
         metrics=(*data.metrics, *AUDIT_METRICS),
         audit_examples=(

@@ -35,7 +35,7 @@ DARKER = one_color("#000040")
 
 @pytest.fixture
 def supervised() -> Iterator[type[Supervisor]]:
-    """A supervisor of the fake, closed after the test."""
+    """Makes supervisors of the fake, closed after the test."""
     supervisors = []
 
     class FakeSupervisor(Supervisor):
@@ -60,6 +60,10 @@ def photos(*images: bytes) -> Iterator[Photo]:
         yield Photo(str(number), image, "Say it.")
 
 
+def greys(count: int) -> Iterator[Photo]:
+    return photos(*[GREY] * count)
+
+
 def outcomes(supervisor: Supervisor, *images: bytes) -> list[str]:
     """Per photo its error class, or the blue that the fake sees. Each photo has one result."""
     results = {}
@@ -74,9 +78,7 @@ def calls(file: Path) -> int:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_every_photo_has_one_result_whatever_the_batch(
-    supervised: type[Supervisor], batch_size: int
-):
+def test_every_photo_has_one_result_whatever_the_batch(supervised, batch_size: int):
     supervisor = supervised("none", batch_size)
     images = [GREY, b"", b"<html>", GREY[:-30], *[DARKER, GREY] * 10]
     expected = ["4", "empty", "html_page", "truncated", *["2", "4"] * 10]
@@ -97,7 +99,7 @@ def test_every_photo_has_one_result_whatever_the_batch(
     ],
 )
 def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
-    supervised: type[Supervisor], tmp_path, fault: str, error_class: str
+    supervised, tmp_path, fault: str, error_class: str
 ):
     count = tmp_path / "calls"
     seconds = 1.5 if fault == "hang" else 20
@@ -108,13 +110,13 @@ def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
     assert 16 <= calls(count) <= 16 + 4
 
 
-def test_two_killers_in_one_batch_both_fail(supervised: type[Supervisor]):
+def test_two_killers_in_one_batch_both_fail(supervised):
     expected = ["model_died", "4", "model_died", "4", "4"]
     assert outcomes(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == expected
 
 
 def test_two_killers_in_one_batch_have_their_own_error_classes(
-    supervised: type[Supervisor],
+    supervised,
 ):
     supervisor = supervised("exit:red+hang:green", 16, seconds=1)
     expected = ["model_died", "model_hung", *["4"] * 6]
@@ -132,9 +134,7 @@ def hang_at_red_only(supervisor: Supervisor, child: object) -> float:
     return 0.5 if hung and settled else math.inf
 
 
-def test_a_photo_that_waits_behind_a_killer_is_not_blamed(
-    supervised: type[Supervisor], monkeypatch
-):
+def test_a_photo_that_waits_behind_a_killer_is_not_blamed(supervised, monkeypatch):
     hung = Supervisor._hung
     hangs = list[Any]()
 
@@ -169,9 +169,9 @@ def test_the_model_and_the_decoders_are_blamed_and_for_a_hang_the_model_first():
     assert states(suspects(flights[:3], hung=True)) == ["decoding"]
 
 
-def test_a_caller_that_reads_late_finds_no_hang(supervised: type[Supervisor]):
+def test_a_caller_that_reads_late_finds_no_hang(supervised):
     supervisor = supervised("none", 1, seconds=2)
-    results = supervisor.caption(photos(*[GREY] * 4))
+    results = supervisor.caption(greys(4))
     next(results)
     pid = supervisor.pid
     time.sleep(3)
@@ -179,18 +179,18 @@ def test_a_caller_that_reads_late_finds_no_hang(supervised: type[Supervisor]):
     assert supervisor.pid == pid
 
 
-def test_the_error_says_how_the_process_ended(supervised: type[Supervisor]):
+def test_the_error_says_how_the_process_ended(supervised):
     (result,) = supervised("exit:red").caption(photos(RED))
     assert result.error == "the process ended with exit code 3"
     (result,) = supervised("hang:red", seconds=1).caption(photos(RED))
     assert result.error == "no answer within 1 s; the process was killed"
 
 
-def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path):
+def test_a_killed_child_loses_no_photo(supervised, tmp_path):
     count = tmp_path / "calls"
     supervisor = supervised(f"ms=50+count={count}")
     results: list[Result] = []
-    for result in supervisor.caption(photos(*[GREY] * 40)):
+    for result in supervisor.caption(greys(40)):
         if len(results) in (4, 20):
             os.kill(supervisor.pid, signal.SIGKILL)
         results.append(result)
@@ -199,7 +199,7 @@ def test_a_killed_child_loses_no_photo(supervised: type[Supervisor], tmp_path):
     assert calls(count) <= 40 + 2 * 4
 
 
-def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[Supervisor]):
+def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised):
     supervisor = supervised("none")
     supervisor.idle_seconds = 0.5
     assert outcomes(supervisor, GREY) == ["4"]
@@ -208,23 +208,23 @@ def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised: type[S
     assert outcomes(supervisor, GREY, b"") == ["4", "empty"]
 
 
-def test_a_model_that_always_dies_is_given_up(supervised: type[Supervisor]):
+def test_a_model_that_always_dies_is_given_up(supervised):
     results = list(supervised("exit:red", 1).caption(photos(*[RED] * 40)))
     assert 1 <= len(results) <= 10
     assert {result.error_class for result in results} == {"model_died"}
 
 
-def test_stop_ends_after_the_batches_at_work(supervised: type[Supervisor]):
+def test_stop_ends_after_the_batches_at_work(supervised):
     results = list[Result]()
-    captioning = supervised("none").caption(photos(*[GREY] * 100), stop=lambda: len(results) >= 10)
+    captioning = supervised("none").caption(greys(100), stop=lambda: len(results) >= 10)
     for result in captioning:
         results.append(result)
     assert 10 <= len(results) <= 20
 
 
-def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised: type[Supervisor]):
+def test_an_abandoned_task_leaves_no_answers_to_the_next(supervised):
     supervisor = supervised("none")
-    first = supervisor.caption(photos(*[GREY] * 20))
+    first = supervisor.caption(greys(20))
     next(first)
     first.close()
     assert outcomes(supervisor, DARKER, GREY) == ["2", "4"]
@@ -244,7 +244,7 @@ def test_a_model_that_can_serve_no_photo_ends_the_run_with_its_error(
         with pytest.raises(
             RunError, match=r"^The captioner can't go on: .* the model gpt: status 401"
         ):
-            list(supervisor.caption(photos(*[GREY] * 40)))
+            list(supervisor.caption(greys(40)))
     assert supervisor.pid is None
 
 
@@ -304,9 +304,9 @@ list(supervisor.caption(photos()))
     assert alive == []
 
 
-def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]):
+def test_work_and_idle_time_are_counted_apart(supervised):
     def slow() -> Iterator[Photo]:
-        for photo in photos(*[GREY] * 4):
+        for photo in greys(4):
             time.sleep(0.1)
             yield photo
 
@@ -315,12 +315,12 @@ def test_work_and_idle_time_are_counted_apart(supervised: type[Supervisor]):
     assert sum(result.starved_seconds for result in results) > 0.1
 
 
-def test_a_slow_source_of_photos_is_no_hang(supervised: type[Supervisor]):
+def test_a_slow_source_of_photos_is_no_hang(supervised):
     supervisor = supervised("none", 4, seconds=1)
     pids = set()
 
     def slow() -> Iterator[Photo]:
-        for photo in photos(*[GREY] * 4):
+        for photo in greys(4):
             yield photo
             time.sleep(1.5 if photo.key == "1" else 0)
             pids.add(supervisor.pid)

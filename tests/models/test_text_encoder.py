@@ -5,6 +5,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.encoding.text_encoder import Embedder, clean, encoder_id, load_embedder
@@ -25,7 +26,7 @@ def embedder(name: str) -> Embedder:
 
 
 @pytest.fixture(params=["fake", "minilm"])
-def encoder(request: pytest.FixtureRequest) -> Embedder:
+def encoder(request) -> Embedder:
     return embedder(request.param)
 
 
@@ -34,23 +35,23 @@ def test_vectors_are_float32_of_length_one(name: str, dimension: int):
     vectors = embedder(name).embed(TEXTS)
     assert vectors.shape == (len(TEXTS), dimension)
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_neither_order_nor_batch_changes_a_vector(encoder: Embedder):
+def test_neither_order_nor_batch_changes_a_vector(encoder):
     vectors = encoder.embed(TEXTS)
     reversed_order = encoder.embed(TEXTS[::-1])[::-1]
-    np.testing.assert_allclose(reversed_order, vectors, atol=1e-5)
+    assert_allclose(reversed_order, vectors, atol=1e-5)
     one_by_one = np.concatenate([encoder.embed([text]) for text in TEXTS])
-    np.testing.assert_allclose(one_by_one, vectors, atol=1e-5)
+    assert_allclose(one_by_one, vectors, atol=1e-5)
 
 
-def test_the_same_texts_always_have_the_same_vectors(encoder: Embedder):
+def test_the_same_texts_always_have_the_same_vectors(encoder):
     first = encoder.embed(TEXTS[:3])
     assert encoder.embed(TEXTS[:3]).tobytes() == first.tobytes()
 
 
-def test_similar_texts_have_similar_vectors(encoder: Embedder):
+def test_similar_texts_have_similar_vectors(encoder):
     hat, cap, lamp = encoder.embed(TEXTS[:3])
     assert hat @ cap > hat @ lamp + 0.2
 

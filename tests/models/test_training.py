@@ -1,6 +1,7 @@
 """Training a captioner: tables of photos, resumed trainings, augmented photos, the model card."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,9 +75,7 @@ def photos(table: Path) -> labelled.Labelled:
     return read(table)
 
 
-def test_a_table_becomes_photos_words_and_labels(
-    table: Path, photos: labelled.Labelled, monkeypatch
-):
+def test_a_table_becomes_photos_words_and_labels(table, photos, monkeypatch):
     assert photos.photos.shape == (GOOD + 1, 3, 128, 128)
     assert photos.photos[3, :, 64, 64].argmax() == 0  # red
     assert photos.rejected == {"empty": 2, "html_page": 1, "unlabelled": 1}
@@ -152,6 +151,16 @@ def test_a_table_that_can_not_be_used_is_an_error(
 PLAN = train.TrainingPlan(seen=4 * 6, batch=6, seed=3)
 
 
+def train_in(
+    folder: Path,
+    photos: labelled.Labelled,
+    plan: train.TrainingPlan = PLAN,
+    report: Callable[[str], None] = ignore,
+) -> train.Training:
+    """The checkpoint goes to the folder, and the model to its folder `model`."""
+    return train.train(photos, folder / "model", folder, plan, report)
+
+
 class Killed(Exception):
     pass
 
@@ -160,18 +169,18 @@ class Killed(Exception):
 def first(photos: labelled.Labelled, tmp_path_factory) -> tuple[Path, train.Training]:
     """A trained captioner's folder, and its training."""
     folder = tmp_path_factory.mktemp("first")
-    return folder / "model", train.train(photos, folder / "model", folder, PLAN, ignore)
+    return folder / "model", train_in(folder, photos)
 
 
-def test_a_training_has_a_curve(first: tuple[Path, train.Training]):
+def test_a_training_has_a_curve(first):
     curve = first[1].curve
     assert (curve[-1].seen, set(curve[-1].right)) == (24, {"kind", "colour"})
     assert first[1].seconds > 0
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(
-    photos: labelled.Labelled,
-    first: tuple[Path, train.Training],
+    photos,
+    first,
     tmp_path,
     monkeypatch,
 ):
@@ -188,26 +197,24 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     monkeypatch.setattr(train, "_SAVE_SECONDS", 0)
     monkeypatch.setattr(train, "_save", save_and_die)
     with pytest.raises(Killed):
-        train.train(photos, tmp_path / "resumed", tmp_path, PLAN, messages.append)
-    train.train(photos, tmp_path / "resumed", tmp_path, PLAN, messages.append)
+        train_in(tmp_path, photos, PLAN, messages.append)
+    train_in(tmp_path, photos, PLAN, messages.append)
     assert "going on from step 2 of 4" in messages
     assert messages[-1].startswith("24 of 24 photos seen, ")
     whole, resumed = (
-        (folder / "model.safetensors").read_bytes() for folder in (first[0], tmp_path / "resumed")
+        (folder / "model.safetensors").read_bytes() for folder in (first[0], tmp_path / "model")
     )
     assert whole == resumed
     message = r"checkpoint\.pt: it belongs to a training with other photos or settings"
     with pytest.raises(UsageError, match=message):
-        train.train(photos, tmp_path / "resumed", tmp_path, replace(PLAN, seen=30), ignore)
+        train_in(tmp_path, photos, replace(PLAN, seen=30))
 
 
 def words_of(text: str) -> set[str]:
     return set(text.lower().replace(".", "").replace(",", "").split())
 
 
-def test_the_ordinary_backend_loads_a_trained_captioner(
-    photos: labelled.Labelled, first: tuple[Path, train.Training]
-):
+def test_the_ordinary_backend_loads_a_trained_captioner(photos, first):
     (caption,) = measure.describe(first[0], [Image.new("RGB", (50, 50), (200, 0, 0))])
     assert words_of(caption) <= words_of(" ".join(photos.sentences))
 
@@ -220,7 +227,7 @@ def command(
     return ["train-captioner", str(table), "--out", str(out), *options]
 
 
-def test_photos_are_drawn_by_weight_and_never_those_held_out(photos: labelled.Labelled):
+def test_photos_are_drawn_by_weight_and_never_those_held_out(photos):
     _, processor = network.build(photos.sentences)
     data = train._Photos(photos, processor, "cpu")
     drawn = data.draw(20_000, np.random.default_rng(0))
@@ -280,7 +287,7 @@ def test_shares_are_over_the_photos_whose_truth_is_known():
     }
 
 
-def test_the_card_says_where_the_model_comes_from(photos: labelled.Labelled, tmp_path):
+def test_the_card_says_where_the_model_comes_from(photos, tmp_path):
     plan = train.TrainingPlan(seen=192, batch=96, seed=0)
     curve = [train.Point(96, 5.0, {"kind": 0.1}), train.Point(192, 4.0, {"kind": 0.3})]
     training = train.Training(plan, curve, 90.0, "a GPU")
@@ -310,7 +317,7 @@ def test_the_card_says_where_the_model_comes_from(photos: labelled.Labelled, tmp
     ],
 )
 def test_wrong_options_are_errors_before_any_work(
-    table: Path,
+    table,
     tmp_path,
     capsys,
     options: list[str],
@@ -322,7 +329,7 @@ def test_wrong_options_are_errors_before_any_work(
 
 
 def test_a_folder_of_other_files_is_left_alone(
-    table: Path,
+    table,
     tmp_path,
     capsys,
 ):
@@ -331,7 +338,7 @@ def test_a_folder_of_other_files_is_left_alone(
     assert "this folder has files but no model" in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command_makes_a_model_with_its_card(table: Path, tmp_path):
+def test_the_command_makes_a_model_with_its_card(table, tmp_path):
     out = tmp_path / "mine"
     options = "--attribute kind=category --seen 24 --batch 12"
     assert main(command(table, out, *options.split())) == 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from small_indexes import Histories, build_index, random_histories, unit
 
 from vlm4rec_spark.errors import RunError
@@ -32,7 +32,7 @@ EMPTY_LIST = [-1] * K
 
 
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def searcher(tmp_path_factory) -> Searcher:
     vectors = unit(np.random.default_rng(5).standard_normal((ITEMS, DIMENSION)))
     return build_index(tmp_path_factory.mktemp("index") / "x", vectors)
 
@@ -77,28 +77,24 @@ def best_unseen(scores: np.ndarray, seen: np.ndarray) -> tuple[list[float], list
     return [-score for score, _ in best], [item for _, item in best]
 
 
-def test_an_item_scores_its_highest_weighted_similarity(
-    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery
-) -> None:
+def test_an_item_scores_its_highest_weighted_similarity(searcher, histories, queries):
     top = ranked(queries.score_all(searcher), histories.positions)
     for user in range(1, USERS):
         history = histories.positions[user]
         cosines = searcher.vectors @ searcher.vectors[history].T
         scores = (cosines * histories.weights[user]).max(axis=1)
         expected_scores, expected_items = best_unseen(scores, history)
-        np.testing.assert_allclose(top.scores[user], expected_scores, rtol=0, atol=2e-6)
+        assert_allclose(top.scores[user], expected_scores, rtol=0, atol=2e-6)
         # Two items may have equal scores up to six digits.
         assert len({*top.positions[user].tolist()} & {*expected_items}) >= K - 1
 
 
-def test_scann_at_its_hardest_gives_the_exact_lists(
-    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery, hardest: Effort
-) -> None:
+def test_scann_at_its_hardest_gives_the_exact_lists(searcher, histories, queries, hardest):
     exact = ranked(queries.score_all(searcher), histories.positions)
     searched = ranked(search(queries, searcher, hardest), histories.positions)
     assert searched.positions.tolist() == exact.positions.tolist()
     assert exact.positions[0].tolist() == EMPTY_LIST  # no history, no list
-    np.testing.assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
+    assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
 
 
 class NearestSearcher(Searcher):
@@ -114,9 +110,7 @@ class NearestSearcher(Searcher):
         return Candidates(nearest, np.take_along_axis(scores, nearest, 1))
 
 
-def test_k_candidates_and_the_exclusions_are_enough(
-    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery
-) -> None:
+def test_k_candidates_and_the_exclusions_are_enough(searcher, histories, queries):
     exact = lists(queries.score_all(searcher), histories.positions)
     nearest = NearestSearcher.open(searcher.folder)
     enough = Effort(1, K + max(map(len, histories.positions)))
@@ -125,7 +119,7 @@ def test_k_candidates_and_the_exclusions_are_enough(
     assert lists(search(queries, nearest, too_few), histories.positions) != exact
 
 
-def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
+def test_one_item_of_weight_one_is_a_mean_of_one(searcher):
     positions = [np.array([item]) for item in range(20)]
     means: Queries = MeanQuery(searcher.vectors[:20], positions)
     single: Queries = MaxSimilarityQuery(positions, [np.ones(1, np.float32)] * 20)
@@ -136,7 +130,7 @@ def test_one_item_of_weight_one_is_a_mean_of_one(searcher: Searcher) -> None:
     assert means.max_users_per_block(ITEMS) == single.max_users_per_block(ITEMS)
 
 
-def test_long_histories_are_scored_fewer_at_a_time() -> None:
+def test_long_histories_are_scored_fewer_at_a_time():
     def users_per_block(length: int, items: int) -> int:
         weights = np.ones(length, np.float32)
         return MaxSimilarityQuery([np.arange(length)] * 3, [weights] * 3).max_users_per_block(items)
@@ -154,8 +148,8 @@ def test_long_histories_are_scored_fewer_at_a_time() -> None:
     ],
 )
 def test_the_nearest_history_item_is_the_first_of_equals(
-    tmp_path: Path, weights: list[np.ndarray] | None, first_user: list[int]
-) -> None:
+    tmp_path, weights: list[np.ndarray] | None, first_user: list[int]
+):
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 1]], np.float32)
     histories = [np.array([1, 0, 4]), np.array([], int), np.array([2])]
     items = np.array([[2, 3, 1], [2, 3, 1], [0, -1, 2]])
@@ -180,7 +174,7 @@ class Groups(NamedTuple):
 
 
 @pytest.fixture
-def groups(tmp_path: Path) -> Groups:
+def groups(tmp_path) -> Groups:
     centers = np.repeat(np.eye(3, DIMENSION), [3, 2, 1], axis=0)
     noise = 0.02 * np.random.default_rng(9).standard_normal((6, DIMENSION))
     vectors = unit(centers + noise)
@@ -194,26 +188,24 @@ def groups(tmp_path: Path) -> Groups:
     return Groups(index, queries, unit(np.stack(sums)), [0.5, 1.0, 0.4])
 
 
-def test_tastes_are_the_means_of_similar_items(groups: Groups) -> None:
+def test_tastes_are_the_means_of_similar_items(groups):
     vectors = groups.queries.vectors[groups.queries.rows[0]]
-    np.testing.assert_allclose(vectors, groups.tastes, atol=1e-6)
+    assert_allclose(vectors, groups.tastes, atol=1e-6)
     assert groups.queries.weights[0].tolist() == pytest.approx(groups.weights)
 
 
-def test_an_item_scores_its_best_taste(groups: Groups) -> None:
+def test_an_item_scores_its_best_taste(groups):
     positions, scores = groups.queries.score_all(groups.index)
     cosines = groups.index.vectors @ groups.tastes.T
     expected = (cosines * groups.weights).max(axis=1)
-    np.testing.assert_allclose(scores[0], expected, atol=1e-6)
+    assert_allclose(scores[0], expected, atol=1e-6)
     assert positions[1].tolist() == [-1] * 6
     first_user = groups.queries.take(np.array([0]))
     exact = first_user.scores(groups.index, positions[:1])
-    np.testing.assert_allclose(exact[0], scores[0], atol=1e-6)
+    assert_allclose(exact[0], scores[0], atol=1e-6)
 
 
-def test_as_many_tastes_as_items_are_the_history_itself(
-    searcher: Searcher, histories: Histories, queries: MaxSimilarityQuery, hardest: Effort
-) -> None:
+def test_as_many_tastes_as_items_are_the_history_itself(searcher, histories, queries, hardest):
     seen = histories.positions
     tastes: Queries = MultiTasteQuery.from_histories(*histories, searcher, 20)
     exact = lists(tastes.score_all(searcher), seen)
@@ -225,7 +217,7 @@ def test_as_many_tastes_as_items_are_the_history_itself(
     assert not reasons.by_item_item.any()
 
 
-def test_one_taste_is_the_mean(searcher: Searcher, histories: Histories) -> None:
+def test_one_taste_is_the_mean(searcher, histories):
     seen = histories.positions[1:]
     weights = histories.weights[1:]
     one = MultiTasteQuery.from_histories(seen, weights, searcher, 1)
@@ -252,7 +244,7 @@ class Blend(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+def pairs(tmp_path_factory) -> Pairs:
     """About eight neighbors of each item but the last ten."""
     rng = np.random.default_rng(7)
     matrix = np.zeros((ITEMS, ITEMS))
@@ -276,22 +268,22 @@ def blend(pairs: Pairs, share: float) -> Blend:
 
 
 @pytest.mark.parametrize("item", [0, 17, ITEMS - 1])
-def test_item_item_scores_come_back_strongest_first(pairs: Pairs, item: int) -> None:
+def test_item_item_scores_come_back_strongest_first(pairs, item: int):
     positions = pairs.scores.positions[item]
     filled = positions >= 0
     neighbors = positions[filled]
     strengths = pairs.scores.strengths[item][filled]
     assert {*neighbors.tolist()} == {*np.flatnonzero(pairs.matrix[item]).tolist()}
-    np.testing.assert_allclose(strengths, pairs.matrix[item][neighbors], rtol=1e-6)
+    assert_allclose(strengths, pairs.matrix[item][neighbors], rtol=1e-6)
     assert (np.diff(strengths) <= 0).all()
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_a_blend_is_the_sum_of_its_parts(
-    searcher: Searcher,
-    pairs: Pairs,
+    searcher,
+    pairs,
     share: float,
-) -> None:
+):
     queries, histories, all_weights = blend(pairs, share)
     top = ranked(queries.score_all(searcher), histories)
     vectors = searcher.vectors.astype(np.float64)
@@ -307,11 +299,11 @@ def test_a_blend_is_the_sum_of_its_parts(
             barred = np.union1d(history, np.flatnonzero(item_item == 0))
         scores, _ = best_unseen(share * item_item + (1 - share) * content, barred)
         length = len(scores)
-        np.testing.assert_allclose(top.scores[user, :length], scores, rtol=0, atol=3e-6)
+        assert_allclose(top.scores[user, :length], scores, rtol=0, atol=3e-6)
         assert top.positions[user, length:].tolist() == [-1] * (K - length)
 
 
-def test_without_item_item_scores_the_content_decides(searcher: Searcher, pairs: Pairs) -> None:
+def test_without_item_item_scores_the_content_decides(searcher, pairs):
     queries, histories, weights = blend(pairs, 0.4)
     content = MaxSimilarityQuery(histories, weights)
     content_lists = lists(content.score_all(searcher), histories)
@@ -322,7 +314,7 @@ def test_without_item_item_scores_the_content_decides(searcher: Searcher, pairs:
 
 @pytest.fixture(params=["mean", "max_similarity", "blend", "item_item"])
 def any_queries(
-    request: pytest.FixtureRequest,
+    request,
     searcher: Searcher,
     pairs: Pairs,
 ) -> Queries:
@@ -336,9 +328,7 @@ def any_queries(
     return queries
 
 
-def test_a_subset_is_scored_as_among_all_items(
-    searcher: Searcher, pairs: Pairs, any_queries: Queries, hardest: Effort
-) -> None:
+def test_a_subset_is_scored_as_among_all_items(searcher, pairs, any_queries, hardest):
     """Lists of a seventh of the items are the best of that part."""
     histories = blend(pairs, 0.4).positions
     eligible = np.arange(ITEMS) % 7 == 3
@@ -347,7 +337,7 @@ def test_a_subset_is_scored_as_among_all_items(
     subset = any_queries.score_all(searcher, np.flatnonzero(eligible))
     top = top_k(*subset, exclusions, eligible, K)
     assert top.positions.tolist() == expected.positions.tolist()
-    np.testing.assert_allclose(top.scores, expected.scores, atol=2e-6)
+    assert_allclose(top.scores, expected.scores, atol=2e-6)
     assert (expected.positions >= 0).any()
     for effort in (None, hardest):
         retrieved = retrieve(searcher, any_queries, histories, eligible, K, effort)
@@ -356,20 +346,18 @@ def test_a_subset_is_scored_as_among_all_items(
         assert (nothing.positions < 0).all()
 
 
-def test_a_blend_by_scann_gives_the_exact_lists(
-    searcher: Searcher, pairs: Pairs, hardest: Effort
-) -> None:
+def test_a_blend_by_scann_gives_the_exact_lists(searcher, pairs, hardest):
     queries, histories, _ = blend(pairs, 0.4)
     exact = ranked(queries.score_all(searcher), histories)
     searched = ranked(search(queries, searcher, hardest), histories)
     assert searched.positions.tolist() == exact.positions.tolist()
-    np.testing.assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
+    assert_allclose(searched.scores, exact.scores, rtol=0, atol=2e-6)
     two = np.array([4, 9])
     two_lists = lists(queries.take(two).score_all(searcher), [histories[4], histories[9]])
     assert two_lists == exact.positions[two].tolist()
 
 
-def test_a_blend_names_the_part_and_the_history_item(searcher: Searcher, pairs: Pairs) -> None:
+def test_a_blend_names_the_part_and_the_history_item(searcher, pairs):
     queries, histories, weights = blend(pairs, 0.5)
     top = np.array(lists(queries.score_all(searcher), histories))
     reasons = queries.explain(searcher, top)
@@ -386,7 +374,7 @@ def test_a_blend_names_the_part_and_the_history_item(searcher: Searcher, pairs: 
     assert {*reasons.by_item_item[2:].ravel().tolist()} == {True, False}
 
 
-def test_damaged_item_item_scores_are_refused(tmp_path: Path) -> None:
+def test_damaged_item_item_scores_are_refused(tmp_path):
     folder = tmp_path / "x"
     strengths = np.array([0.5], np.float32)
     ItemItemScores.build(folder, "v", 2, np.array([0]), np.array([1]), strengths)

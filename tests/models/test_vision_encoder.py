@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -69,16 +70,16 @@ def model_folder(name: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module", params=["packaged", "fake", "clip", "vit"])
-def vision(request: pytest.FixtureRequest, tmp_path_factory) -> Vision:
+def vision(request, tmp_path_factory) -> Vision:
     return load_vision(model_folder(request.param, tmp_path_factory.mktemp("vision")), "main")
 
 
-def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(vision: Vision):
+def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(vision):
     vectors = vision.embed(PHOTOS)
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     one_by_one = np.concatenate([vision.embed([photo]) for photo in PHOTOS])
-    np.testing.assert_allclose(one_by_one, vectors, atol=1e-5)
+    assert_allclose(one_by_one, vectors, atol=1e-5)
     assert np.abs(vectors[0] - vectors[2]).max() > 1e-4
 
 
@@ -96,7 +97,7 @@ def test_the_packaged_encoder_finds_similar_photos():
 def test_more_photos_than_a_batch(monkeypatch):
     monkeypatch.setattr("vlm4rec_spark.models.encoding.vision_encoder._BATCH_SIZE", 3)
     vectors = packaged().embed(PHOTOS * 2)
-    np.testing.assert_allclose(vectors[4:], packaged().embed(PHOTOS), atol=1e-5)
+    assert_allclose(vectors[4:], packaged().embed(PHOTOS), atol=1e-5)
 
 
 def test_ids_name_the_encoder_and_a_missing_folder_is_refused(tmp_path):

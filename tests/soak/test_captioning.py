@@ -6,14 +6,11 @@ what is paid for: at most a chunk more for every killed driver, and a batch for 
 
 import io
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import deltalake
@@ -22,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sessions import called, kill_all, members, start
 
 from vlm4rec_spark.storage.schemas import CAPTIONS
 
 pytestmark = pytest.mark.soak
-RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
 PHOTOS = 8_000
 CHUNK = 400
 BATCH = 8
@@ -39,7 +36,7 @@ class Job:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.processes: list[psutil.Popen] = []
+        self.processes: list[subprocess.Popen] = []
         rows = {
             "item_id": [f"i{n:05}" for n in range(PHOTOS)],
             "photo": [picture(f"{n % 256:02x}{n // 256:02x}60") for n in range(PHOTOS)],
@@ -50,7 +47,7 @@ class Job:
         self,
         name: str,
         command: str = "caption",
-    ) -> psutil.Popen:
+    ) -> subprocess.Popen:
         out = self.folder / name
         # 120 ms a call of 8 photos: some minutes of two models, enough to kill twenty drivers.
         settings = (
@@ -64,17 +61,7 @@ class Job:
             "spark.master=local[2]",
             f"spark.conf={json.dumps({'spark.sql.shuffle.partitions': '2'})}",
         )
-        words = [sys.executable, "-c", RUN, command, "--config", "test.yaml"]
-        words += [word for setting in settings for word in ("--set", setting)]
-        with (self.folder / f"log-{name}").open("ab") as log:
-            process = psutil.Popen(
-                words,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd=self.folder,
-            )
+        process = start(command, settings, self.folder, self.folder / f"log-{name}")
         self.processes.append(process)
         return process
 
@@ -137,37 +124,7 @@ def undisturbed(job: Job) -> dict[str, list[str]]:
     return job.captions("undisturbed")
 
 
-def kill_all(process: psutil.Popen) -> None:
-    for member in members(process):
-        member.kill()
-
-
-def members(process: psutil.Popen) -> list[psutil.Process]:
-    """The living processes of the session that `process` leads."""
-    living = []
-    for member in psutil.process_iter():
-        # It may have ended in the meantime.
-        with suppress(OSError, psutil.Error):
-            in_session = os.getsid(member.pid) == process.pid
-            if in_session and member.status() != psutil.STATUS_ZOMBIE:
-                living.append(member)
-    return living
-
-
-def called(process: psutil.Popen, word: str) -> list[psutil.Process]:
-    """Those of them whose command line has this word or a path that ends in it, as java's has."""
-    matching = []
-    for member in members(process):
-        # It may have ended in the meantime.
-        with suppress(psutil.Error):
-            if any(part == word or part.endswith(f"/{word}") for part in member.cmdline()):
-                matching.append(member)
-    return matching
-
-
-def test_captions_are_the_same_after_twenty_killed_drivers(
-    job: Job, undisturbed: dict[str, list[str]]
-):
+def test_captions_are_the_same_after_twenty_killed_drivers(job, undisturbed):
     planned = 20
     assert job.start("drivers", "ingest").wait(600) == 0, job.log("drivers")
     rng = random.Random(SEED)
@@ -196,9 +153,7 @@ def test_captions_are_the_same_after_twenty_killed_drivers(
     print(f"{kills} driver kills, {job.calls('drivers') - PHOTOS} calls too many")
 
 
-def test_captions_are_the_same_after_ten_killed_children(
-    job: Job, undisturbed: dict[str, list[str]]
-):
+def test_captions_are_the_same_after_ten_killed_children(job, undisturbed):
     planned = 10
     kills = 0
     assert job.start("children", "ingest").wait(600) == 0, job.log("children")

@@ -5,11 +5,8 @@ thirty and starts two drivers in the same second. test_pipeline.py has two for `
 """
 
 import json
-import os
 import random
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import deltalake
+import psutil
 import pytest
+from sessions import called, kill_all, members, start
 from shop import demo_settings, paths
 
 from vlm4rec_spark.storage.schemas import TABLES
@@ -32,7 +31,6 @@ FAST = {
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
 }
-RUN = "import sys; from vlm4rec_spark.cli import main; raise SystemExit(main(sys.argv[1:]))"
 SEED = 4
 
 
@@ -55,17 +53,7 @@ class KilledShop:
             "spark.master=local[2,4]",
             f"spark.conf={json.dumps(FAST)}",
         )
-        command = [sys.executable, "-c", RUN, "run", "--config", "test.yaml"]
-        command += [word for setting in settings for word in ("--set", setting)]
-        with (self.folder / f"log-{name}").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd=self.folder,
-            )
+        process = start("run", settings, self.folder, self.folder / f"log-{name}")
         self.started.append(process)
         return process
 
@@ -78,8 +66,7 @@ def shop(tmp_path_factory) -> Iterator[KilledShop]:
     shop = KilledShop(tmp_path_factory.mktemp("kills"))
     yield shop
     for process in shop.started:
-        for pid in living(process):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(process)
 
 
 class Expected(NamedTuple):
@@ -110,52 +97,25 @@ def contents(out: Path) -> dict[str, list[str]]:
     return tables
 
 
-def living(process: subprocess.Popen) -> list[int]:
-    """The living processes of the session that this process leads."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it ended in the meantime
-            continue
-        if int(session) == process.pid and state != "Z":
-            members.append(int(stat.parent.name))
-    return members
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
-
-
 def kill_driver(process: subprocess.Popen, rng: random.Random) -> None:
     """SIGKILL to the driver's Python or to its JVM; all its processes have to end."""
-    jvm = [pid for pid in living(process) if command_line(pid).split(" ")[0].endswith("java")]
-    os.kill(rng.choice([process.pid, *jvm]), signal.SIGKILL)
+    rng.choice([process, *called(process, "java")]).kill()
     process.wait(60)
-    deadline = time.monotonic() + 60
-    while living(process) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [command_line(pid) for pid in living(process)] == []
+    psutil.wait_procs(members(process), timeout=60)
+    assert members(process) == []
 
 
 def kill_workers(process: subprocess.Popen) -> int:
     """SIGKILL to every Python worker; their daemon, which forked them, lives on."""
-    daemons = [pid for pid in living(process) if "pyspark.daemon" in command_line(pid)]
-    workers = [pid for pid in daemons if parent(pid) in daemons]
-    for pid in workers:
-        with suppress(ProcessLookupError):  # its task has ended
-            os.kill(pid, signal.SIGKILL)
+    daemons = called(process, "pyspark.daemon")
+    workers = []
+    for daemon in daemons:
+        # Its task may have ended in the meantime.
+        with suppress(psutil.Error):
+            if daemon.parent() in daemons:
+                daemon.kill()
+                workers.append(daemon)
     return len(workers)
-
-
-def parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it ended in the meantime
-        return 0
 
 
 def temporary_files() -> set[Path]:
@@ -165,9 +125,7 @@ def temporary_files() -> set[Path]:
     return {path for pattern in patterns for path in folder.glob(pattern)}
 
 
-def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
-    shop: KilledShop, expected: Expected
-):
+def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(shop, expected):
     rng = random.Random(SEED)
     files_before = temporary_files()
     kills = 0
@@ -191,9 +149,7 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_with_the_same_tables(
     assert temporary_files() <= files_before
 
 
-def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
-    shop: KilledShop, expected: Expected
-):
+def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(shop, expected):
     rng = random.Random(SEED)
     kills = 0
     runs = 0
@@ -211,9 +167,7 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_tables(
     assert runs <= kills
 
 
-def test_of_two_drivers_that_start_in_the_same_second_one_works(
-    shop: KilledShop, expected: Expected
-):
+def test_of_two_drivers_that_start_in_the_same_second_one_works(shop, expected):
     processes = [shop.start("both"), shop.start("both")]
     assert [process.wait(600) for process in processes] == [0, 0], shop.log("both")
     assert "Another run is at work on these tables" in shop.log("both")
