@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from hostile_photos import encoded
 from loopback import VARIABLES, ReceivedRequest, Reply, response_body, serving
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -375,9 +376,8 @@ def test_vllm_answers_as_transformers_does_and_refuses_long_prompts(
 def test_vllms_engine_ends_when_its_parent_is_killed(llava, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     supervisor = Supervisor(short_answers(llava, backend="vllm"), 16, 600)
-    jpeg = io.BytesIO()
-    PHOTOS[0].save(jpeg, "JPEG")
-    (result,) = supervisor.caption([Photo("one", jpeg.getvalue(), PROMPTS[0])])
+    jpeg = encoded(PHOTOS[0], "JPEG")
+    (result,) = supervisor.caption([Photo("one", jpeg, PROMPTS[0])])
     assert result.text
     assert supervisor.pid
     engine = psutil.Process(supervisor.pid).children(recursive=True)

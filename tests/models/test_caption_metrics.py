@@ -1,9 +1,8 @@
 """The caption audit's metrics by hand; captioners that don't look at the photo are exposed."""
 
-import io
-
 import numpy as np
 import pytest
+from hostile_photos import encoded
 from PIL import Image
 
 from vlm4rec_spark.evaluation import caption_metrics
@@ -178,9 +177,7 @@ def test_captions_of_their_own_are_found_first():
 def test_a_perturbed_photo_is_mirrored_without_its_margins():
     photo = Image.new("RGB", (200, 100), "white")
     photo.paste("red", (0, 0, 100, 100))
-    out = io.BytesIO()
-    photo.save(out, "PNG")
-    mirrored = decode(perturbed(out.getvalue(), 672), 672)
+    mirrored = decode(perturbed(encoded(photo, "PNG"), 672), 672)
     assert mirrored.size == (188, 94)
     pixels = np.asarray(mirrored)
     left = pixels[47, 20]

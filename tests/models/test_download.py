@@ -59,13 +59,17 @@ Respond = Callable[["Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers a path with its entry in `routes`, or with the next of a list. Keeps the requests."""
+    """Answers a path with its entry in `routes`, else by `respond`, and keeps the requests.
+
+    A list gives one answer after the other.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.routes: dict[str, Respond | list[Respond]] = {}
+        self.routes: dict[str, Respond] = {}
+        self.respond: Respond | list[Respond] = answers(404)
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.times: list[float] = []
         self.closing = threading.Event()
@@ -89,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append((self.path, dict(self.headers)))
         self.server.times.append(time.monotonic())
-        respond = self.server.routes[self.path.partition("?")[0]]
+        respond = self.server.routes.get(self.path.partition("?")[0], self.server.respond)
         if isinstance(respond, list):
             respond = respond.pop(0)
         respond(self)
@@ -191,7 +195,7 @@ def test_the_bytes_and_the_times_arrive(server):
 
 @pytest.mark.parametrize("when", ["yesterday", "", "Wed, 01 Jan 99999999999 12:00:00 GMT"])
 def test_without_a_time_of_the_server_the_local_clock_counts(server, when: str):
-    server.routes["/a"] = answers(200, b"photo", Last_Modified=when, Date=when)
+    server.respond = answers(200, b"photo", Last_Modified=when, Date=when)
     before = time.time()
     photo = fetch(server.photo, ONE_TRY)
     assert photo is not None
@@ -200,7 +204,7 @@ def test_without_a_time_of_the_server_the_local_clock_counts(server, when: str):
 
 
 def test_an_unchanged_photo_is_not_sent(server):
-    server.routes["/a"] = answers(304)
+    server.respond = answers(304)
     assert fetch(server.photo, ONE_TRY, since=NOON + 999) is None
     assert server.requests[0][1]["If-Modified-Since"] == NOON_TEXT
     assert refusal(server.photo) == "HTTP 304"  # without `since`, it is no answer
@@ -208,13 +212,13 @@ def test_an_unchanged_photo_is_not_sent(server):
 
 @pytest.mark.parametrize("status", [204, 206, 302, 400, 401, 403, 404, 410])
 def test_other_statuses_are_final(server, status: int):
-    server.routes["/a"] = answers(status)
+    server.respond = answers(status)
     assert refusal(server.photo, PATIENT) == f"HTTP {status}"
     assert len(server.requests) == 1
 
 
 def test_transient_failures_are_retried_after_growing_pauses(server):
-    server.routes["/a"] = [answers(500), lambda handler: None, ANSWERS_PHOTO]
+    server.respond = [answers(500), lambda handler: None, ANSWERS_PHOTO]
     assert fetched(server.photo, PATIENT) == b"photo"
     first, second = np.diff(server.times)
     assert 0.5 <= first < 1.3
@@ -222,7 +226,7 @@ def test_transient_failures_are_retried_after_growing_pauses(server):
 
 
 def test_the_number_of_tries_is_limited(server):
-    server.routes["/a"] = answers(503, Retry_After="0")
+    server.respond = answers(503, Retry_After="0")
     assert refusal(server.photo, HttpSettings(private_addresses=True, tries=4)) == "HTTP 503"
     assert len(server.requests) == 4
 
@@ -240,7 +244,7 @@ def test_the_server_sets_the_pause(
 ):
     if retry_after == "9999":
         monkeypatch.setattr(download, "MAX_PAUSE", 0.15)
-    server.routes["/a"] = [answers(429, Retry_After=retry_after), ANSWERS_PHOTO]
+    server.respond = [answers(429, Retry_After=retry_after), ANSWERS_PHOTO]
     assert fetch(server.photo, PATIENT) is not None
     assert min_pause <= server.times[1] - server.times[0] < max_pause
 
@@ -256,7 +260,7 @@ def test_the_server_sets_the_pause(
     ids=["nothing", "a drip of chunks", "a drip of headers", "a drip of bytes"],
 )
 def test_a_slow_answer_ends_at_the_timeout(server, respond: Respond):
-    server.routes["/a"] = respond
+    server.respond = respond
     start = time.monotonic()
     assert refusal(server.photo, IMPATIENT) == "no answer within 0.4 s"
     assert 0.4 <= time.monotonic() - start < 1
@@ -267,7 +271,7 @@ def test_redirects_do_not_extend_the_timeout(server):
         handler.server.closing.wait(0.15)
         answers(302, Location="/a")(handler)
 
-    server.routes["/a"] = slowly
+    server.respond = slowly
     assert refusal(server.photo, IMPATIENT) == "no answer within 0.4 s"
 
 
@@ -341,18 +345,18 @@ def test_nothing_larger_than_the_limit_is_taken(server):
 def test_compressed_bodies_are_decompressed(
     server, encoding: str, compress: Callable[[bytes], bytes]
 ):
-    server.routes["/a"] = answers(200, compress(b"photo"), Content_Encoding=encoding)
+    server.respond = answers(200, compress(b"photo"), Content_Encoding=encoding)
     assert fetched(server.photo) == b"photo"
 
 
 def test_another_compression_is_refused(server):
-    server.routes["/a"] = answers(200, b"photo", Content_Encoding="br")
+    server.respond = answers(200, b"photo", Content_Encoding="br")
     assert refusal(server.photo) == "the content is compressed in a way that wasn't asked for"
 
 
 def test_redirects_are_followed_to_another_port(server):
     with Server() as target:
-        server.routes["/a"] = answers(302, Location=f"{target.url}/b")
+        server.respond = answers(302, Location=f"{target.url}/b")
         target.routes["/b"] = answers(308, Location="c")
         target.routes["/c"] = ANSWERS_PHOTO
         image = fetched(server.url.replace("//", "//ann:pass%20word@") + "/a")
@@ -382,7 +386,7 @@ def test_every_redirect_is_checked(
     location: str,
     message: str,
 ):
-    server.routes["/a"] = answers(302, Location=location)
+    server.respond = answers(302, Location=location)
     assert refusal(server.photo) == message
 
 
@@ -392,13 +396,13 @@ def test_a_redirect_to_a_private_address(server, monkeypatch):
     monkeypatch.setattr(
         connection, "address_fault", lambda ip: None if ip == "127.0.0.1" else real(ip)
     )
-    server.routes["/a"] = answers(302, Location="http://10.0.0.1/")
+    server.respond = answers(302, Location="http://10.0.0.1/")
     limits = ONE_TRY.model_copy(update={"private_addresses": False})
     assert refusal(server.photo, limits) == f"the address is private (10.0.0.1){HINT}"
 
 
 def test_a_redirect_loop_ends(server):
-    server.routes["/a"] = answers(301, Location="/a")
+    server.respond = answers(301, Location="/a")
     assert refusal(server.photo) == "more than 5 redirects"
     assert len(server.requests) == 6
 
@@ -473,7 +477,7 @@ def test_the_name_is_resolved_once_and_the_next_address_is_tried(server, monkeyp
         return resolves_to("127.0.0.2", "127.0.0.1")(host, port, type)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    server.routes["/a"] = ANSWERS_PHOTO
+    server.respond = ANSWERS_PHOTO
     assert fetched(f"http://bücher.example:{server.server_port}/a") == b"photo"
     assert hosts == ["xn--bcher-kva.example"]
     assert server.requests[0][1]["Host"] == f"xn--bcher-kva.example:{server.server_port}"

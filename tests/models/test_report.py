@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import cache
 
 import pytest
+from hostile_photos import encoded
 from PIL import Image
 
 from vlm4rec_spark.models.photos.decode import PhotoError
@@ -497,11 +498,9 @@ def photo_bytes(
     mode: str = "RGB",
     **save,
 ) -> bytes:  # type: ignore[no-untyped-def]
-    out = io.BytesIO()
     image = Image.new(mode, (400, 200))
     image.paste((200,) * len(mode), (0, 0, 200, 200))
-    image.save(out, format, **save)
-    return out.getvalue()
+    return encoded(image, format, **save)
 
 
 def test_kinds_of_photos():

@@ -1,6 +1,5 @@
 """Training a captioner: tables of photos, resumed trainings, augmented photos, the model card."""
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hostile_photos import encoded
 from PIL import Image
 
 from vlm4rec_spark.cli import main
@@ -25,9 +25,7 @@ def photo(number: int, colour: str) -> bytes:
     pixels = np.full((40, 30, 3), 250, np.uint8)
     noise = rng.integers(-20, 20, (24, 18, 1))
     pixels[8:32, 6:24] = np.clip(np.array(COLOURS[colour]) + noise, 0, 255)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels), "PNG")
 
 
 def rows() -> pd.DataFrame:

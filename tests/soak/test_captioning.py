@@ -4,7 +4,6 @@ The captions must be those of an undisturbed run. A fake counts the calls of the
 what is paid for: at most a chunk more for every killed driver, and a batch for every killed child.
 """
 
-import io
 import json
 import random
 import signal
@@ -18,7 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from hostile_photos import one_color
 from sessions import called, kill_all, members, start
 
 from vlm4rec_spark.storage.schemas import CAPTIONS
@@ -39,7 +38,7 @@ class Job:
         self.processes: list[subprocess.Popen] = []
         rows = {
             "item_id": [f"i{n:05}" for n in range(PHOTOS)],
-            "photo": [picture(f"{n % 256:02x}{n // 256:02x}60") for n in range(PHOTOS)],
+            "photo": [one_color(f"#{n % 256:02x}{n // 256:02x}60") for n in range(PHOTOS)],
         }
         pq.write_table(pa.table(rows), folder / "shop.parquet")
 
@@ -98,14 +97,6 @@ class Job:
 
     def log(self, name: str) -> str:
         return (self.folder / f"log-{name}").read_text()
-
-
-def picture(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (8, 8), f"#{colour}")
-    image.putpixel((0, 0), (255, 255, 255))  # a photo of one colour all over shows nothing
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
