@@ -6,9 +6,9 @@ the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,9 +130,8 @@ class PointInTime:
         """The test users' histories, as `profiles.histories` makes them."""
 
         def compute() -> Rows:
-            with self._plans():
-                histories = profiles.summed_histories(self._events(settings), settings)
-                return histories.toArrow() if self.in_driver else histories.persist()
+            histories = profiles.summed_histories(self._events(settings), settings)
+            return histories.toArrow() if self.in_driver else histories.persist()
 
         # Neither setting changes a history.
         key = settings.model_dump_json(exclude={"shape", "tastes"})
@@ -172,17 +171,6 @@ class PointInTime:
                 value.unpersist()
         self._cache.clear()
 
-    @contextmanager
-    def _plans(self) -> Iterator[None]:
-        """Without adaptive execution for few rows: it makes a job of every shuffle."""
-        key = "spark.sql.adaptive.enabled"
-        adaptive = cast(str, self.spark.conf.get(key))
-        self.spark.conf.set(key, "false" if self.in_driver else adaptive)
-        try:
-            yield
-        finally:
-            self.spark.conf.set(key, adaptive)
-
     def _cached(
         self,
         key: Hashable,
@@ -208,8 +196,7 @@ class PointInTime:
         candidates = self.candidates.withColumn("is_candidate", F.lit(True))
         rows = counts.join(candidates, on="item_id", how="left")
         rows = rows.where(F.col("is_candidate") | F.col("item_id").isNull())
-        with self._plans():
-            return cast(pd.DataFrame, rows.toPandas()).set_index("item_id")
+        return cast(pd.DataFrame, rows.toPandas()).set_index("item_id")
 
     def _of_candidates(self, column: str) -> np.ndarray:
         """A column of `_counts` in the order of the candidates; 0 for those without a row."""

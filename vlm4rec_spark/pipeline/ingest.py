@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial, reduce
 from typing import NamedTuple
 
-from pyspark.sql import DataFrame, Row
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.errors import RunError, UsageError
-from vlm4rec_spark.pipeline.context import RunContext, StageResult, grouped
+from vlm4rec_spark.pipeline.context import RunContext, StageResult, first_row, grouped
 from vlm4rec_spark.sources import reader
 from vlm4rec_spark.sources.file_listing import escape_glob, list_files
 from vlm4rec_spark.sources.photo_files import photo_files
@@ -38,11 +38,6 @@ _SOURCES = {
     "identities": _Source(schemas.IDENTITIES, stage.parse_identities),
 }
 _USER_TABLES = ("users", "identities")
-_ONE_JOB = {
-    "spark.sql.adaptive.enabled": "false",
-    "spark.sql.autoBroadcastJoinThreshold": "-1",
-}
-"""Otherwise every shuffle and every broadcast of a query is a job of its own."""
 
 
 class LogFile(NamedTuple):
@@ -187,17 +182,11 @@ def _digests(context: RunContext, names: list[str]) -> list[list[object]]:
         _files(context, name).select(F.lit(name).alias("name"), file_hash) for name in names
     )
     digests = hashes.groupBy("name").agg(F.sum("hash").cast("string"), F.count("*"))
-    return sorted(map(list, _collect(context, digests)))
+    return sorted(map(list, digests.collect()))
 
 
 def _union(frames: Iterable[DataFrame]) -> DataFrame:
     return reduce(DataFrame.unionByName, frames)
-
-
-def _collect(context: RunContext, rows: DataFrame) -> list[Row]:
-    """The few rows of an aggregation, by one Spark job."""
-    with context.tables.conf(_ONE_JOB):
-        return rows.collect()
 
 
 def ingest(context: RunContext, result: StageResult) -> None:
@@ -259,7 +248,7 @@ def _counts_by_file(
     """By name and file."""
     counts: dict[str, dict[str, RowCounts]] = {name: {} for name in parsed}
     if parsed:
-        for name, source, *figures in _collect(context, stage.counts_by_file(parsed)):
+        for name, source, *figures in stage.counts_by_file(parsed).collect():
             counts[name][source] = RowCounts(*figures)
     return counts
 
@@ -279,7 +268,7 @@ def _write_events(
         return {}
     before = context.tables.read(table, version).select("event_id")
     in_table = events.join(before, on="event_id", how="left_semi").groupBy("source").count()
-    return {row["source"]: row["count"] for row in _collect(context, in_table)}
+    return {row["source"]: row["count"] for row in in_table.collect()}
 
 
 def _write_ledger(
@@ -322,7 +311,7 @@ def _refuse_nonsense(
     if "interactions" not in accepted or not counts["interactions"].ok:
         return
     gaps = stage.catalogue_gaps(items, accepted["interactions"], items.limit(0))
-    if _collect(context, gaps)[0]["unknown_item_events"] == counts["interactions"].ok:
+    if first_row(gaps)["unknown_item_events"] == counts["interactions"].ok:
         raise RunError(
             "ingest.interactions: no event is about an item of the catalogue. Check that both use "
             "the same item_id, and ingest.interactions.columns. Nothing was written."
@@ -356,7 +345,7 @@ def _write_photo_files(context: RunContext, files: DataFrame) -> RowCounts:
     counts = rows.agg(F.count("*"), F.count("reason"), F.count_if(is_pending))
     slots = context.spark.sparkContext.defaultParallelism
     with _persisted([rows]):
-        ((total, refused, pending),) = _collect(context, counts)
+        total, refused, pending = first_row(counts)
         if not (refused or pending) and context.tables.exists(schemas.PHOTOS):
             return RowCounts(skipped=total)
         read = stage.read_photos(rows.where(is_pending), pending, slots, settings)
@@ -368,7 +357,7 @@ def _store_photos(context: RunContext, photos: DataFrame, total: int) -> RowCoun
     """Write those of `total` photos that aren't skipped: `photos`, or the reason for rejection."""
     with context.reporter.progress("reading photos", total):
         read = context.tables.staged(schemas.PHOTOS, photos)
-    ((rows, rejected),) = _collect(context, read.agg(F.count("*"), F.count("reason")))
+    rows, rejected = first_row(read.agg(F.count("*"), F.count("reason")))
     if rows > rejected or not context.tables.exists(schemas.PHOTOS):
         context.tables.upsert(schemas.PHOTOS, read.where("reason IS NULL"))
     if rejected:
@@ -380,5 +369,4 @@ def _store_photos(context: RunContext, photos: DataFrame, total: int) -> RowCoun
 def _catalogue_gaps(context: RunContext) -> dict[str, str]:
     tables = (schemas.ITEMS, schemas.INTERACTIONS, schemas.PHOTOS)
     gaps = stage.catalogue_gaps(*map(context.tables.read, tables))
-    (row,) = _collect(context, gaps)
-    return {name: str(count) for name, count in row.asDict().items()}
+    return {name: str(count) for name, count in first_row(gaps).asDict().items()}
