@@ -3,8 +3,6 @@
 Knows every stage's settings class and where each key was given; knows neither session nor table.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path

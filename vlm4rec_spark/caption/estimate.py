@@ -1,7 +1,5 @@
 """What captioning takes (tokens, device-hours, money), and how many photos a budget buys."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Knows keys and joins; opens no photo and loads no model.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import reduce

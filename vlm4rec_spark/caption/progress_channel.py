@@ -5,8 +5,6 @@ task reaches the driver's port, captions are made all the same. Then progress is
 stop waits for the end of the chunk.
 """
 
-from __future__ import annotations
-
 import hmac
 import json
 import secrets

@@ -1,7 +1,5 @@
 """The UDF that perturbs photos, for a second caption. Knows rows; knows no table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pandas as pd

@@ -4,8 +4,6 @@ The model runs in a supervised child process. Knows rows and the progress channe
 tables nor which backend runs.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import time

@@ -4,8 +4,6 @@ Turns every error into one paragraph and an exit code: 0 success, or another run
 1 a run failed; 2 wrong use or configuration; 75 told to stop, run it again to go on.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

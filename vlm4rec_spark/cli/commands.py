@@ -1,7 +1,5 @@
 """The commands: each loads the configuration, starts Spark, runs stages and prints a summary."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The tables of `vlm4rec plan`. Knows the terminal; the figures come from the pipeline."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 

@@ -1,7 +1,5 @@
 """The command line's messages: text for people, or JSON lines for a cluster's log."""
 
-from __future__ import annotations
-
 import json
 import logging
 from datetime import UTC, datetime

@@ -3,8 +3,6 @@
 An id is data: it is compared as a literal, never put into a query's text.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """`vlm4rec status` and the result of `vlm4rec maintain`, as tables in the terminal. Read-only."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import UTC, datetime
 

@@ -1,7 +1,5 @@
 """The look of the command line's tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from rich import box

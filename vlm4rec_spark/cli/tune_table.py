@@ -1,7 +1,5 @@
 """The result of `tune`, as a table for people and as a configuration file."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 

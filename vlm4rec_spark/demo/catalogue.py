@@ -5,8 +5,6 @@ gives the same bytes. Only `truth.parquet` says how items look; titles, brands a
 The evaluation's oracle arm reads it.
 """
 
-from __future__ import annotations
-
 import gzip
 import os
 import shutil
@@ -17,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy import ndarray
 from PIL import Image
 
 from vlm4rec_spark.demo.drawing import ATTRIBUTES, draw
@@ -231,7 +230,7 @@ class _Shoppers:
         self._popularity[np.argsort(untouched)[:count]] = -np.inf
         self._first_seen = np.array([seen.timestamp() for seen in first_seen])
 
-    def viewed_items(self) -> np.ndarray:
+    def viewed_items(self) -> ndarray:
         return self._ids[np.isfinite(self._popularity)]
 
     def events(self, number: int) -> Iterable[_Event]:
@@ -250,7 +249,7 @@ class _Shoppers:
             item = self._ids[rng.choice(len(self._ids), p=available / available.sum())]
             yield from self._visit(number, item, datetime.fromtimestamp(int(second), UTC))
 
-    def _chances(self, taste: np.ndarray) -> np.ndarray:
+    def _chances(self, taste: ndarray) -> ndarray:
         """Of every item, that a user of this taste views it."""
         return _softmax((self._codes == taste) @ self._weights + self._popularity)
 
@@ -270,7 +269,7 @@ class _Shoppers:
             at += timedelta(minutes=4)
 
 
-def _odd_events(viewed_ids: np.ndarray, rng: np.random.Generator) -> Iterable[_Event]:
+def _odd_events(viewed_ids: ndarray, rng: np.random.Generator) -> Iterable[_Event]:
     """A bot, users without a usable history, unknown items, missing ids, repeats, the future."""
     day = datetime(2025, 3, 10, tzinfo=UTC)
     for number, item in enumerate(viewed_ids[rng.integers(len(viewed_ids), size=3_000)]):
@@ -287,7 +286,7 @@ def _odd_events(viewed_ids: np.ndarray, rng: np.random.Generator) -> Iterable[_E
     yield from [_Event("user-00002", viewed_ids[2], "purchase", future)] * 6
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def _softmax(logits: ndarray) -> ndarray:
     odds = np.exp(logits - logits.max())
     return odds / odds.sum()
 

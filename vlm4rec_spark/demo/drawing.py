@@ -5,11 +5,10 @@ that isn't an attribute: background, angle, size, position, light. The same stat
 picture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image, ImageChops, ImageColor, ImageFilter
 
 from vlm4rec_spark.demo.shapes import SHAPES, Points, Shape
@@ -126,7 +125,7 @@ def _trimmed(
     return Image.composite(trimmed, picture, fabric) if style == "sporty" else trimmed
 
 
-def _exposed(scene: np.ndarray, rng: np.random.Generator) -> Image.Image:
+def _exposed(scene: ndarray, rng: np.random.Generator) -> Image.Image:
     """The scene with a camera's tint and noise."""
     tint = rng.uniform(0.86, 1.1) * (1 + rng.uniform(-0.04, 0.04, size=3))
     noise = rng.integers(-5, 6, size=(SIZE, SIZE, 1), dtype=np.int8)
@@ -135,10 +134,10 @@ def _exposed(scene: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 def _surface(
     attributes: Mapping[str, str],
-    colour: np.ndarray,
+    colour: ndarray,
     points: tuple[Plane, Plane],
     rng: np.random.Generator,
-) -> np.ndarray:
+) -> ndarray:
     """The product's surface at its points: shape (SIZE, SIZE, 3)."""
     u, v = points
     second = pattern(attributes["pattern"], u, v, rng)[..., None]
@@ -150,21 +149,21 @@ def _surface(
     return surface
 
 
-def _bytes(scene: np.ndarray) -> np.ndarray:
+def _bytes(scene: ndarray) -> ndarray:
     return np.clip(scene, 0, 255).astype(np.uint8)
 
 
-def _fine(scene: np.ndarray) -> Image.Image:
+def _fine(scene: ndarray) -> Image.Image:
     """The scene at the size at which outlines are drawn."""
     return Image.fromarray(_bytes(scene)).resize((_FINE, _FINE), Image.Resampling.NEAREST)
 
 
-def _reduced(fine: Image.Image) -> np.ndarray:
+def _reduced(fine: Image.Image) -> ndarray:
     """The picture at its final size."""
     return np.asarray(fine.reduce(2), dtype=np.float32)
 
 
-def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
+def _shadow(fabric: Image.Image, rng: np.random.Generator) -> ndarray:
     """How dark the product's shadow makes the background: shape (SIZE, SIZE, 1), 0 to 1."""
     small = fabric.reduce(8).filter(ImageFilter.GaussianBlur(2))
     right = int(rng.integers(-2, 3))
@@ -176,7 +175,7 @@ def _shadow(fabric: Image.Image, rng: np.random.Generator) -> np.ndarray:
 def _draw_fixtures(
     pen: Pen,
     shape: Shape,
-    colour: np.ndarray,
+    colour: ndarray,
 ) -> None:
     """The parts behind the fabric: legs and stands of wood, and a dark handle."""
     for part in shape.behind:

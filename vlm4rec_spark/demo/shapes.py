@@ -3,8 +3,6 @@
 Knows geometry only: points in a box from -1 to 1, with y pointing down.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ Textures are coarse on purpose: the demo's captioner sees a photo at 128 px. A p
 px wide there.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -3,8 +3,6 @@
 Knows the four styles; draws on a picture of twice the final size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Knows vectors and ids. Knows no user and no cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

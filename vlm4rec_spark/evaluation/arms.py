@@ -16,6 +16,7 @@ from datetime import date, datetime
 from typing import Any, Literal
 
 import numpy as np
+from numpy import ndarray
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm4rec_spark.errors import UsageError, first_words
@@ -42,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 for every type."""
 
 
-def _average(text: np.ndarray, image: np.ndarray) -> np.ndarray:
+def _average(text: ndarray, image: ndarray) -> ndarray:
     if text.shape[1] != image.shape[1]:
         raise UsageError(
             f"evaluate.arms: fusion_average needs vectors of one length. Texts have "
@@ -51,11 +52,11 @@ def _average(text: np.ndarray, image: np.ndarray) -> np.ndarray:
     return text + image
 
 
-def _concatenation(text: np.ndarray, image: np.ndarray) -> np.ndarray:
+def _concatenation(text: ndarray, image: ndarray) -> ndarray:
     return np.concatenate([text, image], axis=1)
 
 
-FUSIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+FUSIONS: dict[str, Callable[[ndarray, ndarray], ndarray]] = {
     "fusion_average": _average,
     "fusion_concat": _concatenation,
 }

@@ -5,12 +5,11 @@ From plain texts and unit vectors, each metric next to a control. Knows neither 
 captioner, nor where the texts come from. The same seed gives the same numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.evaluation.inference import bootstrap_interval
 from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
@@ -53,7 +52,7 @@ class Miss:
 
 def mean(
     metric: str,
-    values: Sequence[float] | np.ndarray,
+    values: Sequence[float] | ndarray,
     seed: int,
     k: int = 0,
 ) -> Figure:
@@ -72,7 +71,7 @@ def mean(
     )
 
 
-def derangement(n: int, seed: int) -> np.ndarray:
+def derangement(n: int, seed: int) -> ndarray:
     """A permutation of n >= 2 indexes that is one single cycle: no index maps to itself."""
     order = np.random.default_rng(seed).permutation(n)
     successors = np.empty(n, int)
@@ -147,7 +146,7 @@ def spread(misses: Sequence[Miss], limit: int) -> list[Miss]:
 def drift(
     before: Sequence[str],
     now: Sequence[str],
-    cosines: np.ndarray,
+    cosines: ndarray,
     seed: int,
 ) -> list[Figure]:
     """How many captions have changed, and their similarity to the earlier ones; none without
@@ -160,9 +159,9 @@ def drift(
 
 def blank(
     captions: Sequence[str],
-    vectors: np.ndarray,
+    vectors: ndarray,
     text: str,
-    vector: np.ndarray,
+    vector: ndarray,
     seed: int,
 ) -> list[Figure]:
     """Captions against the text of a blank photo. Captions as near to it as to each other show
@@ -178,10 +177,10 @@ def blank(
 
 
 def ranks(
-    queries: np.ndarray,
-    captions: np.ndarray,
-    own: np.ndarray,
-) -> np.ndarray:
+    queries: ndarray,
+    captions: ndarray,
+    own: ndarray,
+) -> ndarray:
     """Rank, from 1, of captions[own[i]] among `captions` (n, d) by cosine with queries[i]; (m, d),
     all of unit length.
 
@@ -200,7 +199,7 @@ def ranks(
 
 
 def retrieval(
-    own_ranks: np.ndarray,
+    own_ranks: ndarray,
     captions: int,
     seed: int,
 ) -> list[Figure]:

@@ -1,7 +1,5 @@
 """Runs the arms as of each cut and measures their lists. Writes nothing but temporary indexes."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -5,10 +5,9 @@ numpy and pandas only. A leak ends the evaluation. What may have a good reason i
 reported.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
+from numpy import ndarray
 
 from vlm4rec_spark.errors import RunError
 from vlm4rec_spark.evaluation.metrics import hit_mask
@@ -50,8 +49,8 @@ def _leak(
 
 def nothing_seen(
     arm: str,
-    top: np.ndarray,
-    seen: np.ndarray,
+    top: ndarray,
+    seen: ndarray,
     items: int,
 ) -> None:
     """Raises RunError if a list holds an item that its user has seen. seen: sorted codes, as in
@@ -64,17 +63,17 @@ def nothing_seen(
 
 
 def shuffle_items(
-    relevant: np.ndarray,
+    relevant: ndarray,
     items: int,
     seed: int,
-) -> np.ndarray:
+) -> ndarray:
     """The codes with all items permuted at random, which no arm can predict."""
     permutation = np.random.default_rng(seed).permutation(items)
     return np.sort(relevant // items * items + permutation[relevant % items])
 
 
 def above_chance(
-    recall: np.ndarray,
+    recall: ndarray,
     k: int,
     items: int,
 ) -> bool:
@@ -84,7 +83,7 @@ def above_chance(
     return bool(recall.mean() - _STANDARD_ERRORS * error > chance)
 
 
-def count_duplicates(vectors: np.ndarray) -> int:
+def count_duplicates(vectors: ndarray) -> int:
     """How many of the vectors (items, dimension) another item has too."""
     _, counts = np.unique(
         np.ascontiguousarray(vectors),

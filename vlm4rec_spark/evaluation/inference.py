@@ -1,23 +1,22 @@
 """Intervals and paired comparisons over users. numpy only; the same seed gives the same numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
+from numpy import ndarray
 
 SAMPLES = 2_000
 _BLOCK = 100
 """Resamples at a time: memory stays at 100 x users."""
 
 
-def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+def bootstrap_interval(values: ndarray, seed: int) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over users (Efron and Tibshirani 1993)."""
     low, high = interval(resampled_means(values[:, None], seed)).T[0]
     return float(low), float(high)
 
 
-def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+def resampled_means(values: ndarray, seed: int) -> ndarray:
     """Means over SAMPLES resamples of the users, (SAMPLES, columns), for values (users, columns).
 
     All columns share the resamples, so the difference of two columns is a paired one. A user whose
@@ -40,12 +39,12 @@ def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-def interval(means: np.ndarray) -> np.ndarray:
+def interval(means: ndarray) -> ndarray:
     """Lower and upper ends of 95 % of the resampled means: (2, columns)."""
     return np.quantile(means, [0.025, 0.975], axis=0)
 
 
-def paired_p_values(differences: np.ndarray, seed: int) -> np.ndarray:
+def paired_p_values(differences: ndarray, seed: int) -> ndarray:
     """A p-value for each column of differences (users, columns): (columns,).
 
     Two-sided paired randomization test: how often random signs give a mean difference as large
@@ -60,7 +59,7 @@ def paired_p_values(differences: np.ndarray, seed: int) -> np.ndarray:
     return (larger + 1) / (SAMPLES + 1)
 
 
-def holm(p_values: Sequence[float] | np.ndarray) -> list[float]:
+def holm(p_values: Sequence[float] | ndarray) -> list[float]:
     """The p-values corrected for their number by Holm's step-down method (1979), in the given
     order."""
     order = np.argsort(p_values, kind="stable")

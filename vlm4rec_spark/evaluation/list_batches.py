@@ -4,8 +4,6 @@ A batch has user_id, seen and, for profiles, history. Lists have user_id and ite
 order. Knows no split and no table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
@@ -13,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy import ndarray
 from pyspark.sql import DataFrame
 
 from vlm4rec_spark.evaluation import als
@@ -42,7 +41,7 @@ def positions(
     user_ids: pd.Series,
     item_ids: pd.Index,
     k: int,
-) -> np.ndarray:
+) -> ndarray:
     """Lists of ids as positions in `item_ids`, (users, k) in the order of `user_ids`, -1 past the
     end."""
     top = np.full((len(user_ids), k), -1, np.int64)
@@ -55,7 +54,7 @@ def positions(
     return top
 
 
-def user_item_codes(lists: pd.Series, item_ids: pd.Index) -> np.ndarray:
+def user_item_codes(lists: pd.Series, item_ids: pd.Index) -> ndarray:
     """Sorted codes, as in `metrics`, of lists of ids; ids that are no candidates are skipped."""
     sizes = [0 if ids is None else len(ids) for ids in lists]
     flat = [item_id for ids in lists if ids is not None for item_id in ids]
@@ -86,7 +85,7 @@ def rank_histories(
 
 def rank_by_value(
     item_ids: pd.Index,
-    values: np.ndarray,
+    values: ndarray,
     k: int,
     seed: int | None = None,
 ) -> BatchFunction:
@@ -96,7 +95,7 @@ def rank_by_value(
     arm.
     """
 
-    def score(batch: pa.RecordBatch) -> np.ndarray:
+    def score(batch: pa.RecordBatch) -> ndarray:
         if seed is None:
             return np.broadcast_to(values, (len(batch), len(values)))
         user_ids = batch.column("user_id").to_pylist()
@@ -115,7 +114,7 @@ def rank_by_factors(
     know."""
     known = pa.array(factors.user_ids, pa.string())
 
-    def score(batch: pa.RecordBatch) -> np.ndarray:
+    def score(batch: pa.RecordBatch) -> ndarray:
         users = factors.user_ids.get_indexer(pd.Index(batch.column("user_id").to_pylist()))
         return factors.users[users] @ factors.items.T
 
@@ -129,7 +128,7 @@ def rank_by_factors(
 
 def _ranker(
     item_ids: pd.Index,
-    score: Callable[[pa.RecordBatch], np.ndarray],
+    score: Callable[[pa.RecordBatch], ndarray],
     k: int,
 ) -> BatchFunction:
     """user_id, seen and what `score` reads to the k unseen candidates with the best scores.
@@ -163,6 +162,6 @@ def _list_batch(user_ids: pa.Array, items: pa.ListArray) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([user_ids, items], ["user_id", "items"])
 
 
-def _indexed(ids: pa.Array, item_ids: pd.Index) -> np.ndarray:
+def _indexed(ids: pa.Array, item_ids: pd.Index) -> ndarray:
     """Positions of ids, -1 of those that are no candidates."""
     return item_ids.get_indexer(pd.Index(ids.to_pylist(), dtype=object))

@@ -1,13 +1,12 @@
 """Lists of arms to rows of `metrics`: values with intervals, paired differences, slices. numpy and
 pandas only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from vlm4rec_spark.evaluation import guards
 from vlm4rec_spark.evaluation.arms import EvaluateSettings
@@ -50,12 +49,12 @@ class ArmLists:
     metric. user_counts: how many of `total_users` know each item.
     """
 
-    lists: Mapping[str, np.ndarray]
-    relevant: np.ndarray
+    lists: Mapping[str, ndarray]
+    relevant: ndarray
     items: int
-    user_counts: np.ndarray
+    user_counts: ndarray
     total_users: int
-    vectors: np.ndarray | None
+    vectors: ndarray | None
 
     @property
     def users(self) -> int:
@@ -64,11 +63,11 @@ class ArmLists:
     def hit_mask(
         self,
         arm: str,
-        relevant: np.ndarray,
-    ) -> np.ndarray:
+        relevant: ndarray,
+    ) -> ndarray:
         return hit_mask(self.lists[arm], relevant, self.items)
 
-    def relevant_counts(self, relevant: np.ndarray) -> np.ndarray:
+    def relevant_counts(self, relevant: ndarray) -> ndarray:
         """How many items are relevant to each user."""
         return np.bincount(relevant // self.items, minlength=self.users)
 
@@ -104,7 +103,7 @@ def rows(
             yield _row(split, key, users, part.name) | estimate
 
 
-def shuffled_recall(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[str, np.ndarray]:
+def shuffled_recall(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[str, ndarray]:
     """By arm, each user's recall at k on shuffled items: chance, unless something leaks."""
     relevant = guards.shuffle_items(arm_lists.relevant, arm_lists.items, settings.seed)
     counts = arm_lists.relevant_counts(relevant)
@@ -156,9 +155,9 @@ def _overall(
             yield _row(split, key, arm_lists.users) | {"value": value}
 
 
-def _user_metrics(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[_Key, np.ndarray]:
+def _user_metrics(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[_Key, ndarray]:
     """All metrics of single users: (users,) by arm, metric and length."""
-    columns: dict[_Key, np.ndarray] = {}
+    columns: dict[_Key, ndarray] = {}
     counts = arm_lists.relevant_counts(arm_lists.relevant)
     for arm, top in arm_lists.lists.items():
         hits = arm_lists.hit_mask(arm, arm_lists.relevant)
@@ -181,9 +180,9 @@ def _user_metrics(arm_lists: ArmLists, settings: EvaluateSettings) -> dict[_Key,
 
 def _comparisons(
     keys: Sequence[_Key],
-    values: np.ndarray,
-    means: np.ndarray,
-    resampled: np.ndarray,
+    values: ndarray,
+    means: ndarray,
+    resampled: ndarray,
     settings: EvaluateSettings,
 ) -> dict[_Key, dict]:
     """Differences to the control with p-values corrected for the number of arms; none if the

@@ -5,9 +5,8 @@ A list is a row of candidate positions, best first, -1 past its end. The users' 
 one sorted array of codes, `user * items + position`.
 """
 
-from __future__ import annotations
-
 import numpy as np
+from numpy import ndarray
 
 ACCURACY = ("recall", "ndcg", "mrr", "hit_rate")
 NEAR_DUPLICATE = 0.98
@@ -17,10 +16,10 @@ _BLOCK = 1_024
 
 
 def hit_mask(
-    top: np.ndarray,
-    relevant: np.ndarray,
+    top: ndarray,
+    relevant: ndarray,
     items: int,
-) -> np.ndarray:
+) -> ndarray:
     """bool, shaped like `top` (users, length): whether the item at each rank is relevant."""
     if not len(relevant):
         return np.zeros(top.shape, bool)
@@ -30,10 +29,10 @@ def hit_mask(
 
 
 def per_user(
-    hits: np.ndarray,
-    relevant_counts: np.ndarray,
+    hits: ndarray,
+    relevant_counts: ndarray,
     k: int,
-) -> dict[str, np.ndarray]:
+) -> dict[str, ndarray]:
     """ACCURACY at k by user, from the `hit_mask` and the number of relevant items of each user, at
     least 1.
 
@@ -53,11 +52,11 @@ def per_user(
 
 
 def beyond_accuracy(
-    top: np.ndarray,
-    vectors: np.ndarray,
-    user_counts: np.ndarray,
+    top: ndarray,
+    vectors: ndarray,
+    user_counts: ndarray,
     total_users: int,
-) -> dict[str, np.ndarray]:
+) -> dict[str, ndarray]:
     """Novelty, intra-list distance and near-duplicate share by user; NaN for lists that are too
     short.
 
@@ -83,7 +82,7 @@ def beyond_accuracy(
     }
 
 
-def _diversity(top: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+def _diversity(top: ndarray, vectors: ndarray) -> ndarray:
     """Intra-list distance and near-duplicate share, (2, lists); NaN for lists of fewer than two
     items.
 
@@ -104,7 +103,7 @@ def _diversity(top: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return diversity
 
 
-def aggregate_diversity(top: np.ndarray, items: int) -> dict[str, float]:
+def aggregate_diversity(top: ndarray, items: int) -> dict[str, float]:
     """Over all lists: the share of candidates that are on any list, and the Gini index of how often
     each is.
 

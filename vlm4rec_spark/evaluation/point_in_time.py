@@ -4,8 +4,6 @@ Knows how the stages fit together and what is known at the cut. Knows no metric 
 the cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager

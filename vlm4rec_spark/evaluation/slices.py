@@ -1,12 +1,11 @@
 """Groups of users, and of relevant items, with metrics of their own. numpy and pandas only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy import ndarray
 
 MIN_USERS = 30
 """A slice of fewer users gives no number: its interval would be wider than any difference."""
@@ -28,14 +27,14 @@ class Slice:
     all."""
 
     name: str
-    users: np.ndarray
-    items: np.ndarray | None = None
+    users: ndarray
+    items: ndarray | None = None
 
 
 def slices(
     users: pd.DataFrame,
     cut: str | None,
-    user_counts: np.ndarray,
+    user_counts: ndarray,
     catalogue: pd.DataFrame,
 ) -> Iterator[Slice]:
     """users: seen, last_event_at and segment of the test users; user_counts: int (candidates,),
@@ -57,9 +56,9 @@ def slices(
 
 def _item_groups(
     cut: str | None,
-    user_counts: np.ndarray,
+    user_counts: ndarray,
     catalogue: pd.DataFrame,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, ndarray]]:
     yield "items nobody knows", user_counts == 0
     if cut is not None and catalogue["first_seen_at"].notna().any():
         new = pd.to_datetime(catalogue["first_seen_at"]) >= pd.Timestamp(cut)

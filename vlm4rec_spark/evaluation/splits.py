@@ -1,7 +1,5 @@
 """The log cut into train and test events. Knows time; knows no arm and no metric."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ One setting after another, each varied from the best so far. Embeddings, indexes
 computed once. Knows arms and their recall; knows no file.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

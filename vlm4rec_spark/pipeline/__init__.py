@@ -3,8 +3,6 @@
 Only this folder sees both ends of every stage. Knows the order of the stages; knows no terminal.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

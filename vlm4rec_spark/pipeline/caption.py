@@ -4,8 +4,6 @@ One part is captioned while the part before is committed. Knows the tables; the 
 are `caption.plan`'s, the model is `caption.worker`'s.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 from pyspark.sql import DataFrame, Row, Window
 from pyspark.sql import functions as F
 
@@ -207,7 +208,7 @@ def _texts(sample: _Sample) -> Iterable[str]:
         yield from filter(None, [*recaptions.captions.values(), recaptions.blank_caption])
 
 
-def _vectors(context: RunContext, texts: Iterable[str]) -> dict[str, np.ndarray]:
+def _vectors(context: RunContext, texts: Iterable[str]) -> dict[str, ndarray]:
     """Unit vectors by text, as items get theirs; none for a text that is empty once cleaned."""
     by_number = dict(enumerate(sorted(texts)))
     rows = [(str(number), "audit", text, "", False) for number, text in by_number.items()]
@@ -225,7 +226,7 @@ def _vectors(context: RunContext, texts: Iterable[str]) -> dict[str, np.ndarray]
     }
 
 
-def _judge(sample: _Sample, vectors: Mapping[str, np.ndarray], seed: int) -> _Judgment:
+def _judge(sample: _Sample, vectors: Mapping[str, ndarray], seed: int) -> _Judgment:
     captions = sample.captions
     catalogue = [{"category": row["category"], **(row["attributes"] or {})} for row in sample.rows]
     agreement, misses = metrics.agreement(captions, catalogue, seed)
@@ -250,7 +251,7 @@ def _judge(sample: _Sample, vectors: Mapping[str, np.ndarray], seed: int) -> _Ju
 
 
 def _judge_photos(
-    sample: _Sample, recaptions: Recaptions, vectors: Mapping[str, np.ndarray], seed: int
+    sample: _Sample, recaptions: Recaptions, vectors: Mapping[str, ndarray], seed: int
 ) -> _Judgment:
     """Whether captions come from the photos: by the blank photo, and by perturbed photos."""
     captions = sample.captions
@@ -279,7 +280,7 @@ def _judge_photos(
     return _Judgment(figures, examples)
 
 
-def _stacked(texts: Sequence[str], vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+def _stacked(texts: Sequence[str], vectors: Mapping[str, ndarray]) -> ndarray:
     """(texts, dimension); zeros, which are close to nothing, for a text without a vector."""
     zeros = np.zeros_like(next(iter(vectors.values()), np.zeros(1, np.float32)))
     stacked = np.array([vectors.get(text, zeros) for text in texts], np.float32)

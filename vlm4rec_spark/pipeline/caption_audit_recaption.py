@@ -3,8 +3,6 @@
 Knows which photos the model may see again; knows no figure.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Sequence

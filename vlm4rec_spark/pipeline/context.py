@@ -1,7 +1,5 @@
 """What every stage of a run uses: session, config, tables, reporter, and a record of its result."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Mapping

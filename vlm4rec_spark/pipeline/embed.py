@@ -1,7 +1,5 @@
 """Embed: titles, captions and photos to vectors."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from pyspark.sql import DataFrame

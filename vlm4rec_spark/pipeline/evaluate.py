@@ -1,7 +1,5 @@
 """Evaluate and tune: the arms as of a cut, from the tables as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pyspark.sql import DataFrame

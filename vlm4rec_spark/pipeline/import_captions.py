@@ -1,7 +1,5 @@
 """import-captions: texts from elsewhere, or the captions of earlier tables, as captions."""
 
-from __future__ import annotations
-
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 

@@ -1,7 +1,5 @@
 """Index: vectors of one representation to an index artifact, and the index that is in force."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pyspark.sql import DataFrame

@@ -1,7 +1,5 @@
 """Maintain: joins small files, deletes old ones and old index versions. Changes no row."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Knows whose profile may have changed; how a profile is made is the stage's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from datetime import UTC, datetime, timedelta

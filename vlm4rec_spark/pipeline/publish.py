@@ -1,7 +1,5 @@
 """Publish: the lists in the shapes that consumers read."""
 
-from __future__ import annotations
-
 from vlm4rec_spark.pipeline.context import RunContext, StageResult
 from vlm4rec_spark.stages import publish as stage
 from vlm4rec_spark.storage import schemas

@@ -3,8 +3,6 @@
 Knows who gets a list and which tables it comes from. How one list is made is the stage's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

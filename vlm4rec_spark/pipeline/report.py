@@ -1,7 +1,5 @@
 """Report: one HTML page of what the tables hold."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -4,8 +4,6 @@ its examples.
 Knows the metrics of split `captions` and evaluate's row of `state`; knows no HTML.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

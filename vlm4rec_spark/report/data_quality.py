@@ -1,8 +1,6 @@
 """What was unusual in the data that was taken, and how it was handled. Knows the stages' run
 details; no HTML."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

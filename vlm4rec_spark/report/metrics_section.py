@@ -1,8 +1,6 @@
 """Metrics put in order for the page: the headline, charts and tables per split. Knows no HTML but
 the charts' SVG."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

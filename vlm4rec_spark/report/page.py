@@ -1,8 +1,6 @@
 """`ReportData` to one self-contained HTML page. Knows Jinja2 and how figures are written for
 people; knows no Spark."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from datetime import datetime

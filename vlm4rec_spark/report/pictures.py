@@ -1,8 +1,6 @@
 """Photo bytes to a small JPEG and to the name of their kind. Knows Pillow; knows no table and no
 HTML."""
 
-from __future__ import annotations
-
 import io
 import warnings
 

@@ -1,7 +1,5 @@
 """Lists the files of a source without reading them. Knows no formats."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Knows formats and column mappings. Rejects no row: `stages/ingest.py` does.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing

@@ -1,7 +1,5 @@
 """Turns errors of Spark's readers into errors of one line that name the config key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ when that is set up: `python -m vlm4rec_spark.spark.class_archive`. Java ignores
 doesn't fit its version or its jars, and a missing one costs nothing but time.
 """
 
-from __future__ import annotations
-
 import tempfile
 
 from pyspark import SparkContext

@@ -1,7 +1,5 @@
 """The GPUs of Spark's executors: how many tasks can caption at once, and what each claims."""
 
-from __future__ import annotations
-
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 

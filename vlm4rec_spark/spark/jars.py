@@ -6,8 +6,6 @@ Python downloads them, because it knows the network's certificates (SSL_CERT_FIL
 (HTTPS_PROXY). Java doesn't.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence

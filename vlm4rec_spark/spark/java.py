@@ -1,7 +1,5 @@
 """Finds a Java that can run Spark 4, and makes its start quiet. Knows no session or setting."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Searches every item's neighbors, divided among the workers. Knows the index; knows no user."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator

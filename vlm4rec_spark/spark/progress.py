@@ -3,8 +3,6 @@
 Knows Spark's status tracker and the terminal.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Item texts and main photos to unit vectors. Knows which text makes up each representation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

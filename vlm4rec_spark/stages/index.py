@@ -1,7 +1,5 @@
 """The rows that the index is built from. Doesn't know how it is built or how it gets to workers."""
 
-from __future__ import annotations
-
 from pydantic import Field
 from pyspark.sql import DataFrame
 

@@ -3,8 +3,6 @@
 Reads photos inside tasks; opens no table and no file on the driver.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime

@@ -1,7 +1,5 @@
 """Counts the items that occur together in users' histories. Knows no index and no file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Popular items, for users without a usable profile. Knows events and segments; knows no vector."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

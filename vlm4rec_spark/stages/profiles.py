@@ -3,8 +3,6 @@
 Knows events and weights. The item vectors come from the index artifact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Annotated
 

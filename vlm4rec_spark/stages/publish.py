@@ -1,7 +1,5 @@
 """Recommendations in the shapes that activation tools read. Knows no table and no scheduling."""
 
-from __future__ import annotations
-
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 

@@ -3,14 +3,13 @@
 Knows profiles, exclusions and explanations. Candidates and their order come from `models/ranking`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+from numpy import ndarray
 from pydantic import Field, PositiveInt
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -136,8 +135,8 @@ class ProfileScoring:
         self,
         batch: pa.RecordBatch,
         searcher: Searcher,
-        positions: list[np.ndarray],
-        weights: list[np.ndarray],
+        positions: list[ndarray],
+        weights: list[ndarray],
     ) -> Queries:
         if self.shape == "max_similarity":
             neighbors = self.open_neighbors() if self.open_neighbors else None
@@ -280,7 +279,7 @@ def _recommend_batch(
 
 def _explanations(
     queries: Queries,
-    positions: np.ndarray,
+    positions: ndarray,
     searcher: Searcher,
     spec: _ListSpec,
 ) -> dict[str, pa.Array]:
@@ -303,7 +302,7 @@ def _explanations(
     }
 
 
-def _only(batch: pa.RecordBatch, searcher: Searcher) -> list[np.ndarray | None] | None:
+def _only(batch: pa.RecordBatch, searcher: Searcher) -> list[ndarray | None] | None:
     """Positions of the items that a user may get, None for users who may get all of them."""
     if "only" not in batch.schema.names:
         return None
@@ -311,7 +310,7 @@ def _only(batch: pa.RecordBatch, searcher: Searcher) -> list[np.ndarray | None] 
     if only.null_count == len(batch):
         return None
     restricted = only.is_valid().to_pylist()
-    positions: list[np.ndarray | None] = []
+    positions: list[ndarray | None] = []
     positions += _positions(only.fill_null([]), searcher)
     for user, is_restricted in enumerate(restricted):
         if not is_restricted:
@@ -332,8 +331,8 @@ def _collapsed_ids(lists: RankedLists, searcher: Searcher) -> pa.ListArray:
 
 def shared_terms(
     searcher: Searcher,
-    items: np.ndarray,
-    reasons: np.ndarray,
+    items: ndarray,
+    reasons: ndarray,
 ) -> pa.ListArray:
     """The rarest words that the text of each item (position) shares with that of its reason.
 
@@ -362,7 +361,7 @@ def shared_terms(
 def _indexed_history(
     history: pa.ListArray,
     searcher: Searcher,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> tuple[list[ndarray], list[ndarray]]:
     """Positions and weights of each user's history items that are in the index.
 
     Weights are divided by the user's largest.
@@ -379,23 +378,23 @@ def _indexed_history(
     return positions, weights
 
 
-def _rule_bits(batch: pa.RecordBatch) -> np.ndarray:
+def _rule_bits(batch: pa.RecordBatch) -> ndarray:
     """int64 (users,)."""
     if "rules" not in batch.schema.names:
         return np.zeros(len(batch), np.int64)
     return batch.column("rules").to_numpy()
 
 
-def _vectors(embedding: pa.ListArray) -> np.ndarray:
+def _vectors(embedding: pa.ListArray) -> ndarray:
     """float32 (users, dimension)."""
     values = np.asarray(embedding.flatten(), np.float32)
     return values.reshape(len(embedding), -1)
 
 
-def _positions(items: pa.ListArray, searcher: Searcher) -> list[np.ndarray]:
+def _positions(items: pa.ListArray, searcher: Searcher) -> list[ndarray]:
     return _per_user(searcher.positions_of(items.flatten()), items)
 
 
-def _per_user(values: np.ndarray, lists: pa.ListArray) -> list[np.ndarray]:
+def _per_user(values: ndarray, lists: pa.ListArray) -> list[ndarray]:
     ends = np.cumsum(np.asarray(lists.value_lengths()))
     return np.split(values, ends)[:-1]

@@ -3,13 +3,12 @@
 Knows tables. Which of the allowed items get on a list is decided by `models/ranking/list_rules.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy import ndarray
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -129,12 +128,12 @@ def list_rules(
     indexed = positions >= 0
     positions = positions[indexed]
 
-    def by_position(values: np.ndarray, default: int) -> np.ndarray:
+    def by_position(values: ndarray, default: int) -> ndarray:
         column = np.full(len(searcher), default, np.int64)
         column[positions] = values[indexed]
         return column
 
-    def codes(name: str) -> np.ndarray:
+    def codes(name: str) -> ndarray:
         """The column's values as numbers, -1 for null."""
         indices = rows[name].combine_chunks().dictionary_encode().indices
         return by_position(indices.fill_null(-1).to_numpy(), -1)
@@ -152,7 +151,7 @@ def list_rules(
     return ListRules(allowed, groups, limits)
 
 
-def _connected_groups(groupings: Sequence[np.ndarray]) -> np.ndarray:
+def _connected_groups(groupings: Sequence[ndarray]) -> ndarray:
     """The group number of each item after joining all groups that share an item.
 
     groupings: of each column the number per item, int64 (items,), -1 for none.

@@ -4,8 +4,6 @@ Reads the files of the log, which starts no Spark job. Where a catalog owns them
 same.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

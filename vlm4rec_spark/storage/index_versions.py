@@ -3,8 +3,6 @@
 Knows folders and manifests; knows no table, no Spark and nothing of what a version holds.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -3,8 +3,6 @@
 Knows files and retention; changes no row. Which tables need it is the stage's to decide.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Knows names and types only. `layout.py` turns a record into a Delta table, and t
 these columns.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import cast
 

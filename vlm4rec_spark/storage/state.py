@@ -3,8 +3,6 @@
 Knows the columns and their types; knows no stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple

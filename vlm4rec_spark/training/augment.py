@@ -1,7 +1,5 @@
 """Random changes of photos, so that a captioner learns the product and not the studio."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Knows files, pixels and words; knows no network.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy import ndarray
 from PIL import Image
 
 from vlm4rec_spark.errors import RunError, UsageError
@@ -37,14 +36,14 @@ _CHUNK = 2_000
 class Labelled:
     """Photos and what is known of them."""
 
-    photos: np.ndarray
+    photos: ndarray
     """uint8 (n, 3, side, side), memory-mapped."""
-    labels: dict[str, np.ndarray]
+    labels: dict[str, ndarray]
     """By attribute, int64 (n,): an index into `values`, -1 where the value isn't known."""
     values: dict[str, list[str]]
     sentences: list[str]
-    weights: np.ndarray
-    held_out: np.ndarray
+    weights: ndarray
+    held_out: ndarray
     """bool (n,). It depends on a photo's bytes, so that copies of it are on one side."""
     rejected: dict[str, int]
     """How many photos couldn't be used, by error class."""
@@ -53,7 +52,7 @@ class Labelled:
 class _Decoded(NamedTuple):
     """The photos of a table; a reason is "" for a photo that could be decoded."""
 
-    pixels: np.ndarray
+    pixels: ndarray
     reasons: list[str]
     digests: list[str]
     """SHA-256 of the bytes."""
@@ -143,7 +142,7 @@ def _sentences(rows: pd.DataFrame, truth: Sequence[dict[str, str]]) -> list[str]
     ]
 
 
-def _held_out(photo_digests: Sequence[str]) -> np.ndarray:
+def _held_out(photo_digests: Sequence[str]) -> ndarray:
     """bool (n,), with one photo at least."""
     held_out = np.array([int(digest[:8], 16) % _VALIDATION_EVERY == 0 for digest in photo_digests])
     held_out[0] |= not held_out.any()
@@ -152,7 +151,7 @@ def _held_out(photo_digests: Sequence[str]) -> np.ndarray:
 
 def _labels(
     truth: Sequence[dict[str, str]], values: Mapping[str, Sequence[str]]
-) -> dict[str, np.ndarray]:
+) -> dict[str, ndarray]:
     columns = pd.DataFrame(truth, columns=list(values))
     return {
         name: pd.Categorical(columns[name], categories).codes.astype(np.int64)
@@ -186,7 +185,7 @@ def _decoded(
 
 
 def _decode_into(
-    array: np.ndarray,
+    array: ndarray,
     photos: Sequence[Any],
     folder: Path,
     log: Callable[[str], None],
@@ -213,7 +212,7 @@ def _decode(
     photo: Any,
     folder: Path,
     side: int,
-) -> tuple[np.ndarray, str, str]:
+) -> tuple[ndarray, str, str]:
     """Pixels, reason and digest of bytes, or of those at a path in `folder`.
 
     A missing value is an empty photo.

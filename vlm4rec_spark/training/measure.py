@@ -1,7 +1,5 @@
 """How good a captioner is: the accuracy of its captions of held-out photos, and that of guesses."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Made of transformers' own classes, so that the ordinary backend loads it without any code of ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 

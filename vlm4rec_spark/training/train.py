@@ -6,8 +6,6 @@ The decoder learns the sentences. Linear heads on the pooled tower learn the att
 guide the tower and aren't saved.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time
