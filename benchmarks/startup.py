@@ -49,12 +49,7 @@ def settings(folder: Path, raw: Path) -> list[str]:
         f"tables={folder / 'tables'}",
         f"index.folder={folder / 'index'}",
         f"report.path={folder / 'report.html'}",
-        f"ingest.items.path=['{raw / 'catalogue.csv'}']",
-        f"ingest.interactions.path=['{raw / 'events-*.csv.gz'}']",
-        f"ingest.users.path=['{raw / 'users.csv'}']",
-        f"ingest.identities.path=['{raw / 'identities.csv'}']",
-        f"ingest.photos.folder={raw / 'photos'}",
-        f"evaluate.cut={catalogue.CUT}",
+        *catalogue.settings(raw),
     ]
 
 

@@ -35,13 +35,8 @@ def demo_settings(raw: Path) -> tuple[str, ...]:
     """Write the files of the demo's shop, and return the settings of a quick run on them."""
     catalogue.write(raw, items=60, users=60)
     return (
-        f"ingest.items.path=[{raw}/catalogue.csv]",
-        f"ingest.interactions.path=['{raw}/events-*.csv.gz']",
-        f"ingest.photos.folder={raw}/photos",
-        f"ingest.users.path=[{raw}/users.csv]",
-        f"ingest.identities.path=[{raw}/identities.csv]",
+        *catalogue.settings(raw),
         "recommend.k=5",
-        f"evaluate.cut={catalogue.CUT}",
         "evaluate.splits=[time]",
         "report.photos=4",
         "report.users=2",

@@ -195,15 +195,13 @@ def test_a_small_table_has_the_same_rows_in_the_driver_as_in_its_files(tables: T
     assert in_driver.schema.simpleString() == tables.stored_schema(PRODUCTS).simpleString()
 
 
-def test_a_missing_table_an_old_version_and_pending_rows(tables: Tables):
+def test_a_missing_table_and_an_old_version(tables: Tables):
     assert tables.read(PRODUCTS).count() == 0
     assert tables.versions([PRODUCTS]) == {}
     tables.insert(PRODUCTS, rows(tables, ("a", 1.0, None, MONDAY)))
     first = version(tables)
     tables.insert(PRODUCTS, rows(tables, ("b", 2.0, None, MONDAY)))
     assert tables.read(PRODUCTS, first).count() == 1
-    new = rows(tables, ("b", 2.0, None, MONDAY), ("c", 3.0, None, MONDAY))
-    assert [row["id"] for row in tables.pending(new, PRODUCTS).collect()] == ["c"]
 
 
 def test_a_table_of_another_schema_is_refused(spark: SparkSession, tables: Tables):

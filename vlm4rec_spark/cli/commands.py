@@ -95,7 +95,12 @@ def run_demo(
     from vlm4rec_spark.demo import catalogue
 
     raw = out / "raw"
-    settings = [*_demo_settings(out, raw), f"evaluate.cut={catalogue.CUT}"]
+    settings = [
+        *catalogue.settings(raw),
+        f"tables={out / 'tables'}",
+        f"index.folder={out / 'index'}",
+        f"report.path={out / 'report.html'}",
+    ]
     truth = raw / "truth.parquet"
     common = common._replace(assignments=settings + (common.assignments or []))
     with ThreadPoolExecutor(1) as pool:
@@ -149,19 +154,6 @@ def run_maintain(common: CommonOptions) -> None:
         _report(result)
         if pipeline.config.log != "json":
             status.show_maintenance(result, _CONSOLE)
-
-
-def _demo_settings(out: Path, raw: Path) -> list[str]:
-    return [
-        f"tables={out / 'tables'}",
-        f"index.folder={out / 'index'}",
-        f"report.path={out / 'report.html'}",
-        f"ingest.items.path=['{raw / 'catalogue.csv'}']",
-        f"ingest.interactions.path=['{raw / 'events-*.csv.gz'}']",
-        f"ingest.users.path=['{raw / 'users.csv'}']",
-        f"ingest.identities.path=['{raw / 'identities.csv'}']",
-        f"ingest.photos.folder={raw / 'photos'}",
-    ]
 
 
 def _add_oracle(pipeline: Pipeline, truth: Path) -> None:

@@ -84,6 +84,18 @@ def write(
     truth.to_parquet(folder / "truth.parquet", index=False)
 
 
+def settings(folder: Path) -> list[str]:
+    """Configuration, as `--set` takes it, that reads the shop in `folder`."""
+    return [
+        f"ingest.items.path=['{folder}/catalogue.csv']",
+        f"ingest.interactions.path=['{folder}/events-*.csv.gz']",
+        f"ingest.users.path=['{folder}/users.csv']",
+        f"ingest.identities.path=['{folder}/identities.csv']",
+        f"ingest.photos.folder={folder}/photos",
+        f"evaluate.cut={CUT}",
+    ]
+
+
 def _first_seen(items: int, rng: np.random.Generator) -> list[datetime]:
     """Most items were always there; 5 % came in the last month."""
     is_late = rng.random(items) < 0.05

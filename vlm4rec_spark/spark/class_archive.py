@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from vlm4rec_spark.spark import jars
-from vlm4rec_spark.spark.session import ARCHIVE, SparkSettings, session
+from vlm4rec_spark.spark.session import ARCHIVE, QUIET_ARCHIVE, SparkSettings, session
 
 
 def make() -> None:
@@ -20,7 +20,7 @@ def make() -> None:
     ARCHIVE.parent.mkdir(exist_ok=True)
     ARCHIVE.unlink(missing_ok=True)
     settings = SparkSettings(driver_memory="1g")
-    spark = session(settings, [f"-XX:ArchiveClassesAtExit={ARCHIVE}"])
+    spark = session(settings, [f"-XX:ArchiveClassesAtExit={ARCHIVE}", *QUIET_ARCHIVE])
     master = spark.conf.get("spark.master")
     print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {master}.")
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +29,7 @@ def make() -> None:
     jvm = SparkContext._gateway.proc  # type: ignore[union-attr]
     # It ends where its input does, and writes the archive then.
     jvm.stdin.close()
-    jvm.wait(120)
+    jvm.wait()
 
 
 def _use(spark: SparkSession, table: str) -> None:

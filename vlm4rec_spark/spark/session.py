@@ -47,10 +47,9 @@ _LOCAL = {
 
 ARCHIVE = Path(sys.prefix, "cache", "spark-classes.jsa")
 """The archive that `class_archive` makes, and every local session uses."""
+QUIET_ARCHIVE = ("-Xlog:cds=off", "-Xlog:class+path=off")
+"""Java warns of classes that it can't archive, and of an archive of another Java."""
 _LOCAL_JVM_OPTIONS = (
-    # Java warns of an archive of another Java.
-    "-Xlog:cds=off",
-    "-Xlog:class+path=off",
     # Only the first compiler: starts in two thirds of the time, and the heavy work is in Python.
     "-XX:TieredStopAtLevel=1",
     # A long session fills the default of 48 MB, and then the JVM drops compiled code and compiles
@@ -141,26 +140,32 @@ def _new_jvm(
             conf[class_path] = os.pathsep.join(delta)
         else:
             conf["spark.jars"] = ",".join(delta)
-    with java.home(executable) as home:
-        environment = {"JAVA_HOME": str(home)}
-        if master.startswith("local"):
-            folder = _temporary_folder()
-            options += [*_LOCAL_JVM_OPTIONS, f'"-Djava.io.tmpdir={folder}"']
-            options += [f'"-XX:SharedArchiveFile={ARCHIVE}"'] if ARCHIVE.is_file() else []
-            conf |= _LOCAL | {
-                "spark.sql.warehouse.dir": f"{folder}/warehouse",
-                "spark.local.dir": f"{folder}/local",
-            }
-            defaults = _LOCAL_ENVIRONMENT
-            environment |= {name: os.environ.get(name, value) for name, value in defaults.items()}
-        conf["spark.driver.extraJavaOptions"] = " ".join(options)
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        try:
-            yield conf
-        finally:
-            for name, old in before.items():
-                os.environ.pop(name) if old is None else os.environ.update({name: old})
+    environment: dict[str, str] = {}
+    if master.startswith("local"):
+        folder = _temporary_folder()
+        options += [*_LOCAL_JVM_OPTIONS, f'"-Djava.io.tmpdir={folder}"']
+        if ARCHIVE.is_file():
+            options += [f'"-XX:SharedArchiveFile={ARCHIVE}"', *QUIET_ARCHIVE]
+        conf |= _LOCAL | {
+            "spark.sql.warehouse.dir": f"{folder}/warehouse",
+            "spark.local.dir": f"{folder}/local",
+        }
+        defaults = _LOCAL_ENVIRONMENT
+        environment |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    conf["spark.driver.extraJavaOptions"] = " ".join(options)
+    with java.home(executable) as home, _environment(environment | {"JAVA_HOME": str(home)}):
+        yield conf
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            os.environ.pop(name) if old is None else os.environ.update({name: old})
 
 
 def _require_delta(spark: SparkSession) -> None:

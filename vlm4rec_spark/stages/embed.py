@@ -178,8 +178,8 @@ def main_photos(photos: DataFrame) -> DataFrame:
 def marked_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
     """`main_photos` with is_pending and is_known, as for `marked_texts`."""
     by_encoder = (F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id)
-    never = photos.withColumn("fallback", F.lit(False))
-    return _marked(never, embeddings.where(by_encoder), ["item_id"])
+    rows = photos.withColumn("fallback", F.lit(False))
+    return _marked(rows, embeddings.where(by_encoder), ["item_id"])
 
 
 def embed_photos(

@@ -53,9 +53,8 @@ def in_folder(files: Files, table: str) -> Iterator[Commit]:
     """Commits of the table in a folder, latest first."""
     for version in versions(files, table):
         lines = (files.read(f"{table}/_delta_log/{version:020d}.json") or "").splitlines()
-        found = [json.loads(line)["commitInfo"] for line in lines if '"commitInfo"' in line[:20]]
-        if found:
-            info = found[0]
+        actions = [json.loads(line) for line in lines if '"commitInfo"' in line[:20]]
+        for info in (action["commitInfo"] for action in actions):
             metrics = info.get("operationMetrics", {})
             yield Commit(version, info["timestamp"] * 1000, info["operation"], metrics)
 

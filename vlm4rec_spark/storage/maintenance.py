@@ -78,8 +78,8 @@ def optimize(tables: Tables, table: Table) -> tuple[int, int]:
     before = tables.detail(table)["numFiles"]
     statement = f"OPTIMIZE {tables.sql_name(table)}"
     with tables.conf(OPTIMIZE):
-        done = tables.commit(table, lambda: tables.spark.sql(statement).collect())
-    metrics = done[0]["metrics"]
+        (report,) = tables.commit(table, lambda: tables.spark.sql(statement).collect())
+    metrics = report["metrics"]
     return before, before + metrics["numFilesAdded"] - metrics["numFilesRemoved"]
 
 

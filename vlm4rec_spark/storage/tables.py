@@ -86,8 +86,10 @@ class Tables:
         if self._is_new(table):
             # Spark drops joins with rows that it knows not to exist.
             return self.spark.createDataFrame([], table.schema).limit(0)
-        if version is None and (rows := self._in_driver(table)) is not None:
-            return rows
+        if version is None or version == self.version(table):
+            rows = self._in_driver(table)
+            if rows is not None:
+                return rows
         options = {} if version is None else {"versionAsOf": str(version)}
         return self._load(table, options)
 
@@ -103,10 +105,7 @@ class Tables:
         A table that was read otherwise is read again by each action. A commit refreshes even what
         was persisted from it.
         """
-        if not self.exists(table):
-            return self.read(table)
-        rows = self._in_driver(table)
-        return self.read(table, self.version(table)) if rows is None else rows
+        return self.read(table, self.version(table) if self.exists(table) else None)
 
     def version(self, table: Table) -> int:
         """The latest version of an existing table."""
@@ -140,13 +139,10 @@ class Tables:
         options = {"readChangeFeed": "true", "startingVersion": str(version + 1)}
         return self._load(table, options)
 
-    def pending(self, rows: DataFrame, table: Table) -> DataFrame:
-        """The rows whose key isn't in the table yet."""
-        return rows.join(self.read(table).select(*table.key), on=list(table.key), how="left_anti")
-
     def insert(self, table: Table, rows: DataFrame, overwrite_where: str = "") -> int:
-        """Add the rows whose key is new; returns how many. Two writers can't clash.
+        """Add the rows whose key is new; returns how many.
 
+        Two writers of the same keys can clash only while the table has no rows.
         Keys in `rows` are distinct. An existing row stays as it is, unless the condition
         `overwrite_where` holds for it (columns of `old`). Overwritten rows aren't counted.
         """
