@@ -18,7 +18,7 @@ demo: $(STAMP)  ## draw a shop with photos, run every stage on it, write demo-ou
 test: $(STAMP)  ## run the tests, and name the ten slowest
 	@$(PYTEST_ON_TWO_CORES) --durations 10
 
-test-cluster: $(STAMP)  ## run the tests that start a cluster, or kill processes
+test-cluster: $(STAMP)  ## run the tests that start a cluster, or kill or stop processes
 	@$(PYTEST_ON_TWO_CORES) --durations 10 -m 'cluster and not soak'
 
 soak: $(STAMP)  ## kill runs at random moments, submit every job, damage photos; over an hour

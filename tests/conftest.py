@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from vlm4rec_spark.pipeline import Pipeline
+    from vlm4rec_spark.storage.schemas import Table
+    from vlm4rec_spark.storage.tables import Tables
 
 # `make test` has two processes on two cores: a second thread of one only waits for the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -69,15 +72,57 @@ def spark() -> Iterator[SparkSession]:
                 "spark.sql.lightweightPlanChangeValidation": "false",
                 "spark.databricks.delta.stateReconstructionValidation.enabled": "false",
                 "spark.databricks.delta.autoCompact.enabled": "false",
+                # Where Hadoop's native library is missing, the default forks 20 processes for each
+                # commit. This one is safe for the threads of one driver.
+                "spark.delta.logStore.file.impl": "io.delta.storage.LocalLogStore",
             },
         )
     )
+    _import_classes(test_session)
     yield test_session
     test_session.stop()
 
 
+def _import_classes(spark: SparkSession) -> None:
+    """pyspark asks for these by their short names, and Java looks in each package and jar."""
+    from py4j.java_gateway import java_import
+
+    for name in (
+        "sql.functions",
+        "api.python.PythonUtils",
+        "api.python.PythonRDD",
+        "api.python.SerDeUtil",
+        "sql.api.python.PythonSQLUtils",
+    ):
+        java_import(spark._jvm, f"org.apache.spark.{name}")
+
+
+class EmptyTables:
+    """Makes each empty table once, and copies of it for every other shop."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def use_in(self, tables: Tables) -> None:
+        make = tables.create
+
+        def create(table: Table) -> None:
+            empty = self._folder / table.name
+            if tables.in_catalog or tables.exists(table):
+                make(table)
+            elif empty.exists():
+                shutil.copytree(empty, tables.name_of(table))
+            else:
+                make(table)
+                shutil.copytree(tables.name_of(table), empty)
+
+        tables.create = create  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="session")
-def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
+def pipeline(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Pipeline]:
     """A function that makes a silent pipeline of a folder and `key=value` settings.
 
     Its models are the fakes of conf/test.yaml.
@@ -87,8 +132,12 @@ def pipeline(spark: SparkSession) -> Callable[..., Pipeline]:
     from vlm4rec_spark.config import load
     from vlm4rec_spark.pipeline import Pipeline, Reporter
 
+    empty_tables = EmptyTables(tmp_path_factory.mktemp("empty"))
+
     def make(folder: Path, *assignments: str) -> Pipeline:
         config = load([Path("test.yaml")], [*paths(folder), *assignments])
-        return Pipeline(spark, config, Reporter(print, print, lambda *_: nullcontext()))
+        run = Pipeline(spark, config, Reporter(print, print, lambda *_: nullcontext()))
+        empty_tables.use_in(run.tables)
+        return run
 
     return make

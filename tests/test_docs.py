@@ -158,7 +158,7 @@ def test_the_tree_names_every_room():
     assert set(re.findall(r"^(\S+)", tree, re.MULTILINE)) == top
 
 
-def test_the_page_of_tables_has_every_column():
+def test_the_page_of_tables_has_every_column(spark: SparkSession):
     sections = re.split(r"^## ", PAGES["docs/tables.md"], flags=re.MULTILINE)[1:]
     documented = {section.split("\n")[0].strip("` "): section for section in sections}
     assert set(documented) == set(TABLES)

@@ -520,6 +520,7 @@ def catalogued(
     spark.sql("DROP SCHEMA whole CASCADE")
 
 
+@pytest.mark.cluster
 def test_a_run_that_redoes_everything_in_a_catalog_changes_nothing(
     spark: SparkSession, shop: RecordedShop, catalogued: Pipeline
 ):

@@ -26,6 +26,8 @@ from vlm4rec_spark.models.captioning.supervisor import (
     suspects,
 )
 
+pytestmark = pytest.mark.cluster
+
 RED = one_color("red")
 GREEN = one_color("green")
 GREY = one_color("grey")

@@ -22,7 +22,7 @@ from vlm4rec_spark.storage.state import StageOutput, StageState
 from vlm4rec_spark.storage.tables import Tables
 
 T = TypeVar("T")
-_STATE_SECONDS = 30
+_STATE_SECONDS = 60
 """A run that is killed does again what it did in this time; quick stages share one write."""
 
 

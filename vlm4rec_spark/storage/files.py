@@ -90,12 +90,11 @@ class HadoopFiles:
 
     def __init__(self, spark: SparkSession, uri: str):
         self._jvm: Any = spark._jvm
+        # Looked up once: py4j asks Java for each part of such a name.
+        self._path: Any = self._jvm.org.apache.hadoop.fs.Path
         conf = spark._jsparkSession.sessionState().newHadoopConf()
         self._filesystem = self._path(uri).getFileSystem(conf)
-
-    @property
-    def scheme(self) -> str:
-        return str(self._filesystem.getUri().getScheme())
+        self.scheme = self._filesystem.getUri().getScheme()
 
     def names(self, folder: str) -> list[str]:
         return [status.getPath().getName() for status in self._statuses(folder)]
@@ -142,9 +141,6 @@ class HadoopFiles:
 
     def size(self, folder: str) -> int:
         return int(self._filesystem.getContentSummary(self._path(folder)).getLength())
-
-    def _path(self, uri: str) -> Any:
-        return self._jvm.org.apache.hadoop.fs.Path(uri)
 
     def _statuses(self, folder: str) -> list[Any]:
         path = self._path(folder)

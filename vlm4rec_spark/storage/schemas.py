@@ -5,6 +5,7 @@ these columns.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 from pyspark.sql.types import StructType
@@ -44,7 +45,7 @@ class Table:
     personal: tuple[str, ...] = ()
     properties: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def schema(self) -> StructType:
         return cast(StructType, StructType.fromDDL(self.ddl))
 

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from pyspark.sql import DataFrame, DataFrameWriter, Row, SparkSession
@@ -75,6 +76,10 @@ class Tables:
     def filesystem(self, uri: str) -> Files:
         """The file system of the tables, or of this part of them."""
         return files.filesystem(self.spark, uri)
+
+    @cached_property
+    def _files(self) -> Files:
+        return self.filesystem(self.location)
 
     def exists(self, table: Table) -> bool:
         if self.in_catalog:
@@ -200,7 +205,8 @@ class Tables:
 
     def replace(self, table: Table, rows: DataFrame) -> int:
         """Make the table equal to `rows` in one transaction; returns how many there are."""
-        self.create(table)
+        if self._is_new(table):
+            return self.append(table, rows)
         writer = rows.select(*table.columns).write.format("delta").mode("overwrite")
         self.commit(table, lambda: self._save(writer, table))
         return self._rows_written(table)
@@ -236,7 +242,7 @@ class Tables:
         if self.in_catalog:
             self.spark.sql(f"DROP TABLE IF EXISTS {self.location}.{name}")
         else:
-            self.filesystem(self.location).delete(f"{self.location}/{name}")
+            self._files.delete(f"{self.location}/{name}")
 
     def properties(self, table: Table) -> dict[str, str]:
         """The Delta properties of an existing table."""
@@ -253,7 +259,7 @@ class Tables:
         """The commits of an existing table, latest first."""
         if self.in_catalog:
             return commits.by_sql(self.spark, self.sql_name(table))
-        return commits.in_folder(self.filesystem(self.location), self.name_of(table))
+        return commits.in_folder(self._files, self.name_of(table))
 
     def commit(self, table: Table, write: Callable[[], T]) -> T:
         """Do a write whose rows can be computed again; tries again when another was quicker."""
@@ -292,7 +298,7 @@ class Tables:
                 self.spark.conf.unset(key) if old is None else self.spark.conf.set(key, old)
 
     def _folder_versions(self, table: Table) -> list[int]:
-        return commits.versions(self.filesystem(self.location), self.name_of(table))
+        return commits.versions(self._files, self.name_of(table))
 
     def _is_new(self, table: Table) -> bool:
         """Whether the table never had rows: then there is nothing to compare new ones with."""
@@ -344,7 +350,7 @@ class Tables:
         """The table as the deltalake library sees it, if it lies in a folder of this machine."""
         from deltalake import DeltaTable
 
-        if self.in_catalog or not isinstance(self.filesystem(self.location), LocalFiles):
+        if self.in_catalog or not isinstance(self._files, LocalFiles):
             return None
         return DeltaTable(without_file_scheme(self.name_of(table)))
 
@@ -360,9 +366,8 @@ class Tables:
         return reader.format("delta").load(self.name_of(table))
 
     def _save(self, writer: DataFrameWriter, table: Table) -> None:
-        writer.saveAsTable(self.name_of(table)) if self.in_catalog else writer.save(
-            self.name_of(table)
-        )
+        save = writer.saveAsTable if self.in_catalog else writer.save
+        save(self.name_of(table))
 
     def _merge(self, table: Table, rows: DataFrame, *clauses: str) -> Row:
         """Merge the rows, as `new`, into the table, as `old`; returns the numbers of rows."""
