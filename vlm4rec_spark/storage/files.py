@@ -91,7 +91,7 @@ class HadoopFiles:
     def __init__(self, spark: SparkSession, uri: str):
         self._jvm: Any = spark._jvm
         # Looked up once: py4j asks Java for each part of such a name.
-        self._path: Any = self._jvm.org.apache.hadoop.fs.Path
+        self._path: Any = self._jvm.org.apache.hadoop.fs.Path  # type: ignore[union-attr]
         conf = spark._jsparkSession.sessionState().newHadoopConf()
         self._filesystem = self._path(uri).getFileSystem(conf)
         self.scheme = self._filesystem.getUri().getScheme()
