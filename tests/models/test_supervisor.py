@@ -26,8 +26,6 @@ from vlm4rec_spark.models.captioning.supervisor import (
     suspects,
 )
 
-pytestmark = pytest.mark.cluster
-
 RED = one_color("red")
 GREEN = one_color("green")
 GREY = one_color("grey")
@@ -91,6 +89,7 @@ def test_every_photo_has_one_result_whatever_the_batch(supervised, batch_size: i
     assert supervisor.pid == pid
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("fault", "error_class"),
     [
@@ -112,11 +111,13 @@ def test_a_photo_that_ends_the_model_costs_one_batch_and_no_other_photo(
     assert 16 <= calls(count) <= 16 + 4
 
 
+@pytest.mark.cluster
 def test_two_killers_in_one_batch_both_fail(supervised):
     expected = ["model_died", "4", "model_died", "4", "4"]
     assert outcomes(supervised("exit:red"), RED, GREY, RED, GREY, GREY) == expected
 
 
+@pytest.mark.cluster
 def test_two_killers_in_one_batch_have_their_own_error_classes(
     supervised,
 ):
@@ -136,6 +137,7 @@ def hang_at_red_only(supervisor: Supervisor, child: object) -> float:
     return 0.5 if hung and settled else math.inf
 
 
+@pytest.mark.cluster
 def test_a_photo_that_waits_behind_a_killer_is_not_blamed(supervised, monkeypatch):
     hung = Supervisor._hung
     hangs = list[Any]()
@@ -181,6 +183,7 @@ def test_a_caller_that_reads_late_finds_no_hang(supervised):
     assert supervisor.pid == pid
 
 
+@pytest.mark.cluster
 def test_the_error_says_how_the_process_ended(supervised):
     (result,) = supervised("exit:red").caption(photos(RED))
     assert result.error == "the process ended with exit code 3"
@@ -188,6 +191,7 @@ def test_the_error_says_how_the_process_ended(supervised):
     assert result.error == "no answer within 1 s; the process was killed"
 
 
+@pytest.mark.cluster
 def test_a_killed_child_loses_no_photo(supervised, tmp_path):
     count = tmp_path / "calls"
     supervisor = supervised(f"ms=50+count={count}")
@@ -210,6 +214,7 @@ def test_an_idle_child_ends_and_the_next_photo_starts_another(supervised):
     assert outcomes(supervisor, GREY, b"") == ["4", "empty"]
 
 
+@pytest.mark.cluster
 def test_a_model_that_always_dies_is_given_up(supervised):
     results = list(supervised("exit:red", 1).caption(photos(*[RED] * 40)))
     assert 1 <= len(results) <= 10
@@ -278,6 +283,7 @@ Traceback (most recent call last):
     assert last_words("") == ""
 
 
+@pytest.mark.cluster
 def test_the_child_never_outlives_its_parent():
     code = """
 import time

@@ -43,7 +43,7 @@ _LOCAL = {
     # Partitions for one machine's cores; Spark joins small ones.
     "spark.sql.shuffle.partitions": str(2 * (os.cpu_count() or 2)),
     "spark.databricks.delta.snapshotPartitions": "2",
-    # The line of Python behind each expression: a twentieth of a short run's time.
+    # Else pyspark looks up the Python line of each expression, a twentieth of a short run's time.
     "spark.sql.dataFrameQueryContext.enabled": "false",
 }
 
@@ -57,7 +57,7 @@ _LOCAL_JVM_OPTIONS = (
     # A long session fills the default of 48 MB, and then the JVM drops compiled code and compiles
     # it again and again.
     "-XX:ReservedCodeCacheSize=256m",
-    # Java's default collector works beside the program, on cores that two processes share.
+    # G1, the default, collects beside the program and takes its cores: a tenth of a demo's time.
     "-XX:+UseParallelGC",
     # The long lineage of ALS overflows a stack of 1 MB.
     "-Xss4m",
