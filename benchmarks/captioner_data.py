@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vlm4rec_spark.demo.drawing import ATTRIBUTES, render, sentence
+from vlm4rec_spark.demo.drawing import ATTRIBUTES, render
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLIT_SEED = 0
@@ -30,6 +30,12 @@ TEST_SEED = 2_000_000
 """
 RENDERINGS = 40_000
 WEIGHTS = 1.0, 3.0, 0.3
+_USES = {
+    "classic": "the office and dinners",
+    "sporty": "training and weekends",
+    "romantic": "dates and summer parties",
+    "rustic": "cabins and long walks",
+}
 
 KINDS = {
     "Tshirts": "t-shirt",
@@ -277,6 +283,12 @@ def _drawn(seed: int) -> dict[str, object]:
     file = io.BytesIO()
     photo.save(file, "JPEG", quality=92)
     return {"image": file.getvalue(), **attributes, "caption": sentence(attributes)}
+
+
+def sentence(attributes: Mapping[str, str]) -> str:
+    """The true description of a drawn product with these attributes."""
+    look = " ".join(attributes[name] for name in ("colour", "pattern", "material", "kind"))
+    return f"A {look} in a {attributes['style']} style, for {_USES[attributes['style']]}."
 
 
 def table(

@@ -678,15 +678,8 @@ def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession):
         also_k=(),
     )
     lines: list[str] = []
-    tuned = tune.tune(
-        spark,
-        tables,
-        settings,
-        SERVING,
-        ["title"],
-        "ndcg",
-        lines.append,
-    )
+    arguments = (spark, tables, settings, SERVING, ["title"], "ndcg")
+    tuned = tune.tune(*arguments, lines.append)
     assert tuned.cut == "2025-02-02 00:00:00"
     assert tuned.users == 40
     assert tuned.best.serving.item_item.share == 0.7
@@ -695,15 +688,7 @@ def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession):
     assert tuned.best_content.recall == 0.0
     # Three shapes, equal event weights, two shares, and four close to the best one.
     assert len(lines) == len(tuned.trials) == 3 + 1 + 2 + 4
-    repeated = tune.tune(
-        spark,
-        tables,
-        settings,
-        SERVING,
-        ["title"],
-        "ndcg",
-        lines.append,
-    )
+    repeated = tune.tune(*arguments, lines.append)
     assert [replace(trial, seconds=0) for trial in repeated.trials] == [
         replace(trial, seconds=0) for trial in tuned.trials
     ]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vlm4rec_spark.demo import catalogue
-from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, draw, sentence
+from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, draw
 from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.photos.decode import PhotoError, decode
 
@@ -29,15 +29,6 @@ SHIRT = {
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def test_a_sentence_names_every_attribute():
-    expected = "A red striped cotton shirt in a sporty style, for training and weekends."
-    assert sentence(SHIRT) == expected
-    for name, values in ATTRIBUTES.items():
-        for value in values:
-            look = SHIRT | {name: value}
-            assert extract_attributes(sentence(look), ATTRIBUTES) == look
 
 
 def test_the_same_generator_draws_the_same_photo():

@@ -273,24 +273,6 @@ def test_a_bad_body_is_a_bad_answer_without_retry(server, make, body: Any, messa
     assert len(server.received) == 1
 
 
-@pytest.mark.parametrize(
-    ("dialect", "body", "reason"),
-    [
-        ("openai", response_body("openai", None, "tool_calls", tool_calls=[CALL]), "tool_calls"),
-        ("anthropic", response_body("anthropic", [CALL], "tool_use"), "tool_use"),
-    ],
-)
-def test_a_tool_call_is_no_text(
-    server,
-    make,
-    body: Any,
-    reason: str,
-):
-    server.always(Reply(body))
-    error = f"there is no text; it ended by {reason}"
-    assert answer_one(make()) == Answer("photo-0", None, 100, 20, "bad_answer", error)
-
-
 @pytest.mark.parametrize("status", [400, 409, 413, 422])
 def test_a_bad_request_is_not_retried(
     server,
@@ -305,23 +287,27 @@ def test_a_bad_request_is_not_retried(
 
 
 @pytest.mark.parametrize(
-    ("dialect", "body", "reason"),
+    ("dialect", "body", "error"),
     [
         ("openai", response_body("openai", None, refusal="I'd rather not."), "I'd rather not."),
         ("openai", response_body("openai", "A per", "content_filter"), "content_filter"),
+        ("openai", response_body("openai", None, "tool_calls", tool_calls=[CALL]), "tool_calls"),
         ("anthropic", response_body("anthropic", [], "refusal"), "refusal"),
         ("anthropic", response_body("anthropic", "I won't.", "refusal"), "I won't."),
+        ("anthropic", response_body("anthropic", [CALL], "tool_use"), "tool_use"),
     ],
 )
-def test_a_refusal_has_its_own_error_class(
+def test_a_refusal_and_a_tool_call_are_no_text(
     server,
     make,
     body: Any,
-    reason: str,
+    error: str,
 ):
     server.always(Reply(body))
-    error = f"the model refused: {reason}"
-    assert answer_one(make()) == Answer("photo-0", None, 100, 20, "refusal", error)
+    failure = ("refusal", f"the model refused: {error}")
+    if "tool_" in error:
+        failure = ("bad_answer", f"there is no text; it ended by {error}")
+    assert answer_one(make()) == Answer("photo-0", None, 100, 20, *failure)
     assert len(server.received) == 1
 
 

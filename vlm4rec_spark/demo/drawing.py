@@ -29,28 +29,16 @@ _COLOURS = {
     "pink": "#f482b0",
     "black": "#343236",
 }
-_USES = {
-    "classic": "the office and dinners",
-    "sporty": "training and weekends",
-    "romantic": "dates and summer parties",
-    "rustic": "cabins and long walks",
-}
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": ("shirt", "dress", "trousers", "bag", "hat", "cushion", "lamp", "armchair"),
     "colour": tuple(_COLOURS),
     "pattern": ("plain", "striped", "checked", "dotted", "zigzag"),
     "material": ("cotton", "denim", "leather", "wool"),
-    "style": tuple(_USES),
+    "style": ("classic", "sporty", "romantic", "rustic"),
 }
 """Every attribute with its possible values."""
 
 _CREAM = np.array([246, 240, 222], np.float32)
-
-
-def sentence(attributes: Mapping[str, str]) -> str:
-    """The true description of a product with these attributes."""
-    look = " ".join(attributes[name] for name in ("colour", "pattern", "material", "kind"))
-    return f"A {look} in a {attributes['style']} style, for {_USES[attributes['style']]}."
 
 
 def render(seed: int) -> tuple[dict[str, str], Image.Image]:

@@ -3,7 +3,7 @@
 Positions are rows of the index, which is sorted by item id: a lower position is a smaller id.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,11 +14,6 @@ _T = TypeVar("_T")
 
 SCORE_DIGITS = 6
 """Scores are rounded before ties break by item id."""
-SPARE = 8
-"""Candidates beyond k that are scored again.
-
-The first scores are float32, and their last digits change with the batch size.
-"""
 _SHORTLIST_FACTOR = 4
 """With this many times more candidates than needed, a shortlist is made before the sort."""
 
@@ -83,12 +78,15 @@ def top_k(
     exclusions: ndarray,
     eligible: ndarray,
     k: int,
+    rescore: Callable[[ndarray], ndarray] | None = None,
 ) -> Candidates:
     """The best k eligible candidates of every user that aren't excluded.
 
     positions, scores: (users, candidates), as in `Candidates`; a row has each position once.
-    exclusions: as `flat_exclusions` makes them. eligible: bool (items,). Returns positions and
-    rounded scores, both (users, k), best first, ties by position. -1 and NaN fill short rows.
+    exclusions: as `flat_exclusions` makes them. eligible: bool (items,). rescore: exact scores of
+    positions (users, items), for scores whose last digits change with the batch size. Returns
+    positions and rounded scores, both (users, k), best first, ties by position. -1 and NaN fill
+    short rows.
     """
     items = len(eligible)
     allowed = (positions >= 0) & eligible[positions]
@@ -100,6 +98,10 @@ def top_k(
     if len(exclusions):
         codes = np.arange(len(positions))[:, None] * items + positions
         allowed &= ~is_in(codes, exclusions)
+    if rescore:
+        positions = _shortlist(positions, scores, allowed, k).positions
+        allowed = positions >= 0
+        scores = rescore(positions)
     # Scores as integers: then a candidate's score and position fit in one sort key.
     allowed_scores = np.where(allowed, scores, 0.0).astype(np.float64)
     rounded = np.round(allowed_scores * 10**SCORE_DIGITS).astype(np.int64)
@@ -163,7 +165,7 @@ def _shortlist(
 ) -> Candidates:
     """The `depth` best allowed candidates of each user, and those that rounding may add to them."""
     masked = np.where(allowed, scores, np.float32("-inf"))
-    cut = masked.shape[1] - depth
+    cut = max(masked.shape[1] - depth, 0)
     divided = np.partition(masked, cut, axis=1)
     last_scores = divided[:, cut, None]
     min_scores = last_scores - 2 * 10.0**-SCORE_DIGITS

@@ -5,6 +5,7 @@ Imports numpy only, so that a server can make lists too. Knows positions of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -14,7 +15,6 @@ from vlm4rec_spark.models.index.blocks import blocks
 from vlm4rec_spark.models.index.searcher import EXACT_COST, Effort, Searcher
 from vlm4rec_spark.models.ranking.list_rules import ListRules, Selection
 from vlm4rec_spark.models.ranking.top_k import (
-    SPARE,
     Candidates,
     flat_exclusions,
     lengths,
@@ -152,10 +152,9 @@ class _Retrieval:
             depths = self.effort.candidates + lengths(excluded)
             candidates = queries.search(self.searcher, self.effort.leaves, depths)
         exclusions = flat_exclusions(excluded, len(self.searcher))
-        best = top_k(*candidates, exclusions, self.eligible, k + SPARE)
-        if candidates.scores.dtype != np.float64:
-            best = best._replace(scores=queries.scores(self.searcher, best.positions))
-        return top_k(*best, exclusions, self.eligible, k)
+        is_exact = candidates.scores.dtype == np.float64
+        rescore = None if is_exact else partial(queries.scores, self.searcher)
+        return top_k(*candidates, exclusions, self.eligible, k, rescore)
 
 
 class _Lists:
