@@ -117,6 +117,13 @@ def captioned(spark: SparkSession) -> CaptionedPhotos:
     return CaptionedPhotos(spark, photos, {"a": "A", "twin": "A", "b": "B1"}, spec_of())
 
 
+def test_the_first_photos_of_an_item_are_described(spark: SparkSession):
+    photos = spark.createDataFrame([("a", position, "A") for position in (7, 1, 4)], PHOTO)
+    imported = spark.createDataFrame([], LINK)
+    wanted = plan.wanted_captions(photos, imported, None, spec_of(photos_per_item=2))
+    assert {row["position"] for row in wanted.collect()} == {1, 4}
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [

@@ -670,13 +670,7 @@ def test_tune_finds_what_was_planted_without_the_test_part(spark: SparkSession):
         events.append((f"u{n:02d}", f"R{n % 5 + 1:02d}", time))
     events += [(f"u{n:02d}", f"R{n % 5 + 10:02d}", "2025-05-02") for n in range(60)]
     tables = with_log(spark, events)
-    settings = EvaluateSettings(
-        splits=("time",),
-        cut=CUT,
-        test_share=0.3,
-        k=1,
-        also_k=(),
-    )
+    settings = EvaluateSettings(splits=("time",), cut=CUT, test_share=0.3, k=1, also_k=())
     lines: list[str] = []
     arguments = (spark, tables, settings, SERVING, ["title"], "ndcg")
     tuned = tune.tune(*arguments, lines.append)

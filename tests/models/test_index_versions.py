@@ -1,7 +1,5 @@
 """Index versions on a base: searched as if built anew, with the base's word weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Rules, variants, caps, a lowest score and diversity together, against brute force in Python."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

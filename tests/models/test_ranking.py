@@ -1,7 +1,5 @@
 """The k best candidates without exclusions, against a plain Python reference and literal rows."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The index: exact search and ScaNN against brute force, and damaged folders."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Queries against brute force: exact, by ScaNN, blended with item-item scores; and the reasons."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
