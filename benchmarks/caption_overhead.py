@@ -37,7 +37,8 @@ from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
 from vlm4rec_spark.models.captioning.captioner import Request, load_captioner
 from vlm4rec_spark.models.captioning.prompts import load_prompt
-from vlm4rec_spark.models.photos.decode import PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
 from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.spark.session import session
 from vlm4rec_spark.storage import schemas

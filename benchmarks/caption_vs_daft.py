@@ -57,8 +57,9 @@ from transformers import CLIPVisionConfig
 
 from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.demo.drawing import render
+from vlm4rec_spark.models.captioning.backends import load_captioner
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
-from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request, load_captioner
+from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request
 from vlm4rec_spark.training.network import build
 
 DAFT = "daft==0.7.26"

@@ -46,7 +46,8 @@ from vlm4rec_spark.config import load
 from vlm4rec_spark.demo.drawing import ATTRIBUTES
 from vlm4rec_spark.models.captioning.caption_template import attribute_values, extract_attributes
 from vlm4rec_spark.models.captioning.captioner import PACKAGED_MODEL
-from vlm4rec_spark.models.photos.decode import PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
 from vlm4rec_spark.pipeline import Pipeline, Reporter
 from vlm4rec_spark.pipeline.context import StageResult
 from vlm4rec_spark.spark.session import session
@@ -63,9 +64,8 @@ import io, sys, time
 import torch, transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from PIL import Image
-from vlm4rec_spark.models.captioning.captioner import (
-    ModelSettings, Request, caption_all, load_captioner
-)
+from vlm4rec_spark.models.captioning.backends import load_captioner
+from vlm4rec_spark.models.captioning.captioner import ModelSettings, Request, caption_all
 started = time.monotonic()
 captioner = load_captioner(ModelSettings(model=sys.argv[1]))
 photo = Image.effect_noise((600, 800), 40).convert("RGB")

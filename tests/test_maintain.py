@@ -62,19 +62,19 @@ def index_folder(tmp_path) -> Path:
 
 
 def pruned(
-    folder: Path, in_force: list[str], built: list[str], keep: int = 1, now: float | None = None
+    folder: Path, in_use: list[str], built: list[str], keep: int = 1, now: float | None = None
 ) -> list[str]:
     """Ids of the versions that may go, where runs built those of `built` long ago."""
     built_at = dict.fromkeys(built, 0.0)
-    removed = prunable(versions(folder), in_force, built_at, keep, now or time.time())
+    removed = prunable(versions(folder), in_use, built_at, keep, now or time.time())
     return sorted(version.index_id for version in removed)
 
 
-def test_the_latest_stay_besides_those_in_force(index_folder: Path):
+def test_the_latest_stay_besides_those_in_use(index_folder: Path):
     every = ids("a", "b", "c", "d", "e")
-    assert pruned(index_folder, in_force=ids("c"), built=every, keep=2) == ids("d", "e")
-    assert pruned(index_folder, in_force=ids("e"), built=every, keep=0) == ids("a", "b", "c", "d")
-    assert pruned(index_folder, in_force=every, built=every, keep=0) == []
+    assert pruned(index_folder, in_use=ids("c"), built=every, keep=2) == ids("d", "e")
+    assert pruned(index_folder, in_use=ids("e"), built=every, keep=0) == ids("a", "b", "c", "d")
+    assert pruned(index_folder, in_use=every, built=every, keep=0) == []
     # The run that built it last counts, not only when it was written: e was built again two days
     # ago.
     built_at = dict.fromkeys(every, 0.0) | {"e" * 16: time.time() - 2 * DAY}
@@ -83,25 +83,25 @@ def test_the_latest_stay_besides_those_in_force(index_folder: Path):
 
 
 def test_a_version_that_no_run_of_these_tables_built_stays(index_folder: Path):
-    assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d"), keep=0) == ids("d")
+    assert pruned(index_folder, in_use=ids("a"), built=ids("a", "d"), keep=0) == ids("d")
     # Nor does it count as one of the latest of ours.
-    assert pruned(index_folder, in_force=ids("a"), built=ids("a", "d", "e"), keep=1) == ids("e")
+    assert pruned(index_folder, in_use=ids("a"), built=ids("a", "d", "e"), keep=1) == ids("e")
 
 
-def test_half_built_ones_go_after_a_day_and_never_one_in_force(tmp_path):
+def test_half_built_ones_go_after_a_day_and_never_one_in_use(tmp_path):
     index(tmp_path, "1" * 16, age=0.9, whole=False)
     index(tmp_path, "2" * 16, age=1.1, whole=False)
     index(tmp_path, "3" * 16, age=1.1, whole=False)
     damaged = index(tmp_path, "4" * 16, age=9)
     (damaged / "manifest.json").write_text('{"index_id"')
     backdate(damaged, 9)
-    assert pruned(tmp_path, in_force=ids("3"), built=[]) == ids("2", "4")
+    assert pruned(tmp_path, in_use=ids("3"), built=[]) == ids("2", "4")
 
 
 def test_a_whole_one_younger_than_a_day_stays(tmp_path):
     index(tmp_path, "1" * 16, age=0.9)
     index(tmp_path, "2" * 16, age=1.1)
-    assert pruned(tmp_path, in_force=[], built=ids("1", "2"), keep=0) == ids("2")
+    assert pruned(tmp_path, in_use=[], built=ids("1", "2"), keep=0) == ids("2")
 
 
 def test_what_is_not_surely_ours_is_not_seen(tmp_path):
@@ -129,7 +129,7 @@ def test_killed_while_it_removes_it_leaves_what_nobody_takes_for_an_index(tmp_pa
     monkeypatch.undo()
     (remaining,) = versions(tmp_path)
     assert (remaining.folder, remaining.whole) == (folder, False)
-    assert pruned(tmp_path, in_force=[], built=[], now=time.time() + 2 * DAY) == ids("1")
+    assert pruned(tmp_path, in_use=[], built=[], now=time.time() + 2 * DAY) == ids("1")
     remove(remaining)
     assert list(tmp_path.iterdir()) == []
 
@@ -375,8 +375,8 @@ def test_runs_joins_its_many_small_files_itself(shop: Pipeline):
     assert shop.tables.properties(RUNS)["delta.autoOptimize.autoCompact"] == "true"
 
 
-def test_indexes_in_force_come_first_then_the_latest(shop: Pipeline):
-    indexes = [(index.index_id[0], index.in_force_for) for index in maintain.indexes(shop.context)]
+def test_indexes_in_use_come_first_then_the_latest(shop: Pipeline):
+    indexes = [(index.index_id[0], index.used_for) for index in maintain.indexes(shop.context)]
     assert indexes == [("c", "caption"), ("b", "the lists"), ("d", ""), ("a", ""), ("e", "")]
 
 

@@ -27,6 +27,7 @@ from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, render
 from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.models.captioning.attributes import SCHEMA
 from vlm4rec_spark.models.captioning.attributes import parse as parse_attributes
+from vlm4rec_spark.models.captioning.backends import load_captioner
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
 from vlm4rec_spark.models.captioning.backends.vllm import VllmCaptioner
 from vlm4rec_spark.models.captioning.caption_template import extract_attributes
@@ -37,7 +38,6 @@ from vlm4rec_spark.models.captioning.captioner import (
     ModelSettings,
     Request,
     caption_all,
-    load_captioner,
 )
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.captioning.supervisor import Photo, Supervisor

@@ -7,7 +7,8 @@ import pytest
 from hostile_photos import BLUE, GOOD, HOSTILE, RED, WHITE, encoded, photo, png_header
 from PIL import Image
 
-from vlm4rec_spark.models.photos.decode import PHOTO_ERRORS, PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.photo_errors import PHOTO_ERRORS, PhotoError
 
 
 def refusal(data: bytes) -> PhotoError:

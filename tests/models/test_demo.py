@@ -15,7 +15,8 @@ from PIL import Image
 from vlm4rec_spark.demo import catalogue
 from vlm4rec_spark.demo.drawing import ATTRIBUTES, SIZE, draw
 from vlm4rec_spark.models.captioning.caption_template import extract_attributes
-from vlm4rec_spark.models.photos.decode import PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
 
 SHIRT = {
     "kind": "shirt",

@@ -20,13 +20,13 @@ from pydantic import ValidationError
 
 from vlm4rec_spark.errors import RunError, UsageError
 from vlm4rec_spark.models.captioning.backends import endpoint as module
+from vlm4rec_spark.models.captioning.backends import load_captioner
 from vlm4rec_spark.models.captioning.backends.endpoint import EndpointCaptioner
 from vlm4rec_spark.models.captioning.captioner import (
     Answer,
     EndpointSettings,
     ModelSettings,
     Request,
-    load_captioner,
 )
 
 KEY = "sk-test-0123456789-abcdefghij"

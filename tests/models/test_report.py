@@ -11,7 +11,7 @@ import pytest
 from hostile_photos import encoded
 from PIL import Image
 
-from vlm4rec_spark.models.photos.decode import PhotoError
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.caption_audit_section import audits
 from vlm4rec_spark.report.data import (

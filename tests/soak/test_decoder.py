@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hostile_photos import GOOD, HOSTILE
 
-from vlm4rec_spark.models.photos.decode import PHOTO_ERRORS, PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.photo_errors import PHOTO_ERRORS, PhotoError
 
 SECONDS = 600
 MAX_SECONDS_PER_PHOTO = 20

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 
 from vlm4rec_spark.caption.settings import CaptionSettings
 from vlm4rec_spark.models.captioning.prompts import Prompt
-from vlm4rec_spark.models.photos.decode import PHOTO_ERRORS
+from vlm4rec_spark.models.photos.photo_errors import PHOTO_ERRORS
 
 PENDING = ("new", "photo_changed", "prompt_changed", "model_changed", "settings_changed", "retry")
 """Why a photo is captioned; `settings_changed`: other generation or pixel parameters."""
@@ -167,11 +167,7 @@ def queue(photos: DataFrame, interactions: DataFrame | None) -> DataFrame:
     return keys.selectExpr("caption_key", "photo.*", rank)
 
 
-def in_order(
-    queue: DataFrame,
-    now: int,
-    first: int,
-) -> DataFrame:
+def in_order(queue: DataFrame, now: int, first: int) -> DataFrame:
     """The first `now` rows of the queue with `tier`, and with `rank` as they are captioned.
 
     The `first` photos by events are tier 0, twice as many are tier 1, and so on. Inside a tier

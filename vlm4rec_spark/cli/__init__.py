@@ -223,13 +223,13 @@ def import_captions(
 
 @_command("status")
 def show_status(common: CommonOptions) -> None:
-    """Show the size of all tables, the last run of each stage, and which index is in force.
+    """Show the size of all tables, the last run of each stage, and which index is in use.
 
     Changes nothing, and may run while another run is at work. `size` counts the current version of
     a table. `on disk` also counts older versions, which `vlm4rec maintain` deletes.
 
     The status of a run is *ok*, *unchanged* (its inputs hadn't changed, so it had nothing to do) or
-    *failed*. An index is in force for the representation that was last searched with it.
+    *failed*. An index is used for the representation that it was last built for.
     """
     from vlm4rec_spark.cli.commands import run_status
 
@@ -293,13 +293,13 @@ def tune(
 
 @_command("maintain")
 def maintain(common: CommonOptions) -> None:
-    """Join small files, delete old ones, and remove what killed runs left. Changes no row.
+    """Join small files; delete old ones, old indexes and what killed runs left. Changes no row.
 
     Every table: OPTIMIZE joins small files into larger ones. Then VACUUM deletes the files that no
     version of the last `maintain.retention_hours` needs. Running readers are safe, and time travel
     works for that long. Less than Delta's week (168) is refused.
 
-    The index folder: versions in force and the latest `maintain.index_versions` stay. Older ones
+    The index folder: versions in use and the latest `maintain.index_versions` stay. Older ones
     that runs of these tables have built are deleted, and half-built ones. Nothing younger than a
     day is deleted, and nothing that isn't certainly a version of an index.
 

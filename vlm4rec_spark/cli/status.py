@@ -17,7 +17,7 @@ _COUNTS = ("rows_ok", "rows_failed", "rows_skipped")
 
 
 def show(pipeline: Pipeline, console: Console) -> None:
-    """The size of all tables, the last run of each stage, and which index is in force."""
+    """The size of all tables, the last run of each stage, and which index is in use."""
     console.print(_tables(pipeline))
     console.print(_runs(pipeline))
     console.print(_indexes(pipeline))
@@ -99,18 +99,18 @@ def _last_runs(pipeline: Pipeline) -> dict[str, Row]:
 
 def _indexes(pipeline: Pipeline) -> Table:
     title = f"Index versions in {pipeline.config.index.folder}"
-    grid = new_table(title, ("index", "in force for"), ("written (UTC)", "size"))
+    grid = new_table(title, ("index", "used for"), ("written (UTC)", "size"))
     for index in maintain.indexes(pipeline.context):
         if index.version is None:
-            grid.add_row(index.index_id, index.in_force_for, "[red]gone[/]", "")
+            grid.add_row(index.index_id, index.used_for, "[red]gone[/]", "")
             continue
         written_at = _time(datetime.fromtimestamp(index.version.written, UTC))
         grid.add_row(
             index.index_id,
-            index.in_force_for or "-",
+            index.used_for or "-",
             written_at if index.version.whole else "half-built",
             _size(index.version.bytes),
-            style="" if index.in_force_for else "dim",
+            style="" if index.used_for else "dim",
         )
     if not grid.rows:
         grid.add_row("none yet", style="dim")

@@ -17,7 +17,7 @@ from vlm4rec_spark.evaluation.arms import FUSIONS, IMAGE
 from vlm4rec_spark.models.index.build import build_index
 from vlm4rec_spark.models.index.searcher import Searcher
 
-NO_CONTENT = ""
+NO_CONTENT = "no_content"
 """The representation of an arm in which content has no share: every item has the same vector."""
 
 _FEW_ITEMS = 10_000
@@ -27,14 +27,9 @@ _FEW_ITEMS = 10_000
 class ArmIndexes:
     """Indexes under `folder`: all items that have a vector, not only candidates."""
 
-    def __init__(
-        self,
-        embeddings: DataFrame,
-        served: str,
-        folder: Path,
-    ):
-        """embeddings: rows of the table. served: the representation whose vectors the fusions join
-        with those of photos."""
+    def __init__(self, embeddings: DataFrame, served: str, folder: Path):
+        """embeddings: rows of the table `embeddings`. served: the representation whose vectors the
+        fusions average or concatenate with those of photos."""
         self.folder = folder
         self._embeddings = embeddings
         self._served = served
@@ -69,9 +64,9 @@ class ArmIndexes:
     def _build(self, representation: str, rows: pa.Table) -> None:
         index = build_index(
             rows,
-            representation or "no_content",
-            "evaluate",
-            self.folder,
+            representation,
+            encoder_id="evaluate",
+            folder=self.folder,
             # Exact search: an arm is measured by its vectors, not by what an approximate index
             # loses.
             ann_min_items=2**62,

@@ -3,7 +3,7 @@ names and settings.
 
 An arm named after a representation of `embeddings` ranks by its vectors and the mean of the
 history. A profile shape may follow a slash (`caption/max_similarity`). `fusion_average` and
-`fusion_concat` join the vectors of the served representation and of the photo. `random`,
+`fusion_concat` combine the vectors of the served representation and of the photo. `random`,
 `popularity` and `als` rank without content; `cooccurrence` ranks by what other histories hold
 together. `blend` ranks like the served lists, with a share of co-occurrence.
 """
@@ -60,7 +60,7 @@ FUSIONS: dict[str, Callable[[ndarray, ndarray], ndarray]] = {
     "fusion_average": _average,
     "fusion_concat": _concatenation,
 }
-"""Join unit vectors of texts and photos, both (items, dimension), to one vector per item, of any
+"""Combine unit vectors of texts and photos, both (items, dimension), to one vector per item, of any
 length and dimension. Learned fusions belong here."""
 
 
@@ -83,11 +83,7 @@ class EvaluateSettings(Settings):
 
     splits: tuple[str, ...] = ("time", "leave_one_out")
     cut: str | None = None
-    test_share: float = Field(
-        0.2,
-        gt=0,
-        lt=1,
-    )
+    test_share: float = Field(0.2, gt=0, lt=1)
     arms: tuple[str, ...] = ("random", "popularity", "title", "caption", "title_caption")
     custom_arms: dict[str, Overrides] = Field({})
     control: str = "popularity"
@@ -96,16 +92,8 @@ class EvaluateSettings(Settings):
     also_k: tuple[int, ...] = (5, 20)
     max_users: int = Field(100_000, ge=1)
     seed: int = 0
-    audit_photos: int = Field(
-        500,
-        ge=0,
-        le=5_000,
-    )
-    audit_again: int = Field(
-        0,
-        ge=0,
-        le=1_000,
-    )
+    audit_photos: int = Field(500, ge=0, le=5_000)
+    audit_again: int = Field(0, ge=0, le=1_000)
 
     @field_validator("cut", mode="before")
     @classmethod

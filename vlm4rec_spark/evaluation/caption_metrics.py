@@ -164,8 +164,8 @@ def blank(
     vector: ndarray,
     seed: int,
 ) -> list[Figure]:
-    """Captions against the text of a blank photo. Captions as near to it as to each other show
-    nothing."""
+    """Captions against the caption of a blank photo. As near to it as to each other, they don't
+    depend on the photos."""
     figures = [
         mean("blank_equal", [caption == text for caption in captions], seed),
         mean("blank_cosine", vectors @ vector, seed),

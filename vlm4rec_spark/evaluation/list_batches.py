@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame
 
 from vlm4rec_spark.evaluation import als
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking.history import list_array
+from vlm4rec_spark.models.ranking.event_weights import list_array
 from vlm4rec_spark.models.ranking.top_k import flat_exclusions, rank_in_group, top_k
 from vlm4rec_spark.stages import profiles
 

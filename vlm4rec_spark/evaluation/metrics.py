@@ -15,24 +15,16 @@ _BLOCK = 1_024
 """Lists whose pairs are compared at once."""
 
 
-def hit_mask(
-    top: ndarray,
-    relevant: ndarray,
-    items: int,
-) -> ndarray:
-    """bool, shaped like `top` (users, length): whether the item at each rank is relevant."""
-    if not len(relevant):
+def hit_mask(top: ndarray, codes: ndarray, items: int) -> ndarray:
+    """bool, shaped like `top` (users, length): whether the item at each rank is in the codes."""
+    if not len(codes):
         return np.zeros(top.shape, bool)
-    codes = np.arange(len(top), dtype=np.int64)[:, None] * items + top
-    nearest = np.searchsorted(relevant, codes).clip(max=len(relevant) - 1)
-    return (relevant[nearest] == codes) & (top >= 0)
+    top_codes = np.arange(len(top), dtype=np.int64)[:, None] * items + top
+    nearest = np.searchsorted(codes, top_codes).clip(max=len(codes) - 1)
+    return (codes[nearest] == top_codes) & (top >= 0)
 
 
-def per_user(
-    hits: ndarray,
-    relevant_counts: ndarray,
-    k: int,
-) -> dict[str, ndarray]:
+def per_user(hits: ndarray, relevant_counts: ndarray, k: int) -> dict[str, ndarray]:
     """ACCURACY at k by user, from the `hit_mask` and the number of relevant items of each user, at
     least 1.
 

@@ -80,11 +80,7 @@ class PointInTime:
     """The settings that arms have tuned on validation events, by arm."""
     _cache: dict[Hashable, Any] = field(default_factory=dict)
 
-    def lists(
-        self,
-        arm: Arm,
-        k: int,
-    ) -> np.ndarray:
+    def lists(self, arm: Arm, k: int) -> np.ndarray:
         """Positions in `item_ids` of every test user's top k: (users, k) in the order of `users`,
         -1 past the end."""
         if arm.ranking == "profiles":
@@ -169,11 +165,7 @@ class PointInTime:
                 value.unpersist()
         self._cache.clear()
 
-    def _cached(
-        self,
-        key: Hashable,
-        compute: Callable[[], _T],
-    ) -> _T:
+    def _cached(self, key: Hashable, compute: Callable[[], _T]) -> _T:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
@@ -251,11 +243,7 @@ class PointInTime:
 
         return self._cached(("opener", folder), opener)
 
-    def _item_item_scores(
-        self,
-        serving: ServingConfig,
-        searcher: Searcher,
-    ) -> Path:
+    def _item_item_scores(self, serving: ServingConfig, searcher: Searcher) -> Path:
         """The folder of the item-item scores by the positions of the index."""
         # What the pairs depend on; weights of events change no pair.
         settings = serving.item_item.model_dump_json(

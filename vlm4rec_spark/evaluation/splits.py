@@ -71,11 +71,7 @@ def last_share(interactions: DataFrame, share: float) -> str:
     raise ValueError("the log is empty")
 
 
-def relevant(
-    train: DataFrame,
-    test: DataFrame,
-    candidates: DataFrame,
-) -> DataFrame:
+def relevant(train: DataFrame, test: DataFrame, candidates: DataFrame) -> DataFrame:
     """user_id, relevant: the candidate items of a user's test events that aren't in the user's
     train events. Those are `seen`.
 

@@ -242,7 +242,7 @@ class Pipeline:
         return evaluate.tune(self.context, representations, metric)
 
     def maintain(self) -> StageResult:
-        """Join small files, delete old ones, clear what killed runs left. Changes no row."""
+        """Join small files; delete old ones, old indexes and what killed runs left."""
         self.context.begin()
         maintain.check(self.context)
         work = partial(maintain.maintain, self.context)

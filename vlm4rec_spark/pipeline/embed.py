@@ -44,7 +44,7 @@ def item_texts(context: RunContext) -> DataFrame:
     )
 
 
-class _Pending(NamedTuple):
+class _Counts(NamedTuple):
     """How many vectors are missing; `changed` of them have an older one to replace."""
 
     rows: int
@@ -59,13 +59,13 @@ def _embed_texts(context: RunContext, result: StageResult) -> dict[str, int]:
     embeddings = context.tables.read(schemas.EMBEDDINGS)
     texts = stage.marked_texts(item_texts(context), embeddings, encoder, settings.max_words)
     problems = first_row(stage.text_figures(texts, settings.max_words)).asDict()
-    pending = _Pending(*(problems.pop(name) for name in _Pending._fields))
-    if pending.pending:
-        context.reporter.info(f"embedding {pending.pending:,} texts with {encoder}")
-        split = _split(texts.where("is_pending"), pending.pending, _TEXTS_PER_TASK)
+    counts = _Counts(*(problems.pop(name) for name in _Counts._fields))
+    if counts.pending:
+        context.reporter.info(f"embedding {counts.pending:,} texts with {encoder}")
+        split = _split(texts.where("is_pending"), counts.pending, _TEXTS_PER_TASK)
         vectors = stage.embed(split, encoder, settings)
-        _store(context, result, "embedding texts", pending, vectors)
-    result.skipped = pending.rows - pending.pending
+        _store(context, result, "embedding texts", counts, vectors)
+    result.skipped = counts.rows - counts.pending
     return problems
 
 
@@ -77,24 +77,24 @@ def _embed_photos(context: RunContext, result: StageResult) -> int:
     photos = context.read(schemas.PHOTOS)
     embeddings = context.tables.read(schemas.EMBEDDINGS)
     main = stage.marked_photos(stage.main_photos(photos), embeddings, vision).persist()
-    pending = _Pending(*first_row(main.agg(*stage.pending_figures())))
+    counts = _Counts(*first_row(main.agg(*stage.pending_figures())))
     unreadable = 0
-    if pending.pending:
-        context.reporter.info(f"embedding {pending.pending:,} photos with {vision}")
+    if counts.pending:
+        context.reporter.info(f"embedding {counts.pending:,} photos with {vision}")
         with_bytes = photos.withColumnRenamed("image_sha256", "content_sha256").join(
             main.where("is_pending").select("item_id", "position"),
             on=["item_id", "position"],
             how="left_semi",
         )
         vectors = stage.embed_photos(
-            _split(with_bytes, pending.pending, _PHOTOS_PER_TASK),
+            _split(with_bytes, counts.pending, _PHOTOS_PER_TASK),
             vision,
             context.config.embed,
             context.config.ingest.photos.http,
         )
-        unreadable = _store(context, result, "embedding photos", pending, vectors)
+        unreadable = _store(context, result, "embedding photos", counts, vectors)
     main.unpersist()
-    result.skipped += pending.rows - pending.pending
+    result.skipped += counts.rows - counts.pending
     return unreadable
 
 
@@ -103,19 +103,19 @@ def _split(rows: DataFrame, count: int, rows_per_task: int) -> DataFrame:
 
 
 def _store(
-    context: RunContext, result: StageResult, label: str, pending: _Pending, vectors: DataFrame
+    context: RunContext, result: StageResult, label: str, counts: _Counts, vectors: DataFrame
 ) -> int:
-    """Compute the vectors, write them, and return how many there aren't."""
+    """Compute the vectors, write them, and return how many failed."""
     tables = context.tables
-    with context.reporter.progress(label, pending.pending):
-        if not pending.changed:
+    with context.reporter.progress(label, counts.pending):
+        if not counts.changed:
             stored = tables.append(schemas.EMBEDDINGS, vectors)
         else:
             rows = tables.staged(schemas.EMBEDDINGS, vectors)
             stored = tables.staged_rows(schemas.EMBEDDINGS)
             tables.upsert(schemas.EMBEDDINGS, rows)
             tables.unstage(schemas.EMBEDDINGS)
-    missing = pending.pending - stored
+    missing = counts.pending - stored
     result.ok += stored
     result.failed += missing
     return missing

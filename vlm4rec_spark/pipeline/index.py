@@ -1,4 +1,4 @@
-"""Index: vectors of one representation to an index artifact, and the index that is in force."""
+"""Index: vectors of one representation to an index artifact, and the index that is in use."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vlm4rec_spark.storage.state import StageOutput
 
 
 def index(context: RunContext, result: StageResult) -> None:
-    """Build the index on the driver. The index in force is the base of the new one."""
+    """Build the index on the driver. The index in use is the base of the new one."""
     settings = context.config.index
     representation = context.config.representation
     encoder = context.encoder_id()
@@ -32,7 +32,7 @@ def index(context: RunContext, result: StageResult) -> None:
         encoder,
         Path(settings.folder),
         settings.ann_min_items,
-        _in_force(context),
+        _in_use(context),
         settings.rebuild_threshold,
     )
     searcher = Searcher.open(folder)
@@ -58,7 +58,7 @@ def inputs_fingerprint(context: RunContext) -> object:
 
 
 def index_id(context: RunContext) -> str:
-    """The index in force; for a missing or damaged one its error, so that nothing rests on it."""
+    """The index in use; for a missing or damaged one its error, so that nothing rests on it."""
     try:
         return Searcher.open(index_folder(context)).index_id
     except RunError as error:
@@ -66,7 +66,7 @@ def index_id(context: RunContext) -> str:
 
 
 def index_folder(context: RunContext) -> Path:
-    """The folder of the index that this run has built, or else of the index in force.
+    """The folder of the index that this run has built, or else of the index in use.
 
     Raises RunError where there is none of the configured representation.
     """
@@ -94,7 +94,7 @@ def _announced(context: RunContext, vectors: DataFrame) -> int:
     return items
 
 
-def _in_force(context: RunContext) -> Searcher | None:
+def _in_use(context: RunContext) -> Searcher | None:
     try:
         return Searcher.open(index_folder(context))
     except RunError:

@@ -15,10 +15,10 @@ from vlm4rec_spark.storage.index_versions import IndexVersion
 
 @dataclass(frozen=True)
 class KnownIndex:
-    """An index: what it is in force for (nothing: empty), and its files (None: they are gone)."""
+    """An index: what it is used for (nothing: empty), and its files (None: they are gone)."""
 
     index_id: str
-    in_force_for: str
+    used_for: str
     version: IndexVersion | None
 
 
@@ -65,22 +65,22 @@ def maintain(context: RunContext, result: StageResult) -> None:
 
 
 def indexes(context: RunContext) -> list[KnownIndex]:
-    """Those in force first, then the latest."""
+    """Those in use first, then the others, latest first."""
     folder = Path(context.config.index.folder)
     versions = {version.index_id: version for version in index_versions.versions(folder)}
-    in_force = _in_force(context)
+    in_use = _in_use(context)
     idle = sorted(
-        versions.keys() - in_force.keys(),
+        versions.keys() - in_use.keys(),
         key=lambda index_id: -versions[index_id].written,
     )
     return [
-        KnownIndex(index_id, in_force.get(index_id, ""), versions.get(index_id))
-        for index_id in [*in_force, *idle]
+        KnownIndex(index_id, in_use.get(index_id, ""), versions.get(index_id))
+        for index_id in [*in_use, *idle]
     ]
 
 
-def _in_force(context: RunContext) -> dict[str, str]:
-    """By index id what it is in force for: a representation, and the lists as they are."""
+def _in_use(context: RunContext) -> dict[str, str]:
+    """By index id what it is used for: a representation, and the lists as they are."""
     uses = defaultdict(list)
     state = context.states().get("index")
     if state and state.output.index_id and state.output.representation:
@@ -98,7 +98,7 @@ def _prune(context: RunContext) -> dict[str, str]:
     versions = index_versions.versions(Path(context.config.index.folder))
     removed = index_versions.prunable(
         versions,
-        _in_force(context),
+        _in_use(context),
         _built_at(context),
         context.config.maintain.index_versions,
         time.time(),

@@ -1,4 +1,4 @@
-"""Profiles: the log to everybody's taste, with the vectors of the index in force.
+"""Profiles: the log to everybody's taste, with the vectors of the index in use.
 
 Knows whose profile may have changed; how a profile is made is the stage's.
 """

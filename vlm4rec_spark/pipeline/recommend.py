@@ -296,12 +296,8 @@ def _tried_effort(tried: EffortTrial) -> TriedEffort:
     )
 
 
-def _with_user_rules(
-    context: RunContext,
-    rows: DataFrame,
-    users: DataFrame,
-) -> DataFrame:
-    """Rows of user_id and seen with `rules` (bits) and `only`; `seen` gets all excluded items."""
+def _with_user_rules(context: RunContext, rows: DataFrame, users: DataFrame) -> DataFrame:
+    """Rows with `rules` (bits) and, for an allow list, `only`. `seen` becomes all exclusions."""
     settings = context.config.recommend
     rows = _with_rule_bits(context, rows, users)
     if settings.repeatable_events or settings.repurchase_days:

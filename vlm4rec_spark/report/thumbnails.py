@@ -18,7 +18,7 @@ import pandas as pd
 from pyspark.sql import Row
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.models.photos.decode import PhotoError
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
 from vlm4rec_spark.report import pictures
 from vlm4rec_spark.report.data import PhotoCard
 from vlm4rec_spark.storage import schemas

@@ -223,7 +223,7 @@ def _beginning(files: DataFrame, options: dict[str, str]) -> str:
         if path.getFileSystem(conf).getFileStatus(path).getLen():
             with closing(streams.createInputStream(conf, path)) as stream:
                 text = spark._jvm.java.lang.String(stream.readNBytes(_HEADER_BYTES), encoding)
-            # A parser of texts, unlike one of files, takes no line ending but its own.
+            # Spark finds out the line ending of a CSV file, but not that of a Dataset of strings.
             return re.sub("\r\n?", "\n", str(text).lstrip("\ufeff\r\n"))
     return ""
 

@@ -21,8 +21,7 @@ def make() -> None:
     ARCHIVE.unlink(missing_ok=True)
     settings = SparkSettings(driver_memory="1g")
     spark = session(settings, [f"-XX:ArchiveClassesAtExit={ARCHIVE}", *QUIET_ARCHIVE])
-    master = spark.conf.get("spark.master")
-    print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts, on {master}.")
+    print(f"Spark {spark.version} with Delta {jars.DELTA_VERSION} starts.")
     with tempfile.TemporaryDirectory() as folder:
         _use(spark, f"{folder}/table")
     spark.stop()

@@ -390,9 +390,9 @@ def _read_photo(row: dict, http: HttpSettings, keep: bool) -> dict | None:
         _integer(row["stored_at"]),
         row["stored_sha256"],
     )
-    listed_at = _integer(row["modified_at"])
+    changed_at = _integer(row["modified_at"])
     try:
-        file = photo_reader.read_if_changed(row["uri"], http, stored, listed_at)
+        file = photo_reader.read_if_changed(row["uri"], http, stored, changed_at)
     except Exception as error:
         return photo | {"reason": f"the photo can't be read: {error}"}
     if file is None:

@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from vlm4rec_spark.models.index.searcher import Searcher
-from vlm4rec_spark.models.ranking import history
+from vlm4rec_spark.models.ranking import event_weights
 from vlm4rec_spark.models.ranking.user_queries import Shape
 from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.storage.schemas import PROFILES
@@ -138,8 +138,8 @@ def summed_histories(events: DataFrame, settings: ProfileSettings) -> DataFrame:
     min_items = settings.min_items
 
     def gather(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for users in history.whole_users(batches):
-            yield history.weighted_histories(
+        for users in event_weights.whole_users(batches):
+            yield event_weights.weighted_histories(
                 users,
                 half_life_days,
                 position_decay,
@@ -233,7 +233,7 @@ def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:
     means = totals[nonzero] / lengths[nonzero, None]
     with_vector = np.zeros(len(histories), bool)
     with_vector[users[starts[nonzero]]] = True
-    return history.list_array(
+    return event_weights.list_array(
         with_vector * dimension,
         means.astype(np.float32).ravel(),
         pa.array(~with_vector),

@@ -19,7 +19,7 @@ from vlm4rec_spark.models.index.neighbors import Neighbors
 from vlm4rec_spark.models.index.searcher import Effort, Searcher
 from vlm4rec_spark.models.ranking.blend import BlendedQuery
 from vlm4rec_spark.models.ranking.calibration import Calibration, cheapest_effort
-from vlm4rec_spark.models.ranking.history import list_array
+from vlm4rec_spark.models.ranking.event_weights import list_array
 from vlm4rec_spark.models.ranking.list_rules import AVAILABLE, MAX_RULES, ListRules, Rule
 from vlm4rec_spark.models.ranking.top_k import no_positions
 from vlm4rec_spark.models.ranking.top_k_lists import ListRequests, RankedLists, recommend_lists

@@ -51,19 +51,19 @@ def versions(folder: Path) -> list[IndexVersion]:
 
 def prunable(
     existing: Collection[IndexVersion],
-    in_force: Collection[str],
+    in_use: Collection[str],
     built_at: Mapping[str, float],
     keep: int,
     now: float,
 ) -> list[IndexVersion]:
     """The versions that may go at the time `now`, in seconds since 1970.
 
-    These are half-built ones, and whole ones beyond the `keep` latest that aren't in force.
+    These are half-built ones, and whole ones beyond the `keep` latest that aren't in use.
     `built_at`: when a run of these tables last built the index, by index id. A whole version that
     no run built may be another shop's, and stays. So does what was written or built in the last
     SECONDS_UNTOUCHED.
     """
-    idle = [version for version in existing if version.index_id not in in_force]
+    idle = [version for version in existing if version.index_id not in in_use]
     half_built = [version for version in idle if not version.whole]
     whole = [version for version in idle if version.whole and version.index_id in built_at]
     whole.sort(key=lambda version: _last_used(version, built_at), reverse=True)

@@ -83,11 +83,11 @@ class Lease:
             )
 
     def _acquire(self) -> bool:
-        """Create the next file if nobody holds the lease; False when another run was quicker."""
+        """Create the next file; False if another run was quicker. Raises Busy if a holder lives."""
         numbers = self._numbers()
         last = max(numbers, default=0)
         if numbers:
-            self._wait_for_death(last)
+            self._require_dead(last)
         self._number = last + 1
         if not self._files.create(self._uri(self._number), json.dumps(self._holder)):
             return False
@@ -101,7 +101,7 @@ class Lease:
             self._files.delete(self._uri(number))
         return True
 
-    def _wait_for_death(self, number: int) -> None:
+    def _require_dead(self, number: int) -> None:
         """Return when the holder of the file is dead or gone. Raises Busy when it is alive."""
         first = self._files.read(self._uri(number))
         holder = _parsed(first)

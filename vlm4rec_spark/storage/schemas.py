@@ -299,7 +299,7 @@ STATE = Table(
     fingerprint STRING COMMENT 'SHA-256 of all inputs and of the result; null: not finished yet',
     versions MAP<STRING, BIGINT> NOT NULL COMMENT 'Versions of the tables used, as found',
     representation STRING COMMENT 'Of index and profiles: what the vectors stand for',
-    index_id STRING COMMENT 'Of index: the index in force; of recommend: the index searched',
+    index_id STRING COMMENT 'Of index: the index in use; of recommend: the index searched',
     calibration STRUCT<target_recall: DOUBLE, leaves: INT, candidates: INT, recall: DOUBLE,
         low: DOUBLE, users: BIGINT, exact_lists_per_second: DOUBLE,
         tried: ARRAY<STRUCT<leaves: INT, candidates: INT, recall: DOUBLE, low: DOUBLE,

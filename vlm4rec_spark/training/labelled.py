@@ -23,7 +23,8 @@ from vlm4rec_spark.models.captioning.caption_template import (
     attribute_values,
     caption_from_attributes,
 )
-from vlm4rec_spark.models.photos.decode import PhotoError, decode
+from vlm4rec_spark.models.photos.decode import decode
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
 
 _VALIDATION_EVERY = 20
 """One photo in this many is for validation."""

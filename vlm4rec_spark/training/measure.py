@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlm4rec_spark.models.captioning.backends import load_captioner
 from vlm4rec_spark.models.captioning.caption_template import extract_attributes
 from vlm4rec_spark.models.captioning.captioner import (
     ModelSettings,
     Request,
     caption_all,
-    load_captioner,
 )
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.training.labelled import Labelled

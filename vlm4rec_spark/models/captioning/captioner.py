@@ -1,9 +1,9 @@
-"""The protocol of captioning backends, their settings, and the factory that loads one."""
+"""The protocol of captioning backends, and their settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 from PIL.Image import Image
 from pydantic import Field, model_validator
@@ -120,28 +120,3 @@ class ModelSettings(Settings):
             revision = f"@{self.revision}" if self.revision != "main" else ""
             return f"{self.model}@endpoint{revision}"
         return pinned_id("caption.model.model", self.source, self.revision)
-
-
-def load_captioner(
-    settings: ModelSettings, batch_size: int = 16, json_schema: dict[str, Any] | None = None
-) -> Captioner:
-    """Load the model, which is slow. Raises the backend's errors; UsageError for a missing library.
-
-    `json_schema` makes answers JSON of that schema in vllm and endpoint, by guided decoding.
-    The transformers backend ignores it.
-    """
-    if settings.backend == "fake":
-        from vlm4rec_spark.models.captioning.backends.fake import FakeCaptioner
-
-        return FakeCaptioner(settings.model, batch_size, json_schema)
-    if settings.backend == "endpoint":
-        from vlm4rec_spark.models.captioning.backends.endpoint import EndpointCaptioner
-
-        return EndpointCaptioner(settings, json_schema)
-    if settings.backend == "vllm":
-        from vlm4rec_spark.models.captioning.backends.vllm import VllmCaptioner
-
-        return VllmCaptioner(settings, json_schema)
-    from vlm4rec_spark.models.captioning.backends.transformers import TransformersCaptioner
-
-    return TransformersCaptioner(settings, batch_size)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm4rec_spark.errors import RunError
+from vlm4rec_spark.models.captioning.backends import load_captioner
 from vlm4rec_spark.models.captioning.backends.batches import error_class, failed
 from vlm4rec_spark.models.captioning.captioner import (
     Answer,
     Captioner,
     ModelSettings,
     Request,
-    load_captioner,
 )
 from vlm4rec_spark.models.photos.decode import decode
 

@@ -115,8 +115,8 @@ def needed_depth(candidates: int, sample: pa.Table, items: int) -> int:
     """Neighbors per item that are enough for nine users in ten.
 
     These users need the candidates and as many as they have `seen`. Rounded up to a multiple of 32,
-    so that a few new events don't need a new file. For users who have seen more, neighbors are
-    searched as if there were no file.
+    so that a few new events don't need a new folder. For users who have seen more, neighbors
+    are searched as if there were no folder.
     """
     seen = pc.list_value_length(sample["seen"]).to_numpy()
     enough = candidates + np.quantile(seen, _USERS_SERVED)

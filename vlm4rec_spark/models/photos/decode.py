@@ -8,6 +8,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlm4rec_spark.models.photos.photo_errors import PhotoError
+
 MAX_PIXELS = 100_000_000
 """Larger photos are refused before they are decoded: 100 megapixels are 300 MB of RGB."""
 MIN_SIDE = 8
@@ -29,28 +31,6 @@ _MAGIC_BYTES = (
 """A file that begins with these but can't be identified is a damaged photo."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _AVIF_BRANDS = (b"avif", b"avis")
-
-PHOTO_ERRORS = (
-    "empty",
-    "not_an_image",
-    "html_page",
-    "svg",
-    "unsupported",
-    "truncated",
-    "too_large",
-    "too_small",
-    "blank",
-)
-"""In this order: no bytes; an unknown format; a web page; a drawing; a known format that can't be
-read here; damaged or cut off; more than MAX_PIXELS; a side under MIN_SIDE; one color all over."""
-
-
-class PhotoError(Exception):
-    """A photo that can't be used. `error_class` is one of PHOTO_ERRORS."""
-
-    def __init__(self, error_class: str, message: str):
-        super().__init__(message)
-        self.error_class = error_class
 
 
 def decode(data: bytes, max_side: int) -> Image.Image:

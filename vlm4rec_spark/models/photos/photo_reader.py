@@ -36,16 +36,16 @@ def read_if_changed(
     uri: str,
     http: HttpSettings,
     last_read: PhotoVersion = _NEVER_READ,
-    listed_at: int | None = None,
+    changed_at: int | None = None,
 ) -> PhotoFile | None:
     """The photo, or None if it is still the one that was last read.
 
-    `listed_at` is the modification time of a photo that a listing has shown to be changed. Raises
+    `changed_at` is the modification time of a photo that a listing has shown to be changed. Raises
     DownloadError, or whatever the file system raises.
     """
     if download.is_url(uri):
         return _download(uri, http, last_read)
-    return _read_file(uri, last_read, listed_at)
+    return _read_file(uri, last_read, changed_at)
 
 
 def read_unchanged(uri: str, sha256: str, http: HttpSettings) -> bytes:
@@ -60,9 +60,9 @@ def read_unchanged(uri: str, sha256: str, http: HttpSettings) -> bytes:
     return photo.image
 
 
-def _read_file(uri: str, last_read: PhotoVersion, listed_at: int | None) -> PhotoFile | None:
+def _read_file(uri: str, last_read: PhotoVersion, changed_at: int | None) -> PhotoFile | None:
     file = files.at(uri)
-    modified_at = listed_at
+    modified_at = changed_at
     if modified_at is None:
         modified_at = file.modified_at()
         if modified_at == last_read.modified_at and file.size() == last_read.bytes:

@@ -69,8 +69,8 @@ class Queries(Protocol):
     ) -> Candidates:
         """Approximate candidates with exact scores.
 
-        leaves: of ScaNN's tree, to search. depths: int64 (users,), how many candidates each user
-        gets. A user's candidates don't depend on the other users.
+        leaves: of ScaNN's tree, to search. depths: int64 (users,), how many candidates each
+        search for a user asks for. A user's candidates don't depend on the other users.
         """
 
     def scores(self, searcher: Searcher, positions: ndarray) -> ndarray:

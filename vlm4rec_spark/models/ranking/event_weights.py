@@ -150,11 +150,7 @@ def _group_users(events: _Events) -> _Users:
     return _Users(numbers, counts, last_event, items)
 
 
-def _decay(
-    events: _Events,
-    users: _Users,
-    half_life_days: float | None,
-) -> _Events:
+def _decay(events: _Events, users: _Users, half_life_days: float | None) -> _Events:
     """The events with weights that halve with age. Age counts back from the user's last event."""
     if not half_life_days:
         return events
