@@ -94,7 +94,7 @@ def test_only_new_and_changed_texts_are_pending(spark: SparkSession, texts: Data
     titles = texts.where("representation = 'title'")
     marked = embed.marked_texts(titles, embeddings, "fake", max_words=256)
     pending = marked.where("is_pending").collect()
-    assert {row["item_id"]: row["is_known"] for row in pending} == {"bare": True, "same": False}
+    assert {row["item_id"]: row["has_vector"] for row in pending} == {"bare": True, "same": False}
     (figures,) = marked.agg(*embed.pending_figures()).collect()
     assert figures.asDict() == {"rows": titles.count(), "pending": 2, "changed": 1}
     # With another limit of words, every text is another one.

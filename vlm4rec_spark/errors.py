@@ -30,8 +30,8 @@ class Busy(Vlm4RecError):
     exit_code = 0
 
 
-def first_words(error: BaseException) -> str:
-    """The message of an unexpected error, without the stack frames that Spark adds."""
+def error_line(error: BaseException) -> str:
+    """The class of an unexpected error and one line of its message, past Spark's stack frames."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A worker's own exception is at the end of the Python traceback inside Spark's message.
     from_worker = [line for line in lines if line.startswith("vlm4rec_spark.")]

@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from vlm4rec_spark.cli import reporter
-from vlm4rec_spark.errors import UsageError, Vlm4RecError, first_words
+from vlm4rec_spark.errors import UsageError, Vlm4RecError, error_line
 
 app = typer.Typer(
     name="vlm4rec",
@@ -402,7 +402,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         message = format_message()
         # Without any command the help was printed, and the message is empty.
         return f"{message} See: vlm4rec --help" if message else "", 2
-    message = _JVM_DIED if _jvm_died(error) else first_words(error)
+    message = _JVM_DIED if _jvm_died(error) else error_line(error)
     return f"{message} (--debug shows the stack trace.)", 1
 
 

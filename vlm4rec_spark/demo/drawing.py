@@ -126,7 +126,7 @@ def _surface(
     points: tuple[Plane, Plane],
     rng: np.random.Generator,
 ) -> ndarray:
-    """The product's surface at its points: shape (SIZE, SIZE, 3)."""
+    """The product's RGB color at its points, one for each pixel: shape (SIZE, SIZE, 3)."""
     u, v = points
     second = pattern(attributes["pattern"], u, v, rng)[..., None]
     shade, gloss = material(attributes["material"], u, v, rng)

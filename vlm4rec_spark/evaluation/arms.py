@@ -19,7 +19,7 @@ import numpy as np
 from numpy import ndarray
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from vlm4rec_spark.errors import UsageError, first_words
+from vlm4rec_spark.errors import UsageError
 from vlm4rec_spark.settings_base import Settings
 from vlm4rec_spark.stages.item_item import ItemItemSettings
 from vlm4rec_spark.stages.profiles import ProfileSettings
@@ -156,7 +156,8 @@ class ServingConfig:
                 ItemItemSettings(**self.item_item.model_dump() | dict(item_item or {})),
             )
         except ValidationError as error:
-            raise UsageError(f"the settings of an arm are invalid: {first_words(error)}") from error
+            reason = error.errors()[0]["msg"]
+            raise UsageError(f"the settings of an arm are invalid: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy import ndarray
 from pyspark.sql import DataFrame, Row, Window
 from pyspark.sql import functions as F
 
-from vlm4rec_spark.errors import first_words
+from vlm4rec_spark.errors import error_line
 from vlm4rec_spark.evaluation import caption_metrics as metrics
 from vlm4rec_spark.evaluation.caption_metrics import Figure
 from vlm4rec_spark.pipeline import caption_audit_recaption
@@ -160,7 +160,7 @@ def _add_earlier(context: RunContext, samples: Sequence[_Sample]) -> None:
 
 
 def _unused(context: RunContext, current: Sequence[Row]) -> list[Row]:
-    """All captions of the photos of `current` that no item has now; `at` is in microseconds."""
+    """All captions that no item has now, of the photos of `current`; `at` is in microseconds."""
     photos = {row["image_sha256"] for row in current if row["image_sha256"]}
     is_current = F.col("caption_key").isin([row["caption_key"] for row in current])
     at = F.unix_micros("captioned_at").alias("at")
@@ -191,7 +191,7 @@ def _recaption(
                 result.device_seconds = sample.recaptions.seconds if sample.recaptions else None
     # Models raise errors of any class, and the lists can be judged without this one.
     except Exception as error:
-        message = first_words(error)[:_MAX_CHARACTERS]
+        message = error_line(error)[:_MAX_CHARACTERS]
         context.reporter.info(f"the captioner couldn't be asked again: {message}")
         # The next run tries it once more.
         result.complete = False

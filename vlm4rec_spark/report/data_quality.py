@@ -28,7 +28,8 @@ _ERROR_CLASSES = {
     "model_hung": "Photos on which the model gave no answer in time",
     "out_of_memory": "Photos on which the model ran out of memory",
 }
-_KINDS = {
+# A photo's kind is its format and its traits, such as "JPEG, CMYK".
+_TRAITS = {
     "CMYK": ("Photos in printing colors (CMYK)", "converted to RGB"),
     "transparent": ("Photos with transparency", "placed on white"),
     "turned by EXIF": ("Photos that the camera marks as turned", "turned upright"),
@@ -69,8 +70,8 @@ def _photos(data: ReportData) -> Iterator[DataIssue]:
     sampled = ""
     if data.photos.sampled < data.counts.get("photos", 0):
         sampled = f" (in a sample of {data.photos.sampled:,} photos)"
-    for word, (what, handling) in _KINDS.items():
-        counts = [count for kind, count in data.photos.kinds.items() if word in kind.split(", ")]
+    for trait, (what, handling) in _TRAITS.items():
+        counts = [count for kind, count in data.photos.kinds.items() if trait in kind.split(", ")]
         yield DataIssue(what, sum(counts), handling + sampled)
     without_photo = _int(data.details("ingest"), "items_without_photo")
     yield DataIssue("Items without a photo", without_photo, "their title is used")

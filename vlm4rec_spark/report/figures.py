@@ -165,6 +165,7 @@ def _failures(captions: DataFrame, photos: DataFrame) -> DataFrame:
 
 
 def _captioned(captions: DataFrame, links: DataFrame) -> DataFrame:
+    """The sections captioned, samples and values. links: the table item_captions."""
     texts = captions.where(F.col("caption").isNotNull()).select("caption_key", "attributes")
     by_position = Window.partitionBy("item_id").orderBy("position")
     number = F.row_number().over(by_position).alias("number")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _CAPTION_LENGTH = 600
 _TITLE_LENGTH = 160
 _SAMPLED_CONTENTS = 1_000
-_MAX_KINDS = 20
 
 PhotoKey = tuple[str, int]
 """item_id and position of a photo."""
@@ -54,7 +53,7 @@ class _Item:
 class Thumbnails:
     """Photos by their key, items by their first photo, and captions by their key.
 
-    `kinds` are the commonest kinds of photos in a sample, with their number of photos.
+    `kinds` are the kinds of photos in a sample, commonest first, with their number of photos.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Thumbnails:
         }
         kinds = Counter(row["kind"] for row in rows if row["kind"])
         by_count = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
-        self.kinds = dict(by_count[:_MAX_KINDS])
+        self.kinds = dict(by_count)
 
     def photo(
         self,

@@ -68,7 +68,10 @@ def has_field(raw: DataFrame, field: str) -> bool:
 
 
 def open_table(spark: SparkSession, key: str, source: Source) -> DataFrame:
-    """The columns of a source that isn't JSON, with their own names and types. Raises as `read`."""
+    """The columns of a source that isn't JSON, with their own names and types.
+
+    Raises as `read`, but for missing columns, which aren't looked for.
+    """
     with _source_errors(key, source):
         raw = _load(spark, key, source)
         raw.schema  # noqa: B018 - a lazy session looks for the files only now

@@ -79,10 +79,10 @@ def item_texts(items: DataFrame, item_captions: DataFrame, captions: DataFrame) 
 def marked_texts(
     texts: DataFrame, embeddings: DataFrame, encoder_id: str, max_words: int
 ) -> DataFrame:
-    """`texts` with content_sha256, is_pending and is_known.
+    """`texts` with content_sha256, is_pending and has_vector.
 
-    A text is pending if this encoder hasn't embedded it. It is known if its item has a vector of
-    this or another text.
+    A text is pending unless it is null or its vector by this encoder, stored with the same
+    `fallback`, is there. has_vector: one is stored, of this or an older text.
     """
     content = F.concat_ws("\n", F.lit(str(max_words)), "text")
     has_text = F.col("text").isNotNull()
@@ -92,20 +92,20 @@ def marked_texts(
 
 
 def _marked(rows: DataFrame, embedded: DataFrame, key: list[str]) -> DataFrame:
-    """`rows`, whose texts or photos have a content_sha256, with is_pending and is_known."""
+    """`rows`, whose texts or photos have a content_sha256, with is_pending and has_vector."""
     content = F.struct("content_sha256", "fallback")
     old = embedded.select(*key, content.alias("old"))
     is_pending = F.col("content_sha256").isNotNull() & ~F.col("old").eqNullSafe(content)
     marked = rows.join(old, on=key, how="left").withColumn("is_pending", is_pending)
-    return marked.withColumn("is_known", F.col("old").isNotNull()).drop("old")
+    return marked.withColumn("has_vector", F.col("old").isNotNull()).drop("old")
 
 
 def pending_figures() -> list[Column]:
-    """Of marked rows: `rows`, `pending`, and `changed`, which are pending ones that are known."""
+    """Counts of rows with is_pending and has_vector; `changed` are pending ones with a vector."""
     return [
         F.count("*").alias("rows"),
         F.count_if("is_pending").alias("pending"),
-        F.count_if(F.col("is_pending") & F.col("is_known")).alias("changed"),
+        F.count_if(F.col("is_pending") & F.col("has_vector")).alias("changed"),
     ]
 
 
@@ -176,7 +176,7 @@ def main_photos(photos: DataFrame) -> DataFrame:
 
 
 def marked_photos(photos: DataFrame, embeddings: DataFrame, vision_id: str) -> DataFrame:
-    """`main_photos` with is_pending and is_known, as for `marked_texts`."""
+    """`main_photos` with is_pending and has_vector, as for `marked_texts`."""
     by_encoder = (F.col("representation") == IMAGE) & (F.col("encoder_id") == vision_id)
     rows = photos.withColumn("fallback", F.lit(False))
     return _marked(rows, embeddings.where(by_encoder), ["item_id"])

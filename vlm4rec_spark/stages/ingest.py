@@ -270,10 +270,11 @@ def with_stored(rows: DataFrame, photos: DataFrame, keep: bool) -> DataFrame:
 
 
 def read_photos(rows: DataFrame, count: int, slots: int, settings: PhotoSource) -> DataFrame:
-    """Reads the `count` rows of `with_stored` in `slots` parallel tasks or more.
+    """Reads the photos of `rows`: the `count` rows of `with_stored` that may have changed.
 
     Columns: those of `photos`, and `reason` if a photo can't be read. `image` is null unless
-    settings.keep. A task reads neighbors by item_id, so that one file of `photos` holds them.
+    settings.keep. A photo that hasn't changed has no row. Uses a task per slot, or more. A task
+    reads consecutive item_ids, so that one file of `photos` holds them.
     """
     tasks = max(min(slots, count), -(-count // _PHOTOS_PER_FILE), 1)
     to_read = rows.selectExpr(

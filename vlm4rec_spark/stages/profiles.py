@@ -211,7 +211,7 @@ def append_embedding(
 
 
 def _mean_vectors(histories: pa.ListArray, searcher: Searcher) -> pa.ListArray:
-    """One unit vector per history; null where none of its items is in the index."""
+    """One unit vector per history; null where no item is in the index or the sum is zero."""
     entries = histories.flatten()
     sizes = np.asarray(histories.value_lengths())
     users = np.repeat(np.arange(len(histories)), sizes)

@@ -86,7 +86,7 @@ class LocalFiles:
 
 
 class HadoopFiles:
-    """The same for every file system that Hadoop knows. `uri` is any URI in it."""
+    """The methods of LocalFiles for every file system that Hadoop knows. `uri` is any URI in it."""
 
     def __init__(self, spark: SparkSession, uri: str):
         self._jvm: Any = spark._jvm

@@ -117,6 +117,7 @@ def concurrently(
 
 
 def _fetch_once(url: str, limits: HttpSettings, since: int | None) -> Download | None:
+    """One try of `fetch`. Raises _TransientError if another may succeed."""
     deadline = time.monotonic() + limits.timeout_seconds
     try:
         for _ in range(REDIRECTS + 1):

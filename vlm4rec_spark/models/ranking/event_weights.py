@@ -139,11 +139,7 @@ def _weighted_events(
 
 
 def _group_users(events: _Events) -> _Users:
-    numbers, starts, counts = np.unique(
-        events.users,
-        return_index=True,
-        return_counts=True,
-    )
+    numbers, starts, counts = np.unique(events.users, return_index=True, return_counts=True)
     last_event = np.maximum.reduceat(events.times, starts)
     is_new_pair = np.diff(events.pairs, prepend=-1) > 0
     _, items = np.unique(events.users[is_new_pair], return_counts=True)
@@ -161,11 +157,8 @@ def _decay(events: _Events, users: _Users, half_life_days: float | None) -> _Eve
 
 
 def _group_pairs(events: _Events) -> _Pairs:
-    numbers, starts, counts = np.unique(
-        events.pairs,
-        return_index=True,
-        return_counts=True,
-    )
+    """Sums the weights of each user and item. Relies on rows sorted by pair and time."""
+    numbers, starts, counts = np.unique(events.pairs, return_index=True, return_counts=True)
     weights = np.add.reduceat(events.weights, starts)
     last_rows = starts + counts - 1
     latest = events.times[last_rows]

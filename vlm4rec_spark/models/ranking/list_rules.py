@@ -66,6 +66,7 @@ class ListRules:
 
     passed_rules: int64 (items,); bit r + 1 says that the item passes rule r, bit 0 is AVAILABLE.
     variants: int64 (items,); items of one number are variants of each other, -1 has none.
+    caps: how many items of a group a list may have.
     similarity_threshold: items of a higher cosine count as variants. min_score: the lowest score.
     diversity: weight of dissimilarity against the score, in [0, 1); 0 ranks by score alone.
     """

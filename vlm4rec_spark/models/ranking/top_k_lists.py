@@ -152,8 +152,9 @@ class _Retrieval:
             depths = self.effort.candidates + lengths(excluded)
             candidates = queries.search(self.searcher, self.effort.leaves, depths)
         exclusions = flat_exclusions(excluded, len(self.searcher))
-        is_exact = candidates.scores.dtype == np.float64
-        rescore = None if is_exact else partial(queries.scores, self.searcher)
+        # Exact search scores in float32, whose last digits change with the batch size.
+        is_float64 = candidates.scores.dtype == np.float64
+        rescore = None if is_float64 else partial(queries.scores, self.searcher)
         return top_k(*candidates, exclusions, self.eligible, k, rescore)
 
 
@@ -242,7 +243,7 @@ def _rank(
     k: int,
     effort: Effort | None,
 ) -> Candidates:
-    """As `retrieve`, for a group of users. If each may get some items only, these are ranked."""
+    """As `retrieve`, for one of `_groups`: all its users have an `only`, or none has."""
     if not requests.has_only().any():
         return retrieve(searcher, requests.queries, requests.excluded, eligible, k, effort)
     restrictions = [items for items in requests.only or () if items is not None]
