@@ -90,8 +90,7 @@ def top_k(
     """
     items = len(eligible)
     allowed = (positions >= 0) & eligible[positions]
-    exclusion_counts = np.bincount(exclusions // items)
-    depth = k + int(exclusion_counts.max(initial=0))
+    depth = k + int(np.bincount(exclusions // items).max(initial=0))
     if positions.shape[1] > _SHORTLIST_FACTOR * depth:
         positions, scores = _shortlist(positions, scores, allowed, depth)
         allowed = positions >= 0
@@ -103,7 +102,7 @@ def top_k(
         allowed = positions >= 0
         scores = rescore(positions)
     # Scores as integers: then a candidate's score and position fit in one sort key.
-    allowed_scores = np.where(allowed, scores, 0.0).astype(np.float64)
+    allowed_scores = np.where(allowed, scores, 0.0).astype(float)
     rounded = np.round(allowed_scores * 10**SCORE_DIGITS).astype(np.int64)
     # A full order, so the cut is stable.
     keys = rounded * items + (items - 1 - positions)
