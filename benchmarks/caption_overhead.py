@@ -34,8 +34,9 @@ from rich.table import Table
 from vlm4rec_spark.cli import quiet
 from vlm4rec_spark.config import Config, load
 from vlm4rec_spark.demo import catalogue
+from vlm4rec_spark.models.captioning.backends import load_captioner
 from vlm4rec_spark.models.captioning.backends.batches import BatchCaptioner
-from vlm4rec_spark.models.captioning.captioner import Request, load_captioner
+from vlm4rec_spark.models.captioning.captioner import Request
 from vlm4rec_spark.models.captioning.prompts import load_prompt
 from vlm4rec_spark.models.photos.decode import decode
 from vlm4rec_spark.models.photos.photo_errors import PhotoError
