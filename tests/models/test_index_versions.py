@@ -125,9 +125,8 @@ def test_an_item_that_comes_back_is_found(first, second, first_catalogue):
     third = build(first.folder.parent, first_catalogue, second)
     queries = first_catalogue.vectors[third.delta]
     positions = third.search(queries, Effort(1, 5)).positions
-    # The code of a removed item may come first, as -1.
-    best = [row[row >= 0][0] for row in positions]
-    assert best == third.delta.tolist()
+    # Not always first: their order is that of approximate scores.
+    assert (positions == third.delta[:, None]).any(axis=1).all()
 
 
 def test_many_changes_another_dimension_or_size_build_anew(first, second_catalogue, tmp_path):
