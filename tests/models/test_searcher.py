@@ -190,11 +190,11 @@ def test_large_catalogues_get_an_approximate_index(
 
 def test_more_effort_finds_more(searcher, queries, exact_lists):
     assert searcher.leaf_count == 45
-    efforts = (Effort(1, 20), Effort(4, 100), Effort(30, 200), Effort(45, 200))
+    efforts = (Effort(2, 20), Effort(4, 100), Effort(30, 200), Effort(45, 200))
     recalls = [
         mean_recall(search_top_k(searcher, queries, effort, K), exact_lists) for effort in efforts
     ]
-    assert 0.2 < recalls[0] < recalls[1] < recalls[2]
+    assert 0.3 < recalls[0] < recalls[1] < recalls[2]
     assert recalls[2] >= 0.97
     assert recalls[3] >= 0.99
 
@@ -217,14 +217,13 @@ def test_scores_of_candidates_are_exact_cosines(searcher):
 
 
 def test_a_short_answer_is_padded_and_has_each_item_once(searcher):
-    positions = searcher.search(clustered(50, seed=5), Effort(1, 1_500)).positions
+    # One leaf may be empty, in some of ScaNN's trees.
+    positions = searcher.search(clustered(50, seed=5), Effort(3, 1_500)).positions
     assert positions.shape == (50, 1_500)
     assert (positions == -1).any(axis=1).all()
     for row in positions:
         items = row[row >= 0].tolist()
-        assert len(items) == len(set(items))
-    # A leaf may be empty, in some of ScaNN's trees.
-    assert (positions >= 0).any(axis=1).sum() > 40
+        assert len(items) == len(set(items)) > 0
 
 
 def test_no_queries_have_no_candidates(searcher):
